@@ -1,0 +1,51 @@
+# Everything runs in .venv, which each target sets up first if requirements.txt is newer than what is installed.
+ifndef PYTHON
+PYTHON := $(shell command -v python3)
+endif
+RUN ?= runs/recurrent_lm
+INSTALLED := .venv/installed
+# DeepSpeed compiles its operators with the ninja it finds on the path.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help quickstart quickstart-lm test test-slow test-gpu lint format
+
+help:
+	@echo "make quickstart   set up, train a small recurrent language model, evaluate it, let it speak"
+	@echo "make test         the fast tests"
+	@echo "make test-slow    the tests through the launcher, and long runs"
+	@echo "make test-gpu     the tests that need a GPU"
+	@echo "make lint         ruff: rules and format"
+	@echo "make format       ruff: repair what can be repaired"
+
+$(INSTALLED): requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: python3 is not on the path; install Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+			"name another: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+quickstart: quickstart-lm
+
+quickstart-lm: $(INSTALLED)
+	.venv/bin/deepspeed pretrain.py --config configs/recurrent_lm.yaml --training.output_dir $(RUN)
+	.venv/bin/python evaluate.py $(RUN) --num-steps 1 2 4 8 16
+	.venv/bin/python -m inference.generate $(RUN) --prompt "The wind" --num-steps 6
+
+test: $(INSTALLED)
+	.venv/bin/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)
+	.venv/bin/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(INSTALLED)
+	.venv/bin/python -m pytest -m gpu
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: $(INSTALLED)
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
