@@ -1,0 +1,218 @@
+"""Grouped-query attention with RoPE or ALiBi; the backends are those of transformers' attention registry."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache import RecurrentCache
+from .configuration_megatransformer import MegaTransformerTextConfig
+from .feedforward import OutputProjection
+
+
+@dataclass
+class AttentionInputs:
+    """What every layer of one forward pass shares: the mask, and where the tokens stand."""
+
+    mask: torch.Tensor | None  # in the form that the backend wants; None: plain causal
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin: (batch, sequence, head_dim)
+    position_bias: torch.Tensor | None = (
+        None  # (1 or batch, heads, query, key), where the mask does not hold it already
+    )
+
+
+def rotary_tables(
+    position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the RoPE angles, computed in float32 whatever `dtype` is.
+
+    Source: Su et al. 2021, arXiv 2104.09864, in the half-split layout of transformers' Llama.
+
+    Args:
+        position_ids: (batch, sequence).
+
+    Returns:
+        Two tensors (batch, sequence, head_dim).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids[..., None].float() * theta**-exponents  # (batch, sequence, head_dim / 2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the pairs (x_i, x_{i + d/2}). x: (batch, heads, sequence, d); cos, sin: (batch, sequence, d)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(1)
+
+
+def alibi_slopes(num_heads: int) -> torch.Tensor:
+    """Slopes of ALiBi, (heads,): 2^(-8/n), 2^(-16/n), ... for n a power of two; otherwise those of the power below,
+    filled up with every second slope of the power above. Source: Press et al. 2021, arXiv 2108.12409, released code.
+    """
+
+    def powers(n: int) -> list[float]:
+        return [2 ** (-8 * (i + 1) / n) for i in range(n)]
+
+    below = 2 ** math.floor(math.log2(num_heads))
+    return torch.tensor(powers(below) + powers(2 * below)[0::2][: num_heads - below])
+
+
+def alibi_bias(query_positions: torch.Tensor, key_positions: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """ALiBi bias slope * (key position - query position).
+
+    Args:
+        query_positions: (1 or batch, query).
+        key_positions: (1 or batch, key).
+
+    Returns:
+        (1 or batch, heads, query, key), float32.
+    """
+    distance = key_positions[:, None, None, :] - query_positions[:, None, :, None]  # (batch, 1, query, key)
+    return alibi_slopes(num_heads).to(distance.device)[:, None, None] * distance.float()
+
+
+def prepare_attention(
+    config: MegaTransformerTextConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    past_key_values: RecurrentCache | None,
+) -> AttentionInputs:
+    """Builds the mask and the positional terms once for all layers of a forward pass.
+
+    Args:
+        inputs_embeds: (batch, sequence, hidden).
+        attention_mask: (batch, past + sequence) with 1 for real tokens, a 4-D mask which is taken as it is, or None.
+        position_ids: (batch, sequence). Without mask and cache, a restart begins a new document: none sees another.
+    """
+    alibi = config.position_embedding == "alibi"
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    mask = create_causal_mask(
+        config,
+        inputs_embeds,
+        attention_mask,
+        # With a cache, transformers does not look for restarts of the positions; an empty one has nothing to say.
+        past_key_values if past else None,
+        position_ids=position_ids,
+        # ALiBi adds to the mask, so there has to be one.
+        allow_is_causal_skip=not alibi,
+    )
+    if config.position_embedding == "rope":
+        return AttentionInputs(
+            mask, rotary=rotary_tables(position_ids, config.head_dim, config.rope_theta, inputs_embeds.dtype)
+        )
+    if not alibi:
+        return AttentionInputs(mask)
+
+    keys = _key_positions(attention_mask, position_ids, past)
+    bias = alibi_bias(position_ids, keys, config.num_attention_heads).to(inputs_embeds.dtype)
+    if not isinstance(mask, torch.Tensor):  # FlexAttention's block mask says who is seen; the bias goes beside it
+        bias = bias.expand(inputs_embeds.shape[0], -1, -1, -1)  # its kernel indexes the batch, it does not broadcast
+        return AttentionInputs(mask, position_bias=bias)
+    if mask.dtype == torch.bool:
+        return AttentionInputs(torch.where(mask, bias, torch.finfo(bias.dtype).min))
+    return AttentionInputs(mask + bias)
+
+
+def _key_positions(attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past: int) -> torch.Tensor:
+    """Positions of all keys, (1 or batch, past + sequence): counted over the real tokens if a padding mask is given."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return attention_mask.long().cumsum(-1) - 1
+    if past == 0:
+        return position_ids
+    return torch.arange(past + position_ids.shape[1], device=position_ids.device)[None]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: softmax(cap(q k^T) + mask) v. query: (batch, heads, query, head_dim)."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    logits = query @ key.transpose(2, 3) * scaling  # (batch, heads, query, key)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    probabilities = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+class Attention(nn.Module):
+    """Causal self-attention with `num_attention_heads` query heads and `num_key_value_heads` key/value heads."""
+
+    is_causal = True
+
+    def __init__(self, config: MegaTransformerTextConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        heads = self.num_heads + 2 * self.num_key_value_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
+        self.o_proj = OutputProjection(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        if config.qk_bias:
+            self.qk_bias = nn.Parameter(torch.zeros(self.num_heads + self.num_key_value_heads, self.head_dim))
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        inputs: AttentionInputs,
+        past_key_values: RecurrentCache | None = None,
+        slot: int = 0,
+    ) -> torch.Tensor:
+        """Attends, and adds keys and values to `slot` of the cache. hidden: (batch, sequence, hidden) -> the same."""
+        batch, sequence, _ = hidden.shape
+        query, key, value = self._project(hidden)
+        if inputs.rotary is not None:
+            query, key = apply_rotary(query, *inputs.rotary), apply_rotary(key, *inputs.rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, slot)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        extra = {} if inputs.position_bias is None else {"position_bias": inputs.position_bias}
+        if self.config.attn_logit_softcapping is not None:
+            extra["softcap"] = self.config.attn_logit_softcapping
+        out, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            inputs.mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **extra,
+        )  # (batch, sequence, heads, head_dim)
+        return self.o_proj(out.reshape(batch, sequence, -1))
+
+    def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (batch, heads, sequence, head_dim); keys and values (batch, key/value heads, sequence, head_dim)."""
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        query, key, value = qkv.split([self.num_heads, self.num_key_value_heads, self.num_key_value_heads], dim=-2)
+        if self.config.qk_bias:
+            query, key = query + self.qk_bias[: self.num_heads], key + self.qk_bias[self.num_heads :]
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

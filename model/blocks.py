@@ -1,0 +1,61 @@
+"""The transformer block: norms, their placement, and stacks of blocks that run once."""
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import Attention, AttentionInputs
+from .cache import RecurrentCache
+from .configuration_megatransformer import MegaTransformerTextConfig
+from .feedforward import build_feedforward
+
+
+def build_norm(config: MegaTransformerTextConfig) -> nn.Module:
+    """The norm that `config.norm` names, over the last dimension."""
+    norm = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm]
+    return norm(config.hidden_size, eps=config.norm_eps)
+
+
+class TransformerBlock(nn.Module):
+    """x = N2(Attn(N1 x) + x); x = N4(MLP(N3 x) + x).
+
+    Sandwich placement has all four norms, pre-norm N1 and N3, post-norm N2 and N4; the others are the identity. The
+    outer norms of the sandwich stand after the residual sum, so that each sub-layer hands on a normalised state
+    (Geiping et al. 2025, section 3.2); Gemma's sandwich norms the branch instead.
+    """
+
+    def __init__(self, config: MegaTransformerTextConfig):
+        super().__init__()
+        inner = config.norm_placement in ("sandwich", "pre")
+        outer = config.norm_placement in ("sandwich", "post")
+        self.attention_norm_in = build_norm(config) if inner else nn.Identity()
+        self.attention = Attention(config)
+        self.attention_norm_out = build_norm(config) if outer else nn.Identity()
+        self.mlp_norm_in = build_norm(config) if inner else nn.Identity()
+        self.mlp = build_feedforward(config)
+        self.mlp_norm_out = build_norm(config) if outer else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self, x: torch.Tensor, inputs: AttentionInputs, past_key_values: RecurrentCache | None = None, slot: int = 0
+    ) -> torch.Tensor:
+        """x: (batch, sequence, hidden) -> the same. `slot`: this execution's place in the cache."""
+        attended = self.attention(self.attention_norm_in(x), inputs, past_key_values, slot)
+        x = self.attention_norm_out(x + self.dropout(attended))
+        return self.mlp_norm_out(x + self.dropout(self.mlp(self.mlp_norm_in(x))))
+
+
+class BlockStack(GradientCheckpointingLayer):
+    """Blocks that run once: the prelude and the coda. The unit of compilation and of activation checkpointing."""
+
+    def __init__(self, config: MegaTransformerTextConfig, num_layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(num_layers))
+
+    def forward(
+        self, x: torch.Tensor, inputs: AttentionInputs, past_key_values: RecurrentCache | None = None, slot: int = 0
+    ) -> torch.Tensor:
+        """x: (batch, sequence, hidden) -> the same. `slot`: place of the first layer in the cache."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, inputs, past_key_values, slot + index)
+        return x

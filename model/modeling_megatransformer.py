@@ -1,0 +1,347 @@
+"""The models: MegaTransformerTextModel (embedding, prelude, core, coda) and MegaTransformerForCausalLM (plus a
+head).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import ModelOutput, logging
+
+from .attention import Attention, prepare_attention
+from .blocks import BlockStack, build_norm
+from .cache import RecurrentCache
+from .configuration_megatransformer import MegaTransformerTextConfig
+from .feedforward import OutputProjection
+from .generation_megatransformer import RecurrentGenerationMixin
+from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class MegaTransformerModelOutput(ModelOutput):
+    """Output of the base model.
+
+    Args:
+        last_hidden_state: (batch, sequence, hidden), after coda and final norm.
+        past_key_values: The cache, if one was asked for.
+        state: (batch, sequence, hidden), after the last core step and the final norm. None without a core.
+        states: s_0 .. s_r as the core left them, each (batch, sequence, hidden); only with `output_states=True`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: RecurrentCache | None = None
+    state: torch.FloatTensor | None = None
+    states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MegaTransformerCausalLMOutput(ModelOutput):
+    """Output of the language model: `loss` (scalar, if labels were given), `logits` (batch, sequence, vocab), and the
+    base model's `past_key_values`, `state` and `states`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: RecurrentCache | None = None
+    state: torch.FloatTensor | None = None
+    states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embedding whose output is multiplied by `scale`: the weights have the head's scale, the residual stream its
+    own.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, scale: float):
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.scale = scale
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) * self.scale
+
+
+def sinusoidal_table(num_positions: int, hidden_size: int) -> torch.Tensor:
+    """(num_positions, hidden): sines in the first half of the features, cosines in the second; wavelengths from 2 pi to
+    10000 * 2 pi. Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5 (there interleaved).
+    """
+    frequencies = 10000 ** (-torch.arange(0, hidden_size, 2, dtype=torch.float32) / hidden_size)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def refuse_unknown(kwargs: dict) -> None:
+    """Libraries around the model pass arguments of their own to every model; those that ask for something are errors
+    here.
+
+    Raises:
+        ValueError: for an argument that is neither empty nor harmless. `**kwargs` would swallow a misspelt one.
+    """
+    unknown = [
+        name for name, value in kwargs.items() if name != "return_dict" and value is not None and value is not False
+    ]
+    if unknown:
+        raise ValueError(f"forward does not know the argument {unknown[0]!r}; see its docstring for those it takes")
+
+
+class MegaTransformerPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: MegaTransformerTextConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """All weight initialisation. h: hidden_size, l: layers executed at the mean depth, l_P + mean_steps l_R + l_C.
+
+        | parameter                                         | distribution                                       |
+        |---------------------------------------------------|----------------------------------------------------|
+        | embedding, head, q/k/v, gate/up, injection        | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
+        | output projections of attention and feed-forward  | the same with std / sqrt(2 l)                      |
+        | learned positions                                 | the same with std * embedding_scale                |
+        | norms                                             | 1                                                  |
+        | biases, embedding of the padding token            | 0                                                  |
+
+        Source: Takase et al. 2023, arXiv 2312.16903, with l counted as the paper of the architecture counts it (132 for
+        its model). Both halves of a gated layer have std; its released code differs between training and inference
+        here.
+        """
+        std = self.config.initializer_range
+        if isinstance(module, nn.Embedding):
+            is_positions = not isinstance(module, ScaledEmbedding)
+            self._init_normal(module.weight, std * (self.config.embedding_scale if is_positions else 1))
+            if module.padding_idx is not None:
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, OutputProjection):
+            self._init_normal(module.weight, std / math.sqrt(2 * self.config.mean_executed_layers))
+        elif isinstance(module, nn.Linear):
+            self._init_normal(module.weight, std)
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Attention) and self.config.qk_bias:
+            init.zeros_(module.qk_bias)
+
+    @staticmethod
+    def _init_normal(weight: torch.Tensor, std: float) -> None:
+        init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """Refuses backends that would leave out a term of the attention logits; picks eager where none was asked
+        for.
+        """
+        config = self.config
+        if config.attn_logit_softcapping is not None and attn_implementation in (None, "sdpa"):
+            if attn_implementation == "sdpa":
+                raise ValueError("attn_logit_softcapping is not possible with sdpa; use eager or flex_attention")
+            attn_implementation = "eager"
+        if config.position_embedding == "alibi" and "flash" in (attn_implementation or ""):
+            raise ValueError(f"position_embedding 'alibi' is not possible with {attn_implementation}; use sdpa")
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+
+class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
+    """Token ids to hidden states: embedding, prelude, core x r, coda, norm."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: MegaTransformerTextConfig):
+        super().__init__(config)
+        self.embed_tokens = ScaledEmbedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_scale
+        )
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.prelude = BlockStack(config, config.num_prelude_layers)
+        self.core = RecurrentCore(config) if config.num_core_layers else None
+        self.coda = BlockStack(config, config.num_coda_layers)
+        self.norm = build_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def compile_units(self, **kwargs) -> None:
+        """Compiles prelude, one core step, and coda, each as a unit, with `torch.compile(**kwargs)`. The loop around
+        them has a varying length and stays outside: compiled with it, every new depth would be a new graph.
+        """
+        for unit in (self.prelude, self.core, self.coda):
+            if unit is not None:
+                unit.compile(**kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
+        initial_state: torch.FloatTensor | None = None,
+        output_states: bool = False,
+        **kwargs,
+    ) -> MegaTransformerModelOutput:
+        """
+        Args:
+            input_ids: (batch, sequence), below `vocab_size`.
+            attention_mask: (batch, past + sequence) with 1 for real tokens and 0 for padding, or 4-D.
+            position_ids: (batch, sequence). Default: counted over the real tokens. Without mask and cache, a restart at
+                0 begins a new document, and attention does not cross it.
+            past_key_values: Cache of the tokens before; it is extended in place.
+            inputs_embeds: (batch, sequence, hidden) instead of `input_ids`; already scaled, positions not yet added.
+            num_steps: Core steps: an int, a pair (without gradient, with gradient), or (batch,). See `resolve_depth`.
+            initial_state: s_0, broadcastable to (batch, sequence, hidden). Default: one fixed draw.
+            output_states: Return s_0 .. s_r.
+
+        Raises:
+            ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, or a
+                depth that is none.
+        """
+        refuse_unknown(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, sequence, _ = inputs_embeds.shape
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = RecurrentCache(self.config)
+        past = self._check_inputs(batch, sequence, attention_mask, past_key_values)
+        depth = resolve_depth(num_steps, self.config, batch, self.training)
+
+        if position_ids is None:
+            position_ids = self._default_positions(sequence, past, attention_mask, inputs_embeds.device)
+        hidden = self._add_positions(inputs_embeds, position_ids)
+        inputs = prepare_attention(self.config, hidden, attention_mask, position_ids, past_key_values)
+
+        hidden = self.prelude(hidden, inputs=inputs, past_key_values=past_key_values)
+        state, states = None, None
+        if self.core is not None:
+            state, states = self._recur(hidden, initial_state, depth, inputs, past_key_values, output_states)
+            hidden = state = self.norm(state)
+        coda_slot = self.config.num_prelude_layers
+        hidden = self.norm(self.coda(hidden, inputs=inputs, past_key_values=past_key_values, slot=coda_slot))
+        return MegaTransformerModelOutput(hidden, past_key_values if use_cache else None, state, states)
+
+    def _recur(self, embeds, initial_state, depth, inputs, past_key_values, output_states):
+        """(s_r, the tuple s_0 .. s_r if asked for)."""
+        state = default_state(self.config) if initial_state is None else initial_state
+        state = state.to(embeds).expand_as(embeds).contiguous()  # one memory layout: one compiled graph
+        states = [state] if output_states else None
+        if past_key_values is not None:
+            past_key_values.extend_steps(depth.total)
+        state = iterate_core(self.core, state, embeds, depth, inputs, past_key_values, states)
+        if past_key_values is not None:
+            past_key_values.settle_steps(depth.row_steps, num_new_tokens=embeds.shape[1])
+        return state, tuple(states) if output_states else None
+
+    def _check_inputs(self, batch: int, sequence: int, attention_mask, past_key_values) -> int:
+        """Number of tokens in the cache; raises for inputs that would fail late or broadcast silently."""
+        if sequence == 0:
+            raise ValueError("the input sequence is empty; it needs at least one token")
+        if past_key_values is not None and not hasattr(past_key_values, "settle_steps"):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; this model needs a RecurrentCache"
+            )
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is not None and attention_mask.ndim != 4 and attention_mask.shape != (batch, past + sequence):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, past + sequence) = "
+                f"({batch}, {past + sequence}) or a 4-D mask"
+            )
+        table = self.config.max_position_embeddings
+        if self.config.position_embedding in ("learned", "sinusoidal") and past + sequence > table:
+            raise ValueError(
+                f"{past + sequence} positions are more than the {table} of the {self.config.position_embedding} table "
+                "(max_position_embeddings); shorten the input or use rope or alibi"
+            )
+        return past
+
+    @staticmethod
+    def _default_positions(sequence: int, past: int, attention_mask, device) -> torch.Tensor:
+        """(1 or batch, sequence): counted over the real tokens, so that a padded row stands where it would stand
+        alone.
+        """
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -sequence:]
+        return torch.arange(past, past + sequence, device=device)[None]
+
+    def _add_positions(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        if self.config.position_embedding == "learned":
+            return embeds + self.embed_positions(position_ids)
+        if self.config.position_embedding == "sinusoidal":
+            table = sinusoidal_table(self.config.max_position_embeddings, self.config.hidden_size)
+            return embeds + table.to(embeds)[position_ids]
+        return embeds
+
+
+class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenerationMixin, GenerationMixin):
+    """The text model with a linear head."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MegaTransformerTextConfig):
+        super().__init__(config)
+        self.model = MegaTransformerTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
+        initial_state: torch.FloatTensor | None = None,
+        output_states: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> MegaTransformerCausalLMOutput:
+        """Arguments of the base model, and:
+
+        Args:
+            labels: (batch, sequence), -100 where there is no loss. They are shifted inside: position i predicts label i
+                + 1.
+            logits_to_keep: Number of last positions whose logits are computed (0: all), or their indices.
+            num_items_in_batch: The loss is the mean over labels, or, where the trainer gives this count (of all labels
+                of an accumulation window, on all ranks), their sum divided by it.
+        """
+        refuse_unknown(kwargs)
+        if use_cache is None and labels is not None:
+            use_cache = False  # whoever asks for a loss does not go on generating
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_steps=num_steps,
+            initial_state=initial_state,
+            output_states=output_states,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        return MegaTransformerCausalLMOutput(loss, logits, outputs.past_key_values, outputs.state, outputs.states)

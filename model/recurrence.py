@@ -1,0 +1,289 @@
+"""Recurrent depth: how many steps, from which state, and the loop itself.
+
+Source of all that has no other named: Geiping et al. 2025, arXiv 2502.05171 ("the paper" below).
+
+    e   = prelude(embed(x))
+    s_0 ~ noise
+    s_i = core(inject(s_{i-1}, e))      i = 1 .. r
+    p   = head(coda(norm(s_r)))
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import AttentionInputs
+from .blocks import TransformerBlock
+from .cache import RecurrentCache
+from .configuration_megatransformer import MegaTransformerTextConfig, RecurrenceConfig
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator that depends on `key` alone: the same on every rank, after resuming, in every process."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- depth
+
+
+def sample_depth(config: RecurrenceConfig, *key: int) -> tuple[int, int]:
+    """Draws the depth of one micro-batch from `key`, usually (seed, global step, micro-batch), and from nothing else.
+
+    p = Poisson(exp(Normal(ln mean - sigma^2/2, sigma))) + 1 (the paper's section 3.3; the mean of p is mean + 1).
+
+    Returns:
+        (n, k): n = max(p - backprop_steps, 0) steps without gradient, then k = min(backprop_steps, p) steps with.
+    """
+    generator = keyed_generator("depth", *key)
+    mean = config.mean_steps
+    if config.step_distribution == "lognormal-poisson":
+        normal = torch.randn((), generator=generator, dtype=torch.float64)
+        rate = torch.exp(math.log(mean) - config.step_sigma**2 / 2 + config.step_sigma * normal)
+        steps = int(torch.poisson(rate, generator=generator)) + 1
+    elif config.step_distribution == "poisson":
+        steps = int(torch.poisson(torch.tensor(float(mean - 1)), generator=generator)) + 1
+    elif config.step_distribution == "uniform":
+        steps = int(torch.randint(1, 2 * mean, (), generator=generator))
+    else:
+        steps = mean
+    return max(steps - config.backprop_steps, 0), min(config.backprop_steps, steps)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A resolved depth: `total` steps, the first `no_grad` of them without gradient; `rows` (batch,) where rows
+    differ.
+    """
+
+    no_grad: int
+    total: int
+    rows: torch.Tensor | None = None
+
+    @property
+    def row_steps(self) -> torch.Tensor | int:
+        """Steps taken by each row: (batch,), or one number for all."""
+        return self.total if self.rows is None else self.rows
+
+
+def resolve_depth(
+    num_steps: int | tuple[int, int] | torch.Tensor | None,
+    config: MegaTransformerTextConfig,
+    batch_size: int,
+    training: bool = False,
+) -> Depth:
+    """Turns the `num_steps` argument of `forward` into a depth; the only place that knows what it may be.
+
+    Args:
+        num_steps: Steps, all with gradient; or (n, k): n steps without gradient, then k with; or (batch,): steps of
+            each row, all with gradient; or None: `config.num_steps`, else the mean, of which in training only the last
+            `backprop_steps` carry gradient.
+
+    Raises:
+        ValueError: for a number below 1, a tensor of the wrong shape or type, or any `num_steps` for a model without
+        core.
+    """
+    if config.num_core_layers == 0:
+        if num_steps is not None:
+            raise ValueError(
+                f"num_steps ({num_steps}) was given, but this model has no core to iterate (num_core_layers is 0)"
+            )
+        return Depth(0, 0)
+    if num_steps is None:
+        steps = config.num_steps or config.recurrence.mean_steps
+        return Depth(max(steps - config.recurrence.backprop_steps, 0) if training else 0, steps)
+    if isinstance(num_steps, torch.Tensor) and num_steps.ndim > 0:
+        return _resolve_rows(num_steps, batch_size)
+    if isinstance(num_steps, (tuple, list)):
+        if len(num_steps) != 2 or any(_as_count(n, minimum=0) is None for n in num_steps) or sum(num_steps) < 1:
+            raise ValueError(
+                f"num_steps {num_steps} must be two counts (without gradient, with gradient), at least 1 in sum"
+            )
+        return Depth(int(num_steps[0]), int(num_steps[0]) + int(num_steps[1]))
+    steps = _as_count(num_steps, minimum=1)
+    if steps is None:
+        raise ValueError(
+            f"num_steps must be an integer of at least 1, a pair of counts, or a tensor (batch,); got {num_steps!r}"
+        )
+    return Depth(0, steps)
+
+
+def _resolve_rows(num_steps: torch.Tensor, batch_size: int) -> Depth:
+    if num_steps.shape != (batch_size,) or num_steps.is_floating_point() or num_steps.dtype == torch.bool:
+        raise ValueError(
+            f"num_steps as a tensor must hold one integer for each of the {batch_size} rows, got shape "
+            f"{tuple(num_steps.shape)} of {num_steps.dtype}"
+        )
+    if int(num_steps.min()) < 1:
+        raise ValueError(f"num_steps must be at least 1 in every row, got {num_steps.tolist()}")
+    return Depth(0, int(num_steps.max()), rows=num_steps)
+
+
+def _as_count(value, minimum: int) -> int | None:
+    """`value` as an int of at least `minimum`, or None if it is no such number."""
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= minimum else None
+
+
+# -------------------------------------------------------------------------------------------------------- initial state
+
+
+def draw_state(config: MegaTransformerTextConfig, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """One draw of the initial state that `config.recurrence.state_init` names.
+
+    Args:
+        shape: (..., hidden).
+        generator: CPU generator. Never the global one: a draw must not depend on what else was drawn.
+
+    Returns:
+        Float32 tensor of `shape` on the CPU.
+    """
+    kind = config.recurrence.state_init
+    state = torch.empty(shape)
+    if kind == "zero":
+        state.zero_()
+    elif kind == "like-init":
+        # The scale of the embeddings as the core sees them at initialisation, sqrt(2/5); cut at three deviations.
+        std = math.sqrt(2 / (5 * config.hidden_size)) * config.embedding_scale
+        nn.init.trunc_normal_(state, std=std, a=-3 * std, b=3 * std, generator=generator)
+    else:
+        state.normal_(generator=generator)
+        if kind == "embed":
+            state = state / math.sqrt(config.hidden_size)
+        elif kind == "unit":
+            state = nn.functional.layer_norm(state, state.shape[-1:])
+    return state * config.recurrence.state_scale
+
+
+def draw_training_states(
+    config: MegaTransformerTextConfig, sequence: int, row_keys: list[tuple[int, ...]]
+) -> torch.Tensor:
+    """Initial states of a training batch, each row from its own key, usually (seed, global step, row in the global
+    batch).
+
+    So a row has the same state however the batch is spread over ranks and micro-batches.
+
+    Returns:
+        (len(row_keys), sequence, hidden), float32 on the CPU.
+    """
+    shape = (sequence, config.hidden_size)
+    return torch.stack([draw_state(config, shape, keyed_generator("state", *key)) for key in row_keys])
+
+
+def default_state(config: MegaTransformerTextConfig) -> torch.Tensor:
+    """The state used when none is passed: one fixed draw, (1, 1, hidden), the same for every row and position, so that
+    a row's result depends on nothing but the row.
+    """
+    return draw_state(config, (1, 1, config.hidden_size), keyed_generator("state", config.recurrence.state_seed))
+
+
+# -------------------------------------------------------------------------------------------------------------
+# injection
+
+
+class ConcatInjection(nn.Module):
+    """Linear([s; e]), the paper's adapter."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+
+    def forward(self, state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        return self.proj(torch.cat((state, embeds), dim=-1))
+
+
+class AddInjection(nn.Module):
+    """s + e."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+
+    def forward(self, state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        return state + embeds
+
+
+class GateInjection(nn.Module):
+    """g s + (1 - g) e, with g = sigmoid(Linear([s; e]))."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.gate = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+
+    def forward(self, state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(self.gate(torch.cat((state, embeds), dim=-1)))
+        return gate * state + (1 - gate) * embeds
+
+
+INJECTIONS = {"concat": ConcatInjection, "add": AddInjection, "gate": GateInjection}
+
+
+# ------------------------------------------------------------------------------------------------------- the core, the
+# loop
+
+
+class RecurrentCore(GradientCheckpointingLayer):
+    """One step s_i = core(inject(s_{i-1}, e)). The unit of compilation and of activation checkpointing."""
+
+    def __init__(self, config: MegaTransformerTextConfig):
+        super().__init__()
+        self.injection = INJECTIONS[config.recurrence.injection](config.hidden_size)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_core_layers))
+
+    def forward(
+        self,
+        state: torch.Tensor,
+        embeds: torch.Tensor,
+        inputs: AttentionInputs,
+        past_key_values: RecurrentCache | None = None,
+        slot: int = 0,
+    ) -> torch.Tensor:
+        """state, embeds: (batch, sequence, hidden) -> the next state. `slot`: place of the first layer in the cache."""
+        x = self.injection(state, embeds)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, inputs, past_key_values, slot + index)
+        return x
+
+
+def iterate_core(
+    core: RecurrentCore,
+    state: torch.Tensor,
+    embeds: torch.Tensor,
+    depth: Depth,
+    inputs: AttentionInputs,
+    past_key_values: RecurrentCache | None = None,
+    trajectory: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """s_i = core(s_{i-1}, e) for i = 1 .. r, the first `depth.no_grad` steps without gradient.
+
+    A row that has taken its own number of steps keeps its state.
+
+    Args:
+        state: s_0, (batch, sequence, hidden).
+        embeds: e, of the same shape.
+        trajectory: If given, s_1 .. s_r are appended.
+
+    Returns:
+        s_r, (batch, sequence, hidden).
+    """
+    grad_enabled = torch.is_grad_enabled()
+    for step in range(depth.total):
+        if grad_enabled and step == depth.no_grad and not state.requires_grad:
+            # Truncation: backpropagation ends here. A leaf that requires a gradient makes the first step with gradient
+            # look like the others, so that torch.compile needs one graph for them instead of two.
+            state = state.detach().requires_grad_()
+        slot = past_key_values.core_slot(step) if past_key_values is not None else 0
+        with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):
+            stepped = core(state, embeds, inputs=inputs, past_key_values=past_key_values, slot=slot)
+        state = stepped if depth.rows is None else torch.where(_still_going(depth, step, state), stepped, state)
+        if trajectory is not None:
+            trajectory.append(state)
+    return state
+
+
+def _still_going(depth: Depth, step: int, state: torch.Tensor) -> torch.Tensor:
+    return (depth.rows > step).to(state.device)[:, None, None]  # (batch, 1, 1)

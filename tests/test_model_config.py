@@ -1,0 +1,69 @@
+"""The configs refuse what they do not know, with the value and the reason, through the API and from nested files."""
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from model import MegaTransformerTextConfig, RecurrenceConfig
+from tests.tiny import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_sise": 32}, "unknown key 'hidden_sise'; known keys: .*hidden_size"),
+        ({"recurrence": {"mean_stepz": 3}}, "RecurrenceConfig: unknown key 'mean_stepz'; known keys: .*mean_steps"),
+        ({"hidden_size": "wide"}, "MegaTransformerTextConfig.hidden_size: .*expected int, got str .*wide"),
+        ({"recurrence": {"mean_steps": "many"}}, "RecurrenceConfig.mean_steps: .*expected int.*many"),
+        ({"recurrence": {"mean_steps": 0}}, "RecurrenceConfig.mean_steps: .*greater or equal to 1.*0"),
+        ({"recurrence": {"state_init": "warm"}}, "state_init: .*'like-init'.*warm"),
+        ({"recurrence": {"injection": "multiply"}}, "injection: .*'concat', 'add', 'gate'.*multiply"),
+        ({"position_embedding": "rotary"}, "position_embedding: .*'rope', 'alibi'.*rotary"),
+        ({"norm_placement": "middle"}, "norm_placement: .*'sandwich', 'pre', 'post'.*middle"),
+        ({"attention_dropout": 1.0}, "attention_dropout: .*smaller than 1"),
+        ({"rope_theta": 0}, "rope_theta: .*greater than 0"),
+        ({"num_attention_heads": 5}, r"hidden_size \(32\) is not a multiple of num_attention_heads \(5\)"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
+        ({"num_key_value_heads": 8}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(8\)"),
+        ({"head_dim": 7}, r"head_dim \(7\) must be even"),
+        ({"num_steps": 0}, r"num_steps \(0\) must be at least 1"),
+        ({"final_logit_softcapping": -1.0}, r"final_logit_softcapping \(-1.0\) must be greater than 0"),
+        ({"num_prelude_layers": 0, "num_core_layers": 0, "num_coda_layers": 0}, "the model needs a layer"),
+    ],
+)
+def test_bad_settings_are_value_errors_that_name_them(settings, message):
+    """A1, A5, A9, E1-E3."""
+    with pytest.raises(ValueError, match=message) as error:
+        tiny_config(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_assignment_is_checked_too():
+    with pytest.raises(ValueError, match=r"RecurrenceConfig\.mean_steps"):
+        RecurrenceConfig().mean_steps = "three"
+
+
+def test_whole_numbers_serve_as_floats():
+    config = tiny_config(rope_theta=10000, norm_eps=1, recurrence={"step_sigma": 1})
+    assert (config.rope_theta, config.recurrence.step_sigma) == (10000, 1)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_unknown_key_in_a_file_is_refused(tmp_path, nested):
+    tiny_config().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    (content["recurrence"] if nested else content)["surprise"] = 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="unknown key 'surprise'"):
+        MegaTransformerTextConfig.from_pretrained(tmp_path)
+
+
+def test_round_trip_through_a_file(tmp_path):
+    config = tiny_config(num_steps=3, qk_norm=True, recurrence={"injection": "gate", "mean_steps": 9})
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is MegaTransformerTextConfig
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+    assert (loaded.recurrence.injection, loaded.recurrence.mean_steps, loaded.num_steps) == ("gate", 9, 3)

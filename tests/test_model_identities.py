@@ -1,0 +1,528 @@
+"""What is always true of the text model, each computed in a second, independent way."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from model import RecurrentCache
+from tests.tiny import tiny_config, tiny_ids, tiny_model
+
+POSITIONS = ["rope", "alibi", "learned", "sinusoidal", "none"]
+PLACEMENTS = ["sandwich", "pre", "post"]
+INJECTIONS = ["concat", "add", "gate"]
+
+
+def logits_of(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+# ------------------------------------------------------------------------------------------------- reference
+# implementation
+
+
+def reference_logits(model, ids, num_steps, state):
+    """The sandwich model with RoPE, written out in plain tensor operations for one row."""
+    c, w = model.config, dict(model.named_parameters())
+    d, heads, groups = c.head_dim, c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads
+    n = len(ids)
+    angle = torch.outer(torch.arange(n).float(), c.rope_theta ** (-torch.arange(0, d, 2).float() / d))
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * w[name + ".weight"]
+
+    def rotate(x):  # (n, heads, d), as complex numbers
+        z = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        return torch.cat((z.real, z.imag), dim=-1)
+
+    def attention(x, name):
+        qkv = (x @ w[name + ".qkv_proj.weight"].T).view(n, -1, d)
+        q, k, v = (
+            rotate(qkv[:, :heads]),
+            rotate(qkv[:, heads : -c.num_key_value_heads]),
+            qkv[:, -c.num_key_value_heads :],
+        )
+        out = []
+        for head in range(heads):
+            scores = q[:, head] @ k[:, head // groups].T / d**0.5
+            scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf"))
+            out.append(scores.softmax(-1) @ v[:, head // groups])
+        return torch.cat(out, dim=-1) @ w[name + ".o_proj.weight"].T
+
+    def block(x, name):
+        x = norm(attention(norm(x, name + ".attention_norm_in"), name + ".attention") + x, name + ".attention_norm_out")
+        gate, up = (norm(x, name + ".mlp_norm_in") @ w[name + ".mlp.gate_up_proj.weight"].T).chunk(2, -1)
+        return norm((gate * gate.sigmoid() * up) @ w[name + ".mlp.down_proj.weight"].T + x, name + ".mlp_norm_out")
+
+    e = block(w["model.embed_tokens.weight"][ids] * c.embedding_scale, "model.prelude.layers.0")
+    for _ in range(num_steps):
+        state = torch.cat((state, e), dim=-1) @ w["model.core.injection.proj.weight"].T
+        state = block(block(state, "model.core.layers.0"), "model.core.layers.1")
+    h = norm(block(norm(state, "model.norm"), "model.coda.layers.0"), "model.norm")
+    return h @ w["model.embed_tokens.weight"].T
+
+
+def test_forward_equals_the_equations_written_out():
+    """R1: the thought state, not the prelude's output, goes through the core."""
+    model, ids = tiny_model(scale=2.0), tiny_ids(1, 9)
+    state = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(1))
+    expected = reference_logits(model, ids[0], 3, state[0])
+    torch.testing.assert_close(
+        logits_of(model, ids, num_steps=3, initial_state=state)[0], expected, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_plain_pre_norm_model_equals_llama():
+    """A model without a core, pre-norm and SwiGLU, is Llama: transformers' implementation is the witness."""
+    model = tiny_model(
+        scale=2.0,
+        num_core_layers=0,
+        num_prelude_layers=2,
+        num_coda_layers=1,
+        norm_placement="pre",
+        embedding_scale=1.0,
+        tie_word_embeddings=False,
+    )
+    c = model.config
+    llama_config = LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+    )
+    llama = LlamaForCausalLM(llama_config).eval()
+    weights = {
+        "model.embed_tokens.weight": model.model.embed_tokens.weight,
+        "model.norm.weight": model.model.norm.weight,
+        "lm_head.weight": model.lm_head.weight,
+    }
+    for index, block in enumerate([*model.model.prelude.layers, *model.model.coda.layers]):
+        q, k, v = block.attention.qkv_proj.weight.split([32, 16, 16])
+        gate, up = block.mlp.gate_up_proj.weight.chunk(2)
+        layer = {
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "self_attn.o_proj": block.attention.o_proj.weight,
+            "mlp.down_proj": block.mlp.down_proj.weight,
+            "input_layernorm": block.attention_norm_in.weight,
+            "post_attention_layernorm": block.mlp_norm_in.weight,
+        }
+        weights |= {f"model.layers.{index}.{name}.weight": weight for name, weight in layer.items()}
+    llama.load_state_dict(weights)
+    ids = tiny_ids(2, 11)
+    torch.testing.assert_close(logits_of(model, ids), logits_of(llama, ids), atol=1e-5, rtol=1e-4)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# identity 1
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_cache_and_chunks_equal_whole(position, placement):
+    """A2, A3, R4: token by token, and in chunks, with the cache, as without it."""
+    model = tiny_model(scale=2.0, position_embedding=position, norm_placement=placement)
+    ids = tiny_ids(2, 12)
+    whole = logits_of(model, ids, num_steps=3)
+    for chunks in ([1] * 12, [5, 4, 3]):
+        cache, parts = RecurrentCache(model.config), []
+        for part in ids.split(chunks, dim=1):
+            parts.append(logits_of(model, part, num_steps=3, past_key_values=cache))
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
+        assert cache.get_seq_length() == 12 and cache.num_steps == 3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_padded_row_equals_alone(position, side):
+    """A3: a row does not see its padding, and stands at the positions where it would stand alone."""
+    model = tiny_model(scale=2.0, position_embedding=position)
+    long, short = tiny_ids(1, 10), tiny_ids(1, 6, seed=1)
+    pad = torch.zeros(1, 4, dtype=torch.long)
+    padded = torch.cat((pad, short) if side == "left" else (short, pad), dim=1)
+    real = slice(4, 10) if side == "left" else slice(0, 6)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1] = 0
+    mask[1, real] = 1
+    batch = logits_of(model, torch.cat((long, padded)), attention_mask=mask, num_steps=3)
+    torch.testing.assert_close(batch[0], logits_of(model, long, num_steps=3)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(batch[1, real], logits_of(model, short, num_steps=3)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_padding_with_a_cache_equals_alone(position):
+    """A2, A3: left padding, then one token at a time."""
+    model = tiny_model(scale=2.0, position_embedding=position)
+    ids = tiny_ids(1, 8)
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids), dim=1)
+    mask = (torch.arange(11) >= 3).long()[None]
+    cache, parts = RecurrentCache(model.config), []
+    for start, stop in [(0, 6), *((i, i + 1) for i in range(6, 11))]:
+        parts.append(
+            logits_of(model, padded[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, num_steps=2)
+        )
+    alone = logits_of(model, ids, num_steps=2)
+    torch.testing.assert_close(torch.cat(parts, dim=1)[:, 3:], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_packed_documents_equal_separate(position):
+    """A3: attention does not cross a restart of the positions."""
+    model = tiny_model(scale=2.0, position_embedding=position)
+    lengths = [5, 1, 7]
+    documents = [tiny_ids(1, length, seed=length) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed = logits_of(model, torch.cat(documents, dim=1), position_ids=positions, num_steps=3).split(lengths, dim=1)
+    for part, document in zip(packed, documents, strict=True):
+        torch.testing.assert_close(part, logits_of(model, document, num_steps=3), atol=1e-4, rtol=1e-4)
+
+
+def test_saved_equals_loaded(tmp_path):
+    model, ids = tiny_model(scale=2.0), tiny_ids(2, 7)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for name in ("mean_steps", "backprop_steps", "state_init", "injection"):
+        assert getattr(loaded.config.recurrence, name) == getattr(model.config.recurrence, name)
+    assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
+
+
+# ------------------------------------------------------------------------------------------- read rule of the cache,
+# rows
+
+
+def test_cache_read_takes_the_deepest_entry_not_deeper_than_the_reader():
+    """R5: chunks of different depths against a decoder that keeps every (token, step) entry and applies the rule."""
+    model = tiny_model(scale=2.0, position_embedding="none", num_prelude_layers=0, num_coda_layers=0, num_core_layers=1)
+    ids, depths = tiny_ids(1, 5), [3, 1, 4, 2, 4]
+    cache, state = RecurrentCache(model.config), torch.full((1, 1, 32), 0.3)
+    ours = [
+        logits_of(model, ids[:, i : i + 1], past_key_values=cache, num_steps=depth, initial_state=state)
+        for i, depth in enumerate(depths)
+    ]
+    layer, entries, reference = model.model.core.layers[0], [], []  # entries[token][step] = (key, value)
+    for token, depth in zip(ids[0], depths, strict=True):
+        s, e, own = state, model.model.embed_tokens(token)[None, None], []
+        for step in range(depth):
+            x = model.model.core.injection(s, e)
+            q, k, v = layer.attention._project(layer.attention_norm_in(x))
+            own.append((k, v))
+            visible = [past[min(step, len(past) - 1)] for past in entries] + [own[step]]
+            keys, values = (torch.cat(part, 2).repeat_interleave(2, 1) for part in zip(*visible, strict=True))
+            mixed = (q @ keys.mT / q.shape[-1] ** 0.5).softmax(-1) @ values
+            x = layer.attention_norm_out(x + layer.attention.o_proj(mixed.transpose(1, 2).flatten(2)))
+            s = layer.mlp_norm_out(x + layer.mlp(layer.mlp_norm_in(x)))
+        entries.append(own)
+        reference.append(model.lm_head(model.model.norm(model.model.norm(s))))
+    torch.testing.assert_close(torch.cat(ours, 1), torch.cat(reference, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_different_depth_equal_each_alone_also_later_through_the_cache():
+    model, ids = tiny_model(scale=2.0), tiny_ids(3, 9)
+    depths = torch.tensor([1, 4, 2])
+    cache = RecurrentCache(model.config)
+    first = logits_of(model, ids[:, :6], num_steps=depths, past_key_values=cache)
+    second = logits_of(model, ids[:, 6:], num_steps=3, past_key_values=cache)
+    for row, depth in enumerate(depths.tolist()):
+        alone_cache = RecurrentCache(model.config)
+        alone = logits_of(model, ids[row : row + 1, :6], num_steps=depth, past_key_values=alone_cache)
+        alone_second = logits_of(model, ids[row : row + 1, 6:], num_steps=3, past_key_values=alone_cache)
+        torch.testing.assert_close(first[row], alone[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(second[row], alone_second[0], atol=1e-4, rtol=1e-4)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# identity 2
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_backends_agree(position):
+    """A4: eager = sdpa, with padding. (FlexAttention, which compiles, is tested among the slow ones.)"""
+    ids, mask = tiny_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    outputs = [
+        logits_of(
+            tiny_model(scale=2.0, position_embedding=position, attn_implementation=name), ids, attention_mask=mask
+        )
+        for name in ("eager", "sdpa")
+    ]
+    torch.testing.assert_close(outputs[0][mask.bool()], outputs[1][mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_flex_attention_agrees_with_eager(position):
+    """A4. FlexAttention on the CPU wants heads of at least 16."""
+    ids = tiny_ids(2, 9)
+    outputs = [
+        logits_of(tiny_model(scale=2.0, position_embedding=position, attn_implementation=name, head_dim=16), ids)
+        for name in ("eager", "flex_attention")
+    ]
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
+
+
+def test_attention_soft_cap_is_applied_and_refused_where_it_would_be_lost():
+    """A8: a named option; the closed form c tanh(x / c) bounds logits, so a tiny cap gives uniform attention."""
+    ids = tiny_ids(1, 6)
+    capped = tiny_model(scale=2.0, attn_logit_softcapping=1e-6)
+    assert capped.config._attn_implementation == "eager"
+    uniform = tiny_model(scale=2.0)
+    uniform.load_state_dict(capped.state_dict())
+    for name, parameter in uniform.named_parameters():
+        if "qkv_proj" in name:
+            parameter.data[:48] = 0  # no queries, no keys: every logit is 0
+    torch.testing.assert_close(logits_of(capped, ids), logits_of(uniform, ids), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="attn_logit_softcapping is not possible with sdpa"):
+        tiny_model(attn_logit_softcapping=50.0, attn_implementation="sdpa")
+
+
+def test_final_soft_cap():
+    ids = tiny_ids(1, 6)
+    plain, capped = tiny_model(scale=3.0), tiny_model(scale=3.0, final_logit_softcapping=2.0)
+    torch.testing.assert_close(logits_of(capped, ids), 2.0 * torch.tanh(logits_of(plain, ids) / 2.0))
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# identity 3
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_steps_without_and_with_gradient_add_up(position):
+    """R1: n steps without gradient and k with equal n + k steps in value."""
+    model, ids = tiny_model(scale=2.0, position_embedding=position), tiny_ids(2, 7)
+    for split in ((0, 5), (3, 2), (5, 0)):
+        assert torch.equal(model(ids, num_steps=split).logits, model(ids, num_steps=5).logits)
+
+
+def test_output_changes_with_the_number_of_steps():
+    """R1."""
+    model, ids = tiny_model(scale=2.0), tiny_ids(2, 7)
+    outputs = [logits_of(model, ids, num_steps=steps) for steps in (1, 2, 3, 8)]
+    for shallow, deep in pairwise(outputs):
+        assert (shallow - deep).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_parameter_gets_a_gradient(placement, injection, tied):
+    """R1: also those of the injection, and with steps without gradient before."""
+    model = tiny_model(
+        norm_placement=placement,
+        recurrence={"injection": injection},
+        tie_word_embeddings=tied,
+        qk_norm=True,
+        qk_bias=True,
+        position_embedding="learned",
+        norm="layernorm",
+        mlp="mlp",
+    ).train()
+    ids = tiny_ids(2, 7)
+    model(ids, labels=ids, num_steps=(2, 2)).loss.backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_truncated_gradient_equals_backpropagation_from_a_constant_state():
+    """The gradient of (n, k) steps is that of k steps from the state after n steps, taken as a constant input."""
+    model, ids = tiny_model(scale=2.0).train(), tiny_ids(2, 7)
+    model(ids, labels=ids, num_steps=(3, 2)).loss.backward()
+    truncated = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    with torch.no_grad():
+        after_three = model(ids, num_steps=3, output_states=True).states[-1]
+    model(ids, labels=ids, num_steps=2, initial_state=after_three).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, truncated[name], atol=1e-6, rtol=1e-5)
+
+
+def test_activation_checkpointing_changes_nothing():
+    model, ids = tiny_model(scale=2.0).train(), tiny_ids(2, 7)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        loss = model(ids, labels=ids, num_steps=(1, 3)).loss
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_dropout_only_in_training_and_recomputed_alike():
+    model, ids = tiny_model(attention_dropout=0.2, hidden_dropout=0.2), tiny_ids(2, 7)
+    assert torch.equal(logits_of(model, ids), logits_of(model, ids))
+    model.train()
+    assert not torch.equal(logits_of(model, ids), logits_of(model, ids))
+    losses = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(ids, labels=ids, num_steps=(0, 3)).loss.backward()
+        losses.append(model.model.core.injection.proj.weight.grad.clone())
+    torch.testing.assert_close(*losses)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# identity 5
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_what_is_predicted_is_not_seen(position):
+    """X1 for text: the gradient of the loss at i with respect to inputs at j > i, whose tokens it predicts, is zero."""
+    model = tiny_model(scale=2.0, position_embedding=position)
+    ids = tiny_ids(1, 8)
+    embeds = model.model.embed_tokens(ids).detach().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(
+        model(inputs_embeds=embeds, num_steps=3).logits[0, :-1], ids[0, 1:], reduction="none"
+    )
+    for i, loss in enumerate(losses):
+        (gradient,) = torch.autograd.grad(loss, embeds, retain_graph=True)
+        assert gradient[0, i + 1 :].abs().max() == 0
+        assert gradient[0, : i + 1].abs().amax(-1).min() > 0 or position == "none" or i == 0
+
+
+def test_labels_are_shifted_and_weighted_by_token():
+    """T1: padding is not in the loss; the loss is -log p of the next token, averaged over labels."""
+    model, ids = tiny_model(scale=2.0), tiny_ids(2, 6)
+    labels = ids.clone()
+    labels[1, 4:] = -100
+    log_p = logits_of(model, ids).log_softmax(-1)
+    picked = [-log_p[b, i, ids[b, i + 1]] for b, last in ((0, 5), (1, 3)) for i in range(last)]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, labels=labels).loss, torch.stack(picked).mean())
+        summed = model(ids, labels=labels, num_items_in_batch=torch.tensor(4)).loss
+    torch.testing.assert_close(summed, torch.stack(picked).sum() / 4)
+
+
+# -------------------------------------------------------------------------------------------------------- doors,
+# initialisation
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "sequence is empty"),
+        ({"input_ids": tiny_ids(2, 5), "attention_mask": torch.ones(2, 4)}, r"shape \(2, 4\), expected .* \(2, 5\)"),
+        ({"input_ids": tiny_ids(2, 5), "attention_mask": torch.ones(5)}, r"shape \(5,\)"),
+        ({"input_ids": tiny_ids(1, 5), "num_steps": 0}, "at least 1; got 0|at least 1, .*got 0"),
+        ({"input_ids": tiny_ids(1, 5), "num_steps": -3}, "got -3"),
+        ({"input_ids": tiny_ids(1, 5), "num_steps": 2.5}, "got 2.5"),
+        ({"input_ids": tiny_ids(1, 5), "num_steps": True}, "got True"),
+        ({"input_ids": tiny_ids(1, 5), "num_steps": (0, 0)}, r"\(0, 0\)"),
+        ({"input_ids": tiny_ids(2, 5), "num_steps": torch.tensor([1, 2, 3])}, r"each of the 2 rows, got shape \(3,\)"),
+        ({"input_ids": tiny_ids(2, 5), "num_steps": torch.tensor([1, 0])}, r"every row, got \[1, 0\]"),
+        ({}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": tiny_ids(1, 5), "num_stepz": 3}, "does not know the argument 'num_stepz'"),
+        ({"input_ids": tiny_ids(1, 5), "output_attentions": True}, "does not know the argument 'output_attentions'"),
+    ],
+)
+def test_bad_input_is_refused_at_the_door(arguments, message):
+    """A6."""
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**arguments)
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal"])
+def test_sequence_over_a_table_is_refused(position):
+    """A10."""
+    model = tiny_model(position_embedding=position, max_position_embeddings=8)
+    with pytest.raises(ValueError, match=f"9 positions are more than the 8 of the {position} table"):
+        model(tiny_ids(1, 9))
+    cache = model(tiny_ids(1, 8), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="9 positions"):
+        model(tiny_ids(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi", "none"])
+def test_open_positions_extrapolate(position):
+    """A10."""
+    model = tiny_model(position_embedding=position, max_position_embeddings=8)
+    assert logits_of(model, tiny_ids(1, 20)).isfinite().all()
+
+
+def test_plain_model_refuses_steps():
+    with pytest.raises(ValueError, match=r"num_steps \(3\) was given, but this model has no core"):
+        tiny_model(num_core_layers=0)(tiny_ids(1, 4), num_steps=3)
+
+
+def test_foreign_cache_is_refused():
+    """R5."""
+    with pytest.raises(ValueError, match="DynamicCache; this model needs a RecurrentCache"):
+        tiny_model()(tiny_ids(1, 4), past_key_values=DynamicCache())
+
+
+def test_initialisation_follows_its_table():
+    """Standard deviations against the closed form, on a model wide enough for tight statistics."""
+    config = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "position_embedding": "learned"}
+    model = tiny_model(**config, tie_word_embeddings=False, recurrence={"mean_steps": 8})
+    std = (2 / (5 * 256)) ** 0.5
+    cut = 0.9866  # standard deviation of a unit normal that is cut at three
+    layers = 1 + 8 * 2 + 1
+    block = model.model.core.layers[0]
+    expected = {
+        model.model.embed_tokens.weight[1:]: std,
+        model.lm_head.weight: std,
+        model.model.core.injection.proj.weight: std,
+        block.attention.qkv_proj.weight: std,
+        block.mlp.gate_up_proj.weight: std,
+        block.attention.o_proj.weight: std / (2 * layers) ** 0.5,
+        block.mlp.down_proj.weight: std / (2 * layers) ** 0.5,
+        model.model.embed_positions.weight: std * 16,
+    }
+    for weight, value in expected.items():
+        assert weight.std().item() == pytest.approx(value * cut, rel=0.02)
+    assert model.model.embed_tokens.weight[0].abs().max() == 0
+    assert (model.model.norm.weight == 1).all()
+
+
+def test_tied_weights_share_storage_gradient_and_survive_saving(tmp_path):
+    """A11."""
+    model, ids = tiny_model().train(), tiny_ids(2, 7)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model(ids, labels=ids).loss.backward()
+    untied = tiny_model(tie_word_embeddings=False).train()
+    untied.load_state_dict({**model.state_dict(), "lm_head.weight": model.lm_head.weight})
+    untied(ids, labels=ids).loss.backward()
+    both = untied.lm_head.weight.grad + untied.model.embed_tokens.weight.grad
+    torch.testing.assert_close(model.lm_head.weight.grad, both)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_embedding_scale_multiplies_the_embeddings():
+    """A11."""
+    model, ids = tiny_model(embedding_scale=3.0), tiny_ids(1, 4)
+    torch.testing.assert_close(model.model.embed_tokens(ids), 3.0 * model.model.embed_tokens.weight[ids])
+    assert tiny_config().embedding_scale == pytest.approx(32**0.5)
+
+
+def test_rotary_angles_are_float32_in_half_precision():
+    """A5: at position 4001 the angles of bfloat16 arithmetic would be off by whole turns."""
+    from model.attention import rotary_tables
+
+    positions = torch.tensor([[4001]])
+    cos, _ = rotary_tables(positions, 8, 10000.0, torch.bfloat16)
+    exact = torch.cos(4001 * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8))
+    torch.testing.assert_close(cos[0, 0, :4].double(), exact, atol=4e-3, rtol=0)
+
+
+def test_alibi_slopes_of_the_paper():
+    from model.attention import alibi_slopes
+
+    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    twelve = alibi_slopes(12).tolist()
+    assert twelve[:8] == [2.0**-i for i in range(1, 9)]
+    assert twelve[8:] == pytest.approx([2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])

@@ -1,0 +1,191 @@
+"""Depth sampling, initial states, injections, and what `num_steps` may be."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model import RecurrenceConfig
+from model.recurrence import (
+    INJECTIONS,
+    default_state,
+    draw_state,
+    draw_training_states,
+    keyed_generator,
+    resolve_depth,
+    sample_depth,
+)
+from tests.tiny import tiny_config, tiny_ids, tiny_model
+
+
+def depths(config, count=4000):
+    return torch.tensor([sample_depth(config, 0, step, 0) for step in range(count)]).float()
+
+
+def test_lognormal_poisson_has_the_moments_of_its_definition():
+    """R6. Closed form: E[p] = mean + 1, Var[p] = mean + mean^2 (exp(sigma^2) - 1); the quantiles were computed from
+    200,000 draws of another implementation.
+    """
+    steps = depths(RecurrenceConfig(mean_steps=32, backprop_steps=8))
+    total = steps.sum(1)
+    variance = 32 + 32**2 * (math.exp(0.25) - 1)
+    error = math.sqrt(variance / len(total))
+    assert total.mean().item() == pytest.approx(33, abs=4 * error)
+    assert total.std().item() == pytest.approx(math.sqrt(variance), rel=0.08)
+    assert torch.quantile(total, torch.tensor([0.05, 0.5, 0.95])).tolist() == pytest.approx([12, 29, 67], rel=0.08)
+    assert (steps[:, 1] == total.clamp(max=8)).all() and (steps[:, 0] == (total - 8).clamp(min=0)).all()
+    assert total.min() >= 1
+
+
+@pytest.mark.parametrize(
+    ("distribution", "mean", "variance"), [("poisson", 6, 5), ("uniform", 6, (11**2 - 1) / 12), ("fixed", 6, 0)]
+)
+def test_other_distributions_have_their_moments(distribution, mean, variance):
+    total = depths(RecurrenceConfig(mean_steps=6, step_distribution=distribution)).sum(1)
+    assert total.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / len(total)) + 1e-6)
+    assert total.var().item() == pytest.approx(variance, rel=0.1, abs=1e-6)
+
+
+def test_depth_depends_on_its_key_alone_also_in_another_process():
+    """R6: whatever the global generators, the hash seed, the process."""
+    config = RecurrenceConfig(mean_steps=8)
+    here = [sample_depth(config, 7, step, micro) for step in range(5) for micro in range(2)]
+    torch.manual_seed(99)
+    assert here == [sample_depth(config, 7, step, micro) for step in range(5) for micro in range(2)]
+    assert len(set(here)) > 3
+    assert here != [sample_depth(config, 8, step, micro) for step in range(5) for micro in range(2)]
+    code = (
+        "from model import RecurrenceConfig; from model.recurrence import sample_depth; "
+        "c = RecurrenceConfig(mean_steps=8); print([sample_depth(c, 7, s, m) for s in range(5) for m in range(2)])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "3"}
+    )
+    assert out.stdout.strip() == str(here)
+
+
+def test_drawing_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    sample_depth(RecurrenceConfig(), 1, 2, 3)
+    draw_training_states(tiny_config(), 4, [(0, 0, 0)])
+    tiny_model_state = default_state(tiny_config())
+    assert tiny_model_state.shape == (1, 1, 32)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "std"),
+    [
+        ("like-init", math.sqrt(2 / 5) * 0.9866),
+        ("normal", 1.0),
+        ("embed", 1 / math.sqrt(32)),
+        ("unit", 1.0),
+        ("zero", 0.0),
+    ],
+)
+def test_initial_states_have_their_scale(kind, std):
+    """Standard deviations in closed form; 0.9866 is that of a unit normal cut at three deviations."""
+    config = tiny_config(recurrence={"state_init": kind})
+    state = draw_state(config, (64, 50, 32), keyed_generator("test"))
+    assert state.std().item() == pytest.approx(std, rel=0.02, abs=1e-6)
+    if kind == "like-init":
+        assert state.abs().max() <= 3 * math.sqrt(2 / 5) + 1e-6
+    if kind == "unit":
+        torch.testing.assert_close(state.mean(-1), torch.zeros(64, 50), atol=1e-5, rtol=0)
+        torch.testing.assert_close(state.var(-1, unbiased=False), torch.ones(64, 50), atol=1e-3, rtol=0)
+    scaled = draw_state(
+        tiny_config(recurrence={"state_init": kind, "state_scale": 2.0}), (64, 50, 32), keyed_generator("test")
+    )
+    torch.testing.assert_close(scaled, 2 * state)
+
+
+def test_like_init_has_the_scale_of_fresh_embeddings():
+    model = tiny_model(hidden_size=128, vocab_size=512)
+    embeds = model.model.embed_tokens(tiny_ids(8, 60, high=512))
+    state = draw_state(model.config, (8, 60, 128), keyed_generator("x"))
+    assert state.std().item() == pytest.approx(embeds.std().item(), rel=0.03)
+
+
+def test_training_states_belong_to_rows_not_to_batches():
+    keys = [(0, 5, row) for row in range(4)]
+    whole = draw_training_states(tiny_config(), 6, keys)
+    parts = torch.cat(
+        [draw_training_states(tiny_config(), 6, keys[:2]), draw_training_states(tiny_config(), 6, keys[2:])]
+    )
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_default_state_is_one_draw_for_all_rows_and_positions():
+    model, ids = tiny_model(scale=2.0), tiny_ids(3, 6)
+    state = default_state(model.config)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids, initial_state=state).logits)
+        assert not torch.equal(model(ids).logits, model(ids, initial_state=0 * state).logits)
+    other = tiny_config(recurrence={"state_seed": 1})
+    assert not torch.equal(default_state(other), state)
+
+
+def test_injections_compute_their_formula():
+    """R3: several injections by name, each against its closed form."""
+    torch.manual_seed(0)
+    s, e = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    concat, add, gate = (INJECTIONS[name](8) for name in ("concat", "add", "gate"))
+    w = concat.proj.weight
+    torch.testing.assert_close(concat(s, e), s @ w[:, :8].T + e @ w[:, 8:].T)
+    torch.testing.assert_close(add(s, e), s + e)
+    g = 1 / (1 + torch.exp(-(s @ gate.gate.weight[:, :8].T + e @ gate.gate.weight[:, 8:].T)))
+    torch.testing.assert_close(gate(s, e), g * s + (1 - g) * e)
+
+
+def test_states_are_those_of_each_depth():
+    model, ids = tiny_model(scale=2.0), tiny_ids(2, 5)
+    with torch.no_grad():
+        out = model(ids, num_steps=4, output_states=True)
+        assert len(out.states) == 5
+        for steps in (1, 2, 4):
+            torch.testing.assert_close(model.model.norm(out.states[steps]), model(ids, num_steps=steps).state)
+        longer = model(ids, num_steps=2, initial_state=out.states[2]).logits
+    torch.testing.assert_close(longer, out.logits, atol=1e-5, rtol=1e-4)
+
+
+def test_depth_falls_back_from_argument_to_config_to_mean():
+    config = tiny_config()
+    assert resolve_depth(None, config, 1).total == 4
+    assert resolve_depth(None, tiny_config(num_steps=7), 1).total == 7
+    assert resolve_depth(3, tiny_config(num_steps=7), 1).total == 3
+    in_training = resolve_depth(None, config, 1, training=True)
+    assert (in_training.no_grad, in_training.total) == (2, 4)
+    assert (resolve_depth((3, 2), config, 1).no_grad, resolve_depth((3, 2), config, 1).total) == (3, 5)
+    assert resolve_depth(torch.tensor(5), config, 1).total == 5
+    rows = resolve_depth(torch.tensor([2, 6]), config, 2)
+    assert rows.total == 6 and rows.row_steps.tolist() == [2, 6]
+
+
+@pytest.mark.slow
+def test_compiled_units_need_two_graphs_each_however_deep():
+    """Compiled is each unit, never the loop: after 20 random depths, without and with gradient, at most 2 graphs a
+    unit.
+    """
+    from torch._dynamo.utils import counters
+
+    model, ids = tiny_model().train(), tiny_ids(2, 8)
+    eager = model(ids, labels=ids, num_steps=(2, 3)).loss
+    graphs = {}
+    for name in ("prelude", "core", "coda"):
+        torch._dynamo.reset()
+        counters.clear()
+        getattr(model.model, name).compile(backend="aot_eager")
+        for step in range(20):
+            model(ids, labels=ids, num_steps=sample_depth(model.config.recurrence, 0, step, 0)).loss.backward()
+        graphs[name] = counters["stats"]["unique_graphs"]
+        getattr(model.model, name)._compiled_call_impl = None
+    assert all(1 <= count <= 2 for count in graphs.values()), graphs
+    assert not counters["recompile_limit"]
+    torch._dynamo.reset()
+    model.model.compile_units(backend="aot_eager")
+    torch.testing.assert_close(model(ids, labels=ids, num_steps=(2, 3)).loss, eager)
