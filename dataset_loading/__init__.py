@@ -1,0 +1,32 @@
+"""Data of a run: sources, checked rows, tokenizer, packing, mixture, batches. docs/data.md describes every format."""
+
+from .building import SourceReport, TextDatasets, build_datasets, build_examples, build_validation
+from .collator import Collator
+from .configuration import DataConfig, SourceConfig, TokenizerConfig
+from .mixture import MixtureDataset
+from .packing import PackedDataset
+from .streaming import StreamingDataset
+from .synthetic import TASKS, get_task
+from .synthetic_task import GeneratedTask
+from .tokenizer import build_tokenizer, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "TASKS",
+    "Collator",
+    "DataConfig",
+    "GeneratedTask",
+    "MixtureDataset",
+    "PackedDataset",
+    "SourceConfig",
+    "SourceReport",
+    "StreamingDataset",
+    "TextDatasets",
+    "TokenizerConfig",
+    "build_datasets",
+    "build_examples",
+    "build_tokenizer",
+    "build_validation",
+    "get_task",
+    "load_tokenizer",
+    "train_tokenizer",
+]

@@ -1,0 +1,88 @@
+"""Tokenizers: one that exists, or a byte-level BPE trained on the run's own documents."""
+
+import logging
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from .configuration import DataConfig, TokenizerConfig
+from .splits import iterate_training_texts
+
+logger = logging.getLogger(__name__)
+
+PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
+
+
+def build_tokenizer(config: TokenizerConfig, data_config: DataConfig, seed: int = 0) -> PreTrainedTokenizerFast:
+    """The tokenizer of a run, with pad, begin and end tokens of which pad is neither of the others.
+
+    It never adds a begin or end token by itself: packing does, once per document, and whoever continues a prompt puts
+    `tokenizer.bos_token_id` in front.
+
+    Args:
+        seed: seed of the run, which decides what is split off for validation and so not trained on.
+
+    Raises:
+        ValueError: `config.path` is no tokenizer, or the train sources have no usable document.
+    """
+    if config.path is not None:
+        return load_tokenizer(config.path)
+    texts = iterate_training_texts(data_config, seed, config.training_rows)
+    return train_tokenizer(texts, config.vocab_size, config.split_digits)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """A pretrained tokenizer by name or folder; tokens it lacks (or an end token that is also its pad token) are added.
+
+    Raises:
+        ValueError: nothing can be loaded from `path`, or it has no fast version.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"tokenizer.path {path!r} cannot be loaded: {reason}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer.path {path!r} has no fast version; choose one with a tokenizer.json")
+    missing = {}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        missing["pad_token"] = PAD  # the label of the end token is learned, the label of padding is not
+    if tokenizer.bos_token_id is None:
+        missing["bos_token"] = BEGIN
+    if tokenizer.eos_token_id is None:
+        missing["eos_token"] = END
+    if missing:
+        tokenizer.add_special_tokens(missing)
+        logger.info("tokenizer %s: added %s, the vocabulary has %d tokens", path, missing, len(tokenizer))
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, split_digits: bool = False) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE: lossless for any Unicode text, the same for the same texts.
+
+    Ids are pad 0, begin 1, end 2, then the 256 bytes, then merges; few texts give a vocabulary below `vocab_size`.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    splitters = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splitters, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[PAD, BEGIN, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    trained = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BEGIN,
+        eos_token=END,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="right",
+    )
+    logger.info("trained a byte-level BPE: %d tokens (%d asked for)", len(trained), vocab_size)
+    return trained

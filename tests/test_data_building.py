@@ -1,0 +1,313 @@
+"""From a config to datasets: splits, mixture, sizes, vocabulary, examples; the same in every process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from dataset_loading import (
+    Collator,
+    DataConfig,
+    MixtureDataset,
+    SourceConfig,
+    TokenizerConfig,
+    build_datasets,
+    build_examples,
+    build_tokenizer,
+    build_validation,
+    train_tokenizer,
+)
+from dataset_loading.splits import iterate_training_texts, load_split
+from dataset_loading.validation import BadRows
+
+BYTES = train_tokenizer([], 259)
+
+
+def generated(task="addition", **fields):
+    return SourceConfig("generated", task=task, **{"num_rows": 200, **fields})
+
+
+def files(path, **fields):
+    return SourceConfig("files", paths=[str(path)], **fields)
+
+
+def write_texts(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def split_texts(config, seed=0):
+    split = load_split(config, seed, BadRows(0))
+    return [[text for _, rows in part for text in rows["text"]] for part in (split.train, split.validation)]
+
+
+def test_validation_is_split_off_by_document_and_seed(tmp_path):
+    """D3: it is there without asking; equal documents, here every text twice, stay on one side."""
+    texts = [f"text {number // 2}" for number in range(200)]
+    config = DataConfig(train=[files(write_texts(tmp_path / "a.jsonl", texts))], validation_fraction=0.1)
+    train, validation = split_texts(config)
+    assert (len(train), len(validation)) == (180, 20)
+    assert not set(train) & set(validation)
+    assert Counter(train + validation) == Counter(texts)
+    assert [train, validation] == split_texts(config)
+    assert [train, validation] != split_texts(config, seed=1)
+
+
+def test_a_single_document_is_split_at_the_end_of_a_line(tmp_path):
+    """D3."""
+    text = "".join(f"line {number}\n" for number in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    train, validation = split_texts(DataConfig(train=[files(tmp_path / "a.txt")], validation_fraction=0.1))
+    assert train[0] + validation[0] == text
+    assert train[0].endswith("\n") and 0.08 * len(text) < len(validation[0]) < 0.12 * len(text)
+
+
+def test_a_document_too_short_to_split_is_an_error(tmp_path):
+    """D4."""
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="source 'a' has 1 document, too little to split validation off"):
+        split_texts(DataConfig(train=[files(tmp_path / "a.txt")]))
+
+
+def test_train_documents_that_validation_has_are_dropped(tmp_path):
+    """D3: whichever source they come from."""
+    config = DataConfig(
+        train=[files(write_texts(tmp_path / "a.jsonl", ["one", "two", "three"]))],
+        validation=[files(write_texts(tmp_path / "b.jsonl", ["two", "four"]))],
+    )
+    assert split_texts(config) == [["one", "three"], ["two", "four"]]
+
+
+def test_one_file_cannot_be_train_and_validation(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    config = DataConfig(train=[files(tmp_path / "*.txt", name="all")], validation=[files(tmp_path / "a.txt")])
+    with pytest.raises(ValueError, match=r"a.txt' is in data.train \(all\) and in data.validation"):
+        build_datasets(config, BYTES)
+
+
+def test_generated_roles_are_set_by_the_list(tmp_path):
+    config = DataConfig(train=[generated(), generated("stories")], validation_fraction=0.1)
+    split = load_split(config, 0, BadRows(0))
+    assert [len(rows) for _, rows in split.validation] == [20, 20]
+    for (source, train), (_, validation) in zip(split.train, split.validation, strict=True):
+        assert source.role is None
+        assert not set(train["prompt"]) & set(validation["prompt"])
+
+
+def test_validation_keeps_the_order_of_the_file_and_scores_each_byte_once(tmp_path):
+    """D3: never shuffled; bits per byte are over the whole file."""
+    text = "".join(f"zeile {number} größer\n" for number in range(300))
+    (tmp_path / "valid.txt").write_text(text)
+    config = DataConfig(train=[generated()], validation=[files(tmp_path / "valid.txt")], block_size=32)
+    rows = build_datasets(config, BYTES).validation["valid"]
+    labels = torch.cat([rows[index]["labels"][1:] for index in range(len(rows))])
+    labels = labels[labels != -100]
+    assert labels[-1] == BYTES.eos_token_id
+    assert BYTES.decode(labels[:-1]) == text
+    assert len(labels) - 1 == len(text.encode())
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_validation_alone_is_that_of_the_whole_run(tmp_path, configured):
+    (tmp_path / "a.txt").write_text("some line\n" * 50)
+    train = [generated(), files(write_texts(tmp_path / "b.jsonl", [f"text {number}" for number in range(50)]))]
+    other = files(tmp_path / "a.txt")
+    config = DataConfig(*([train, [other]] if configured else [[*train, other]]), block_size=16)
+    whole, alone = build_datasets(config, BYTES, seed=3).validation, build_validation(config, BYTES, seed=3)
+    assert list(whole) == list(alone) == (["a"] if configured else ["addition", "b", "a"])
+    for name, rows in whole.items():
+        assert rows.tokens.tolist() == alone[name].tokens.tolist()
+
+
+def test_the_vocabulary_of_a_few_rows_sees_no_validation_document(tmp_path, monkeypatch):
+    """D3: the rows are taken after the split, which is that of the whole source."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "hub").mkdir()
+    write_texts(tmp_path / "hub" / "train.jsonl", [f"text {number}" for number in range(100)])
+    config = DataConfig(train=[SourceConfig("hub", path=str(tmp_path / "hub"))], validation_fraction=0.5)
+    train, validation = split_texts(config)
+    assert list(iterate_training_texts(config, 0, limit=10)) == train[:10]
+    assert len(validation) == 50
+
+
+def test_report_counts(tmp_path):
+    write_texts(tmp_path / "a.jsonl", ["abc", "", "defg"])
+    config = DataConfig(
+        train=[files(tmp_path / "a.jsonl")], validation=[generated(num_rows=7)], block_size=4, max_bad_rows=1
+    )
+    validation, train = build_datasets(config, BYTES).report
+    assert (train.role, train.name, train.documents, train.tokens, train.rows, train.bad_rows) == (
+        *("train", "a", 2, 11),
+        4,  # 11 tokens, one repeated at each of the cuts inside a document: 4 + 3 + 3 + 1, the first cut after "abc"
+        1,
+    )
+    assert (validation.role, validation.name, validation.documents) == ("validation", "addition", 7)
+
+
+class Numbers(Dataset):
+    def __init__(self, name, size):
+        self.name, self.size = name, size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return self.name, int(index)
+
+
+def test_mixture_keeps_the_proportions_and_repeats_nothing_early():
+    """D2: every row of every part is read, equally often up to one, in the shares of the weights."""
+    mixture = MixtureDataset([Numbers("a", 30), Numbers("b", 7), Numbers("c", 100)], [1, 1, 2], seed=3)
+    counts = Counter(mixture[index] for index in range(len(mixture)))
+    assert len(mixture) == 200
+    for name, size, drawn in (("a", 30, 50), ("b", 7, 50), ("c", 100, 100)):
+        of_part = [counts[name, index] for index in range(size)]
+        assert sum(of_part) == drawn
+        assert max(of_part) - min(of_part) <= 1
+    firsts = Counter(mixture[index][0] for index in range(100))
+    assert abs(firsts["c"] - 50) < 15 and abs(firsts["a"] - 25) < 15  # mixed throughout
+
+
+def test_mixture_row_is_a_function_of_seed_and_index():
+    """D2: random access gives what iterating gives; another seed another order."""
+    first, second, other = (MixtureDataset([Numbers("a", 9), Numbers("b", 9)], [1, 3], seed) for seed in (0, 0, 1))
+    order = [first[index] for index in range(len(first))]
+    assert [second[index] for index in reversed(range(len(second)))][::-1] == order
+    assert [other[index] for index in range(len(other))] != order
+    with pytest.raises(IndexError):
+        first[len(first)]
+
+
+def test_too_little_to_train_on_is_an_error_with_the_counts(tmp_path):
+    """D4: an empty list, less than a block, less than a batch."""
+    with pytest.raises(ValueError, match=r"data\.train is empty"):
+        build_datasets(DataConfig(), BYTES)
+    path = write_texts(tmp_path / "a.jsonl", ["abcdef", "ghi"])
+    config = DataConfig(train=[files(path)], validation=[generated()], block_size=32)
+    with pytest.raises(ValueError, match=r"2 documents with 13 tokens, less than one row of data\.block_size 32"):
+        build_datasets(config, BYTES)
+    config.block_size = 4
+    assert len(build_datasets(config, BYTES, batch_size=4).train) == 4
+    with pytest.raises(ValueError, match="has 4 rows of 4 tokens, less than one batch of 5"):
+        build_datasets(config, BYTES, batch_size=5)
+
+
+def test_token_ids_outside_the_vocabulary_are_found():
+    """D9: the largest id that occurs decides."""
+    config = DataConfig(train=[generated("stories")])
+    largest = max(build_datasets(config, BYTES).train.tokens)
+    build_datasets(config, BYTES, vocab_size=largest + 1)
+    with pytest.raises(ValueError) as error:
+        build_datasets(config, BYTES, vocab_size=largest)
+    assert str(error.value) == (
+        f"source 'stories' has token id {largest}, but the model's vocab_size is {largest}; "
+        f"use the model's own tokenizer or raise vocab_size to at least {largest + 1}"
+    )
+
+
+def test_workers_change_nothing():
+    """D5."""
+    sources = [generated("stories"), generated("chained_lookup", loss_on="answer")]
+    one = build_datasets(DataConfig(train=sources, preprocessing_workers=1), BYTES)
+    two = build_datasets(DataConfig(train=sources, preprocessing_workers=2), BYTES)
+    assert one.report == two.report
+    for index in range(len(one.train)):
+        assert all(torch.equal(one.train[index][name], two.train[index][name]) for name in one.train[index])
+
+
+def test_loss_on_answer_labels_answers_and_end_tokens_only(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "one?", "a": "1"}\n{"q": "two?", "a": "22"}\n')
+    source = files(path, prompt_column="q", answer_column="a", separator=" = ", loss_on="answer")
+    config = DataConfig(train=[source], validation=[generated()], block_size=30)
+    config.block_size = 22  # begin + "one? = 1" + end, begin + "two? = 22" + end: 10 + 11 tokens, and padding
+    with pytest.raises(ValueError, match="21 tokens"):
+        build_datasets(config, BYTES)
+    config.block_size = 21
+    row = build_datasets(config, BYTES).train[0]
+    learned = BYTES.convert_ids_to_tokens(row["labels"][row["labels"] != -100].tolist())
+    assert learned == ["Ġ", "=", "Ġ", "1", "<|end|>", "Ġ", "=", "Ġ", "2", "2", "<|end|>"]
+    assert BYTES.decode(row["input_ids"]) == "<|begin|>one? = 1<|end|><|begin|>two? = 22<|end|>"
+
+
+def test_examples_come_from_the_test_role_and_end_in_their_answers():
+    """Labels are the answer with its separator and the end token; prompts are begin + the prompt alone."""
+    config = DataConfig(train=[generated()])
+    examples = build_examples(generated(difficulty=[2, 5]), config, BYTES, limit=30)
+    trained_on = set(load_split(config, 0, BadRows(0)).train[0][1]["prompt"])
+    assert len(examples) == 30
+    for example in examples:
+        prompt, answer = example["prompt"], example["answer"]
+        assert BYTES.decode(example["input_ids"]) == f"<|begin|>{prompt} {answer}<|end|>"
+        first = 1 + len(prompt)
+        assert example["labels"] == [-100] * first + example["input_ids"][first:]
+        assert example["input_ids"][1:first] == BYTES(prompt)["input_ids"]
+        assert 2 <= example["difficulty"] <= 5 and prompt not in trained_on
+    batch = Collator(BYTES)(examples)
+    assert batch["attention_mask"].sum() == sum(len(example["input_ids"]) for example in examples)
+
+
+def test_examples_need_answers(tmp_path):
+    path = write_texts(tmp_path / "a.jsonl", ["x"])
+    with pytest.raises(ValueError, match="source 'a' has no answers to check"):
+        build_examples(files(path), DataConfig(), BYTES)
+
+
+def test_examples_of_files_have_no_difficulty(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "one?", "a": "1"}\n')
+    (example,) = build_examples(files(path, prompt_column="q", answer_column="a"), DataConfig(), BYTES)
+    assert (example["prompt"], example["answer"], example["difficulty"]) == ("one?", "1", None)
+
+
+def test_nothing_is_written(tmp_path, monkeypatch):
+    """Building leaves no file behind, where a cache could not be written either (D5)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    config = DataConfig(train=[files("a.txt"), generated()], block_size=32, preprocessing_workers=2)
+    build_datasets(config, build_tokenizer(TokenizerConfig(vocab_size=280), config))
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+_IN_A_PROCESS = """
+import hashlib, sys
+from dataset_loading import *
+
+files = SourceConfig("files", paths=[sys.argv[1]])
+hub = SourceConfig("hub", name="hub", path=sys.argv[2], streaming=True)
+tasks = [SourceConfig("generated", task=name, num_rows=300) for name in TASKS]
+tokenizer = None
+for train in ([files, *tasks], [hub, files, *tasks]):
+    config = DataConfig(train=train, block_size=64, streaming_validation_rows=5)
+    tokenizer = tokenizer or build_tokenizer(TokenizerConfig(vocab_size=300), config, seed=7)
+    built = build_datasets(config, tokenizer, seed=7)
+    for rows in [built.train, *built.validation.values()]:
+        rows = rows if isinstance(rows, StreamingDataset) else [rows[index] for index in range(len(rows))]
+        tokens = [row[name].tolist() for row in rows for name in sorted(row)]
+        print(len(tokens), hashlib.sha256(repr(tokens).encode()).hexdigest())
+print(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())
+"""
+
+
+def test_processes_build_the_same_data(tmp_path):
+    """D2: with other hash seeds, as two ranks have them, all datasets and the vocabulary are equal."""
+    (tmp_path / "hub").mkdir()
+    write_texts(tmp_path / "hub" / "train.jsonl", [f"hub text {number}" for number in range(100)])
+    texts = write_texts(tmp_path / "a.jsonl", [f"text {number} " * (number % 20 + 1) for number in range(200)])
+    runs = []
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed, "HF_HOME": str(tmp_path / hash_seed)}
+        command = [sys.executable, "-c", _IN_A_PROCESS, str(texts), str(tmp_path / "hub")]
+        folder = Path(__file__).parent.parent
+        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder))
+    first, second = (run.communicate()[0].splitlines() for run in runs)
+    assert [run.returncode for run in runs] == [0, 0]
+    assert len(first) == 1 + 4 + 1 + 5 + 1
+    assert first == second

@@ -1,0 +1,113 @@
+"""Generated tasks: right answers, splits that share nothing, difficulty that counts what it says."""
+
+import random
+from itertools import product
+
+import pytest
+
+from dataset_loading import TASKS, SourceConfig, get_task
+from dataset_loading.synthetic import generate_row, generate_rows
+from dataset_loading.synthetic_task import split_of
+
+
+def draw(name, role, count, difficulty, seed=0):
+    return [generate_row(TASKS[name], difficulty, role, (seed, 0), index) for index in range(count)]
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_answers_pass_the_check_and_other_answers_do_not(name):
+    rows = draw(name, "train", 300, (1, 9))
+    answers = {row["answer"] for row in rows}
+    for row in rows:
+        assert TASKS[name].check(row["prompt"], row["answer"])
+        assert not any(TASKS[name].check(row["prompt"], other) for other in answers - {row["answer"]})
+
+
+def test_answers_computed_by_hand():
+    assert TASKS["chained_lookup"].check("b=3 a=b c=a ? c", "3")
+    assert TASKS["addition"].check("38+45=", "38") and not TASKS["addition"].check("38+45=", "83")
+    assert TASKS["addition"].check("99+1=", "001")
+    story = "It is late. Ben has a red cup. Ben gives the cup to Ida. Leo takes the cup from Ida. Ida smiles."
+    assert TASKS["stories"].check(f"{story} Who has the cup?", "Leo")
+    assert not TASKS["stories"].check(f"{story} Who has the cup?", "Ida")
+
+
+def test_roles_share_no_instance():
+    """Brute force over everything that one- and two-digit addition can ask, and over many draws of the other tasks."""
+    task = TASKS["addition"]
+    seen = {role: {task.identity(r["prompt"]) for r in draw("addition", role, 3000, (1, 2))} for role in ROLES}
+    assert not any(seen[one] & seen[other] for one, other in [("train", "validation"), ("train", "test")])
+    assert not seen["validation"] & seen["test"]
+    for first, second in product(range(100), repeat=2):
+        both = {split_of(task.identity(f"{first}+{second}=")), split_of(task.identity(f"{second}+{first}="))}
+        assert len(both) == 1
+    for name in ("chained_lookup", "stories"):
+        sets = [{TASKS[name].identity(row["prompt"]) for row in draw(name, role, 500, (1, 2))} for role in ROLES]
+        assert len(set.union(*sets)) == sum(map(len, sets))
+
+
+ROLES = ("train", "validation", "test")
+
+
+def test_four_fifths_of_the_instances_are_train():
+    counts = [split_of(str(number)) for number in range(20_000)]
+    shares = {role: counts.count(role) / 20_000 for role in ROLES}
+    assert shares == pytest.approx({"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.01)
+
+
+@pytest.mark.parametrize("hops", [1, 3, 8, 12, 30])
+def test_lookup_takes_as_many_hops_as_its_difficulty(hops):
+    for seed in range(50):
+        row = TASKS["chained_lookup"].sample(random.Random(seed), hops)
+        assignments, asked = row["prompt"].split(" ? ")
+        values = dict(pair.split("=") for pair in assignments.split())
+        assert len(values) == len(assignments.split())  # no symbol is assigned twice
+        taken = 0
+        while asked in values:
+            asked, taken = values[asked], taken + 1
+        assert (taken, asked) == (hops, row["answer"])
+
+
+def test_lookup_depth_does_not_show_in_the_length_or_in_the_end_of_the_chain():
+    """Prompts of all depths up to 8 are equally long, and a symbol at any depth may have others that depend on it."""
+    lengths, has_follower = set(), {}
+    for hops in range(1, 9):
+        for seed in range(60):
+            prompt = TASKS["chained_lookup"].sample(random.Random(seed), hops)["prompt"]
+            lengths.add(len(prompt))
+            has_follower.setdefault(hops, set()).add(f"={prompt[-1]} " in prompt)
+    assert len(lengths) == 1
+    assert all(seen == {True, False} for seen in has_follower.values())
+
+
+def test_digits_of_an_addition_are_its_difficulty():
+    for row in draw("addition", "train", 200, (1, 12)):
+        first, second = row["prompt"].removesuffix("=").split("+")
+        assert len(first) == len(second) == row["difficulty"]
+        assert int(row["answer"][::-1]) == int(first) + int(second)
+
+
+def test_difficulties_fill_their_range_and_no_more():
+    difficulties = {row["difficulty"] for row in draw("stories", "test", 300, (4, 7))}
+    assert difficulties == {4, 5, 6, 7}
+    for row in draw("stories", "train", 50, (3, 3)):
+        assert row["prompt"].count(".") == 4 + 3  # two sentences of scene, two of things, three of events
+
+
+def test_rows_depend_on_seed_role_and_index_alone():
+    """D2: any row can be drawn by itself, in any process."""
+    task = TASKS["chained_lookup"]
+    rows = generate_rows(task, (1, 4), "train", (5, 1), 40)
+    assert list(rows) == [generate_row(task, (1, 4), "train", (5, 1), index) for index in range(40)]
+    assert list(generate_rows(task, (1, 4), "train", (5, 1), 40, workers=2)) == list(rows)
+    others = [generate_rows(task, (1, 4), role, seed, 40) for role, seed in [("test", (5, 1)), ("train", (5, 2))]]
+    assert all(other["prompt"][0] != rows["prompt"][0] for other in others)
+
+
+def test_unknown_task_lists_the_known_ones():
+    """T5."""
+    message = r"'lookup' is unknown; choose one of addition, chained_lookup, stories"
+    with pytest.raises(ValueError, match=message):
+        get_task("lookup")
+    with pytest.raises(ValueError, match=message):
+        SourceConfig("generated", task="lookup")
