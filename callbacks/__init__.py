@@ -1,0 +1,56 @@
+"""What is watched and written during training, beside the trainer's own logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from .model_size import ModelSizeCallback, ModelSizeConfig, size_table
+from .non_finite import NonFiniteCallback, NonFiniteConfig
+from .reporting import Reporter
+from .samples import SamplesCallback, SamplesConfig
+from .throughput import ThroughputCallback, ThroughputConfig
+
+__all__ = [
+    "CallbacksConfig",
+    "ModelSizeConfig",
+    "NonFiniteConfig",
+    "SamplesConfig",
+    "ThroughputConfig",
+    "add_callbacks",
+    "size_table",
+]
+
+
+@dataclass
+class CallbacksConfig:
+    """What is watched and written during training."""
+
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Texts from fixed prompts, at several depths."""
+
+    throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
+    """Tokens and core steps per second."""
+
+    model_size: ModelSizeConfig = field(default_factory=ModelSizeConfig)
+    """Parameters by part of the model."""
+
+    non_finite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
+    """What happens when the loss or the gradient is not finite."""
+
+
+def add_callbacks(trainer: Trainer, config: CallbacksConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Build the callbacks and add them to a trainer that is not training yet.
+
+    They come after the trainer's own, whose writers they use; only the throughput stands in front, so that those who
+    report see its figures.
+    """
+    reporter = Reporter(trainer)
+    if config.throughput.enabled:
+        trainer.callback_handler.callbacks.insert(0, ThroughputCallback())
+    if config.model_size.enabled:
+        trainer.add_callback(ModelSizeCallback(reporter))
+    if config.samples.prompts:
+        trainer.add_callback(SamplesCallback(config.samples, tokenizer, reporter))
+    trainer.add_callback(NonFiniteCallback(config.non_finite))

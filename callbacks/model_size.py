@@ -1,0 +1,100 @@
+"""How large the model is, part by part."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
+from .reporting import ReportingCallback
+
+logger = logging.getLogger(__name__)
+
+PART_NAMES = {"embed_tokens": "embeddings", "embed_positions": "embeddings", "lm_head": "head"}
+
+
+@dataclass
+class ModelSizeConfig:
+    """Table of the model's parts."""
+
+    enabled: bool = True
+    """Log the parameters, memory and passes of each part when the training starts."""
+
+
+@dataclass
+class PartSize:
+    """One part of a model."""
+
+    parameters: int = 0
+    trainable: int = 0
+    num_bytes: int = 0
+    passes: int = 1
+    """How often the part is run for a token, at the mean depth."""
+
+
+def parameter_count(parameter: nn.Parameter) -> int:
+    """Elements of a parameter; of the whole one where ZeRO-3 has left only a share of it here."""
+    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+
+
+def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
+    """Sizes of embeddings, prelude, core, coda, norm and head, in the order of the model; shared ones count once."""
+    parts: dict[str, PartSize] = {}
+    for name, parameter in model.named_parameters():
+        top = name.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
+        part = parts.setdefault(PART_NAMES.get(top, top), PartSize())
+        count = parameter_count(parameter)
+        part.parameters += count
+        part.trainable += count if parameter.requires_grad else 0
+        part.num_bytes += count * parameter.element_size()
+    if "core" in parts:
+        parts["core"].passes = model.config.recurrence.mean_steps
+        if "norm" in parts:
+            parts["norm"].passes = 2  # after the core, and after the coda
+    return parts
+
+
+def size_table(model: PreTrainedModel) -> str:
+    """The sizes as a Markdown table, with a line of sums.
+
+    "run" is how often a part runs for a token at the mean depth; "executed" is run x parameters.
+    """
+    parts = part_sizes(model)
+    lines = ["| part | parameters | trainable | MB | run | executed |", "|---|---:|---:|---:|---:|---:|"]
+    for name, part in parts.items():
+        lines.append(
+            f"| {name} | {part.parameters:,} | {part.trainable:,} | {part.num_bytes / 1e6:.2f} | {part.passes} "
+            f"| {part.passes * part.parameters:,} |"
+        )
+    if model.config.tie_word_embeddings:
+        lines.append("| head | the embeddings | | | 1 | |")
+    total = PartSize(
+        parameters=sum(part.parameters for part in parts.values()),
+        trainable=sum(part.trainable for part in parts.values()),
+        num_bytes=sum(part.num_bytes for part in parts.values()),
+    )
+    executed = sum(part.passes * part.parameters for part in parts.values())
+    lines.append(f"| all | {total.parameters:,} | {total.trainable:,} | {total.num_bytes / 1e6:.2f} | | {executed:,} |")
+    config = model.config
+    lines += ["", f"{config.num_hidden_layers} layers, {config.mean_executed_layers} executed at the mean depth"]
+    return "\n".join(lines)
+
+
+class ModelSizeCallback(ReportingCallback):
+    """Logs `size_table` once, when the training starts, and writes it to the reports."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs,
+    ) -> None:
+        """Write the table, on rank 0."""
+        if state.is_world_process_zero:
+            table = size_table(model)
+            logger.info("Size of the model:\n%s", table)
+            self.reporter.write(args, state, control, {"model_size": table})

@@ -1,0 +1,34 @@
+"""How a callback reports: to whatever `report_to` names, TensorBoard or another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+
+class Reporter:
+    """Hands texts to the reporting callbacks of a trainer, without the console and without the log history.
+
+    Only rank 0 writes: the reporting callbacks see to that.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.handler = trainer.callback_handler
+
+    def write(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, texts: Mapping[str, str]
+    ) -> None:
+        """Write each text under its name at the current step; TensorBoard shows `name` as train/name."""
+        kinds = tuple(get_reporting_integration_callbacks(args.report_to))
+        for callback in self.handler.callbacks:
+            if isinstance(callback, kinds):
+                callback.on_log(args, state, control, logs=dict(texts), model=self.handler.model)
+
+
+class ReportingCallback(TrainerCallback):
+    """A callback with a reporter of its own."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter

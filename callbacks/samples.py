@@ -1,0 +1,162 @@
+"""Texts written by the model during training, at several depths."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from .reporting import Reporter, ReportingCallback
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SamplesConfig:
+    """Samples from fixed prompts."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Texts to continue; none: no samples. An empty prompt starts from the begin token."""
+
+    every_steps: int = 500
+    """Optimizer steps between samples; there is one at the end as well."""
+
+    num_steps: list[int] = field(default_factory=lambda: [1, 4, 8])
+    """Core steps per token, one sample for each. A model without a core gives one sample."""
+
+    max_new_tokens: int = 48
+    """Most tokens in a sample."""
+
+    do_sample: bool = False
+    """Draw the tokens instead of taking the likeliest."""
+
+    temperature: float = 0.8
+    """Divides the logits before a draw; read if do_sample is true."""
+
+    seed: int = 0
+    """Of the draws; the same at every sample, so that only the model changes. Read if do_sample is true."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"samples.{name} is {getattr(self, name)}, must be at least 1.")
+        if not self.num_steps or min(self.num_steps) < 1:
+            raise ValueError(f"samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1.")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"samples.temperature is {self.temperature}, must be above 0; "
+                "for the likeliest token set do_sample: false."
+            )
+        if self.seed < 0:
+            raise ValueError(f"samples.seed is {self.seed}, must be at least 0.")
+
+
+class SamplesCallback(ReportingCallback):
+    """Writes samples every few steps and at the end, to the reports and to the log.
+
+    All ranks generate (under ZeRO-3 none has the whole model), with the same tokens; rank 0 writes. The random state of
+    the training is left as it was, and so is the mode (train or eval) of the model.
+    """
+
+    def __init__(self, config: SamplesConfig, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> None:
+        super().__init__(reporter)
+        if "" in config.prompts and tokenizer.bos_token_id is None:
+            raise ValueError(
+                "samples.prompts has an empty prompt, but the tokenizer has no begin token to start from: "
+                "give it a text."
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self.last_step: int | None = None
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs,
+    ) -> None:
+        """Sample if this step is due."""
+        if state.global_step % self.config.every_steps == 0:
+            self.sample_all(args, state, control, model)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs,
+    ) -> None:
+        """Sample unless the last step did."""
+        if state.global_step != self.last_step:
+            self.sample_all(args, state, control, model)
+
+    def sample_all(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel
+    ) -> None:
+        """One text per prompt and depth, written where the run reports to."""
+        self.last_step = state.global_step
+        depths = self.config.num_steps if model.config.num_core_layers else [None]
+        texts = {}
+        for depth in depths:
+            name = "samples" if depth is None else f"samples/num_steps_{depth}"
+            continuations = self.continue_prompts(model, depth)
+            texts[name] = as_markdown(self.config.prompts, continuations)
+            if state.is_world_process_zero:
+                for prompt, continuation in zip(self.config.prompts, continuations, strict=True):
+                    logger.info("step %d, %s: %r -> %r", state.global_step, name, prompt, continuation)
+        self.reporter.write(args, state, control, texts)
+
+    def continue_prompts(self, model: PreTrainedModel, depth: int | None) -> list[str]:
+        """The text after each prompt, special tokens left out."""
+        options = {"max_new_tokens": self.config.max_new_tokens, "do_sample": self.config.do_sample}
+        if self.config.do_sample:
+            options.update(temperature=self.config.temperature, top_k=0, top_p=1.0)
+        if depth is not None:
+            options["num_steps"] = depth
+        device = model.device
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+                torch.manual_seed(self.config.seed)
+                return [self.continue_prompt(model, prompt, options) for prompt in self.config.prompts]
+        finally:
+            model.train(was_training)
+
+    def continue_prompt(self, model: PreTrainedModel, prompt: str, options: dict) -> str:
+        """The text after one prompt. Prompts go one by one: a few short ones, and none is padded."""
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        inputs = torch.tensor([ids], device=model.device)
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+        return self.tokenizer.decode(
+            output[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def as_markdown(prompts: Sequence[str], continuations: Sequence[str]) -> str:
+    """Prompts in bold and what follows them, as TensorBoard's text page shows it: verbatim, in code blocks."""
+    blocks = []
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        lines = f"{prompt}⟶{continuation}".splitlines()
+        blocks.append("\n".join(f"    {line}" for line in lines))
+    return "\n\n---\n\n".join(blocks)

@@ -1,0 +1,114 @@
+"""How fast the training goes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+@dataclass
+class ThroughputConfig:
+    """Speed of the training."""
+
+    enabled: bool = True
+    """Log tokens and core steps per second."""
+
+
+class ThroughputCallback(TrainerCallback):
+    """Adds to each training log the speed since the log before; evaluation, samples and saving do not count.
+
+    - tokens_per_second: training tokens of all ranks, padding included; ranks are taken to have equal shares;
+    - core_steps_per_second: applications of the core to a micro-batch, on one rank, those without gradient included.
+
+    Counts are made on the host, from shapes and arguments of the forward passes: nothing waits for the device. The
+    callback goes before the reporting ones, so that they see its figures.
+    """
+
+    def __init__(self) -> None:
+        self.hook: torch.utils.hooks.RemovableHandle | None = None
+        self.mark = 0.0  # when the time being counted began
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new interval."""
+        self.tokens = 0
+        self.core_steps = 0
+        self.seconds = 0.0
+        self.interrupted = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs,
+    ) -> None:
+        """Start counting the forward passes of the model."""
+        self.hook = model.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.mark = time.perf_counter()
+
+    def count(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        if not model.training:
+            self.interrupted = True
+            return
+        self.tokens += kwargs["input_ids"].numel()
+        if model.config.num_core_layers:
+            self.core_steps += count_steps(kwargs.get("num_steps"), model.config)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Leave out the time since the last step if something other than training happened in it."""
+        if self.interrupted:
+            self.mark = time.perf_counter()
+            self.interrupted = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Count the time of the step and of the wait for its data."""
+        now = time.perf_counter()
+        self.seconds += now - self.mark
+        self.mark = now
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Leave the time out."""
+        self.interrupted = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs,
+    ) -> None:
+        """Add the figures to the log of a training step and to the history."""
+        if "loss" not in logs or self.seconds == 0:
+            return
+        figures = {"tokens_per_second": self.tokens * args.world_size / self.seconds}
+        if self.core_steps:
+            figures["core_steps_per_second"] = self.core_steps / self.seconds
+        logs.update(figures)
+        state.log_history[-1].update(figures)
+        interrupted = self.interrupted
+        self.reset()
+        self.interrupted = interrupted
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Stop counting."""
+        self.hook.remove()
+
+
+def count_steps(num_steps: int | tuple[int, int] | torch.Tensor | None, config: Any) -> int:
+    """Core steps that a forward pass with this argument takes.
+
+    A tensor counts as the mean depth, since reading it would wait for the device.
+    """
+    if isinstance(num_steps, int):
+        return num_steps
+    if isinstance(num_steps, (tuple, list)):
+        return sum(num_steps)
+    return config.num_steps or config.recurrence.mean_steps

@@ -1,0 +1,294 @@
+"""The trainer: depth and state from keys, exact resume, spread over micro-batches, the watch over depth."""
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback, set_seed
+
+from model.recurrence import draw_training_states, sample_depth
+from tests.tiny import tiny_ids, tiny_model
+from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point, get_trainer_class
+from trainers.recurrent import state_changes, token_correlation
+
+
+def rows(count=32, length=12):
+    """Training rows of random tokens; every fourth has fewer labels, so that means over batches and over tokens
+    differ.
+    """
+    ids = tiny_ids(count, length)
+    labels = ids.clone()
+    labels[::4, 4:] = -100
+    return [{"input_ids": row, "labels": target} for row, target in zip(ids, labels, strict=True)]
+
+
+def build(folder, seed=0, model=None, dataset=None, **overrides):
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "recurrence_logging_steps": 0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": seed,
+        "use_cpu": True,
+    }
+    args = RecurrentTrainingArguments(**{**settings, **overrides})
+    set_seed(seed)
+    model = model or tiny_model(seed=seed)
+    return RecurrentTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset or rows(),
+        eval_dataset=rows(8),
+        sample_depth=sample_depth,
+        draw_states=draw_training_states,
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def test_resumed_equals_uninterrupted_bitwise(tmp_path):
+    """R6: 20 steps = 10 steps, a checkpoint, a new process' worth of new objects, 10 steps; also with accumulation and
+    dropout.
+    """
+    settings = {"max_steps": 20, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
+    model = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
+    whole = build(tmp_path / "whole", model=tiny_model(**model), **settings)
+    whole.train()
+    first = build(tmp_path / "cut", model=tiny_model(**model), **settings)
+    first.add_callback(Interrupt(10))
+    first.train()
+    assert first.state.global_step == 10
+    second = build(tmp_path / "cut", model=tiny_model(seed=5, **model), resume_from_checkpoint="true", **settings)
+    torch.manual_seed(123)
+    second.train(resume_from_checkpoint=find_resume_point(second.args))
+    assert losses(second)[10:] == losses(whole)[10:] and len(losses(second)) == 20
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_depth_is_drawn_per_micro_batch_and_logged(tmp_path):
+    """R6, R7."""
+    trainer = build(tmp_path, gradient_accumulation_steps=2, max_steps=3, seed=7)
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["num_steps"]), with_kwargs=True)
+    trainer.train()
+    expected = [
+        sample_depth(trainer.model.config.recurrence, 7, step, micro) for step in range(3) for micro in range(2)
+    ]
+    assert seen == expected and len(set(seen)) > 1
+    logged = [e for e in trainer.state.log_history if "steps_with_gradient" in e]
+    assert [e["steps_without_gradient"] for e in logged] == [
+        (expected[i][0] + expected[i + 1][0]) / 2 for i in (0, 2, 4)
+    ]
+    assert [e["steps_with_gradient"] for e in logged] == [(expected[i][1] + expected[i + 1][1]) / 2 for i in (0, 2, 4)]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_equals_one_large_batch(tmp_path, accumulation):
+    """T12, invariant 6: with a fixed depth, 4 x 1 rows = 1 x 4 rows: states belong to rows, the loss to tokens."""
+    results = []
+    for per_device, steps in ((4, 1), (4 // accumulation, accumulation)):
+        model = tiny_model(recurrence={"step_distribution": "fixed"})
+        trainer = build(
+            tmp_path,
+            model=model,
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=steps,
+            max_steps=3,
+        )
+        trainer.train()
+        results.append((losses(trainer), [p.detach().clone() for p in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_a_step_equals_ten_lines_by_hand(tmp_path):
+    """Two micro-batches, one SGD step: the gradient is that of the summed loss over all labels of both, divided
+    once.
+    """
+    data = rows(8)
+    trainer = build(
+        tmp_path,
+        dataset=data,
+        max_steps=1,
+        gradient_accumulation_steps=2,
+        optim="sgd",
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        seed=3,
+        train_sampling_strategy="sequential",
+    )
+    trainer.train()
+    model, total = tiny_model(seed=3).train(), 0
+    for micro in range(2):
+        batch = {name: torch.stack([row[name] for row in data[4 * micro : 4 * micro + 4]]) for name in data[0]}
+        state = draw_training_states(model.config, 12, [(3, 0, 4 * micro + row) for row in range(4)])
+        depth = sample_depth(model.config.recurrence, 3, 0, micro)
+        logits = model(batch["input_ids"], num_steps=depth, initial_state=state).logits[:, :-1]
+        total = total + torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+        )
+    (total / sum((row["labels"][1:] != -100).sum() for row in data)).backward()
+    for ours, by_hand in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, by_hand - 0.5 * by_hand.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_activation_checkpointing_equals_none(tmp_path):
+    runs = [build(tmp_path, gradient_checkpointing=on, max_steps=3) for on in (False, True)]
+    for run in runs:
+        run.train()
+    assert losses(runs[0]) == losses(runs[1])
+
+
+def test_plain_model_trains_without_depth(tmp_path):
+    trainer = build(tmp_path, model=tiny_model(num_core_layers=0), recurrence_logging_steps=1)
+    trainer.train()
+    assert len(losses(trainer)) == 4
+    assert not any("steps_with_gradient" in e or "depth_gap" in e for e in trainer.state.log_history)
+
+
+def test_probe_compares_depths_on_the_next_batch(tmp_path):
+    """R7: loss at one step and at the mean, state change per step, token correlation; and training is not disturbed."""
+    data = rows(4)
+    trainer = build(tmp_path, dataset=data, max_steps=1, recurrence_logging_steps=1)
+    trainer.train()
+    entry = next(e for e in trainer.state.log_history if "depth_gap" in e)
+    model = tiny_model()
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    with torch.no_grad():
+        shallow = model(**batch, num_steps=1).loss.item()
+        deep = model(**batch, num_steps=4, output_states=True)
+    assert entry["loss_at_1_step"] == pytest.approx(shallow, rel=1e-5)
+    assert entry["loss_at_mean_steps"] == pytest.approx(deep.loss.item(), rel=1e-5)
+    assert entry["depth_gap"] == pytest.approx(shallow - deep.loss.item(), abs=1e-5)
+    change = ((deep.states[2] - deep.states[1]).norm(dim=-1) / deep.states[2].norm(dim=-1)).mean().item()
+    assert entry["state_change_02"] == pytest.approx(change, rel=1e-4)
+    without = build(tmp_path, dataset=data, max_steps=1)
+    without.train()
+    assert losses(without) == losses(trainer)
+
+
+def test_alarm_when_recurrence_is_ignored(tmp_path, caplog):
+    trainer = build(
+        tmp_path, recurrence_logging_steps=1, max_steps=2, depth_gap_alarm=1e9, token_correlation_alarm=-1.0
+    )
+    with caplog.at_level(logging.WARNING, logger="trainers.recurrent"):
+        trainer.train()
+    text = caplog.text
+    assert "step 0: the loss at one core step" not in text  # early on, depth cannot help yet
+    assert "step 1: the loss at one core step is only" in text and "the recurrence is being ignored" in text
+    assert "step 0: the states of different tokens have a mean correlation of" in text
+
+
+def test_token_correlation_and_state_change_in_closed_form():
+    torch.manual_seed(0)
+    state = torch.randn(2, 5, 16)
+    correlations = [torch.corrcoef(row) for row in state]
+    pairs = torch.stack([c[~torch.eye(5, dtype=torch.bool)] for c in correlations])
+    torch.testing.assert_close(token_correlation(state), pairs.mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(token_correlation(torch.randn(1, 1, 16).expand(2, 5, 16)), torch.tensor(1.0))
+    assert state_changes((state, 2 * state, 2 * state))[0].item() == pytest.approx(0.5)
+    assert state_changes((state, 2 * state, 2 * state))[1].item() == 0
+
+
+def test_evaluation_runs_at_the_mean_depth_without_a_cache(tmp_path):
+    trainer = build(tmp_path)
+    seen = []
+    trainer.model.register_forward_hook(lambda m, a, out: seen.append(out.past_key_values))
+    loss = trainer.evaluate()["eval_loss"]
+    batch = {name: torch.stack([row[name] for row in rows(8)]) for name in ("input_ids", "labels")}
+    with torch.no_grad():
+        assert loss == pytest.approx(trainer.model(**batch, num_steps=4).loss.item(), rel=1e-5)
+    assert seen[0] is None
+
+
+def test_resuming_from_another_model_is_an_error(tmp_path):
+    """C4: missing and unexpected weights are errors on resume."""
+    first = build(tmp_path, model=tiny_model(num_coda_layers=2), max_steps=1)
+    first.add_callback(Interrupt(1))
+    first.train()
+    second = build(tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match=r"does not fit the model: missing none, unexpected \['model.coda.layers.1"):
+        second.train(
+            resume_from_checkpoint=find_resume_point(
+                RecurrentTrainingArguments(str(tmp_path), resume_from_checkpoint="true")
+            )
+        )
+
+
+def test_where_to_resume(tmp_path):
+    def point(value, folder=tmp_path):
+        return find_resume_point(
+            RecurrentTrainingArguments(str(folder), resume_from_checkpoint=value, report_to="none")
+        )
+
+    assert point(None) is None and point("false") is None
+    with pytest.raises(ValueError, match="holds no checkpoint; leave the option out"):
+        point("true")
+    with pytest.raises(ValueError, match="no-such-folder is no folder"):
+        point("no-such-folder")
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-10").mkdir()
+    assert point("true") == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; give at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; give at least 0"),
+        ({"max_steps": 0}, "max_steps is 0; give at least 1, or -1"),
+        ({"adam_beta2": 1.5}, "adam_beta2 is 1.5; give a number from 0 to below 1"),
+        ({"recurrence_logging_steps": -1}, "recurrence_logging_steps is -1; give at least 0"),
+        ({"token_correlation_alarm": 2.0}, "token_correlation_alarm is 2.0; a cosine lies from -1 to 1"),
+    ],
+)
+def test_training_arguments_out_of_range(tmp_path, settings, message):
+    """T13, E2."""
+    with pytest.raises(ValueError, match=message):
+        RecurrentTrainingArguments(str(tmp_path), **settings)
+
+
+def test_unknown_trainer_is_an_error_that_lists_the_known():
+    """T5."""
+    with pytest.raises(ValueError, match="trainer 'pretain' is unknown; known trainers: pretrain"):
+        get_trainer_class("pretain")
+
+
+def test_bf16_trains_and_keeps_float32_weights(tmp_path):
+    """T8, T9: mixed precision; the optimizer's state and the weights stay in float32."""
+    trainer = build(tmp_path, bf16=True, max_steps=3)
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(losses(trainer))))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    full = build(tmp_path, max_steps=3)
+    full.train()
+    assert losses(trainer) == pytest.approx(losses(full), rel=2e-2)
+    assert losses(trainer) != losses(full)
+
+
+def test_saved_checkpoint_has_no_second_copy_of_tied_weights(tmp_path):
+    trainer = build(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")

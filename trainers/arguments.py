@@ -1,0 +1,91 @@
+"""`transformers.TrainingArguments` with the defaults of this project."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+# Least values that make sense, where transformers checks none.
+MINIMUMS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "num_train_epochs": 0,
+    "logging_steps": 0,
+    "eval_steps": 0,
+    "save_steps": 0,
+    "save_total_limit": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "recurrence_logging_steps": 0,
+}
+MOMENTS = ("adam_beta1", "adam_beta2")
+
+
+@dataclass
+class RecurrentTrainingArguments(TrainingArguments):
+    """Training arguments; see `transformers.TrainingArguments` for the inherited ones.
+
+    Args:
+        report_to: Where metrics go; TensorBoard by default.
+        resume_from_checkpoint: Checkpoint folder to go on from; true for the newest one of the output folder.
+        logging_nan_inf_filter: Whether losses that are not finite are hidden from the logs; off, so that they are seen.
+        recurrence_logging_steps: Every this many steps the loss of the next batch at one core step is compared with
+            that at the mean depth, and state change per step and token correlation are logged. 0 turns it off.
+        depth_gap_alarm: A warning is logged when, in the second half of training, the loss at one step is less than
+            this many nats above that at the mean depth: the recurrence is being ignored.
+        token_correlation_alarm: A warning is logged when the mean cosine between the states of different tokens is
+            above this: the states are collapsing.
+    """
+
+    report_to: str | list[str] | None = "tensorboard"
+    resume_from_checkpoint: bool | str | None = None
+    logging_nan_inf_filter: bool = False
+    recurrence_logging_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Every this many steps, log the loss of the next batch at one core step beside that at the mean "
+            "depth, the state change per step and the token correlation; 0 turns it off."
+        },
+    )
+    depth_gap_alarm: float = field(
+        default=0.01,
+        metadata={
+            "help": "Warn when, in the second half of training, the loss at one core step is less than this many nats "
+            "above the loss at the mean depth."
+        },
+    )
+    token_correlation_alarm: float = field(
+        default=0.95,
+        metadata={"help": "Warn when the mean cosine between the states of different tokens is above this."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        # The trainer compiles the units of the model; transformers would compile the whole model, whose loop varies in
+        # length, until dynamo gives up and runs it eagerly.
+        self.compile_units = self.torch_compile or bool(self.torch_compile_backend or self.torch_compile_mode)
+        self.compile_options = {"backend": self.torch_compile_backend or "inductor", "mode": self.torch_compile_mode}
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # with DeepSpeed, transformers would otherwise see one process only
+        if self.data_seed is None:
+            self.data_seed = self.seed  # accelerate would take whatever the global generator was last seeded with
+        super().__post_init__()
+
+    def _check_ranges(self) -> None:
+        for name, least in MINIMUMS.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; give at least {least}")
+        for name in MOMENTS:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
+        if not -1 <= self.token_correlation_alarm <= 1:
+            raise ValueError(f"token_correlation_alarm is {self.token_correlation_alarm}; a cosine lies from -1 to 1")
