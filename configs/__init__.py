@@ -1,0 +1,423 @@
+"""The one loader: YAML files and flags in, typed and checked configuration classes out.
+
+    python pretrain.py --config configs/recurrent_lm.yaml --config mine.yaml --training.max_steps 10
+
+Later files and flags override earlier ones. Whatever is wrong is one line that names the key, before anything is built
+or written. Paths in a YAML file are relative to that file, paths in flags to the current folder.
+"""
+
+import dataclasses
+import difflib
+import enum
+import functools
+import json
+import os
+import re
+import sys
+import typing
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+from transformers import PreTrainedConfig
+
+from callbacks import CallbacksConfig
+from dataset_loading.configuration import DataConfig, TokenizerConfig
+from model import MegaTransformerTextConfig
+from trainers import TRAINERS, RecurrentTrainingArguments
+
+DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
+MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {cls.model_type: cls for cls in (MegaTransformerTextConfig,)}
+SECTIONS = {
+    "tokenizer": TokenizerConfig,
+    "data": DataConfig,
+    "callbacks": CallbacksConfig,
+    "training": RecurrentTrainingArguments,  # last, as it looks for the devices
+}
+# Not for YAML: what every Hugging Face config inherits, what tokenizer and launcher decide, and secrets.
+NOT_OPTIONS = {
+    PreTrainedConfig: {item.name for item in dataclasses.fields(PreTrainedConfig)}
+    | {"pad_token_id", "bos_token_id", "eos_token_id"},
+    RecurrentTrainingArguments: {"local_rank", "parallelism_config", "hub_token"},
+}
+
+
+@dataclass
+class RunConfig:
+    """All that defines a run.
+
+    Args:
+        model: Configuration of the network; the ids of special tokens are not in it yet.
+        tokenizer: Which tokenizer, or how to train one.
+        data: What is read.
+        callbacks: What is watched and written beside the trainer's own logs.
+        training: Training arguments; None if `load_run_config` left them out.
+        trainer: Name of the trainer.
+        log_level: Least severe message that is shown.
+        resolved: Every option as plain values: what was chosen, not what the classes derive from it.
+    """
+
+    model: PreTrainedConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    callbacks: CallbacksConfig
+    training: RecurrentTrainingArguments | None
+    trainer: str
+    log_level: str
+    resolved: dict[str, Any] = field(repr=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved YAML, which alone repeats the run; nobody ever reads half of it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = yaml.dump(self.resolved, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+
+
+def load_config(argv: Sequence[str] | None = None) -> RunConfig:
+    """The run that a command line (default: `sys.argv`) describes.
+
+    Raises:
+        SystemExit: with code 2, after one line on stderr, for whatever is wrong.
+    """
+    with one_line_errors():
+        return build_run(resolve(sys.argv[1:] if argv is None else argv))
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file and flags describe, without its training arguments (`training` is None).
+
+    Those look for the devices of the machine, and a run may be evaluated on another one than it was trained on.
+
+    Raises:
+        ValueError: for whatever is wrong, in one line.
+    """
+    return build_run(resolve(["--config", str(path), *overrides]), skip=("training",))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a ValueError into one line on stderr (of each machine's first rank) and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+
+
+def check_output_dir(run: RunConfig) -> None:
+    """Refuse to write into the folder of another model.
+
+    Raises:
+        ValueError: if the output folder holds a run whose model or tokenizer differs; names the first key that does.
+    """
+    path = Path(run.training.output_dir) / "config.yaml"
+    there, here = (flatten(tree) for tree in (read_yaml(path) if path.exists() else run.resolved, run.resolved))
+    for key in here | there:
+        if key.startswith(("model.", "tokenizer.")) and there.get(key) != here.get(key):
+            raise ValueError(
+                f"training.output_dir: {run.training.output_dir} holds another model: {key} is {there.get(key)!r} "
+                f"there and {here.get(key)!r} here; choose another output_dir"
+            )
+
+
+# --------------------------------------------------------------------------------------------- from arguments to values
+
+
+def resolve(argv: Sequence[str]) -> dict[str, Any]:
+    """Every option as plain values, from defaults, files and flags; types are checked, nothing is built.
+
+    Raises:
+        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file.
+    """
+    given = list(read_arguments(argv))
+    config_class = model_config_class([tree for _, tree, _ in given])
+    schema = dict.fromkeys(("trainer", "log_level", "local_rank"))
+    schema |= {"model": {"model_type": None, **schema_of(config_class)}}
+    schema |= {name: schema_of(cls) for name, cls in SECTIONS.items()}
+    for origin, tree, _ in given:
+        check_keys(tree, schema, origin)
+    parser = build_parser(config_class)
+    try:
+        values = parser.parse_args([argument for _, _, arguments in given for argument in arguments])
+    except ArgumentError as error:
+        raise ValueError(describe(str(error))) from error
+    tree = json.loads(parser.dump(values, format="json", skip_unset=False))
+    del tree["local_rank"]
+    make_paths_absolute(tree, Path.cwd())
+    return tree
+
+
+def read_arguments(argv: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """For each flag: the file it stands for, if any, the tree of its values, and what the parser gets to see.
+
+    A configuration file becomes its content, with its paths made absolute.
+    """
+    rest = list(argv)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if flag in ("-h", "--help", "--print_config"):
+            yield "", {}, [flag + equals + value]
+            continue
+        if not flag.startswith("--"):
+            raise ValueError(f"unexpected argument {flag!r}; options are written --section.name value")
+        if not equals and not rest:
+            raise ValueError(f"{flag}: the value is missing")
+        value = value if equals else rest.pop(0)
+        if flag == "--config":
+            tree = read_yaml(value)
+            make_paths_absolute(tree, Path(value).absolute().parent)
+            yield f"{value}: ", tree, ["--config", json.dumps(tree, default=str)]
+        else:
+            tree = value
+            if value.lstrip().startswith(("{", "[")):
+                with suppress(yaml.YAMLError):  # the parser knows whether a string is expected
+                    tree = yaml.load(value, Loader=StrictLoader)
+            for key in reversed(flag[2:].replace("-", "_").split(".")):
+                tree = {key: tree}
+            yield "", tree, [f"{flag}={value}"]
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Plain values only, nothing is executed; a key that is there twice is an error instead of lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for index, (key, _) in enumerate(node.value):
+            if key.value in names[:index]:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: key {key.value!r} is there twice, join the two")
+        return super().construct_mapping(node, deep)
+
+
+class StrictDumper(yaml.SafeDumper):
+    """Writes what `StrictLoader` reads."""
+
+
+# As in YAML 1.2: 1e-4 is a number; `no` and 2026-01-01 are strings.
+for cls in (StrictLoader, StrictDumper):
+    cls.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in ("bool", "timestamp")]
+        for first, pairs in cls.yaml_implicit_resolvers.items()
+    }
+    cls.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
+    cls.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The content of a configuration file.
+
+    Raises:
+        ValueError: for a file that is missing, no YAML or no mapping, or names a key twice.
+    """
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=StrictLoader)
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"--config {path}: expected sections such as 'model:', got {str(tree)[:40]!r}")
+    return tree
+
+
+def make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
+    """Make the paths of a tree, whose types are not checked yet, relative to `folder`, in place.
+
+    What may also be a name on the Hugging Face hub, or one of our DeepSpeed files, is a path only if that exists.
+    """
+    data, tokenizer, training = (
+        section if isinstance(section := tree.get(name), dict) else {} for name in ("data", "tokenizer", "training")
+    )
+    groups = [group for name in ("train", "validation") if isinstance(group := data.get(name), list)]
+    sources = [source for group in groups for source in group if isinstance(source, dict)]
+    for source in sources:
+        if isinstance(source.get("paths"), list):
+            source["paths"] = [os.path.normpath(folder / str(path)) for path in source["paths"]]
+    for mapping, key in [*((source, "path") for source in sources), (tokenizer, "path"), (training, "deepspeed")]:
+        if isinstance(name := mapping.get(key), str) and (path := folder / name).exists():
+            mapping[key] = os.path.normpath(path)
+
+
+# ------------------------------------------------------------------------------------------------- keys, types, choices
+
+
+def model_config_class(trees: Sequence[dict[str, Any]]) -> type[PreTrainedConfig]:
+    """The class named by the last `model.model_type` among the trees."""
+    sections = [tree["model"] for tree in trees if isinstance(tree.get("model"), dict)]
+    names = [section["model_type"] for section in sections if "model_type" in section]
+    name = names[-1] if names else MegaTransformerTextConfig.model_type
+    if str(name) not in MODEL_CONFIGS:
+        raise ValueError(f"model.model_type: {name!r} is unknown; known: {', '.join(MODEL_CONFIGS)}")
+    return MODEL_CONFIGS[name]
+
+
+def nested_class(hint: Any) -> type | None:
+    """The configuration class in a type such as `C`, `C | None` or `list[C]`."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return hint
+    return next((found for part in typing.get_args(hint) if (found := nested_class(part))), None)
+
+
+def options_of(cls: type) -> dict[str, Any]:
+    """Names and types of the fields that are options."""
+    skipped = set().union(*(names for base, names in NOT_OPTIONS.items() if issubclass(cls, base)))
+    hints = typing.get_type_hints(cls, localns={"torch": torch})  # PreTrainedConfig imports it for type checkers only
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls) if item.init and item.name not in skipped}
+
+
+def schema_of(cls: type) -> dict[str, Any]:
+    """Each key of a class with None, or with the schema of the class it holds, in a list if it holds many."""
+    schema = {}
+    for name, hint in options_of(cls).items():
+        inner = schema_of(nested) if (nested := nested_class(hint)) else None
+        schema[name] = [inner] if inner and typing.get_origin(hint) is list else inner
+    return schema
+
+
+def check_keys(tree: Any, schema: dict[str, Any] | list | None, origin: str, key: str = "") -> None:
+    """Raises ValueError for the first key of the tree that is not in the schema, with the closest one that is."""
+    if schema is None:
+        return
+    if not isinstance(tree, list if isinstance(schema, list) else dict):
+        kind = "a list" if isinstance(schema, list) else f"keys such as {next(iter(schema))}"
+        raise ValueError(f"{origin}{key}: expected {kind}, got {tree!r}")
+    if isinstance(schema, list):
+        for index, item in enumerate(tree):
+            check_keys(item, schema[0], origin, f"{key}[{index}]")
+        return
+    for name, value in tree.items():
+        inner = f"{key}.{name}" if key else str(name)
+        if name not in schema:
+            known = [*schema, "config"] if not (key or origin) else list(schema)
+            raise ValueError(f"{origin}unknown key {inner} ({value!r}); {closest(name, known)}")
+        check_keys(value, schema[name], origin, inner)
+
+
+def closest(name: Any, known: Sequence[str]) -> str:
+    """Advice about an unknown name."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    listed = f"known: {', '.join(known)}" if len(known) <= 20 else "--help lists the known ones"
+    return f"did you mean {near[0]}? {listed}" if near else listed
+
+
+@functools.cache
+def build_parser(config_class: type[PreTrainedConfig]) -> ArgumentParser:
+    """The parser of all sections; its `--help` shows the docstrings of the fields."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=Path(sys.argv[0]).name, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; may be given several times")
+    parser.add_argument("--trainer", type=Literal[tuple(TRAINERS)], default="pretrain", help="Name of the trainer")
+    parser.add_argument("--log_level", "--log-level", type=Literal["debug", "info", "warning", "error"], default="info")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="Ignored: LOCAL_RANK of the environment rules")
+    parser.add_argument("--model.model_type", default=config_class.model_type, help="Selects the class of `model`")
+    for name, cls in {"model": config_class, **SECTIONS}.items():
+        add_group(parser, cls, name)
+    return parser
+
+
+def add_group(parser: ArgumentParser, cls: type, key: str) -> None:
+    """Add the options of a class, and those of each class in it as a group of its own."""
+    options = options_of(cls)
+    single = {name: hint for name, hint in options.items() if typing.get_origin(hint) is not list}
+    groups = {name: nested for name, hint in single.items() if (nested := nested_class(hint))}
+    skip = {item.name for item in dataclasses.fields(cls)} - set(options) | set(groups)
+    parser.add_class_arguments(cls, key, skip=skip, fail_untyped=False)
+    for name, nested in groups.items():
+        add_group(parser, nested, f"{key}.{name}")
+
+
+def describe(message: str) -> str:
+    """A message of jsonargparse in one line: key, what was expected, what was given."""
+    key = ".".join(dict.fromkeys(re.findall(r'arser key "([^"]+)":', message)))
+    expected = re.search(r"Subtypes: \[(.*)\]|Expected an? (.*?)\. Got value", message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    if not (key and expected and value):
+        return message
+    kind = re.sub(r"<class '([\w.]+)'>", r"\1", expected[1] or expected[2]).replace("NoneType", "null")
+    if "Literal" in kind:
+        choices = re.findall(r"'([^']+)'", kind)
+        return f"{key}: {value[1]!r} is unknown; {closest(value[1], choices)}"
+    return f"{key}: expected {kind}, got {value[1]}"
+
+
+# ----------------------------------------------------------------------------------------------- from values to classes
+
+
+def build_run(tree: dict[str, Any], skip: Sequence[str] = ()) -> RunConfig:
+    """Build the classes of a resolved tree; `skip` names sections that stay None.
+
+    Raises:
+        ValueError: for a value out of range, with its section.
+    """
+    model = {name: value for name, value in tree["model"].items() if name != "model_type"}
+    sections = {"model": build(MODEL_CONFIGS[tree["model"]["model_type"]], model, "model")}
+    check_positions(sections["model"], tree["data"]["block_size"])
+    for name, cls in SECTIONS.items():
+        values = dict(tree[name])
+        if name in skip:
+            sections[name] = None
+            continue
+        if name == "training":
+            values["deepspeed"] = find_deepspeed(values["deepspeed"])
+        sections[name] = build(cls, values, name)
+    return RunConfig(**sections, trainer=tree["trainer"], log_level=tree["log_level"], resolved=tree)
+
+
+def build(cls: type, values: dict[str, Any], key: str) -> Any:
+    """An instance of a configuration class, from the inside out, so that an error names the innermost key."""
+    values = dict(values)
+    for name, hint in options_of(cls).items():
+        value, nested = values.get(name), nested_class(hint)
+        choices = [item.value for part in typing.get_args(hint) if isinstance(part, enum.EnumMeta) for item in part]
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{key}.{name}: {value!r} is unknown; {closest(value, choices)}")
+        if value is None and type(None) not in (hint, *typing.get_args(hint)):
+            raise ValueError(f"{key}.{name}: null given where a value is needed; leave the line out for the default")
+        if nested and isinstance(value, list):
+            values[name] = [build(nested, item, f"{key}.{name}[{index}]") for index, item in enumerate(value)]
+        elif nested and value is not None:
+            values[name] = build(nested, value, f"{key}.{name}")
+    try:
+        return cls(**values)
+    except (ValueError, ImportError) as error:
+        reason = str(error).removeprefix(cls.__name__)
+        raise ValueError(f"{key}{reason}" if reason.startswith((".", ":")) else f"{key}: {reason}") from error
+
+
+def find_deepspeed(value: Any) -> Any:
+    """The path of a DeepSpeed JSON that is given as a path or as a name in `configs/deepspeed/`."""
+    if not isinstance(value, str):
+        return value
+    for path in (Path(value), DEEPSPEED_FOLDER / value, DEEPSPEED_FOLDER / f"{value}.json"):
+        if path.is_file():
+            return str(path)
+    known = ", ".join(sorted(path.stem for path in DEEPSPEED_FOLDER.glob("*.json")))
+    raise ValueError(f"training.deepspeed: {value} does not exist; give a path or one of {known}")
+
+
+def check_positions(model: PreTrainedConfig, block_size: int) -> None:
+    """Tables of positions do not extrapolate."""
+    if model.position_embedding in ("learned", "sinusoidal") and block_size > model.max_position_embeddings:
+        raise ValueError(
+            f"data.block_size: {block_size} is more than the {model.max_position_embeddings} positions of a "
+            f"{model.position_embedding} table; raise model.max_position_embeddings or choose rope or alibi"
+        )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

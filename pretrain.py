@@ -1,0 +1,117 @@
+"""Trains a model from a YAML: `deepspeed pretrain.py --config configs/recurrent_lm.yaml`."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from datasets import disable_progress_bars
+from transformers import PreTrainedTokenizerFast, Trainer, set_seed
+
+from callbacks import add_callbacks
+from configs import RunConfig, check_output_dir, load_config, one_line_errors
+from dataset_loading import Collator, build_datasets, build_tokenizer
+from evaluation import trainer_metrics
+from inference.devices import device_report
+from inference.logs import set_up_logging
+from model import MegaTransformerForCausalLM
+from model.recurrence import draw_training_states, sample_depth
+from trainers import find_resume_point, get_trainer_class
+
+logger = logging.getLogger("pretrain")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate and save what the command line describes.
+
+    Raises:
+        SystemExit: with code 2 after one line on standard error, for bad input; nothing is written then.
+    """
+    threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # asked before accelerate sets it
+    run = load_config(argv)
+    if not threads_are_chosen:
+        share_cores()
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_logging(run.log_level, rank)
+    if rank != 0 or not sys.stderr.isatty():
+        disable_progress_bars()
+    logger.info("%s", device_report())
+    try:
+        with one_line_errors():
+            check_output_dir(run)
+            resume_point = find_resume_point(run.training)
+            trainer = build_trainer(run)
+        if trainer.is_world_process_zero():
+            run.save(os.path.join(run.training.output_dir, "config.yaml"))
+        train(trainer, resume_point)
+    finally:
+        # Left open, the group makes the launcher wait, or report a failure that was none.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def share_cores() -> None:
+    """Give each rank of this machine its share of the cores.
+
+    accelerate gives all of them to each, and on CPUs two ranks that both use both cores train at half the speed.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if ranks > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def build_trainer(run: RunConfig) -> Trainer:
+    """Tokenizer, data, model and trainer of a run, all checked, nothing written.
+
+    Raises:
+        ValueError: for data that cannot be read, or that do not fit the model.
+    """
+    args = run.training
+    trainer_class = get_trainer_class(run.trainer)
+    tokenizer = build_tokenizer(run.tokenizer, run.data, seed=args.seed)
+    datasets = build_datasets(
+        run.data,
+        tokenizer,
+        seed=args.seed,
+        vocab_size=run.model.vocab_size,
+        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+    )
+    trainer = trainer_class(
+        model=build_model(run, tokenizer),
+        args=args,
+        train_dataset=datasets.train,
+        eval_dataset=datasets.validation,
+        data_collator=Collator(tokenizer),
+        processing_class=tokenizer,
+        sample_depth=sample_depth,
+        draw_states=draw_training_states,
+        **trainer_metrics(tokenizer),
+    )
+    add_callbacks(trainer, run.callbacks, tokenizer)
+    return trainer
+
+
+def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> MegaTransformerForCausalLM:
+    """A fresh model, the same on every rank, that knows the tokenizer's special tokens."""
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(run.model, name, getattr(tokenizer, name))
+    set_seed(run.training.seed)
+    # Not through an Auto class: under ZeRO-3 that builds partitioned weights, which initialise differently, so that
+    # stages could not be compared. DeepSpeed partitions the whole ones when training begins.
+    return MegaTransformerForCausalLM(run.model)
+
+
+def train(trainer: Trainer, resume_point: str | None) -> None:
+    """Train, save weights, tokenizer and code in the run folder, evaluate."""
+    trainer.train(resume_from_checkpoint=resume_point)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = trainer.evaluate()
+    trainer.save_metrics("eval", metrics)
+    logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "runtime" not in name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,521 @@
+"""From YAML files and flags to configuration classes, and what is said about those that are wrong."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import configs
+from configs import RunConfig, check_output_dir, load_config, load_run_config
+from model import MegaTransformerTextConfig, RecurrenceConfig
+from trainers import RecurrentTrainingArguments
+
+ROOT = Path(__file__).parent.parent
+ON_CPU = ["--training.use_cpu", "true", "--training.report_to", "none"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test runs in an empty folder, as a process that no launcher started."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return folder
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path):
+    """Writes a YAML file outside the current folder and returns its path."""
+
+    def write(text: str, name: str = "run.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture, empty_folder: Path):
+    """Loads what must be refused: exit code 2, one line on stderr (returned), nothing printed, nothing written."""
+
+    def load(*argv: str) -> str:
+        with pytest.raises(SystemExit) as error:
+            load_config(argv)
+        assert error.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert list(empty_folder.iterdir()) == []
+        assert re.fullmatch(r"error: [^\n]+\n", err), err
+        return err
+
+    return load
+
+
+def load(*argv: str) -> RunConfig:
+    return load_config([*argv, *ON_CPU])
+
+
+# ------------------------------------------------------------ bad input
+
+BAD_FLAGS = {
+    "unknown key": ("--training.learning_rat 1", "training.learning_rat", "'1'", "did you mean learning_rate?"),
+    "unknown nested key": ("--model.recurrence.mean_step 4", "model.recurrence.mean_step", "did you mean mean_steps?"),
+    "unknown section": ("--modle.hidden_size 4", "modle", "did you mean model?"),
+    "abbreviated config": ("--conf a.yaml", "conf", "a.yaml", "did you mean config?"),
+    "unknown key in a value": ("--model.recurrence {mean_step:4}", "model.recurrence", "mean_step"),
+    "unknown key in a list": ("--data.train [{kind:files,pathz:[a]}]", "data.train[0].pathz", "did you mean path"),
+    "stray word": ("fast", "'fast'"),
+    "missing value": ("--training.max_steps", "--training.max_steps", "value is missing"),
+    "missing file": ("--config nowhere.yaml", "nowhere.yaml", "No such file"),
+    "folder for a file": ("--config .", "--config .", "Is a directory"),
+    "file for a section": ("--data data.yaml", "data: expected keys", "'data.yaml'"),
+    "word for int": ("--training.max_steps many", "training.max_steps", "expected int", "many"),
+    "float for int": ("--training.max_steps 2.5", "training.max_steps", "expected int", "2.5"),
+    "bool for int": ("--model.hidden_size true", "model.hidden_size", "expected int", "True"),
+    "word for float": ("--training.learning_rate fast", "training.learning_rate", "expected float", "fast"),
+    "word for optional int": ("--model.num_key_value_heads all", "model.num_key_value_heads", "int, null", "all"),
+    "word for bool": ("--model.qk_norm maybe", "model.qk_norm", "expected bool", "maybe"),
+    "word for list": ("--callbacks.samples.prompts Once", "callbacks.samples.prompts", "expected list", "Once"),
+    "choice": ("--model.norm batchnorm", "model.norm", "'batchnorm'", "known: rmsnorm, layernorm"),
+    "nested choice": (
+        "--model.recurrence.injection cat",
+        "model.recurrence.injection",
+        "'cat'",
+        "known: concat, add, gate",
+    ),
+    "position name": ("--model.position_embedding alibbi", "position_embedding", "'alibbi'", "did you mean alibi?"),
+    "choice in a list": (
+        "--data.train [{kind:filez,paths:[a]}]",
+        "data.train",
+        "kind",
+        "'filez'",
+        "did you mean files?",
+    ),
+    "trainer": ("--trainer pretrian", "trainer", "'pretrian'", "known: pretrain"),
+    "model type": ("--model.model_type llama", "model.model_type", "'llama'", "known: megatransformer_text"),
+    "schedule": (
+        "--training.lr_scheduler_type cosinus",
+        "training.lr_scheduler_type",
+        "'cosinus'",
+        "did you mean cosine?",
+    ),
+    "optimizer": ("--training.optim adamm_torch", "training.optim", "'adamm_torch'", "did you mean adamw_torch?"),
+    "log level": ("--log-level loud", "log_level", "'loud'", "known: debug, info, warning, error"),
+    "range": ("--model.hidden_size -8", "model.hidden_size", "-8", "1"),
+    "nested range": ("--model.recurrence.mean_steps 0", "model.recurrence.mean_steps", "got 0"),
+    "range in data": ("--data.validation_fraction 1.5", "data", "validation_fraction is 1.5", "between 0 and 1"),
+    "range in callbacks": ("--callbacks.samples.every_steps 0", "callbacks.samples", "every_steps is 0", "at least 1"),
+    "range in training": ("--training.token_correlation_alarm 3", "training", "token_correlation_alarm", "3"),
+    "range in a list": ("--data.train [{kind:files,paths:[a],weight:-1}]", "data.train[0]", "weight is -1", "positive"),
+    "heads": ("--model.num_attention_heads 3", "model", "hidden_size (512)", "num_attention_heads (3)"),
+    "key heads": ("--model.num_key_value_heads 3", "model", "num_attention_heads (8)", "num_key_value_heads (3)"),
+    "odd rope": ("--model.head_dim 5", "model", "rope", "head_dim (5)"),
+    "no layer": ("--model {num_prelude_layers:0,num_core_layers:0,num_coda_layers:0}", "model", "all 0"),
+    "table": (
+        "--model {position_embedding:learned,max_position_embeddings:32}",
+        "data.block_size: 256",
+        "32 positions",
+        "raise",
+    ),
+    "deepspeed": (
+        "--training.deepspeed zero9",
+        "training.deepspeed",
+        "zero9",
+        "zero0, zero1, zero2, zero3, zero3_offload",
+    ),
+    "repetition in a value": ("--model {norm:rmsnorm,norm:layernorm}", "model", "norm"),
+}
+
+
+@pytest.mark.parametrize(("flags", "fragments"), [(flags, rest) for flags, *rest in BAD_FLAGS.values()], ids=BAD_FLAGS)
+def test_bad_flags_are_one_line_that_names_key_value_and_fix(refused, flags: str, fragments: list[str]) -> None:
+    """E2, E3, A9, D8, T5: the issue's bad input, as far as configuration can know of it."""
+    flag, *value = flags.split(" ")
+    message = refused(flag, *(part.replace(":", ": ") for part in value))
+    for fragment in fragments:
+        assert fragment in message
+    assert "Traceback" not in message and "__main__" not in message
+
+
+BAD_FILES = {
+    "unknown key": ("training: {bogus: 1}", "training.bogus", "(1)"),
+    "unknown section": ("trainig: {max_steps: 1}", "trainig", "did you mean training?"),
+    "unknown key, two levels deep": (
+        "model: {recurrence: {mean_step: 4}}",
+        "model.recurrence.mean_step",
+        "(4)",
+        "mean_steps",
+    ),
+    "unknown key, two levels deep, callbacks": (
+        "callbacks: {samples: {prompt: []}}",
+        "callbacks.samples.prompt",
+        "prompts",
+    ),
+    "unknown key in a list": (
+        "data: {train: [{kind: files, paths: [a]}, {kid: hub}]}",
+        "data.train[1].kid",
+        "'hub'",
+        "kind",
+    ),
+    "another config": ("config: other.yaml", "config", "other.yaml"),
+    "section that is a word": ("training: fast", "training", "'fast'"),
+    "section that is a number": ("model: {recurrence: 3}", "model.recurrence", "got 3"),
+    "section left empty": ("training:\nmodel: {}", "training", "got None"),
+    "list that is none": ("data: {train: {kind: files}}", "data.train", "expected a list"),
+    "type": ("training: {max_steps: [1]}", "training.max_steps", "expected int"),
+    "string for bool": ("training: {bf16: 1}", "training.bf16", "expected bool", "1"),
+    "number for string": ("training: {output_dir: 12}", "training.output_dir", "str", "12"),
+    "null for int": ("training: {max_steps: null}", "training.max_steps", "null", "leave the line out"),
+    "not a number": ("training: {learning_rate: .nan}", "training.learning_rate", "expected float"),
+    "empty file": ("", "expected sections"),
+    "list": ("- model", "expected sections"),
+    "syntax": ("model: {norm: [", "not valid YAML", "line 1"),
+    "key twice": ("training: {seed: 1}\nmodel: {}\ntraining: {seed: 2}", "line 3", "'training'", "twice"),
+    "nested key twice": (
+        "model:\n  recurrence:\n    mean_steps: 1\n    mean_steps: 2",
+        "line 4",
+        "'mean_steps'",
+        "twice",
+    ),
+    "range": ("model: {recurrence: {step_sigma: -1.0}}", "model.recurrence.step_sigma", "-1.0"),
+    "unreadable bytes": ("model: {norm: \udcff}", "not valid YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "fragments"), [(text, rest) for text, *rest in BAD_FILES.values()], ids=BAD_FILES)
+def test_bad_files_are_one_line_that_names_file_or_key(
+    refused, tmp_path: Path, text: str, fragments: list[str]
+) -> None:
+    """E2, E3."""
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    message = refused("--config", str(path))
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: RecurrenceConfig(mean_step=4),
+        lambda: MegaTransformerTextConfig(recurrence={"mean_step": 4}),
+        lambda: MegaTransformerTextConfig.from_dict({"recurrence": {"mean_step": 4}}),
+    ],
+)
+def test_the_same_typo_through_the_python_interface(build) -> None:
+    """E2: nested keys are checked without YAML as well."""
+    with pytest.raises(ValueError, match="mean_step"):
+        build()
+
+
+def test_no_option_can_be_abbreviated(refused) -> None:
+    """E3: every option without its last letter is unknown, unless that is another option."""
+    parser = configs.build_parser(MegaTransformerTextConfig)
+    options = {
+        flag for action in parser._actions for flag in action.option_strings if flag.count(".") and flag[-1] != "+"
+    }
+    options -= {flag for flag in options if flag.endswith(".help")}
+    assert {"--training.learning_rate", "--model.recurrence.mean_steps", "--callbacks.samples.prompts"} <= options
+    for option in sorted({option[:-1] for option in options} - options):
+        assert option[2:] in refused(f"{option}=1")
+
+
+def test_a_file_executes_nothing(refused, yaml_file, empty_folder: Path) -> None:
+    """E1."""
+    for tag in ("python/object/apply:os.mkdir", "python/object/new:os.mkdir"):
+        path = yaml_file(f"training: {{seed: !!{tag} ['{empty_folder}/made']}}")
+        assert "not valid YAML" in refused("--config", path)
+
+
+def test_nothing_touches_a_device_before_all_is_checked(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self) -> None:
+        raise AssertionError("training arguments were built")
+
+    monkeypatch.setattr(RecurrentTrainingArguments, "__post_init__", fail)
+    refused("--callbacks.samples.every_steps", "0", "--training.output_dir", "made")
+    refused("--training.lr_scheduler_type", "cosinus", "--training.output_dir", "made")
+
+
+def test_only_the_first_rank_of_a_machine_speaks(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as error:
+        load_config(["--model.norm", "batchnorm"])
+    assert error.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_message_of_another_form_is_passed_on() -> None:
+    assert configs.describe("something else went wrong") == "something else went wrong"
+
+
+# ------------------------------------------------------------ values and order
+
+
+def test_later_files_and_flags_override_earlier_ones(yaml_file) -> None:
+    first = yaml_file(
+        "training: {seed: 1, max_steps: 10, learning_rate: 1e-4}\nmodel: {recurrence: {mean_steps: 2}}", "1.yaml"
+    )
+    second = yaml_file("training: {seed: 2}\nmodel: {recurrence: {backprop_steps: 3}}", "2.yaml")
+    run = load("--training.max_steps", "5", "--config", first, "--config", second, "--model.recurrence.mean_steps=9")
+    assert (run.training.seed, run.training.max_steps, run.training.learning_rate) == (2, 10, 1e-4)
+    assert (run.model.recurrence.mean_steps, run.model.recurrence.backprop_steps) == (9, 3)
+    assert load("--config", second, "--config", first).training.seed == 1
+    assert load("--config", first, "--training.seed", "7").training.seed == 7
+    two = yaml_file("data: {train: [{kind: files, paths: [a], weight: 2}, {kind: files, paths: [b]}]}")
+    (source,) = load("--config", two, "--data.train", "[{kind: hub, path: x/y}]").data.train
+    assert (source.kind, source.path, source.paths, source.weight) == ("hub", "x/y", [], 1.0)  # lists are not merged
+
+
+def test_values_mean_what_they_say(yaml_file) -> None:
+    """Floats without a point, an int for a float, null, words that YAML 1.1 takes for booleans or times."""
+    run = load(
+        "--config",
+        yaml_file(
+            "training: {learning_rate: 1e-4, max_grad_norm: 2, eval_strategy: no, save_total_limit: null, "
+            "run_name: 2026-01-01T10:00:00, lr_scheduler_kwargs: {min_lr: 2e-5}}\n"
+            "model: {attn_logit_softcapping: 50, num_key_value_heads: null}\n"
+        ),
+    )
+    assert run.training.learning_rate == 1e-4 and run.training.lr_scheduler_kwargs == {"min_lr": 2e-5}
+    assert run.training.max_grad_norm == 2.0 and isinstance(run.training.max_grad_norm, float)
+    assert run.training.eval_strategy == "no" and run.training.save_total_limit is None
+    assert run.training.run_name == "2026-01-01T10:00:00"
+    assert run.model.attn_logit_softcapping == 50.0
+    assert (
+        load(
+            "--config", yaml_file("training: {save_total_limit: 3}"), "--training.save_total_limit", "null"
+        ).training.save_total_limit
+        is None
+    )
+
+
+@pytest.mark.parametrize("flags", [["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"]])
+def test_the_launchers_local_rank_is_ignored(flags: list[str]) -> None:
+    """T6: DeepSpeed puts it before the user's flags; LOCAL_RANK of the environment rules."""
+    assert load(*flags, "--training.seed", "3") == load("--training.seed", "3")
+
+
+def test_model_type_is_read_first_wherever_it_stands(yaml_file, refused) -> None:
+    good, bad = (
+        yaml_file("model: {model_type: megatransformer_text}", "good.yaml"),
+        yaml_file("model: {model_type: gpt}", "bad.yaml"),
+    )
+    assert type(load("--config", bad, "--config", good).model) is MegaTransformerTextConfig
+    assert "'gpt'" in refused("--config", good, "--config", bad)
+    assert "'gpt'" in refused("--model", "{model_type: gpt, hidden_size: 8}")
+
+
+# ------------------------------------------------------------ resolved YAML
+
+EVERYTHING = """
+trainer: pretrain
+log_level: warning
+model:
+  hidden_size: 64
+  num_key_value_heads: 4
+  recurrence: {mean_steps: 3, state_init: zero}
+tokenizer: {vocab_size: 300}
+data:
+  train:
+    - {kind: files, paths: [texts/*.txt, /absolute/b.jsonl], weight: 2}
+    - {kind: generated, task: addition, difficulty: [1, 3], loss_on: answer}
+  block_size: 64
+callbacks:
+  samples: {prompts: ["a: b", "--x", "no", "1", "1e5", "2026-01-01", "null", "ünï\\n\\"q\\"", "#"], num_steps: [1]}
+training: {learning_rate: 1e-5, max_steps: 7, lr_scheduler_type: cosine, output_dir: out, torch_compile: true}
+"""
+
+
+def test_the_resolved_file_alone_repeats_the_run(yaml_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was chosen is stored, not what was derived from it; from any folder the same classes come out."""
+    run = load("--config", yaml_file(EVERYTHING), "--training.seed", "5", "--tokenizer.split_digits", "true")
+    run.save(tmp_path / "run" / "config.yaml")
+    monkeypatch.chdir("/")
+    assert load_config(["--config", str(tmp_path / "run" / "config.yaml")]) == run
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert stored["training"]["torch_compile"] is True  # the class turns it off, to compile the units
+    assert stored["model"]["head_dim"] is None and run.model.head_dim == 8
+    assert stored["model"]["model_type"] == "megatransformer_text"
+    assert stored["data"]["train"][0]["paths"] == [str(tmp_path / "texts/*.txt"), "/absolute/b.jsonl"]
+    assert run.callbacks.samples.prompts[4:7] == ["1e5", "2026-01-01", "null"]
+    assert run.training.seed == 5 and run.training.output_dir == "out"
+
+
+def test_every_option_is_in_the_resolved_file() -> None:
+    """E2: defaults too, so that a later default does not change an old run."""
+    run = load()
+    for name, section in (("model", run.model), ("data", run.data), ("training", run.training)):
+        assert set(run.resolved[name]) - {"model_type"} == set(configs.options_of(type(section)))
+    assert set(run.resolved["model"]["recurrence"]) == set(configs.options_of(RecurrenceConfig))
+
+
+def test_secrets_are_no_option(refused) -> None:
+    assert "training.hub_token" in refused("--training.hub_token", "hf_x")
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C2."""
+    path = tmp_path / "config.yaml"
+    load("--training.seed", "1").save(path)
+    before = path.read_text()
+
+    def full(self: Path, text: str, **kwargs) -> None:
+        with open(self, "w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Path, "write_text", full)
+        load("--training.seed", "2").save(path)
+    assert path.read_text() == before
+
+
+def test_a_run_is_read_without_its_training_arguments(yaml_file, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run from a machine with other devices, or with a DeepSpeed file that is not here, can be evaluated."""
+    path = yaml_file("training: {deepspeed: /elsewhere/zero2.json, bf16: true}\nmodel: {hidden_size: 64}")
+    run = load_run_config(path, ["--data.block_size", "32"])
+    assert run.training is None and run.data.block_size == 32 and run.model.hidden_size == 64
+    with pytest.raises(ValueError, match=r"data\.block_siz .*did you mean block_size"):
+        load_run_config(path, ["--data.block_siz", "32"])
+
+
+# ------------------------------------------------------------ paths
+
+
+def test_paths_are_relative_to_the_file_that_names_them(yaml_file, tmp_path: Path, empty_folder: Path) -> None:
+    """C8: in flags they are relative to the current folder; names that are no path here stay names."""
+    (tmp_path / "words").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "my.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto"}))
+    sources = "[{kind: files, paths: [a.txt, ../b*.txt]}, {kind: hub, path: set}, {kind: hub, path: org/name}]"
+    path = yaml_file(
+        f"data: {{train: {sources}}}\ntokenizer: {{path: words}}\ntraining: {{output_dir: out, deepspeed: my.json}}"
+    )
+    resolved = configs.resolve(["--config", path])
+    files, folder, name = resolved["data"]["train"]
+    assert files["paths"] == [str(tmp_path / "a.txt"), str(tmp_path.parent / "b*.txt")]
+    assert (folder["path"], name["path"]) == (str(tmp_path / "set"), "org/name")
+    assert resolved["tokenizer"]["path"] == str(tmp_path / "words")
+    assert resolved["training"]["deepspeed"] == str(tmp_path / "my.json")
+    assert resolved["training"]["output_dir"] == "out"
+    resolved = configs.resolve(
+        ["--config", path, "--data.train", "[{kind: files, paths: [a.txt]}]", "--tokenizer.path", "gpt2"]
+    )
+    assert resolved["data"]["train"][0]["paths"] == [str(empty_folder / "a.txt")]
+    assert resolved["tokenizer"]["path"] == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero2.json", str(ROOT / "configs/deepspeed/zero2.json")])
+def test_deepspeed_files_are_found_by_name_from_anywhere(name: str) -> None:
+    """C8."""
+    assert configs.find_deepspeed(name) == str(ROOT / "configs/deepspeed/zero2.json")
+
+
+def test_a_missing_deepspeed_file_is_named(refused, yaml_file) -> None:
+    """D8."""
+    message = refused("--config", yaml_file("training: {deepspeed: nets/zero2.json}"))
+    assert "nets/zero2.json" in message and "zero3_offload" in message
+
+
+def test_the_folder_of_another_model_is_refused(tmp_path: Path) -> None:
+    output = ["--training.output_dir", str(tmp_path / "run")]
+    run = load(*output, "--model.hidden_size", "64")
+    check_output_dir(run)
+    run.save(tmp_path / "run" / "config.yaml")
+    check_output_dir(load(*output, "--model.hidden_size", "64", "--training.max_steps", "3"))
+    for flags, key in (
+        (["--model.hidden_size", "32"], "model.hidden_size is 64 there and 32 here"),
+        (
+            ["--model.hidden_size", "64", "--model.recurrence.injection", "add"],
+            "model.recurrence.injection is 'concat' there",
+        ),
+        (["--model.hidden_size", "64", "--tokenizer.vocab_size", "999"], "tokenizer.vocab_size is 1024 there"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(key)) as error:
+            check_output_dir(load(*output, *flags))
+        assert str(tmp_path / "run") in str(error.value) and "choose another output_dir" in str(error.value)
+
+
+# ------------------------------------------------------------ what is shipped
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_loads(path: Path) -> None:
+    run = load("--config", str(path))
+    assert run.training.output_dir == f"runs/{path.stem}" and run.training.max_steps > 0 and run.data.train
+
+
+def test_the_plain_twin_differs_in_the_core_alone() -> None:
+    """The same unique layers and the same of everything else, but for names and depths."""
+    recurrent, plain = (
+        configs.flatten(configs.resolve(["--config", str(ROOT / f"configs/{name}_lm.yaml")]))
+        for name in ("recurrent", "plain")
+    )
+    different = {key for key in recurrent if recurrent[key] != plain[key] and not key.startswith("model.recurrence.")}
+    layers = {f"model.num_{part}_layers" for part in ("prelude", "core", "coda")}
+    assert different <= layers | {"training.output_dir", "callbacks.samples.num_steps"}
+    assert sum(recurrent[key] for key in layers) == sum(plain[key] for key in layers)
+    assert plain["model.num_core_layers"] == 0 < recurrent["model.num_core_layers"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, "3_offload"])
+def test_deepspeed_files_leave_to_the_yaml_what_it_says(stage: int | str) -> None:
+    content = json.loads((ROOT / f"configs/deepspeed/zero{stage}.json").read_text())
+    zero = content["zero_optimization"]
+    assert zero["stage"] == int(str(stage)[0])
+    assert ("offload_param" in zero, "offload_optimizer" in zero) == ((stage == "3_offload"),) * 2
+    assert zero.get("stage3_gather_16bit_weights_on_model_save", False) == (zero["stage"] == 3)
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert all(content[key] == "auto" for key in batch)
+    assert content["bf16"] == content["fp16"] == {"enabled": "auto"}
+    assert "optimizer" not in content and "scheduler" not in content  # those of `training:` rule
+
+
+def test_help_shows_the_docstrings(capsys) -> None:
+    """E2."""
+    with pytest.raises(SystemExit) as end:
+        load_config(["--help"])
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Mean number of core steps in training" in shown
+    assert "Tokens in a row." in shown
+    assert "Optimizer steps between samples" in shown
+
+
+def test_each_option_of_ours_has_a_docstring() -> None:
+    """E2."""
+    inherited = {f"training.{name}" for name in RecurrentTrainingArguments.__mro__[1].__dataclass_fields__}
+    own = {f"training.{name}" for name in RecurrentTrainingArguments.__annotations__}
+    for action in configs.build_parser(MegaTransformerTextConfig)._actions:
+        if "." in action.dest and not action.dest.endswith(".help") and action.dest not in inherited - own:
+            assert action.help and not action.help.startswith("(type"), action.dest
+
+
+def test_print_config_prints_what_can_be_read_again(capsys, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        load_config(["--model.hidden_size", "64", "--training.learning_rate", "3e-4", "--print_config"])
+    assert end.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    expected = configs.resolve(["--model.hidden_size", "64", "--training.learning_rate", "3e-4"])
+    assert configs.resolve(["--config", str(tmp_path / "printed.yaml")]) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_launcher_reports_one_line_and_the_scripts_exit_code(empty_folder: Path) -> None:
+    """E3: two ranks, one message, exit code 2, nothing written."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", str(ROOT / "pretrain.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, "--training.learning_rat", "1"], cwd=empty_folder, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("unknown key training.learning_rat ('1'); did you mean learning_rate?") == 1
+    assert "Traceback" not in result.stderr
+    assert list(empty_folder.iterdir()) == []

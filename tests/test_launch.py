@@ -1,0 +1,107 @@
+"""`deepspeed pretrain.py` with two processes: ZeRO stages, ranks, exit codes, resuming. Through the real launcher."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_pretrain import losses, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+REPOSITORY = Path(__file__).parents[1]
+QUICKSTART = REPOSITORY / "configs" / "recurrent_lm.yaml"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def launch(*arguments, processes=2):
+    """Runs `deepspeed --num_accelerators N pretrain.py ARGUMENTS` on the CPU; returns the finished process."""
+    command = [
+        *(str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(processes)),
+        *("--master_port", str(free_port()), str(REPOSITORY / "pretrain.py"), *map(str, arguments)),
+    ]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+def trained(folder, *arguments, processes=2):
+    """The losses of a run that must succeed."""
+    process = launch(*arguments, "--training.output_dir", folder, processes=processes)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return losses(folder)
+
+
+def quickstart(*arguments):
+    """The quickstart's config, ten steps."""
+    return (
+        *("--config", QUICKSTART, "--training.max_steps", "10", "--training.logging_steps", "1"),
+        *(
+            "--training.save_strategy",
+            "no",
+            "--training.eval_strategy",
+            "no",
+            "--callbacks.samples.max_new_tokens",
+            "2",
+        ),
+        *arguments,
+    )
+
+
+@pytest.fixture(scope="module")
+def without_deepspeed(tmp_path_factory):
+    """Ten steps of the quickstart on two ranks without ZeRO."""
+    return trained(tmp_path_factory.mktemp("plain"), *quickstart())
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+def test_zero_stages_agree(stage, without_deepspeed, tmp_path):
+    """Invariant 6: ZeRO 0 = 1 = 2 = 3 over ten steps of varying depth, with steps without gradient before."""
+    ours = trained(tmp_path, *quickstart("--training.deepspeed", stage))
+    assert len(ours) == 10
+    assert ours == pytest.approx(without_deepspeed, abs=1e-4)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """Invariant 6: at a fixed depth, with like-init noise, two ranks of 2 rows = one rank of 4 rows."""
+    config = write_config(tmp_path)
+    flags = ("--config", config, "--model.recurrence.step_distribution", "fixed")
+    two = trained(tmp_path / "two", *flags, "--training.per_device_train_batch_size", 2)
+    one = trained(tmp_path / "one", *flags, "--training.per_device_train_batch_size", 4, processes=1)
+    assert two == pytest.approx(one, abs=1e-5)
+    evaluated = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
+    for metric in ("eval_addition_loss", "eval_addition_bits_per_byte"):
+        assert evaluated[0][metric] == pytest.approx(evaluated[1][metric], abs=1e-5)
+
+
+def test_resuming_on_two_ranks_with_zero_continues_exactly(tmp_path):
+    config, out = write_config(tmp_path), tmp_path / "out"
+    flags = ("--config", config, "--training.deepspeed", "zero2", "--training.gradient_accumulation_steps", 2)
+    whole = trained(out, *flags)
+    assert list((out / "checkpoint-3").glob("global_step3/*optim_states.pt"))  # DeepSpeed was there
+    shutil.rmtree(out / "checkpoint-6")
+    assert trained(out, *flags, "--training.resume_from_checkpoint", "true") == whole
+
+
+def test_exit_code_of_the_launcher_is_that_of_the_script(tmp_path):
+    """E3: the launcher puts --local_rank before the flags; a typo is one line and exit code 2 all the same."""
+    process = launch("--config", write_config(tmp_path), "--training.learning_rat", "1")
+    assert process.returncode == 2
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "training.learning_rat" in lines[0] and "did you mean learning_rate?" in lines[0]

@@ -1,0 +1,116 @@
+"""Every option has a reader: no field of a configuration class is only declared and checked (T10)."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedConfig, TrainingArguments
+
+import configs
+
+ROOT = Path(__file__).parent.parent
+
+# Where the options of a class are read, and what the object is called there (a regular expression). A class inside
+# another is also read as `config.<its name there>`.
+READERS = {
+    "MegaTransformerTextConfig": ("model", r"(self\.)?config"),
+    "RecurrenceConfig": ("model", r"(self\.)?(config|recurrence)"),
+    "TokenizerConfig": ("dataset_loading", "config"),
+    "DataConfig": ("dataset_loading", "config"),
+    "SourceConfig": ("dataset_loading", "source"),
+    "CallbacksConfig": ("callbacks", "config"),
+    "SamplesConfig": ("callbacks/samples.py", r"(self\.)?config"),
+    "ThroughputConfig": ("callbacks", None),
+    "ModelSizeConfig": ("callbacks", None),
+    "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),
+    "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
+}
+# Fields that transformers reads: it ties the weights, and its generation takes ids from them.
+READ_BY_TRANSFORMERS = {"tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
+
+
+def classes_within(cls: type, path: str = "") -> Iterable[tuple[type, str]]:
+    """A configuration class and those in it, each with the name of the field that holds it."""
+    yield cls, path
+    for name, hint in configs.options_of(cls).items():
+        if nested := configs.nested_class(hint):
+            yield from classes_within(nested, name)
+
+
+def attributes_read(source: str, cls: str) -> set[tuple[str, str]]:
+    """(object, attribute) of each attribute read, leaving out the class `cls`; its properties are ("property", ...)."""
+    found = set()
+
+    def visit(node: ast.AST, place: str) -> None:
+        if isinstance(node, ast.ClassDef) and node.name == cls:
+            place = "class"
+        elif (
+            place == "class"
+            and isinstance(node, ast.FunctionDef)
+            and "property" in map(ast.unparse, node.decorator_list)
+        ):
+            place = "property"
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and place != "class":
+            found.add(("property" if place == "property" else ast.unparse(node.value), node.attr))
+        for child in ast.iter_child_nodes(node):
+            visit(child, place)
+
+    visit(ast.parse(source), "elsewhere")
+    return found
+
+
+def unread(cls: type, fields: Iterable[str], field_name: str, files: Iterable[Path], receiver: str | None) -> set[str]:
+    """The fields that none of the files reads from an object of that name."""
+    pattern = "|".join(filter(None, (rf"(.*\.)?config\.{field_name}", "property", receiver)))
+    reads = {found for path in files for found in attributes_read(path.read_text(), cls.__name__)}
+    return set(fields) - {attribute for value, attribute in reads if re.fullmatch(pattern, value)}
+
+
+def own_fields(cls: type) -> set[str]:
+    """Fields that are not inherited from transformers, which reads its own."""
+    base = next((base for base in (PreTrainedConfig, TrainingArguments) if issubclass(cls, base)), None)
+    inherited = {item.name for item in dataclasses.fields(base)} if base else set()
+    return {item.name for item in dataclasses.fields(cls) if item.init} - inherited - READ_BY_TRANSFORMERS
+
+
+ALL = [found for cls in (*configs.MODEL_CONFIGS.values(), *configs.SECTIONS.values()) for found in classes_within(cls)]
+
+
+@pytest.mark.parametrize(("cls", "name"), dict(ALL).items(), ids=[cls.__name__ for cls in dict(ALL)])
+def test_every_option_is_read(cls: type, name: str) -> None:
+    """T10."""
+    assert cls.__name__ in READERS, f"say in READERS where the options of {cls.__name__} are read"
+    place, receiver = READERS[cls.__name__]
+    files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
+    assert unread(cls, own_fields(cls), name, files, receiver) == set()
+
+
+def test_every_part_of_a_run_is_read() -> None:
+    """T10: the name of the trainer and the log level too."""
+    fields = [item.name for item in dataclasses.fields(configs.RunConfig)]
+    files = [ROOT / "pretrain.py", ROOT / "configs/__init__.py"]
+    assert unread(configs.RunConfig, fields, "run", files, "run") == set()
+
+
+def test_an_option_without_a_reader_is_found(tmp_path: Path) -> None:
+    """What is only checked where it is declared, or read from another object, counts as unread."""
+
+    @dataclasses.dataclass
+    class PaintConfig:
+        colour: str = "red"
+        gloss: int = 1
+        coats: int = 2
+
+        def __post_init__(self) -> None:
+            assert self.gloss > 0
+
+    (tmp_path / "paint.py").write_text(
+        "class PaintConfig:\n    def __post_init__(self):\n        self.gloss\n    @property\n    def twice(self):\n"
+        "        return 2 * self.coats\n\n"
+        "def paint(config, other):\n    config.colour\n    other.gloss\n    config.gloss = 1\n"
+    )
+    fields = {"colour", "gloss", "coats"}
+    assert unread(PaintConfig, fields, "paint", [tmp_path / "paint.py"], "config") == {"gloss"}

@@ -1,0 +1,254 @@
+"""`pretrain.py` from YAML to a run folder, in this process; tests/test_launch.py goes through the launcher."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import evaluate
+import pretrain
+from inference.loading import load_model
+from tests.tiny import tiny_ids
+
+TINY_RUN = {
+    "model": {
+        "model_type": "megatransformer_text",
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_core_layers": 1,
+        "recurrence": {"mean_steps": 3, "backprop_steps": 2},
+    },
+    "tokenizer": {"vocab_size": 259},
+    "data": {
+        "block_size": 48,
+        "train": [
+            {"kind": "generated", "task": "addition", "num_rows": 200, "difficulty": [1, 2], "weight": 2},
+            {"kind": "generated", "task": "stories", "num_rows": 50},
+        ],
+        "validation": [{"kind": "generated", "task": "addition", "num_rows": 30, "difficulty": [1, 2]}],
+    },
+    "callbacks": {"samples": {"prompts": ["1+1="], "every_steps": 4, "num_steps": [1, 3], "max_new_tokens": 4}},
+    "training": {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "recurrence_logging_steps": 3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    },
+}
+
+
+def write_config(folder, **sections):
+    """TINY_RUN with parts of its sections replaced, as a YAML file in `folder`."""
+    merged = {name: {**section, **sections.get(name, {})} for name, section in TINY_RUN.items()}
+    path = Path(folder) / "run.yaml"
+    path.write_text(yaml.safe_dump(merged))
+    return path
+
+
+def losses(folder):
+    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One finished run: (its folder, the YAML it came from)."""
+    base = tmp_path_factory.mktemp("run")
+    config = write_config(base)
+    assert pretrain.main(["--config", str(config), "--training.output_dir", str(base / "out")]) == 0
+    return base / "out", config
+
+
+def test_run_folder_holds_all_that_is_needed(run):
+    """C7: weights, tokenizer and code in the run folder and in each checkpoint."""
+    folder, _ = run
+    for place in (folder, folder / "checkpoint-3", folder / "checkpoint-6"):
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "modeling_megatransformer.py"):
+            assert (place / name).is_file()
+    assert (folder / "config.yaml").is_file() and (folder / "eval_results.json").is_file()
+    assert not list(folder.glob("**/pytorch_model*.bin"))
+
+
+def test_tensorboard_shows_samples_and_scalars(run):
+    """G5, R7: samples at each depth, steps with and without gradient, state change per step, tokens per second."""
+    folder, _ = run
+    events = EventAccumulator(str(next(folder.glob("runs/*"))))
+    events.Reload()
+    tags = events.Tags()
+    scalars = {tag.removeprefix("train/") for tag in tags["scalars"]}
+    assert {"loss", "steps_without_gradient", "steps_with_gradient", "tokens_per_second", "grad_norm"} <= scalars
+    assert {"loss_at_1_step", "loss_at_mean_steps", "depth_gap", "token_correlation", "state_change_03"} <= scalars
+    assert {"eval/addition_bits_per_byte", "eval/addition_perplexity"} <= set(tags["scalars"])
+    texts = [tag for tag in tags["tensors"] if "samples" in tag]
+    assert {"num_steps_1", "num_steps_3"} == {tag.split("/")[2] for tag in texts}
+    assert "1+1=" in events.Tensors(texts[0])[0].tensor_proto.string_val[0].decode()
+    logged = [event.value for event in events.Scalars("train/loss")]
+    assert logged == pytest.approx(losses(folder), rel=1e-6) and len(logged) == 6
+
+
+def test_resolved_yaml_alone_repeats_the_run(run, tmp_path):
+    """C8: the same losses, from any current folder."""
+    folder, _ = run
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        pretrain.main(["--config", str(folder / "config.yaml"), "--training.output_dir", str(tmp_path / "again")])
+    finally:
+        os.chdir(here)
+    assert losses(tmp_path / "again") == losses(folder)
+    before, after = (yaml.safe_load((f / "config.yaml").read_text()) for f in (folder, tmp_path / "again"))
+    assert before["training"].pop("output_dir") != after["training"].pop("output_dir")
+    assert before == after
+
+
+def test_resume_from_checkpoint_continues_exactly(run, tmp_path):
+    """Half a run, then `--training.resume_from_checkpoint true`, equals the whole run bitwise."""
+    folder, config = run
+    out = tmp_path / "out"
+    flags = ["--config", str(config), "--training.output_dir", str(out)]
+    # The schedule must be that of the whole run, so the half is made by removing what came after its checkpoint.
+    pretrain.main(flags)
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "model.safetensors").unlink()
+    pretrain.main([*flags, "--training.resume_from_checkpoint", "true"])
+    assert losses(out) == losses(folder)
+    ours, whole = (load_model(place)[0].state_dict() for place in (out, folder))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+LOADER = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+text = "Zürich: 12+34=, 日本 \\U0001f600\\n\\ttab  two spaces"
+assert tokenizer.decode(tokenizer(text).input_ids) == text
+assert [config.pad_token_id, config.bos_token_id, config.eos_token_id] == [
+    tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+with torch.no_grad():
+    logits = model(ids, num_steps=2).logits
+    assert torch.allclose(model.lm_head(base(ids, num_steps=2).last_hidden_state), logits, atol=1e-5)
+print(json.dumps([tokenizer(text).input_ids, logits.tolist()]))
+"""
+
+
+def test_checkpoint_loads_elsewhere_with_its_tokenizer(run, tmp_path):
+    """C7, T2: in another folder and process, without this repository: the same text, ids and logits; pad is not end."""
+    folder, _ = run
+    ids = tiny_ids(1, 6)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-c", LOADER, str(folder / "checkpoint-6"), json.dumps(ids.tolist())]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    token_ids, logits = json.loads(process.stdout.splitlines()[-1])
+    model, tokenizer = load_model(folder / "checkpoint-6")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(logits), model(ids, num_steps=2).logits)
+    assert token_ids == tokenizer("Zürich: 12+34=, 日本 \U0001f600\n\ttab  two spaces").input_ids
+    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
+
+
+def test_depth_table_of_the_run(run, tmp_path, capsys):
+    """`evaluate.py RUN --num-steps ...`: the table at the mean depth repeats the run's own evaluation."""
+    folder, _ = run
+    assert evaluate.main([str(folder), "--num-steps", "1", "3", "--output", str(tmp_path / "depth")]) == 0
+    rows = json.loads((tmp_path / "depth" / "depth.json").read_text())
+    assert {path.suffix for path in (tmp_path / "depth").iterdir()} == {".json", ".md", ".png"}
+    assert (tmp_path / "depth" / "depth.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    reported = json.loads((folder / "eval_results.json").read_text())["eval_addition_loss"]
+    assert f"{reported:.4f}" in capsys.readouterr().out or any(abs(value - reported) < 1e-4 for value in _numbers(rows))
+
+
+def _numbers(tree):
+    """All numbers in nested lists and dicts."""
+    if isinstance(tree, (dict, list)):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            yield from _numbers(item)
+    elif isinstance(tree, float):
+        yield tree
+
+
+def test_ranks_share_the_cores_of_a_machine(monkeypatch):
+    """Of four cores, each of two ranks gets two; a rank alone keeps what it has."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    try:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        monkeypatch.delenv("LOCAL_SIZE", raising=False)
+        pretrain.share_cores()
+        assert torch.get_num_threads() == before
+        monkeypatch.setenv("LOCAL_SIZE", "2")
+        pretrain.share_cores()
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+        pretrain.share_cores()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"train": [{"kind": "files", "paths": ["nothing/*.txt"]}]}}, r"nothing/\*\.txt"),
+        ({"data": {"train": [{"kind": "generated", "task": "adition"}]}}, "'adition'.*chained_lookup"),
+        ({"data": {"train": []}}, "train"),
+        ({"model": {"vocab_size": 100}}, "token id.*vocab_size is 100"),
+        ({"training": {"per_device_train_batch_size": 5000}}, r"less than one batch of 5000"),
+        ({"training": {"resume_from_checkpoint": "true"}}, "holds no checkpoint; leave the option out"),
+        ({"model": {"num_attention_heads": 5}}, r"hidden_size \(32\).*num_attention_heads \(5\)"),
+        ({"model": {"position_embedding": "learned", "max_position_embeddings": 8}}, "block_size: 48.*8 positions"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, capsys, sections, message):
+    """D4, D8, D9, E3."""
+    config = write_config(tmp_path, **sections)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main(["--config", str(config), "--training.output_dir", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_file_and_corrupt_rows(tmp_path, capsys):
+    """D1, D4: an empty dataset stops the run; so do more corrupt rows than allowed, and the error says which."""
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' + "{broken\n" * 3)
+    for name, message in (("empty.txt", "'empty' has no usable rows"), ("rows.jsonl", "line 2")):
+        data = {"train": [{"kind": "files", "paths": [name]}], "max_bad_rows": 2}
+        config = write_config(tmp_path, data=data)
+        with pytest.raises(SystemExit) as stopped:
+            pretrain.main(["--config", str(config), "--training.output_dir", str(tmp_path / "out")])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_of_another_model_is_refused(run, capsys):
+    folder, config = run
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main(["--config", str(config), "--training.output_dir", str(folder), "--model.hidden_size", "64"])
+    assert stopped.value.code == 2
+    assert "model.hidden_size is 32 there and 64 here; choose another output_dir" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == before
