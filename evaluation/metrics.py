@@ -1,0 +1,110 @@
+"""Loss, perplexity and bits per byte, exact over a whole set.
+
+The Hugging Face trainer averages the loss over batches, so a short last batch weighs as much as a full one. Here every
+row is reduced to sums on the device, and the sums are divided once at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from tokenizers import decoders
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+BYTE_FALLBACK_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor:
+    """UTF-8 bytes that each token id stands for, shape (len(tokenizer),); special tokens stand for none.
+
+    Exact for byte-level BPE, where each character of a token's string is one byte. For other tokenizers an
+    approximation: a SentencePiece word mark counts as one space, a byte-fallback token as one byte, the continuation
+    mark of WordPiece as nothing, all else as its own UTF-8 length; bytes that normalisation removed are not seen.
+    """
+    special = set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder
+    byte_level = is_byte_level(tokenizer)
+    lengths = torch.zeros(len(tokenizer), dtype=torch.long)
+    for token, index in tokenizer.get_vocab().items():
+        if index in added:  # stored as plain text by every kind of tokenizer
+            is_special = index in special or added[index].special
+            lengths[index] = 0 if is_special else len(added[index].content.encode("utf-8"))
+        elif index not in special:
+            lengths[index] = len(token) if byte_level else approximate_byte_length(token)
+    return lengths
+
+
+def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's vocabulary is written in the byte-level alphabet (GPT-2's way)."""
+    return tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+
+
+def approximate_byte_length(token: str) -> int:
+    """Bytes of a token's string after removing the marks of SentencePiece and WordPiece."""
+    if BYTE_FALLBACK_TOKEN.fullmatch(token):
+        return 1
+    return len(token.removeprefix("##").replace("\u2581", " ").encode("utf-8"))
+
+
+@torch.no_grad()
+def token_nll(
+    logits: torch.Tensor, labels: torch.LongTensor, byte_lengths: torch.LongTensor | None = None
+) -> torch.Tensor:
+    """Sums over the scored tokens of each row, in float64 and on the device of the logits.
+
+    Args:
+        logits: (batch, sequence, vocabulary).
+        labels: (batch, sequence), not shifted: the logits at t are scored against the label at t + 1; -100 is not
+            scored.
+        byte_lengths: (vocabulary,) of `token_byte_lengths`, or None.
+
+    Returns:
+        (batch, 2): negative log-likelihood in nats and number of tokens; (batch, 3) with the number of bytes as well
+        where `byte_lengths` is given.
+    """
+    targets = labels[:, 1:]
+    nll = F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
+    )  # (batch, sequence - 1)
+    scored = targets != -100
+    sums = [nll.double().sum(dim=1), scored.sum(dim=1).double()]
+    if byte_lengths is not None:
+        lengths = byte_lengths.to(targets.device)[targets.clamp(min=0)]
+        sums.append((lengths * scored).sum(dim=1).double())
+    return torch.stack(sums, dim=1)
+
+
+def metrics_from_sums(nll: float, tokens: float, num_bytes: float | None = None) -> dict[str, float]:
+    """Mean loss in nats per token, perplexity, and bits per byte where the bytes are known.
+
+    Raises:
+        ValueError: no token was scored.
+    """
+    if tokens == 0:
+        raise ValueError("0 tokens were scored: every label is -100; check the data's loss_on and answer columns.")
+    loss = nll / tokens
+    metrics = {"loss": loss, "perplexity": torch.tensor(loss, dtype=torch.float64).exp().item()}
+    if num_bytes:
+        metrics["bits_per_byte"] = nll / math.log(2) / num_bytes
+    return metrics
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics` for the trainer, from the gathered rows of `token_nll`.
+
+    Its "loss" takes the place of the trainer's mean over batches.
+    """
+    return metrics_from_sums(*(float(total) for total in prediction.predictions.sum(axis=0)))
+
+
+def trainer_metrics(tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable]:
+    """The two keyword arguments of the Hugging Face trainer that give exact metrics for texts of this tokenizer."""
+    return {
+        "preprocess_logits_for_metrics": partial(token_nll, byte_lengths=token_byte_lengths(tokenizer)),
+        "compute_metrics": compute_metrics,
+    }

@@ -1,0 +1,107 @@
+"""Command-line arguments: one line on standard error and exit code 2 for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import re
+from typing import NoReturn
+
+from .logs import LOG_LEVELS
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser without abbreviations whose errors are one line; for an unknown flag it names the nearest known one."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="least severe message to show")
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 after one line on standard error."""
+        _, is_unknown, unknown = message.partition("unrecognized arguments: ")
+        if is_unknown:
+            flag = re.split("[ =]", unknown)[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            fix = f"did you mean {near[0]}?" if near else "see --help for those there are."
+            message = f"unknown argument {flag!r}: {fix}"
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def whole_number(text: str, minimum: int, why: str) -> int:
+    """`text` as an int of at least `minimum`."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: {why}") from None
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{value} is less than {minimum}: {why}")
+    return value
+
+
+def number(text: str, why: str) -> float:
+    """`text` as a finite float."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number: {why}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not finite: {why}")
+    return value
+
+
+def core_steps(text: str) -> int:
+    """Argument type of --num-steps."""
+    return whole_number(text, 1, "give the number of times the core is applied, 1 or more.")
+
+
+def new_tokens(text: str) -> int:
+    """Argument type of --max-new-tokens."""
+    return whole_number(text, 1, "give the number of tokens to generate, 1 or more.")
+
+
+def batch_rows(text: str) -> int:
+    """Argument type of --batch-size."""
+    return whole_number(text, 1, "give the number of rows in a forward pass, 1 or more.")
+
+
+def row_limit(text: str) -> int:
+    """Argument type of --limit."""
+    return whole_number(text, 1, "give the number of rows per source, 1 or more, or leave --limit out for all.")
+
+
+def temperature(text: str) -> float:
+    """Argument type of --temperature."""
+    value = number(text, "give a temperature above 0.")
+    if value <= 0:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not above 0: for temperature 0, the likeliest token, use --greedy."
+        )
+    return value
+
+
+def nucleus(text: str) -> float:
+    """Argument type of --top-p."""
+    value = number(text, "give a probability above 0, at most 1.")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a probability above 0 and at most 1; 1 keeps every token.")
+    return value
+
+
+def top_tokens(text: str) -> int:
+    """Argument type of --top-k."""
+    return whole_number(text, 0, "give the number of likeliest tokens to draw from; 0 draws from all.")
+
+
+def penalty(text: str) -> float:
+    """Argument type of --repetition-penalty."""
+    value = number(text, "give a factor above 0; 1 changes nothing.")
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0: give a factor; 1 changes nothing.")
+    return value
+
+
+def seed(text: str) -> int:
+    """Argument type of --seed."""
+    return whole_number(text, 0, "give a seed, 0 or more.")

@@ -1,0 +1,147 @@
+"""Continue a text: `python -m inference.generate CHECKPOINT --prompt "Once upon" --num-steps 32`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from . import arguments
+from .devices import DTYPES, choose_device, device_report
+from .loading import load_model
+from .logs import set_up_logging
+
+logger = logging.getLogger("inference.generate")  # __name__ is __main__ when run with -m
+
+SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
+
+
+def build_parser() -> arguments.OneLineParser:
+    """The command line."""
+    parser = arguments.OneLineParser(
+        prog="inference.generate",
+        description="Continue a text with a trained model; the continuation goes to standard output.",
+    )
+    parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
+    parser.add_argument("--prompt", help="text to continue; default: standard input")
+    parser.add_argument(
+        "--num-steps", type=arguments.core_steps, help="times the core is applied per token; default: the model's"
+    )
+    parser.add_argument("--max-new-tokens", type=arguments.new_tokens, default=100, help="most tokens to generate")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--sample", action="store_true", help="draw each token (this is the default)")
+    choice.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
+    for name, kind, what in (
+        ("temperature", arguments.temperature, "divides the logits before a draw, above 0"),
+        ("top-k", arguments.top_tokens, "draw from this many likeliest tokens; 0: from all"),
+        ("top-p", arguments.nucleus, "draw from the likeliest tokens that together have this probability"),
+    ):
+        default = SAMPLING_DEFAULTS[name.replace("-", "_")]
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {default})")
+    parser.add_argument(
+        "--repetition-penalty", type=arguments.penalty, default=1.0, help="divides the logits of tokens already there"
+    )
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="of the draws; the same seed gives the same text"
+    )
+    parser.add_argument("--no-stream", action="store_true", help="write the text at once when it is finished")
+    parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Raises:
+        SystemExit: with code 2 after one line on standard error, for bad input.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    set_up_logging(args.log_level)
+    sampling = sampling_options(parser, args)
+    prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
+    if not prompt.strip():
+        parser.error("the prompt is empty: give --prompt TEXT, or a text on standard input.")
+    logger.info("%s", device_report())
+    try:
+        device = choose_device(args.device)
+        model, tokenizer = load_model(args.checkpoint, device, args.dtype and getattr(torch, args.dtype))
+        ids = encode_prompt(tokenizer, prompt).to(device)
+        check_depth(model, args.num_steps)
+        set_seed(args.seed)
+        options = dict(max_new_tokens=args.max_new_tokens, repetition_penalty=args.repetition_penalty, **sampling)
+        write_continuation(model, tokenizer, ids, args.num_steps, stream=not args.no_stream, options=options)
+    except (ValueError, OSError) as error:
+        logger.debug("Where it failed:", exc_info=True)
+        parser.error(str(error))
+    return 0
+
+
+def sampling_options(parser: arguments.OneLineParser, args: argparse.Namespace) -> dict:
+    """The arguments of `generate` that say how a token is chosen."""
+    given = {name: getattr(args, name) for name in SAMPLING_DEFAULTS if name in args}
+    if not args.greedy:
+        return {"do_sample": True, **SAMPLING_DEFAULTS, **given}
+    if given:
+        name = next(iter(given)).replace("_", "-")
+        parser.error(f"--{name} has no effect with --greedy: leave one of the two out.")
+    return {"do_sample": False}
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.LongTensor:
+    """Token ids (1, sequence) of a document that begins with the prompt: the begin token, if there is one, in front."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    return torch.tensor([ids])
+
+
+def check_depth(model: PreTrainedModel, num_steps: int | None) -> None:
+    """Raise ValueError if a depth is asked of a model that has none."""
+    if num_steps is not None and model.config.num_core_layers == 0:
+        raise ValueError(
+            f"--num-steps {num_steps} was given, but this model has no core to repeat (num_core_layers is 0): "
+            "leave it out."
+        )
+
+
+def write_continuation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.LongTensor,
+    num_steps: int | None,
+    stream: bool,
+    options: dict,
+) -> None:
+    """Generate and write the text after the prompt to standard output, word by word or at once.
+
+    The streamer holds text back until a word is complete, so a character whose bytes lie in several tokens comes whole.
+
+    Args:
+        ids: (1, sequence), the encoded prompt.
+        num_steps: core steps per token, or None for the model's own.
+        stream: write while generating.
+        options: further arguments of `generate`.
+    """
+    decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    if num_steps is not None:
+        options = {**options, "num_steps": num_steps}
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, **decoding) if stream else None,
+        **options,
+    )
+    if not stream:
+        sys.stdout.write(tokenizer.decode(output[0, ids.shape[1] :], **decoding) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

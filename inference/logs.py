@@ -1,0 +1,51 @@
+"""One place that sets up logging, for every command line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import transformers
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class ConsoleHandler(logging.StreamHandler):
+    """Writes to the standard error of the moment; a class of its own, so that it is found again."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+
+def set_up_logging(level: str = "info", rank: int = 0) -> None:
+    """Send the messages of all libraries to standard error, once.
+
+    Calling it again changes the level and adds no second handler. Ranks other than 0 say warnings and errors only.
+
+    Args:
+        level: one of `LOG_LEVELS`.
+        rank: this process among all.
+
+    Raises:
+        ValueError: an unknown level.
+    """
+    if level not in LOG_LEVELS:
+        raise ValueError(f"Log level {level!r} is not known: choose one of {', '.join(LOG_LEVELS)}.")
+    number = getattr(logging, level.upper())
+    if rank != 0:
+        number = max(number, logging.WARNING)
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, ConsoleHandler)]:
+        root.removeHandler(handler)
+        handler.close()
+    handler = ConsoleHandler()
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    root.addHandler(handler)
+    root.setLevel(number)
+    # transformers brings a handler of its own; with ours each of its messages would appear twice.
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.set_verbosity(max(number, logging.WARNING) if level != "debug" else number)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a bar in a file is noise

@@ -1,0 +1,197 @@
+"""The command line that measures what depth buys."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
+from evaluate import main, split_overrides
+from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+CONFIG = {
+    "data": {
+        "block_size": 64,
+        "train": [
+            {"kind": "generated", "task": "chained_lookup", "num_rows": 150, "difficulty": [1, 2]},
+            {"kind": "generated", "task": "addition", "num_rows": 100},
+        ],
+    },
+    "training": {"output_dir": "unused", "seed": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run as pretrain.py leaves it: config.yaml, and checkpoints beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    save_checkpoint(folder / "checkpoint-20")
+    (folder / "checkpoint-30").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory):
+    folder = save_checkpoint(tmp_path_factory.mktemp("plain"), num_core_layers=0)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return folder
+
+
+def run(capsys, *argv):
+    assert main([str(argument) for argument in argv]) == 0
+    return capsys.readouterr()
+
+
+def test_the_plain_call_needs_no_data_flags(run_folder, capsys):
+    """Newest complete checkpoint, the run's own validation split, the figures by hand."""
+    found = run(capsys, run_folder, "--num-steps", 4, 1, 4, "--limit", 6)
+    assert "checkpoint-30 is passed over: it has no config.json" in found.err
+    content = json.loads((run_folder / "evaluation" / "depth.json").read_text())
+    assert content["checkpoint"] == str(run_folder / "checkpoint-20") and content["limit"] == 6
+    assert [row["num_steps"] for row in content["rows"]] == [1, 4]
+    assert found.out.startswith((run_folder / "evaluation" / "depth.md").read_text())
+    assert (run_folder / "evaluation" / "depth.png").stat().st_size > 10_000
+
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    sources = [SourceConfig(**source) for source in CONFIG["data"]["train"]]
+    data = DataConfig(train=sources, block_size=64)
+    packed = build_datasets(data, tokenizer, seed=5).validation["chained_lookup"]
+    nll = tokens = 0
+    for index in range(min(6, len(packed))):
+        batch = Collator(tokenizer)([packed[index]])
+        with torch.no_grad():
+            loss = model(**batch, num_steps=4).loss.item()
+        scored = (batch["labels"][:, 1:] != -100).sum().item()
+        nll, tokens = nll + loss * scored, tokens + scored
+    row = content["rows"][1]
+    assert row["sources"]["chained_lookup"]["loss"] == pytest.approx(nll / tokens, rel=1e-4)
+    assert set(row["exact_match"]) == {"chained_lookup", "addition"}
+    exact = row["exact_match"]["chained_lookup"]
+    examples = build_examples(sources[0], data, tokenizer, 6, seed=5)
+    assert exact["num_examples"] == len(examples) == 6
+    assert set(exact["by_difficulty"]) == {str(example["difficulty"]) for example in examples}
+
+
+def test_validation_sources_replace_the_split(run_folder, tmp_path, capsys):
+    """A data file and a flag on top; a checkpoint folder finds config.yaml beside it."""
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 30)
+    (tmp_path / "data.yaml").write_text(
+        yaml.safe_dump({"data": {"validation": [{"kind": "files", "name": "cats", "paths": ["text.txt"]}]}})
+    )
+    run(
+        capsys, run_folder / "checkpoint-20", "--num-steps", 2, "--config", tmp_path / "data.yaml",
+        "--data.block_size=32", "--output", tmp_path / "out",
+    )  # fmt: skip
+    content = json.loads((tmp_path / "out" / "depth.json").read_text())
+    assert content["data"]["block_size"] == 32
+    (row,) = content["rows"]
+    assert list(row["sources"]) == ["cats"] and row["exact_match"] == {}
+    assert row["bits_per_byte"] == row["sources"]["cats"]["bits_per_byte"]
+
+
+def test_a_plain_model_is_evaluated_once_and_says_so(plain_folder, tmp_path, capsys):
+    found = run(capsys, plain_folder, "--num-steps", 1, 2, 8, "--limit", 2, "--output", tmp_path)
+    assert "has no core (num_core_layers is 0), so its depth cannot vary: evaluated once" in found.err
+    content = json.loads((tmp_path / "depth.json").read_text())
+    assert [row["num_steps"] for row in content["rows"]] == [None]
+    assert "| no core |" in found.out
+
+
+def test_overrides_are_told_apart():
+    argv = [
+        "run",
+        "--num-steps",
+        "1",
+        "2",
+        "--data.x",
+        "3",
+        "--config=a.yaml",
+        "--limit",
+        "4",
+        "--config",
+        "b",
+        "--data.y=5",
+    ]
+    assert split_overrides(argv) == (
+        ["run", "--num-steps", "1", "2", "--limit", "4"],
+        ["--data.x", "3", "--config=a.yaml", "--config", "b", "--data.y=5"],
+    )
+
+
+BAD_ARGUMENTS = [
+    (
+        ["--num-steps", "0"],
+        "argument --num-steps: 0 is less than 1: give the number of times the core is applied, 1 or more",
+    ),
+    (["--num-steps", "4", "-1"], "argument --num-steps: -1 is less than 1"),
+    (["--num-steps", "many"], "argument --num-steps: 'many' is not a whole number"),
+    (["--num-steps"], "argument --num-steps: expected at least one argument"),
+    (["--batch-size", "0"], "argument --batch-size: 0 is less than 1: give the number of rows in a forward pass"),
+    (["--limit", "0"], "argument --limit: 0 is less than 1: give the number of rows per source, 1 or more, or leave"),
+    (["--num-step", "4"], "unknown argument '--num-step': did you mean --num-steps?"),
+    (["--batchsize=4"], "unknown argument '--batchsize': did you mean --batch-size?"),
+    (["--model.hidden_size", "4"], "unknown argument '--model.hidden_size': see --help"),
+    (["--data.blok_size", "4"], "data.blok_size"),
+    (["--data.block_size", "1"], "block_size is 1; give at least 2"),
+    (["--data.block_size"], "--data.block_size: the value is missing"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
+    (["--device", "toaster"], "Device 'toaster' does not work here"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_ARGUMENTS, ids=[" ".join(argv) for argv, _ in BAD_ARGUMENTS])
+def test_bad_arguments_are_one_line(plain_folder, tmp_path, capsys, argv, message):
+    """E3: names value, reason and fix; exit code 2; nothing is written."""
+    check_error(capsys, [str(plain_folder), "--output", str(tmp_path / "out"), *argv], message)
+    assert not (tmp_path / "out").exists()
+
+
+def check_error(capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    found = capsys.readouterr()
+    assert stop.value.code == 2 and found.out == ""
+    assert found.err.startswith("evaluate.py: error: ") and found.err.count("\n") == 1
+    assert message in found.err
+
+
+def test_bad_folders_are_one_line(plain_folder, tmp_path, capsys):
+    """D8."""
+    check_error(capsys, [str(tmp_path / "nowhere")], f"{tmp_path / 'nowhere'} does not exist: give the folder of a run")
+    (tmp_path / "empty").mkdir()
+    check_error(capsys, [str(tmp_path / "empty")], "holds no complete model (it has no config.json)")
+    lonely = shutil.copytree(plain_folder, tmp_path / "a" / "lonely")
+    (lonely / "config.yaml").unlink()
+    check_error(
+        capsys, [str(lonely)], f"Neither {lonely} nor its parent folder has the config.yaml of a run: name the data"
+    )
+
+
+def test_a_checkpoint_without_a_run_takes_its_data_from_a_file(plain_folder, tmp_path, capsys):
+    lonely = shutil.copytree(plain_folder, tmp_path / "a" / "lonely")
+    config = (lonely / "config.yaml").rename(tmp_path / "data.yaml")
+    for argv in (["--config", str(config)], [f"--config={config}"]):
+        found = run(capsys, lonely, "--limit", 2, *argv, "--data.block_size", 32)
+        assert "| no core |" in found.out
+
+
+@pytest.mark.slow
+def test_the_command_from_another_folder(run_folder, tmp_path):
+    """C8: a real process, with a relative path."""
+    command = [sys.executable, str(ROOT / "evaluate.py"), os.path.relpath(run_folder, tmp_path), "--num-steps"]
+    result = subprocess.run(
+        [*command, "1", "2", "--limit", "4", "--output", "out"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "| steps |" in result.stdout and (tmp_path / "out" / "depth.png").exists()
+    result = subprocess.run([*command, "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "--num-steps: 0 is less than 1" in result.stderr

@@ -1,0 +1,182 @@
+"""Who may import whom, and what stands nowhere in the code: read from the source, without running it."""
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Each room, and the rooms it may import from.
+MAY_IMPORT = {
+    "model": set(),
+    "dataset_loading": set(),
+    "trainers": set(),
+    "callbacks": set(),
+    "evaluation": set(),
+    "inference": {"model"},
+    "conversion": {"model"},
+    "configs": {"model", "dataset_loading", "trainers", "callbacks"},
+}
+# What the exported code may need where it is loaded: transformers and what comes with it.
+LIBRARIES_OF_MODEL = {"torch", "transformers", "huggingface_hub"}
+ROOMS = sorted(room for room in MAY_IMPORT if (ROOT / room).is_dir())
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")) + sorted(ROOT.glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports_of(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:
+    """Line, level (number of leading dots), module and names of each import, those inside of functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, 0, alias.name, []
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, node.level, node.module or "", [alias.name for alias in node.names]
+
+
+def forbidden_imports(source: str, room: str) -> list[str]:
+    """Imports of rooms that `room` may not look into."""
+    allowed = MAY_IMPORT[room] | {room}
+    others = (set(MAY_IMPORT) | {path.stem for path in ROOT.glob("*.py")} | {"tests"}) - allowed
+    return [
+        f"line {line}: {module}"
+        for line, level, module, _ in imports_of(ast.parse(source))
+        if (level == 0 and module.split(".")[0] in others) or level > 1
+    ]
+
+
+def not_exportable(source: str) -> list[str]:
+    """Imports that break a model whose files were copied beside its weights.
+
+    transformers finds the files to copy by this very pattern in the text, docstrings included.
+    """
+    found = []
+    imports = list(imports_of(ast.parse(source)))
+    for line, level, module, _ in imports:
+        if level == 0 and module.split(".")[0] not in LIBRARIES_OF_MODEL | set(sys.stdlib_module_names):
+            found.append(f"line {line}: {module}")
+        if level and (level > 1 or "." in module or not (ROOT / "model" / f"{module}.py").is_file()):
+            found.append(f"line {line}: {'.' * level}{module}")
+    in_text = re.findall(r"^\s*from\s+\.(\S+)\s+import", source, re.MULTILINE)
+    in_code = [module for _, level, module, _ in imports if level]
+    return found + ["in a docstring: ." + name for name in in_text if name not in in_code]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_it_may(room: str) -> None:
+    """E5: layers without cycles."""
+    found = {name_of(path): forbidden_imports(path.read_text(), room) for path in (ROOT / room).rglob("*.py")}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_the_rules_make_no_cycle() -> None:
+    """E5."""
+    order: list[str] = []
+    while len(order) < len(MAY_IMPORT):
+        free = [room for room, needs in MAY_IMPORT.items() if room not in order and needs <= set(order)]
+        assert free, f"a cycle among {set(MAY_IMPORT) - set(order)}"
+        order += free
+
+
+def test_configs_takes_only_configuration_classes_and_registries() -> None:
+    tree = ast.parse((ROOT / "configs/__init__.py").read_text())
+    names = [name for _, _, module, names in imports_of(tree) if module.split(".")[0] in MAY_IMPORT for name in names]
+    assert (
+        names and [name for name in names if not re.search(r"(Config|Arguments)$", name) and not name.isupper()] == []
+    )
+
+
+def test_the_model_is_flat_and_exportable() -> None:
+    files = sorted((ROOT / "model").rglob("*.py"))
+    assert files == sorted((ROOT / "model").glob("*.py"))
+    assert {path.name: not_exportable(path.read_text()) for path in files if not_exportable(path.read_text())} == {}
+
+
+def test_the_import_rules_see_what_breaks_them() -> None:
+    for line in ("import model", "from model.cache import x", "from ..model import x", "def f():\n    import evaluate"):
+        assert forbidden_imports(line, "trainers") != [], line
+    assert forbidden_imports("import torch\nfrom .arguments import x\nimport modelling", "trainers") == []
+    assert forbidden_imports("from model import x", "inference") == []
+    for line in (
+        "from . import cache",
+        "from ..x import y",
+        "from .a.b import c",
+        "from .absent import x",
+        "import numpy",
+    ):
+        assert not_exportable(line) != [], line
+    assert not_exportable('"""\nfrom .cache import X\n"""') == ["in a docstring: .cache"]
+    assert not_exportable("from .cache import X\nimport torch.nn\nimport math") == []
+
+
+# ------------------------------------------------------------ habits of the code
+
+
+def broken_by(node: ast.AST) -> str:
+    """What is wrong with a node of the syntax tree, or nothing."""
+    if isinstance(node, ast.ExceptHandler):
+        caught = {ast.unparse(part) for part in ast.walk(node.type)} if node.type else {"BaseException"}
+        reraised = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+        return "except Exception" if caught & {"Exception", "BaseException"} and not reraised else ""
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+        return "" if isinstance(node.ctx, ast.Load) else "sets the environment"
+    if isinstance(node, ast.Call):
+        name = ast.unparse(node.func)
+        if name in ("os.environ.setdefault", "os.environ.update", "os.environ.pop", "os.putenv", "os.unsetenv"):
+            return "sets the environment"
+        return name if name == "print" or name.endswith("parse_known_args") else ""
+    return ""
+
+
+def habits_broken(source: str) -> list[str]:
+    """What may not stand in the code: print, swallowed exceptions, guessed arguments, the environment set, notes."""
+    nodes = [(node, broken_by(node)) for node in ast.walk(ast.parse(source))]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts = [token for token in tokens if token.type in (tokenize.COMMENT, tokenize.STRING)]
+    notes = [token for token in texts if re.search(r"\b(TODO|FIXME|XXX|HACK)\b", token.string)]
+    return [f"line {node.lineno}: {text}" for node, text in nodes if text] + [f"line {note.start[0]}" for note in notes]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_the_code_has_none_of_this(path: Path) -> None:
+    """E3, E4, E12, T6."""
+    assert habits_broken(path.read_text()) == []
+
+
+def test_no_file_is_for_what_belongs_nowhere() -> None:
+    """E5."""
+    names = {path.stem for path in SOURCES + TESTS} | {path.parent.name for path in SOURCES + TESTS}
+    assert {name for name in names if re.search(r"(^|_)(utils?|helpers?|misc|common)(_|$)", name)} == set()
+
+
+def test_the_habits_see_what_breaks_them() -> None:
+    broken = (
+        "print(1)",
+        "try:\n    f()\nexcept Exception:\n    pass",
+        "try:\n    f()\nexcept:\n    g()",
+        "try:\n    f()\nexcept (OSError, Exception) as e:\n    g(e)",
+        "p.parse_known_args()",
+        "os.environ['NCCL_DEBUG'] = '1'",
+        "os.environ.setdefault('A', 'b')",
+        "x = 1  # TODO: more",
+        '"""FIXME"""',
+    )
+    for source in broken:
+        assert habits_broken(source) != [], source
+    fine = (
+        "pprint(1)\nx = os.environ['A']",
+        "try:\n    f()\nexcept OSError:\n    pass",
+        "try:\n    f()\nexcept Exception:\n    g()\n    raise",
+    )
+    for source in fine:
+        assert habits_broken(source) == [], source

@@ -1,0 +1,83 @@
+"""The commands of the README run: each `bash` block as it stands, with few steps and folders of the test."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_launch import REPOSITORY, free_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+README = (REPOSITORY / "README.md").read_text()
+FEW_STEPS = ["--training.max_steps", "2", "--callbacks.samples.max_new_tokens", "2"]
+
+
+def commands(language: str) -> list[str]:
+    """The contents of the README's fenced blocks of a language; of bash, line by line."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line] if language == "bash" else blocks
+
+
+def prepared(command: str, folder: Path) -> list[str]:
+    """The command's words, in the test's folders, short, on the CPU, and with a port of its own."""
+    words = [
+        word.replace("runs", str(folder / "runs"), 1) if word.startswith("runs") else word
+        for word in shlex.split(command)
+    ]
+    words = [word.replace("my/*.txt", str(folder / "my" / "*.txt")) for word in words]
+    if words[0] == "deepspeed":
+        words[1:1] = ["--master_port", str(free_port())]
+        if "--training.output_dir" not in words:
+            name = Path(words[words.index("--config") + 1]).stem
+            words += ["--training.output_dir", str(folder / "runs" / name)]
+        words += FEW_STEPS
+    if words[:2] == ["python", "evaluate.py"]:
+        words += ["--limit", "4"]
+    return [str(Path(sys.executable).with_name(words[0])), *words[1:]]
+
+
+def run(words: list[str], **kwargs) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        words, cwd=REPOSITORY, env={**os.environ, "PATH": path}, capture_output=True, text=True, **kwargs
+    )
+
+
+def test_every_command_runs(tmp_path):
+    """E7, E9: in order, as a reader would type them."""
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "a.txt").write_text("It was a bright cold day in April. " * 400)
+    (tmp_path / "my" / "b.txt").write_text("The clocks were striking thirteen. " * 400)
+    ran = []
+    for command in commands("bash"):
+        if command.startswith(("make ", "tensorboard ")):
+            continue
+        process = run(prepared(command, tmp_path))
+        assert process.returncode == 0, f"{command}\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
+        ran.append(command)
+    assert len(ran) >= 6
+    (script,) = commands("python")
+    script = script.replace('"runs/', f'"{tmp_path}/runs/')
+    process = run([sys.executable, "-c", script])
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "The wind" in process.stdout
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for command in commands("bash"):
+        if command.startswith("make "):
+            assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.MULTILINE), command
+
+
+def test_files_named_in_the_tree_exist():
+    tree = README.split("## The tree")[1].split("```")[1]
+    names = re.findall(r"[\w/*]+\.(?:py|yaml|json)|^\w+/", tree, flags=re.MULTILINE)
+    for name in names:
+        assert list(REPOSITORY.glob(f"**/{name}")), name
+    assert len(names) > 15
