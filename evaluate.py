@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+
+# isort: split
 import dataclasses
 import logging
 import sys
@@ -19,7 +22,6 @@ from evaluation import depth_table, markdown_table, save_depth_table, token_byte
 from inference import arguments
 from inference.devices import DTYPES, choose_device, device_report
 from inference.loading import find_checkpoint, load_model
-from inference.logs import set_up_logging
 
 logger = logging.getLogger("evaluate")
 

@@ -1,5 +1,8 @@
 """Trains a model from a YAML: `deepspeed pretrain.py --config configs/recurrent_lm.yaml`."""
 
+from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+
+# isort: split
 import logging
 import os
 import sys
@@ -14,7 +17,6 @@ from configs import RunConfig, check_output_dir, load_config, one_line_errors
 from dataset_loading import Collator, build_datasets, build_tokenizer
 from evaluation import trainer_metrics
 from inference.devices import device_report
-from inference.logs import set_up_logging
 from model import MegaTransformerForCausalLM
 from model.recurrence import draw_training_states, sample_depth
 from trainers import find_resume_point, get_trainer_class

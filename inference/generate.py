@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from .logs import set_up_logging  # first: it sets up what libraries say while they are imported
+
+# isort: split
 import argparse
 import logging
 import sys
@@ -13,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 from . import arguments
 from .devices import DTYPES, choose_device, device_report
 from .loading import load_model
-from .logs import set_up_logging
 
 logger = logging.getLogger("inference.generate")  # __name__ is __main__ when run with -m
 

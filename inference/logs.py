@@ -9,6 +9,10 @@ import transformers
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
+# On CPUs with bfloat16 instructions it warns, whenever it is imported, of a kernel that it would fetch from the hub.
+# The scripts import this file first, so that their errors stay one line.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 class ConsoleHandler(logging.StreamHandler):
     """Writes to the standard error of the moment; a class of its own, so that it is found again."""
