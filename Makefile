@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 # DeepSpeed compiles its operators with the ninja it finds on the path.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help quickstart quickstart-lm test test-slow test-gpu lint format
+.PHONY: help quickstart quickstart-lm test test-slow test-gpu lint format docs
 
 help:
 	@echo "make quickstart   set up, train a small recurrent language model, evaluate it, let it speak"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-gpu     the tests that need a GPU"
 	@echo "make lint         ruff: rules and format"
 	@echo "make format       ruff: repair what can be repaired"
+	@echo "make docs         docs/config.md, from the configuration classes"
 
 $(INSTALLED): requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: python3 is not on the path; install Python 3.11 or newer" >&2; exit 1; }
@@ -49,3 +50,6 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+docs: $(INSTALLED)
+	.venv/bin/python -m configs.reference

@@ -27,7 +27,8 @@ class NonFiniteConfig:
     the update (and waits for the device at each step to see whether it has to), "warn" goes on."""
 
     keep_batches: int = 64
-    """Micro-batches kept for inspection until the next log; the offending one is saved in the output folder."""
+    """Micro-batches kept for inspection until the next log, at least 1; the offending one is saved in the output
+    folder."""
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:

@@ -28,22 +28,22 @@ class SamplesConfig:
     """Texts to continue; none: no samples. An empty prompt starts from the begin token."""
 
     every_steps: int = 500
-    """Optimizer steps between samples; there is one at the end as well."""
+    """Optimizer steps between samples, at least 1; there is one at the end as well."""
 
     num_steps: list[int] = field(default_factory=lambda: [1, 4, 8])
-    """Core steps per token, one sample for each. A model without a core gives one sample."""
+    """Core steps per token, each at least 1, one sample for each. A model without a core gives one sample."""
 
     max_new_tokens: int = 48
-    """Most tokens in a sample."""
+    """Most tokens in a sample, at least 1."""
 
     do_sample: bool = False
     """Draw the tokens instead of taking the likeliest."""
 
     temperature: float = 0.8
-    """Divides the logits before a draw; read if do_sample is true."""
+    """Divides the logits before a draw, above 0; read if do_sample is true."""
 
     seed: int = 0
-    """Of the draws; the same at every sample, so that only the model changes. Read if do_sample is true."""
+    """Of the draws, at least 0; the same at every sample, so that only the model changes. Read if do_sample is true."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "max_new_tokens"):

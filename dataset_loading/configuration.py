@@ -27,7 +27,7 @@ class SourceConfig:
     """Name in logs and metrics (`eval_<name>_loss`); by default the task, the first file's stem (of a
     pattern, the folder it looks in) or the end of path."""
     weight: float = 1.0
-    """Share of this source among the train sources, in blocks (streaming: in documents); any positive scale."""
+    """Share of this source among the train sources, in blocks (streaming: in documents); above 0, of any scale."""
     path: str | None = None
     """hub: dataset name on the Hugging Face hub, or a local folder."""
     config_name: str | None = None
@@ -41,13 +41,14 @@ class SourceConfig:
     task: str | None = None
     """generated: name of the task (`chained_lookup`, `addition`, `stories`)."""
     num_rows: int = 10_000
-    """generated: number of rows to draw."""
+    """generated: number of rows to draw, at least 1."""
     difficulty: list[int] | None = None
-    """generated: smallest and largest difficulty, both included, drawn evenly; by default the task's own range."""
+    """generated: smallest and largest difficulty, 1 <= smallest <= largest, both included, drawn evenly; by default the
+    task's own range."""
     role: Role | None = None
     """generated: which part of the instances to draw from; by default that of the list the source stands in."""
     seed: int = 0
-    """generated: another seed gives other rows of the same role."""
+    """generated: another seed, at least 0, gives other rows of the same role."""
     text_column: str = "text"
     """Column of the text, where prompt_column and answer_column are not set."""
     prompt_column: str | None = None
@@ -133,17 +134,18 @@ class DataConfig:
     validation: list[SourceConfig] = field(default_factory=list)
     """Sources to evaluate on, one metric each; if empty, a part of every train source is split off."""
     validation_fraction: float = 0.05
-    """Part of each train source (documents, or the tail of a single one) split off when `validation` is empty."""
+    """Part of each train source (documents, or the tail of a single one) split off when `validation` is empty; above 0
+    and below 1."""
     block_size: int = 256
-    """Tokens in a row."""
+    """Tokens in a row. At least 2."""
     packing: bool = True
     """Fill rows of exactly block_size tokens with one document after another; else each document starts a row."""
     max_bad_rows: int = 100
-    """Rows that cannot be used are skipped and reported; more than this many stop the run."""
+    """Rows that cannot be used are skipped and reported; more than this many (at least 0) stop the run."""
     preprocessing_workers: int = 1
-    """Processes that generate and tokenise rows before training."""
+    """Processes that generate and tokenise rows before training, at least 1."""
     streaming_validation_rows: int = 256
-    """Rows taken from the front of a streaming train source when `validation` is empty."""
+    """Rows taken from the front of a streaming train source when `validation` is empty, at least 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
@@ -182,11 +184,11 @@ class TokenizerConfig:
     path: str | None = None
     """Hugging Face name or folder of a tokenizer; if null, a byte-level BPE is trained on the train documents."""
     vocab_size: int = 1024
-    """Size of the trained vocabulary, 3 special tokens and 256 bytes included: 259 is pure bytes."""
+    """Size of the trained vocabulary, 3 special tokens and 256 bytes included: at least 259, which is pure bytes."""
     split_digits: bool = False
     """In a trained vocabulary every digit stays a token of its own."""
     training_rows: int = 10_000
-    """Rows of each hub or generated source that the vocabulary is trained on; files are read whole."""
+    """Rows of each hub or generated source that the vocabulary is trained on, at least 1; files are read whole."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 259:

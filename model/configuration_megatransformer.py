@@ -121,29 +121,33 @@ class MegaTransformerTextConfig(StrictConfig):
         num_core_layers: Layers of the core, which runs `num_steps` times. 0 makes a plain transformer.
         num_coda_layers: Layers that run once, after the core.
         num_attention_heads: Number of query heads.
-        num_key_value_heads: Number of key/value heads; divides the number of query heads. Default: as many as query
-            heads.
-        head_dim: Width of a head. Default: hidden_size / num_attention_heads.
+        num_key_value_heads: Number of key/value heads, at least 1; divides the number of query heads. Default: as many
+            as query heads.
+        head_dim: Width of a head, at least 1; even for "rope". Default: hidden_size / num_attention_heads, which must
+            then divide hidden_size.
         position_embedding: "rope" and "alibi" extrapolate; "learned" and "sinusoidal" are tables of
-            `max_position_embeddings` rows added to the embeddings; "none" adds nothing.
+            `max_position_embeddings` rows added to the embeddings; "none" adds nothing. "sinusoidal" needs an even
+            hidden_size.
         max_position_embeddings: Rows of the position table; for "rope" and "alibi" only the length meant for training.
         rope_theta: Base of the RoPE frequencies.
-        norm: "rmsnorm" or "layernorm".
+        norm: Kind of all norms but those of `qk_norm`: "rmsnorm" or "layernorm".
         norm_eps: Epsilon of the norms.
         norm_placement: "sandwich" is N2(f(N1 x) + x), "pre" is x + f(N1 x), "post" is N2(x + f(x)).
         mlp: Feed-forward layer: "swiglu", "geglu", or "mlp" (two linear maps with a GELU between).
         qk_norm: RMSNorm over the features of each query and key head.
         qk_bias: Learned bias on queries and keys.
-        attn_logit_softcapping: c in c tanh(logit / c) on attention logits (Gemma 2, arXiv 2408.00118, uses 50).
-        final_logit_softcapping: The same on the output logits (Gemma 2 uses 30).
+        attn_logit_softcapping: c in c tanh(logit / c) on attention logits, above 0 (Gemma 2, arXiv 2408.00118,
+            uses 50). Default: none.
+        final_logit_softcapping: The same on the output logits, above 0 (Gemma 2 uses 30). Default: none.
         attention_dropout: Dropout on attention probabilities.
         hidden_dropout: Dropout on the output of each attention and feed-forward layer.
-        embedding_scale: Factor on the token embeddings. Default: sqrt(hidden_size) (Takase et al. 2023, arXiv
+        embedding_scale: Factor on the token embeddings, above 0. Default: sqrt(hidden_size) (Takase et al. 2023, arXiv
             2312.16903).
-        initializer_range: Standard deviation of the weights. Default: sqrt(2 / (5 hidden_size)), same source.
+        initializer_range: Standard deviation of the weights, above 0. Default: sqrt(2 / (5 hidden_size)), same source.
         tie_word_embeddings: Whether the head shares the embedding matrix.
         use_cache: Whether `forward` returns a key/value cache when nothing else says so.
-        num_steps: Core steps taken when neither the call nor the generation config names them. Default: the mean.
+        num_steps: Core steps, at least 1, taken when neither the call nor the generation config names them. Default:
+            the mean.
         pad_token_id: Id of the padding token.
         bos_token_id: Id of the token that begins a document.
         eos_token_id: Id of the token that ends a document.

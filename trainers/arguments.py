@@ -39,7 +39,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         depth_gap_alarm: A warning is logged when, in the second half of training, the loss at one step is less than
             this many nats above that at the mean depth: the recurrence is being ignored.
         token_correlation_alarm: A warning is logged when the mean cosine between the states of different tokens is
-            above this: the states are collapsing.
+            above this (at least -1, at most 1): the states are collapsing.
     """
 
     report_to: str | list[str] | None = "tensorboard"

@@ -1,0 +1,182 @@
+"""Writes docs/config.md (`python -m configs.reference`): every option of a run, read from the class that holds it."""
+
+import dataclasses
+import inspect
+import json
+import math
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal
+
+import docstring_parser
+from transformers import TrainingArguments
+
+from trainers.arguments import MINIMUMS, MOMENTS
+
+from . import MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, nested_class, options_of
+
+PAGE = Path(__file__).parent.parent / "docs" / "config.md"
+INTRODUCTION = """\
+# Configuration
+
+Written by `make docs` from the configuration classes; to change a text, change the docstring in the class.
+
+A run is one YAML with the sections below; what is left out has its default. Every key is also a flag, written with its
+section: `--model.recurrence.mean_steps 8`. Several `--config` files may be given; later files and flags override
+earlier ones. What is wrong with a key, a type, a choice or a range is said in one line that names the key, before
+anything is built. The `config.yaml` of a run folder holds every option as it was resolved.
+"""
+OF_TRAINING = """\
+The options that this project adds to `transformers.TrainingArguments`, or declares anew; all others are those of
+`transformers.TrainingArguments`. `deepspeed` may also be a name in `configs/deepspeed/`. `max_steps` is at least 1, or
+-1 to count in `num_train_epochs`, and these inherited ones have a range here that transformers does not check:
+
+"""
+HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
+# How a validator of transformers words its range, and how we do.
+WORDS = {
+    "Value must be ": "",
+    ", got nan.": "",
+    "greater or equal to": "at least",
+    "greater than": "above",
+    "smaller or equal to": "at most",
+    "smaller than": "below",
+}
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(render(), encoding="utf-8")
+
+
+def render() -> str:
+    """The page, in Markdown."""
+    headings = {cls: ", ".join(keys) for cls, keys in classes_of_run().items()}
+    parts = [INTRODUCTION, "## The run\n", HEAD + "".join(rows_of_run())]
+    for cls, heading in headings.items():
+        level = "###" if "." in heading else "##"
+        parts += [f"{level} {heading}\n", about(cls), HEAD + "".join(rows_of(cls, headings))]
+    return "\n".join(parts)
+
+
+def classes_of_run() -> dict[type, list[str]]:
+    """Each class that holds options, outer before inner, and the keys under which it stands in a YAML."""
+    found: dict[type, list[str]] = {}
+
+    def add(cls: type, key: str) -> None:
+        found.setdefault(cls, []).append(key)
+        for name, hint in documented(cls).items():
+            if nested := nested_class(hint):
+                add(nested, f"{key}.{name}")
+
+    for key, cls in [*(("model", cls) for cls in MODEL_CONFIGS.values()), *SECTIONS.items()]:
+        add(cls, key)
+    return found
+
+
+def documented(cls: type) -> dict[str, Any]:
+    """Names and types of the options, in the order of the class; of training arguments those declared here."""
+    own = inspect.get_annotations(cls)
+    return {
+        name: hint for name, hint in options_of(cls).items() if name in own or not issubclass(cls, TrainingArguments)
+    }
+
+
+def about(cls: type) -> str:
+    """What stands under the heading of a class."""
+    if not issubclass(cls, TrainingArguments):
+        return f"{docstring_parser.parse(cls.__doc__).short_description}\n"
+    inherited = {name: f"at least {least}" for name, least in MINIMUMS.items() if name not in documented(cls)}
+    inherited |= dict.fromkeys(MOMENTS, "from 0 to below 1")
+    lines = [
+        f"- {words}: {', '.join(f'`{name}`' for name in inherited if inherited[name] == words)}\n"
+        for words in dict.fromkeys(inherited.values())
+    ]
+    return OF_TRAINING + "".join(lines)
+
+
+def rows_of_run() -> Iterator[str]:
+    """The keys outside of the sections."""
+    meanings = descriptions(RunConfig)
+    for action in build_parser(next(iter(MODEL_CONFIGS.values())))._actions:
+        if action.dest in meanings.keys() - {"model", *SECTIONS}:
+            choices = Literal[tuple(action.metavar.strip("{}").split(","))]
+            yield row(action.dest, type_in_words(choices), code(action.default), meanings[action.dest])
+
+
+def rows_of(cls: type, headings: dict[type, str]) -> Iterator[str]:
+    """The options of a class."""
+    fields, meanings = {item.name: item for item in dataclasses.fields(cls)}, descriptions(cls)
+    if cls in MODEL_CONFIGS.values():
+        meaning = "Selects the class of this section."
+        yield row("model_type", type_in_words(Literal[tuple(MODEL_CONFIGS)]), code(cls.model_type), meaning)
+    for name, hint in documented(cls).items():
+        nested, is_list = nested_class(hint), typing.get_origin(hint) is list
+        kind = f"[{'list' if is_list else 'group'}](#{anchor(headings[nested])})" if nested else type_in_words(hint)
+        default = "" if nested and not is_list else default_of(fields[name])
+        yield row(name, kind, default, f"{meanings.get(name, '')} {range_of(cls, fields[name])}")
+
+
+def row(key: str, kind: str, default: str, meaning: str) -> str:
+    """A line of a table."""
+    cells = (f"`{key}`", kind, default, " ".join(meaning.split()))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def code(value: Any) -> str:
+    """A value as it would be written in a YAML."""
+    return f"`{json.dumps(value)}`"
+
+
+def anchor(heading: str) -> str:
+    """The name that GitHub gives to a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def descriptions(cls: type) -> dict[str, str]:
+    """The docstrings of the fields, inherited ones included."""
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    return {
+        item.arg_name: item.description for base in bases for item in docstring_parser.parse_from_object(base).params
+    }
+
+
+def type_in_words(hint: Any) -> str:
+    """Choices spelled out; a whole number where a float is expected goes without saying."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
+    words = []
+    for part in parts:
+        if typing.get_origin(part) is Literal:
+            words += [json.dumps(value) for value in typing.get_args(part)]
+        elif not (part is int and float in parts):
+            words.append("null" if part is NoneType else part.__name__ if isinstance(part, type) else str(part))
+    return " or ".join(f"`{word}`" for word in words)
+
+
+def default_of(item: dataclasses.Field) -> str:
+    """What stands where the option is left out."""
+    if item.default_factory is not dataclasses.MISSING:
+        return code(item.default_factory())
+    return "required" if item.default is dataclasses.MISSING else code(item.default)
+
+
+def range_of(cls: type, item: dataclasses.Field) -> str:
+    """The range that a table or a validator enforces, as a sentence; other rules stand in the docstrings."""
+    if issubclass(cls, TrainingArguments) and item.name in MINIMUMS:
+        return f"At least {MINIMUMS[item.name]}."
+    for validator in item.metadata.get("validator", ()):
+        try:
+            validator(math.nan)  # lies in no interval, so that the error says which
+        except ValueError as error:
+            message = re.sub(r"\.0\b", "", str(error))
+            for theirs, ours in WORDS.items():
+                message = message.replace(theirs, ours)
+            return f"{message.capitalize()}."
+    return ""
+
+
+if __name__ == "__main__":
+    main()

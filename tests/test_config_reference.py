@@ -1,0 +1,171 @@
+"""docs/config.md: up to date, complete, and true of the classes; read back from its Markdown."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+import configs
+from callbacks import CallbacksConfig
+from configs import load_run_config, reference
+from dataset_loading.configuration import DataConfig, SourceConfig, TokenizerConfig
+from model import MegaTransformerTextConfig
+from trainers import RecurrentTrainingArguments
+
+PAGE = reference.PAGE.read_text(encoding="utf-8")
+GENERATED = {"kind": "generated", "task": "stories"}
+SOURCES = "data.train, data.validation"
+
+
+class Line(NamedTuple):
+    """A row of a table."""
+
+    group: str
+    key: str
+    type: str
+    default: str
+    meaning: str
+
+    @property
+    def name(self) -> str:
+        return self.key if self.group == "The run" else f"{self.group}.{self.key}"
+
+
+def lines_of(page: str) -> list[Line]:
+    """The rows of all tables."""
+    lines, group = [], ""
+    for text in page.splitlines():
+        if text.startswith("#"):
+            group = text.lstrip("# ")
+        elif text.startswith("| `"):
+            cells = text.removeprefix("| ").removesuffix(" |").split(" | ")
+            lines.append(Line(group, cells[0].strip("`"), *cells[1:]))
+    return lines
+
+
+LINES = lines_of(PAGE)
+
+
+def of(group: str) -> dict[str, Line]:
+    return {line.key: line for line in LINES if line.group == group}
+
+
+def tree_of_defaults() -> dict[str, Any]:
+    """Every documented default, as the YAML that a user would write; one source, for its defaults too."""
+    tree: dict[str, Any] = {}
+    for line in LINES:
+        if line.group == SOURCES or not line.default.startswith("`"):
+            continue
+        inner = tree
+        for name in line.name.split(".")[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[line.key] = yaml.safe_load(line.default.strip("`"))
+    source = {key: yaml.safe_load(line.default.strip("`")) for key, line in of(SOURCES).items()} | GENERATED
+    tree["data"]["train"] = [source]
+    return tree
+
+
+def test_page_is_up_to_date():
+    assert reference.render() == PAGE, "docs/config.md is stale: run `make docs` and commit it"
+
+
+def test_the_documented_defaults_are_those_of_the_classes(tmp_path: Path):
+    """Written to a YAML and loaded, they give what the classes give without any argument."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree_of_defaults()))
+    run = load_run_config(path)
+    assert run.model.to_dict() == MegaTransformerTextConfig().to_dict()
+    assert run.tokenizer == TokenizerConfig()
+    assert run.data == DataConfig(train=[SourceConfig(**GENERATED)])
+    assert run.callbacks == CallbacksConfig()
+    assert (run.trainer, run.log_level) == ("pretrain", "info")
+    defaults = {item.name: item.default for item in dataclasses.fields(RecurrentTrainingArguments)}
+    for key in of("training"):
+        assert run.resolved["training"][key] == defaults[key], key
+
+
+def test_every_option_stands_there_once(tmp_path: Path):
+    """Those that the loader resolves, flattened, and of training arguments those that differ from the inherited."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"data": {"train": [GENERATED]}}))
+    resolved = load_run_config(path).resolved
+    (source,), resolved["data"]["train"] = resolved["data"]["train"], []
+    theirs = {item.name: (item.default, item.type) for item in dataclasses.fields(TrainingArguments)}
+    ours = {item.name: (item.default, item.type) for item in dataclasses.fields(RecurrentTrainingArguments)}
+    resolved["training"] = {name: None for name in ours if ours[name] != theirs.get(name)}
+    expected = [*configs.flatten(resolved), *(f"{SOURCES}.{name}" for name in source)]
+    documented = [line.name for line in LINES]
+    groups = [name for name in documented if name in {line.group for line in LINES}]
+    assert sorted(documented) == sorted(expected + groups)
+
+
+def test_every_option_has_a_meaning_and_a_type():
+    assert [line for line in LINES if not (line.meaning.rstrip(" .") and line.type)] == []
+
+
+def test_links_lead_to_headings():
+    anchors = {reference.anchor(line.lstrip("# ")) for line in PAGE.splitlines() if line.startswith("#")}
+    links = re.findall(r"\]\(#([\w-]*)\)", PAGE)
+    assert links and set(links) <= anchors
+
+
+def test_choices_are_those_the_loader_takes():
+    """An unknown choice is refused with the list of the known ones."""
+    named = [line for line in LINES if line.type.startswith('`"') and line.group != SOURCES]
+    assert len(named) >= 5
+    for line in named:
+        choices = set(re.findall(r'`"([^"]+)"`', line.type))
+        with pytest.raises(ValueError, match="unknown") as error:
+            configs.resolve([f"--{line.name}=nonsense"])
+        assert set(re.search(r"known: (.*)", str(error.value))[1].split(", ")) == choices
+
+
+def test_nothing_of_this_machine_is_in_the_page():
+    assert "cuda" not in PAGE
+    assert not re.search(r"[`'\"]/", PAGE), "an absolute path"
+
+
+# ------------------------------------------------------------ ranges
+
+
+BOUND = re.compile(r"\b(at least|above|at most|below) (-?\d+(?:\.\d+)?)", re.IGNORECASE)
+NUMBERS = [line for line in LINES if re.match(r"`(int|float)`", line.type)]
+# What a class needs to be built at all, and for its other rules to stand aside.
+NEEDED = {
+    SourceConfig: GENERATED,
+    MegaTransformerTextConfig: {"position_embedding": "none", "head_dim": 4},
+    RecurrentTrainingArguments: {"output_dir": "unused", "use_cpu": True},
+}
+
+
+def class_of(line: Line) -> type:
+    return next(cls for cls, keys in reference.classes_of_run().items() if ", ".join(keys) == line.group)
+
+
+def is_taken(line: Line, value: float) -> bool:
+    cls = class_of(line)
+    try:
+        cls(**{**NEEDED.get(cls, {}), line.key: value})
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("line", NUMBERS, ids=lambda line: line.name)
+def test_a_documented_bound_is_enforced_and_none_is_missing(line: Line):
+    """Just inside is taken, just outside is refused; where no least or largest value stands, -1 and 10 are taken."""
+    unit = 1 if line.type.startswith("`int`") else 1e-3
+    bounds = {word.lower(): float(number) if unit < 1 else int(number) for word, number in BOUND.findall(line.meaning)}
+    for word, value in bounds.items():
+        inwards = unit if word in ("at least", "above") else -unit
+        inside, outside = (value, value - inwards) if word.startswith("at ") else (value + inwards, value)
+        assert is_taken(line, inside), f"{inside} is refused"
+        assert not is_taken(line, outside), f"{outside} is taken"
+    if not bounds.keys() & {"at least", "above"}:
+        assert is_taken(line, -1), "a least value is enforced that the page does not name"
+    if unit < 1 and not bounds.keys() & {"at most", "below"}:
+        assert is_taken(line, 10.0), "a largest value is enforced that the page does not name"
