@@ -16,6 +16,7 @@ from .attention import Attention, prepare_attention
 from .blocks import BlockStack, build_norm
 from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig
+from .cross_entropy import chunked_causal_loss
 from .feedforward import OutputProjection
 from .generation_megatransformer import RecurrentGenerationMixin
 from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
@@ -312,6 +313,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         initial_state: torch.FloatTensor | None = None,
         output_states: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> MegaTransformerCausalLMOutput:
@@ -321,6 +323,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             labels: (batch, sequence), -100 where there is no loss. They are shifted inside: position i predicts label i
                 + 1.
             logits_to_keep: Number of last positions whose logits are computed (0: all), or their indices.
+            skip_logits: With labels: compute the loss a chunk of tokens at a time, and return no logits, since all of
+                them are batch * sequence * vocab numbers, several times over.
             num_items_in_batch: The loss is the mean over labels, or, where the trainer gives this count (of all labels
                 of an accumulation window, on all ranks), their sum divided by it.
         """
@@ -338,10 +342,19 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             initial_state=initial_state,
             output_states=output_states,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        loss = None
-        if labels is not None:
+        logits, loss = None, None
+        if skip_logits and labels is not None:
+            loss = chunked_causal_loss(
+                self._logits, outputs.last_hidden_state, labels, self.config.vocab_size, num_items_in_batch
+            )
+        else:
+            logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if logits is not None and labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return MegaTransformerCausalLMOutput(loss, logits, outputs.past_key_values, outputs.state, outputs.states)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) -> (..., vocab)."""
+        logits = self.lm_head(hidden)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -51,9 +51,13 @@ class RecurrentTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
-        """Adds depth and initial state in training; evaluation runs at the mean depth from the fixed state."""
+        """Adds depth and initial state in training, where nobody looks at the logits; evaluation runs at the mean depth
+        from the fixed state.
+        """
+        if model.training:
+            inputs = {**inputs, "skip_logits": True}
         if model.training and self.is_recurrent:
-            inputs = {**inputs, **self._draw_recurrence(*inputs["input_ids"].shape)}
+            inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -91,8 +95,9 @@ class RecurrentTrainer(Trainer):
         """Runs the next batch, on which the model has not been trained yet, at one step and at the mean depth."""
         model.eval()
         with self.compute_loss_context_manager():
-            shallow = model(**inputs, num_steps=1).loss
-            deep = model(**inputs, num_steps=self.model.config.recurrence.mean_steps, output_states=True)
+            shallow = model(**inputs, num_steps=1, skip_logits=True).loss
+            mean_steps = self.model.config.recurrence.mean_steps
+            deep = model(**inputs, num_steps=mean_steps, output_states=True, skip_logits=True)
         values = {
             "loss_at_1_step": shallow,
             "loss_at_mean_steps": deep.loss,

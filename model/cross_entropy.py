@@ -1,0 +1,46 @@
+"""Cross-entropy over a large vocabulary, a chunk of tokens at a time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_PER_CHUNK = (
+    2**23
+)  # 32 MiB in float32: large enough for fast matrix products, small beside the weights of the head
+
+
+def chunked_causal_loss(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The loss of transformers' `ForCausalLMLoss`, without ever holding the logits of all tokens.
+
+    A chunk's logits are forgotten after its loss and computed again for its gradient: one more matrix product of the
+    head, against (batch, sequence, vocab) of memory in the logits, their probabilities and their gradient.
+
+    Args:
+        head: (tokens, hidden) -> (tokens, vocab).
+        hidden: (batch, sequence, hidden).
+        labels: (batch, sequence), shifted here: position i predicts label i + 1; -100 where there is no loss.
+        num_items_in_batch: The sum of the losses is divided by it; default: the number of labels.
+
+    Returns:
+        A float32 scalar.
+    """
+    targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(hidden.device)
+    chunk = max(1, LOGITS_PER_CHUNK // vocab_size)
+
+    def sum_of_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(head(hidden).float(), targets, ignore_index=-100, reduction="sum")
+
+    parts = list(zip(hidden.flatten(0, 1).split(chunk), targets.split(chunk), strict=True))
+    if len(parts) == 1:  # nothing to save
+        total = sum_of_losses(*parts[0])
+    else:
+        total = sum(checkpoint(sum_of_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
+    return total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
