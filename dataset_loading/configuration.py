@@ -39,7 +39,7 @@ class SourceConfig:
     paths: list[str] = field(default_factory=list)
     """files: paths and glob patterns ending in .txt (one document a file), .jsonl or .parquet."""
     task: str | None = None
-    """generated: name of the task (`chained_lookup`, `addition`, `stories`)."""
+    """generated: name of the task, such as `addition`; docs/data.md has them all."""
     num_rows: int = 10_000
     """generated: number of rows to draw, at least 1."""
     difficulty: list[int] | None = None

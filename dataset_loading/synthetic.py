@@ -6,11 +6,12 @@ from hashlib import blake2b
 from datasets import Dataset, Features, Value
 
 from .synthetic_addition import Addition
+from .synthetic_cups import Cups
 from .synthetic_lookup import ChainedLookup
 from .synthetic_stories import Stories
 from .synthetic_task import GeneratedTask, Role, split_of
 
-TASKS: dict[str, GeneratedTask] = {task.name: task for task in (ChainedLookup(), Addition(), Stories())}
+TASKS: dict[str, GeneratedTask] = {task.name: task for task in (ChainedLookup(), Addition(), Cups(), Stories())}
 
 _ATTEMPTS = (
     1000  # a role holds at least a tenth of the instances, so 1000 misses mean that it holds none (0.9^1000 = 2e-46)

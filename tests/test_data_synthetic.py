@@ -7,6 +7,7 @@ import pytest
 
 from dataset_loading import TASKS, SourceConfig, get_task
 from dataset_loading.synthetic import generate_row, generate_rows
+from dataset_loading.synthetic_cups import MOVES
 from dataset_loading.synthetic_task import split_of
 
 
@@ -27,6 +28,7 @@ def test_answers_computed_by_hand():
     assert TASKS["chained_lookup"].check("b=3 a=b c=a ? c", "3")
     assert TASKS["addition"].check("38+45=", "38") and not TASKS["addition"].check("38+45=", "83")
     assert TASKS["addition"].check("99+1=", "001")
+    assert TASKS["cups"].check("1aa=", "3") and TASKS["cups"].check("5bd=", "5")  # 1 -> 2 -> 3; 5 -> 3 -> 5
     story = "It is late. Ben has a red cup. Ben gives the cup to Ida. Leo takes the cup from Ida. Ida smiles."
     assert TASKS["stories"].check(f"{story} Who has the cup?", "Leo")
     assert not TASKS["stories"].check(f"{story} Who has the cup?", "Ida")
@@ -41,7 +43,7 @@ def test_roles_share_no_instance():
     for first, second in product(range(100), repeat=2):
         both = {split_of(task.identity(f"{first}+{second}=")), split_of(task.identity(f"{second}+{first}="))}
         assert len(both) == 1
-    for name in ("chained_lookup", "stories"):
+    for name in ("chained_lookup", "cups", "stories"):
         sets = [{TASKS[name].identity(row["prompt"]) for row in draw(name, role, 500, (1, 2))} for role in ROLES]
         assert len(set.union(*sets)) == sum(map(len, sets))
 
@@ -106,8 +108,24 @@ def test_rows_depend_on_seed_role_and_index_alone():
 
 def test_unknown_task_lists_the_known_ones():
     """T5."""
-    message = r"'lookup' is unknown; choose one of addition, chained_lookup, stories"
+    message = r"'lookup' is unknown; choose one of addition, chained_lookup, cups, stories"
     with pytest.raises(ValueError, match=message):
         get_task("lookup")
     with pytest.raises(ValueError, match=message):
         SourceConfig("generated", task="lookup")
+
+
+def test_moves_of_the_cups_reach_every_order_and_leave_no_ball_in_place():
+    moves = [tuple(int(cup) - 1 for cup in places) for places in MOVES.values()]
+    assert all(places[cup] != cup for places in moves for cup in range(5))
+    reached, new = set(), {tuple(range(5))}
+    while new:
+        reached |= new
+        new = {tuple(places[cup] for cup in order) for order in new for places in moves} - reached
+    assert len(reached) == 120
+
+
+def test_no_cup_is_the_answer_more_often_than_others_after_three_moves():
+    rows = draw("cups", "train", 3000, (3, 8))
+    counts = [sum(row["answer"] == cup for row in rows) for cup in "12345"]
+    assert min(counts) > 500
