@@ -1,0 +1,1 @@
+"""Measurements of speed, memory and accuracy; run as `python -m benchmarks.NAME`."""
