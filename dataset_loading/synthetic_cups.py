@@ -1,4 +1,4 @@
-"""Tracking a ball: "3bda=" has the answer "5" if the moves b, d and a bring the ball from cup 3 to cup 5."""
+"""Tracking a ball: "ccadb3bda=" has the answer "3", the cup to which the moves b, d and a bring a ball from cup 3."""
 
 import random
 
@@ -8,9 +8,14 @@ MOVES = {"a": "23451", "b": "21453", "c": "54213", "d": "34512"}
 """Where a ball under cup 1, 2, 3, 4, 5 is after a move. The moves together reach every order of the cups; none leaves
 a ball where it is."""
 
+NUM_MOVES = 8
+
 
 class Cups(GeneratedTask):
     """Follow a ball through `difficulty` moves of five cups; the answer is the cup.
+
+    What was moved before the ball was put under a cup, which the digit names, does not count. It fills the prompt up to
+    eight moves: so all are equally long up to there, and as many are different of one move as are of eight.
 
     The moves do not commute and generate all permutations of five, whose word problem no circuit of constant depth and
     polynomial size is known to solve (Barrington 1989): a transformer needs layers, or steps, that grow with the number
@@ -22,17 +27,20 @@ class Cups(GeneratedTask):
     default_difficulty = (1, 8)
 
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
-        start, moves = rng.choice("12345"), "".join(rng.choices("abcd", k=difficulty))
+        start, moves = rng.choice("12345"), rng.choices("abcd", k=max(difficulty, NUM_MOVES))
         cup = start
-        for move in moves:
+        for move in moves[-difficulty:]:
             cup = MOVES[move][int(cup) - 1]
-        return {"prompt": f"{start}{moves}=", "answer": cup}
+        moves.insert(-difficulty, start)
+        return {"prompt": f"{''.join(moves)}=", "answer": cup}
 
     def check(self, prompt: str, answer: str) -> bool:
-        """Backwards: the cup from which the moves lead to `answer`."""
+        """Backwards: whether the moves lead to `answer` from the cup that is met on the way."""
         cup = answer
-        for move in reversed(prompt[1:-1]):
+        for move in reversed(prompt[:-1]):
+            if move.isdigit():
+                return cup == move
             if len(cup) != 1 or cup not in MOVES[move]:
                 return False
             cup = str(MOVES[move].index(cup) + 1)
-        return cup == prompt[0]
+        return False

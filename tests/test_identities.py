@@ -85,6 +85,14 @@ def test_a_padded_row_in_a_batch_equals_the_row_alone(model, side):
     torch.testing.assert_close(batch[1, real], logits_of(model, short, num_steps=3)[0], **CLOSE)
 
 
+def test_a_row_with_padding_inside_equals_the_row_without(model):
+    """A2, A3: positions are counted over the real tokens, also those of keys."""
+    ids, mask = tiny_ids(1, 9), torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1]])
+    real = mask[0].bool()
+    with_padding = logits_of(model, ids, attention_mask=mask, num_steps=3)[:, real]
+    torch.testing.assert_close(with_padding, logits_of(model, ids[:, real], num_steps=3), **CLOSE)
+
+
 def test_left_padding_with_a_cache_equals_the_row_alone(model):
     """A2, A3: a prompt, then one token at a time."""
     ids = tiny_ids(1, 8)
@@ -119,6 +127,7 @@ def test_saved_equals_loaded(model, tmp_path):
 # ------------------------------------------------------------------------------------------------- 2: backends
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
 def test_backends_agree_with_eager(variant, backend):
     """A4, with padding. FlexAttention runs as plain tensor operations: its compiled kernel is for GPUs."""
@@ -178,6 +187,13 @@ def test_every_parameter_gets_a_gradient(variant, injection):
     model(ids, labels=ids, num_steps=(2, 2)).loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
+
+
+def test_the_steps_with_gradient_are_the_last_ones(model):
+    core, recorded = model.model.core, []
+    core.register_forward_hook(lambda module, arguments, output: recorded.append(output.requires_grad))
+    model(tiny_ids(1, 4), num_steps=(3, 2))
+    assert recorded == [False, False, False, True, True]
 
 
 def test_the_gradient_of_truncated_steps_is_that_of_the_last_steps_alone(model):

@@ -335,3 +335,10 @@ def test_alibi_slopes_of_the_paper():
     twelve = alibi_slopes(12).tolist()
     assert twelve[:8] == [2.0**-i for i in range(1, 9)]
     assert twelve[8:] == pytest.approx([2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
+
+
+def test_alibi_bias_is_minus_the_slope_times_the_distance():
+    from model.attention import alibi_bias
+
+    bias = alibi_bias(torch.tensor([[5, 6]]), torch.tensor([[2, 6]]), num_heads=8)
+    assert bias[0, 0].tolist() == [[-1.5, 0.5], [-2.0, 0.0]] and bias[0, 1, 1].tolist() == [-1.0, 0.0]

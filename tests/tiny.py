@@ -26,7 +26,7 @@ def tiny_config(**overrides) -> MegaTransformerTextConfig:
 
 def tiny_model(seed: int = 0, scale: float = 1.0, **overrides) -> MegaTransformerForCausalLM:
     """A tiny model in evaluation mode. `scale` multiplies the weight matrices, to move a fresh model off its gentle
-    start.
+    start; the norms' weights then differ from 1 too, or a norm of what is normed already would not show.
     """
     torch.manual_seed(seed)
     model = MegaTransformerForCausalLM(tiny_config(**overrides)).eval()
@@ -34,6 +34,8 @@ def tiny_model(seed: int = 0, scale: float = 1.0, **overrides) -> MegaTransforme
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(scale)
+            elif scale != 1:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
     return model
 
 
