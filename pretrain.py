@@ -12,14 +12,14 @@ import torch
 from datasets import disable_progress_bars
 from transformers import PreTrainedTokenizerFast, Trainer, set_seed
 
-from callbacks import add_callbacks
+from callbacks import add_callbacks, size_table
 from configs import RunConfig, check_output_dir, load_config, one_line_errors
 from dataset_loading import Collator, build_datasets, build_tokenizer
 from evaluation import trainer_metrics
 from inference.devices import device_report
 from model import MegaTransformerForCausalLM
 from model.recurrence import draw_training_states, sample_depth
-from trainers import find_resume_point, get_trainer_class
+from trainers import describe_needs, find_resume_point, get_trainer_class
 
 logger = logging.getLogger("pretrain")
 
@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         share_cores()
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(run.log_level, rank)
+    if run.is_dry_run:
+        if rank == 0:
+            sys.stdout.write(describe_run(run))
+        return 0
     if rank != 0 or not sys.stderr.isatty():
         disable_progress_bars()
     logger.info("%s", device_report())
@@ -52,6 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
+
+
+def describe_run(run: RunConfig) -> str:
+    """What a run would need, from the shapes of its model: no weights, no data, no tokenizer.
+
+    Raises:
+        SystemExit: with code 2, for a number of GPUs or a DeepSpeed file that is none.
+    """
+    with torch.device("meta"):
+        model = MegaTransformerForCausalLM(run.model)
+    with one_line_errors():
+        needs = describe_needs(model, run.training, sample_depth, run.data.block_size, run.data.packing)
+    return f"{size_table(model)}\n\n{needs}\n"
 
 
 def share_cores() -> None:

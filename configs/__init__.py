@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig
 from callbacks import CallbacksConfig
 from dataset_loading.configuration import DataConfig, TokenizerConfig
 from model import MegaTransformerTextConfig
-from trainers import TRAINERS, RecurrentTrainingArguments
+from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
 
 DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
 MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {cls.model_type: cls for cls in (MegaTransformerTextConfig,)}
@@ -61,6 +61,7 @@ class RunConfig:
         trainer: Name of the trainer.
         log_level: Least severe message that is shown.
         resolved: Every option as plain values: what was chosen, not what the classes derive from it.
+        is_dry_run: Whether the run is only planned; `training` then knows nothing of this machine.
     """
 
     model: PreTrainedConfig
@@ -71,6 +72,7 @@ class RunConfig:
     trainer: str
     log_level: str
     resolved: dict[str, Any] = field(repr=False)
+    is_dry_run: bool = False
 
     def save(self, path: str | Path) -> None:
         """Write the resolved YAML, which alone repeats the run; nobody ever reads half of it."""
@@ -141,20 +143,30 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
     """
     given = list(read_arguments(argv))
     config_class = model_config_class([tree for _, tree, _ in given])
-    schema = dict.fromkeys(("trainer", "log_level", "local_rank"))
+    schema = dict.fromkeys(("trainer", "log_level", "local_rank", "dry_run"))
     schema |= {"model": {"model_type": None, **schema_of(config_class)}}
     schema |= {name: schema_of(cls) for name, cls in SECTIONS.items()}
     for origin, tree, _ in given:
         check_keys(tree, schema, origin)
     parser = build_parser(config_class)
     try:
-        values = parser.parse_args([argument for _, _, arguments in given for argument in arguments])
+        values = parser.parse_args([flag for _, tree, flags in given for flag in (*emptied_lists(tree), *flags)])
     except ArgumentError as error:
         raise ValueError(describe(str(error))) from error
     tree = json.loads(parser.dump(values, format="json", skip_unset=False))
     del tree["local_rank"]
+    if not tree["dry_run"]:
+        del tree["dry_run"]  # a dry run leaves no file, so that no file needs to say that its run was none
     make_paths_absolute(tree, Path.cwd())
     return tree
+
+
+def emptied_lists(tree: dict[str, Any]) -> list[str]:
+    """Flags that empty each list of groups in a tree. The parser merges such a list, item by item, into an earlier one
+    of the same length, where it should replace that.
+    """
+    lists = {key: value for key, value in flatten(tree).items() if isinstance(value, list)}
+    return [f"--{key}=[]" for key, items in lists.items() if any(isinstance(item, dict) for item in items)]
 
 
 def read_arguments(argv: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
@@ -165,7 +177,7 @@ def read_arguments(argv: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], l
     rest = list(argv)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
-        if flag in ("-h", "--help", "--print_config"):
+        if flag in ("-h", "--help", "--print_config", "--dry_run", "--dry-run"):
             yield "", {}, [flag + equals + value]
             continue
         if not flag.startswith("--"):
@@ -320,6 +332,7 @@ def build_parser(config_class: type[PreTrainedConfig]) -> ArgumentParser:
     parser.add_argument("--trainer", type=Literal[tuple(TRAINERS)], default="pretrain", help="Name of the trainer")
     parser.add_argument("--log_level", "--log-level", type=Literal["debug", "info", "warning", "error"], default="info")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="Ignored: LOCAL_RANK of the environment rules")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print what the run would need, and stop")
     parser.add_argument("--model.model_type", default=config_class.model_type, help="Selects the class of `model`")
     for name, cls in {"model": config_class, **SECTIONS}.items():
         add_group(parser, cls, name)
@@ -363,6 +376,7 @@ def build_run(tree: dict[str, Any], skip: Sequence[str] = ()) -> RunConfig:
     model = {name: value for name, value in tree["model"].items() if name != "model_type"}
     sections = {"model": build(MODEL_CONFIGS[tree["model"]["model_type"]], model, "model")}
     check_positions(sections["model"], tree["data"]["block_size"])
+    is_dry_run = tree.get("dry_run", False)
     for name, cls in SECTIONS.items():
         values = dict(tree[name])
         if name in skip:
@@ -370,8 +384,10 @@ def build_run(tree: dict[str, Any], skip: Sequence[str] = ()) -> RunConfig:
             continue
         if name == "training":
             values["deepspeed"] = find_deepspeed(values["deepspeed"])
+            cls = PlannedTrainingArguments if is_dry_run else cls
         sections[name] = build(cls, values, name)
-    return RunConfig(**sections, trainer=tree["trainer"], log_level=tree["log_level"], resolved=tree)
+    names = {name: tree[name] for name in ("trainer", "log_level")}
+    return RunConfig(**sections, **names, resolved=tree, is_dry_run=is_dry_run)
 
 
 def build(cls: type, values: dict[str, Any], key: str) -> Any:

@@ -1,6 +1,8 @@
 """Trainers by name."""
 
 from .arguments import RecurrentTrainingArguments
+from .dry_run import describe_needs
+from .planned_arguments import PlannedTrainingArguments
 from .recurrent import RecurrentTrainer
 from .resuming import find_resume_point
 
@@ -18,4 +20,12 @@ def get_trainer_class(name: str) -> type[RecurrentTrainer]:
     return TRAINERS[name]
 
 
-__all__ = ["TRAINERS", "RecurrentTrainer", "RecurrentTrainingArguments", "find_resume_point", "get_trainer_class"]
+__all__ = [
+    "TRAINERS",
+    "PlannedTrainingArguments",
+    "RecurrentTrainer",
+    "RecurrentTrainingArguments",
+    "describe_needs",
+    "find_resume_point",
+    "get_trainer_class",
+]

@@ -1,0 +1,95 @@
+"""Every YAML in configs/: it loads, its model can be built (on the meta device, where billions of parameters cost
+nothing), and its parts fit together.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import RunConfig, load_config
+from model import MegaTransformerForCausalLM
+
+FOLDER = Path(__file__).parent.parent / "configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+OTHER_SOURCES = "[{kind: files, paths: [/texts/*.txt]}]"
+
+
+@pytest.fixture
+def run(request, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """The run of a file, planned: so bf16 and DeepSpeed need no GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    return load_config(["--config", str(request.param), "--dry-run"])
+
+
+def build(run: RunConfig) -> MegaTransformerForCausalLM:
+    with torch.device("meta"):
+        return MegaTransformerForCausalLM(run.model)
+
+
+def count(run: RunConfig) -> int:
+    return sum(parameter.numel() for parameter in build(run).parameters())
+
+
+every_file = pytest.mark.parametrize("run", FILES, ids=lambda path: path.stem, indirect=True)
+
+
+def one_file(name: str):
+    return pytest.mark.parametrize("run", [FOLDER / f"{name}.yaml"], ids=[name], indirect=True)
+
+
+def test_the_files_are_found():
+    assert {"recurrent_lm", "recurrent_lm_100m", "recurrent_lm_3b"} <= {path.stem for path in FILES}
+
+
+@every_file
+def test_its_model_can_be_built(run: RunConfig):
+    model = build(run)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert len(model.model.core.layers if model.model.core else []) == run.model.num_core_layers
+
+
+@every_file
+def test_its_parts_fit_together(run: RunConfig):
+    """Rows within the positions that the model is meant for, a trained vocabulary of the model's size."""
+    assert run.data.block_size <= run.model.max_position_embeddings
+    if run.tokenizer.path is None:
+        assert run.tokenizer.vocab_size == run.model.vocab_size
+    assert run.training.max_steps > run.training.warmup_steps
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_comment_says_what_it_is_for(path: Path):
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_sources_can_be_replaced_whole(path: Path):
+    """Nothing of a source in the file is left in one given by a flag, not even where there is one of each."""
+    given = load_config(["--data.train", OTHER_SOURCES, "--dry-run"]).data.train
+    assert load_config(["--config", str(path), "--data.train", OTHER_SOURCES, "--dry-run"]).data.train == given
+
+
+def closed_form(layers: int, width: int, inner: int, vocabulary: int, bias: int = 0) -> int:
+    """Tied embedding, equal layers (four attention matrices, three of a gated feed-forward layer, four norms, biases of
+    queries and keys), the adapter 2h x h and the last norm.
+    """
+    layer = 4 * width**2 + 3 * width * inner + 4 * width + bias
+    return vocabulary * width + layers * layer + 2 * width**2 + width
+
+
+@one_file("recurrent_lm_100m")
+def test_the_size_of_recurrent_lm_100m(run: RunConfig):
+    assert count(run) == closed_form(8, 768, 2304, 50304) == pytest.approx(100e6, rel=0.02)
+    assert run.training.bf16 and run.training.compile_units and run.training.deepspeed is None
+    tokens = 8 * 2048 * 32
+    assert tokens == 2**19 and tokens * run.training.max_steps < 10e9  # the sample is not read twice
+
+
+@one_file("recurrent_lm_3b")
+def test_the_size_of_recurrent_lm_3b(run: RunConfig):
+    """The paper's shape, 2 + 4 + 2 layers and 3.5 billion parameters; l = 132 layers executed at the mean depth."""
+    assert count(run) == closed_form(8, 5280, 17920, 65536, bias=2 * 55 * 96) == pytest.approx(3.5e9, rel=0.02)
+    assert run.model.mean_executed_layers == 132
+    assert run.training.activation_checkpointing and run.training.bf16
+    assert run.training.deepspeed_settings["zero_optimization"]["stage"] == 3
