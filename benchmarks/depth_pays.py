@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train all contestants with all seeds, and write the table, the figures behind it, and the picture."""
     args = build_parser().parse_args(argv)
     with ThreadPoolExecutor(args.workers) as pool:
-        jobs = [(contestant, seed) for seed in args.seeds for contestant in CONTESTANTS if not contestant.time_of]
+        jobs = [(contestant, seed) for contestant in CONTESTANTS if not contestant.time_of for seed in args.seeds]
         results = dict(zip(jobs, pool.map(lambda job: compete(*job, args), jobs), strict=True))
         timed = [(contestant, seed) for seed in args.seeds for contestant in CONTESTANTS if contestant.time_of]
         updates = {job: updates_in_the_same_time(*job, results) for job in timed}

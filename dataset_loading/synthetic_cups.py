@@ -1,9 +1,11 @@
-"""Tracking a ball: "ccadb3bda=" has the answer "3", the cup to which the moves b, d and a bring a ball from cup 3."""
+"""Tracking a ball: "ccadbXbda=" has the answer "3", the cup to which the moves b, d and a bring a ball from cup X."""
 
 import random
 
 from .synthetic_task import GeneratedTask
 
+CUPS = {"V": "1", "W": "2", "X": "3", "Y": "4", "Z": "5"}
+"""The letter that puts a ball under a cup, and the digit that answers with it."""
 MOVES = {"a": "23451", "b": "21453", "c": "54213", "d": "34512"}
 """Where a ball under cup 1, 2, 3, 4, 5 is after a move. The moves together reach every order of the cups; none leaves
 a ball where it is."""
@@ -14,8 +16,9 @@ NUM_MOVES = 8
 class Cups(GeneratedTask):
     """Follow a ball through `difficulty` moves of five cups; the answer is the cup.
 
-    What was moved before the ball was put under a cup, which the digit names, does not count. It fills the prompt up to
-    eight moves: so all are equally long up to there, and as many are different of one move as are of eight.
+    The capital letter puts the ball under a cup, so moves before it do not count. They fill the prompt up to eight
+    moves: all are equally long up to there, and of one move there are as many different ones as of eight. Start and
+    answer are written differently: a digit is always an answer, after which the text ends.
 
     The moves do not commute and generate all permutations of five, whose word problem no circuit of constant depth and
     polynomial size is known to solve (Barrington 1989): a transformer needs layers, or steps, that grow with the number
@@ -27,8 +30,8 @@ class Cups(GeneratedTask):
     default_difficulty = (1, 8)
 
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
-        start, moves = rng.choice("12345"), rng.choices("abcd", k=max(difficulty, NUM_MOVES))
-        cup = start
+        start, moves = rng.choice("VWXYZ"), rng.choices("abcd", k=max(difficulty, NUM_MOVES))
+        cup = CUPS[start]
         for move in moves[-difficulty:]:
             cup = MOVES[move][int(cup) - 1]
         moves.insert(-difficulty, start)
@@ -38,8 +41,8 @@ class Cups(GeneratedTask):
         """Backwards: whether the moves lead to `answer` from the cup that is met on the way."""
         cup = answer
         for move in reversed(prompt[:-1]):
-            if move.isdigit():
-                return cup == move
+            if move in CUPS:
+                return cup == CUPS[move]
             if len(cup) != 1 or cup not in MOVES[move]:
                 return False
             cup = str(MOVES[move].index(cup) + 1)

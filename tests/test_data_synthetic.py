@@ -29,8 +29,8 @@ def test_answers_computed_by_hand():
     assert TASKS["chained_lookup"].check("b=3 a=b c=a ? c", "3")
     assert TASKS["addition"].check("38+45=", "38") and not TASKS["addition"].check("38+45=", "83")
     assert TASKS["addition"].check("99+1=", "001")
-    assert TASKS["cups"].check("bcbcbc1aa=", "3")  # 1 -> 2 -> 3
-    assert TASKS["cups"].check("5bd=", "5")  # 5 -> 3 -> 5
+    assert TASKS["cups"].check("bcbcbcVaa=", "3")  # 1 -> 2 -> 3
+    assert TASKS["cups"].check("Zbd=", "5")  # 5 -> 3 -> 5
     story = "It is late. Ben has a red cup. Ben gives the cup to Ida. Leo takes the cup from Ida. Ida smiles."
     assert TASKS["stories"].check(f"{story} Who has the cup?", "Leo")
     assert not TASKS["stories"].check(f"{story} Who has the cup?", "Ida")
@@ -127,11 +127,11 @@ def test_moves_of_the_cups_reach_every_order_and_leave_no_ball_in_place():
     assert len(reached) == 120
 
 
-def test_prompts_of_the_cups_are_equally_long_and_have_as_many_moves_after_the_digit_as_their_difficulty():
+def test_prompts_of_the_cups_are_equally_long_and_have_as_many_moves_after_the_letter_as_their_difficulty():
     for row in draw("cups", "train", 200, (1, 8)):
-        before, after = re.split(r"\d", row["prompt"])
+        before, after = re.split("[V-Z]", row["prompt"])
         assert len(row["prompt"]) == 10 and len(after) == row["difficulty"] + 1 and len(before) == 8 - row["difficulty"]
-    assert re.fullmatch(r"\d[abcd]{11}=", TASKS["cups"].sample(random.Random(0), 11)["prompt"])
+    assert re.fullmatch("[V-Z][abcd]{11}=", TASKS["cups"].sample(random.Random(0), 11)["prompt"])
 
 
 def test_no_cup_is_the_answer_more_often_than_others_after_three_moves():
