@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset_loading import (
+    TASKS,
     Collator,
     DataConfig,
     MixtureDataset,
@@ -309,5 +310,6 @@ def test_processes_build_the_same_data(tmp_path):
         runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder))
     first, second = (run.communicate()[0].splitlines() for run in runs)
     assert [run.returncode for run in runs] == [0, 0]
-    assert len(first) == 1 + 4 + 1 + 5 + 1
+    sources = 1 + len(TASKS)
+    assert len(first) == 1 + sources + 1 + (sources + 1) + 1
     assert first == second
