@@ -24,6 +24,7 @@ class AttentionInputs:
     position_bias: torch.Tensor | None = (
         None  # (1 or batch, heads, query, key), where the mask does not hold it already
     )
+    rows: torch.LongTensor | None = None  # the rows of the cache that the batch consists of; None: all of them
 
 
 def rotary_tables(
@@ -83,6 +84,7 @@ def prepare_attention(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor,
     past_key_values: RecurrentCache | None,
+    rows: torch.LongTensor | None = None,
 ) -> AttentionInputs:
     """Builds the mask and the positional terms once for all layers of a forward pass.
 
@@ -90,6 +92,7 @@ def prepare_attention(
         inputs_embeds: (batch, sequence, hidden).
         attention_mask: (batch, past + sequence) with 1 for real tokens, a 4-D mask which is taken as it is, or None.
         position_ids: (batch, sequence). Without mask and cache, a restart begins a new document: none sees another.
+        rows: The rows of the cache that the batch consists of. Default: all.
     """
     alibi = config.position_embedding == "alibi"
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -104,20 +107,19 @@ def prepare_attention(
         allow_is_causal_skip=not alibi,
     )
     if config.position_embedding == "rope":
-        return AttentionInputs(
-            mask, rotary=rotary_tables(position_ids, config.head_dim, config.rope_theta, inputs_embeds.dtype)
-        )
+        rotary = rotary_tables(position_ids, config.head_dim, config.rope_theta, inputs_embeds.dtype)
+        return AttentionInputs(mask, rotary=rotary, rows=rows)
     if not alibi:
-        return AttentionInputs(mask)
+        return AttentionInputs(mask, rows=rows)
 
     keys = _key_positions(attention_mask, position_ids, past)
     bias = alibi_bias(position_ids, keys, config.num_attention_heads).to(inputs_embeds.dtype)
     if not isinstance(mask, torch.Tensor):  # FlexAttention's block mask says who is seen; the bias goes beside it
         bias = bias.expand(inputs_embeds.shape[0], -1, -1, -1)  # its kernel indexes the batch, it does not broadcast
-        return AttentionInputs(mask, position_bias=bias)
+        return AttentionInputs(mask, position_bias=bias, rows=rows)
     if mask.dtype == torch.bool:
-        return AttentionInputs(torch.where(mask, bias, torch.finfo(bias.dtype).min))
-    return AttentionInputs(mask + bias)
+        return AttentionInputs(torch.where(mask, bias, torch.finfo(bias.dtype).min), rows=rows)
+    return AttentionInputs(mask + bias, rows=rows)
 
 
 def _key_positions(attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past: int) -> torch.Tensor:
@@ -187,7 +189,7 @@ class Attention(nn.Module):
         if inputs.rotary is not None:
             query, key = apply_rotary(query, *inputs.rotary), apply_rotary(key, *inputs.rotary)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, slot)
+            key, value = past_key_values.update(key, value, slot, inputs.rows)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

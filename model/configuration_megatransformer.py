@@ -94,6 +94,9 @@ class RecurrenceConfig(StrictConfig):
         state_seed: Seed of the one draw that serves as initial state whenever none is passed.
         injection: How the embedded input e enters each step: "concat" is Linear([s; e]), "add" is s + e, "gate" is
             g s + (1 - g) e with g = sigmoid(Linear([s; e])).
+        cache_policy: Which steps of a past token are kept in the cache: "full" keeps all, "ring" the last
+            `num_kept_steps`, "last" the last one. See `RecurrentCache`.
+        num_kept_steps: Steps that a "ring" keeps, at least 1; for no other policy.
     """
 
     model_type = "megatransformer_recurrence"
@@ -107,6 +110,18 @@ class RecurrenceConfig(StrictConfig):
     state_scale: float | int = interval(min=0.0)(default=1.0)
     state_seed: int = interval(min=0)(default=0)
     injection: Literal["concat", "add", "gate"] = "concat"
+    cache_policy: Literal["full", "ring", "last"] = "full"
+    num_kept_steps: int | None = None
+
+    def validate_architecture(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        if (self.cache_policy == "ring") != (self.num_kept_steps is not None):
+            raise ValueError(
+                f"cache_policy is {self.cache_policy!r} and num_kept_steps {self.num_kept_steps}: 'ring' needs a "
+                "num_kept_steps, and the other policies do not read it"
+            )
+        if self.num_kept_steps is not None and self.num_kept_steps < 1:
+            raise ValueError(f"num_kept_steps ({self.num_kept_steps}) must be at least 1")
 
 
 @checked

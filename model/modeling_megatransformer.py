@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, logging
 
-from .attention import Attention, prepare_attention
+from .attention import Attention, AttentionInputs, prepare_attention
 from .blocks import BlockStack, build_norm
 from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig
@@ -227,23 +227,30 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         hidden = self._add_positions(inputs_embeds, position_ids)
         inputs = prepare_attention(self.config, hidden, attention_mask, position_ids, past_key_values)
 
+        def inputs_of(rows: torch.LongTensor) -> AttentionInputs:
+            given = (hidden, attention_mask, position_ids)
+            given = (each if each is None or len(each) < batch else each[rows] for each in given)
+            return prepare_attention(self.config, *given, past_key_values, rows)
+
         hidden = self.prelude(hidden, inputs=inputs, past_key_values=past_key_values)
         state, states = None, None
         if self.core is not None:
-            state, states = self._recur(hidden, initial_state, depth, inputs, past_key_values, output_states)
+            state, states = self._recur(hidden, initial_state, depth, inputs, inputs_of, past_key_values, output_states)
             hidden = state = self.norm(state)
         coda_slot = self.config.num_prelude_layers
         hidden = self.norm(self.coda(hidden, inputs=inputs, past_key_values=past_key_values, slot=coda_slot))
+        if past_key_values is not None:
+            past_key_values.advance(sequence)
         return MegaTransformerModelOutput(hidden, past_key_values if use_cache else None, state, states)
 
-    def _recur(self, embeds, initial_state, depth, inputs, past_key_values, output_states):
+    def _recur(self, embeds, initial_state, depth, inputs, inputs_of, past_key_values, output_states):
         """(s_r, the tuple s_0 .. s_r if asked for)."""
         state = default_state(self.config) if initial_state is None else initial_state
         state = state.to(embeds).expand_as(embeds).contiguous()  # one memory layout: one compiled graph
         states = [state] if output_states else None
         if past_key_values is not None:
             past_key_values.extend_steps(depth.total)
-        state = iterate_core(self.core, state, embeds, depth, inputs, past_key_values, states)
+        state = iterate_core(self.core, state, embeds, depth, inputs, inputs_of, past_key_values, states)
         if past_key_values is not None:
             past_key_values.settle_steps(depth.row_steps, num_new_tokens=embeds.shape[1])
         return state, tuple(states) if output_states else None

@@ -10,6 +10,7 @@ Source of all that has no other named: Geiping et al. 2025, arXiv 2502.05171 ("t
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +57,8 @@ def sample_depth(config: RecurrenceConfig, *key: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Depth:
-    """A resolved depth: `total` steps, the first `no_grad` of them without gradient; `rows` (batch,) where rows
-    differ.
+    """A resolved depth: `total` steps, the first `no_grad` of them without gradient; `rows` (batch,), on the CPU, where
+    rows differ.
     """
 
     no_grad: int
@@ -120,7 +121,7 @@ def _resolve_rows(num_steps: torch.Tensor, batch_size: int) -> Depth:
         )
     if int(num_steps.min()) < 1:
         raise ValueError(f"num_steps must be at least 1 in every row, got {num_steps.tolist()}")
-    return Depth(0, int(num_steps.max()), rows=num_steps)
+    return Depth(0, int(num_steps.max()), rows=num_steps.cpu())
 
 
 def _as_count(value, minimum: int) -> int | None:
@@ -255,35 +256,46 @@ def iterate_core(
     embeds: torch.Tensor,
     depth: Depth,
     inputs: AttentionInputs,
+    inputs_of: Callable[[torch.LongTensor], AttentionInputs],
     past_key_values: RecurrentCache | None = None,
     trajectory: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """s_i = core(s_{i-1}, e) for i = 1 .. r, the first `depth.no_grad` steps without gradient.
 
-    A row that has taken its own number of steps keeps its state.
+    A row that has taken its own number of steps leaves the batch, and keeps its state.
 
     Args:
         state: s_0, (batch, sequence, hidden).
         embeds: e, of the same shape.
+        inputs: Mask and positions.
+        inputs_of: The same of some rows.
         trajectory: If given, s_1 .. s_r are appended.
 
     Returns:
         s_r, (batch, sequence, hidden).
     """
     grad_enabled = torch.is_grad_enabled()
+    rows = None
     for step in range(depth.total):
         if grad_enabled and step == depth.no_grad and not state.requires_grad:
             # Truncation: backpropagation ends here. A leaf that requires a gradient makes the first step with gradient
             # look like the others, so that torch.compile needs one graph for them instead of two.
             state = state.detach().requires_grad_()
+        if depth.rows is not None and (depth.rows == step).any():
+            rows = (depth.rows > step).nonzero().squeeze(1).to(state.device)
+            inputs = inputs_of(rows)
         slot = past_key_values.core_slot(step) if past_key_values is not None else 0
         with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):
-            stepped = core(state, embeds, inputs=inputs, past_key_values=past_key_values, slot=slot)
-        state = stepped if depth.rows is None else torch.where(_still_going(depth, step, state), stepped, state)
+            state = _step(core, state, embeds, rows, inputs=inputs, past_key_values=past_key_values, slot=slot)
         if trajectory is not None:
             trajectory.append(state)
     return state
 
 
-def _still_going(depth: Depth, step: int, state: torch.Tensor) -> torch.Tensor:
-    return (depth.rows > step).to(state.device)[:, None, None]  # (batch, 1, 1)
+def _step(
+    core: RecurrentCore, state: torch.Tensor, embeds: torch.Tensor, rows: torch.LongTensor | None, **kwargs
+) -> torch.Tensor:
+    """One core step of some rows, the others as they were; None: of all."""
+    if rows is None:
+        return core(state, embeds, **kwargs)
+    return state.index_copy(0, rows, core(state[rows], embeds[rows], **kwargs))

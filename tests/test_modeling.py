@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from model import RecurrentCache
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
 POSITIONS = ["rope", "alibi", "learned", "sinusoidal", "none"]
@@ -119,50 +118,6 @@ def test_plain_pre_norm_model_equals_llama():
     llama.load_state_dict(weights)
     ids = tiny_ids(2, 11)
     torch.testing.assert_close(logits_of(model, ids), logits_of(llama, ids), atol=1e-5, rtol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------- read rule of the cache,
-# rows
-
-
-def test_cache_read_takes_the_deepest_entry_not_deeper_than_the_reader():
-    """R5: chunks of different depths against a decoder that keeps every (token, step) entry and applies the rule."""
-    model = tiny_model(scale=2.0, position_embedding="none", num_prelude_layers=0, num_coda_layers=0, num_core_layers=1)
-    ids, depths = tiny_ids(1, 5), [3, 1, 4, 2, 4]
-    cache, state = RecurrentCache(model.config), torch.full((1, 1, 32), 0.3)
-    ours = [
-        logits_of(model, ids[:, i : i + 1], past_key_values=cache, num_steps=depth, initial_state=state)
-        for i, depth in enumerate(depths)
-    ]
-    layer, entries, reference = model.model.core.layers[0], [], []  # entries[token][step] = (key, value)
-    for token, depth in zip(ids[0], depths, strict=True):
-        s, e, own = state, model.model.embed_tokens(token)[None, None], []
-        for step in range(depth):
-            x = model.model.core.injection(s, e)
-            q, k, v = layer.attention._project(layer.attention_norm_in(x))
-            own.append((k, v))
-            visible = [past[min(step, len(past) - 1)] for past in entries] + [own[step]]
-            keys, values = (torch.cat(part, 2).repeat_interleave(2, 1) for part in zip(*visible, strict=True))
-            mixed = (q @ keys.mT / q.shape[-1] ** 0.5).softmax(-1) @ values
-            x = layer.attention_norm_out(x + layer.attention.o_proj(mixed.transpose(1, 2).flatten(2)))
-            s = layer.mlp_norm_out(x + layer.mlp(layer.mlp_norm_in(x)))
-        entries.append(own)
-        reference.append(model.lm_head(model.model.norm(model.model.norm(s))))
-    torch.testing.assert_close(torch.cat(ours, 1), torch.cat(reference, 1), atol=1e-4, rtol=1e-4)
-
-
-def test_rows_of_different_depth_equal_each_alone_also_later_through_the_cache():
-    model, ids = tiny_model(scale=2.0), tiny_ids(3, 9)
-    depths = torch.tensor([1, 4, 2])
-    cache = RecurrentCache(model.config)
-    first = logits_of(model, ids[:, :6], num_steps=depths, past_key_values=cache)
-    second = logits_of(model, ids[:, 6:], num_steps=3, past_key_values=cache)
-    for row, depth in enumerate(depths.tolist()):
-        alone_cache = RecurrentCache(model.config)
-        alone = logits_of(model, ids[row : row + 1, :6], num_steps=depth, past_key_values=alone_cache)
-        alone_second = logits_of(model, ids[row : row + 1, 6:], num_steps=3, past_key_values=alone_cache)
-        torch.testing.assert_close(first[row], alone[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(second[row], alone_second[0], atol=1e-4, rtol=1e-4)
 
 
 def test_attention_soft_cap_is_applied_and_refused_where_it_would_be_lost():

@@ -1,0 +1,172 @@
+"""The cache: what a read finds under each policy, rows of their own depth, and the operations that `generate` needs."""
+
+import pytest
+import torch
+
+from model import RecurrentCache
+from model.cache import BLOCK
+from tests.tiny import tiny_config, tiny_ids, tiny_model
+
+POLICIES = [("full", None), ("ring", 2), ("ring", 3), ("last", None)]
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def logits_of(model, ids, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def visible_entry(entries: list, step: int, policy: str, num_kept_steps: int | None):
+    """The read rule: what a reader at `step` finds of a token that has left one entry for each step it took."""
+    if policy == "full":
+        return entries[min(step, len(entries) - 1)]
+    kept = num_kept_steps if policy == "ring" else 1
+    in_place = [entry for taken, entry in enumerate(entries) if taken % kept == step % kept]
+    return in_place[-1] if in_place else entries[-1]
+
+
+@pytest.mark.parametrize(("policy", "kept"), POLICIES)
+def test_a_read_finds_what_the_rule_says(policy, kept):
+    """R4, R5: tokens of different depths, against a decoder that keeps every entry and applies the rule."""
+    model = tiny_model(scale=2.0, position_embedding="none", num_prelude_layers=0, num_coda_layers=0, num_core_layers=1)
+    ids, depths = tiny_ids(1, 7), [3, 1, 5, 2, 6, 4, 6]
+    cache, state = RecurrentCache(model.config, policy, kept), torch.full((1, 1, 32), 0.3)
+    ours = [
+        logits_of(model, ids[:, i : i + 1], past_key_values=cache, num_steps=depth, initial_state=state)
+        for i, depth in enumerate(depths)
+    ]
+    layer, tokens, reference = model.model.core.layers[0], [], []  # tokens[token][step] = (key, value)
+    for token, depth in zip(ids[0], depths, strict=True):
+        s, e, own = state, model.model.embed_tokens(token)[None, None], []
+        for step in range(depth):
+            x = model.model.core.injection(s, e)
+            q, k, v = layer.attention._project(layer.attention_norm_in(x))
+            own.append((k, v))
+            visible = [visible_entry(entries, step, policy, kept) for entries in tokens] + [own[step]]
+            keys, values = (torch.cat(part, 2).repeat_interleave(2, 1) for part in zip(*visible, strict=True))
+            mixed = (q @ keys.mT / q.shape[-1] ** 0.5).softmax(-1) @ values
+            x = layer.attention_norm_out(x + layer.attention.o_proj(mixed.transpose(1, 2).flatten(2)))
+            s = layer.mlp_norm_out(x + layer.mlp(layer.mlp_norm_in(x)))
+        tokens.append(own)
+        reference.append(model.lm_head(model.model.norm(model.model.norm(s))))
+    torch.testing.assert_close(torch.cat(ours, 1), torch.cat(reference, 1), **CLOSE)
+
+
+@pytest.mark.parametrize(("policy", "kept"), POLICIES)
+@pytest.mark.parametrize("position", ["rope", "alibi", "none"])
+def test_rows_of_their_own_depth_equal_each_alone_also_later_through_the_cache(position, policy, kept):
+    """Invariant 4. The rows are of different length, too."""
+    model, ids, depths = tiny_model(scale=2.0, position_embedding=position), tiny_ids(3, 9), torch.tensor([1, 5, 2])
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, :2] = 0
+    cache = RecurrentCache(model.config, policy, kept)
+    first = logits_of(model, ids[:, :6], attention_mask=mask[:, :6], num_steps=depths, past_key_values=cache)
+    second = logits_of(model, ids[:, 6:], attention_mask=mask, num_steps=3, past_key_values=cache)
+    for row, depth in enumerate(depths.tolist()):
+        alone, real = RecurrentCache(model.config, policy, kept), mask[row].bool()
+        prompt = ids[row : row + 1, :6][:, real[:6]]
+        expected = logits_of(model, prompt, num_steps=depth, past_key_values=alone)
+        torch.testing.assert_close(first[row][real[:6]], expected[0], **CLOSE)
+        expected = logits_of(model, ids[row : row + 1, 6:], num_steps=3, past_key_values=alone)
+        torch.testing.assert_close(second[row], expected[0], **CLOSE)
+
+
+def test_rows_that_have_stopped_do_no_more_work():
+    model, rows = tiny_model(), []
+    model.model.core.register_forward_hook(lambda module, arguments, output: rows.append(len(output)))
+    logits_of(model, tiny_ids(3, 4), num_steps=torch.tensor([1, 4, 2]))
+    assert rows == [3, 2, 1, 1]
+
+
+def test_rows_of_their_own_depth_get_the_gradient_of_each_alone():
+    model, ids, depths = tiny_model(scale=2.0).train(), tiny_ids(3, 6), torch.tensor([1, 4, 2])
+    model(ids, labels=ids, num_steps=depths).loss.backward()
+    together = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    for row, depth in enumerate(depths.tolist()):
+        one = ids[row : row + 1]
+        (model(one, labels=one, num_steps=depth).loss / 3).backward()
+    for parameter, gradient in zip(model.parameters(), together, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("full", None), ("ring", 3), ("ring", 8)])
+def test_a_ring_of_enough_steps_equals_no_cache(policy, kept):
+    """Invariant 1: at 3 steps; across the growth of the buffers."""
+    model, ids = tiny_model(scale=2.0, max_position_embeddings=256), tiny_ids(2, BLOCK + 20)
+    cache, parts = RecurrentCache(model.config, policy, kept), []
+    for part in ids.split([BLOCK - 2, 1, 1, 1, 19], dim=1):
+        parts.append(logits_of(model, part, num_steps=3, past_key_values=cache))
+    torch.testing.assert_close(torch.cat(parts, dim=1), logits_of(model, ids, num_steps=3), **CLOSE)
+
+
+@pytest.mark.parametrize(("policy", "kept"), POLICIES)
+def test_memory_is_that_of_its_formula(policy, kept):
+    model, tokens = tiny_model(), BLOCK + 1  # 1 + 2 + 1 layers, 2 key/value heads of 8
+    cache = RecurrentCache(model.config, policy, kept)
+    logits_of(tiny_model(max_position_embeddings=256), tiny_ids(3, tokens), num_steps=5, past_key_values=cache)
+    slots = 2 + 2 * {"full": 5, "ring": kept, "last": 1}[policy]
+    assert cache.num_bytes == 2 * slots * 3 * 2 * (2 * BLOCK) * 8 * 4
+    assert len(cache.layers) == slots
+
+
+@pytest.mark.parametrize(("policy", "kept"), POLICIES)
+def test_rows_reordered_repeated_selected_and_tokens_cropped(policy, kept):
+    """G2: what beams and assisted decoding do to a cache, against prompts that were so from the start."""
+    model, ids = tiny_model(scale=2.0), tiny_ids(2, 8)
+
+    def cache_of(prompt: torch.Tensor) -> RecurrentCache:
+        cache = RecurrentCache(model.config, policy, kept)
+        logits_of(model, prompt, num_steps=3, past_key_values=cache)
+        return cache
+
+    def next_logits(cache: RecurrentCache, rows: int) -> torch.Tensor:
+        return logits_of(model, tiny_ids(1, 2, seed=9).expand(rows, -1), num_steps=3, past_key_values=cache)
+
+    for change, expected in (
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 1])), ids[[1, 1]]),
+        (lambda cache: cache.batch_repeat_interleave(2), ids[[0, 0, 1, 1]]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), ids[[1]]),
+        (lambda cache: cache.crop(-3), ids[:, :5]),
+    ):
+        cache = cache_of(ids)
+        change(cache)
+        assert cache.get_seq_length() == expected.shape[1]
+        torch.testing.assert_close(
+            next_logits(cache, len(expected)), next_logits(cache_of(expected), len(expected)), **CLOSE
+        )
+    cache = cache_of(ids)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(logits_of(model, ids, past_key_values=cache), logits_of(model, ids), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "message"),
+    [
+        ("rings", None, "'rings' is unknown; choose one of full, ring, last"),
+        ("ring", None, "needs num_kept_steps of at least 1, got None"),
+        ("ring", 0, "needs num_kept_steps of at least 1, got 0"),
+        ("last", 2, r"num_kept_steps \(2\) is for cache policy 'ring'; 'last' does not read it"),
+    ],
+)
+def test_unknown_policies_are_refused_by_cache_config_and_generate(policy, kept, message):
+    with pytest.raises(ValueError, match=message):
+        RecurrentCache(tiny_config(), policy, kept)
+    with pytest.raises(ValueError, match=message):
+        tiny_model().generate(tiny_ids(1, 3), max_new_tokens=1, cache_policy=policy, num_kept_steps=kept)
+    with pytest.raises(ValueError, match="cache_policy|num_kept_steps"):
+        tiny_config(recurrence={"cache_policy": policy, "num_kept_steps": kept})
+
+
+def test_policy_of_the_keyword_then_of_the_generation_config_then_of_the_config():
+    model = tiny_model(recurrence={"cache_policy": "ring", "num_kept_steps": 2})
+
+    def policy_of(**kwargs) -> tuple:
+        out = model.generate(tiny_ids(1, 3), max_new_tokens=2, return_dict_in_generate=True, **kwargs)
+        return out.past_key_values.policy, out.past_key_values.num_kept_steps
+
+    assert policy_of() == ("ring", 2)
+    model.generation_config.cache_policy = "last"
+    assert policy_of() == ("last", 1)
+    assert policy_of(cache_policy="full") == ("full", None)
