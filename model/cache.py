@@ -120,9 +120,9 @@ class RecurrentCache(Cache):
 
     def __init__(self, config: MegaTransformerTextConfig, policy: str | None = None, num_kept_steps: int | None = None):
         super().__init__(layer_class_to_replicate=CacheSlot)
-        recurrence = config.recurrence
-        if policy is None:
-            policy, num_kept_steps = recurrence.cache_policy, num_kept_steps or recurrence.num_kept_steps
+        policy = policy or config.recurrence.cache_policy
+        if policy == "ring" and num_kept_steps is None:
+            num_kept_steps = config.recurrence.num_kept_steps
         check_policy(policy, num_kept_steps)
         self.policy, self.num_kept_steps = policy, {"full": None, "ring": num_kept_steps, "last": 1}[policy]
         self.num_prelude_layers = config.num_prelude_layers
@@ -217,7 +217,7 @@ def check_policy(policy: str, num_kept_steps: int | None) -> None:
     """Raises ValueError for an unknown policy, or a number of steps that the policy does not take."""
     if policy not in ("full", "ring", "last"):
         raise ValueError(f"cache policy {policy!r} is unknown; choose one of full, ring, last")
-    if policy == "ring" and (num_kept_steps is None or num_kept_steps < 1):
-        raise ValueError(f"cache policy 'ring' needs num_kept_steps of at least 1, got {num_kept_steps}")
+    if num_kept_steps is not None and num_kept_steps < 1:
+        raise ValueError(f"num_kept_steps ({num_kept_steps}) must be at least 1")
     if policy != "ring" and num_kept_steps is not None:
         raise ValueError(f"num_kept_steps ({num_kept_steps}) is for cache policy 'ring'; {policy!r} does not read it")

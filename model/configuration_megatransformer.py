@@ -96,7 +96,7 @@ class RecurrenceConfig(StrictConfig):
             g s + (1 - g) e with g = sigmoid(Linear([s; e])).
         cache_policy: Which steps of a past token are kept in the cache: "full" keeps all, "ring" the last
             `num_kept_steps`, "last" the last one. See `RecurrentCache`.
-        num_kept_steps: Steps that a "ring" keeps, at least 1; for no other policy.
+        num_kept_steps: Steps that a "ring" keeps; the other policies do not read it.
     """
 
     model_type = "megatransformer_recurrence"
@@ -111,17 +111,7 @@ class RecurrenceConfig(StrictConfig):
     state_seed: int = interval(min=0)(default=0)
     injection: Literal["concat", "add", "gate"] = "concat"
     cache_policy: Literal["full", "ring", "last"] = "full"
-    num_kept_steps: int | None = None
-
-    def validate_architecture(self) -> None:
-        """Checks that span several fields; run by `strict` after the fields' own."""
-        if (self.cache_policy == "ring") != (self.num_kept_steps is not None):
-            raise ValueError(
-                f"cache_policy is {self.cache_policy!r} and num_kept_steps {self.num_kept_steps}: 'ring' needs a "
-                "num_kept_steps, and the other policies do not read it"
-            )
-        if self.num_kept_steps is not None and self.num_kept_steps < 1:
-            raise ValueError(f"num_kept_steps ({self.num_kept_steps}) must be at least 1")
+    num_kept_steps: int = interval(min=1)(default=4)
 
 
 @checked

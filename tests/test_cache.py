@@ -145,18 +145,15 @@ def test_rows_reordered_repeated_selected_and_tokens_cropped(policy, kept):
     ("policy", "kept", "message"),
     [
         ("rings", None, "'rings' is unknown; choose one of full, ring, last"),
-        ("ring", None, "needs num_kept_steps of at least 1, got None"),
-        ("ring", 0, "needs num_kept_steps of at least 1, got 0"),
+        ("ring", 0, r"num_kept_steps \(0\) must be at least 1"),
         ("last", 2, r"num_kept_steps \(2\) is for cache policy 'ring'; 'last' does not read it"),
     ],
 )
-def test_unknown_policies_are_refused_by_cache_config_and_generate(policy, kept, message):
+def test_unknown_policies_are_refused(policy, kept, message):
     with pytest.raises(ValueError, match=message):
         RecurrentCache(tiny_config(), policy, kept)
     with pytest.raises(ValueError, match=message):
         tiny_model().generate(tiny_ids(1, 3), max_new_tokens=1, cache_policy=policy, num_kept_steps=kept)
-    with pytest.raises(ValueError, match="cache_policy|num_kept_steps"):
-        tiny_config(recurrence={"cache_policy": policy, "num_kept_steps": kept})
 
 
 def test_policy_of_the_keyword_then_of_the_generation_config_then_of_the_config():
@@ -170,3 +167,5 @@ def test_policy_of_the_keyword_then_of_the_generation_config_then_of_the_config(
     model.generation_config.cache_policy = "last"
     assert policy_of() == ("last", 1)
     assert policy_of(cache_policy="full") == ("full", None)
+    assert policy_of(cache_policy="ring") == ("ring", 2)
+    assert policy_of(cache_policy="ring", num_kept_steps=3) == ("ring", 3)
