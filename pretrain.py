@@ -17,6 +17,7 @@ from configs import RunConfig, check_output_dir, load_config, one_line_errors
 from dataset_loading import Collator, build_datasets, build_tokenizer
 from evaluation import trainer_metrics
 from inference.devices import device_report
+from inference.shutdown import end_process
 from model import MegaTransformerForCausalLM
 from model.recurrence import draw_training_states, sample_depth
 from trainers import describe_needs, find_resume_point, get_trainer_class
@@ -133,4 +134,4 @@ def train(trainer: Trainer, resume_point: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
