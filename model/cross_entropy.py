@@ -6,9 +6,19 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_PER_CHUNK = (
-    2**23
-)  # 32 MiB in float32: large enough for fast matrix products, small beside the weights of the head
+LOGITS_PER_CHUNK = 2**23
+"""32 MiB in float32: large enough for fast matrix products, small beside the weights of the head."""
+
+
+def count_labels(labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> int | torch.Tensor:
+    """What the sum of the losses is divided by: the trainer's count, or the labels that remain after the shift.
+
+    At least 1, so that a batch in which nothing is to be learned has loss 0; 0 / 0 would end the training around it.
+    """
+    if isinstance(num_items_in_batch, int):
+        return max(num_items_in_batch, 1)
+    counted = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return counted.clamp(min=1)
 
 
 def chunked_causal_loss(
@@ -16,7 +26,7 @@ def chunked_causal_loss(
     hidden: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
-    num_items_in_batch: int | torch.Tensor | None = None,
+    num_items_in_batch: int | torch.Tensor,
 ) -> torch.Tensor:
     """The loss of transformers' `ForCausalLMLoss`, without ever holding the logits of all tokens.
 
@@ -27,7 +37,7 @@ def chunked_causal_loss(
         head: (tokens, hidden) -> (tokens, vocab).
         hidden: (batch, sequence, hidden).
         labels: (batch, sequence), shifted here: position i predicts label i + 1; -100 where there is no loss.
-        num_items_in_batch: The sum of the losses is divided by it; default: the number of labels.
+        num_items_in_batch: The sum of the losses is divided by it.
 
     Returns:
         A float32 scalar.
@@ -43,4 +53,4 @@ def chunked_causal_loss(
         total = sum_of_losses(*parts[0])
     else:
         total = sum(checkpoint(sum_of_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
-    return total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+    return total / num_items_in_batch

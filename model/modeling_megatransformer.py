@@ -16,7 +16,7 @@ from .attention import Attention, AttentionInputs, prepare_attention
 from .blocks import BlockStack, build_norm
 from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig
-from .cross_entropy import chunked_causal_loss
+from .cross_entropy import chunked_causal_loss, count_labels
 from .feedforward import OutputProjection
 from .generation_megatransformer import RecurrentGenerationMixin
 from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
@@ -333,11 +333,12 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             skip_logits: With labels: compute the loss a chunk of tokens at a time, and return no logits, since all of
                 them are batch * sequence * vocab numbers, several times over.
             num_items_in_batch: The loss is the mean over labels, or, where the trainer gives this count (of all labels
-                of an accumulation window, on all ranks), their sum divided by it.
+                of an accumulation window, on all ranks), their sum divided by it. 0 without labels.
         """
         refuse_unknown(kwargs)
-        if use_cache is None and labels is not None:
-            use_cache = False  # whoever asks for a loss does not go on generating
+        if labels is not None:
+            num_items_in_batch = count_labels(labels, num_items_in_batch)
+            use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -170,8 +170,19 @@ def test_labels_are_shifted_and_weighted_by_token():
     torch.testing.assert_close(summed, torch.stack(picked).sum() / 4)
 
 
-# -------------------------------------------------------------------------------------------------------- doors,
-# initialisation
+@pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize("num_items_in_batch", [None, 0, torch.tensor(0)])
+def test_a_batch_without_labels_has_loss_and_gradients_of_zero(skip_logits, num_items_in_batch):
+    """Where all is padding or prompt: 0 / 0 would put a NaN into every weight."""
+    model, ids = tiny_model(), tiny_ids(2, 6)
+    counts = {"skip_logits": skip_logits, "num_items_in_batch": num_items_in_batch}
+    loss = model(ids, labels=torch.full_like(ids, -100), **counts).loss
+    loss.backward()
+    assert loss == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+# ------------------------------------------------------------------------------------------------ doors, initialisation
 
 
 @pytest.mark.parametrize(
