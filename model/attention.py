@@ -25,6 +25,19 @@ class AttentionInputs:
         None  # (1 or batch, heads, query, key), where the mask does not hold it already
     )
     rows: torch.LongTensor | None = None  # the rows of the cache that the batch consists of; None: all of them
+    build_of: Callable[[torch.LongTensor], "AttentionInputs"] | None = None  # for a block mask, which has no rows
+
+    def of(self, rows: torch.LongTensor) -> "AttentionInputs":
+        """The same of some rows of the whole batch."""
+        if self.build_of is not None:
+            return self.build_of(rows)
+        rotary = self.rotary and tuple(select_rows(part, rows) for part in self.rotary)
+        return AttentionInputs(select_rows(self.mask, rows), rotary, select_rows(self.position_bias, rows), rows)
+
+
+def select_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
+    """Rows of a (batch, ...) tensor; a tensor that all rows share, (1, ...), and None stay as they are."""
+    return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
 
 
 def rotary_tables(
@@ -106,20 +119,29 @@ def prepare_attention(
         # ALiBi adds to the mask, so there has to be one.
         allow_is_causal_skip=not alibi,
     )
+    inputs = AttentionInputs(mask, rows=rows)
+    if not isinstance(mask, torch.Tensor | None):
+
+        def build_of(rows: torch.LongTensor) -> AttentionInputs:
+            given = (select_rows(each, rows) for each in (inputs_embeds, attention_mask, position_ids))
+            return prepare_attention(config, *given, past_key_values, rows)
+
+        inputs.build_of = build_of
     if config.position_embedding == "rope":
-        rotary = rotary_tables(position_ids, config.head_dim, config.rope_theta, inputs_embeds.dtype)
-        return AttentionInputs(mask, rotary=rotary, rows=rows)
+        inputs.rotary = rotary_tables(position_ids, config.head_dim, config.rope_theta, inputs_embeds.dtype)
     if not alibi:
-        return AttentionInputs(mask, rows=rows)
+        return inputs
 
     keys = _key_positions(attention_mask, position_ids, past)
     bias = alibi_bias(position_ids, keys, config.num_attention_heads).to(inputs_embeds.dtype)
     if not isinstance(mask, torch.Tensor):  # FlexAttention's block mask says who is seen; the bias goes beside it
-        bias = bias.expand(inputs_embeds.shape[0], -1, -1, -1)  # its kernel indexes the batch, it does not broadcast
-        return AttentionInputs(mask, position_bias=bias, rows=rows)
-    if mask.dtype == torch.bool:
-        return AttentionInputs(torch.where(mask, bias, torch.finfo(bias.dtype).min), rows=rows)
-    return AttentionInputs(mask + bias, rows=rows)
+        # Its kernel indexes the batch, it does not broadcast.
+        inputs.position_bias = bias.expand(inputs_embeds.shape[0], -1, -1, -1)
+    elif mask.dtype == torch.bool:
+        inputs.mask = torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    else:
+        inputs.mask = mask + bias
+    return inputs
 
 
 def _key_positions(attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Key/value cache of a recurrent-depth model: a slot per layer of prelude and coda, and per core layer and step."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -129,6 +131,7 @@ class RecurrentCache(Cache):
         self.num_core_layers = config.num_core_layers
         self.num_coda_layers = config.num_coda_layers
         self.length = 0  # tokens of finished chunks
+        self.last_state: torch.Tensor | None = None  # of the last token, (batch, 1, hidden)
 
     def core_slot(self, step: int) -> int:
         """Slot of the first core layer at `step` (counted from 0)."""
@@ -178,6 +181,8 @@ class RecurrentCache(Cache):
         Args:
             row_steps: Steps taken: one number, or (batch,).
         """
+        if isinstance(row_steps, torch.Tensor) and (row_steps == row_steps[0]).all():
+            row_steps = int(row_steps[0])
         shallowest = int(row_steps.min()) if isinstance(row_steps, torch.Tensor) else row_steps
         new = slice(self.length, self.length + num_new_tokens)
         for step in range(shallowest, self.num_steps):
@@ -206,11 +211,31 @@ class RecurrentCache(Cache):
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
         super().crop(tokens_to_remove)
         self.length = max(0, self.length + tokens_to_remove)
+        self.last_state = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows in another order, for beam search."""
+        super().reorder_cache(beam_idx)
+        self._select_states(lambda state: state[beam_idx.to(state.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._select_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """These rows only."""
+        super().batch_select_indices(indices)
+        self._select_states(lambda state: state[indices])
+
+    def _select_states(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.last_state = None if self.last_state is None else select(self.last_state)
 
     def reset(self) -> None:
         """Forgets all tokens, and gives the memory back."""
         self.layers.clear()
         self.length = 0
+        self.last_state = None
 
 
 def check_policy(policy: str, num_kept_steps: int | None) -> None:

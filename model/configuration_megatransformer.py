@@ -97,6 +97,13 @@ class RecurrenceConfig(StrictConfig):
         cache_policy: Which steps of a past token are kept in the cache: "full" keeps all, "ring" the last
             `num_kept_steps`, "last" the last one. See `RecurrentCache`.
         num_kept_steps: Steps that a "ring" keeps; the other policies do not read it.
+        exit_criterion: What ends the iteration of a row in `generate` before the last step, unless `generate` is told
+            otherwise. See `EXIT_CRITERIA`.
+        exit_threshold: Value below which a row stops, or, for "argmax_stability", from which. Default: the criterion's.
+        exit_first_step: The first step after which it is looked whether a row may stop.
+        exit_every: Steps from a look to the next.
+        exit_in_prefill: Whether a prompt may exit too, all its tokens together.
+        state_warm_start: In `generate`, a new token's iteration starts where that of the token before has ended.
     """
 
     model_type = "megatransformer_recurrence"
@@ -112,6 +119,20 @@ class RecurrenceConfig(StrictConfig):
     injection: Literal["concat", "add", "gate"] = "concat"
     cache_policy: Literal["full", "ring", "last"] = "full"
     num_kept_steps: int = interval(min=1)(default=4)
+    exit_criterion: Literal[
+        "none",
+        "kl_divergence",
+        "min_p_kl",
+        "entropy_difference",
+        "latent_difference",
+        "cosine",
+        "argmax_stability",
+    ] = "none"
+    exit_threshold: float | int | None = None
+    exit_first_step: int = interval(min=1)(default=1)
+    exit_every: int = interval(min=1)(default=1)
+    exit_in_prefill: bool = False
+    state_warm_start: bool = False
 
 
 @checked

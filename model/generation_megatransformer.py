@@ -1,47 +1,198 @@
-"""What `generate` needs to know about recurrent depth."""
+"""What `generate` needs to know about recurrent depth: how many steps each token takes, and the cache of the steps."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+from transformers.utils import ModelOutput
 
 from .cache import RecurrentCache
+from .exit_criteria import check_exit_options
+from .recurrence import resolve_depth
+
+OPTIONS = (
+    *("num_steps", "exit_criterion", "exit_threshold", "exit_first_step", "exit_every", "exit_in_prefill"),
+    *("exit_schedule", "state_warm_start", "noise_level", "noise_schedule", "cache_policy", "num_kept_steps"),
+)
+
+
+class ExitSteps:
+    """The core steps of each new token, collected while `generate` runs."""
+
+    def __init__(self):
+        self.taken: list[torch.Tensor] = []  # for each new token (rows,), on the CPU
+        self.generation_config: GenerationConfig | None = None
+
+    def of(self, outputs: ModelOutput) -> torch.LongTensor:
+        """(rows, new tokens), in the order of the sequences that were returned; 0 behind the end of a text."""
+        steps = torch.stack(self.taken, dim=1)
+        tokens = outputs.sequences[:, -steps.shape[1] :].cpu()
+        beams = getattr(outputs, "beam_indices", None)
+        if beams is not None:
+            steps = steps.gather(0, beams.cpu().clamp(min=0)[:, : steps.shape[1]])[:, : tokens.shape[1]]
+        return steps.masked_fill(self._is_behind_the_end(tokens), 0)
+
+    def _is_behind_the_end(self, tokens: torch.LongTensor) -> torch.Tensor:
+        end, pad = (getattr(self.generation_config, name, None) for name in ("_eos_token_tensor", "_pad_token_tensor"))
+        if end is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        ended = torch.isin(tokens, end.cpu())
+        behind = ended.cumsum(-1) > ended.long()
+        if pad is not None and pad not in end:  # a stop string or another criterion has ended the text
+            behind |= (tokens == pad.cpu()).flip(-1).cumprod(-1).flip(-1).bool()
+        return behind
 
 
 class RecurrentGenerationMixin:
-    """Goes before `GenerationMixin`: depth from keyword or generation config, and the cache with a slot per step."""
+    """Goes before `GenerationMixin`: depth, exits and cache by keyword, generation config, or `config.recurrence`."""
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> ModelOutput | torch.LongTensor:
+        """transformers' `generate`, and:
+
+        Args:
+            num_steps: Core steps of each token: an int, or (batch,). Default: `config.num_steps`, else the mean.
+            exit_criterion: What ends a row's iteration earlier: an entry of `EXIT_CRITERIA`, "schedule", or "none".
+            exit_threshold, exit_first_step, exit_every: See `forward`.
+            exit_in_prefill: Whether the prompt may exit too, all its tokens together. Default: it takes all steps.
+            exit_schedule: For the criterion "schedule": steps of each new token, the last for all that follow; or a
+                function of the token's index.
+            state_warm_start: A new token's iteration starts where that of the token before has ended.
+            noise_level, noise_schedule: See `forward`.
+            cache_policy, num_kept_steps: See `RecurrentCache`.
+
+        Returns:
+            As the original; with `return_dict_in_generate=True` it has `exit_steps`, (rows, new tokens).
+
+        Raises:
+            ValueError: for an option outside its range, or a combination that is not possible.
+        """
+        steps = ExitSteps()
+        outputs = super().generate(*args, exit_steps=steps, **kwargs)
+        if isinstance(outputs, ModelOutput) and steps.taken:
+            outputs["exit_steps"] = steps.of(outputs)
+        return outputs
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict]:
-        """Depth: the keyword, then `generation_config.num_steps`; where both are silent, `forward` takes
-        `config.num_steps`, then the mean. A keyword that the generation config has an entry for lands there, not in the
-        arguments of the model, so it is taken back.
+        """Each option: the keyword, then the generation config, then `config.recurrence`. A keyword that the generation
+        config has an entry for would land there, not in the arguments of the model, so it is taken out before.
         """
-        cache = {name: kwargs.pop(name) for name in ("cache_policy", "num_kept_steps") if name in kwargs}
+        recurrence = self.config.recurrence
+        defaults = {  # those of depth and cache are looked up where they are used
+            "exit_criterion": recurrence.exit_criterion,
+            "exit_threshold": recurrence.exit_threshold,
+            "exit_first_step": recurrence.exit_first_step,
+            "exit_every": recurrence.exit_every,
+            "exit_in_prefill": recurrence.exit_in_prefill,
+            "state_warm_start": recurrence.state_warm_start,
+        }
+        options = {name: kwargs.pop(name, None) for name in OPTIONS}
+        steps = kwargs.pop("exit_steps", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        for name, value in cache.items():
+        for name, value in options.items():
+            if value is None:
+                value = getattr(generation_config, name, None)
+            if value is None:
+                value = defaults.get(name)
             setattr(generation_config, name, value)
-        num_steps = getattr(generation_config, "num_steps", None)
-        if model_kwargs.get("num_steps") is None and num_steps is not None:
-            model_kwargs["num_steps"] = num_steps
+            if value is not None and name not in ("cache_policy", "num_kept_steps"):
+                model_kwargs[name] = value
+        if steps is not None:
+            steps.generation_config = generation_config
+            model_kwargs["exit_steps"] = steps
         return generation_config, model_kwargs
 
-    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict, *args) -> None:
-        """As the original, with a `RecurrentCache` in place of transformers' dynamic cache. Its policy: the keywords
-        `cache_policy` and `num_kept_steps`, then the generation config, then `config.recurrence`.
-        """
+    def _validate_generation_mode(self, mode: GenerationMode, config: GenerationConfig, mode_kwargs: dict) -> None:
+        """As the original, and: can tokens of this mode differ in depth?"""
+        super()._validate_generation_mode(mode, config, mode_kwargs)
+        asked = []
+        if config.exit_criterion == "schedule":
+            if config.exit_schedule is None:
+                raise ValueError("exit_criterion 'schedule' needs an exit_schedule: steps of each new token")
+            asked.append("exit_criterion 'schedule'")
+        elif config.exit_criterion != "none":
+            check_exit_options(config.exit_criterion, config.exit_threshold, config.exit_first_step, config.exit_every)
+            asked.append(f"exit_criterion {config.exit_criterion!r}")
+        asked += ["state_warm_start"] if config.state_warm_start else []
+        if not asked:
+            return
+        if self.config.num_core_layers == 0:
+            raise ValueError(f"{asked[0]} was given, but this model has no core to iterate (num_core_layers is 0)")
+        if config.use_cache is False:
+            raise ValueError(f"{asked[0]} is not possible with use_cache=False: what a token has left is in the cache")
+        if mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                f"{asked[0]} is not possible with assisted generation, which checks several tokens at one depth; "
+                "leave one of them out"
+            )
+        if mode_kwargs.get("synced_gpus"):
+            raise ValueError(
+                f"{asked[0]} is not possible with synced_gpus (ZeRO-3, FSDP): ranks that take different numbers of "
+                "steps would wait for each other forever; leave it out, or gather the weights first"
+            )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, mode: GenerationMode, batch_size: int, *args
+    ) -> None:
+        """As the original, with a `RecurrentCache` in place of transformers' dynamic cache."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
                     f"cache_implementation {generation_config.cache_implementation!r} is not known here; leave it out"
                 )
-            chosen = (getattr(generation_config, name, None) for name in ("cache_policy", "num_kept_steps"))
-            model_kwargs["past_key_values"] = RecurrentCache(self.config, *chosen)
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            model_kwargs["past_key_values"] = RecurrentCache(
+                self.config, generation_config.cache_policy, generation_config.num_kept_steps
+            )
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, *args)
+        cache = model_kwargs.get("past_key_values")
+        if mode == GenerationMode.ASSISTED_GENERATION and cache is not None and cache.num_kept_steps is not None:
+            steps = resolve_depth(model_kwargs.get("num_steps"), self.config, batch_size).total
+            if cache.num_kept_steps < steps:
+                raise ValueError(
+                    f"assisted generation of {steps} steps is not possible with cache policy {cache.policy!r} of "
+                    f"{cache.num_kept_steps}: tokens checked together see more of each other than alone; use 'full'"
+                )
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict, *args: Any, **kwargs: Any) -> dict:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        *args: Any,
+        exit_steps: ExitSteps | None = None,
+        exit_in_prefill: bool = False,
+        exit_schedule: Sequence[int] | Callable[[int], int] | None = None,
+        **kwargs: Any,
+    ) -> dict:
+        """As the original; the prompt takes all steps unless told otherwise, and a schedule is a number of steps."""
+        index = len(exit_steps.taken) if exit_steps is not None else 0
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if inputs.get("exit_criterion") == "schedule":
+            inputs["exit_criterion"] = "none"
+            if index > 0 or exit_in_prefill:
+                inputs["num_steps"] = scheduled_steps(exit_schedule, index)
+        elif index == 0 and not exit_in_prefill:
+            inputs["exit_criterion"] = "none"
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict, *args: Any, num_new_tokens: int = 1, **kwargs: Any
+    ) -> dict[str, Any]:
         """As the original, which takes an output named `state` for a cache: ours is none."""
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
+        )
         model_kwargs.pop("state", None)
+        if model_kwargs.get("exit_steps") is not None and outputs.exit_steps is not None:
+            model_kwargs["exit_steps"].taken += [outputs.exit_steps] * num_new_tokens
         return model_kwargs
+
+
+def scheduled_steps(schedule: Sequence[int] | Callable[[int], int], index: int) -> int:
+    """Steps of new token number `index`, counted from 0."""
+    if callable(schedule):
+        return schedule(index)
+    return schedule[min(index, len(schedule) - 1)]

@@ -2,6 +2,7 @@
 head).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -12,14 +13,16 @@ from transformers import initialization as init
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, logging
 
-from .attention import Attention, AttentionInputs, prepare_attention
+from .attention import Attention, AttentionInputs, prepare_attention, select_rows
 from .blocks import BlockStack, build_norm
 from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig
 from .cross_entropy import chunked_causal_loss, count_labels
+from .exit_criteria import ExitWatch
 from .feedforward import OutputProjection
 from .generation_megatransformer import RecurrentGenerationMixin
 from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
+from .state_noise import StateNoise
 
 logger = logging.get_logger(__name__)
 
@@ -33,18 +36,20 @@ class MegaTransformerModelOutput(ModelOutput):
         past_key_values: The cache, if one was asked for.
         state: (batch, sequence, hidden), after the last core step and the final norm. None without a core.
         states: s_0 .. s_r as the core left them, each (batch, sequence, hidden); only with `output_states=True`.
+        exit_steps: (batch,), core steps taken by each row, on the CPU. None without a core.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     past_key_values: RecurrentCache | None = None
     state: torch.FloatTensor | None = None
     states: tuple[torch.FloatTensor, ...] | None = None
+    exit_steps: torch.LongTensor | None = None
 
 
 @dataclass
 class MegaTransformerCausalLMOutput(ModelOutput):
     """Output of the language model: `loss` (scalar, if labels were given), `logits` (batch, sequence, vocab), and the
-    base model's `past_key_values`, `state` and `states`.
+    base model's `past_key_values`, `state`, `states` and `exit_steps`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -52,6 +57,7 @@ class MegaTransformerCausalLMOutput(ModelOutput):
     past_key_values: RecurrentCache | None = None
     state: torch.FloatTensor | None = None
     states: tuple[torch.FloatTensor, ...] | None = None
+    exit_steps: torch.LongTensor | None = None
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -88,6 +94,13 @@ def refuse_unknown(kwargs: dict) -> None:
     ]
     if unknown:
         raise ValueError(f"forward does not know the argument {unknown[0]!r}; see its docstring for those it takes")
+
+
+def tokens_of_chunk(attention_mask: torch.Tensor | None, sequence: int) -> torch.Tensor | None:
+    """(batch, sequence) of bool: which of the new places hold tokens, by a padding mask; None where there is none."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -sequence:].bool()
 
 
 class MegaTransformerPreTrainedModel(PreTrainedModel):
@@ -192,6 +205,9 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_states: bool = False,
+        state_warm_start: bool = False,
+        noise: StateNoise | None = None,
+        exit_watch: ExitWatch | None = None,
         **kwargs,
     ) -> MegaTransformerModelOutput:
         """
@@ -205,6 +221,9 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             num_steps: Core steps: an int, a pair (without gradient, with gradient), or (batch,). See `resolve_depth`.
             initial_state: s_0, broadcastable to (batch, sequence, hidden). Default: one fixed draw.
             output_states: Return s_0 .. s_r.
+            state_warm_start: A single new token behind a cache starts from the state in which the token before ended.
+            noise: Disturbs the state before each step.
+            exit_watch: Says which rows stop early, and after which step. Made by the model with the head.
 
         Raises:
             ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, or a
@@ -227,33 +246,67 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         hidden = self._add_positions(inputs_embeds, position_ids)
         inputs = prepare_attention(self.config, hidden, attention_mask, position_ids, past_key_values)
 
-        def inputs_of(rows: torch.LongTensor) -> AttentionInputs:
-            given = (hidden, attention_mask, position_ids)
-            given = (each if each is None or len(each) < batch else each[rows] for each in given)
-            return prepare_attention(self.config, *given, past_key_values, rows)
-
         hidden = self.prelude(hidden, inputs=inputs, past_key_values=past_key_values)
-        state, states = None, None
-        if self.core is not None:
-            state, states = self._recur(hidden, initial_state, depth, inputs, inputs_of, past_key_values, output_states)
-            hidden = state = self.norm(state)
-        coda_slot = self.config.num_prelude_layers
-        hidden = self.norm(self.coda(hidden, inputs=inputs, past_key_values=past_key_values, slot=coda_slot))
+        if self.core is None:
+            hidden, state, states, exit_steps = self._read(hidden, inputs, past_key_values), None, None, None
+        else:
+            if initial_state is None and state_warm_start and sequence == 1 and past:
+                initial_state = past_key_values.last_state
+            state = default_state(self.config) if initial_state is None else initial_state
+            state = state.to(hidden).expand_as(hidden).contiguous()  # one memory layout: one compiled graph
+            states = [state] if output_states else None
+            disturb = None if noise is None else functools.partial(self._disturb, noise, position_ids)
+            look = None
+            if exit_watch is not None:
+                exit_watch.begin(state, tokens_of_chunk(attention_mask, sequence))
+                look = functools.partial(self._look, exit_watch, past_key_values)
+            if past_key_values is not None:
+                past_key_values.extend_steps(depth.total)
+            state, exit_steps = iterate_core(
+                self.core, state, hidden, depth, inputs, past_key_values, states, disturb, look
+            )
+            if past_key_values is not None:
+                past_key_values.settle_steps(exit_steps, num_new_tokens=sequence)
+            state = self.norm(state)
+            if past_key_values is not None and state_warm_start:
+                past_key_values.last_state = state[:, -1:].clone()
+            hidden = self._read_unless_seen(state, inputs, past_key_values, exit_steps, exit_watch)
+            exit_steps = torch.as_tensor(exit_steps).expand(batch)
         if past_key_values is not None:
             past_key_values.advance(sequence)
-        return MegaTransformerModelOutput(hidden, past_key_values if use_cache else None, state, states)
+        return MegaTransformerModelOutput(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            state=state,
+            states=tuple(states) if output_states and states else None,
+            exit_steps=exit_steps,
+        )
 
-    def _recur(self, embeds, initial_state, depth, inputs, inputs_of, past_key_values, output_states):
-        """(s_r, the tuple s_0 .. s_r if asked for)."""
-        state = default_state(self.config) if initial_state is None else initial_state
-        state = state.to(embeds).expand_as(embeds).contiguous()  # one memory layout: one compiled graph
-        states = [state] if output_states else None
-        if past_key_values is not None:
-            past_key_values.extend_steps(depth.total)
-        state = iterate_core(self.core, state, embeds, depth, inputs, inputs_of, past_key_values, states)
-        if past_key_values is not None:
-            past_key_values.settle_steps(depth.row_steps, num_new_tokens=embeds.shape[1])
-        return state, tuple(states) if output_states else None
+    def _disturb(self, noise: StateNoise, position_ids, step, state, rows) -> torch.Tensor:
+        """The state with noise, normed as the core leaves its states."""
+        position_ids = position_ids if rows is None else select_rows(position_ids, rows)
+        return self.core.layers[-1].mlp_norm_out(noise.mix(step, state, position_ids))
+
+    def _read(self, state, inputs: AttentionInputs, past_key_values) -> torch.Tensor:
+        """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""
+        slot = self.config.num_prelude_layers
+        return self.norm(self.coda(state, inputs=inputs, past_key_values=past_key_values, slot=slot))
+
+    def _look(self, watch: ExitWatch, past_key_values, step, state, rows, inputs) -> torch.Tensor | None:
+        """Which of the rows stop after `step` steps; None where it is not looked."""
+        if not watch.is_due(step):
+            return None
+        hidden = self._read(self.norm(state), inputs, past_key_values) if watch.criterion.reads_logits else None
+        return watch.look(step, state, hidden, rows)
+
+    def _read_unless_seen(self, state, inputs, past_key_values, exit_steps, watch: ExitWatch | None) -> torch.Tensor:
+        """The last readings, of which those made at a row's last look need not be made again."""
+        if watch is None or watch.hidden is None:
+            return self._read(state, inputs, past_key_values)
+        unseen = (watch.steps_at_look != exit_steps).nonzero().squeeze(1).to(state.device)
+        if len(unseen):
+            watch.keep(self._read(state[unseen], inputs.of(unseen), past_key_values), unseen)
+        return watch.hidden
 
     def _check_inputs(self, batch: int, sequence: int, attention_mask, past_key_values) -> int:
         """Number of tokens in the cache; raises for inputs that would fail late or broadcast silently."""
@@ -322,6 +375,13 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
+        exit_criterion: str = "none",
+        exit_threshold: float | None = None,
+        exit_first_step: int = 1,
+        exit_every: int = 1,
+        state_warm_start: bool = False,
+        noise_level: float = 0.0,
+        noise_schedule: str = "geom",
         **kwargs,
     ) -> MegaTransformerCausalLMOutput:
         """Arguments of the base model, and:
@@ -334,11 +394,22 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
                 them are batch * sequence * vocab numbers, several times over.
             num_items_in_batch: The loss is the mean over labels, or, where the trainer gives this count (of all labels
                 of an accumulation window, on all ranks), their sum divided by it. 0 without labels.
+            exit_criterion: Name of a criterion in `EXIT_CRITERIA` by which rows stop before `num_steps` steps, all
+                tokens of the chunk together, judged by the last; or "none".
+            exit_threshold: Default: the criterion's.
+            exit_first_step: The first step that is looked at.
+            exit_every: Steps from a look to the next.
+            state_warm_start: See the base model.
+            noise_level: Amount of noise mixed into the state before each step; see `StateNoise`.
+            noise_schedule: How the amount changes from step to step.
         """
         refuse_unknown(kwargs)
         if labels is not None:
             num_items_in_batch = count_labels(labels, num_items_in_batch)
             use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
+        watch = None
+        if exit_criterion != "none":
+            watch = ExitWatch(exit_criterion, exit_threshold, exit_first_step, exit_every, self._logits)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -349,17 +420,24 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             num_steps=num_steps,
             initial_state=initial_state,
             output_states=output_states,
+            state_warm_start=state_warm_start,
+            noise=StateNoise(self.config, noise_level, noise_schedule) if noise_level else None,
+            exit_watch=watch,
         )
         logits, loss = None, None
         if skip_logits and labels is not None:
             loss = chunked_causal_loss(
                 self._logits, outputs.last_hidden_state, labels, self.config.vocab_size, num_items_in_batch
             )
+        elif watch is not None and watch.logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 1:
+            logits = watch.logits[:, None]  # read at the last looks
         else:
             logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if logits is not None and labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
-        return MegaTransformerCausalLMOutput(loss, logits, outputs.past_key_values, outputs.state, outputs.states)
+        return MegaTransformerCausalLMOutput(
+            loss, logits, outputs.past_key_values, outputs.state, outputs.states, outputs.exit_steps
+        )
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., vocab)."""

@@ -57,18 +57,13 @@ def sample_depth(config: RecurrenceConfig, *key: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Depth:
-    """A resolved depth: `total` steps, the first `no_grad` of them without gradient; `rows` (batch,), on the CPU, where
-    rows differ.
+    """A resolved depth: at most `total` steps, the first `no_grad` of them without gradient; where rows differ, `rows`,
+    (batch,), on the CPU.
     """
 
     no_grad: int
     total: int
     rows: torch.Tensor | None = None
-
-    @property
-    def row_steps(self) -> torch.Tensor | int:
-        """Steps taken by each row: (batch,), or one number for all."""
-        return self.total if self.rows is None else self.rows
 
 
 def resolve_depth(
@@ -183,8 +178,7 @@ def default_state(config: MegaTransformerTextConfig) -> torch.Tensor:
     return draw_state(config, (1, 1, config.hidden_size), keyed_generator("state", config.recurrence.state_seed))
 
 
-# -------------------------------------------------------------------------------------------------------------
-# injection
+# ------------------------------------------------------------------------------------------------------------ injection
 
 
 class ConcatInjection(nn.Module):
@@ -223,8 +217,7 @@ class GateInjection(nn.Module):
 INJECTIONS = {"concat": ConcatInjection, "add": AddInjection, "gate": GateInjection}
 
 
-# ------------------------------------------------------------------------------------------------------- the core, the
-# loop
+# --------------------------------------------------------------------------------------------------- the core, the loop
 
 
 class RecurrentCore(GradientCheckpointingLayer):
@@ -256,46 +249,56 @@ def iterate_core(
     embeds: torch.Tensor,
     depth: Depth,
     inputs: AttentionInputs,
-    inputs_of: Callable[[torch.LongTensor], AttentionInputs],
     past_key_values: RecurrentCache | None = None,
     trajectory: list[torch.Tensor] | None = None,
-) -> torch.Tensor:
+    disturb: Callable[[int, torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None,
+    look: Callable[[int, torch.Tensor, torch.Tensor | None, AttentionInputs], torch.Tensor | None] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | int]:
     """s_i = core(s_{i-1}, e) for i = 1 .. r, the first `depth.no_grad` steps without gradient.
 
-    A row that has taken its own number of steps leaves the batch, and keeps its state.
+    A row leaves the batch, and keeps its state, when it has taken its own number of steps, or `look` says so. The rows
+    that go on are named by their indices; None stands for all.
 
     Args:
         state: s_0, (batch, sequence, hidden).
         embeds: e, of the same shape.
         inputs: Mask and positions.
-        inputs_of: The same of some rows.
         trajectory: If given, s_1 .. s_r are appended.
+        disturb: (steps taken, states, rows) -> the states that the next step sees.
+        look: (steps taken, states, rows, their inputs) -> (rows,) of bool, whether they stop; or None: none does.
 
     Returns:
-        s_r, (batch, sequence, hidden).
+        s_r, (batch, sequence, hidden), and the steps taken: (batch,) on the CPU, or one number for all.
     """
     grad_enabled = torch.is_grad_enabled()
-    rows = None
+    budgets, row_steps = depth.rows, None
+    rows, here, embeds_here, inputs_here = None, state, embeds, inputs  # those that go on
     for step in range(depth.total):
-        if grad_enabled and step == depth.no_grad and not state.requires_grad:
+        if grad_enabled and step == depth.no_grad and not here.requires_grad:
             # Truncation: backpropagation ends here. A leaf that requires a gradient makes the first step with gradient
             # look like the others, so that torch.compile needs one graph for them instead of two.
-            state = state.detach().requires_grad_()
-        if depth.rows is not None and (depth.rows == step).any():
-            rows = (depth.rows > step).nonzero().squeeze(1).to(state.device)
-            inputs = inputs_of(rows)
+            here = here.detach().requires_grad_()
         slot = past_key_values.core_slot(step) if past_key_values is not None else 0
         with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):
-            state = _step(core, state, embeds, rows, inputs=inputs, past_key_values=past_key_values, slot=slot)
+            if disturb is not None:
+                here = disturb(step, here, rows)
+            here = core(here, embeds_here, inputs=inputs_here, past_key_values=past_key_values, slot=slot)
+        state = here if rows is None else state.index_copy(0, rows, here)
         if trajectory is not None:
             trajectory.append(state)
-    return state
 
-
-def _step(
-    core: RecurrentCore, state: torch.Tensor, embeds: torch.Tensor, rows: torch.LongTensor | None, **kwargs
-) -> torch.Tensor:
-    """One core step of some rows, the others as they were; None: of all."""
-    if rows is None:
-        return core(state, embeds, **kwargs)
-    return state.index_copy(0, rows, core(state[rows], embeds[rows], **kwargs))
+        stops = look(step + 1, here, rows, inputs_here) if look is not None else None
+        stops = stops.cpu() if stops is not None else None  # the one point where the host waits
+        if budgets is not None:
+            stops = budgets == step + 1 if stops is None else stops | (budgets == step + 1)
+        if stops is None or not stops.any():
+            continue
+        row_steps = torch.full((len(state),), depth.total) if row_steps is None else row_steps
+        row_steps[stops if rows is None else rows.cpu()[stops]] = step + 1
+        stays = (~stops).nonzero().squeeze(1).to(state.device)
+        if len(stays) == 0:
+            break
+        rows = stays if rows is None else rows[stays]
+        here, embeds_here, inputs_here = here[stays], embeds[rows], inputs.of(rows)
+        budgets = budgets[~stops] if budgets is not None else None
+    return state, depth.total if row_steps is None else row_steps

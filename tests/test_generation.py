@@ -103,8 +103,6 @@ def test_continuing_from_a_returned_cache(model):
 def test_unknown_option_and_depth_are_refused(model):
     with pytest.raises(ValueError, match="num_stepz"):
         model.generate(tiny_ids(1, 4), num_stepz=3)
-    with pytest.raises(ValueError, match=r"not used by the model: .'exit_criterion'"):
-        model.generate(tiny_ids(1, 4), exit_criterion="patience")
     with pytest.raises(ValueError, match="at least 1"):
         model.generate(tiny_ids(1, 4), num_steps=0, max_new_tokens=2)
     with pytest.raises(ValueError, match="cache_implementation 'static' is not known"):

@@ -163,7 +163,7 @@ def test_depth_falls_back_from_argument_to_config_to_mean():
     assert (resolve_depth((3, 2), config, 1).no_grad, resolve_depth((3, 2), config, 1).total) == (3, 5)
     assert resolve_depth(torch.tensor(5), config, 1).total == 5
     rows = resolve_depth(torch.tensor([2, 6]), config, 2)
-    assert rows.total == 6 and rows.row_steps.tolist() == [2, 6]
+    assert rows.total == 6 and rows.rows.tolist() == [2, 6]
 
 
 @pytest.mark.slow

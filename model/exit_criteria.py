@@ -1,0 +1,254 @@
+"""When a row may stop iterating: what is looked at after a step, and the criteria that judge it.
+
+Source: Geiping et al. 2025, arXiv 2502.05171, section 6.1, and its released code. P_i is the next-token distribution
+that coda and head read from the state s_i.
+
+    | criterion          | value after step i                                            | stops when  | default |
+    |--------------------|---------------------------------------------------------------|-------------|---------|
+    | kl_divergence      | KL(P_{i-1} || P_i), P_0 uniform                               | < threshold | 5e-4    |
+    | min_p_kl           | the same after p < 0.1 max p became 1 / vocab, and sum 1      | < threshold | 1e-5    |
+    | entropy_difference | |H(P_i) - H(P_{i-1})|, H(P_0) = 100                           | < threshold | 1e-3    |
+    | latent_difference  | mean over tokens of |s_i - s_{i-1}| / |s_i|                   | < threshold | 0.03    |
+    | cosine             | 1 - mean over tokens of cos(s_i, s_{i-1})                     | < threshold | 1e-3    |
+    | argmax_stability   | looks in a row that left the likeliest token as it was        | >= threshold | 5      |
+
+Where not every step is looked at, i - 1 is the look before.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Look:
+    """What is seen of some rows after a step."""
+
+    step: int  # steps taken
+    state: torch.Tensor  # s_i, (rows, sequence, hidden)
+    logits: torch.Tensor | None = None  # of the last token, (rows, vocab); None: before the first look
+    is_token: torch.Tensor | None = None  # (rows, sequence), False for padding; None: there is none
+    value: torch.Tensor | None = None  # what the criterion made of it, (rows,)
+
+    def of(self, rows: torch.Tensor) -> "Look":
+        """The same of some rows: their indices, or a mask."""
+        parts = {name: getattr(self, name) for name in ("state", "logits", "is_token", "value")}
+        return replace(self, **{name: part[rows] for name, part in parts.items() if part is not None})
+
+
+class ExitCriterion:
+    """Gives each row a value after a look; a row whose value falls below the threshold stops.
+
+    A new criterion is a class like those below, and an entry in `EXIT_CRITERIA`.
+    """
+
+    default_threshold: float
+    largest_threshold = float("inf")
+    reads_logits = True
+    """Whether it needs a coda and a head, or the state alone."""
+
+    def value(self, now: Look, before: Look) -> torch.Tensor:
+        """(rows,). At the first look, `before` holds s_0 and no logits."""
+        raise NotImplementedError
+
+    def stops(self, value: torch.Tensor, threshold: float) -> torch.Tensor:
+        """(rows,) of bool."""
+        return value < threshold
+
+
+class KLDivergence(ExitCriterion):
+    """KL(P_{i-1} || P_i): the distribution of the next token does not change any more."""
+
+    default_threshold = 5e-4
+
+    def value(self, now: Look, before: Look) -> torch.Tensor:
+        log_p = self.log_probabilities(now.logits)
+        if before.logits is None:
+            log_q = torch.full_like(log_p, 1 / log_p.shape[-1]).log()
+        else:
+            log_q = self.log_probabilities(before.logits)
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().log_softmax(-1)
+
+
+class MinPKL(KLDivergence):
+    """The same over the likely tokens: what is below a tenth of the largest probability counts as equally unlikely."""
+
+    default_threshold = 1e-5
+
+    def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        p = logits.float().softmax(-1)
+        p = torch.where(p < 0.1 * p.amax(-1, keepdim=True), 1 / p.shape[-1], p)
+        return (p / p.sum(-1, keepdim=True)).log()
+
+
+class EntropyDifference(ExitCriterion):
+    """|H(P_i) - H(P_{i-1})|, in nats."""
+
+    default_threshold = 1e-3
+
+    def value(self, now: Look, before: Look) -> torch.Tensor:
+        entropy = self.entropy(now.logits)
+        return (entropy - (100.0 if before.logits is None else self.entropy(before.logits))).abs()
+
+    def entropy(self, logits: torch.Tensor) -> torch.Tensor:
+        log_p = logits.float().log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+
+class LatentDifference(ExitCriterion):
+    """|s_i - s_{i-1}| / |s_i|, the mean over tokens."""
+
+    default_threshold = 0.03
+    reads_logits = False
+
+    def value(self, now: Look, before: Look) -> torch.Tensor:
+        state, past = now.state.float(), before.state.float()
+        return mean_over_tokens((state - past).norm(dim=-1) / state.norm(dim=-1).clamp(min=1e-12), now.is_token)
+
+
+class Cosine(ExitCriterion):
+    """1 - cos(s_i, s_{i-1}), the mean over tokens."""
+
+    default_threshold = 1e-3
+    largest_threshold = 2.0
+    reads_logits = False
+
+    def value(self, now: Look, before: Look) -> torch.Tensor:
+        cosine = nn.functional.cosine_similarity(now.state.float(), before.state.float(), dim=-1)
+        return 1 - mean_over_tokens(cosine, now.is_token)
+
+
+class ArgmaxStability(ExitCriterion):
+    """The likeliest token has stayed the same for a number of looks."""
+
+    default_threshold = 5
+
+    def value(self, now: Look, before: Look) -> torch.Tensor:
+        likeliest = now.logits.argmax(-1)
+        if before.logits is None:
+            return torch.zeros_like(likeliest)
+        return torch.where(likeliest == before.logits.argmax(-1), before.value + 1, 0)
+
+    def stops(self, value: torch.Tensor, threshold: float) -> torch.Tensor:
+        return value >= threshold
+
+
+EXIT_CRITERIA: dict[str, ExitCriterion] = {
+    "kl_divergence": KLDivergence(),
+    "min_p_kl": MinPKL(),
+    "entropy_difference": EntropyDifference(),
+    "latent_difference": LatentDifference(),
+    "cosine": Cosine(),
+    "argmax_stability": ArgmaxStability(),
+}
+
+
+def mean_over_tokens(values: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
+    """(rows, sequence) -> (rows,), padding left out."""
+    if is_token is None:
+        return values.mean(-1)
+    return (values * is_token).sum(-1) / is_token.sum(-1).clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------------------------------ the watch
+
+
+class ExitWatch:
+    """Looks at the rows of one forward pass after their steps, and keeps what was read of them.
+
+    Args:
+        criterion: Name of an entry of `EXIT_CRITERIA`.
+        threshold: Default: the criterion's.
+        first_step: The first step that is looked at.
+        every: Steps from a look to the next.
+        head: (rows, hidden), after coda and norm -> logits (rows, vocab).
+
+    Raises:
+        ValueError: for an unknown criterion, or a value outside its range.
+    """
+
+    def __init__(
+        self,
+        criterion: str,
+        threshold: float | None,
+        first_step: int,
+        every: int,
+        head: Callable[[torch.Tensor], torch.Tensor],
+    ):
+        check_exit_options(criterion, threshold, first_step, every)
+        self.criterion = EXIT_CRITERIA[criterion]
+        self.threshold = self.criterion.default_threshold if threshold is None else threshold
+        self.first_step, self.every, self.head = first_step, every, head
+        self.before: Look | None = None
+        self.rows: torch.Tensor | None = None  # that `before` holds
+        self.hidden: torch.Tensor | None = None  # what was read of each row last, (batch, sequence, hidden)
+        self.logits: torch.Tensor | None = None  # (batch, vocab)
+        self.steps_at_look: torch.Tensor | None = None  # (batch,), on the CPU
+
+    def begin(self, state: torch.Tensor, is_token: torch.Tensor | None) -> None:
+        """Before the first step. state: s_0; is_token: (batch, sequence), None if there is no padding."""
+        self.before = Look(0, state, is_token=is_token)
+        self.steps_at_look = torch.zeros(len(state), dtype=torch.long)
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look after `step` steps."""
+        return step >= self.first_step and (step - self.first_step) % self.every == 0
+
+    def look(
+        self, step: int, state: torch.Tensor, hidden: torch.Tensor | None, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Which of the rows stop after `step` steps.
+
+        Args:
+            state: s_i of these rows.
+            hidden: The same after coda and norm, if the criterion reads logits.
+            rows: Their indices in the batch; None: all of them.
+
+        Returns:
+            (rows,) of bool.
+        """
+        before = self.before
+        if len(before.state) > len(state):  # some have left since
+            before = before.of(rows if self.rows is None else torch.isin(self.rows, rows))
+        now = replace(before, step=step, state=state)
+        if hidden is not None:
+            now.logits = self.keep(hidden, rows)
+            self.steps_at_look[slice(None) if rows is None else rows.cpu()] = step
+        now.value = self.criterion.value(now, before)
+        self.before, self.rows = now, rows
+        return self.criterion.stops(now.value, self.threshold)
+
+    def keep(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """Remembers what was read of some rows, or of all. hidden: (rows, sequence, hidden) -> logits (rows, vocab)."""
+        logits = self.head(hidden[:, -1])
+        if rows is None:
+            self.hidden, self.logits = hidden, logits
+        else:
+            batch = len(self.steps_at_look)
+            if self.hidden is None:
+                self.hidden, self.logits = (
+                    hidden.new_zeros(batch, *hidden.shape[1:]),
+                    logits.new_zeros(batch, *logits.shape[1:]),
+                )
+            self.hidden = self.hidden.index_copy(0, rows, hidden)
+            self.logits = self.logits.index_copy(0, rows, logits)
+        return logits
+
+
+def check_exit_options(criterion: str, threshold: float | None, first_step: int, every: int) -> None:
+    """Raises ValueError for an unknown criterion, or a value outside its range."""
+    if criterion not in EXIT_CRITERIA:
+        raise ValueError(
+            f"exit_criterion {criterion!r} is unknown; choose one of none, schedule, {', '.join(EXIT_CRITERIA)}"
+        )
+    largest = EXIT_CRITERIA[criterion].largest_threshold
+    if threshold is not None and not 0 < threshold <= largest:
+        raise ValueError(f"exit_threshold of {criterion} must be above 0 and at most {largest}, got {threshold}")
+    for name, value in (("exit_first_step", first_step), ("exit_every", every)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
