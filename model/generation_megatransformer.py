@@ -1,5 +1,6 @@
 """What `generate` needs to know about recurrent depth: how many steps each token takes, and the cache of the steps."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,8 +150,13 @@ class RecurrentGenerationMixin:
             )
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, *args)
+        if mode != GenerationMode.ASSISTED_GENERATION:
+            return
+        if model_kwargs.get("inputs_embeds") is not None:
+            # In transformers 5.23 it loses the prompt then, for Llama too, and says nothing.
+            raise ValueError("assisted generation is not possible with inputs_embeds; give input_ids alone")
         cache = model_kwargs.get("past_key_values")
-        if mode == GenerationMode.ASSISTED_GENERATION and cache is not None and cache.num_kept_steps is not None:
+        if cache is not None and cache.num_kept_steps is not None:
             steps = resolve_depth(model_kwargs.get("num_steps"), self.config, batch_size).total
             if cache.num_kept_steps < steps:
                 raise ValueError(
@@ -162,6 +168,7 @@ class RecurrentGenerationMixin:
         self,
         input_ids: torch.LongTensor,
         *args: Any,
+        inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
         exit_steps: ExitSteps | None = None,
         exit_in_prefill: bool = False,
         exit_schedule: Sequence[int] | Callable[[int], int] | None = None,
@@ -169,7 +176,7 @@ class RecurrentGenerationMixin:
     ) -> dict:
         """As the original; the prompt takes all steps unless told otherwise, and a schedule is a number of steps."""
         index = len(exit_steps.taken) if exit_steps is not None else 0
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if inputs.get("exit_criterion") == "schedule":
             inputs["exit_criterion"] = "none"
             if index > 0 or exit_in_prefill:
@@ -177,6 +184,19 @@ class RecurrentGenerationMixin:
         elif index == 0 and not exit_in_prefill:
             inputs["exit_criterion"] = "none"
         return inputs
+
+    def _get_candidate_generator(
+        self, *, generation_config: GenerationConfig, model_kwargs: dict, assistant_model=None, **kwargs: Any
+    ) -> Any:
+        """As the original; the model that drafts has a depth of its own, from its generation config."""
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in (*OPTIONS, "exit_steps")}
+        if assistant_model is not None:
+            generation_config = copy.deepcopy(generation_config)
+            for name in OPTIONS:
+                setattr(generation_config, name, getattr(assistant_model.generation_config, name, None))
+        return super()._get_candidate_generator(
+            generation_config=generation_config, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
 
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict, *args: Any, num_new_tokens: int = 1, **kwargs: Any
