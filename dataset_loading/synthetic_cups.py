@@ -1,6 +1,7 @@
 """Tracking a ball: "ccadbXbda=" has the answer "3", the cup to which the moves b, d and a bring a ball from cup X."""
 
 import random
+import re
 
 from .synthetic_task import GeneratedTask
 
@@ -11,6 +12,9 @@ MOVES = {"a": "23451", "b": "21453", "c": "54213", "d": "34512"}
 a ball where it is."""
 
 NUM_MOVES = 8
+"""Moves in a prompt, those before the letter included."""
+MOST_SHARED_MOVES = 3
+"""Up to here there are 5 * (4 + 16 + 64) = 420 questions in all, too few to divide them among train and validation."""
 
 
 class Cups(GeneratedTask):
@@ -19,6 +23,10 @@ class Cups(GeneratedTask):
     The capital letter puts the ball under a cup, so moves before it do not count. They fill the prompt up to eight
     moves: all are equally long up to there, and of one move there are as many different ones as of eight. Start and
     answer are written differently: a digit is always an answer, after which the text ends.
+
+    **The same questions of one to three moves occur in train, validation and test**, after other moves that do not
+    count: right answers to them may have been learned by heart. A question of four moves or more occurs in one of them
+    only, whatever is in front of it.
 
     The moves do not commute and generate all permutations of five, whose word problem no circuit of constant depth and
     polynomial size is known to solve (Barrington 1989): a transformer needs layers, or steps, that grow with the number
@@ -36,6 +44,11 @@ class Cups(GeneratedTask):
             cup = MOVES[move][int(cup) - 1]
         moves.insert(-difficulty, start)
         return {"prompt": f"{''.join(moves)}=", "answer": cup}
+
+    def identity(self, prompt: str) -> str:
+        """The letter and the moves after it; of few moves the whole prompt, as there are too few questions to share."""
+        question = re.search("[V-Z].*", prompt)[0]
+        return question if len(question) - len("X=") > MOST_SHARED_MOVES else prompt
 
     def check(self, prompt: str, answer: str) -> bool:
         """Backwards: whether the moves lead to `answer` from the cup that is met on the way."""

@@ -134,6 +134,18 @@ def test_prompts_of_the_cups_are_equally_long_and_have_as_many_moves_after_the_l
     assert re.fullmatch("[V-Z][abcd]{11}=", TASKS["cups"].sample(random.Random(0), 11)["prompt"])
 
 
+def test_questions_of_the_cups_with_four_moves_or_more_belong_to_one_role():
+    """Whatever moves are in front of the letter; those of three or less occur in all roles."""
+    seen = {}
+    for role in ROLES:
+        rows = draw("cups", role, 4000 if role == "train" else 1000, (3, 5))
+        seen[role] = {row["prompt"][re.search("[V-Z]", row["prompt"]).start() :] for row in rows}
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        shared = seen[one] & seen[other]
+        assert {len(question) for question in shared} == {len("Xaaa=")}
+    assert len({question for question in seen["train"] if len(question) == len("Xaaaa=")}) > 500
+
+
 def test_no_cup_is_the_answer_more_often_than_others_after_three_moves():
     rows = draw("cups", "train", 3000, (3, 8))
     counts = [sum(row["answer"] == cup for row in rows) for cup in "12345"]
