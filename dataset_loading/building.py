@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from .configuration import DataConfig, SourceConfig
-from .documents import Documents, tokenize_rows
+from .documents import tokenize_rows
 from .mixture import MixtureDataset
 from .packing import IGNORED, PackedDataset
 from .sources import load_rows
@@ -54,28 +54,24 @@ def build_datasets(
 
     Args:
         seed: seed of the run: what is generated, split off and mixed.
-        vocab_size: rows of the model's embedding table; token ids are checked against it.
+        vocab_size: rows of the model's embedding table; the tokenizer's largest id is checked against it.
         batch_size: rows that one optimizer step takes, over all ranks; a smaller train set is an error.
 
     Raises:
-        ValueError: a source cannot be read or has too many bad rows, a token id is outside the vocabulary, or there is
-            too little to train on.
+        ValueError: a source cannot be read or has too many bad rows, the tokenizer is larger than the vocabulary, or
+            there is too little to train on.
     """
+    _check_vocabulary(tokenizer, vocab_size)
     bad_rows = BadRows(config.max_bad_rows)
     split = load_split(config, seed, bad_rows)
     report: list[SourceReport] = []
     validation = {
-        source.label: _build_source("validation", source, rows, config, tokenizer, vocab_size, bad_rows, report)
+        source.label: _build_source("validation", source, rows, config, tokenizer, bad_rows, report)
         for source, rows in split.validation
     }
     if any(isinstance(rows, IterableDataset) for _, rows in split.train):
-        if vocab_size is not None and len(tokenizer) > vocab_size:
-            raise ValueError(_outside_vocabulary("a streaming source", len(tokenizer) - 1, vocab_size))
         return TextDatasets(build_stream(split, config, tokenizer, seed), validation, report)
-    parts = [
-        _build_source("train", source, rows, config, tokenizer, vocab_size, bad_rows, report)
-        for source, rows in split.train
-    ]
+    parts = [_build_source("train", source, rows, config, tokenizer, bad_rows, report) for source, rows in split.train]
     train = parts[0] if len(parts) == 1 else MixtureDataset(parts, [source.weight for source in config.train], seed)
     _check_size(train, parts, config, batch_size)
     return TextDatasets(train, validation, report)
@@ -89,9 +85,10 @@ def build_validation(
     Raises:
         ValueError: as `build_datasets`.
     """
+    _check_vocabulary(tokenizer, vocab_size)
     bad_rows = BadRows(config.max_bad_rows)
     return {
-        source.label: _build_source("validation", source, rows, config, tokenizer, vocab_size, bad_rows, [])
+        source.label: _build_source("validation", source, rows, config, tokenizer, bad_rows, [])
         for source, rows in load_validation(config, seed, bad_rows)
     }
 
@@ -133,12 +130,10 @@ def _build_source(
     rows,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
-    vocab_size: int | None,
     bad_rows: BadRows,
     report: list[SourceReport],
 ) -> PackedDataset:
     documents = tokenize_rows(source, rows, tokenizer, config.preprocessing_workers)
-    _check_vocabulary(source.label, documents, vocab_size)
     packed = PackedDataset(documents, config.block_size, tokenizer.pad_token_id, config.packing)
     entry = SourceReport(
         role, source.label, len(rows), len(documents.tokens), len(packed), bad_rows.counts.get(source.label, 0)
@@ -148,17 +143,14 @@ def _build_source(
     return packed
 
 
-def _check_vocabulary(label: str, documents: Documents, vocab_size: int | None) -> None:
-    largest = int(documents.tokens.max())
+def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None) -> None:
+    """Whether its ids occur in the data or not: they may in what the model is given later."""
+    largest = max(tokenizer.get_vocab().values())
     if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(_outside_vocabulary(f"source {label!r}", largest, vocab_size))
-
-
-def _outside_vocabulary(what: str, token_id: int, vocab_size: int) -> str:
-    return (
-        f"{what} has token id {token_id}, but the model's vocab_size is {vocab_size}; "
-        f"use the model's own tokenizer or raise vocab_size to at least {token_id + 1}"
-    )
+        raise ValueError(
+            f"the tokenizer has token id {largest}, but the model's vocab_size is {vocab_size}; "
+            f"use the model's own tokenizer or raise vocab_size to at least {largest + 1}"
+        )
 
 
 def _check_size(train: Dataset, parts: list[PackedDataset], config: DataConfig, batch_size: int | None) -> None:

@@ -69,6 +69,8 @@ class SourceConfig:
                 f"prompt_column is {self.prompt_column!r} and answer_column is {self.answer_column!r}; "
                 "set both, or neither to read text_column"
             )
+        if self.prompt_column is not None and self.prompt_column == self.answer_column:
+            raise ValueError(f"prompt_column and answer_column are both {self.prompt_column!r}; name two columns")
         if self.loss_on not in ("all", "answer"):
             raise ValueError(f"loss_on is {self.loss_on!r}, unknown; choose 'all' or 'answer'")
         if self.loss_on == "answer" and not self.has_answers:
@@ -134,8 +136,8 @@ class DataConfig:
     validation: list[SourceConfig] = field(default_factory=list)
     """Sources to evaluate on, one metric each; if empty, a part of every train source is split off."""
     validation_fraction: float = 0.05
-    """Part of each train source (documents, or the tail of a single one) split off when `validation` is empty; above 0
-    and below 1."""
+    """Part of each train source split off when `validation` is empty: the tails of long documents, and of the others
+    some as a whole; above 0 and below 1."""
     block_size: int = 256
     """Tokens in a row. At least 2."""
     packing: bool = True

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from .configuration import SourceConfig
+from .pieces import PIECE_LENGTH, cut_text
 
 _FEATURES = Features({"tokens": List(Value("int32")), "loss_start": Value("int32")})
 
@@ -41,9 +43,10 @@ class Documents:
     @property
     def is_label(self) -> np.ndarray:
         """bool (tokens,): whether a token is learned."""
-        starts = np.cumsum(self.lengths) - self.lengths
-        place = np.arange(len(self.tokens)) - np.repeat(starts, self.lengths)
-        return place >= np.repeat(self.loss_start, self.lengths)
+        mask = np.ones(len(self.tokens), dtype=bool)
+        for start, loss_start in zip(np.cumsum(self.lengths) - self.lengths, self.loss_start, strict=True):
+            mask[start : start + loss_start] = False
+        return mask
 
 
 def tokenize_rows(
@@ -81,27 +84,47 @@ def tokenize_rows(
 def encode_batch(
     batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast, separator: str, loss_on: str
 ) -> dict[str, list]:
-    """Columns text, or prompt and answer, to columns tokens and loss_start.
+    """Columns text, or prompt and answer, to columns tokens (int32 arrays) and loss_start.
 
     Prompt and answer are tokenised apart, the separator with the answer, so that no token spans the boundary and a
     prompt alone has the tokens that it has in front of its answer.
     """
-    begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     if "text" in batch:
-        tokens = [begin + ids + end for ids in _encode(tokenizer, batch["text"])]
-        return {"tokens": tokens, "loss_start": [1] * len(tokens)}
-    prompts = _encode(tokenizer, batch["prompt"])
-    answers = _encode(tokenizer, [separator + answer for answer in batch["answer"]])
-    return {
-        "tokens": [begin + prompt + answer + end for prompt, answer in zip(prompts, answers, strict=True)],
-        "loss_start": [1 + len(prompt) if loss_on == "answer" else 1 for prompt in prompts],
-    }
+        parts = [_encode(tokenizer, batch["text"])]
+        loss_start = [1] * len(batch["text"])
+    else:
+        prompts = _encode(tokenizer, batch["prompt"])
+        parts = [prompts, _encode(tokenizer, [separator + answer for answer in batch["answer"]])]
+        loss_start = [1 + len(prompt) if loss_on == "answer" else 1 for prompt in prompts]
+    begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    tokens = [np.concatenate([begin, *ids, end], dtype=np.int32) for ids in zip(*parts, strict=True)]
+    return {"tokens": tokens, "loss_start": loss_start}
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    """Token ids without special tokens. Calling the backend itself takes half the time of calling the tokenizer."""
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+    """Token ids (int32) without special tokens. Calling the backend itself takes half the time of calling the
+    tokenizer.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # "<|end|>" written in a text is text
-    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    ids: list[list[np.ndarray]] = [[] for _ in texts]
+    for group in _groups(texts, backend):
+        encodings = backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+        for (number, _), encoding in zip(group, encodings, strict=True):
+            ids[number].append(np.array(encoding.ids, dtype=np.int32))
+    return [np.concatenate(pieces) for pieces in ids]
+
+
+def _groups(texts: list[str], backend: Tokenizer) -> Iterator[list[tuple[int, str]]]:
+    """The pieces of all texts, each with the number of its text, as many as may be encoded at once."""
+    group, length = [], 0
+    for number, text in enumerate(texts):
+        for piece in cut_text(text, backend):
+            group.append((number, piece))
+            length += len(piece)
+            if length >= PIECE_LENGTH:
+                yield group
+                group, length = [], 0
+    yield group

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+LONGEST_EPOCH = 100
+"""Rows of an epoch, which are all drawn in advance, for each row that there is."""
+
 
 class MixtureDataset(Dataset):
     """A weighted mixture with random access: row i is a function of (seed, i) and of nothing else.
@@ -19,12 +22,20 @@ class MixtureDataset(Dataset):
         parts: datasets with at least one row each.
         weights: their shares, on any positive scale.
         seed: seed of the order.
+
+    Raises:
+        ValueError: an epoch would have more than LONGEST_EPOCH times the rows of all datasets.
     """
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], seed: int):
         shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
         sizes = [len(part) for part in parts]
-        total = max(size / share for size, share in zip(sizes, shares, strict=True))
+        total, size, weight = max(zip(sizes / shares, sizes, weights, strict=True))
+        if total > LONGEST_EPOCH * sum(sizes):
+            raise ValueError(
+                f"weight {weight} of a source of {size} rows makes an epoch of {total:.0f} rows, more than "
+                f"{LONGEST_EPOCH} times the {sum(sizes)} rows there are; raise the weight, or read less of the source"
+            )
         self.parts = list(parts)
         self.counts = [math.ceil(total * share - 1e-6) for share in shares]  # 1e-6: 10 rows stay 10 rows after rounding
         generator = np.random.default_rng(seed)

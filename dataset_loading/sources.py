@@ -54,9 +54,11 @@ def open_stream(source: SourceConfig) -> datasets.IterableDataset:
     """The raw rows of a streaming hub source.
 
     Raises:
-        ValueError: it cannot be opened.
+        ValueError: it cannot be opened, or lacks a column.
     """
-    return _load_hub(source)
+    stream = _load_hub(source)
+    _check_columns(source, stream.column_names or list(next(iter(stream), {})))  # not every format names them in front
+    return stream
 
 
 def expand_paths(source: SourceConfig) -> list[Path]:
@@ -67,20 +69,29 @@ def expand_paths(source: SourceConfig) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in source.paths:
-        matches = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        matches = _matches(Path(path))
         if os.path.isdir(path):
             raise ValueError(
                 f"source {source.label!r}: {path!r} is a folder; name its files, e.g. {os.path.join(path, '*.txt')!r}"
             )
         if not matches:
             raise ValueError(f"source {source.label!r}: no file {path!r} (from {os.getcwd()}); correct the path")
-        found |= dict.fromkeys(map(Path, matches))
+        found |= dict.fromkeys(matches)
     for path in found:
         if path.suffix not in _READERS:
             raise ValueError(
                 f"source {source.label!r}: format of {str(path)!r} is unknown; use one of {', '.join(_READERS)}"
             )
     return list(found)
+
+
+def _matches(path: Path) -> list[Path]:
+    """The files of a path or pattern. What exists is taken by its name, even if that has brackets or stars in it."""
+    if path.is_file():
+        return [path]
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)
+    return sorted(match for name in names if (match := folder / name).is_file())
 
 
 def _read_files(source: SourceConfig, bad_rows: BadRows) -> Dataset:
@@ -131,6 +142,8 @@ def _read_jsonl(path: Path, columns: tuple[str, ...]) -> _Rows:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     reason = f"not JSON ({error.msg} at column {error.colno})"
+                except ValueError:  # of int(), which reads 4300 digits at most
+                    reason = "not usable JSON (a number with too many digits)"
                 except RecursionError:
                     reason = "not usable JSON (nested too deeply)"
             if reason is None and not isinstance(row, dict):
@@ -181,13 +194,16 @@ def _load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
         raise ValueError(f"source {source.label!r}: {source.path!r} cannot be loaded: {reason}") from error
 
 
+def _check_columns(source: SourceConfig, found: list[str]) -> None:
+    for column in columns_of(source):
+        if column not in found:
+            there = ", ".join(found) or "none"
+            raise ValueError(f"source {source.label!r} has no column {column!r}, only {there}; correct it")
+
+
 def _read_hub(source: SourceConfig, bad_rows: BadRows, limit: int | None) -> Dataset:
     rows, columns = _load_hub(source), columns_of(source)
-    for column in columns:
-        if column not in rows.column_names:
-            raise ValueError(
-                f"source {source.label!r} has no column {column!r}, only {', '.join(rows.column_names)}; correct it"
-            )
+    _check_columns(source, rows.column_names)
     rows = rows.select_columns(list(columns)).rename_columns(columns)
     rows = rows if limit is None else rows.take(min(limit, len(rows)))
     kept = []

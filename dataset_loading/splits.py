@@ -4,10 +4,8 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from zlib import crc32
 
-import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
 from .configuration import DataConfig, SourceConfig
 from .sources import columns_of, expand_paths, load_rows, open_stream
@@ -15,10 +13,13 @@ from .validation import BadRows, reason_against
 
 logger = logging.getLogger(__name__)
 
+SHORTEST_TAIL = 500
+"""Characters of a tail that is worth evaluating on by itself."""
+
 
 @dataclass
 class Split:
-    """The rows of a run by source; of a streaming train source, the raw rows past those taken for validation."""
+    """The rows of a run by source; of a streaming train source all raw rows, those taken for validation included."""
 
     train: list[tuple[SourceConfig, Dataset | IterableDataset]] = field(default_factory=list)
     validation: list[tuple[SourceConfig, Dataset]] = field(default_factory=list)
@@ -82,7 +83,9 @@ def iterate_training_texts(config: DataConfig, seed: int, limit: int) -> Iterato
     split = load_split(config, seed, BadRows(config.max_bad_rows, silent=True), limit)
     for source, rows in split.train:
         if isinstance(rows, IterableDataset):
-            rows = rows_of_stream(source, rows.take(limit), BadRows(config.max_bad_rows, silent=True))
+            front = rows.skip(_rows_taken(config)).take(limit)
+            rows = rows_of_stream(source, front, BadRows(config.max_bad_rows, silent=True))
+            rows = _without_validation(source, rows, split.validation_digests)
         elif source.kind == "hub":  # after the split, so that no validation document is among them
             rows = rows.take(min(limit, len(rows)))
         for batch in rows.iter(batch_size=1000):
@@ -123,16 +126,7 @@ def _load_train_source(
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     if source.streaming:
         stream = open_stream(source)
-        if config.validation:
-            return stream, None
-        taken = config.streaming_validation_rows
-        validation, rest = rows_of_stream(source, stream.take(taken), bad_rows), stream.skip(taken)
-        if len(validation) == 0 or next(iter(rest), None) is None:
-            raise ValueError(
-                f"streaming source {source.label!r}: its first {taken} rows are for validation, and they "
-                "or the rest have nothing usable; set data.streaming_validation_rows or give data.validation"
-            )
-        return rest, validation
+        return stream, None if config.validation else _front_of_stream(source, stream, config, bad_rows)
     rows = load_rows(source, "train", config, seed, bad_rows, limit if source.kind == "generated" else None)
     if config.validation:
         return rows, None
@@ -141,38 +135,78 @@ def _load_train_source(
     return split_rows(source.label, rows, config.validation_fraction, seed)
 
 
+def _rows_taken(config: DataConfig) -> int:
+    """Rows at the front of a stream that are validation."""
+    return 0 if config.validation else config.streaming_validation_rows
+
+
+def _front_of_stream(source: SourceConfig, stream: IterableDataset, config: DataConfig, bad_rows: BadRows) -> Dataset:
+    """The rows taken for validation. The stream itself stays whole, and training passes over these by their digests: a
+    `skip` would be divided among the workers of a data loader, each of which would skip at the front of its own files.
+    """
+    taken = _rows_taken(config)
+    validation = rows_of_stream(source, stream.take(taken), bad_rows)
+    if len(validation) == 0 or next(iter(stream.skip(taken)), None) is None:
+        raise ValueError(
+            f"streaming source {source.label!r}: its first {taken} rows are for validation, and they "
+            "or the rest have nothing usable; set data.streaming_validation_rows or give data.validation"
+        )
+    return validation
+
+
 def _held_out(source: SourceConfig, config: DataConfig) -> SourceConfig:
     return replace(source, role="validation", num_rows=max(1, round(source.num_rows * config.validation_fraction)))
 
 
 def split_rows(label: str, rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split rows into train and validation by document, equal documents on the same side; a single text by its tail.
+    """Split rows into train and validation, each row by itself, so that no row changes sides when others come.
+
+    A long document, one of which `fraction` is at least SHORTEST_TAIL characters, gives its tail. Any other, and a
+    prompt with its answer, is on one side as a whole.
 
     Raises:
-        ValueError: a single prompt and answer, or a text too short to have a tail.
+        ValueError: one of the sides is empty.
     """
-    marks = digests(rows)
-    distinct = list(dict.fromkeys(marks))
-    if len(distinct) == 1:
-        return _split_tail(label, rows, fraction)
-    held_out = max(1, min(round(len(distinct) * fraction), len(distinct) - 1))
-    chosen = np.random.default_rng([seed, crc32(label.encode())]).choice(len(distinct), held_out, replace=False)
-    chosen_marks = {distinct[number] for number in chosen}
-    train = [number for number, mark in enumerate(marks) if mark not in chosen_marks]
-    validation = [number for number, mark in enumerate(marks) if mark in chosen_marks]
-    logger.info("%s: %d documents to train on, %d split off for validation", label, len(train), len(validation))
+    train, validation, parts = [], [], []
+    for number, row in enumerate(rows):
+        text = row.get("text", "")
+        cut = _tail_start(text, fraction)
+        if cut is None:
+            (validation if _is_drawn(row, fraction, seed) else train).append(number)
+            continue
+        for side, part in ((train, text[:cut]), (validation, text[cut:])):
+            side.append(len(rows) + len(parts))
+            parts.append(part)
+    if not train or not validation:
+        raise ValueError(
+            f"data.validation_fraction {fraction} of source {label!r}, which has {len(rows)} short documents, leaves "
+            f"{len(train)} to train on and {len(validation)} for validation; give data.validation, more documents, or "
+            "another validation_fraction"
+        )
+    logger.info(
+        "%s: %d documents to train on, %d for validation, of which %d are the tail of one",
+        *(label, len(train), len(validation), len(parts) // 2),
+    )
+    if parts:
+        rows = concatenate_datasets([rows, Dataset.from_dict({"text": parts}, features=rows.features)])
     return rows.select(train), rows.select(validation)
 
 
-def _split_tail(label: str, rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    text = rows[0].get("text", "")
-    cut = int(len(text) * (1 - fraction))
-    line_end = text.rfind("\n", 0, cut)
-    cut = line_end + 1 if line_end > cut // 2 else cut  # at the end of a line, unless lines are very long
-    if not text[:cut].strip() or not text[cut:].strip():
-        raise ValueError(f"source {label!r} has 1 document, too little to split validation off; give data.validation")
-    logger.info("%s: 1 document, its last %d of %d characters are validation", label, len(text) - cut, len(text))
-    return tuple(Dataset.from_dict({"text": [part]}, features=rows.features) for part in (text[:cut], text[cut:]))
+def _is_drawn(row: dict[str, str], fraction: float, seed: int) -> bool:
+    """Whether a document is validation: true for `fraction` of all, by the digest of its text and the seed alone."""
+    key = blake2b(digest(row), digest_size=8, key=str(seed).encode())
+    return int.from_bytes(key.digest()) < fraction * 2**64
+
+
+def _tail_start(text: str, fraction: float) -> int | None:
+    """Where the last `fraction` of a long document begins: with a line, unless that would double it."""
+    length = int(len(text) * fraction)
+    if length < SHORTEST_TAIL:
+        return None
+    cut = len(text) - length
+    line_end = text.rfind("\n", max(0, cut - length), cut)
+    cut = cut if line_end < 0 else line_end + 1
+    return cut if text[:cut].strip() and text[cut:].strip() else None
 
 
 def _without_validation(

@@ -36,6 +36,9 @@ def _no_tokens() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class StreamingDataset(IterableDataset):
     """Rows like those of PackedDataset, packed from a stream of tokenised documents.
 
+    Without packing they are filled up to block_size too: accelerate reads a stream in the first process only, and joins
+    the batches of all ranks to one before it deals them out.
+
     `state_dict` after any row, loaded into a new object, goes on with the next row.
 
     Args:
@@ -59,7 +62,7 @@ class StreamingDataset(IterableDataset):
         for row in self.stream:
             if row["problem"]:
                 bad_rows.add(row["source"], f"row {row['row']}", row["problem"])
-            if not row["tokens"]:
+            if len(row["tokens"]) == 0:
                 continue
             tokens = np.array(row["tokens"], dtype=np.int32)
             places = np.arange(len(tokens))
@@ -92,18 +95,17 @@ class StreamingDataset(IterableDataset):
             parts, is_start = self._pending, self._pending[1]
             goes_on = len(is_start) > size and not is_start[size]  # then the last token here is the next row's context
             self._pending = tuple(part[size - 1 if goes_on else size :] for part in parts)
-            yield make_row(*(part[:size] for part in parts), size if self.packing else None, self.pad_id)
+            yield make_row(*(part[:size] for part in parts), size, self.pad_id)
 
     def _rest(self) -> Iterator[dict[str, torch.Tensor]]:
         parts, self._pending = self._pending, _no_tokens()
         if len(parts[0]):
-            yield make_row(*parts, self.block_size if self.packing else None, self.pad_id)
+            yield make_row(*parts, self.block_size, self.pad_id)
 
 
 def build_stream(split: Split, config: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> StreamingDataset:
     """Mix the train sources document by document, those in memory included, until each has been read whole once."""
-    taken = 0 if config.validation else config.streaming_validation_rows
-    streams = [_documents_of(source, rows, tokenizer, split.validation_digests, taken) for source, rows in split.train]
+    streams = [_documents_of(source, rows, tokenizer, split.validation_digests) for source, rows in split.train]
     stream = streams[0]
     if len(streams) > 1:
         shares = np.array([source.weight for source, _ in split.train])
@@ -118,12 +120,11 @@ def _documents_of(
     rows: datasets.Dataset | datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerFast,
     forbidden: set[bytes],
-    taken: int,
 ) -> datasets.IterableDataset:
     columns = columns_of(source)
-    if isinstance(rows, datasets.Dataset):  # checked and renamed already, and nothing was taken from its front
-        taken, rows, columns = 0, rows.to_iterable_dataset(), {name: name for name in columns.values()}
-    encode = partial(_encode_row, source=source, columns=columns, tokenizer=tokenizer, forbidden=forbidden, taken=taken)
+    if isinstance(rows, datasets.Dataset):  # checked and renamed already
+        rows, columns = rows.to_iterable_dataset(), {name: name for name in columns.values()}
+    encode = partial(_encode_row, source=source, columns=columns, tokenizer=tokenizer, forbidden=forbidden)
     return rows.map(encode, with_indices=True).select_columns(list(_FEATURES)).cast(_FEATURES)
 
 
@@ -134,9 +135,8 @@ def _encode_row(
     columns: dict[str, str],
     tokenizer: PreTrainedTokenizerFast,
     forbidden: set[bytes],
-    taken: int,
 ) -> dict[str, object]:
-    result = {"source": source.label, "row": taken + index + 1, "problem": "", "tokens": [], "loss_start": 0}
+    result = {"source": source.label, "row": index + 1, "problem": "", "tokens": [], "loss_start": 0}
     reason = reason_against(row, tuple(columns))
     if reason is not None:
         return result | {"problem": reason}

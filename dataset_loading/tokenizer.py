@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from .configuration import DataConfig, TokenizerConfig
+from .pieces import cut_text
 from .splits import iterate_training_texts
 
 logger = logging.getLogger(__name__)
@@ -14,7 +16,9 @@ logger = logging.getLogger(__name__)
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 
 
-def build_tokenizer(config: TokenizerConfig, data_config: DataConfig, seed: int = 0) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    config: TokenizerConfig, data_config: DataConfig, seed: int = 0, resume_point: str | Path | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a run, with pad, begin and end tokens of which pad is neither of the others.
 
     It never adds a begin or end token by itself: packing does, once per document, and whoever continues a prompt puts
@@ -22,14 +26,30 @@ def build_tokenizer(config: TokenizerConfig, data_config: DataConfig, seed: int 
 
     Args:
         seed: seed of the run, which decides what is split off for validation and so not trained on.
+        resume_point: the checkpoint folder that the run goes on from, which then has the tokenizer, or its run folder:
+            one trained anew would differ if the documents have changed, and the model would not know its tokens.
 
     Raises:
-        ValueError: `config.path` is no tokenizer, or the train sources have no usable document.
+        ValueError: `config.path` is no tokenizer, the train sources have no usable document, or the tokenizer that the
+            run began with is gone.
     """
+    if resume_point is not None:
+        return _load_saved(Path(resume_point))
     if config.path is not None:
         return load_tokenizer(config.path)
     texts = iterate_training_texts(data_config, seed, config.training_rows)
     return train_tokenizer(texts, config.vocab_size, config.split_digits)
+
+
+def _load_saved(checkpoint: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that a run saved with its model: in each checkpoint, and at the end in the run folder above."""
+    for folder in (checkpoint, checkpoint.absolute().parent):
+        if (folder / "tokenizer.json").is_file():
+            return load_tokenizer(str(folder))
+    raise ValueError(
+        f"neither {checkpoint} nor the folder above has the tokenizer.json that its model was trained with; "
+        "copy it there, or start afresh"
+    )
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
@@ -74,7 +94,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, split_digits: bool = 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut_text(text)), trainer)
     trained = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -51,29 +51,57 @@ def split_texts(config, seed=0):
 
 def test_validation_is_split_off_by_document_and_seed(tmp_path):
     """D3: it is there without asking; equal documents, here every text twice, stay on one side."""
-    texts = [f"text {number // 2}" for number in range(200)]
+    texts = [f"text {number // 2}" for number in range(2000)]
     config = DataConfig(train=[files(write_texts(tmp_path / "a.jsonl", texts))], validation_fraction=0.1)
     train, validation = split_texts(config)
-    assert (len(train), len(validation)) == (180, 20)
+    assert 140 < len(validation) < 260
     assert not set(train) & set(validation)
     assert Counter(train + validation) == Counter(texts)
     assert [train, validation] == split_texts(config)
     assert [train, validation] != split_texts(config, seed=1)
 
 
-def test_a_single_document_is_split_at_the_end_of_a_line(tmp_path):
-    """D3."""
-    text = "".join(f"line {number}\n" for number in range(100))
+def test_more_documents_move_none_to_the_other_side(tmp_path):
+    """Short ones are whole, long ones cut, and both stay where they were, wherever the new ones stand."""
+    short = [f"text {number}" for number in range(100)]
+    long = ["".join(f"line {number} of {name}\n" for number in range(800)) for name in "abc"]
+    config = DataConfig(train=[files(write_texts(tmp_path / "b.jsonl", [*short[:50], long[0]]))])
+    before = split_texts(config)
+    write_texts(tmp_path / "a.jsonl", [long[1], *short[50:]])  # a source is called after its first file
+    (tmp_path / "c.txt").write_text(long[2])
+    config = DataConfig(train=[files(tmp_path / "[abc].*")])
+    after = split_texts(config)
+    assert config.train[0].label != "b"
+    for old, new, count in zip(before, after, (40, 3), strict=True):
+        assert len(old) >= count and set(old) < set(new)
+    assert len(before[0]) + len(before[1]) == 52 and len(after[0]) + len(after[1]) == 106
+
+
+@pytest.mark.parametrize("line", ["line {}\n", "word {} "])
+def test_a_long_document_is_split_by_size_at_the_start_of_a_line(tmp_path, line):
+    """D3: its tail is validation, one document or a few; where there are no lines, it is cut in the middle."""
+    text = "".join(line.format(number) for number in range(3000))
     (tmp_path / "a.txt").write_text(text)
-    train, validation = split_texts(DataConfig(train=[files(tmp_path / "a.txt")], validation_fraction=0.1))
-    assert train[0] + validation[0] == text
-    assert train[0].endswith("\n") and 0.08 * len(text) < len(validation[0]) < 0.12 * len(text)
+    (tmp_path / "b.txt").write_text(text.upper() + "X")
+    (tmp_path / "c.txt").write_text("a few words " * 20)
+    for name, count in (("a.txt", 1), ("*.txt", 2)):
+        train, validation = split_texts(DataConfig(train=[files(tmp_path / name)], validation_fraction=0.1))
+        assert len(validation) == count
+        for head, tail, whole in zip(train, validation, (text, text.upper() + "X"), strict=False):
+            assert head + tail == whole
+            assert head.endswith("\n") == ("\n" in text) and 0.099 < len(tail) / len(whole) < 0.102
+    assert train[2] == "a few words " * 20
 
 
-def test_a_document_too_short_to_split_is_an_error(tmp_path):
-    """D4."""
+def test_documents_too_few_and_too_short_to_split_are_an_error(tmp_path):
+    """D4: with the counts, instead of a run without validation, or without training."""
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match="source 'a' has 1 document, too little to split validation off"):
+    message = r"validation_fraction {} of source 'a', which has 1 short documents, leaves {} to train on and {} for val"
+    for fraction, counts in ((0.001, (1, 0)), (0.999, (0, 1))):
+        with pytest.raises(ValueError, match=message.format(fraction, *counts)):
+            split_texts(DataConfig(train=[files(tmp_path / "a.txt")], validation_fraction=fraction))
+    (tmp_path / "a.txt").write_text("a line\n" * 2000 + "\n" * 2000)  # nothing to evaluate in its tail
+    with pytest.raises(ValueError, match="leaves 1 to train on and 0 for val"):
         split_texts(DataConfig(train=[files(tmp_path / "a.txt")]))
 
 
@@ -117,7 +145,7 @@ def test_validation_keeps_the_order_of_the_file_and_scores_each_byte_once(tmp_pa
 
 @pytest.mark.parametrize("configured", [False, True])
 def test_validation_alone_is_that_of_the_whole_run(tmp_path, configured):
-    (tmp_path / "a.txt").write_text("some line\n" * 50)
+    (tmp_path / "a.txt").write_text("some line\n" * 1100)
     train = [generated(), files(write_texts(tmp_path / "b.jsonl", [f"text {number}" for number in range(50)]))]
     other = files(tmp_path / "a.txt")
     config = DataConfig(*([train, [other]] if configured else [[*train, other]]), block_size=16)
@@ -135,7 +163,7 @@ def test_the_vocabulary_of_a_few_rows_sees_no_validation_document(tmp_path, monk
     config = DataConfig(train=[SourceConfig("hub", path=str(tmp_path / "hub"))], validation_fraction=0.5)
     train, validation = split_texts(config)
     assert list(iterate_training_texts(config, 0, limit=10)) == train[:10]
-    assert len(validation) == 50
+    assert 30 < len(validation) < 70
 
 
 def test_report_counts(tmp_path):
@@ -176,6 +204,17 @@ def test_mixture_keeps_the_proportions_and_repeats_nothing_early():
     assert abs(firsts["c"] - 50) < 15 and abs(firsts["a"] - 25) < 15  # mixed throughout
 
 
+def test_a_weight_that_makes_an_endless_epoch_is_refused():
+    """D4: before anything of its length is allocated."""
+    assert len(MixtureDataset([Numbers("a", 10), Numbers("b", 1000)], [99.5, 1], seed=0)) == 100_500
+    message = (
+        "weight 1e-09 of a source of 1000 rows makes an epoch of 1000000001000 rows, more than 100 times the 1010 rows "
+        "there are; raise the weight, or read less of the source"
+    )
+    with pytest.raises(ValueError, match=message):
+        MixtureDataset([Numbers("a", 10), Numbers("b", 1000)], [1, 1e-9], seed=0)
+
+
 def test_mixture_row_is_a_function_of_seed_and_index():
     """D2: random access gives what iterating gives; another seed another order."""
     first, second, other = (MixtureDataset([Numbers("a", 9), Numbers("b", 9)], [1, 3], seed) for seed in (0, 0, 1))
@@ -200,17 +239,17 @@ def test_too_little_to_train_on_is_an_error_with_the_counts(tmp_path):
         build_datasets(config, BYTES, batch_size=5)
 
 
-def test_token_ids_outside_the_vocabulary_are_found():
-    """D9: the largest id that occurs decides."""
-    config = DataConfig(train=[generated("stories")])
-    largest = max(build_datasets(config, BYTES).train.tokens)
-    build_datasets(config, BYTES, vocab_size=largest + 1)
-    with pytest.raises(ValueError) as error:
-        build_datasets(config, BYTES, vocab_size=largest)
-    assert str(error.value) == (
-        f"source 'stories' has token id {largest}, but the model's vocab_size is {largest}; "
-        f"use the model's own tokenizer or raise vocab_size to at least {largest + 1}"
-    )
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    """D9: whichever of its ids occur in the data; here 258, the last byte, does not."""
+    config = DataConfig(train=[generated()], block_size=16)
+    assert max(build_datasets(config, BYTES, vocab_size=259).train.tokens) < 258
+    for build in (build_datasets, build_validation):
+        with pytest.raises(ValueError) as error:
+            build(config, BYTES, vocab_size=258)
+        assert str(error.value) == (
+            "the tokenizer has token id 258, but the model's vocab_size is 258; "
+            "use the model's own tokenizer or raise vocab_size to at least 259"
+        )
 
 
 def test_workers_change_nothing():
@@ -271,7 +310,7 @@ def test_examples_of_files_have_no_difficulty(tmp_path):
 def test_nothing_is_written(tmp_path, monkeypatch):
     """Building leaves no file behind, where a cache could not be written either (D5)."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    (tmp_path / "a.txt").write_text("some text\n" * 1100)
     config = DataConfig(train=[files("a.txt"), generated()], block_size=32, preprocessing_workers=2)
     build_datasets(config, build_tokenizer(TokenizerConfig(vocab_size=280), config))
     assert os.listdir(tmp_path) == ["a.txt"]

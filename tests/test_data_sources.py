@@ -44,6 +44,25 @@ def test_globs_are_expanded_in_order_and_no_file_is_read_twice(tmp_path):
     assert rows["text"][:] == ["[odd].txt", "a.txt", "b.txt", "deep/c.txt"]
 
 
+def test_a_folder_that_exists_is_no_pattern(tmp_path, monkeypatch):
+    """Brackets in its name are its name, below it they are a pattern; also of a path relative to the current folder."""
+    folder = tmp_path / "notes [2024]" / "deep"
+    folder.mkdir(parents=True)
+    for name in ("a.txt", "b.txt", "[c].txt"):
+        (folder / name).write_text(name)
+    for path, found in (
+        (folder / "*.txt", {"a.txt", "b.txt", "[c].txt"}),
+        (folder / "[ax].txt", {"a.txt"}),
+        (folder / "[c].txt", {"[c].txt"}),  # a file of this name is there
+        (folder.parent / "**" / "[ax].txt", {"a.txt"}),
+    ):
+        assert set(load(SourceConfig("files", paths=[str(path)]))[0]["text"]) == found
+    monkeypatch.chdir(tmp_path)
+    assert len(load(SourceConfig("files", paths=["notes [2024]/**/*.txt"]))[0]) == 3
+    monkeypatch.chdir(folder)
+    assert len(load(SourceConfig("files", paths=["*.txt", "../deep/[ab].txt"]))[0]) == 5
+
+
 def test_text_columns_of_jsonl_and_parquet(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"body": "one", "id": 1}, {"body": "two", "id": 2}])
     pq.write_table(pa.table({"id": [3], "body": ["three é"]}), tmp_path / "b.parquet")
@@ -68,6 +87,7 @@ BAD_LINES = [
     (b'{"text": "\\ud800"}', "column 'text' is not UTF-8 (surrogates not allowed at character 0)"),
     (b'["text"]', "not a JSON object but list"),
     (b"[" * 100_000, "not usable JSON (nested too deeply)"),
+    (b'{"text": "fine", "n": ' + b"1" * 5000 + b"}", "not usable JSON (a number with too many digits)"),
 ]
 
 
@@ -191,6 +211,10 @@ def test_a_hub_folder_that_is_missing_is_named(tmp_path, own_cache):
         ),
         ({"kind": "files", "paths": ["a"], "streaming": True}, "streaming is True, but a source of kind files"),
         ({"kind": "hub", "path": "x", "prompt_column": "q"}, "prompt_column is 'q' and answer_column is None"),
+        (
+            {"kind": "hub", "path": "x", "prompt_column": "q", "answer_column": "q"},
+            "prompt_column and answer_column are both 'q'; name two columns",
+        ),
         ({"kind": "hub", "path": "x", "loss_on": "answer"}, "loss_on is 'answer', but the source has no answers"),
         ({"kind": "hub", "path": "x", "loss_on": "some"}, "loss_on is 'some', unknown"),
         ({"kind": "generated", "task": "addition", "num_rows": 0}, "num_rows is 0"),
@@ -246,7 +270,7 @@ def test_sources_of_files_are_called_after_a_file_or_its_folder(paths, label):
 
 def test_a_pattern_and_a_strange_name_build(tmp_path):
     for number in range(2):
-        (tmp_path / f"{number}.txt").write_text(f"text number {number} " * 50)
+        (tmp_path / f"{number}.txt").write_text(f"text number {number} " * 1000)
     config = DataConfig(
         train=[SourceConfig("files", paths=[str(tmp_path / "*.txt")], name="what? a/name:*")], block_size=16
     )

@@ -4,11 +4,14 @@ import json
 import logging
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.utils import concatenate
 from torch.utils.data import DataLoader
 
-from dataset_loading import DataConfig, SourceConfig, StreamingDataset, build_datasets, train_tokenizer
+from dataset_loading import Collator, DataConfig, SourceConfig, StreamingDataset, build_datasets, train_tokenizer
 from dataset_loading.splits import iterate_training_texts
 
 BYTES = train_tokenizer([], 259)
@@ -46,13 +49,34 @@ def as_lists(rows):
     return [{name: values.tolist() for name, values in row.items()} for row in rows]
 
 
+def texts_of(rows):
+    """The text of each row that holds a whole document: what is learned, without the end token."""
+    return [BYTES.decode(row["labels"][row["labels"] != -100][:-1]) for row in rows]
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_stream_gives_the_rows_of_the_loaded_dataset(folder, packing):
+    """Documents apart too, which are then filled up with padding, a run of its own."""
     stream = build([hub(folder)], packing=packing).train
     loaded = build([hub(folder, streaming=False)], packing=packing).train
     assert isinstance(stream, StreamingDataset) and len(loaded) > 60
-    assert as_lists(stream) == as_lists(loaded[index] for index in range(len(loaded)))
+    for index, row in enumerate(stream):
+        missing = 16 - len(loaded[index]["input_ids"])
+        assert missing == 0 or not packing
+        padding = {"input_ids": [0] * missing, "labels": [-100] * missing, "position_ids": list(range(missing))}
+        for name, filler in padding.items():
+            assert row[name].tolist() == loaded[index][name].tolist() + filler
     assert as_lists(stream) == as_lists(stream)  # a second pass is the first
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_batches_of_a_stream_can_be_joined(folder, packing):
+    """What accelerate does with those of all ranks, before it deals out their rows: one width, the same names."""
+    loader = DataLoader(build([hub(folder)], packing=packing).train, batch_size=4, collate_fn=Collator(BYTES))
+    joined = concatenate(list(loader))
+    assert joined.keys() == {"input_ids", "labels", "position_ids"}
+    learned = joined["labels"][joined["labels"] != -100].tolist()
+    assert learned == [token for text in TEXTS for token in (*BYTES(text).input_ids, BYTES.eos_token_id)]
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -78,18 +102,29 @@ def test_an_abandoned_pass_leaves_nothing_to_the_next(folder):
     assert as_lists(stream) == whole
 
 
-def test_workers_divide_the_shards(folder):
-    """Two workers read two files: together every document once."""
-    stream = build([hub(folder)], packing=False, block_size=256).train
-    rows = list(DataLoader(stream, batch_size=None, num_workers=2))
-    texts = [BYTES.decode(row["input_ids"][1:-1]) for row in rows]
-    assert sorted(texts) == sorted(TEXTS)
+@pytest.mark.parametrize("own_validation", [True, False])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_lose_and_double_nothing(folder, workers, own_validation):
+    """Two files, a worker each. Without a validation source five rows are held out in front."""
+    validation = [generated()] if own_validation else []
+    stream = build([hub(folder)], packing=False, block_size=256, validation=validation).train
+    rows = DataLoader(stream, batch_size=None, num_workers=workers)
+    assert sorted(texts_of(rows)) == sorted(TEXTS if own_validation else TEXTS[5:])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_lose_nothing_of_a_mixture(folder, workers):
+    """Of unlike numbers of files: two, and one."""
+    stream = build([hub(folder), generated()], packing=False, block_size=256, validation=[]).train
+    texts = set(texts_of(DataLoader(stream, batch_size=None, num_workers=workers)))
+    in_one_process = set(texts_of(stream))
+    assert texts == in_one_process and len(texts) > 70
 
 
 def test_streams_are_mixed_by_weight_until_each_was_read_once(folder):
     stream = build([hub(folder, weight=3.0), generated()], packing=False, block_size=256).train
-    from_hub = [BYTES.decode(row["input_ids"][1:-1]).startswith("text") for row in stream]
-    assert set(TEXTS) <= {BYTES.decode(row["input_ids"][1:-1]) for row in stream}
+    from_hub = [text.startswith("text") for text in texts_of(stream)]
+    assert set(TEXTS) <= set(texts_of(stream))
     assert 0.6 < sum(from_hub) / len(from_hub) < 0.9
     assert len(from_hub) - sum(from_hub) >= 40
 
@@ -98,9 +133,7 @@ def test_the_first_rows_of_a_stream_are_its_validation(folder):
     """D3: and train has none of them, nor has the vocabulary."""
     config = DataConfig(train=[hub(folder)], packing=False, block_size=256, streaming_validation_rows=5)
     built = build_datasets(config, BYTES)
-    validation = [BYTES.decode(row["input_ids"][1:-1]) for row in built.validation["hub"]]
-    train = [BYTES.decode(row["input_ids"][1:-1]) for row in built.train]
-    assert (validation, train) == (TEXTS[:5], TEXTS[5:])
+    assert (texts_of(built.validation["hub"]), texts_of(built.train)) == (TEXTS[:5], TEXTS[5:])
     assert list(iterate_training_texts(config, 0, 10)) == TEXTS[5:15]
 
 
@@ -116,7 +149,9 @@ def test_validation_documents_are_passed_over(folder, tmp_path):
     (tmp_path / "valid.jsonl").write_text(json.dumps({"text": TEXTS[3]}) + "\n")
     validation = [SourceConfig("files", paths=[str(tmp_path / "valid.jsonl")])]
     stream = build([hub(folder)], validation=validation, packing=False, block_size=256).train
-    assert [BYTES.decode(row["input_ids"][1:-1]) for row in stream] == TEXTS[:3] + TEXTS[4:]
+    assert texts_of(stream) == TEXTS[:3] + TEXTS[4:]
+    config = DataConfig(train=[hub(folder)], validation=validation)
+    assert list(iterate_training_texts(config, 0, limit=5)) == [*TEXTS[:3], TEXTS[4]]
 
 
 def test_bad_rows_of_a_stream_are_skipped_and_counted(folder, caplog):
@@ -126,8 +161,7 @@ def test_bad_rows_of_a_stream_are_skipped_and_counted(folder, caplog):
     stream = build([hub(folder)], max_bad_rows=2, packing=False, block_size=256).train
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            texts = [BYTES.decode(row["input_ids"][1:-1]) for row in stream]
-            assert texts == ["good", "fine", *TEXTS[30:]]
+            assert texts_of(stream) == ["good", "fine", *TEXTS[30:]]
     assert [record.getMessage() for record in caplog.records] == [
         f"skipped a bad row of hub, row {number}: column 'text' is empty" for number in (2, 4, 2, 4)
     ]
@@ -137,6 +171,19 @@ def test_bad_rows_of_a_stream_are_skipped_and_counted(folder, caplog):
         list(build([hub(folder)], max_bad_rows=1).train)
     with pytest.raises(ValueError, match="hub, row 4:"):  # numbered from the front, where one row went to validation
         list(build([hub(folder)], max_bad_rows=1, validation=[], streaming_validation_rows=1).train)
+
+
+@pytest.mark.parametrize("is_parquet", [False, True])
+def test_a_column_that_a_stream_lacks_is_named(folder, is_parquet):
+    """D8: whether the format says what columns there are, or the first row has to."""
+    if is_parquet:
+        for path in folder.iterdir():
+            path.unlink()
+        pq.write_table(pa.table({"body": ["x"], "id": [1]}), folder / "train.parquet")
+    else:
+        (folder / "train-0.jsonl").write_text('{"body": "x", "id": 1}\n')
+    with pytest.raises(ValueError, match="source 'hub' has no column 'text', only body, id; correct it"):
+        build([hub(folder)])
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder):

@@ -1,10 +1,28 @@
 """Tokenizers trained on the run's documents and loaded ones."""
 
-import pytest
-from transformers import AutoTokenizer
+import json
+import random
+import shutil
+from types import SimpleNamespace
 
-from dataset_loading import DataConfig, SourceConfig, TokenizerConfig, build_tokenizer, load_tokenizer, train_tokenizer
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import pretrain
+from dataset_loading import (
+    DataConfig,
+    SourceConfig,
+    TokenizerConfig,
+    build_tokenizer,
+    documents,
+    load_tokenizer,
+    pieces,
+    train_tokenizer,
+)
 from dataset_loading.documents import encode_batch
+from tests.test_pretrain import write_config
 
 TEXTS = ["the cat sat on the mat, 1234 times", "a cat and a hat 12", "the hat sat 34"] * 5
 ODD_TEXTS = [
@@ -20,7 +38,7 @@ ODD_TEXTS = [
 
 
 def encode(tokenizer, text):
-    return encode_batch({"text": [text]}, tokenizer, " ", "all")["tokens"][0][1:-1]
+    return encode_batch({"text": [text]}, tokenizer, " ", "all")["tokens"][0][1:-1].tolist()
 
 
 @pytest.mark.parametrize("vocab_size", [259, 300])
@@ -95,3 +113,153 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     """D8."""
     with pytest.raises(ValueError, match="nowhere' cannot be loaded"):
         load_tokenizer(str(tmp_path / "nowhere"))
+
+
+# -------------------------------------------------------------------------------------------------------- long texts
+
+
+def whitespace_salad(length, seed=0):
+    """Words, digits, signs and every kind of white space, in runs of up to three."""
+    generator = random.Random(seed)
+    parts = ["the", "cat's", "12", "größer", "日本", "🙂", "...", "<|end|>", " ", "  ", "\n", "\r\n", "\t", "\u2003"]
+    weights = [8] * 8 + [30, 3, 8, 4, 2, 1]
+    return "".join(generator.choices(parts, weights, k=length))
+
+
+def like_llama_3():
+    """A byte-level vocabulary whose pretokenizer keeps line ends with the signs in front of them."""
+    tokenizer = Tokenizer(models.BPE())
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    return tokenizer
+
+
+def like_llama_2():
+    """No pretokenizer, and a mark in front of every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tokenizer
+
+
+def like_t5():
+    """Words with a mark in front of each, runs of white space as one mark."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    return tokenizer
+
+
+def trained(tokenizer):
+    """Some merges across signs and white space, where the pretokenizer lets them be."""
+    names = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=names, show_progress=False)
+    tokenizer.train_from_iterator([whitespace_salad(500, seed) for seed in range(3)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=names[0], bos_token=names[1], eos_token=names[2]
+    )
+
+
+TOKENIZERS = {
+    "bytes": (lambda: train_tokenizer([], 259), True),
+    "own": (lambda: train_tokenizer([whitespace_salad(2000)], 400), True),
+    "own, digits apart": (lambda: train_tokenizer([whitespace_salad(2000)], 400, split_digits=True), True),
+    "like Llama 3": (lambda: trained(like_llama_3()), True),
+    "like Llama 2": (lambda: trained(like_llama_2()), False),
+    "like T5": (lambda: trained(like_t5()), True),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
+    """Whatever the tokenizer; one that marks the beginning of every text gets it whole."""
+    make, is_cut = TOKENIZERS[name]
+    tokenizer, pieces_encoded = make(), 0
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    monkeypatch.setattr(pieces, "PIECE_LENGTH", 50)
+    for seed in range(10):
+        text = whitespace_salad(1000, seed)
+        assert encode(tokenizer, text) == backend.encode(text, add_special_tokens=False).ids
+        pieces_encoded += len(list(pieces.cut_text(text, backend)))
+    assert pieces_encoded > 200 if is_cut else pieces_encoded == 10
+
+
+def test_a_text_without_white_space_is_one_piece(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_LENGTH", 50)
+    assert list(pieces.cut_text("x" * 500)) == ["x" * 500]
+
+
+def test_a_vocabulary_from_pieces_is_that_of_the_whole_texts(monkeypatch):
+    texts = [whitespace_salad(3000, seed) for seed in range(3)]
+    whole = train_tokenizer(texts, 400).backend_tokenizer.to_str()
+    monkeypatch.setattr(pieces, "PIECE_LENGTH", 50)
+    assert train_tokenizer(texts, 400).backend_tokenizer.to_str() == whole
+
+
+def test_little_is_encoded_at_a_time(monkeypatch):
+    """The encodings of a text take a hundred times its memory and more: a long text, and many short ones."""
+    backend, encoded = train_tokenizer(TEXTS, 300).backend_tokenizer, []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(backend, name)
+
+        def encode_batch_fast(self, texts, **options):
+            encoded.append(sum(map(len, texts)))
+            return backend.encode_batch_fast(texts, **options)
+
+    monkeypatch.setattr(pieces, "PIECE_LENGTH", 1000)
+    monkeypatch.setattr(documents, "PIECE_LENGTH", 1000)
+    tokenizer = SimpleNamespace(backend_tokenizer=Watched(), bos_token_id=1, eos_token_id=2)
+    texts = [whitespace_salad(9000), *(whitespace_salad(50, seed) for seed in range(200))]
+    batch = encode_batch({"text": texts}, tokenizer, " ", "all")
+    assert sum(encoded) == sum(map(len, texts)) and max(encoded) < 2100
+    for text, tokens in zip(texts, batch["tokens"], strict=True):
+        assert tokens.dtype == np.int32
+        assert tokens.tolist() == [1, *backend.encode(text).ids, 2]
+
+
+# ----------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder with one text."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("the cat sat on the mat\n" * 600)
+    return tmp_path / "texts"
+
+
+def add_text(folder):
+    (folder / "b.txt").write_text("quick brown foxes jump over\n" * 6000)
+
+
+@pytest.mark.parametrize("place", ["checkpoint-3", "."])
+def test_a_resumed_run_keeps_the_tokenizer_that_it_began_with(texts, tmp_path, place):
+    """From the checkpoint, or the run folder above; whatever the documents are by then, and whatever `path` says."""
+    data = DataConfig(train=[SourceConfig("files", paths=[str(texts / "*.txt")])])
+    config = TokenizerConfig(vocab_size=275)
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"checkpoint-3 nor the folder above has the tokenizer\.json"):
+        build_tokenizer(config, data, resume_point=str(checkpoint))
+    first = build_tokenizer(config, data)
+    first.save_pretrained(tmp_path / "run" / place)
+    add_text(texts)
+    assert build_tokenizer(config, data).get_vocab() != first.get_vocab()
+    for asked in (config, TokenizerConfig(path=str(tmp_path / "elsewhere"))):
+        assert build_tokenizer(asked, data, resume_point=str(checkpoint)).get_vocab() == first.get_vocab()
+
+
+def test_a_run_goes_on_with_its_tokenizer_after_files_were_added(texts, tmp_path):
+    """Through `pretrain.py`; a vocabulary trained anew would be that of the larger file."""
+    data = {"train": [{"kind": "files", "paths": ["texts/*.txt"]}], "validation": []}
+    sizes = {"model": {"vocab_size": 275}, "tokenizer": {"vocab_size": 275}}
+    out = tmp_path / "out"
+    flags = ["--config", str(write_config(tmp_path, data=data, **sizes)), "--training.output_dir", str(out)]
+    pretrain.main(flags)
+    vocabulary = json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]
+    shutil.rmtree(out / "checkpoint-6")
+    add_text(texts)
+    pretrain.main([*flags, "--training.resume_from_checkpoint", "true"])
+    assert json.loads((out / "tokenizer.json").read_text())["model"]["vocab"] == vocabulary
