@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with one_line_errors():
             check_output_dir(run)
             resume_point = find_resume_point(run.training)
-            trainer = build_trainer(run)
+            trainer = build_trainer(run, resume_point)
         if trainer.is_world_process_zero():
             run.save(os.path.join(run.training.output_dir, "config.yaml"))
         train(trainer, resume_point)
@@ -82,7 +82,7 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
-def build_trainer(run: RunConfig) -> Trainer:
+def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
     """Tokenizer, data, model and trainer of a run, all checked, nothing written.
 
     Raises:
@@ -90,7 +90,7 @@ def build_trainer(run: RunConfig) -> Trainer:
     """
     args = run.training
     trainer_class = get_trainer_class(run.trainer)
-    tokenizer = build_tokenizer(run.tokenizer, run.data, seed=args.seed)
+    tokenizer = build_tokenizer(run.tokenizer, run.data, seed=args.seed, resume_point=resume_point)
     datasets = build_datasets(
         run.data,
         tokenizer,
