@@ -11,7 +11,7 @@ MOVES = {"a": "23451", "b": "21453", "c": "54213", "d": "34512"}
 """Where a ball under cup 1, 2, 3, 4, 5 is after a move. The moves together reach every order of the cups; none leaves
 a ball where it is."""
 
-NUM_MOVES = 8
+NUM_MOVES = 6
 """Moves in a prompt, those before the letter included."""
 MOST_SHARED_MOVES = 3
 """Up to here there are 5 * (4 + 16 + 64) = 420 questions in all, too few to divide them among train and validation."""
@@ -20,8 +20,8 @@ MOST_SHARED_MOVES = 3
 class Cups(GeneratedTask):
     """Follow a ball through `difficulty` moves of five cups; the answer is the cup.
 
-    The capital letter puts the ball under a cup, so moves before it do not count. They fill the prompt up to eight
-    moves: all are equally long up to there, and of one move there are as many different ones as of eight. Start and
+    The capital letter puts the ball under a cup, so moves before it do not count. They fill the prompt up to six
+    moves: all are equally long up to there, and of one move there are as many different ones as of six. Start and
     answer are written differently: a digit is always an answer, after which the text ends.
 
     **The same questions of one to three moves occur in train, validation and test**, after other moves that do not
@@ -35,7 +35,7 @@ class Cups(GeneratedTask):
     """
 
     name = "cups"
-    default_difficulty = (1, 8)
+    default_difficulty = (1, 6)
 
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
         start, moves = rng.choice("VWXYZ"), rng.choices("abcd", k=max(difficulty, NUM_MOVES))
