@@ -96,7 +96,7 @@ def choose_device(name: str | None) -> torch.device:
         return best_device()
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device would give no number back
     except DEVICE_ERRORS as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(

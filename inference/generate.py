@@ -66,11 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     set_up_logging(args.log_level)
     sampling = sampling_options(parser, args)
-    prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
-    if not prompt.strip():
-        parser.error("the prompt is empty: give --prompt TEXT, or a text on standard input.")
     logger.info("%s", device_report())
     try:
+        prompt = read_prompt(args.prompt)
         device = choose_device(args.device)
         model, tokenizer = load_model(args.checkpoint, device, args.dtype and getattr(torch, args.dtype))
         ids = encode_prompt(tokenizer, prompt).to(device)
@@ -95,9 +93,30 @@ def sampling_options(parser: arguments.OneLineParser, args: argparse.Namespace) 
     return {"do_sample": False}
 
 
+def read_prompt(given: str | None) -> str:
+    """The prompt that was given, or standard input.
+
+    Raises:
+        ValueError: it is empty, or not UTF-8.
+    """
+    try:
+        prompt = sys.stdin.read().removesuffix("\n") if given is None else given
+        prompt.encode("utf-8")  # what an argument has that is not UTF-8 came as surrogates
+    except UnicodeError as error:
+        raise ValueError(
+            f"the prompt is not UTF-8 ({error.reason} at {error.start}): convert it, e.g. with iconv."
+        ) from error
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give --prompt TEXT, or a text on standard input.")
+    return prompt
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.LongTensor:
-    """Token ids (1, sequence) of a document that begins with the prompt: the begin token, if there is one, in front."""
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    """Token ids (1, sequence) of a document that begins with the prompt: the begin token, if there is one, in front.
+
+    As in training, special tokens that are written in the text are text.
+    """
+    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
     return torch.tensor([ids])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 
 
 def load_model(
@@ -26,19 +28,20 @@ def load_model(
     """Load a language model and its tokenizer, ready for evaluation.
 
     Args:
-        path: a checkpoint folder, or a run folder; of a run folder without weights the newest complete checkpoint.
+        path: a checkpoint folder, or a run folder; of a run folder its newest complete weights (`find_checkpoint`).
         device: where the model goes.
         dtype: of the weights; None keeps that of the checkpoint.
 
     Raises:
         FileNotFoundError: no such folder, or no complete model in it.
-        ValueError: the folder holds another kind of model, or its weights do not fit its config.
+        ValueError: the folder holds another kind of model, its weights do not fit its config, or a file is damaged.
     """
     folder = find_checkpoint(path)
-    check_model_type(folder)
+    config = load_config(folder)
     try:
         model, report = MegaTransformerForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             local_files_only=True,
@@ -48,7 +51,7 @@ def load_model(
     except SafetensorError as error:
         raise ValueError(f"The weights in {folder} are damaged ({error}): use another checkpoint.") from error
     check_loading(folder, report)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer in {folder} has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: "
@@ -73,20 +76,35 @@ def check_loading(folder: Path, report: dict) -> None:
             )
 
 
-def check_model_type(folder: Path) -> None:
-    """Raise ValueError unless config.json is that of our language model."""
+def load_config(folder: Path) -> MegaTransformerTextConfig:
+    """The configuration in config.json; ValueError names the file if it is not that of our language model."""
     expected = MegaTransformerTextConfig.model_type
     found = read_json(folder / "config.json").get("model_type")
     if found != expected:
         raise ValueError(
             f"{folder} holds a model of type {found!r}, not {expected!r}: give a checkpoint that pretrain.py wrote."
         )
+    try:
+        return MegaTransformerTextConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, TypeError, AttributeError) as error:  # what transformers itself keeps there is not checked
+        raise ValueError(
+            f"{folder / 'config.json'} is wrong ({error}): correct it, or use another checkpoint."
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; ValueError names its files if they are damaged."""
+    try:
+        # Left out, transformers asks at the terminal whether it may run the model's code.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library of tokenizers raises nothing narrower
+        files = " or ".join(TOKENIZER)
+        raise ValueError(f"{files} in {folder} is damaged ({type(error).__name__}: {error}): use another.") from error
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The folder that holds the weights: the path itself, or the newest complete checkpoint-N in it.
-
-    Incomplete checkpoints are passed over with a warning that says why.
+    """The newest complete weights of a folder: its own, or those of a checkpoint-N in it with more steps, as there are
+    where a finished run went on. Warnings name what is incomplete, and weights of the folder that are not the newest.
 
     Raises:
         FileNotFoundError: the path does not exist, is no folder, or holds no complete model.
@@ -96,33 +114,50 @@ def find_checkpoint(path: str | Path) -> Path:
         raise FileNotFoundError(f"{folder} does not exist: give the folder of a run or of a checkpoint.")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is a file: give the folder of a run or of a checkpoint.")
-    problem = incompleteness(folder)
-    if problem is None:
-        return folder
     named = ((CHECKPOINT_NAME.fullmatch(child.name), child) for child in folder.iterdir() if child.is_dir())
     checkpoints = sorted((int(match[1]), child) for match, child in named if match)
-    for _, checkpoint in reversed(checkpoints):
-        reason = incompleteness(checkpoint)
+    own = [(trained_steps(folder), folder)] if has_weights(folder) else []
+    for _, candidate in sorted([*own, *checkpoints], key=lambda pair: pair[0], reverse=True):
+        reason = incompleteness(candidate)
         if reason is None:
-            return checkpoint
-        logger.warning("%s is passed over: it %s", checkpoint, reason)
+            if own and candidate != folder:
+                logger.warning("%s is loaded, not the weights in %s itself", candidate, folder)
+            return candidate
+        if checkpoints:  # else the error below says it
+            logger.warning("%s is passed over: it %s", candidate, reason)
     also = f", nor do its {len(checkpoints)} checkpoints" if checkpoints else " and no checkpoint-N folder"
     raise FileNotFoundError(
-        f"{folder} holds no complete model (it {problem}){also}: give the folder of a run or of a checkpoint."
+        f"{folder} holds no complete model (it {incompleteness(folder)}){also}: give the folder of a run or of a "
+        "checkpoint."
     )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights, complete or not."""
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def trained_steps(folder: Path) -> float:
+    """Optimizer steps behind the weights of a folder; infinite, newer than all, where no trainer_state.json says so."""
+    try:
+        return read_json(folder / "trainer_state.json")["global_step"]
+    except (OSError, ValueError, KeyError):
+        return math.inf
 
 
 def incompleteness(folder: Path) -> str | None:
     """Why a folder is no complete checkpoint, as the end of a sentence that begins with "it"; None if it is one."""
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", *TOKENIZER):
         if not (folder / name).is_file():
             return f"has no {name}"
-    if (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    elif (folder / INDEX).is_file():
-        files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-    else:
+    if not has_weights(folder):
         return f"has no {WEIGHTS}"
+    try:
+        for name in ("config.json", *TOKENIZER):
+            read_json(folder / name)
+        files = weight_files(folder)
+    except ValueError as error:
+        return f"is damaged: {error}"
     for name in files:
         if not (folder / name).is_file():
             return f"lacks the weights file {name}"
@@ -134,12 +169,22 @@ def incompleteness(folder: Path) -> str | None:
     return None
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files with weights; ValueError for an index that names none."""
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()) or not files:
+        raise ValueError(f"{folder / INDEX} has no weight_map from weights to files")
+    return sorted(set(files.values()))
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError names the file if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): use another checkpoint.") from error
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object: use another checkpoint.")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
     return content

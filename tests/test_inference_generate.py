@@ -118,6 +118,22 @@ def test_a_prompt_gets_exactly_one_begin_token():
     assert ids[0].tolist() == [1, *tokenizer("the cat")["input_ids"]]
 
 
+def test_special_tokens_in_a_prompt_are_text(checkpoint, capsys):
+    """As in the documents of training: the end token would otherwise end the prompt in its middle."""
+    tokenizer = tiny_tokenizer()
+    ids = encode_prompt(tokenizer, "a<|end|>b<|pad|>")[0].tolist()
+    assert ids[0] == 1 and set(ids[1:]) & {0, 1, 2} == set()
+    assert tokenizer.decode(ids[1:]) == "a<|end|>b<|pad|>"
+    assert tokenizer("<|end|>")["input_ids"] == [2]  # whoever asks for the token itself still gets it
+
+
+def test_a_prompt_that_is_not_utf8_is_one_line(checkpoint, capsys, monkeypatch):
+    """G4: as an argument, where Python keeps such bytes as surrogates, and on standard input."""
+    check_error(capsys, [checkpoint, "--prompt", os.fsdecode(b"caf\xe9")], "the prompt is not UTF-8 (surrogates not")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    check_error(capsys, [checkpoint], "the prompt is not UTF-8 (invalid continuation byte at 3): convert it")
+
+
 BAD_ARGUMENTS = [
     (["--num-steps", "0"], "argument --num-steps: 0 is less than 1: give the number of times the core is applied"),
     (["--num-steps", "-1"], "argument --num-steps: -1 is less than 1: give the number of times"),
@@ -150,6 +166,7 @@ BAD_ARGUMENTS = [
     (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (choose from"),
     (["--device", "cuda:99"], "Device 'cuda:99' does not work here ("),
     (["--device", "toaster"], "Device 'toaster' does not work here ("),
+    (["--device", "meta"], "Device 'meta' does not work here ("),
     (["--log-level", "loud"], "argument --log-level: invalid choice: 'loud'"),
     (["--num-step", "4"], "unknown argument '--num-step': did you mean --num-steps?"),
     (["--temprature=1"], "unknown argument '--temprature': did you mean --temperature?"),

@@ -90,8 +90,53 @@ def test_another_model_is_an_error_that_names_it(checkpoint):
 
 def test_a_config_that_is_no_json_is_an_error_that_names_the_file(checkpoint):
     (checkpoint / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+    with pytest.raises(FileNotFoundError, match=r"it is damaged: .*config\.json is not valid JSON"):
         load_model(checkpoint)
+
+
+@pytest.mark.parametrize(("key", "value"), [("dtype", "fp16"), ("auto_map", 3), ("hidden_size", "wide")])
+def test_a_config_with_a_wrong_value_is_an_error_that_names_the_file(checkpoint, key, value):
+    edit_config(checkpoint, **{key: value})
+    with pytest.raises(ValueError, match=r"checkpoint/config\.json is wrong \(.*use another"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["", '{"version": "1.0", ', "[]"])
+def test_a_tokenizer_that_is_no_json_object_is_an_error_that_names_the_file(checkpoint, name, text):
+    (checkpoint / name).write_text(text)
+    with pytest.raises(FileNotFoundError, match=rf"it is damaged: .*{name} (is not valid JSON|holds a list)"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"added_tokens": [], "model": {"type": "BPE"}}'])
+def test_a_tokenizer_without_its_parts_is_an_error_that_names_the_files(checkpoint, text):
+    (checkpoint / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json or tokenizer\.json in .*checkpoint is damaged"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", *(f'{{"weight_map": {files}}}' for files in ("3", "{}", '{"a": 5}'))]
+)
+def test_a_damaged_index_is_an_error_that_names_the_file(checkpoint, text):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(FileNotFoundError, match=r"it is damaged: .*model\.safetensors\.index\.json "):
+        load_model(checkpoint)
+
+
+def test_nobody_is_asked_whether_to_run_code(checkpoint, monkeypatch):
+    """transformers asks at the terminal where it is not told."""
+    told = {}
+
+    def from_pretrained(folder, **options):
+        told.update(options)
+        return tiny_tokenizer()
+
+    monkeypatch.setattr("inference.loading.AutoTokenizer.from_pretrained", from_pretrained)
+    load_model(checkpoint)
+    assert told["trust_remote_code"] is False
 
 
 def test_a_foreign_tokenizer_is_an_error(checkpoint):
@@ -130,9 +175,33 @@ def test_the_newest_complete_checkpoint_of_a_run(original, tmp_path, caplog):
     ]
 
 
-def test_a_run_folder_with_weights_is_its_own_checkpoint(checkpoint, original):
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        (None, "."),  # not the folder of a run
+        ("{", "."),
+        ('{"global_step": 12}', "."),
+        ('{"global_step": 10}', "."),
+        ('{"global_step": 9}', "checkpoint-10"),  # the run went on, and was stopped
+    ],
+)
+def test_of_a_folder_with_weights_the_newest_count(checkpoint, original, caplog, state, found):
+    for step in (5, 10):
+        shutil.copytree(original, checkpoint / f"checkpoint-{step}")
+    if state is not None:
+        (checkpoint / "trainer_state.json").write_text(state)
+    with caplog.at_level(logging.WARNING, logger="inference.loading"):
+        assert find_checkpoint(checkpoint) == checkpoint / found
+    warning = f"{checkpoint / found} is loaded, not the weights in {checkpoint} itself"
+    assert [record.getMessage() for record in caplog.records] == ([] if found == "." else [warning])
+
+
+def test_damaged_weights_of_a_run_folder_are_passed_over(checkpoint, original, caplog):
     shutil.copytree(original, checkpoint / "checkpoint-5")
-    assert find_checkpoint(checkpoint) == checkpoint
+    (checkpoint / "tokenizer.json").unlink()
+    with caplog.at_level(logging.WARNING, logger="inference.loading"):
+        assert find_checkpoint(checkpoint) == checkpoint / "checkpoint-5"
+    assert caplog.records[0].getMessage() == f"{checkpoint} is passed over: it has no tokenizer.json"
 
 
 def test_only_incomplete_checkpoints_are_an_error(original, tmp_path):
