@@ -8,6 +8,7 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 import dataclasses
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,13 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             depths = [None]
         byte_lengths = token_byte_lengths(tokenizer)
+        output = make_folder(args.output or Path(args.checkpoint) / "evaluation")
         rows = depth_table(model, depths, texts, examples, Collator(tokenizer), byte_lengths, args.batch_size)
+        sys.stdout.write(markdown_table(rows))
+        about = {"checkpoint": str(checkpoint), "data": dataclasses.asdict(run.data), "limit": args.limit}
+        paths = save_depth_table(rows, output, about)
+        sys.stdout.write("\nwritten to " + ", ".join(map(str, paths)) + "\n")
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
-    about = {"checkpoint": str(checkpoint), "data": dataclasses.asdict(run.data), "limit": args.limit}
-    paths = save_depth_table(rows, args.output or Path(args.checkpoint) / "evaluation", about)
-    sys.stdout.write(markdown_table(rows) + "\nwritten to " + ", ".join(map(str, paths)) + "\n")
     return 0
 
 
@@ -87,6 +90,22 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's")
     return parser
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if missing, in which a file could be written just now.
+
+    Raises:
+        ValueError: none could.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written ({error.strerror}): name another folder with --output."
+        ) from error
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

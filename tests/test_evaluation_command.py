@@ -175,6 +175,26 @@ def test_bad_folders_are_one_line(plain_folder, tmp_path, capsys):
     )
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(run_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("evaluate.depth_table", None)
+    for output, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
+        argv = [str(run_folder / "checkpoint-20"), "--limit", "2", "--output", str(output)]
+        check_error(capsys, argv, f"{output} cannot be written ({reason}): name another folder with --output")
+
+
+def test_a_table_that_cannot_be_written_is_shown_all_the_same(plain_folder, tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("evaluate.save_depth_table", fail)
+    with pytest.raises(SystemExit) as stop:
+        main([str(plain_folder), "--limit", "2", "--output", str(tmp_path / "out")])
+    found = capsys.readouterr()
+    assert stop.value.code == 2 and "| no core |" in found.out
+    assert "evaluate.py: error: [Errno 28] No space left on device" in found.err
+
+
 def test_a_checkpoint_without_a_run_takes_its_data_from_a_file(plain_folder, tmp_path, capsys):
     lonely = shutil.copytree(plain_folder, tmp_path / "a" / "lonely")
     config = (lonely / "config.yaml").rename(tmp_path / "data.yaml")
