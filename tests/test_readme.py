@@ -44,7 +44,13 @@ def prepared(command: str, folder: Path) -> list[str]:
 def run(words: list[str], **kwargs) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        words, cwd=REPOSITORY, env={**os.environ, "PATH": path}, capture_output=True, text=True, **kwargs
+        words,
+        cwd=REPOSITORY,
+        env={**os.environ, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        **kwargs,
     )
 
 
@@ -55,7 +61,7 @@ def test_every_command_runs(tmp_path):
     (tmp_path / "my" / "b.txt").write_text("The clocks were striking thirteen. " * 400)
     ran = []
     for command in commands("bash"):
-        if command.startswith(("make ", "tensorboard ")):
+        if command.startswith(("make ", "source ", "tensorboard ")):
             continue
         process = run(prepared(command, tmp_path))
         assert process.returncode == 0, f"{command}\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
@@ -66,6 +72,14 @@ def test_every_command_runs(tmp_path):
     process = run([sys.executable, "-c", script])
     assert process.returncode == 0, process.stderr[-3000:]
     assert "The wind" in process.stdout
+    assert "Do you wish to run the custom code?" not in process.stdout + process.stderr
+
+
+def test_the_environment_is_entered_before_its_commands():
+    """`make` sets it up and needs nothing entered; all other commands follow the one that enters it."""
+    is_make = [command.startswith("make ") for command in commands("bash")]
+    entered = commands("bash").index("source .venv/bin/activate")
+    assert all(is_make[:entered]) and not any(is_make[entered:])
 
 
 def test_make_targets_of_the_readme_exist():
