@@ -10,17 +10,17 @@ from collections.abc import Sequence
 
 import torch
 from datasets import disable_progress_bars
-from transformers import PreTrainedTokenizerFast, Trainer, set_seed
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, set_seed
 
 from callbacks import add_callbacks, size_table
-from configs import RunConfig, check_output_dir, load_config, one_line_errors
+from configs import RunConfig, check_optimizer, check_output_dir, load_config, one_line_errors
 from dataset_loading import Collator, build_datasets, build_tokenizer
-from evaluation import trainer_metrics
+from evaluation import METRICS, trainer_metrics
 from inference.devices import device_report
 from inference.shutdown import end_process
 from model import MegaTransformerForCausalLM
 from model.recurrence import draw_training_states, sample_depth
-from trainers import describe_needs, find_resume_point, get_trainer_class
+from trainers import check_weights, describe_needs, find_resume_point, get_trainer_class
 
 logger = logging.getLogger("pretrain")
 
@@ -46,11 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("%s", device_report())
     try:
         with one_line_errors():
+            run.training.check_launcher()
             check_output_dir(run)
             resume_point = find_resume_point(run.training)
+            if resume_point is not None:
+                check_optimizer(run, resume_point)
             trainer = build_trainer(run, resume_point)
-        if trainer.is_world_process_zero():
-            run.save(os.path.join(run.training.output_dir, "config.yaml"))
+        trainer.add_callback(ConfigWriter(run))
         train(trainer, resume_point)
     finally:
         # Left open, the group makes the launcher wait, or report a failure that was none.
@@ -63,7 +65,7 @@ def describe_run(run: RunConfig) -> str:
     """What a run would need, from the shapes of its model: no weights, no data, no tokenizer.
 
     Raises:
-        SystemExit: with code 2, for a number of GPUs or a DeepSpeed file that is none.
+        SystemExit: with code 2, for a number of GPUs that is none.
     """
     with torch.device("meta"):
         model = MegaTransformerForCausalLM(run.model)
@@ -82,11 +84,26 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
+class ConfigWriter(TrainerCallback):
+    """Writes config.yaml when training begins: all is built and loaded then, and no refused start has replaced the file
+    of an earlier run.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Write it, on the first rank."""
+        if state.is_world_process_zero:
+            self.run.save(os.path.join(args.output_dir, "config.yaml"))
+
+
 def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
     """Tokenizer, data, model and trainer of a run, all checked, nothing written.
 
     Raises:
-        ValueError: for data that cannot be read, or that do not fit the model.
+        ValueError: for data that cannot be read, or that do not fit the model; for a checkpoint or options of training
+            that do not fit either.
     """
     args = run.training
     trainer_class = get_trainer_class(run.trainer)
@@ -98,8 +115,12 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
         vocab_size=run.model.vocab_size,
         batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
     )
+    args.choose_best_metric([f"eval_{source}_{name}" for source in datasets.validation for name in METRICS])
+    model = build_model(run, tokenizer)
+    if resume_point is not None:
+        check_weights(resume_point, model)
     trainer = trainer_class(
-        model=build_model(run, tokenizer),
+        model=model,
         args=args,
         train_dataset=datasets.train,
         eval_dataset=datasets.validation,

@@ -11,6 +11,7 @@ import difflib
 import enum
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -31,6 +32,8 @@ from callbacks import CallbacksConfig
 from dataset_loading.configuration import DataConfig, TokenizerConfig
 from model import MegaTransformerTextConfig
 from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
 MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {cls.model_type: cls for cls in (MegaTransformerTextConfig,)}
@@ -107,29 +110,56 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a ValueError into one line on stderr (of each machine's first rank) and exit code 2."""
+    """Turn a ValueError or OSError into one line on stderr (of each machine's first rank) and exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        logger.debug("Where it failed:", exc_info=True)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
 
 
 def check_output_dir(run: RunConfig) -> None:
-    """Refuse to write into the folder of another model.
+    """Refuse to write where nothing can be written, or into the folder of another model.
 
     Raises:
-        ValueError: if the output folder holds a run whose model or tokenizer differs; names the first key that does.
+        ValueError: if the output folder cannot be made, or holds a run whose model or tokenizer differs; names the
+            first key that does.
     """
-    path = Path(run.training.output_dir) / "config.yaml"
-    there, here = (flatten(tree) for tree in (read_yaml(path) if path.exists() else run.resolved, run.resolved))
-    for key in here | there:
-        if key.startswith(("model.", "tokenizer.")) and there.get(key) != here.get(key):
-            raise ValueError(
-                f"training.output_dir: {run.training.output_dir} holds another model: {key} is {there.get(key)!r} "
-                f"there and {here.get(key)!r} here; choose another output_dir"
-            )
+    name = run.training.output_dir
+    folder = Path(name).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (name and there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"training.output_dir: {name!r} is no folder that can be written; choose another")
+    if difference := first_difference(folder, run, ("model.", "tokenizer.")):
+        raise ValueError(f"training.output_dir: {name} holds another model: {difference}; choose another output_dir")
+
+
+def check_optimizer(run: RunConfig, checkpoint: str | Path) -> None:
+    """Refuse to go on from a checkpoint with another optimizer than that of its run, whose state would not fit.
+
+    Raises:
+        ValueError: for another optimizer, or other arguments of it.
+    """
+    if difference := first_difference(Path(checkpoint).absolute().parent, run, ("training.optim",)):
+        raise ValueError(
+            f"training.resume_from_checkpoint: {checkpoint} has the state of another optimizer: {difference}; go on "
+            "with the same one"
+        )
+
+
+def first_difference(folder: Path, run: RunConfig, prefixes: tuple[str, ...]) -> str | None:
+    """How a run differs from the one whose config.yaml is in a folder, if there is one: the first key that begins with
+    one of the prefixes. Options that are younger than that file have their defaults there.
+    """
+    if not (folder / "config.yaml").exists():
+        return None
+    defaults = resolve(["--model.model_type", run.model.model_type])
+    there, here = flatten(defaults) | flatten(read_yaml(folder / "config.yaml")), flatten(run.resolved)
+    different = (key for key in here | there if key.startswith(prefixes) and there.get(key) != here.get(key))
+    key = next(different, None)
+    return key and f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
 
 
 # --------------------------------------------------------------------------------------------- from arguments to values
@@ -406,7 +436,7 @@ def build(cls: type, values: dict[str, Any], key: str) -> Any:
             values[name] = build(nested, value, f"{key}.{name}")
     try:
         return cls(**values)
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         reason = str(error).removeprefix(cls.__name__)
         raise ValueError(f"{key}{reason}" if reason.startswith((".", ":")) else f"{key}: {reason}") from error
 
@@ -417,9 +447,20 @@ def find_deepspeed(value: Any) -> Any:
         return value
     for path in (Path(value), DEEPSPEED_FOLDER / value, DEEPSPEED_FOLDER / f"{value}.json"):
         if path.is_file():
+            check_deepspeed_file(path)
             return str(path)
     known = ", ".join(sorted(path.stem for path in DEEPSPEED_FOLDER.glob("*.json")))
     raise ValueError(f"training.deepspeed: {value} does not exist; give a path or one of {known}")
+
+
+def check_deepspeed_file(path: Path) -> None:
+    """Raises ValueError for a file that holds no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"training.deepspeed: {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"training.deepspeed: {path} holds a {type(content).__name__}, not an object")
 
 
 def check_positions(model: PreTrainedConfig, block_size: int) -> None:

@@ -31,8 +31,10 @@ anything is built. The `config.yaml` of a run folder holds every option as it wa
 """
 OF_TRAINING = """\
 The options that this project adds to `transformers.TrainingArguments`, or declares anew; all others are those of
-`transformers.TrainingArguments`. `deepspeed` may also be a name in `configs/deepspeed/`. `max_steps` is at least 1, or
--1 to count in `num_train_epochs`, and these inherited ones have a range here that transformers does not check:
+`transformers.TrainingArguments`. `deepspeed` may also be a name in `configs/deepspeed/`. `metric_for_best_model` is
+`eval_NAME_loss`, `eval_NAME_perplexity` or `eval_NAME_bits_per_byte` of a validation source; where a best model is
+asked for, the loss of the first source by default. `max_steps` is at least 1, or -1 to count in `num_train_epochs`, and
+these inherited ones have a range here that transformers does not check:
 
 """
 HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"

@@ -1,9 +1,10 @@
 """Measures: exact losses over whole sets, and tables of what depth buys."""
 
 from .depth import DepthRow, ExactMatch, depth_table, markdown_table, save_depth_table
-from .metrics import compute_metrics, metrics_from_sums, token_byte_lengths, token_nll, trainer_metrics
+from .metrics import METRICS, compute_metrics, metrics_from_sums, token_byte_lengths, token_nll, trainer_metrics
 
 __all__ = [
+    "METRICS",
     "DepthRow",
     "ExactMatch",
     "compute_metrics",

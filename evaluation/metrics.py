@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tokenizers import decoders
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+METRICS = ("loss", "perplexity", "bits_per_byte")  # of `metrics_from_sums`; each is better when it is smaller
 BYTE_FALLBACK_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import configs
-from configs import RunConfig, check_output_dir, load_config, load_run_config
+from configs import RunConfig, check_optimizer, check_output_dir, load_config, load_run_config, one_line_errors
 from model import MegaTransformerTextConfig, RecurrenceConfig
 from trainers import RecurrentTrainingArguments
 
@@ -129,6 +129,8 @@ BAD_FLAGS = {
         "zero9",
         "zero0, zero1, zero2, zero3, zero3_offload",
     ),
+    "key that a library refuses": ("--training.accelerator_config {bogus:1}", "training: ", "'bogus'"),
+    "file that a library misses": ("--training.accelerator_config no.json", "training: ", "No such file", "no.json"),
     "repetition in a value": ("--model {norm:rmsnorm,norm:layernorm}", "model", "norm"),
 }
 
@@ -440,6 +442,50 @@ def test_the_folder_of_another_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=re.escape(key)) as error:
             check_output_dir(load(*output, *flags))
         assert str(tmp_path / "run") in str(error.value) and "choose another output_dir" in str(error.value)
+
+
+def test_a_younger_option_does_not_make_another_model(tmp_path: Path) -> None:
+    """A run folder from before an option was there has its default."""
+    output = ["--training.output_dir", str(tmp_path)]
+    run = load(*output)
+    run.save(tmp_path / "config.yaml")
+    before = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del before["model"]["recurrence"]["injection"], before["model"]["qk_norm"], before["tokenizer"]["split_digits"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    check_output_dir(run)
+    with pytest.raises(ValueError, match=r"model\.recurrence\.injection is 'concat' there and 'add' here"):
+        check_output_dir(load(*output, "--model.recurrence.injection", "add"))
+
+
+def test_an_output_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in (str(tmp_path / "file"), str(tmp_path / "file" / "below"), ""):
+        with pytest.raises(ValueError, match=f"{name}' is no folder that can be written; choose another"):
+            check_output_dir(load("--training.output_dir", name))
+
+
+def test_going_on_takes_the_optimizer_of_the_run(tmp_path: Path) -> None:
+    run = load("--training.output_dir", str(tmp_path))
+    check_optimizer(run, tmp_path / "checkpoint-5")
+    run.save(tmp_path / "config.yaml")
+    check_optimizer(load("--training.learning_rate", "1"), tmp_path / "checkpoint-5")
+    with pytest.raises(ValueError, match=r"training\.optim is 'adamw_torch_fused' there and 'sgd' here"):
+        check_optimizer(load("--training.optim", "sgd"), tmp_path / "checkpoint-5")
+
+
+@pytest.mark.parametrize(("text", "reason"), [("{", "is not valid JSON"), ("[]", "holds a list, not an object")])
+def test_a_damaged_deepspeed_file_is_named(refused, tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "mine.json").write_text(text)
+    assert f"mine.json {reason}" in refused("--training.deepspeed", str(tmp_path / "mine.json"))
+
+
+def test_errors_of_files_are_one_line_and_errors_of_ours_are_not(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise PermissionError(13, "Permission denied", "/data")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: '/data'\n"
+    with pytest.raises(KeyError), one_line_errors():
+        raise KeyError("a mistake in the code")
 
 
 # ------------------------------------------------------------ what is shipped

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
@@ -49,6 +51,9 @@ TINY_RUN = {
         "disable_tqdm": True,
     },
 }
+
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def write_config(folder, **sections):
@@ -116,14 +121,17 @@ def test_resolved_yaml_alone_repeats_the_run(run, tmp_path):
 
 
 def test_resume_from_checkpoint_continues_exactly(run, tmp_path):
-    """Half a run, then `--training.resume_from_checkpoint true`, equals the whole run bitwise."""
+    """Half a run, then `--training.resume_from_checkpoint true`, equals the whole run bitwise; a newer checkpoint that
+    was cut off is passed over.
+    """
     folder, config = run
     out = tmp_path / "out"
     flags = ["--config", str(config), "--training.output_dir", str(out)]
-    # The schedule must be that of the whole run, so the half is made by removing what came after its checkpoint.
-    pretrain.main(flags)
-    shutil.rmtree(out / "checkpoint-6")
+    # The schedule must be that of the whole run, so the half is made by damaging what came after its checkpoint.
+    shutil.copytree(folder, out)
     (out / "model.safetensors").unlink()
+    optimizer = out / "checkpoint-6" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
     pretrain.main([*flags, "--training.resume_from_checkpoint", "true"])
     assert losses(out) == losses(folder)
     ours, whole = (load_model(place)[0].state_dict() for place in (out, folder))
@@ -214,6 +222,9 @@ def test_ranks_share_the_cores_of_a_machine(monkeypatch):
         ({"model": {"vocab_size": 100}}, "token id.*vocab_size is 100"),
         ({"training": {"per_device_train_batch_size": 5000}}, r"less than one batch of 5000"),
         ({"training": {"resume_from_checkpoint": "true"}}, "holds no checkpoint; leave the option out"),
+        ({"training": {"resume_from_checkpoint": str(REPOSITORY / "docs")}}, "docs has no trainer_state.json"),
+        ({"training": {"metric_for_best_model": "accuracy"}}, "'accuracy' is unknown; .* are eval_addition_loss, eval"),
+        ({"training": {"lr_scheduler_kwargs": {"bogus": 1}}}, "training.lr_scheduler_type or .*'bogus'"),
         ({"model": {"num_attention_heads": 5}}, r"hidden_size \(32\).*num_attention_heads \(5\)"),
         ({"model": {"position_embedding": "learned", "max_position_embeddings": 8}}, "block_size: 48.*8 positions"),
     ],
@@ -252,3 +263,75 @@ def test_output_folder_of_another_model_is_refused(run, capsys):
     assert stopped.value.code == 2
     assert "model.hidden_size is 32 there and 64 here; choose another output_dir" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def refused(capsys, *argv):
+    """The one line with which a start is refused."""
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main([str(word) for word in argv])
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_refused_resume_writes_nothing(run, tmp_path, capsys):
+    folder, config = run
+    before = content(folder)
+    flags = ["--config", config, "--training.resume_from_checkpoint", folder / "checkpoint-3"]
+    elsewhere = ["--training.output_dir", tmp_path / "out"]
+    line = refused(capsys, *flags, *elsewhere, "--model.hidden_size", "64")
+    assert "checkpoint-3 does not fit the model" in line and "[32], not [64]" in line
+    line = refused(capsys, *flags, "--training.output_dir", folder, "--training.optim", "sgd")
+    assert "training.optim is 'adamw_torch_fused' there and 'sgd' here; go on with the same one" in line
+    line = refused(capsys, *flags, *elsewhere, "--training.max_steps", "3")
+    assert "checkpoint-3 is of step 3, and training.max_steps is 3: nothing is left to train" in line
+    line = refused(capsys, *flags[:3], folder, *elsewhere)
+    assert "has no state of an optimizer (optimizer*); give a checkpoint-N folder" in line
+    assert content(folder) == before and not (tmp_path / "out").exists()
+
+
+def test_a_start_that_fails_leaves_the_file_of_the_earlier_run(run, tmp_path, monkeypatch):
+    """Whatever goes wrong before training begins, such as states that cannot be loaded."""
+    folder, config = run
+    out = shutil.copytree(folder, tmp_path / "out")
+    before = content(out)
+
+    def fail(*args):
+        raise RuntimeError("the states cannot be loaded")
+
+    monkeypatch.setattr("transformers.Trainer._load_optimizer_and_scheduler", fail)
+    flags = ["--config", str(config), "--training.output_dir", str(out), "--training.max_steps", "9"]
+    with pytest.raises(RuntimeError, match="the states cannot be loaded"):
+        pretrain.main([*flags, "--training.resume_from_checkpoint", "true"])
+    assert content(out) == before
+
+
+def test_damaged_data_files_are_one_line(tmp_path, capsys):
+    """A parquet file that is damaged inside, which no look at its ends shows."""
+    table = pyarrow.table({"text": [f"row {index} " * 50 for index in range(200)]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    raw = bytearray((tmp_path / "rows.parquet").read_bytes())
+    raw[100:400] = b"\xff" * 300
+    (tmp_path / "rows.parquet").write_bytes(raw)
+    config = write_config(tmp_path, data={"train": [{"kind": "files", "paths": ["rows.parquet"]}]})
+    assert "orrupt" in refused(capsys, "--config", config, "--training.output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    """Without a metric, by the loss of the first validation source; a learning rate that makes it worse again."""
+    flags = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    config = write_config(tmp_path, training={**flags, "learning_rate": 0.5, "lr_scheduler_type": "constant"})
+    assert pretrain.main(["--config", str(config), "--training.output_dir", str(tmp_path / "out")]) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    name = "eval_addition_loss"
+    evaluated = {entry["step"]: entry[name] for entry in state["log_history"] if name in entry}
+    best = min((2, 4, 6), key=evaluated.get)
+    assert best != 6 and Path(state["best_model_checkpoint"]).name == f"checkpoint-{best}"
+    places = (tmp_path / "out", tmp_path / "out" / f"checkpoint-{best}")
+    kept, saved = (load_file(place / "model.safetensors") for place in places)
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)

@@ -1,11 +1,14 @@
 """The trainer: depth and state from keys, exact resume, spread over micro-batches, the watch over depth."""
 
+import json
 import logging
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
+from transformers.integrations import integration_utils
 
 from model.recurrence import draw_training_states, sample_depth
 from tests.tiny import tiny_ids, tiny_model
@@ -222,34 +225,161 @@ def test_evaluation_runs_at_the_mean_depth_without_a_cache(tmp_path):
     assert seen[0] is None
 
 
-def test_resuming_from_another_model_is_an_error(tmp_path):
-    """C4: missing and unexpected weights are errors on resume."""
-    first = build(tmp_path, model=tiny_model(num_coda_layers=2), max_steps=1)
-    first.add_callback(Interrupt(1))
-    first.train()
-    second = build(tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match=r"does not fit the model: missing none, unexpected \['model.coda.layers.1"):
-        second.train(
-            resume_from_checkpoint=find_resume_point(
-                RecurrentTrainingArguments(str(tmp_path), resume_from_checkpoint="true")
-            )
-        )
+@pytest.mark.parametrize(
+    ("saved", "problem"),
+    [
+        ({"num_coda_layers": 2}, r"missing none, unexpected (model\.coda\.layers\.1\.[^,]+, ){3}\.\.\., of"),
+        ({"num_prelude_layers": 0}, r"missing model\.prelude\.layers\.0"),
+        ({"hidden_size": 64}, r"of another shape .*o_proj\.weight \(\[64, 64\], not \[32, 32\]\)"),
+    ],
+)
+def test_resuming_from_another_model_is_an_error(tmp_path, saved, problem):
+    """C4: missing and unexpected weights, and those of another shape."""
+    tiny_model(tie_word_embeddings=True, **saved).save_pretrained(tmp_path / "checkpoint-1")
+    trainer = build(tmp_path, max_steps=2, model=tiny_model(tie_word_embeddings=True))
+    with pytest.raises(ValueError, match=rf"checkpoint-1 does not fit the model: .*{problem}"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def resume_point(value, folder, **settings):
+    return find_resume_point(
+        RecurrentTrainingArguments(str(folder), resume_from_checkpoint=value, report_to="none", **settings)
+    )
+
+
+def save_whole(folder, step):
+    """A checkpoint as far as it is looked at before training begins."""
+    folder.mkdir()
+    save_file({"weight": torch.ones(100)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"numbers": torch.ones(100)}, folder / name)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
 
 
 def test_where_to_resume(tmp_path):
-    def point(value, folder=tmp_path):
-        return find_resume_point(
-            RecurrentTrainingArguments(str(folder), resume_from_checkpoint=value, report_to="none")
-        )
-
-    assert point(None) is None and point("false") is None
+    assert resume_point(None, tmp_path) is None and resume_point("false", tmp_path) is None
     with pytest.raises(ValueError, match="holds no checkpoint; leave the option out"):
-        point("true")
+        resume_point("true", tmp_path)
     with pytest.raises(ValueError, match="no-such-folder is no folder"):
-        point("no-such-folder")
-    (tmp_path / "checkpoint-5").mkdir()
-    (tmp_path / "checkpoint-10").mkdir()
-    assert point("true") == str(tmp_path / "checkpoint-10")
+        resume_point("no-such-folder", tmp_path)
+    for step in (5, 10):
+        save_whole(tmp_path / f"checkpoint-{step}", step)
+    save_whole(tmp_path / "checkpoint-20-kept", 20)
+    for wanted in ("true", True):
+        assert resume_point(wanted, tmp_path) == str(tmp_path / "checkpoint-10")
+    assert resume_point(str(tmp_path / "checkpoint-5"), "elsewhere") == str(tmp_path / "checkpoint-5")
+    assert resume_point("true", tmp_path, max_steps=11) == str(tmp_path / "checkpoint-10")
+    with pytest.raises(ValueError, match=r"checkpoint-10 is of step 10, and training\.max_steps is 10: nothing"):
+        resume_point("true", tmp_path, max_steps=10)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+DAMAGES = {
+    "model.safetensors": (cut, "has a damaged model.safetensors"),
+    "optimizer.pt": (cut, "has a damaged optimizer.pt"),
+    "rng_state.pth": (cut, "has a damaged rng_state.pth"),
+    "trainer_state.json": (cut, "has a damaged trainer_state.json"),
+    "no model.safetensors": (lambda path: path.unlink(), "has no weights (model*.safetensors)"),
+    "no optimizer.pt": (lambda path: path.unlink(), "has no state of an optimizer (optimizer*)"),
+    "no trainer_state.json": (lambda path: path.unlink(), "has no trainer_state.json, the last file of a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_checkpoints_are_no_resume_point(tmp_path, caplog, name):
+    """C3: the newest whole one is taken, and a warning says why; one that is named is refused."""
+    for step in (9, 10):
+        save_whole(tmp_path / f"checkpoint-{step}", step)
+    damage, reason = DAMAGES[name]
+    damage(tmp_path / "checkpoint-10" / name.removeprefix("no "))
+    with caplog.at_level(logging.WARNING, logger="trainers.resuming"):
+        assert resume_point("true", tmp_path) == str(tmp_path / "checkpoint-9")
+    assert f"checkpoint-10 is passed over: it {reason}" in caplog.text
+    with pytest.raises(ValueError) as error:
+        resume_point(str(tmp_path / "checkpoint-10"), tmp_path)
+    assert f"checkpoint-10 {reason}" in str(error.value) and "give a checkpoint-N folder" in str(error.value)
+    shutil.rmtree(tmp_path / "checkpoint-9")
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        resume_point("true", tmp_path)
+
+
+def test_deepspeed_keeps_weights_and_optimizer_in_files_of_its_own(tmp_path):
+    """ZeRO-3 that does not gather the weights on saving leaves no model.safetensors."""
+    (tmp_path / "checkpoint-3" / "global_step3").mkdir(parents=True)
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
+    assert resume_point("true", tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+REFUSED = {
+    "scheduler arguments": ({"lr_scheduler_kwargs": {"bogus": 1}}, "lr_scheduler_kwargs: .*'bogus'"),
+    "scheduler that needs arguments": ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs: .*min_lr"),
+    "package of the optimizer": ({"optim": "galore_adamw"}, "training.optim or optim_args: .*install `galore_torch`"),
+    "optimizer's arguments": ({"optim": "sgd", "optim_args": "momentum=big"}, "optim_args: .*'big'"),
+    "package of the report": ({"report_to": "wandb"}, "training: .*wandb to be installed"),
+    "accelerator": ({"accelerator_config": {"gradient_accumulation_kwargs": {"bogus": 1}}}, "training: .*'bogus'"),
+    "compiler": ({"torch_compile_backend": "bogus"}, "torch_compile_mode: .*'bogus'"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_libraries_refuse_is_refused_before_anything_is_written(tmp_path, monkeypatch, settings, message):
+    """They would only when training begins, as an error of any kind."""
+    monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: False)
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_trying_the_schedule_leaves_none_behind(tmp_path):
+    """An epoch of eight steps has the schedule of eight steps, though nobody knew of them when it was tried."""
+    trainer = build(tmp_path, max_steps=-1, num_train_epochs=1)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([1e-2 * (1 - step / 8) for step in range(8)])
+
+
+METRICS = ["eval_a_loss", "eval_a_perplexity", "eval_b_loss"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        ({}, None),
+        ({"load_best_model_at_end": True}, "eval_a_loss"),
+        ({"save_strategy": "best"}, "eval_a_loss"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "eval_a_loss"),
+        ({"metric_for_best_model": "eval_b_loss"}, "eval_b_loss"),
+        ({"metric_for_best_model": "a_perplexity"}, "a_perplexity"),
+    ],
+)
+def test_the_metric_of_the_best_model(tmp_path, settings, chosen):
+    strategies = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    args = RecurrentTrainingArguments(str(tmp_path), **{**strategies, **settings})
+    args.choose_best_metric(METRICS)
+    assert args.metric_for_best_model == chosen and args.greater_is_better is False
+
+
+def test_an_unknown_metric_is_refused_with_those_there_are(tmp_path):
+    args = RecurrentTrainingArguments(str(tmp_path), metric_for_best_model="accuracy")
+    with pytest.raises(ValueError, match=r"'accuracy' is unknown; .* eval_a_loss, eval_a_perplexity, eval_b_loss"):
+        args.choose_best_metric(METRICS)
+
+
+def test_deepspeed_needs_a_launcher(tmp_path, monkeypatch):
+    """DeepSpeed itself then asks for mpi4py."""
+    args = RecurrentTrainingArguments(str(tmp_path))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    args.check_launcher()
+    args.deepspeed = "zero2.json"
+    with pytest.raises(ValueError, match="RANK is not in the environment; start with `deepspeed` instead of `python`"):
+        args.check_launcher()
+    monkeypatch.setenv("RANK", "0")
+    args.check_launcher()
 
 
 @pytest.mark.parametrize(
@@ -261,6 +391,11 @@ def test_where_to_resume(tmp_path):
         ({"adam_beta2": 1.5}, "adam_beta2 is 1.5; give a number from 0 to below 1"),
         ({"recurrence_logging_steps": -1}, "recurrence_logging_steps is -1; give at least 0"),
         ({"token_correlation_alarm": 2.0}, "token_correlation_alarm is 2.0; a cosine lies from -1 to 1"),
+        ({"eval_accumulation_steps": 0}, "eval_accumulation_steps is 0; give at least 1"),
+        ({"label_names": ["targets"]}, r"label_names is \['targets'\], which does not work here; leave it out"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches is False, which does not work here"),
+        ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy is 'sorted'; give one of random, sequential"),
+        ({"log_level": "loud"}, "log_level is 'loud'; give one of detail, debug"),
     ],
 )
 def test_training_arguments_out_of_range(tmp_path, settings, message):

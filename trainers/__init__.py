@@ -4,7 +4,7 @@ from .arguments import RecurrentTrainingArguments
 from .dry_run import describe_needs
 from .planned_arguments import PlannedTrainingArguments
 from .recurrent import RecurrentTrainer
-from .resuming import find_resume_point
+from .resuming import check_weights, find_resume_point
 
 TRAINERS = {"pretrain": RecurrentTrainer}
 
@@ -25,6 +25,7 @@ __all__ = [
     "PlannedTrainingArguments",
     "RecurrentTrainer",
     "RecurrentTrainingArguments",
+    "check_weights",
     "describe_needs",
     "find_resume_point",
     "get_trainer_class",

@@ -1,9 +1,13 @@
 """`transformers.TrainingArguments` with the defaults of this project."""
 
-from dataclasses import dataclass, field
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 # Least values that make sense, where transformers checks none.
 MINIMUMS = {
@@ -19,11 +23,17 @@ MINIMUMS = {
     "eval_steps": 0,
     "save_steps": 0,
     "save_total_limit": 1,
+    "eval_accumulation_steps": 1,
     "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": 1,
+    "adam_epsilon": 0,
     "seed": 0,
+    "data_seed": 0,
     "recurrence_logging_steps": 0,
 }
 MOMENTS = ("adam_beta1", "adam_beta2")
+# What transformers offers and our metrics and model cannot do: evaluation would fail, or nothing would happen.
+FIXED = {"label_names": None, "eval_do_concat_batches": True, "use_liger_kernel": False}
 
 
 @dataclass
@@ -32,7 +42,7 @@ class RecurrentTrainingArguments(TrainingArguments):
 
     Args:
         report_to: Where metrics go; TensorBoard by default.
-        resume_from_checkpoint: Checkpoint folder to go on from; true for the newest one of the output folder.
+        resume_from_checkpoint: Checkpoint folder to go on from; true for the newest whole one of the output folder.
         logging_nan_inf_filter: Whether losses that are not finite are hidden from the logs; off, so that they are seen.
         recurrence_logging_steps: Every this many steps the loss of the next batch at one core step is compared with
             that at the mean depth, and state change per step and token correlation are logged. 0 turns it off.
@@ -75,6 +85,8 @@ class RecurrentTrainingArguments(TrainingArguments):
             self.use_cpu = True  # with DeepSpeed, transformers would otherwise see one process only
         if self.data_seed is None:
             self.data_seed = self.seed  # accelerate would take whatever the global generator was last seeded with
+        if self.greater_is_better is None:
+            self.greater_is_better = False  # transformers takes all metrics but losses to be better when greater
         super().__post_init__()
 
     def _check_ranges(self) -> None:
@@ -85,7 +97,43 @@ class RecurrentTrainingArguments(TrainingArguments):
         for name in MOMENTS:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
+        for name, value in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} is {getattr(self, name)}, which does not work here; leave it out")
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{item.name} is {value!r}; give one of {', '.join(choices)}")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
         if not -1 <= self.token_correlation_alarm <= 1:
             raise ValueError(f"token_correlation_alarm is {self.token_correlation_alarm}; a cosine lies from -1 to 1")
+
+    def check_launcher(self) -> None:
+        """Refuse DeepSpeed in a process that no launcher told its rank: it would look for one through MPI.
+
+        Raises:
+            ValueError: if neither is there.
+        """
+        if self.deepspeed and "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
+            raise ValueError(
+                "training.deepspeed is set, but RANK is not in the environment; start with `deepspeed` instead of "
+                "`python`, or leave training.deepspeed out"
+            )
+
+    def choose_best_metric(self, known: Sequence[str]) -> None:
+        """Where the best model is asked for, and no metric named, make it the first known one.
+
+        Args:
+            known: Names of the metrics of an evaluation, the smaller the better.
+
+        Raises:
+            ValueError: if the one that is named is not known.
+        """
+        name = self.metric_for_best_model
+        if name in ("loss", "eval_loss") or (name is None and self.save_strategy == SaveStrategy.BEST):
+            self.metric_for_best_model = known[0]  # transformers' default is the loss of a validation set without name
+        elif name is not None and not {name, f"eval_{name}"} & set(known):
+            raise ValueError(
+                f"training.metric_for_best_model: {name!r} is unknown; the metrics of this run are {', '.join(known)}"
+            )

@@ -82,7 +82,7 @@ def describe_needs(
         packing: Whether a row holds several documents.
 
     Raises:
-        ValueError: for a number of GPUs or a DeepSpeed file that is none.
+        ValueError: for a number of GPUs that is none.
     """
     plan = Plan(args, args.deepspeed_settings, block_size)
     steps = StepCounts(0, 0, 0)

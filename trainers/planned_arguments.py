@@ -40,14 +40,7 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
 
     @property
     def deepspeed_settings(self) -> dict[str, Any] | None:
-        """Content of the DeepSpeed file; None for a run without DeepSpeed.
-
-        Raises:
-            ValueError: if the file is no JSON.
-        """
+        """Content of the DeepSpeed file; None for a run without DeepSpeed."""
         if not isinstance(self.deepspeed, str):
             return self.deepspeed
-        try:
-            return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"training.deepspeed: {self.deepspeed} is not valid JSON: {error}") from error
+        return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))

@@ -2,6 +2,8 @@
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -10,8 +12,12 @@ from torch import nn
 from transformers import Trainer
 
 from .arguments import RecurrentTrainingArguments
+from .resuming import check_weights
 
 logger = logging.getLogger(__name__)
+
+# How libraries refuse an option or miss a package, other than by a ValueError.
+REFUSALS = (ImportError, RuntimeError, TypeError)
 
 
 class RecurrentTrainer(Trainer):
@@ -26,19 +32,37 @@ class RecurrentTrainer(Trainer):
         sample_depth: (recurrence config, *key) -> (steps without gradient, steps with).
         draw_states: (model config, sequence, list of keys) -> (rows, sequence, hidden).
         kwargs: As for `transformers.Trainer`.
+
+    Raises:
+        ValueError: For options that the libraries refuse; nothing is written then.
     """
 
     args: RecurrentTrainingArguments
 
     def __init__(self, *args: Any, sample_depth, draw_states, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except REFUSALS as error:
+            raise ValueError(f"training: {error}") from error
         self.sample_depth, self.draw_states = sample_depth, draw_states
         self.is_recurrent = self.model.config.num_core_layers > 0
         self.last_num_steps: tuple[int, int] | None = None
         self._position = (-1, -1)  # (global step, micro-batch within it) of the forward pass in progress
         self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    def _validate_args(self) -> None:
+        """Also builds what options describe and `Trainer` builds when training begins, before it makes a folder."""
+        super()._validate_args()
         if self.args.compile_units:
-            self.model.base_model.compile_units(**self.args.compile_options)
+            with naming("torch_compile_backend or torch_compile_mode"):
+                self.model.base_model.compile_units(**self.args.compile_options)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # they take it over when they wrap the weights
+            with naming("optim or optim_args"):
+                self.create_optimizer()
+        with naming("lr_scheduler_type or lr_scheduler_kwargs"):
+            unused = torch.optim.SGD(self.model.parameters())
+            self.create_scheduler(max(self.args.max_steps, 1), unused)
+        self.lr_scheduler = None  # the real one knows how many steps there will be
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         """One micro-batch. `Trainer` does not say which of the step's micro-batches it is, so they are counted here; a
@@ -126,16 +150,19 @@ class RecurrentTrainer(Trainer):
                 *(step, values["token_correlation"], self.args.token_correlation_alarm),
             )
 
-    # --------------------------------------------------------------------------------------------------------- resuming
-
-    def _issue_warnings_after_load(self, load_result) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", {}))
-        missing, unexpected = sorted(set(load_result.missing_keys) - tied), sorted(load_result.unexpected_keys)
-        if missing or unexpected:
-            raise ValueError(
-                f"the checkpoint does not fit the model: missing {missing or 'none'}, unexpected {unexpected or 'none'}"
-            )
+        check_weights(resume_from_checkpoint, model or self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+@contextmanager
+def naming(keys: str) -> Iterator[None]:
+    """Turn what a library says against training options into a ValueError that names them."""
+    try:
+        yield
+    except (*REFUSALS, ValueError) as error:
+        raise ValueError(f"training.{keys}: {error}") from error
 
 
 def state_changes(states: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

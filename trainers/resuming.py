@@ -1,30 +1,128 @@
-"""Where a run goes on."""
+"""Where a run goes on, and whether it can."""
 
-import os
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
 
-from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def find_resume_point(args: TrainingArguments) -> str | None:
-    """The checkpoint folder that `training.resume_from_checkpoint` names: a path, "true" for the newest of the output
-    folder, or None to start afresh.
+    """The checkpoint folder that `training.resume_from_checkpoint` names: a path, "true" for the newest whole one of
+    the output folder, or None to start afresh.
 
     Raises:
-        ValueError: if there is no such checkpoint.
+        ValueError: if there is no such checkpoint, if it is damaged, or if it has no steps left to train.
     """
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    if str(wanted).lower() != "true":
-        if not os.path.isdir(wanted):
-            raise ValueError(
-                f"training.resume_from_checkpoint: {wanted} is no folder; give a checkpoint folder, or true"
-            )
-        return str(wanted)
-    newest = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if newest is None:
+    is_newest = str(wanted).lower() == "true"
+    checkpoint = newest_checkpoint(Path(args.output_dir)) if is_newest else named_checkpoint(Path(wanted))
+    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    if 0 < args.max_steps <= step:  # the trainer would take one more
         raise ValueError(
-            f"training.resume_from_checkpoint: {args.output_dir} holds no checkpoint; leave the option out to start"
+            f"training.resume_from_checkpoint: {checkpoint} is of step {step}, and training.max_steps is "
+            f"{args.max_steps}: nothing is left to train; raise max_steps, or take the checkpoint as it is"
         )
-    return newest
+    return str(checkpoint)
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest whole checkpoint of a run; a warning names those that are passed over.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    matches = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    checkpoints = sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+    for _, checkpoint in checkpoints:
+        reason = damage(checkpoint)
+        if reason is None:
+            return checkpoint
+        logger.warning("%s is passed over: it %s", checkpoint, reason)
+    kind = "whole checkpoint" if checkpoints else "checkpoint"
+    raise ValueError(f"training.resume_from_checkpoint: {folder} holds no {kind}; leave the option out to start")
+
+
+def named_checkpoint(folder: Path) -> Path:
+    """The folder itself.
+
+    Raises:
+        ValueError: if it is no whole checkpoint.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"training.resume_from_checkpoint: {folder} is no folder; give a checkpoint folder, or true")
+    reason = damage(folder)
+    if reason is not None:
+        raise ValueError(f"training.resume_from_checkpoint: {folder} {reason}; give a checkpoint-N folder of a run")
+    return folder
+
+
+def damage(folder: Path) -> str | None:
+    """Why training cannot go on from a folder, as the end of a sentence that begins with it; None if it can.
+
+    Cheap enough for large files: those that were cut off while they were written lack their end.
+    """
+    try:
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except OSError:
+        return f"has no {TRAINER_STATE_NAME}, the last file of a checkpoint"
+    except ValueError as error:
+        return f"has a damaged {TRAINER_STATE_NAME} ({error})"
+    if not isinstance(state, dict) or "global_step" not in state:
+        return f"has a damaged {TRAINER_STATE_NAME} (no global_step in it)"
+    if not any(folder.glob("global_step*")):  # where DeepSpeed keeps all of it
+        for pattern, what in (("model*.safetensors", "weights"), ("optimizer*", "state of an optimizer")):
+            if not any(folder.glob(pattern)):
+                return f"has no {what} ({pattern})"
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):  # reads the header and compares it with the file's size
+                pass
+        except SafetensorError as error:
+            return f"has a damaged {path.name} ({error})"
+    for path in sorted(folder.glob("*.pt*")):  # .pt and .pth, zip archives
+        if not zipfile.is_zipfile(path):
+            return f"has a damaged {path.name}"
+    return None
+
+
+def check_weights(checkpoint: str, model: PreTrainedModel) -> None:
+    """Compare names and shapes of a checkpoint's weights with those of the model, reading no weights.
+
+    Raises:
+        ValueError: if any is missing, unexpected or of another shape; `Trainer` only warns of the first two.
+    """
+    there = {}
+    for path in Path(checkpoint).glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            there |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    if not there:
+        return  # DeepSpeed may keep them in files of its own, which it compares itself
+    here = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    reshaped = [name for name in here if name in there and here[name] != there[name]]
+    problems = {
+        "missing": here.keys() - there.keys() - model.all_tied_weights_keys.keys(),
+        "unexpected": there.keys() - here.keys(),
+        "of another shape": [f"{name} ({there[name]}, not {here[name]})" for name in reshaped],
+    }
+    if any(problems.values()):
+        listed = ", ".join(f"{problem} {shortened(names)}" for problem, names in problems.items())
+        raise ValueError(f"training.resume_from_checkpoint: {checkpoint} does not fit the model: {listed}")
+
+
+def shortened(names: Iterable[str]) -> str:
+    """The first three names, and whether there are more."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3) if names else "none"
