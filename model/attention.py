@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig
-from .feedforward import OutputProjection
+from .feedforward import build_output_projection
 
 
 @dataclass
@@ -26,6 +26,15 @@ class AttentionInputs:
     )
     rows: torch.LongTensor | None = None  # the rows of the cache that the batch consists of; None: all of them
     build_of: Callable[[torch.LongTensor], "AttentionInputs"] | None = None  # for a block mask, which has no rows
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionInputs":
+        """The same on another device. accelerate calls it where the layers of a model are spread over several."""
+
+        def move(part):
+            return part if part is None else part.to(device, non_blocking=non_blocking)
+
+        rotary = self.rotary and tuple(map(move, self.rotary))
+        return AttentionInputs(move(self.mask), rotary, move(self.position_bias), move(self.rows), self.build_of)
 
     def of(self, rows: torch.LongTensor) -> "AttentionInputs":
         """The same of some rows of the whole batch."""
@@ -119,6 +128,8 @@ def prepare_attention(
         # ALiBi adds to the mask, so there has to be one.
         allow_is_causal_skip=not alibi,
     )
+    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and config._attn_implementation == "eager":
+        mask = torch.where(mask, 0.0, torch.finfo(inputs_embeds.dtype).min).to(inputs_embeds.dtype)  # eager adds it
     inputs = AttentionInputs(mask, rows=rows)
     if not isinstance(mask, torch.Tensor | None):
 
@@ -191,7 +202,7 @@ class Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         heads = self.num_heads + 2 * self.num_key_value_heads
         self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
-        self.o_proj = OutputProjection(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj = build_output_projection(self.num_heads * self.head_dim, config.hidden_size)
         if config.qk_bias:
             self.qk_bias = nn.Parameter(torch.zeros(self.num_heads + self.num_key_value_heads, self.head_dim))
         if config.qk_norm:

@@ -183,7 +183,7 @@ class MegaTransformerTextConfig(StrictConfig):
     model_type = "megatransformer_text"
     _auto_class = "AutoConfig"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values", "state", "states"]
+    keys_to_ignore_at_inference = ["past_key_values", "state", "states", "exit_steps"]
     sub_configs_defaults = {"recurrence": RecurrenceConfig}
 
     vocab_size: int = interval(min=1)(default=32000)

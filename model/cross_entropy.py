@@ -52,5 +52,5 @@ def chunked_causal_loss(
     if len(parts) == 1:  # nothing to save
         total = sum_of_losses(*parts[0])
     else:
-        total = sum(checkpoint(sum_of_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
+        total = sum(checkpoint(sum_of_losses, *part, use_reentrant=False) for part in parts)
     return total / num_items_in_batch

@@ -6,8 +6,13 @@ from torch import nn
 from .configuration_megatransformer import MegaTransformerTextConfig
 
 
-class OutputProjection(nn.Linear):
-    """A linear map back onto the residual stream; a class of its own because its initial scale falls with the depth."""
+def build_output_projection(in_features: int, out_features: int) -> nn.Linear:
+    """A linear map back onto the residual stream, marked because its initial scale falls with the depth. Not a class
+    of its own: quantization replaces layers whose type is `nn.Linear`, and no others.
+    """
+    projection = nn.Linear(in_features, out_features, bias=False)
+    projection.is_output_projection = True
+    return projection
 
 
 class GatedFeedForward(nn.Module):
@@ -16,7 +21,7 @@ class GatedFeedForward(nn.Module):
     def __init__(self, config: MegaTransformerTextConfig):
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = OutputProjection(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = build_output_projection(config.intermediate_size, config.hidden_size)
         self.activation = {"swiglu": nn.functional.silu, "geglu": nn.functional.gelu}[config.mlp]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -30,7 +35,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: MegaTransformerTextConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = OutputProjection(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = build_output_projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden)))

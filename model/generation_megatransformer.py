@@ -1,12 +1,17 @@
 """What `generate` needs to know about recurrent depth: how many steps each token takes, and the cache of the steps."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import GenerationMode
+from transformers.generation import (
+    GenerationMode,
+    LogitsProcessorList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.utils import ModelOutput
 
 from .cache import RecurrentCache
@@ -184,6 +189,14 @@ class RecurrentGenerationMixin:
         elif index == 0 and not exit_in_prefill:
             inputs["exit_criterion"] = "none"
         return inputs
+
+    def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:
+        """As the original; the pass without the prompt, by which guidance is taken, has the same depth."""
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = functools.partial(self, num_steps=(model_kwargs or {}).get("num_steps"))
+        return processors
 
     def _get_candidate_generator(
         self, *, generation_config: GenerationConfig, model_kwargs: dict, assistant_model=None, **kwargs: Any

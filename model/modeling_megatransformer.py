@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .attention import Attention, AttentionInputs, prepare_attention, select_rows
 from .blocks import BlockStack, build_norm
@@ -19,7 +19,6 @@ from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig
 from .cross_entropy import chunked_causal_loss, count_labels
 from .exit_criteria import ExitWatch
-from .feedforward import OutputProjection
 from .generation_megatransformer import RecurrentGenerationMixin
 from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
 from .state_noise import StateNoise
@@ -61,16 +60,20 @@ class MegaTransformerCausalLMOutput(ModelOutput):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Embedding whose output is multiplied by `scale`: the weights have the head's scale, the residual stream its
-    own.
+    """Embedding whose output is multiplied by `embed_scale`: the weights have the head's scale, the residual stream its
+    own. The attribute has the name that PEFT looks for.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, scale: float):
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, embed_scale: float):
         super().__init__(num_embeddings, embedding_dim, padding_idx)
-        self.scale = scale
+        self.embed_scale = embed_scale
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids) * self.scale
+        return super().forward(input_ids) * self.embed_scale
+
+
+class PositionEmbedding(nn.Embedding):
+    """Table of learned positions: a class of its own because its initial scale is another than that of tokens."""
 
 
 def sinusoidal_table(num_positions: int, hidden_size: int) -> torch.Tensor:
@@ -89,11 +92,23 @@ def refuse_unknown(kwargs: dict) -> None:
     Raises:
         ValueError: for an argument that is neither empty nor harmless. `**kwargs` would swallow a misspelt one.
     """
-    unknown = [
-        name for name, value in kwargs.items() if name != "return_dict" and value is not None and value is not False
-    ]
+    unknown = [name for name, value in kwargs.items() if value is not None and value is not False]
     if unknown:
         raise ValueError(f"forward does not know the argument {unknown[0]!r}; see its docstring for those it takes")
+
+
+def check_state(state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """The state, if it can be broadcast to (batch, sequence, hidden).
+
+    Raises:
+        ValueError: if not.
+    """
+    if state.ndim != 3 or any(size not in (1, wanted) for size, wanted in zip(state.shape, embeds.shape, strict=True)):
+        raise ValueError(
+            f"initial_state has shape {tuple(state.shape)}, which cannot be broadcast to (batch, new tokens, hidden) = "
+            f"{tuple(embeds.shape)}; in `generate`, where the number of new tokens changes, give (batch, 1, hidden)"
+        )
+    return state
 
 
 def tokens_of_chunk(attention_mask: torch.Tensor | None, sequence: int) -> torch.Tensor | None:
@@ -134,14 +149,15 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         """
         std = self.config.initializer_range
         if isinstance(module, nn.Embedding):
-            is_positions = not isinstance(module, ScaledEmbedding)
+            is_positions = isinstance(module, PositionEmbedding)
             self._init_normal(module.weight, std * (self.config.embedding_scale if is_positions else 1))
             if module.padding_idx is not None:
                 init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, OutputProjection):
-            self._init_normal(module.weight, std / math.sqrt(2 * self.config.mean_executed_layers))
         elif isinstance(module, nn.Linear):
-            self._init_normal(module.weight, std)
+            is_output = getattr(module, "is_output_projection", False)
+            self._init_normal(
+                module.weight, std / (math.sqrt(2 * self.config.mean_executed_layers) if is_output else 1)
+            )
         elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
@@ -178,22 +194,27 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_scale
         )
         if config.position_embedding == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = PositionEmbedding(config.max_position_embeddings, config.hidden_size)
         self.prelude = BlockStack(config, config.num_prelude_layers)
         self.core = RecurrentCore(config) if config.num_core_layers else None
         self.coda = BlockStack(config, config.num_coda_layers)
         self.norm = build_norm(config)
         self.gradient_checkpointing = False
+        self._drawn_state: tuple[tuple, torch.Tensor | None] = ((), None)
         self.post_init()
 
     def compile_units(self, **kwargs) -> None:
         """Compiles prelude, one core step, and coda, each as a unit, with `torch.compile(**kwargs)`. The loop around
         them has a varying length and stays outside: compiled with it, every new depth would be a new graph.
         """
+        # One count of graphs for all three, since they share a wrapper of transformers: each needs one or two, for each
+        # of training and evaluation, of a fixed and a varying length.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for unit in (self.prelude, self.core, self.coda):
             if unit is not None:
                 unit.compile(**kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -239,10 +260,14 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = RecurrentCache(self.config)
         past = self._check_inputs(batch, sequence, attention_mask, past_key_values)
+        if position_ids is not None and past == 0 and attention_mask is not None and attention_mask.ndim == 2:
+            # A mask that hides nothing would hide that positions restart, and with them documents.
+            attention_mask = None if attention_mask.all() else attention_mask
         depth = resolve_depth(num_steps, self.config, batch, self.training)
 
         if position_ids is None:
             position_ids = self._default_positions(sequence, past, attention_mask, inputs_embeds.device)
+        self._check_positions(position_ids)
         hidden = self._add_positions(inputs_embeds, position_ids)
         inputs = prepare_attention(self.config, hidden, attention_mask, position_ids, past_key_values)
 
@@ -252,7 +277,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         else:
             if initial_state is None and state_warm_start and sequence == 1 and past:
                 initial_state = past_key_values.last_state
-            state = default_state(self.config) if initial_state is None else initial_state
+            state = self._fixed_state(hidden) if initial_state is None else check_state(initial_state, hidden)
             state = state.to(hidden).expand_as(hidden).contiguous()  # one memory layout: one compiled graph
             states = [state] if output_states else None
             disturb = None if noise is None else functools.partial(self._disturb, noise, position_ids)
@@ -281,6 +306,14 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             states=tuple(states) if output_states and states else None,
             exit_steps=exit_steps,
         )
+
+    def _fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`default_state` on the device and in the type of `hidden`, drawn once."""
+        recurrence = self.config.recurrence
+        key = (recurrence.state_init, recurrence.state_scale, recurrence.state_seed, hidden.device, hidden.dtype)
+        if self._drawn_state[0] != key:
+            self._drawn_state = (key, default_state(self.config).to(hidden))
+        return self._drawn_state[1]
 
     def _disturb(self, noise: StateNoise, position_ids, step, state, rows) -> torch.Tensor:
         """The state with noise, normed as the core leaves its states."""
@@ -322,13 +355,22 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, past + sequence) = "
                 f"({batch}, {past + sequence}) or a 4-D mask"
             )
-        table = self.config.max_position_embeddings
-        if self.config.position_embedding in ("learned", "sinusoidal") and past + sequence > table:
+        if self.training and self.gradient_checkpointing and past_key_values is not None:
             raise ValueError(
-                f"{past + sequence} positions are more than the {table} of the {self.config.position_embedding} table "
-                "(max_position_embeddings); shorten the input or use rope or alibi"
+                "a cache is not possible with gradient checkpointing in training mode, which computes keys and values "
+                "again; call model.eval(), or pass use_cache=False"
             )
         return past
+
+    def _check_positions(self, position_ids: torch.Tensor) -> None:
+        """Raises ValueError for a position past the table."""
+        table = self.config.max_position_embeddings
+        if self.config.position_embedding in ("learned", "sinusoidal") and position_ids.max() >= table:
+            raise ValueError(
+                f"{int(position_ids.max()) + 1} positions are more than the {table} of the "
+                f"{self.config.position_embedding} table (max_position_embeddings); shorten the input, or use rope or "
+                "alibi"
+            )
 
     @staticmethod
     def _default_positions(sequence: int, past: int, attention_mask, device) -> torch.Tensor:
@@ -360,6 +402,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -423,6 +466,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             state_warm_start=state_warm_start,
             noise=StateNoise(self.config, noise_level, noise_schedule) if noise_level else None,
             exit_watch=watch,
+            return_dict=True,
         )
         logits, loss = None, None
         if skip_logits and labels is not None:

@@ -10,6 +10,7 @@ Source of all that has no other named: Geiping et al. 2025, arXiv 2502.05171 ("t
 
 import hashlib
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ def resolve_depth(
         return Depth(max(steps - config.recurrence.backprop_steps, 0) if training else 0, steps)
     if isinstance(num_steps, torch.Tensor) and num_steps.ndim > 0:
         return _resolve_rows(num_steps, batch_size)
-    if isinstance(num_steps, (tuple, list)):
+    if isinstance(num_steps, tuple):
         if len(num_steps) != 2 or any(_as_count(n, minimum=0) is None for n in num_steps) or sum(num_steps) < 1:
             raise ValueError(
                 f"num_steps {num_steps} must be two counts (without gradient, with gradient), at least 1 in sum"
@@ -103,7 +104,8 @@ def resolve_depth(
     steps = _as_count(num_steps, minimum=1)
     if steps is None:
         raise ValueError(
-            f"num_steps must be an integer of at least 1, a pair of counts, or a tensor (batch,); got {num_steps!r}"
+            "num_steps must be an integer of at least 1, a tuple of two counts, or a tensor (batch,); "
+            f"got {num_steps!r}"
         )
     return Depth(0, steps)
 
@@ -121,9 +123,11 @@ def _resolve_rows(num_steps: torch.Tensor, batch_size: int) -> Depth:
 
 def _as_count(value, minimum: int) -> int | None:
     """`value` as an int of at least `minimum`, or None if it is no such number."""
-    if isinstance(value, torch.Tensor):
-        value = value.item()
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= minimum else None
+    try:
+        count = operator.index(value)
+    except TypeError:
+        return None
+    return count if not isinstance(value, bool) and count >= minimum else None
 
 
 # -------------------------------------------------------------------------------------------------------- initial state
@@ -144,8 +148,9 @@ def draw_state(config: MegaTransformerTextConfig, shape: tuple[int, ...], genera
     if kind == "zero":
         state.zero_()
     elif kind == "like-init":
-        # The scale of the embeddings as the core sees them at initialisation, sqrt(2/5); cut at three deviations.
-        std = math.sqrt(2 / (5 * config.hidden_size)) * config.embedding_scale
+        # The scale of the embeddings as the core sees them at initialisation, by default sqrt(2/5); cut at three
+        # deviations.
+        std = config.initializer_range * config.embedding_scale
         nn.init.trunc_normal_(state, std=std, a=-3 * std, b=3 * std, generator=generator)
     else:
         state.normal_(generator=generator)
@@ -189,7 +194,8 @@ class ConcatInjection(nn.Module):
         self.proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
 
     def forward(self, state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        return self.proj(torch.cat((state, embeds), dim=-1))
+        # Under autocast the product is half precise; what is iterated keeps the precision of the state.
+        return self.proj(torch.cat((state, embeds), dim=-1)).to(state.dtype)
 
 
 class AddInjection(nn.Module):

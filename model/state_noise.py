@@ -17,9 +17,9 @@ NOISE_SCHEDULES = ("geom", "sqrt", "line", "chi", "fixed")
 class StateNoise:
     """Mixes normal noise into the state.
 
-    With n = level * sqrt(2 / 5h) * embedding_scale, i steps taken, and r the mean depth, the weight w is n / (i + 1)
-    ("geom"), n / sqrt(i + 1) ("sqrt"), max(n, (r - i) / r) ("line"), 2 U n with U uniform on [0, 1) ("chi"), or n
-    ("fixed").
+    With n = level * initializer_range * embedding_scale, i steps taken, and r the mean depth, the weight w is
+    n / (i + 1) ("geom"), n / sqrt(i + 1) ("sqrt"), max(n, (r - i) / r) ("line"), 2 U n with U uniform on [0, 1)
+    ("chi"), or n ("fixed").
 
     Args:
         level: At least 0; 1 is as much as the initial state has.
@@ -33,7 +33,7 @@ class StateNoise:
             raise ValueError(f"noise_level must be at least 0, got {level}")
         if schedule not in NOISE_SCHEDULES:
             raise ValueError(f"noise_schedule {schedule!r} is unknown; choose one of {', '.join(NOISE_SCHEDULES)}")
-        self.amount = level * math.sqrt(2 / (5 * config.hidden_size)) * config.embedding_scale
+        self.amount = level * config.initializer_range * config.embedding_scale
         self.schedule = schedule
         self.mean_steps, self.seed = config.recurrence.mean_steps, config.recurrence.state_seed
 
