@@ -1,8 +1,21 @@
-"""The arithmetic of the benchmark of depth."""
+"""The benchmark of depth: its arithmetic, and which runs it takes up again."""
+
+import json
 
 import pytest
 
-from benchmarks.depth_pays import CONTESTANTS, DEPTHS, mean_and_interval, report, steps_needed, updates_in_the_same_time
+from benchmarks import depth_pays
+from benchmarks.depth_pays import (
+    CONTESTANTS,
+    DEPTHS,
+    Job,
+    compete_all,
+    mean_and_interval,
+    report,
+    steps_needed,
+    updates_in_the_same_time,
+)
+from configs import build_run, resolve
 
 
 def result(accuracy: dict, seconds: float = 10.0, updates: int = 100) -> dict:
@@ -43,8 +56,58 @@ def test_report_has_a_line_for_each_contestant_and_for_each_depth():
     results = {}
     for contestant in CONTESTANTS:
         depths = DEPTHS if contestant.name == "recurrent" else [contestant.depth or "plain"]
-        results[contestant.name] = [result({str(depth): by_level(*[1.0] * 4, *[0.5] * 4) for depth in depths})] * 3
+        results[contestant.name] = [result({str(depth): by_level(*[1.0] * 3, *[0.5] * 3) for depth in depths})] * 3
     text = report(results)
-    assert all(f"| {contestant.title} | 75.0 ± 0.0 | 100.0 ± 0.0 | 83.3" in text for contestant in CONTESTANTS)
-    assert "| 16 | 100.0 | 100.0 | 100.0 | 100.0 | 50.0 | 50.0 | 50.0 | 50.0 |" in text
-    assert "| needed for 90 % | 1 | 1 | 1 | 1 | - | - | - | - |" in text
+    groups = "75.0 ± 0.0 | 100.0 ± 0.0 | 75.0 ± 0.0 | 50.0 ± 0.0"
+    assert all(f"| {contestant.title} | {groups} |" in text for contestant in CONTESTANTS)
+    assert "| 16 | 100.0 | 100.0 | 100.0 | 50.0 | 50.0 | 50.0 |" in text
+    assert "| needed for 90 % | 1 | 1 | 1 | - | - | - |" in text
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The scripts that would be started; each leaves an empty table, as if it evaluated."""
+    started = []
+
+    def run(script, *arguments):
+        started.append(script.name)
+        (arguments[0] / "evaluation").mkdir()
+        (arguments[0] / "evaluation" / "depth.json").write_text('{"rows": []}')
+
+    monkeypatch.setattr(depth_pays, "run", run)
+    return started
+
+
+def leave_run(job: Job, updates: int, *flags: str) -> None:
+    """What a run of `pretrain.py` leaves of itself, if it had the flags of a job and others."""
+    build_run(resolve([*job.flags, *flags]), skip=("training",)).save(job.folder / "config.yaml")
+    state = {"global_step": updates, "log_history": [{"loss": 1.0}, {"train_runtime": 7.0}]}
+    job.state_file.write_text(json.dumps(state))
+
+
+def test_a_finished_run_is_only_judged_again(tmp_path, commands):
+    job = Job(CONTESTANTS[0], 0, tmp_path, 20)
+    leave_run(job, 20)
+    assert compete_all([job], workers=1) == {(CONTESTANTS[0], 0): {"seconds": 7.0, "updates": 20, "accuracy": {}}}
+    assert commands == ["evaluate.py"]
+
+
+@pytest.mark.parametrize(
+    ("updates", "flags", "difference"),
+    [
+        (20, ["--training.max_steps", "20"], "training.max_steps is 20 there and 2000 here"),
+        (20, [], "updates is 20 there and 2000 here"),  # stopped early
+        (2000, ["--training.learning_rate", "1e-3"], "training.learning_rate is 0.001 there and 0.002 here"),
+        (2000, ["--model.num_core_layers", "2"], "model.num_core_layers is 2 there and 1 here"),
+    ],
+)
+def test_a_run_that_was_trained_otherwise_is_refused_before_any_other_begins(
+    tmp_path, commands, capsys, updates, flags, difference
+):
+    jobs = [Job(CONTESTANTS[0], seed, tmp_path, 2000) for seed in (0, 1)]
+    leave_run(jobs[1], updates, *flags)
+    with pytest.raises(SystemExit, match="2"):
+        compete_all(jobs, workers=1)
+    assert not commands
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {tmp_path}/recurrent-1 holds another run: {difference}; remove the folder, or ")
