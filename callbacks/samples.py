@@ -137,7 +137,7 @@ class SamplesCallback(ReportingCallback):
 
     def continue_prompt(self, model: PreTrainedModel, prompt: str, options: dict) -> str:
         """The text after one prompt. Prompts go one by one: a few short ones, and none is padded."""
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id, *ids]
         inputs = torch.tensor([ids], device=model.device)

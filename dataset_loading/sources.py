@@ -163,7 +163,7 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> _Rows:
             f"{str(path)!r} has no column {missing[0]!r}, only {', '.join(table.schema_arrow.names)}; correct it"
         )
     number = 0
-    for batch in table.iter_batches(batch_size=_CHECKED_AT_ONCE, columns=list(columns)):
+    for batch in _batches_of(table, path, columns):
         arrays = [_binary_if_text(batch.column(column)).to_pylist() for column in columns]
         for values in zip(*arrays, strict=True):
             number += 1
@@ -179,6 +179,13 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> _Rows:
 def _binary_if_text(array: pa.Array) -> pa.Array:
     is_text = pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
     return array.cast(pa.large_binary()) if is_text else array
+
+
+def _batches_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from table.iter_batches(batch_size=_CHECKED_AT_ONCE, columns=list(columns))
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}; write it again") from error
 
 
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -1,4 +1,4 @@
-"""Tracking a ball: "ccadbXbda=" has the answer "3", the cup to which the moves b, d and a bring a ball from cup X."""
+"""Tracking a ball: "ccaXbda=" has the answer "3", the cup to which the moves b, d and a bring a ball from cup X."""
 
 import random
 import re

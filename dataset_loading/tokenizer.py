@@ -59,8 +59,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         ValueError: nothing can be loaded from `path`, or it has no fast version.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the library of tokenizers raises nothing narrower for a damaged file
         reason = " ".join(str(error).split())
         raise ValueError(f"tokenizer.path {path!r} cannot be loaded: {reason}") from error
     if not tokenizer.is_fast:

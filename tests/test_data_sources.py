@@ -129,6 +129,18 @@ def test_bad_parquet_rows(tmp_path):
     assert bad_rows.counts == {"a": 2}
 
 
+def test_a_parquet_file_that_is_damaged_inside_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"text": [f"row {i}" for i in range(5000)]}), path, compression="snappy", use_dictionary=False
+    )
+    content = bytearray(path.read_bytes())
+    content[100:2000] = bytes(1900)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.parquet' is damaged: .*; write it again"):
+        load(SourceConfig("files", paths=[str(path)]))
+
+
 def test_a_txt_file_that_is_not_utf8_is_a_bad_row(tmp_path):
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a.txt row 1: not UTF-8 \(byte 0xe9 at position 3\)"):

@@ -115,6 +115,13 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         load_tokenizer(str(tmp_path / "nowhere"))
 
 
+def test_a_damaged_tokenizer_is_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')
+    with pytest.raises(ValueError, match=r"tokenizer.path '.*' cannot be loaded: ") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 # -------------------------------------------------------------------------------------------------------- long texts
 
 
