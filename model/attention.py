@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache import RecurrentCache
+from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig
 from .feedforward import build_output_projection
 
@@ -24,6 +24,7 @@ class AttentionInputs:
     position_bias: torch.Tensor | None = (
         None  # (1 or batch, heads, query, key), where the mask does not hold it already
     )
+    where: slice | torch.LongTensor | None = None  # the places of the tokens in the cache
     rows: torch.LongTensor | None = None  # the rows of the cache that the batch consists of; None: all of them
     build_of: Callable[[torch.LongTensor], "AttentionInputs"] | None = None  # for a block mask, which has no rows
 
@@ -34,14 +35,16 @@ class AttentionInputs:
             return part if part is None else part.to(device, non_blocking=non_blocking)
 
         rotary = self.rotary and tuple(map(move, self.rotary))
-        return AttentionInputs(move(self.mask), rotary, move(self.position_bias), move(self.rows), self.build_of)
+        where = self.where if isinstance(self.where, slice) else move(self.where)
+        return AttentionInputs(move(self.mask), rotary, move(self.position_bias), where, move(self.rows), self.build_of)
 
     def of(self, rows: torch.LongTensor) -> "AttentionInputs":
         """The same of some rows of the whole batch."""
         if self.build_of is not None:
             return self.build_of(rows)
         rotary = self.rotary and tuple(select_rows(part, rows) for part in self.rotary)
-        return AttentionInputs(select_rows(self.mask, rows), rotary, select_rows(self.position_bias, rows), rows)
+        mask, bias = select_rows(self.mask, rows), select_rows(self.position_bias, rows)
+        return AttentionInputs(mask, rotary, bias, self.where, rows)
 
 
 def select_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
@@ -118,19 +121,23 @@ def prepare_attention(
     """
     alibi = config.position_embedding == "alibi"
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    is_static = past_key_values is not None and past_key_values.max_length is not None
     mask = create_causal_mask(
         config,
         inputs_embeds,
         attention_mask,
         # With a cache, transformers does not look for restarts of the positions; an empty one has nothing to say.
-        past_key_values if past else None,
+        past_key_values if past or is_static else None,
         position_ids=position_ids,
-        # ALiBi adds to the mask, so there has to be one.
-        allow_is_causal_skip=not alibi,
+        # ALiBi adds to the mask, and the room of a static cache that is not used yet must be hidden.
+        allow_is_causal_skip=not (alibi or is_static),
     )
     if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and config._attn_implementation == "eager":
         mask = torch.where(mask, 0.0, torch.finfo(inputs_embeds.dtype).min).to(inputs_embeds.dtype)  # eager adds it
-    inputs = AttentionInputs(mask, rows=rows)
+    where = (
+        past_key_values.places(inputs_embeds.shape[1], inputs_embeds.device) if past_key_values is not None else None
+    )
+    inputs = AttentionInputs(mask, where=where, rows=rows)
     if not isinstance(mask, torch.Tensor | None):
 
         def build_of(rows: torch.LongTensor) -> AttentionInputs:
@@ -144,6 +151,8 @@ def prepare_attention(
         return inputs
 
     keys = _key_positions(attention_mask, position_ids, past)
+    if is_static:  # positions of what is hidden do not matter
+        keys = nn.functional.pad(keys, (0, past_key_values.max_length - keys.shape[-1]))
     bias = alibi_bias(position_ids, keys, config.num_attention_heads).to(inputs_embeds.dtype)
     if not isinstance(mask, torch.Tensor):  # FlexAttention's block mask says who is seen; the bias goes beside it
         # Its kernel indexes the batch, it does not broadcast.
@@ -213,16 +222,15 @@ class Attention(nn.Module):
         self,
         hidden: torch.Tensor,
         inputs: AttentionInputs,
-        past_key_values: RecurrentCache | None = None,
-        slot: int = 0,
+        slot: CacheSlot | None = None,
     ) -> torch.Tensor:
-        """Attends, and adds keys and values to `slot` of the cache. hidden: (batch, sequence, hidden) -> the same."""
+        """Attends, and writes keys and values to a slot of the cache. hidden: (batch, sequence, hidden) -> the same."""
         batch, sequence, _ = hidden.shape
         query, key, value = self._project(hidden)
         if inputs.rotary is not None:
             query, key = apply_rotary(query, *inputs.rotary), apply_rotary(key, *inputs.rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, slot, inputs.rows)
+        if slot is not None:
+            key, value = slot.update(key, value, inputs.where, inputs.rows)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

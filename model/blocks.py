@@ -5,7 +5,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Attention, AttentionInputs
-from .cache import RecurrentCache
+from .cache import CacheSlot
 from .configuration_megatransformer import MegaTransformerTextConfig
 from .feedforward import build_feedforward
 
@@ -36,11 +36,9 @@ class TransformerBlock(nn.Module):
         self.mlp_norm_out = build_norm(config) if outer else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(
-        self, x: torch.Tensor, inputs: AttentionInputs, past_key_values: RecurrentCache | None = None, slot: int = 0
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, inputs: AttentionInputs, slot: CacheSlot | None = None) -> torch.Tensor:
         """x: (batch, sequence, hidden) -> the same. `slot`: this execution's place in the cache."""
-        attended = self.attention(self.attention_norm_in(x), inputs, past_key_values, slot)
+        attended = self.attention(self.attention_norm_in(x), inputs, slot)
         x = self.attention_norm_out(x + self.dropout(attended))
         return self.mlp_norm_out(x + self.dropout(self.mlp(self.mlp_norm_in(x))))
 
@@ -52,10 +50,15 @@ class BlockStack(GradientCheckpointingLayer):
         super().__init__()
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(num_layers))
 
-    def forward(
-        self, x: torch.Tensor, inputs: AttentionInputs, past_key_values: RecurrentCache | None = None, slot: int = 0
-    ) -> torch.Tensor:
-        """x: (batch, sequence, hidden) -> the same. `slot`: place of the first layer in the cache."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x, inputs, past_key_values, slot + index)
-        return x
+    def forward(self, x: torch.Tensor, inputs: AttentionInputs, slots: list[CacheSlot] | None = None) -> torch.Tensor:
+        """x: (batch, sequence, hidden) -> the same. `slots`: each layer's place in the cache."""
+        return run_layers(self.layers, x, inputs, slots)
+
+
+def run_layers(
+    layers: nn.ModuleList, x: torch.Tensor, inputs: AttentionInputs, slots: list[CacheSlot] | None
+) -> torch.Tensor:
+    """One block after the other, each with its slot of the cache, if there is one."""
+    for index, layer in enumerate(layers):
+        x = layer(x, inputs, None if slots is None else slots[index])
+    return x

@@ -142,19 +142,30 @@ class RecurrentGenerationMixin:
             )
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, mode: GenerationMode, batch_size: int, *args
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        """As the original, with a `RecurrentCache` in place of transformers' dynamic cache."""
+        """As the original, with a `RecurrentCache` in place of transformers' dynamic and static ones."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
+            if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise ValueError(
-                    f"cache_implementation {generation_config.cache_implementation!r} is not known here; leave it out"
+                    f"cache_implementation {generation_config.cache_implementation!r} is not possible here; choose "
+                    "'dynamic' or 'static'"
                 )
+            room = {}
+            if generation_config.cache_implementation == "static":
+                room["max_length"] = max(max_cache_length, generation_config.max_cache_len or 0)
+                room["max_steps"] = resolve_depth(model_kwargs.get("num_steps"), self.config, batch_size).total
+                self._compile_for_generation(generation_config)
             model_kwargs["past_key_values"] = RecurrentCache(
-                self.config, generation_config.cache_policy, generation_config.num_kept_steps
+                self.config, generation_config.cache_policy, generation_config.num_kept_steps, **room
             )
         else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, *args)
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
         if mode != GenerationMode.ASSISTED_GENERATION:
             return
         if model_kwargs.get("inputs_embeds") is not None:
@@ -168,6 +179,19 @@ class RecurrentGenerationMixin:
                     f"assisted generation of {steps} steps is not possible with cache policy {cache.policy!r} of "
                     f"{cache.num_kept_steps}: tokens checked together see more of each other than alone; use 'full'"
                 )
+
+    def _valid_auto_compile_criteria(self, *args: Any) -> bool:
+        """Never the whole forward pass, whose loop varies in length."""
+        return False
+
+    def _compile_for_generation(self, generation_config: GenerationConfig) -> None:
+        """Compiles the units, as transformers compiles its models: on GPUs, or where a `compile_config` asks for it."""
+        wanted = generation_config.compile_config is not None or self.device.type == "cuda"
+        is_compiled = self.model.prelude._compiled_call_impl is not None
+        if wanted and not generation_config.disable_compile and not is_compiled:
+            config = generation_config.compile_config
+            # Not its default, CUDA graphs: the state that a step returns is what the next one reads.
+            self.model.compile_units(**({} if config is None else config.to_dict()))
 
     def prepare_inputs_for_generation(
         self,

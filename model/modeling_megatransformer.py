@@ -269,9 +269,12 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             position_ids = self._default_positions(sequence, past, attention_mask, inputs_embeds.device)
         self._check_positions(position_ids)
         hidden = self._add_positions(inputs_embeds, position_ids)
+        if past_key_values is not None:
+            past_key_values.begin(hidden, depth.total)
         inputs = prepare_attention(self.config, hidden, attention_mask, position_ids, past_key_values)
 
-        hidden = self.prelude(hidden, inputs=inputs, past_key_values=past_key_values)
+        slots = past_key_values.prelude_slots if past_key_values is not None else None
+        hidden = self.prelude(hidden, inputs=inputs, slots=slots)
         if self.core is None:
             hidden, state, states, exit_steps = self._read(hidden, inputs, past_key_values), None, None, None
         else:
@@ -322,8 +325,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 
     def _read(self, state, inputs: AttentionInputs, past_key_values) -> torch.Tensor:
         """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""
-        slot = self.config.num_prelude_layers
-        return self.norm(self.coda(state, inputs=inputs, past_key_values=past_key_values, slot=slot))
+        slots = past_key_values.coda_slots if past_key_values is not None else None
+        return self.norm(self.coda(state, inputs=inputs, slots=slots))
 
     def _look(self, watch: ExitWatch, past_key_values, step, state, rows, inputs) -> torch.Tensor | None:
         """Which of the rows stop after `step` steps; None where it is not looked."""

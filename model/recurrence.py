@@ -19,8 +19,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionInputs
-from .blocks import TransformerBlock
-from .cache import RecurrentCache
+from .blocks import TransformerBlock, run_layers
+from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig, RecurrenceConfig
 
 
@@ -239,14 +239,10 @@ class RecurrentCore(GradientCheckpointingLayer):
         state: torch.Tensor,
         embeds: torch.Tensor,
         inputs: AttentionInputs,
-        past_key_values: RecurrentCache | None = None,
-        slot: int = 0,
+        slots: list[CacheSlot] | None = None,
     ) -> torch.Tensor:
-        """state, embeds: (batch, sequence, hidden) -> the next state. `slot`: place of the first layer in the cache."""
-        x = self.injection(state, embeds)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, inputs, past_key_values, slot + index)
-        return x
+        """state, embeds: (batch, sequence, hidden) -> the next state. `slots`: the layers' places in the cache."""
+        return run_layers(self.layers, self.injection(state, embeds), inputs, slots)
 
 
 def iterate_core(
@@ -284,11 +280,11 @@ def iterate_core(
             # Truncation: backpropagation ends here. A leaf that requires a gradient makes the first step with gradient
             # look like the others, so that torch.compile needs one graph for them instead of two.
             here = here.detach().requires_grad_()
-        slot = past_key_values.core_slot(step) if past_key_values is not None else 0
+        slots = past_key_values.core_slots(step) if past_key_values is not None else None
         with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):
             if disturb is not None:
                 here = disturb(step, here, rows)
-            here = core(here, embeds_here, inputs=inputs_here, past_key_values=past_key_values, slot=slot)
+            here = core(here, embeds_here, inputs=inputs_here, slots=slots)
         state = here if rows is None else state.index_copy(0, rows, here)
         if trajectory is not None:
             trajectory.append(state)

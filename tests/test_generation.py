@@ -105,5 +105,5 @@ def test_unknown_option_and_depth_are_refused(model):
         model.generate(tiny_ids(1, 4), num_stepz=3)
     with pytest.raises(ValueError, match="at least 1"):
         model.generate(tiny_ids(1, 4), num_steps=0, max_new_tokens=2)
-    with pytest.raises(ValueError, match="cache_implementation 'static' is not known"):
-        model.generate(tiny_ids(1, 4), cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match="cache_implementation 'quantized' is not possible here; choose 'dynamic' or"):
+        model.generate(tiny_ids(1, 4), cache_implementation="quantized", max_new_tokens=2)
