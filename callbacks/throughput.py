@@ -19,7 +19,8 @@ class ThroughputConfig:
 
 
 class ThroughputCallback(TrainerCallback):
-    """Adds to each training log the speed since the log before; evaluation, samples and saving do not count.
+    """Adds to each training log the speed since the log before; saving and forward passes outside training (evaluation,
+    samples, the trainer's probes of depth) do not count, nor does the wait for data right after them.
 
     - tokens_per_second: training tokens of all ranks, padding included; ranks are taken to have equal shares;
     - core_steps_per_second: applications of the core to a micro-batch, on one rank, those without gradient included.
@@ -30,7 +31,7 @@ class ThroughputCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.hook: torch.utils.hooks.RemovableHandle | None = None
-        self.mark = 0.0  # when the time being counted began
+        self.mark = 0.0  # up to when time is counted, or left out
         self.reset()
 
     def reset(self) -> None:
@@ -55,27 +56,34 @@ class ThroughputCallback(TrainerCallback):
     def count(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         if not model.training:
-            self.interrupted = True
+            self.interrupt()
             return
+        if self.interrupted:
+            self.mark = time.perf_counter()
+            self.interrupted = False
         self.tokens += kwargs["input_ids"].numel()
         if model.config.num_core_layers:
             self.core_steps += count_steps(kwargs.get("num_steps"), model.config)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Leave out the time since the last step if something other than training happened in it."""
-        if self.interrupted:
-            self.mark = time.perf_counter()
-            self.interrupted = False
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Count the time of the step and of the wait for its data."""
-        now = time.perf_counter()
-        self.seconds += now - self.mark
-        self.mark = now
+        self.count_time()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Leave the time out."""
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Leave out what comes until the next forward pass of the training."""
+        if not self.interrupted:
+            self.count_time()
         self.interrupted = True
+
+    def count_time(self) -> None:
+        """Count the time up to now."""
+        now = time.perf_counter()
+        self.seconds += now - self.mark
+        self.mark = now
 
     def on_log(
         self,

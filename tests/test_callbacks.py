@@ -199,22 +199,53 @@ def test_counts_are_those_of_the_forward_passes(tmp_path):
     assert [event.value for event in scalars] == pytest.approx([log["tokens_per_second"] for log in logs])
 
 
-def test_evaluation_and_samples_take_no_time(tmp_path, monkeypatch):
-    """On a clock that only training steps (1 s) and samples (100 s) move."""
-    clock = SimpleNamespace(now=0.0)
+class SlowPasses(TrainerCallback):
+    """Moves a clock: a step takes 1 s before its forward pass and 1 s in it, any other forward pass 100 s."""
+
+    now = 0.0
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        model.register_forward_hook(self.forward)
+
+    def forward(self, module, inputs, output):
+        self.now += 1.0 if module.training else 100.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now += 1.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SlowPasses()
     monkeypatch.setattr("callbacks.throughput.time.perf_counter", lambda: clock.now)
+    return clock
+
+
+def speeds(trainer):
+    return [log["tokens_per_second"] for log in trainer.state.log_history if "tokens_per_second" in log]
+
+
+def test_samples_take_no_time(tmp_path, clock):
     trainer = build_trainer(
-        tmp_path, callbacks=samples(every_steps=1, max_new_tokens=1, num_steps=[1]), max_steps=6, logging_steps=3
+        tmp_path, callbacks=samples(every_steps=3, max_new_tokens=1, num_steps=[1]), max_steps=9, logging_steps=3
     )
-
-    def forward(module, inputs):
-        clock.now += 1.0 if module.training else 100.0
-
-    trainer.model.register_forward_pre_hook(forward)
+    trainer.add_callback(clock)
     trainer.train()
-    speeds = [log["tokens_per_second"] for log in trainer.state.log_history if "tokens_per_second" in log]
-    assert speeds == [20.0, 20.0]  # 2 rows of 10 tokens a second
-    assert clock.now == 6 + 6 * 200
+    # 3 steps of 2 rows of 10 tokens, in 6 s; after samples the wait for the next step is left out with them.
+    assert speeds(trainer) == [60 / 6, 60 / 5, 60 / 5]
+    assert clock.now == 9 * 2 + 3 * 200
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_probes_take_no_time(tmp_path, clock, every):
+    """They come amid a step."""
+    trainer = build_trainer(
+        tmp_path, callbacks=CallbacksConfig(), max_steps=6, logging_steps=3, recurrence_logging_steps=every
+    )
+    trainer.add_callback(clock)
+    trainer.train()
+    assert speeds(trainer) == [60 / 6, 60 / 6]
+    assert clock.now == 6 * 2 + 6 // every * 200
 
 
 def test_all_ranks_together_and_only_training_logs():
