@@ -171,9 +171,12 @@ def test_plain_model_trains_without_depth(tmp_path):
 
 
 def test_probe_compares_depths_on_the_next_batch(tmp_path):
-    """R7: loss at one step and at the mean, state change per step, token correlation; and training is not disturbed."""
-    data = rows(4)
-    trainer = build(tmp_path, dataset=data, max_steps=1, recurrence_logging_steps=1)
+    """R7: loss at one step and at the mean, state change per step, token correlation, all without dropout; and training
+    is not disturbed.
+    """
+    data, dropout = rows(4), {"hidden_dropout": 0.5}
+    model = tiny_model(**dropout).train()
+    trainer = build(tmp_path, model=model, dataset=data, max_steps=1, recurrence_logging_steps=1)
     trainer.train()
     entry = next(e for e in trainer.state.log_history if "depth_gap" in e)
     model = tiny_model()
@@ -186,9 +189,50 @@ def test_probe_compares_depths_on_the_next_batch(tmp_path):
     assert entry["depth_gap"] == pytest.approx(shallow - deep.loss.item(), abs=1e-5)
     change = ((deep.states[2] - deep.states[1]).norm(dim=-1) / deep.states[2].norm(dim=-1)).mean().item()
     assert entry["state_change_02"] == pytest.approx(change, rel=1e-4)
-    without = build(tmp_path, dataset=data, max_steps=1)
+    correlations = torch.stack([between_tokens(row) for row in deep.state])  # rows of one length
+    assert entry["token_correlation"] == pytest.approx(correlations.mean().item(), rel=1e-4)
+    without = build(tmp_path, model=tiny_model(**dropout), dataset=data, max_steps=1)
     without.train()
     assert losses(without) == losses(trainer)
+
+
+def test_probe_does_not_see_padding(tmp_path):
+    """The same rows behind 24 places of padding, which have states of their own: the same figures."""
+
+    def padded(row, filler):
+        return torch.nn.functional.pad(row, (0, 24), value=filler)
+
+    whole = rows(4)
+    longer = [
+        {
+            "input_ids": padded(row["input_ids"], 0),
+            "labels": padded(row["labels"], -100),
+            "attention_mask": padded(torch.ones(12, dtype=torch.int64), 0),
+        }
+        for row in whole
+    ]
+    found = []
+    for data in (whole, longer):
+        trainer = build(tmp_path, dataset=data, max_steps=1, recurrence_logging_steps=1)
+        trainer.train()
+        entry = next(e for e in trainer.state.log_history if "depth_gap" in e)
+        found.append({name: entry[name] for name in entry if name.startswith(("token", "state", "depth", "loss_at"))})
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) == 8
+
+
+def test_probe_and_its_alarms_are_those_of_all_ranks(tmp_path, monkeypatch, caplog):
+    """As if other ranks had found so much that the means are 100 above what this one has."""
+    alone = build(tmp_path, max_steps=1, recurrence_logging_steps=1)
+    together = build(tmp_path, max_steps=1, recurrence_logging_steps=1)
+    monkeypatch.setattr(together.accelerator, "reduce", lambda values, reduction: {"mean": values + 100}[reduction])
+    with caplog.at_level(logging.WARNING, logger="trainers.recurrent"):
+        alone.train()
+        assert "mean correlation" not in caplog.text
+        together.train()
+        assert "mean correlation of 100." in caplog.text
+    entries = [next(e for e in run.state.log_history if "depth_gap" in e) for run in (alone, together)]
+    for name in ("loss_at_1_step", "loss_at_mean_steps", "depth_gap", "token_correlation", "state_change_04"):
+        assert entries[1][name] == pytest.approx(entries[0][name] + 100, abs=1e-4)
 
 
 def test_alarm_when_recurrence_is_ignored(tmp_path, caplog):
@@ -203,15 +247,22 @@ def test_alarm_when_recurrence_is_ignored(tmp_path, caplog):
     assert "step 0: the states of different tokens have a mean correlation of" in text
 
 
+def between_tokens(state):
+    """Correlations of all pairs of different tokens of a row. state: (tokens, hidden)."""
+    return torch.corrcoef(state)[~torch.eye(len(state), dtype=torch.bool)]
+
+
 def test_token_correlation_and_state_change_in_closed_form():
+    """Of two rows, the second with two places of padding, whose states must not matter."""
     torch.manual_seed(0)
-    state = torch.randn(2, 5, 16)
-    correlations = [torch.corrcoef(row) for row in state]
-    pairs = torch.stack([c[~torch.eye(5, dtype=torch.bool)] for c in correlations])
-    torch.testing.assert_close(token_correlation(state), pairs.mean(), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(token_correlation(torch.randn(1, 1, 16).expand(2, 5, 16)), torch.tensor(1.0))
-    assert state_changes((state, 2 * state, 2 * state))[0].item() == pytest.approx(0.5)
-    assert state_changes((state, 2 * state, 2 * state))[1].item() == 0
+    state, is_real = torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
+    is_real[1, :2] = False
+    state[1, :2] = torch.nan
+    pairs = torch.cat([between_tokens(state[0]), between_tokens(state[1, 2:])])
+    torch.testing.assert_close(token_correlation(state, is_real), pairs.mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(token_correlation(torch.randn(1, 1, 16).expand(2, 5, 16), is_real), torch.tensor(1.0))
+    first, second = state_changes((state, 2 * state, 2 * state), is_real)
+    assert first.item() == pytest.approx(0.5) and second.item() == 0
 
 
 def test_evaluation_runs_at_the_mean_depth_without_a_cache(tmp_path):
@@ -392,8 +443,9 @@ def test_deepspeed_needs_a_launcher(tmp_path, monkeypatch):
         ({"recurrence_logging_steps": -1}, "recurrence_logging_steps is -1; give at least 0"),
         ({"token_correlation_alarm": 2.0}, "token_correlation_alarm is 2.0; a cosine lies from -1 to 1"),
         ({"eval_accumulation_steps": 0}, "eval_accumulation_steps is 0; give at least 1"),
-        ({"label_names": ["targets"]}, r"label_names is \['targets'\], which does not work here; leave it out"),
-        ({"eval_do_concat_batches": False}, "eval_do_concat_batches is False, which does not work here"),
+        ({"label_names": ["targets"]}, r"label_names is \['targets'\], but the metrics need .*; leave it out"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches is False, but the metrics need"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but transformers would not shift the labels"),
         ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy is 'sorted'; give one of random, sequential"),
         ({"log_level": "loud"}, "log_level is 'loud'; give one of detail, debug"),
     ],

@@ -32,8 +32,13 @@ MINIMUMS = {
     "recurrence_logging_steps": 0,
 }
 MOMENTS = ("adam_beta1", "adam_beta2")
-# What transformers offers and our metrics and model cannot do: evaluation would fail, or nothing would happen.
-FIXED = {"label_names": None, "eval_do_concat_batches": True, "use_liger_kernel": False}
+# What transformers offers and our metrics and model cannot do: the value there has to be, and what another would cause.
+FIXED = {
+    "label_names": (None, "the metrics need the labels that the model takes, which are called labels"),
+    "eval_do_concat_batches": (True, "the metrics need the batches of an evaluation as one"),
+    "use_liger_kernel": (False, "Liger has no kernels for this model, and nothing would happen"),
+    "label_smoothing_factor": (0, "transformers would not shift the labels, and train the model to repeat each token"),
+}
 
 
 @dataclass
@@ -97,9 +102,9 @@ class RecurrentTrainingArguments(TrainingArguments):
         for name in MOMENTS:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
-        for name, value in FIXED.items():
+        for name, (value, reason) in FIXED.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name} is {getattr(self, name)}, which does not work here; leave it out")
+                raise ValueError(f"{name} is {getattr(self, name)}, but {reason}; leave it out")
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata.get("choices")
             if choices and value is not None and value not in choices:

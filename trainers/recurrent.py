@@ -122,13 +122,14 @@ class RecurrentTrainer(Trainer):
             shallow = model(**inputs, num_steps=1, skip_logits=True).loss
             mean_steps = self.model.config.recurrence.mean_steps
             deep = model(**inputs, num_steps=mean_steps, output_states=True, skip_logits=True)
+        is_real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         values = {
             "loss_at_1_step": shallow,
             "loss_at_mean_steps": deep.loss,
             "depth_gap": shallow - deep.loss,
-            "token_correlation": token_correlation(deep.state),
+            "token_correlation": token_correlation(deep.state, is_real),
         }
-        for step, change in enumerate(state_changes(deep.states), start=1):
+        for step, change in enumerate(state_changes(deep.states, is_real), start=1):
             values[f"state_change_{step:02d}"] = change
         means = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean").tolist()
         for name, value in zip(values, means, strict=True):
@@ -165,21 +166,30 @@ def naming(keys: str) -> Iterator[None]:
         raise ValueError(f"training.{keys}: {error}") from error
 
 
-def state_changes(states: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """|s_i - s_{i-1}| / |s_i| for i = 1 .. r, mean over rows and positions. states: (batch, sequence, hidden) each."""
-    return [((after - before).norm(dim=-1) / after.norm(dim=-1)).mean() for before, after in pairwise(states)]
-
-
-def token_correlation(state: torch.Tensor) -> torch.Tensor:
-    """Mean correlation (cosine after each token's mean over features is taken off) between the states of different
-    positions of a row; 1 if all tokens have collapsed to one state. Source: Geiping et al. 2025, section 4.3.
+def state_changes(states: tuple[torch.Tensor, ...], is_real: torch.Tensor) -> list[torch.Tensor]:
+    """|s_i - s_{i-1}| / |s_i| for i = 1 .. r, mean over all tokens but padding.
 
     Args:
-        state: (batch, sequence, hidden), sequence > 1.
+        states: (batch, sequence, hidden) each.
+        is_real: (batch, sequence), False where there is padding.
+    """
+    tokens = [state[is_real] for state in states]  # (tokens, hidden)
+    return [((after - before).norm(dim=-1) / after.norm(dim=-1)).mean() for before, after in pairwise(tokens)]
+
+
+def token_correlation(state: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
+    """Mean correlation (cosine after each token's mean over features is taken off) between the states of different
+    tokens of a row, over all pairs of all rows; 1 if all tokens have collapsed to one state. Source: Geiping et al.
+    2025, section 4.3. Ours leaves out padding, whose states are alike.
+
+    Args:
+        state: (batch, sequence, hidden).
+        is_real: (batch, sequence), False where there is padding; True more than once in some row.
     """
     state = state.float()
     directions = nn.functional.normalize(state - state.mean(dim=-1, keepdim=True), dim=-1)
-    sequence = state.shape[1]
+    directions = directions.masked_fill(~is_real.unsqueeze(-1), 0)
+    tokens = is_real.sum(dim=1)  # (batch,)
     # The sum over all pairs is the squared norm of the sum; the pairs of a token with itself are 1 each.
-    pairs = directions.sum(dim=1).square().sum(dim=-1) - directions.square().sum(dim=(1, 2))
-    return (pairs / (sequence * (sequence - 1))).mean()
+    pairs = directions.sum(dim=1).square().sum() - directions.square().sum()
+    return pairs / (tokens * (tokens - 1)).sum()
