@@ -170,6 +170,34 @@ def test_labels_are_shifted_and_weighted_by_token():
     torch.testing.assert_close(summed, torch.stack(picked).sum() / 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_in_chunks_is_that_of_capped_logits_in_float32(monkeypatch, dtype):
+    """-log p of the next token by the logits that `forward` gives; a sum in bfloat16 would be off by hundredths."""
+    model, ids = tiny_model(scale=3.0, final_logit_softcapping=2.0).to(dtype), tiny_ids(2, 7)
+    log_p = logits_of(model, ids)[:, :-1].float().log_softmax(-1)
+    monkeypatch.setattr("model.cross_entropy.LOGITS_PER_CHUNK", 5 * 64)
+    loss = model(ids, labels=ids, skip_logits=True).loss
+    torch.testing.assert_close(loss, -log_p.gather(-1, ids[:, 1:, None]).mean(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_mask_for_each_row_equals_the_rows_alone(position):
+    """4-D masks of numbers, taken as they are: causal, and without what stands behind the end of the second row; of a
+    whole sequence, and of its last tokens behind a cache.
+    """
+    model, ids = tiny_model(scale=2.0, position_embedding=position), tiny_ids(2, 6)
+    seen = torch.ones(6, 6).tril().bool() & (torch.arange(6) < torch.tensor([6, 4])[:, None, None])
+    mask = torch.zeros(2, 1, 6, 6).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+    alone = [logits_of(model, ids[:1])[0], logits_of(model, ids[1:, :4])[0]]
+    whole = logits_of(model, ids, attention_mask=mask)
+    with torch.no_grad():
+        cache = model(ids[:, :3], attention_mask=mask[:, :, :3, :3], use_cache=True).past_key_values
+    rest = logits_of(model, ids[:, 3:], attention_mask=mask[:, :, 3:], past_key_values=cache)
+    for row, expected in enumerate(alone):
+        torch.testing.assert_close(whole[row, : len(expected)], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rest[row, : len(expected) - 3], expected[3:], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("skip_logits", [False, True])
 @pytest.mark.parametrize("num_items_in_batch", [None, 0, torch.tensor(0)])
 def test_a_batch_without_labels_has_loss_and_gradients_of_zero(skip_logits, num_items_in_batch):
