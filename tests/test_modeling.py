@@ -182,20 +182,20 @@ def test_the_loss_in_chunks_is_that_of_capped_logits_in_float32(monkeypatch, dty
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_a_mask_for_each_row_equals_the_rows_alone(position):
-    """4-D masks of numbers, taken as they are: causal, and without what stands behind the end of the second row; of a
-    whole sequence, and of its last tokens behind a cache.
+    """4-D masks of numbers, taken as they are: causal, and without the first two places of the second row; of a whole
+    sequence, and of its last tokens behind a cache.
     """
     model, ids = tiny_model(scale=2.0, position_embedding=position), tiny_ids(2, 6)
-    seen = torch.ones(6, 6).tril().bool() & (torch.arange(6) < torch.tensor([6, 4])[:, None, None])
+    seen = torch.ones(6, 6).tril().bool() & (torch.arange(6) >= torch.tensor([0, 2])[:, None, None])
     mask = torch.zeros(2, 1, 6, 6).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
-    alone = [logits_of(model, ids[:1])[0], logits_of(model, ids[1:, :4])[0]]
+    alone = [logits_of(model, ids[:1]), logits_of(model, ids[1:, 2:], position_ids=torch.arange(2, 6)[None])]
     whole = logits_of(model, ids, attention_mask=mask)
     with torch.no_grad():
         cache = model(ids[:, :3], attention_mask=mask[:, :, :3, :3], use_cache=True).past_key_values
     rest = logits_of(model, ids[:, 3:], attention_mask=mask[:, :, 3:], past_key_values=cache)
     for row, expected in enumerate(alone):
-        torch.testing.assert_close(whole[row, : len(expected)], expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(rest[row, : len(expected) - 3], expected[3:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(whole[row, -expected.shape[1] :], expected[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rest[row], expected[0, -3:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])
