@@ -125,13 +125,13 @@ def draw_inputs(
     """The arguments of our `forward`. The initial state is drawn at every step, as in training, and on our time."""
     batch, sequence = ids.shape
     step = next(steps)
-    state = draw_training_states(model.config, sequence, [(0, step, row) for row in range(batch)])
+    state = draw_training_states(model.config, sequence, [(0, step, row) for row in range(batch)], model.device)
     return {
         "input_ids": ids,
         "labels": ids,
         "use_cache": False,
         "num_steps": num_steps,
-        "initial_state": state.to(ids.device),
+        "initial_state": state,
     }
 
 

@@ -24,10 +24,10 @@ from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig, RecurrenceConfig
 
 
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator that depends on `key` alone: the same on every rank, after resuming, in every process."""
+def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on `key` alone: the same on every rank, after resuming, in every process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- depth
@@ -138,13 +138,13 @@ def draw_state(config: MegaTransformerTextConfig, shape: tuple[int, ...], genera
 
     Args:
         shape: (..., hidden).
-        generator: CPU generator. Never the global one: a draw must not depend on what else was drawn.
+        generator: Never the global one: a draw must not depend on what else was drawn.
 
     Returns:
-        Float32 tensor of `shape` on the CPU.
+        Float32 tensor of `shape` on the generator's device.
     """
     kind = config.recurrence.state_init
-    state = torch.empty(shape)
+    state = torch.empty(shape, device=generator.device)
     if kind == "zero":
         state.zero_()
     elif kind == "like-init":
@@ -162,18 +162,24 @@ def draw_state(config: MegaTransformerTextConfig, shape: tuple[int, ...], genera
 
 
 def draw_training_states(
-    config: MegaTransformerTextConfig, sequence: int, row_keys: list[tuple[int, ...]]
+    config: MegaTransformerTextConfig,
+    sequence: int,
+    row_keys: list[tuple[int, ...]],
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Initial states of a training batch, each row from its own key, usually (seed, global step, row in the global
     batch).
 
-    So a row has the same state however the batch is spread over ranks and micro-batches.
+    So a row has the same state however the batch is spread over ranks and micro-batches. They are drawn where they are
+    needed, since on a CPU that can take as long as a GPU's training step; the values differ between kinds of devices.
 
     Returns:
-        (len(row_keys), sequence, hidden), float32 on the CPU.
+        (len(row_keys), sequence, hidden), float32 on `device`.
     """
-    shape = (sequence, config.hidden_size)
-    return torch.stack([draw_state(config, shape, keyed_generator("state", *key)) for key in row_keys])
+    states = torch.empty(len(row_keys), sequence, config.hidden_size, device=device)
+    for state, key in zip(states, row_keys, strict=True):
+        state.copy_(draw_state(config, state.shape, keyed_generator("state", *key, device=device)))
+    return states
 
 
 def default_state(config: MegaTransformerTextConfig) -> torch.Tensor:

@@ -120,6 +120,14 @@ def test_training_states_belong_to_rows_not_to_batches():
     assert not torch.equal(whole[0], whole[1])
 
 
+@pytest.mark.gpu
+def test_rows_on_a_gpu_do_not_depend_on_the_batch_either():
+    keys = [(0, 3, row) for row in range(4)]
+    whole = draw_training_states(tiny_config(), 6, keys, "cuda")
+    halves = [draw_training_states(tiny_config(), 6, part, "cuda") for part in (keys[:2], keys[2:])]
+    assert torch.equal(whole, torch.cat(halves)) and whole.std() > 0.1
+
+
 def test_default_state_is_one_draw_for_all_rows_and_positions():
     model, ids = tiny_model(scale=2.0), tiny_ids(3, 6)
     state = default_state(model.config)

@@ -30,7 +30,7 @@ class RecurrentTrainer(Trainer):
 
     Args:
         sample_depth: (recurrence config, *key) -> (steps without gradient, steps with).
-        draw_states: (model config, sequence, list of keys) -> (rows, sequence, hidden).
+        draw_states: (model config, sequence, list of keys, device) -> (rows, sequence, hidden).
         kwargs: As for `transformers.Trainer`.
 
     Raises:
@@ -104,8 +104,8 @@ class RecurrentTrainer(Trainer):
         # micro-batch.
         first = (micro_batch * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size
         keys = [(seed, step, first + row) for row in range(batch)]
-        states = self.draw_states(config, sequence, keys)
-        return {"num_steps": self.last_num_steps, "initial_state": states.to(self.args.device)}
+        states = self.draw_states(config, sequence, keys, self.args.device)
+        return {"num_steps": self.last_num_steps, "initial_state": states}
 
     # ------------------------------------------------------------------------------------------------- is depth in use?
 
