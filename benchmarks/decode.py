@@ -1,4 +1,4 @@
-"""Speed and cache of greedy `generate`, beside a Llama that executes the same layers with the same weights.
+"""Speed and memory of greedy decoding behind a context, beside a Llama of the same layer passes and weights.
 
 python -m benchmarks.decode
 python -m benchmarks.decode --batch-sizes 1 8 32 --device cuda --dtype bf16
@@ -10,6 +10,7 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 
 # isort: split
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -39,17 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
-    results = {batch: measure(models, batch, args, device) for batch in args.batch_sizes}
-    timing.save(args.output, args, batch_sizes=results)
+    cells = [(batch, context) for context in args.contexts for batch in args.batch_sizes]
+    results = {f"{batch} x {context}": measure(models, batch, context, args, device) for batch, context in cells}
+    timing.save(args.output, args, cells=results)
     sys.stdout.write(report(args, device, results))
     return 0
 
 
 def build_parser() -> OneLineParser:
-    parser = timing.build_parser("decode", "Tokens per second and cache of greedy generation, beside Llama's.")
+    parser = timing.build_parser("decode", "Tokens per second and memory of greedy decoding, beside Llama's.")
     parser.add_argument("--batch-sizes", type=timing.count, nargs="+", default=[1, 8], help="rows that are continued")
-    parser.add_argument("--prompt-length", type=timing.count, default=64, help="tokens of a prompt")
-    parser.add_argument("--new-tokens", type=timing.count, default=64, help="tokens written after it")
+    parser.add_argument("--contexts", type=timing.count, nargs="+", default=[128, 512, 2048], help="tokens before")
+    parser.add_argument("--new-tokens", type=timing.count, default=128, help="tokens written after them")
+    parser.add_argument(
+        "--policies", nargs="*", default=["ring", "last"], choices=["ring", "last"], help="besides full"
+    )
+    parser.add_argument("--kept-steps", type=timing.count, default=2, help="steps that the ring keeps")
     parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="of the weights")
     return parser
 
@@ -59,10 +65,13 @@ def build_models(args: argparse.Namespace, device: torch.device) -> dict[str, tu
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     pre, sandwich = timing.build_ours(args, "pre"), timing.build_ours(args, "sandwich")
     llama = timing.shared_llama(pre, args.core_steps)
+    steps = {"num_steps": args.core_steps}
+    kept = {"ring": {"num_kept_steps": args.kept_steps}, "last": {}}
     models = {
         timing.REFERENCE: (llama, {}),
-        "pre norm": (pre, {"num_steps": args.core_steps}),
-        "sandwich norm": (sandwich, {"num_steps": args.core_steps}),
+        "pre norm": (pre, steps),
+        **{f"pre norm, {name}": (pre, {**steps, "cache_policy": name, **kept[name]}) for name in args.policies},
+        "sandwich norm": (sandwich, steps),
     }
     for model, _ in models.values():
         model.to(device, dtype).eval()
@@ -74,31 +83,55 @@ def build_models(args: argparse.Namespace, device: torch.device) -> dict[str, tu
 def measure(
     models: dict[str, tuple[PreTrainedModel, dict[str, Any]]],
     batch: int,
+    context: int,
     args: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of every round, and bytes of the cache at the end, by the name of a model."""
-    prompt = torch.randint(args.vocab_size, (batch, args.prompt_length), device=device)
-    runs = {
-        name: partial(continue_prompt, model, prompt, args.new_tokens, **options)
-        for name, (model, options) in models.items()
-    }
-    caches = {name: cache_bytes(run(return_dict_in_generate=True).past_key_values) for name, run in runs.items()}
-    return {
-        "seconds": timing.interleave(runs, args.rounds, args.warmup, device),
-        "cache_bytes": caches,
-    }
+    """Seconds of every round, bytes of the cache at the end, and of what is held besides, by the name of a model.
+
+    The context is put into a cache once for each model; every round continues a copy of it, and what is timed are the
+    new tokens alone.
+    """
+    prompt = torch.randint(args.vocab_size, (batch, context + 1), device=device)
+    caches = {name: fill_cache(model, prompt[:, :-1], options) for name, (model, options) in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for index in range(-args.warmup, args.rounds):
+        for name, (model, options) in models.items():
+            cache = copy.deepcopy(caches[name])
+            run = partial(continue_prompt, model, prompt, args.new_tokens, past_key_values=cache, **depth_of(options))
+            elapsed = timing.seconds_of(run, device)
+            if index >= 0:
+                seconds[name].append(elapsed)
+    held, peaks = {}, {}
+    for name, (model, options) in models.items():
+        cache = caches.pop(name)
+        run = partial(continue_prompt, model, prompt, 1, past_key_values=cache, **depth_of(options))
+        peaks[name] = timing.peak_bytes(run, device)
+        held[name] = cache_bytes(cache)
+    return {"seconds": seconds, "cache_bytes": held, "peak_bytes": peaks}
+
+
+def fill_cache(model: PreTrainedModel, context: torch.Tensor, options: dict[str, Any]) -> Any:
+    """A cache that holds the context. (batch, context)"""
+    out = model.generate(
+        context, attention_mask=torch.ones_like(context), max_new_tokens=1, return_dict_in_generate=True, **options
+    )
+    return out.past_key_values  # what the last token leaves is never read, so it is not computed
+
+
+def depth_of(options: dict[str, Any]) -> dict[str, Any]:
+    """What `generate` is told where the cache is given."""
+    return {name: value for name, value in options.items() if name == "num_steps"}
 
 
 def continue_prompt(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, **options: Any) -> Any:
     """Greedy generation of exactly `new_tokens` tokens: the models have no token that ends a text."""
-    out = model.generate(
+    ids = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new_tokens, **options
     )
-    ids = out if isinstance(out, torch.Tensor) else out.sequences
     expected = (prompt.shape[0], prompt.shape[1] + new_tokens)
     assert ids.shape == expected, f"generate returned {tuple(ids.shape)}, expected {expected}"
-    return out
+    return ids
 
 
 def cache_bytes(cache: Any) -> int:
@@ -106,27 +139,28 @@ def cache_bytes(cache: Any) -> int:
     return timing.held_bytes(*(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
 
 
-def report(args: argparse.Namespace, device: torch.device, results: dict[int, dict[str, Any]]) -> str:
-    """The setting, and a table with a line for each model and batch size."""
-    header = ["generate", "batch", "tokens per second", "ms per token", "speed / Llama's", "cache, MiB"]
+def report(args: argparse.Namespace, device: torch.device, results: dict[str, dict[str, Any]]) -> str:
+    """The setting, and a table with a line for each model, batch size and context."""
+    columns = ["tokens per second", "ms per token", "speed / Llama's", "cache, MiB", "peak above, MiB"]
     rows = []
-    for batch, result in results.items():
+    for cell, result in results.items():
         ratios = timing.speed_ratios(result["seconds"])
         for name, seconds in result["seconds"].items():
             per_token = timing.quartiles(seconds)[1] / args.new_tokens  # seconds for one more token of every row
             rows.append(
                 [
                     name,
-                    str(batch),
-                    f"{batch / per_token:.1f}",
+                    cell,
+                    f"{int(cell.split()[0]) / per_token:.1f}",
                     f"{1000 * per_token:.2f}",
                     timing.describe_ratio(ratios[name]),
                     f"{result['cache_bytes'][name] / timing.MIB:.2f}",
+                    f"{result['peak_bytes'][name] / timing.MIB:.2f}",
                 ]
             )
     return (
-        f"{args.new_tokens} tokens after a prompt of {args.prompt_length}, {args.dtype}; "
-        f"{timing.describe_setting(args, device)}.\n\n{timing.markdown_table(header, rows)}"
+        f"{args.new_tokens} tokens behind a context, {args.dtype}; {timing.describe_setting(args, device)}.\n\n"
+        f"{timing.markdown_table(['decoding', 'batch x context', *columns], rows)}"
     )
 
 

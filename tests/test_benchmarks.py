@@ -256,15 +256,30 @@ def test_train_step_compiled(extra, capsys, limit_put_back):
 
 def test_decode_prints_a_table(capsys, tmp_path):
     output = tmp_path / "out.json"
-    sizes = ["--batch-sizes", "1", "2", "--prompt-length", "4", "--new-tokens", "3"]
+    sizes = ["--batch-sizes", "1", "2", "--contexts", "4", "6", "--new-tokens", "3"]
     assert decode.main([*TINY, *ONE_ROUND, *sizes, "--output", str(output)]) == 0
     header, *rows = table_of(capsys.readouterr().out)
-    assert header[0] == "generate"
-    names = [timing.REFERENCE, "pre norm", "sandwich norm"]
-    assert [row[:2] for row in rows] == [[name, batch] for batch in "12" for name in names]
-    cached = json.loads(output.read_text())["batch_sizes"]["2"]["cache_bytes"]
-    token = 8 * 2 * 2 * 2 * 8 * 4
-    assert cached == dict(zip(names, (6 * token, BLOCK * token, BLOCK * token), strict=True))  # the last is never read
+    assert header[0] == "decoding"
+    names = [timing.REFERENCE, "pre norm", "pre norm, ring", "pre norm, last", "sandwich norm"]
+    cells = ["1 x 4", "2 x 4", "1 x 6", "2 x 6"]
+    assert [row[:2] for row in rows] == [[name, cell] for cell in cells for name in names]
+    found = json.loads(output.read_text())["cells"]["2 x 6"]
+    slot = 2 * 2 * 2 * 8 * 4  # keys and values, rows, heads, width of a head, bytes; of one token in one layer
+    slots = [8, 8, 2 + 2 * 2, 2 + 2, 8]  # full: 1 + 3 x 2 + 1
+    tokens = [7, *[BLOCK] * 4]  # ours: whole blocks
+    expected = [slot * layers * length for layers, length in zip(slots, tokens, strict=True)]
+    assert found["cache_bytes"] == dict(zip(names, expected, strict=True))
+    assert all(value > 0 for value in found["peak_bytes"].values())
+
+
+def test_decoding_behind_a_cache_gives_the_tokens_of_the_whole_prompt():
+    """What is timed is the continuation that `generate` gives without any of it."""
+    ours, llama = pair()
+    prompt = tiny_ids(2, 7)
+    for model, options in ((ours, {"num_steps": 3}), (llama, {})):
+        cache = decode.fill_cache(model, prompt[:, :-1], options)
+        behind = decode.continue_prompt(model, prompt, 4, past_key_values=cache, **options)
+        assert torch.equal(behind, decode.continue_prompt(model, prompt, 4, use_cache=False, **options))
 
 
 @pytest.mark.parametrize(
