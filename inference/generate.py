@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from model.exit_criteria import EXIT_CRITERIA
+
 from . import arguments
 from .devices import DTYPES, choose_device, device_report
 from .loading import load_model
@@ -32,6 +34,14 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("--prompt", help="text to continue; default: standard input")
     parser.add_argument(
         "--num-steps", type=arguments.core_steps, help="times the core is applied per token; default: the model's"
+    )
+    parser.add_argument(
+        "--exit-criterion",
+        choices=["none", *EXIT_CRITERIA],
+        help="what ends a token's steps earlier; default: the model's",
+    )
+    parser.add_argument(
+        "--exit-threshold", type=float, help="value below which a token's steps end; default: the criterion's"
     )
     parser.add_argument("--max-new-tokens", type=arguments.new_tokens, default=100, help="most tokens to generate")
     choice = parser.add_mutually_exclusive_group()
@@ -66,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     set_up_logging(args.log_level)
     sampling = sampling_options(parser, args)
+    if args.exit_threshold is not None and args.exit_criterion in (None, "none"):
+        parser.error("--exit-threshold has no effect without --exit-criterion: name one, or leave it out.")
     logger.info("%s", device_report())
     try:
         prompt = read_prompt(args.prompt)
@@ -75,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_depth(model, args.num_steps)
         set_seed(args.seed)
         options = dict(max_new_tokens=args.max_new_tokens, repetition_penalty=args.repetition_penalty, **sampling)
+        exits = {"exit_criterion": args.exit_criterion, "exit_threshold": args.exit_threshold}
+        options |= {name: value for name, value in exits.items() if value is not None}
         write_continuation(model, tokenizer, ids, args.num_steps, stream=not args.no_stream, options=options)
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
@@ -158,10 +172,14 @@ def write_continuation(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, **decoding) if stream else None,
+        return_dict_in_generate=True,
         **options,
     )
     if not stream:
-        sys.stdout.write(tokenizer.decode(output[0, ids.shape[1] :], **decoding) + "\n")
+        sys.stdout.write(tokenizer.decode(output.sequences[0, ids.shape[1] :], **decoding) + "\n")
+    steps = getattr(output, "exit_steps", None)
+    if steps is not None:
+        logger.info("core steps per new token: %.2f", steps[steps > 0].float().mean())
 
 
 if __name__ == "__main__":

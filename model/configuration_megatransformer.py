@@ -103,6 +103,7 @@ class RecurrenceConfig(StrictConfig):
         exit_first_step: The first step after which it is looked whether a row may stop.
         exit_every: Steps from a look to the next.
         exit_in_prefill: Whether a prompt may exit too, all its tokens together.
+        exit_probe: Whether the model has the trained head of the criterion "probe". `train_exit_probe.py` sets it.
         state_warm_start: In `generate`, a new token's iteration starts where that of the token before has ended.
     """
 
@@ -127,11 +128,13 @@ class RecurrenceConfig(StrictConfig):
         "latent_difference",
         "cosine",
         "argmax_stability",
+        "probe",
     ] = "none"
     exit_threshold: float | int | None = None
     exit_first_step: int = interval(min=1)(default=1)
     exit_every: int = interval(min=1)(default=1)
     exit_in_prefill: bool = False
+    exit_probe: bool = False
     state_warm_start: bool = False
 
 

@@ -11,6 +11,7 @@ that coda and head read from the state s_i.
     | latent_difference  | mean over tokens of |s_i - s_{i-1}| / |s_i|                   | < threshold | 0.03    |
     | cosine             | 1 - mean over tokens of cos(s_i, s_{i-1})                     | < threshold | 1e-3    |
     | argmax_stability   | looks in a row that left the likeliest token as it was        | >= threshold | 5      |
+    | probe              | probability that more steps would change P, by a trained head | < threshold | 0.05    |
 
 Where not every step is looked at, i - 1 is the look before.
 """
@@ -138,6 +139,39 @@ class ArgmaxStability(ExitCriterion):
         return value >= threshold
 
 
+class ExitProbe(nn.Module):
+    """A small head that says from the state whether further steps would still change the output distribution.
+
+    Trained by `train_exit_probe.py`. It sees the directions of s_i and of its change since the look before; 16 numbers
+    are multiplied for each of the state, against about 14 hidden_size in a layer of the core.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden = nn.Linear(2 * hidden_size, 8)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, state: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """s_i and s_{i-1}, (..., hidden) -> logit that P_i is as good as final, (...)."""
+        state, before = (nn.functional.layer_norm(each, each.shape[-1:]) for each in (state, before))
+        features = torch.cat((state, state - before), dim=-1).to(self.hidden.weight.dtype)
+        return self.out(nn.functional.gelu(self.hidden(features))).squeeze(-1)
+
+
+class LearnedProbe(ExitCriterion):
+    """1 - the probability that an `ExitProbe` gives, for the last token."""
+
+    default_threshold = 0.05
+    largest_threshold = 1.0
+    reads_logits = False
+
+    def __init__(self, probe: ExitProbe | None = None):
+        self.probe = probe
+
+    def value(self, now: Look, before: Look) -> torch.Tensor:
+        return torch.sigmoid(-self.probe(now.state[:, -1], before.state[:, -1]).float())
+
+
 EXIT_CRITERIA: dict[str, ExitCriterion] = {
     "kl_divergence": KLDivergence(),
     "min_p_kl": MinPKL(),
@@ -145,6 +179,7 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
     "latent_difference": LatentDifference(),
     "cosine": Cosine(),
     "argmax_stability": ArgmaxStability(),
+    "probe": LearnedProbe(),
 }
 
 
@@ -167,9 +202,10 @@ class ExitWatch:
         first_step: The first step that is looked at.
         every: Steps from a look to the next.
         head: (rows, hidden), after coda and norm -> logits (rows, vocab).
+        probe: The model's, for the criterion of this name.
 
     Raises:
-        ValueError: for an unknown criterion, or a value outside its range.
+        ValueError: for an unknown criterion, a value outside its range, or a probe that is not there.
     """
 
     def __init__(
@@ -179,9 +215,12 @@ class ExitWatch:
         first_step: int,
         every: int,
         head: Callable[[torch.Tensor], torch.Tensor],
+        probe: ExitProbe | None = None,
     ):
         check_exit_options(criterion, threshold, first_step, every)
-        self.criterion = EXIT_CRITERIA[criterion]
+        if criterion == "probe" and probe is None:
+            raise ValueError("exit_criterion 'probe' needs a model with a probe; train one with train_exit_probe.py")
+        self.criterion = LearnedProbe(probe) if criterion == "probe" else EXIT_CRITERIA[criterion]
         self.threshold = self.criterion.default_threshold if threshold is None else threshold
         self.first_step, self.every, self.head = first_step, every, head
         self.before: Look | None = None

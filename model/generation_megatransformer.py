@@ -123,6 +123,8 @@ class RecurrentGenerationMixin:
         elif config.exit_criterion != "none":
             check_exit_options(config.exit_criterion, config.exit_threshold, config.exit_first_step, config.exit_every)
             asked.append(f"exit_criterion {config.exit_criterion!r}")
+        if mode_kwargs.get("synced_gpus") and isinstance(config.num_steps, torch.Tensor):
+            asked.append("num_steps with a number per row")
         asked += ["state_warm_start"] if config.state_warm_start else []
         if not asked:
             return
@@ -205,6 +207,10 @@ class RecurrentGenerationMixin:
     ) -> dict:
         """As the original; the prompt takes all steps unless told otherwise, and a schedule is a number of steps."""
         index = len(exit_steps.taken) if exit_steps is not None else 0
+        mask = kwargs.get("attention_mask")
+        if index == 0 and mask is not None and mask.ndim == 2 and not mask.any(-1).all():
+            row = int((~mask.any(-1)).nonzero()[0])
+            raise ValueError(f"row {row} of the prompt is all padding (attention_mask); leave it out")
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if inputs.get("exit_criterion") == "schedule":
             inputs["exit_criterion"] = "none"

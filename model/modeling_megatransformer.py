@@ -18,7 +18,7 @@ from .blocks import BlockStack, build_norm
 from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig
 from .cross_entropy import chunked_causal_loss, count_labels
-from .exit_criteria import ExitWatch
+from .exit_criteria import ExitProbe, ExitWatch
 from .generation_megatransformer import RecurrentGenerationMixin
 from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
 from .state_noise import StateNoise
@@ -137,7 +137,7 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
 
         | parameter                                         | distribution                                       |
         |---------------------------------------------------|----------------------------------------------------|
-        | embedding, head, q/k/v, gate/up, injection        | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
+        | embedding, head, q/k/v, gate/up, injection, probe | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
         | output projections of attention and feed-forward  | the same with std / sqrt(2 l)                      |
         | learned positions                                 | the same with std * embedding_scale                |
         | norms                                             | 1                                                  |
@@ -155,9 +155,10 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.Linear):
             is_output = getattr(module, "is_output_projection", False)
-            self._init_normal(
-                module.weight, std / (math.sqrt(2 * self.config.mean_executed_layers) if is_output else 1)
-            )
+            shrunk = std / math.sqrt(2 * self.config.mean_executed_layers)
+            self._init_normal(module.weight, shrunk if is_output else std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
@@ -199,9 +200,17 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         self.core = RecurrentCore(config) if config.num_core_layers else None
         self.coda = BlockStack(config, config.num_coda_layers)
         self.norm = build_norm(config)
+        self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
         self.gradient_checkpointing = False
         self._drawn_state: tuple[tuple, torch.Tensor | None] = ((), None)
         self.post_init()
+
+    def add_exit_probe(self) -> ExitProbe:
+        """A fresh probe in place of none, or of the one that is there; it is saved with the model."""
+        self.config.recurrence.exit_probe = True
+        self.exit_probe = ExitProbe(self.config.hidden_size).to(self.embed_tokens.weight)
+        self.exit_probe.apply(self._init_weights)
+        return self.exit_probe
 
     def compile_units(self, **kwargs) -> None:
         """Compiles prelude, one core step, and coda, each as a unit, with `torch.compile(**kwargs)`. The loop around
@@ -267,7 +276,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 
         if position_ids is None:
             position_ids = self._default_positions(sequence, past, attention_mask, inputs_embeds.device)
-        self._check_positions(position_ids)
+        self._check_positions(position_ids, batch, sequence)
         hidden = self._add_positions(inputs_embeds, position_ids)
         if past_key_values is not None:
             past_key_values.begin(hidden, depth.total)
@@ -365,8 +374,13 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             )
         return past
 
-    def _check_positions(self, position_ids: torch.Tensor) -> None:
-        """Raises ValueError for a position past the table."""
+    def _check_positions(self, position_ids: torch.Tensor, batch: int, sequence: int) -> None:
+        """Raises ValueError for positions of another shape, or past the table."""
+        if position_ids.shape not in ((1, sequence), (batch, sequence)):
+            raise ValueError(
+                f"position_ids (counted over the attention mask in `generate`) has shape {tuple(position_ids.shape)}, "
+                f"expected (batch, sequence) = ({batch}, {sequence})"
+            )
         table = self.config.max_position_embeddings
         if self.config.position_embedding in ("learned", "sinusoidal") and position_ids.max() >= table:
             raise ValueError(
@@ -455,7 +469,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
         watch = None
         if exit_criterion != "none":
-            watch = ExitWatch(exit_criterion, exit_threshold, exit_first_step, exit_every, self._logits)
+            probe = self.model.exit_probe
+            watch = ExitWatch(exit_criterion, exit_threshold, exit_first_step, exit_every, self._logits, probe)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -19,6 +19,7 @@ THRESHOLDS = {
     "cosine": 0.05,
     "argmax_stability": 2,
 }
+CRITERIA = [name for name in EXIT_CRITERIA if name != "probe"]
 MOST = 8
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -87,7 +88,7 @@ def closed_form(name: str, logits: list, states: list, step: int) -> float:
     }[name]()
 
 
-@pytest.mark.parametrize("name", EXIT_CRITERIA)
+@pytest.mark.parametrize("name", CRITERIA)
 def test_values_are_those_of_the_closed_form(name):
     """R2, R3: four steps of two rows, each with its padding; against loops over Python numbers."""
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +111,7 @@ def test_thresholds_stop_below_or_for_stability_from():
     assert EXIT_CRITERIA["argmax_stability"].stops(torch.tensor([4, 5, 6]), 5).tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize("name", EXIT_CRITERIA)
+@pytest.mark.parametrize("name", CRITERIA)
 def test_a_row_stops_at_the_first_look_that_passes(model, name):
     """Against the states and readings of a pass that takes all steps."""
     ids = tiny_ids(4, 6)
@@ -152,7 +153,7 @@ def test_depth_of_each_token_is_reported_without_exits_too(model):
 
 
 @pytest.mark.parametrize("policy", ["full", "ring", "last"])
-@pytest.mark.parametrize("name", EXIT_CRITERIA)
+@pytest.mark.parametrize("name", CRITERIA)
 def test_rows_that_exit_equal_each_alone_with_that_number_of_steps(model, name, policy):
     """Invariant 4: the row's own logits, and those of later tokens through the cache that it has left."""
     ids, cache = tiny_ids(4, 8), RecurrentCache(model.config, policy)
@@ -233,7 +234,7 @@ def by_hand(model, ids, new_tokens, num_steps=MOST, policy=None, choose=lambda l
 
 
 @pytest.mark.parametrize("policy", ["full", "ring", "last"])
-@pytest.mark.parametrize("name", EXIT_CRITERIA)
+@pytest.mark.parametrize("name", CRITERIA)
 def test_adaptive_generation_in_a_batch_equals_each_row_by_hand(model, name, policy):
     """Left padding, greedy: tokens, logits and steps of each row."""
     prompts = [tiny_ids(1, length, seed=length) for length in (6, 4, 5)]
@@ -380,6 +381,13 @@ def test_warm_start_begins_where_the_token_before_ended(model):
         ({"exit_criterion": "cosine", "prompt_lookup_num_tokens": 2}, "not possible with assisted generation"),
         ({"state_warm_start": True, "prompt_lookup_num_tokens": 2}, "state_warm_start is not possible with assisted"),
         ({"exit_criterion": "cosine", "synced_gpus": True}, "not possible with synced_gpus"),
+        (
+            {"num_steps": torch.tensor([2]), "synced_gpus": True},
+            "num_steps with a number per row is not possible with sync",
+        ),
+        ({"exit_criterion": "probe"}, "needs a model with a probe; train one with train_exit_probe.py"),
+        ({"attention_mask": torch.zeros(1, 4)}, "row 0 of the prompt is all padding"),
+        ({"attention_mask": torch.ones(1, 3)}, r"has shape \(1, 3\), expected \(batch, sequence\) = \(1, 4\)"),
         ({"noise_level": -1.0}, "noise_level must be at least 0, got -1.0"),
         ({"noise_level": 0.1, "noise_schedule": "pink"}, "noise_schedule 'pink' is unknown; choose one of geom, sqrt"),
         ({"num_steps": torch.tensor([0])}, "at least 1 in every row"),

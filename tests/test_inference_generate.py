@@ -12,6 +12,7 @@ import torch
 from transformers import TextStreamer
 
 from inference.generate import encode_prompt, main, write_continuation
+from model import RecurrentCache
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,27 @@ def test_greedy_text_is_that_of_a_plain_loop(checkpoint, capsys, num_steps):
     argv = [checkpoint, "--prompt", "the cat", "--greedy", "--num-steps", str(num_steps), "--max-new-tokens", "12"]
     assert run(capsys, *argv) == expected + "\n"
     assert run(capsys, *argv, "--no-stream") == expected + "\n"
+
+
+def test_exits_reach_the_model_and_their_steps_are_logged(checkpoint, capsys):
+    """Against the model by hand, token by token."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    ids, cache, steps = torch.tensor([[1, *tokenizer("the cat")["input_ids"]]]), RecurrentCache(model.config), []
+    chunk, length = ids, ids.shape[1]
+    exits = {"exit_criterion": "latent_difference", "exit_threshold": 0.5}
+    for _ in range(6):
+        with torch.no_grad():
+            out = model(chunk, past_key_values=cache, num_steps=9, **(exits if steps else {}))
+        chunk = out.logits[:, -1:].argmax(-1)
+        ids = torch.cat((ids, chunk), dim=1)
+        steps.append(int(out.exit_steps[0]))
+    assert len(set(steps)) > 1
+    argv = [checkpoint, "--prompt", "the cat", "--greedy", "--num-steps", "9", "--max-new-tokens", "6"]
+    argv += ["--exit-criterion", "latent_difference", "--exit-threshold", "0.5", "--log-level", "info"]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert captured.out == tokenizer.decode(ids[0, length:], skip_special_tokens=True) + "\n"
+    assert f"core steps per new token: {sum(steps) / 6:.2f}" in captured.err
 
 
 def test_depth_left_out_is_the_mean(checkpoint, capsys):
@@ -168,6 +190,9 @@ BAD_ARGUMENTS = [
     (["--device", "toaster"], "Device 'toaster' does not work here ("),
     (["--device", "meta"], "Device 'meta' does not work here ("),
     (["--log-level", "loud"], "argument --log-level: invalid choice: 'loud'"),
+    (["--exit-criterion", "patience"], "argument --exit-criterion: invalid choice: 'patience' (choose from"),
+    (["--exit-criterion", "cosine", "--exit-threshold", "7"], "exit_threshold of cosine must be above 0 and at most 2"),
+    (["--exit-threshold", "0.1"], "--exit-threshold has no effect without --exit-criterion: name one, or leave it out"),
     (["--num-step", "4"], "unknown argument '--num-step': did you mean --num-steps?"),
     (["--temprature=1"], "unknown argument '--temprature': did you mean --temperature?"),
     (["--zzz"], "unknown argument '--zzz': see --help"),

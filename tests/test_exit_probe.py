@@ -1,0 +1,104 @@
+"""The learned probe: what it learns from, that it learns it, that it is saved, exits by it, and costs little."""
+
+import pytest
+import torch
+
+import pretrain
+import train_exit_probe
+from inference.loading import load_model
+from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
+from model.exit_criteria import ExitProbe
+from tests.test_pretrain import write_config
+from tests.tiny import tiny_ids, tiny_model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of a few updates."""
+    folder = tmp_path_factory.mktemp("run")
+    argv = ["--config", write_config(folder), "--training.output_dir", folder / "out", "--training.eval_strategy", "no"]
+    assert pretrain.main(list(map(str, argv))) == 0
+    return folder / "out"
+
+
+def test_labels_say_where_the_distribution_is_that_of_full_depth():
+    """Against KL(full || step) of passes of each depth by themselves."""
+    model, ids = tiny_model(scale=2.0), tiny_ids(2, 5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    states, is_final, is_token = train_exit_probe.observe(model, {"input_ids": ids, "attention_mask": mask}, 6, 0.05)
+    assert len(states) == 7 and is_final.shape == (6, 2, 5)
+    assert torch.equal(is_token, mask.bool())
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask, num_steps=6).logits.double().softmax(-1)
+        for step in range(1, 7):
+            p = model(ids, attention_mask=mask, num_steps=step).logits.double().softmax(-1)
+            expected = (full * (full / p).log()).sum(-1) < 0.05
+            assert torch.equal(is_final[step - 1], expected)
+    assert 0 < is_final[:, mask.bool()].float().mean() < 1
+    assert is_final[-1].all()
+
+
+def test_a_row_exits_when_the_probe_is_sure():
+    """Against the probe by hand on the states of a pass that takes all steps."""
+    model = tiny_model(scale=2.0)
+    probe, ids = model.model.add_exit_probe(), tiny_ids(6, 4)
+    with torch.no_grad():
+        probe.out.weight.mul_(40)
+        states = model(ids, num_steps=6, output_states=True, use_cache=False).states
+        ours = model(ids, num_steps=6, exit_criterion="probe", exit_threshold=0.4, use_cache=False)
+        doubts = [1 - torch.sigmoid(probe(states[i][:, -1], states[i - 1][:, -1])) for i in range(1, 7)]
+    for row in range(6):
+        passed = [step for step, doubt in enumerate(doubts, 1) if doubt[row] < 0.4]
+        assert ours.exit_steps[row] == (passed[0] if passed else 6)
+    assert len(ours.exit_steps.unique()) > 1
+
+
+def test_the_command_trains_a_probe_better_than_a_guess_and_leaves_the_model_alone(trained, tmp_path, capsys):
+    out = tmp_path / "with_probe"
+    argv = [str(trained), "--output", str(out), "--updates", "60", "--epsilon", "0.001", "--num-steps", "5"]
+    assert train_exit_probe.main([*argv, "--device", "cpu"]) == 0
+    share = float(capsys.readouterr().out.split("%")[0])
+    before, after = (load_model(folder, torch.device("cpu"))[0] for folder in (trained, out))
+    kept = after.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in before.state_dict().items())
+    assert set(kept) - set(before.state_dict()) == {
+        f"model.exit_probe.{name}" for name in ("hidden.weight", "hidden.bias", "out.weight", "out.bias")
+    }
+    assert share > 80
+    steps = after.generate(
+        tiny_ids(2, 4, high=60),
+        num_steps=5,
+        max_new_tokens=4,
+        exit_criterion="probe",
+        exit_threshold=0.5,
+        return_dict_in_generate=True,
+    ).exit_steps
+    assert steps[:, 0].tolist() == [5, 5] and steps.max() <= 5
+
+
+def test_a_probe_costs_at_most_a_hundredth_of_a_step():
+    """Multiplications per token, at the width of recurrent_lm.yaml and above; a core of one layer."""
+    for hidden in (128, 512, 5280):
+        config = MegaTransformerTextConfig(
+            vocab_size=8, hidden_size=hidden, intermediate_size=3 * hidden, num_attention_heads=hidden // 32,
+            num_prelude_layers=0, num_core_layers=1, num_coda_layers=0,
+        )  # fmt: skip
+        with torch.device("meta"):
+            core, probe = MegaTransformerForCausalLM(config).model.core, ExitProbe(hidden)
+        step, extra = (
+            sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
+            for module in (core, probe)
+        )
+        assert extra <= 0.01 * step
+
+
+def test_bad_input_is_one_line(trained, tmp_path, capsys):
+    for argv, message in (
+        ([str(tmp_path / "nowhere")], "nowhere"),
+        ([str(trained), "--updates", "0"], "argument --updates: 0 is less than 1"),
+        ([str(trained), "--update", "3"], "unknown argument '--update': did you mean --updates?"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            train_exit_probe.main(argv)
+        captured = capsys.readouterr()
+        assert caught.value.code == 2 and message in captured.err and captured.err.count("\n") == 1

@@ -1,0 +1,145 @@
+"""Trains the head by which a model exits without reading its output: `python train_exit_probe.py runs/recurrent_lm`."""
+
+from __future__ import annotations
+
+from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+
+# isort: split
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from configs import RunConfig
+from dataset_loading import Collator, build_datasets
+from evaluate import make_folder, read_run_config
+from inference import arguments
+from inference.devices import choose_device, device_report
+from inference.loading import find_checkpoint, load_model
+from model import MegaTransformerForCausalLM
+
+logger = logging.getLogger("train_exit_probe")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train a probe on the data of a run, its model frozen, and save model and probe.
+
+    Raises:
+        SystemExit: with code 2 after one line on standard error, for bad input.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    set_up_logging(args.log_level)
+    datasets.disable_progress_bars()
+    logger.info("%s", device_report())
+    try:
+        checkpoint = find_checkpoint(args.checkpoint)
+        run = read_run_config(checkpoint, [])
+        model, tokenizer = load_model(checkpoint, choose_device(args.device))
+        if model.config.num_core_layers == 0:
+            raise ValueError(f"{checkpoint} has no core (num_core_layers is 0), so there is nothing to exit from")
+        output = make_folder(args.output or Path(args.checkpoint) / "exit_probe")
+        set_seed(args.seed)
+        loader = training_batches(run, tokenizer, args)
+    except (ValueError, OSError) as error:
+        logger.debug("Where it failed:", exc_info=True)
+        parser.error(str(error))
+    share = train(model, loader, args)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    shutil.copy(find_config(checkpoint), output / "config.yaml")
+    sys.stdout.write(f"{share:.1%} of the decisions of the last updates were right; written to {output}\n")
+    return 0
+
+
+def build_parser() -> arguments.OneLineParser:
+    """The command line."""
+    parser = arguments.OneLineParser(
+        prog="train_exit_probe.py",
+        description="A head that says from the state whether the output distribution is that of full depth, for "
+        'exit_criterion "probe". The model stays as it is; the data are those of its run.',
+    )
+    parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
+    parser.add_argument("--output", type=Path, help="folder for model and probe; default: exit_probe in the given one")
+    parser.add_argument("--num-steps", type=arguments.core_steps, help="full depth; default: the checkpoint's mean")
+    parser.add_argument("--epsilon", type=float, default=0.01, help="nats: KL(full depth || exit) that counts as equal")
+    parser.add_argument("--updates", type=arguments.new_tokens, default=300, help="of the probe")
+    parser.add_argument("--batch-size", type=arguments.batch_rows, default=8, help="rows in an update")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW, at its highest")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the probe's weights and the order of rows")
+    parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
+    return parser
+
+
+def training_batches(run: RunConfig, tokenizer, args) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of the run's training data, again and again."""
+    data = build_datasets(
+        run.data, tokenizer, seed=args.seed, vocab_size=run.model.vocab_size, batch_size=args.batch_size
+    ).train
+    shuffle = not isinstance(data, torch.utils.data.IterableDataset)
+    loader = DataLoader(data, args.batch_size, shuffle=shuffle, collate_fn=Collator(tokenizer), drop_last=True)
+    while True:
+        yield from loader
+
+
+def train(model: MegaTransformerForCausalLM, batches: Iterator[dict[str, torch.Tensor]], args) -> float:
+    """Binary cross-entropy of the probe's decision after each step. Returns the share of right ones at the end."""
+    model.requires_grad_(False).eval()
+    probe = model.model.add_exit_probe().float().requires_grad_(True)
+    full = args.num_steps or model.config.num_steps or model.config.recurrence.mean_steps
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.updates)
+    right = []
+    for update in range(args.updates):
+        states, is_final, is_token = observe(model, next(batches), full, args.epsilon)
+        logits = torch.stack([probe(now, before) for before, now in pairwise(states)])
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, is_final.float(), reduction="none")
+        loss = losses[:, is_token].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        right.append(((logits > 0) == is_final)[:, is_token].float().mean().item())
+        if (update + 1) % 50 == 0:
+            logger.info("update %d: loss %.4f, right %.1f %%", update + 1, loss.item(), 100 * right[-1])
+    return sum(right[-20:]) / len(right[-20:])
+
+
+@torch.no_grad()
+def observe(
+    model: MegaTransformerForCausalLM, batch: dict[str, torch.Tensor], full: int, epsilon: float
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+    """What the probe learns from.
+
+    Returns:
+        s_0 .. s_full, each (batch, sequence, hidden); (full, batch, sequence) of bool: whether after step 1 .. full
+        KL(P_full || P_i) is below epsilon; (batch, sequence) of bool: where there are tokens.
+    """
+    given = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    states = model(**given, num_steps=full, output_states=True, use_cache=False).states
+    log_p = [
+        model(**given, num_steps=steps, use_cache=False).logits.float().log_softmax(-1) for steps in range(1, full + 1)
+    ]
+    divergence = torch.stack([(log_p[-1].exp() * (log_p[-1] - each)).sum(-1) for each in log_p])
+    is_token = (
+        given["attention_mask"].bool() if "attention_mask" in given else torch.ones_like(given["input_ids"]).bool()
+    )
+    return states, divergence < epsilon, is_token
+
+
+def find_config(checkpoint: Path) -> Path:
+    """The config.yaml of the run that a checkpoint belongs to."""
+    beside = checkpoint / "config.yaml"
+    return beside if beside.is_file() else checkpoint.absolute().parent / "config.yaml"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
