@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import torch
@@ -28,6 +29,12 @@ from model import RecurrentCache
 from model.exit_criteria import EXIT_CRITERIA
 
 THRESHOLDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+POLICIES = {
+    "full": {"policy": "full"},
+    "ring of 2": {"policy": "ring", "num_kept_steps": 2},
+    "ring of 4": {"policy": "ring", "num_kept_steps": 4},
+    "last": {"policy": "last"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,17 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     full = args.num_steps or model.config.num_steps or model.config.recurrence.mean_steps
     rows = [row for source in texts.values() for row in source]
     batches = [Collator(tokenizer)(rows[i : i + args.rows]) for i in range(0, len(rows), args.rows)]
-    found = [agreement(model, batches, full, args.criterion, threshold) for threshold in args.thresholds]
-    sys.stdout.write(report_agreement(args, full, found))
-    chosen = max(
-        (each for each in found if each["agreement"] >= args.agreement), key=lambda each: -each["steps"], default=None
-    )
+    sys.stdout.write(f"Read token by token, texts given, against one pass of {full} steps.\n\n")
+    policies = {name: agreement(model, batches, full, {}, options) for name, options in POLICIES.items()}
+    sys.stdout.write(report_agreement("cache policy", full, policies) + "\n")
+    by_threshold = {
+        threshold: agreement(model, batches, full, {"exit_criterion": args.criterion, "exit_threshold": threshold}, {})
+        for threshold in args.thresholds
+    }
+    sys.stdout.write(report_agreement(args.criterion, full, by_threshold))
+    good = [threshold for threshold, each in by_threshold.items() if each["agreement"] >= args.agreement]
+    chosen = min(good, key=lambda threshold: by_threshold[threshold]["steps"], default=None)
     if chosen is None:
         sys.stdout.write(f"\nNo threshold agrees in {args.agreement:.0%} of the tokens; nothing is timed.\n")
         return 0
     model.generation_config.eos_token_id = None  # equally many tokens in all runs
-    results = {batch: measure(model, batches[0], batch, full, chosen["threshold"], args, device) for batch in (1, 8)}
-    timing.save(args.output, args, agreement=found, timing=results)
+    results = {batch: measure(model, batches[0], batch, full, chosen, args, device) for batch in (1, 8)}
+    timing.save(args.output, args, policies=policies, thresholds=by_threshold, timing=results)
     sys.stdout.write(report_time(args, full, chosen, results, device))
     return 0
 
@@ -90,29 +102,35 @@ def build_parser() -> arguments.OneLineParser:
 
 
 def agreement(
-    model: PreTrainedModel, batches: Sequence[dict], full: int, criterion: str, threshold: float
+    model: PreTrainedModel, batches: Sequence[dict], full: int, exits: dict[str, Any], cache: dict[str, Any]
 ) -> dict[str, float]:
-    """Teacher-forced: every text is read token by token, each exiting where it may, over the cache that earlier exits
-    have left.
+    """Teacher-forced: every text is read token by token, each exiting where it may, over the cache that the tokens
+    before it have left.
+
+    Args:
+        exits: Arguments of `forward`.
+        cache: Arguments of `RecurrentCache`.
 
     Returns:
-        threshold; agreement: share of the tokens whose likeliest successor is that at full depth; steps: their mean.
+        agreement: share of the tokens whose likeliest successor is that of one pass at full depth; steps: their mean;
+        divergence: KL(pass || this), the mean in nats.
     """
-    same, steps, count = 0, 0, 0
+    same, steps, divergence, count = 0, 0, 0.0, 0
     for batch in batches:
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device).bool()
         with torch.no_grad():
-            expected = model(ids, attention_mask=mask.long(), num_steps=full, use_cache=False).logits.argmax(-1)
-        cache = RecurrentCache(model.config)
+            expected = model(ids, attention_mask=mask.long(), num_steps=full, use_cache=False).logits.log_softmax(-1)
+        kept = RecurrentCache(model.config, **cache)
         for i in range(ids.shape[1]):
-            exits = {"exit_criterion": criterion, "exit_threshold": threshold} if i else {}  # the first is the prompt
-            with torch.no_grad():
-                out = model(ids[:, i : i + 1], past_key_values=cache, num_steps=full, **exits)
+            with torch.no_grad():  # the first token is the prompt
+                out = model(ids[:, i : i + 1], past_key_values=kept, num_steps=full, **(exits if i else {}))
             counts = mask[:, i] & (i > 0)
-            same += int((out.logits[:, -1].argmax(-1) == expected[:, i])[counts].sum())
+            ours, theirs = out.logits[counts, -1].log_softmax(-1), expected[counts, i]
+            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            divergence += float((theirs.exp() * (theirs - ours)).sum())
             steps += int(out.exit_steps[counts.cpu()].sum())
             count += int(counts.sum())
-    return {"threshold": threshold, "agreement": same / count, "steps": steps / count}
+    return {"agreement": same / count, "divergence": divergence / count, "steps": steps / count}
 
 
 # ---------------------------------------------------------------------------------------------------------------- time
@@ -182,18 +200,26 @@ def generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, num_
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def report_agreement(args: argparse.Namespace, full: int, found: Sequence[dict[str, float]]) -> str:
+def report_agreement(what: str, full: int, found: dict[Any, dict[str, float]]) -> str:
+    """A table with a line for each setting."""
     rows = [
-        [f"{each['threshold']:g}", f"{each['agreement']:.2%}", f"{each['steps']:.2f}", f"{each['steps'] / full:.0%}"]
-        for each in found
+        [
+            f"{name:g}" if isinstance(name, float) else name,
+            f"{each['agreement']:.2%}",
+            f"{each['divergence']:.2e}",
+            f"{each['steps']:.2f}",
+            f"{each['steps'] / full:.0%}",
+        ]
+        for name, each in found.items()
     ]
-    header = [args.criterion, "tokens as at full depth", "mean steps", "of full depth"]
-    return f"Full depth: {full} steps. Token by token, texts given.\n\n{timing.markdown_table(header, rows)}"
+    header = [what, "likeliest token as in the pass", "KL, nats", "mean steps", "of full depth"]
+    return timing.markdown_table(header, rows)
 
 
 def report_time(
-    args: argparse.Namespace, full: int, chosen: dict[str, float], results: dict[int, dict], device: torch.device
+    args: argparse.Namespace, full: int, threshold: float, results: dict[int, dict], device: torch.device
 ) -> str:
+    """The setting, a table of times, and one of what a step and a look cost."""
     header = [
         "batch",
         "full depth, s",
@@ -223,7 +249,7 @@ def report_time(
         [str(n), f"{last['ms_per_step'][n]:.3f}", f"{last['ms_per_look'][n]:.3f}"] for n in last["ms_per_step"]
     ]
     return (
-        f"\n{args.new_tokens} tokens, threshold {chosen['threshold']:g}, {full} steps at most; {device}.\n\n"
+        f"\n{args.new_tokens} tokens, threshold {threshold:g}, {full} steps at most; {device}.\n\n"
         f"{timing.markdown_table(header, rows)}\n{timing.markdown_table(costs, cost_rows)}"
     )
 

@@ -19,3 +19,15 @@ def seeded() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The folder of a finished run of a few updates. Read only."""
+    import pretrain  # transformers is imported by the tests that need it
+    from tests.test_pretrain import write_config
+
+    folder = tmp_path_factory.mktemp("tiny_run")
+    argv = ["--config", write_config(folder), "--training.output_dir", folder / "out", "--training.eval_strategy", "no"]
+    assert pretrain.main(list(map(str, argv))) == 0
+    return folder / "out"

@@ -3,22 +3,11 @@
 import pytest
 import torch
 
-import pretrain
 import train_exit_probe
 from inference.loading import load_model
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
 from model.exit_criteria import ExitProbe
-from tests.test_pretrain import write_config
 from tests.tiny import tiny_ids, tiny_model
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a run of a few updates."""
-    folder = tmp_path_factory.mktemp("run")
-    argv = ["--config", write_config(folder), "--training.output_dir", folder / "out", "--training.eval_strategy", "no"]
-    assert pretrain.main(list(map(str, argv))) == 0
-    return folder / "out"
 
 
 def test_labels_say_where_the_distribution_is_that_of_full_depth():
@@ -53,12 +42,12 @@ def test_a_row_exits_when_the_probe_is_sure():
     assert len(ours.exit_steps.unique()) > 1
 
 
-def test_the_command_trains_a_probe_better_than_a_guess_and_leaves_the_model_alone(trained, tmp_path, capsys):
+def test_the_command_trains_a_probe_better_than_a_guess_and_leaves_the_model_alone(tiny_run, tmp_path, capsys):
     out = tmp_path / "with_probe"
-    argv = [str(trained), "--output", str(out), "--updates", "60", "--epsilon", "0.001", "--num-steps", "5"]
+    argv = [str(tiny_run), "--output", str(out), "--updates", "60", "--epsilon", "0.001", "--num-steps", "5"]
     assert train_exit_probe.main([*argv, "--device", "cpu"]) == 0
     share = float(capsys.readouterr().out.split("%")[0])
-    before, after = (load_model(folder, torch.device("cpu"))[0] for folder in (trained, out))
+    before, after = (load_model(folder, torch.device("cpu"))[0] for folder in (tiny_run, out))
     kept = after.state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in before.state_dict().items())
     assert set(kept) - set(before.state_dict()) == {
@@ -92,11 +81,11 @@ def test_a_probe_costs_at_most_a_hundredth_of_a_step():
         assert extra <= 0.01 * step
 
 
-def test_bad_input_is_one_line(trained, tmp_path, capsys):
+def test_bad_input_is_one_line(tiny_run, tmp_path, capsys):
     for argv, message in (
         ([str(tmp_path / "nowhere")], "nowhere"),
-        ([str(trained), "--updates", "0"], "argument --updates: 0 is less than 1"),
-        ([str(trained), "--update", "3"], "unknown argument '--update': did you mean --updates?"),
+        ([str(tiny_run), "--updates", "0"], "argument --updates: 0 is less than 1"),
+        ([str(tiny_run), "--update", "3"], "unknown argument '--update': did you mean --updates?"),
     ):
         with pytest.raises(SystemExit) as caught:
             train_exit_probe.main(argv)
