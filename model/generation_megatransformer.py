@@ -212,6 +212,7 @@ class RecurrentGenerationMixin:
             row = int((~mask.any(-1)).nonzero()[0])
             raise ValueError(f"row {row} of the prompt is all padding (attention_mask); leave it out")
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        inputs.pop("tokenizer", None)  # for stop strings; transformers hands it on to every model
         if inputs.get("exit_criterion") == "schedule":
             inputs["exit_criterion"] = "none"
             if index > 0 or exit_in_prefill:
