@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_PER_CHUNK = 2**23
-"""32 MiB in float32: large enough for fast matrix products, small beside the weights of the head."""
+LOGITS_PER_CHUNK = 2**24
+"""64 MiB in float32: large enough for fast matrix products and few sums of the head's gradient, small beside the
+weights of the head."""
 
 
 def count_labels(labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> int | torch.Tensor:
