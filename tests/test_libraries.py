@@ -53,9 +53,11 @@ def test_quantization_reaches_every_matrix_of_a_block(tmp_path, bits):
 def test_inputs_of_attention_move_to_the_device_of_a_layer():
     """As accelerate does it where the layers of a model stand on several devices."""
     tensor = torch.zeros(1, 2)
-    moved = send_to_device({"inputs": AttentionInputs(tensor, (tensor, tensor), tensor, tensor)}, "meta")["inputs"]
-    parts = [moved.mask, *moved.rotary, moved.position_bias, moved.rows]
-    assert [part.device.type for part in parts] == ["meta"] * 5
+    inputs = AttentionInputs(tensor, rotary=(tensor, tensor), position_bias=tensor, where=tensor, rows=tensor)
+    moved = send_to_device({"inputs": inputs}, "meta")["inputs"]
+    parts = [moved.mask, *moved.rotary, moved.position_bias, moved.where, moved.rows]
+    assert [part.device.type for part in parts] == ["meta"] * 6
+    assert AttentionInputs(None, where=slice(2, 3)).to("meta").where == slice(2, 3)
 
 
 def test_new_tokens_are_initialised_like_the_old_ones():
