@@ -11,6 +11,7 @@ from torch import distributed
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from inference.shutdown import end_process
 from model import RecurrentCache
 from model.recurrence import draw_training_states
 from tests.tiny import tiny_ids, tiny_model
@@ -270,3 +271,4 @@ def compare_two_ranks_with_one(rank: int, store: str) -> None:
         for ours, expected in zip([own[0], *(2 * gradient for gradient in own[1:])], whole, strict=True):
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     distributed.destroy_process_group()
+    end_process(0)
