@@ -95,10 +95,9 @@ def test_a_head_with_dropout_has_the_gradient_of_its_own_forward_pass(monkeypatc
 
 
 @pytest.mark.slow
-def test_compiled_units_stay_compiled_under_autocast_and_for_rows_of_many_lengths(monkeypatch):
+def test_compiled_units_stay_compiled_under_autocast_and_for_rows_of_many_lengths():
     """dynamo counts the graphs of all three units together, and falls back in silence when there are too many."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # torch's
     runs = []
 
     def backend(graph, inputs):
@@ -108,15 +107,16 @@ def test_compiled_units_stay_compiled_under_autocast_and_for_rows_of_many_length
 
         return run
 
-    model = tiny_model().train()
-    model.model.compile_units(backend=backend)
-    for length in (4, 6, 7, 9):
-        for autocast in (False, True):
-            for depth in ((0, 2), (3, 1), (1, 2)):
-                runs.clear()
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    model(tiny_ids(2, length), labels=tiny_ids(2, length), num_steps=depth)
-                assert len(runs) == 2 + sum(depth)
+    with torch._dynamo.config.patch(recompile_limit=8):  # torch's, whatever ran before; put back afterwards
+        model = tiny_model().train()
+        model.model.compile_units(backend=backend)
+        for length in (4, 6, 7, 9):
+            for autocast in (False, True):
+                for depth in ((0, 2), (3, 1), (1, 2)):
+                    runs.clear()
+                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                        model(tiny_ids(2, length), labels=tiny_ids(2, length), num_steps=depth)
+                    assert len(runs) == 2 + sum(depth)
     torch._dynamo.reset()
 
 
