@@ -10,14 +10,17 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 
 # isort: split
 import argparse
+import copy
+import math
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from benchmarks import timing
 from dataset_loading import Collator
@@ -29,6 +32,8 @@ from model import RecurrentCache
 from model.exit_criteria import EXIT_CRITERIA
 
 THRESHOLDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+NEVER = {"argmax_stability": 1e9}  # thresholds that nothing passes; of the others one that nothing falls below
+PROMPT = 4  # tokens
 POLICIES = {
     "full": {"policy": "full"},
     "ring of 2": {"policy": "ring", "num_kept_steps": 2},
@@ -73,8 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen is None:
         sys.stdout.write(f"\nNo threshold agrees in {args.agreement:.0%} of the tokens; nothing is timed.\n")
         return 0
+    longest = sorted((row["input_ids"] for row in rows), key=len, reverse=True)[:8]
+    if len(longest[-1]) < PROMPT + 2:
+        parser.error(f"texts of {len(longest[-1])} tokens are too short to be timed; at least {PROMPT + 2} are needed")
     model.generation_config.eos_token_id = None  # equally many tokens in all runs
-    results = {batch: measure(model, batches[0], batch, full, chosen, args, device) for batch in (1, 8)}
+    results = {batch: measure(model, longest[:batch], full, chosen, args, device) for batch in (1, 8)}
     timing.save(args.output, args, policies=policies, thresholds=by_threshold, timing=results)
     sys.stdout.write(report_time(args, full, chosen, results, device))
     return 0
@@ -89,8 +97,8 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("--num-steps", type=timing.count, help="full depth; default: the checkpoint's mean")
     parser.add_argument("--limit", type=timing.count, default=64, help="validation texts of each source")
     parser.add_argument("--rows", type=timing.count, default=64, help="texts decoded together for the agreement")
-    parser.add_argument("--new-tokens", type=timing.count, default=96, help="tokens written in a timed round")
-    parser.add_argument("--rounds", type=timing.count, default=5, help="timed rounds; in each, every run has its turn")
+    parser.add_argument("--new-tokens", type=timing.count, default=96, help="most tokens written in a timed round")
+    parser.add_argument("--rounds", type=timing.count, default=11, help="timed rounds; in each, every run has its turn")
     parser.add_argument("--warmup", type=timing.count, default=1, help="rounds before them that do not count")
     parser.add_argument("--threads", type=timing.count, help="threads of torch on the CPU; default: torch's")
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
@@ -112,19 +120,21 @@ def agreement(
         cache: Arguments of `RecurrentCache`.
 
     Returns:
-        agreement: share of the tokens whose likeliest successor is that of one pass at full depth; steps: their mean;
-        divergence: KL(pass || this), the mean in nats.
+        Of the tokens whose successor counts in the loss (a prompt that is not trained on is answered at random):
+        agreement: share whose likeliest successor is that of one pass at full depth; steps: their mean; divergence:
+        KL(pass || this), the mean in nats.
     """
     same, steps, divergence, count = 0, 0, 0.0, 0
     for batch in batches:
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device).bool()
+        learned = (batch["labels"][:, 1:] != -100).to(model.device)  # whether what follows a token is trained on
         with torch.no_grad():
             expected = model(ids, attention_mask=mask.long(), num_steps=full, use_cache=False).logits.log_softmax(-1)
         kept = RecurrentCache(model.config, **cache)
-        for i in range(ids.shape[1]):
+        for i in range(ids.shape[1] - 1):
             with torch.no_grad():  # the first token is the prompt
                 out = model(ids[:, i : i + 1], past_key_values=kept, num_steps=full, **(exits if i else {}))
-            counts = mask[:, i] & (i > 0)
+            counts = learned[:, i] & (i > 0)
             ours, theirs = out.logits[counts, -1].log_softmax(-1), expected[counts, i]
             same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
             divergence += float((theirs.exp() * (theirs - ours)).sum())
@@ -138,63 +148,109 @@ def agreement(
 
 def measure(
     model: PreTrainedModel,
-    texts: dict,
-    batch: int,
+    texts: Sequence[Sequence[int]],
     full: int,
     threshold: float,
     args: argparse.Namespace,
     device: torch.device,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Seconds of one run at full depth and with exits, and the ideal: what its steps and looks cost by themselves.
 
+    Every run is a call of `generate` that is made to write a text behind its first tokens: what a small model says by
+    itself after the end of a text is like nothing that it has seen, and takes other numbers of steps. The cache holds
+    the first tokens already, so that what is timed are passes of one token.
+
     Cost of a step at n rows: the difference of two fixed depths, per step. Cost of a look at n rows: full depth with
-    looks that never pass, less full depth without. Both from whole calls of `generate`, so that they contain what goes
-    on around a step.
+    looks that never pass, less full depth without. Both contain what goes on around a step.
     """
-    prompt = texts["input_ids"][:batch, :8].to(device)
+    batch, length = len(texts), min(PROMPT + args.new_tokens, *map(len, texts))
+    tokens = length - PROMPT
+    ids = torch.stack([torch.as_tensor(text[:length]) for text in texts]).to(device)
     few = max(1, full // 3)
-    never = {"exit_criterion": args.criterion, "exit_threshold": 1e-30}
     exits = {"exit_criterion": args.criterion, "exit_threshold": threshold}
-    runs = {"exits": lambda: generate(model, prompt, args.new_tokens, full, exits)}
+    never = {"exit_criterion": args.criterion, "exit_threshold": NEVER.get(args.criterion, 1e-30)}
+    runs = {"exits": (batch, full, exits)}
     for n in range(1, batch + 1):
-        part = prompt[:n]
-        runs[f"full {n}"] = lambda part=part: generate(model, part, args.new_tokens, full, {})
-        runs[f"few {n}"] = lambda part=part: generate(model, part, args.new_tokens, few, {})
-        runs[f"looks {n}"] = lambda part=part: generate(model, part, args.new_tokens, full, never)
-    seconds = {
-        name: statistics.median(values)
-        for name, values in timing.interleave(runs, args.rounds, args.warmup, device).items()
-    }
-    steps = runs["exits"]().exit_steps[:, 1:]  # the prompt takes all steps
-    tokens = args.new_tokens
+        runs |= {f"full {n}": (n, full, {}), f"few {n}": (n, few, {}), f"looks {n}": (n, full, never)}
+    seconds, steps = time_runs(model, ids, runs, args, device)
+
+    looks = max(1, full - 1)  # after the last step there is none
     step = {n: (seconds[f"full {n}"] - seconds[f"few {n}"]) / tokens / (full - few) for n in range(1, batch + 1)}
-    look = {n: (seconds[f"looks {n}"] - seconds[f"full {n}"]) / tokens / full for n in range(1, batch + 1)}
-    around = seconds[f"full {batch}"] - tokens * full * step[batch]
-    ideal = around + full * step[batch]  # the prompt's pass counts as a token of full depth
+    look = {n: (seconds[f"looks {n}"] - seconds[f"full {n}"]) / (tokens - 1) / looks for n in range(1, batch + 1)}
+    ideal = seconds[f"full {batch}"] - (tokens - 1) * full * step[batch]  # the first token takes all steps
     for token in steps.T:
         rows = [int((token > i).sum()) for i in range(full)]
-        ideal += sum(step[n] + look[n] for n in rows if n)
+        ideal += sum(step[n] for n in rows if n) + sum(look[n] for n in rows[:looks] if n)
     return {
         "full": seconds[f"full {batch}"],
         "exits": seconds["exits"],
         "ideal": ideal,
+        "new_tokens": tokens,
         "mean_steps": steps.float().mean().item(),
         "ms_per_step": {n: 1000 * value for n, value in step.items()},
         "ms_per_look": {n: 1000 * value for n, value in look.items()},
     }
 
 
-def generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, num_steps: int, exits: dict):
-    """Greedy generation of exactly `new_tokens` tokens."""
+def time_runs(
+    model: PreTrainedModel,
+    ids: torch.LongTensor,
+    runs: dict[str, tuple[int, int, dict[str, Any]]],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> tuple[dict[str, float], torch.LongTensor]:
+    """Each run, of so many rows, at most so many steps, and with these exits, behind a cache that holds the prompt.
+
+    They take turns, so that what slows the machine down for a while slows all of them down.
+
+    Returns:
+        The median of the seconds of each; and the steps of run "exits", (rows, new tokens but the first).
+    """
+    caches = {}
+    for rows, num_steps, _ in runs.values():
+        if (rows, num_steps) not in caches:
+            caches[rows, num_steps] = RecurrentCache(model.config)
+            with torch.no_grad():
+                model(ids[:rows, : PROMPT - 1], num_steps=num_steps, past_key_values=caches[rows, num_steps])
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(-args.warmup, args.rounds):
+        for name, (rows, num_steps, exits) in runs.items():
+            run = partial(write, model, ids[:rows], num_steps, exits, copy.deepcopy(caches[rows, num_steps]))
+            elapsed = timing.seconds_of(run, device)
+            if index >= 0:
+                seconds[name].append(elapsed)
+    rows, num_steps, exits = runs["exits"]
+    out = write(model, ids[:rows], num_steps, exits, copy.deepcopy(caches[rows, num_steps]))
+    return {name: statistics.median(values) for name, values in seconds.items()}, out.exit_steps[:, 1:]
+
+
+def write(
+    model: PreTrainedModel, ids: torch.Tensor, num_steps: int, exits: dict[str, Any], cache: RecurrentCache
+) -> Any:
+    """What `generate` returns for the first tokens of these texts, (batch, tokens), made to write the others."""
+    prompt = ids[:, :PROMPT]
     return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
-        max_new_tokens=new_tokens,
+        max_new_tokens=ids.shape[1] - PROMPT,
         num_steps=num_steps,
+        past_key_values=cache,
         return_dict_in_generate=True,
+        logits_processor=[Dictation(ids)],
         **exits,
     )
+
+
+class Dictation(LogitsProcessor):
+    """Makes `generate` write given texts, (batch, tokens)."""
+
+    def __init__(self, ids: torch.LongTensor):
+        self.ids = ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """(batch, vocab) -> the same, with the next token of each text above all others."""
+        return torch.full_like(scores, -math.inf).scatter_(1, self.ids[:, input_ids.shape[1], None], 0.0)
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -221,7 +277,7 @@ def report_time(
 ) -> str:
     """The setting, a table of times, and one of what a step and a look cost."""
     header = [
-        "batch",
+        "batch x tokens",
         "full depth, s",
         "exits, s",
         "ideal, s",
@@ -235,7 +291,7 @@ def report_time(
         saving = (each["full"] - each["exits"]) / (each["full"] - each["ideal"])
         rows.append(
             [
-                str(batch),
+                f"{batch} x {each['new_tokens']}",
                 *(f"{each[name]:.3f}" for name in ("full", "exits", "ideal")),
                 f"{each['mean_steps']:.2f}",
                 f"{each['full'] / each['exits']:.2f}",
@@ -249,7 +305,7 @@ def report_time(
         [str(n), f"{last['ms_per_step'][n]:.3f}", f"{last['ms_per_look'][n]:.3f}"] for n in last["ms_per_step"]
     ]
     return (
-        f"\n{args.new_tokens} tokens, threshold {threshold:g}, {full} steps at most; {device}.\n\n"
+        f"\n{args.criterion}, threshold {threshold:g}, {full} steps at most; {device}.\n\n"
         f"{timing.markdown_table(header, rows)}\n{timing.markdown_table(costs, cost_rows)}"
     )
 

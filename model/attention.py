@@ -49,7 +49,7 @@ class AttentionInputs:
 
 def select_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
     """Rows of a (batch, ...) tensor; a tensor that all rows share, (1, ...), and None stay as they are."""
-    return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
+    return tensor if tensor is None or len(tensor) == 1 else tensor.index_select(0, rows)
 
 
 def rotary_tables(

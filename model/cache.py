@@ -1,42 +1,29 @@
-"""Key/value cache of a recurrent-depth model: a slot per layer of prelude and coda, and per core layer and step."""
+"""Key/value cache of a recurrent-depth model: a buffer per layer, and in those of the core a slot per step."""
 
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_megatransformer import MegaTransformerTextConfig
 
-BLOCK = 128  # tokens by which a slot grows
+BLOCK = 128  # tokens by which a buffer grows
 
 
-class CacheSlot(CacheLayerMixin):
-    """Keys and values of one layer at one step: buffers (batch, key/value heads, capacity, head_dim), written in place.
-
-    They grow by whole blocks, and what is read ends with the last token; or, of static size, never grow, and all of
-    their capacity is read, so that one compiled graph serves every length. The mask hides what is not written yet.
+class CacheSlot:
+    """Keys and values of one layer at one step: a view of its layer's buffer, (batch, 2, key/value heads, capacity,
+    head_dim), written in place.
     """
 
-    is_sliding = False
-    is_croppable = True
+    def __init__(self, layer: "CacheLayer"):
+        self.layer = layer
+        self.both: torch.Tensor | None = None
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
 
-    def __init__(self):
-        super().__init__()
-        self.length = 0
-        self.is_static = False
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Empty buffers for the batch, heads and type of these states."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (states[:, :, :0].clone() for states in (key_states, value_states))
-        self.is_initialized = True
-
-    def make_static(self, buffer: torch.Tensor) -> None:
-        """Buffers of the shape and type of this one, (batch, key/value heads, capacity, head_dim), for good."""
-        self.dtype, self.device = buffer.dtype, buffer.device
-        self.keys, self.values = torch.zeros_like(buffer), torch.zeros_like(buffer)
-        self.is_initialized = self.is_static = True
+    def show(self, both: torch.Tensor) -> None:
+        """From now on a view of this."""
+        self.both, self.keys, self.values = both, both[:, 0], both[:, 1]
 
     def update(
         self,
@@ -52,52 +39,108 @@ class CacheSlot(CacheLayerMixin):
             rows: Rows of the batch that the states belong to. Default: all.
 
         Returns:
-            Keys and values of these rows, of all tokens.
+            Keys and values of these rows: of all tokens up to the new ones; of static size, of the whole capacity, so
+            that one compiled graph serves every length. The mask hides what is not written yet.
         """
-        if isinstance(where, slice):
-            self.write(key_states, value_states, where, rows)
+        if self.both is None:
+            self.layer.lazy_initialization(key_states, value_states)
+        self._write(self.keys, key_states.detach(), where, rows)
+        self._write(self.values, value_states.detach(), where, rows)
+        keys, values = self._read(where, rows)
+        if key_states.requires_grad:  # what backpropagation needs must not be written over by later steps
+            keys, values = _instead(keys, key_states, where), _instead(values, value_states, where)
+        return keys, values
+
+    def _write(self, buffer: torch.Tensor, states: torch.Tensor, where, rows: torch.LongTensor | None) -> None:
+        if rows is None and not isinstance(where, slice):
+            buffer.index_copy_(2, where, states.to(buffer.dtype))
+        elif isinstance(where, slice):
+            buffer[slice(None) if rows is None else rows, :, where] = states
         else:
-            for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-                if rows is None:
-                    buffer.index_copy_(2, where, states.to(buffer.dtype))
-                else:
-                    buffer[rows] = buffer[rows].index_copy(2, where, states.to(buffer.dtype))
-        return self.read(rows)
+            buffer[rows] = buffer[rows].index_copy(2, where, states.to(buffer.dtype))
 
-    def write(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        where: slice,
-        rows: torch.LongTensor | None = None,
-    ) -> None:
-        """Writes to a slice of tokens, over what is there. A buffer that is too short grows."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.length = where.stop
-        self._reserve(self.length)
-        which = slice(None) if rows is None else rows
-        self.keys[which, :, where] = key_states
-        self.values[which, :, where] = value_states
+    def _read(self, where: slice | torch.LongTensor, rows: torch.LongTensor | None) -> tuple[torch.Tensor, ...]:
+        last = where.stop if isinstance(where, slice) else None
+        if rows is None:
+            return self.keys[:, :, :last], self.values[:, :, :last]
+        return self.both[:, :, :, :last].index_select(0, rows).unbind(1)
 
-    def read(self, rows: torch.LongTensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all tokens, or of the whole capacity of static size, of some rows, or of all rows."""
-        which = slice(None) if rows is None else rows
-        last = None if self.is_static else self.length
-        return self.keys[which, :, :last], self.values[which, :, :last]
 
-    def _reserve(self, length: int) -> None:
-        missing = length - self.keys.shape[-2]
-        if missing > 0:
-            blocks = -(-missing // BLOCK) * BLOCK
-            self.keys, self.values = (nn.functional.pad(old, (0, 0, 0, blocks)) for old in (self.keys, self.values))
+def _instead(read: torch.Tensor, states: torch.Tensor, where: slice | torch.LongTensor) -> torch.Tensor:
+    """What was read, in another tensor, with the new tokens' own states, through which gradients flow."""
+    if isinstance(where, slice):
+        return torch.cat((read[:, :, : where.start], states), dim=2)
+    return read.index_copy(2, where, states.to(read.dtype))
 
-    def copy(self) -> "CacheSlot":
-        """Another slot with the same content."""
-        other = CacheSlot()
-        other.lazy_initialization(self.keys, self.values)
-        other.keys, other.values, other.length = self.keys.clone(), self.values.clone(), self.length
-        return other
+
+class CacheLayer(CacheLayerMixin):
+    """Keys and values of one layer: a buffer (steps, batch, 2, key/value heads, capacity, head_dim), a slot per step.
+
+    It is made by the first keys, on their device and of their type, with the room that was reserved. A buffer that is
+    too short grows: by whole blocks of tokens, and step by step. Of static size, it is made at once, for good.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self):
+        super().__init__()
+        self.length = 0
+        self.num_steps, self.batch, self.capacity = 0, 0, 0  # reserved
+        self.buffer: torch.Tensor | None = None
+        self.slots: list[CacheSlot] = []
+        self.is_static = False
+
+    def reserve(self, num_steps: int, batch: int, length: int) -> None:
+        """Room for so many steps, rows and tokens. A step not taken before begins with what the deepest one holds."""
+        self.num_steps, self.batch = max(num_steps, self.num_steps), batch
+        self.capacity = max(-(-length // BLOCK) * BLOCK, self.capacity)
+        self.slots += [CacheSlot(self) for _ in range(len(self.slots), self.num_steps)]
+        if self.is_initialized and (self.num_steps, self.capacity) != (len(self.buffer), self.buffer.shape[-2]):
+            self._grow()
+
+    def _grow(self) -> None:
+        old = self.buffer
+        steps, *others, capacity, head_dim = old.shape
+        grown = old.new_zeros(self.num_steps, *others, self.capacity, head_dim)
+        grown[:steps, ..., :capacity, :] = old
+        grown[steps:, ..., :capacity, :] = old[-1]
+        self._set_buffer(grown)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """A buffer for the heads, type and device of these states, (rows, heads, new tokens, head_dim)."""
+        shape = (self.num_steps, self.batch, 2, key_states.shape[1], self.capacity, key_states.shape[-1])
+        self._set_buffer(key_states.new_zeros(shape))
+
+    def make_static(self, like: torch.Tensor, num_steps: int, capacity: int) -> None:
+        """A buffer of this size for the batch, heads, type and device of `like`, (batch, heads, 0, head_dim)."""
+        self.num_steps, self.batch, self.capacity, self.is_static = num_steps, len(like), capacity, True
+        self.slots = [CacheSlot(self) for _ in range(num_steps)]
+        self.lazy_initialization(like, like)
+
+    def _set_buffer(self, buffer: torch.Tensor) -> None:
+        self.buffer, self.keys, self.values = buffer, buffer[:, :, 0], buffer[:, :, 1]
+        self.dtype, self.device, self.is_initialized = buffer.dtype, buffer.device, True
+        for slot, both in zip(self.slots, buffer, strict=True):
+            slot.show(both)
+
+    def settle(self, first: int, entries: torch.LongTensor | None, new: slice) -> None:
+        """Writes the new tokens' entries at step `first` and deeper.
+
+        Args:
+            entries: For each of these steps and row, step * batch + row of what is written there. None: for all rows
+                and steps what they have at step `first - 1`.
+        """
+        found = self.buffer[..., new, :]
+        if entries is None:
+            found[first:] = found[first - 1]
+        else:  # where a row did get there, its entry is written over itself
+            deeper = found[first:]
+            deeper.copy_(found.flatten(0, 1).index_select(0, entries).view(deeper.shape))
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> None:
+        """Not by layer: a step writes to its own slot."""
+        raise NotImplementedError("keys and values of a RecurrentCache are written to the slot of their step")
 
     def get_seq_length(self) -> int:
         """Number of tokens."""
@@ -105,11 +148,11 @@ class CacheSlot(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Capacity of static size; -1: there is no largest length."""
-        return self.keys.shape[-2] if self.is_static else -1
+        return self.capacity if self.is_static else -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that `query_length` new tokens will see, and the position of the first."""
-        return self.keys.shape[-2] if self.is_static else self.length + query_length, 0
+        return self.capacity if self.is_static else self.length + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens; a number below 0, as everywhere in transformers."""
@@ -122,20 +165,18 @@ class CacheSlot(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
         if self.is_initialized:
-            self.keys, self.values = (old.repeat_interleave(repeats, dim=0) for old in (self.keys, self.values))
+            self._set_buffer(self.buffer.repeat_interleave(repeats, dim=1))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """These rows only."""
         if self.is_initialized:
-            indices = indices.to(self.device)
-            self.keys, self.values = self.keys[indices], self.values[indices]
+            self._set_buffer(self.buffer[:, indices.to(self.device)])
 
 
 class RecurrentCache(Cache):
     """Keys and values by (layer, step).
 
-    Slots: prelude layers, then coda layers, then core layers step by step, so that deeper steps are added at the end:
-    `prelude + coda + step * core + layer`. The policy says which steps are kept:
+    Layers of prelude and coda have one slot, layers of the core one for each step that is kept. The policy says which:
 
     - "full": all of them. A read at step i finds, for each past token, its deepest entry not deeper than i.
     - "ring": the last `num_kept_steps`; step i is written over step i - num_kept_steps. A read at step i finds what
@@ -165,72 +206,69 @@ class RecurrentCache(Cache):
         max_length: int | None = None,
         max_steps: int | None = None,
     ):
-        super().__init__(layer_class_to_replicate=CacheSlot)
+        super().__init__(layers=[CacheLayer() for _ in range(config.num_hidden_layers)])
         policy = policy or config.recurrence.cache_policy
         if policy == "ring" and num_kept_steps is None:
             num_kept_steps = config.recurrence.num_kept_steps
         check_policy(policy, num_kept_steps)
         self.policy, self.num_kept_steps = policy, {"full": None, "ring": num_kept_steps, "last": 1}[policy]
-        self.num_prelude_layers = config.num_prelude_layers
-        self.num_core_layers = config.num_core_layers
-        self.num_coda_layers = config.num_coda_layers
+        self.num_prelude_layers, self.num_core_layers = config.num_prelude_layers, config.num_core_layers
         self.num_key_value_heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.max_length, self.max_steps = max_length, max_steps
         self.length = 0  # tokens of finished chunks
         self.last_state: torch.Tensor | None = None  # of the last token, (batch, 1, hidden)
 
     @property
+    def core_layers(self) -> list[CacheLayer]:
+        """Those that are written at every step."""
+        return self.layers[self.num_prelude_layers :][: self.num_core_layers]
+
+    @property
     def prelude_slots(self) -> list[CacheSlot]:
         """A slot for each layer of the prelude."""
-        return self._slots(0, self.num_prelude_layers)
+        return [layer.slots[0] for layer in self.layers[: self.num_prelude_layers]]
 
     @property
     def coda_slots(self) -> list[CacheSlot]:
         """A slot for each layer of the coda."""
-        return self._slots(self.num_prelude_layers, self.num_coda_layers)
+        return [layer.slots[0] for layer in self.layers[self.num_prelude_layers + self.num_core_layers :]]
 
     def core_slots(self, step: int) -> list[CacheSlot]:
         """A slot for each layer of the core at `step` (counted from 0)."""
-        return self._slots(self._core_slot(step), self.num_core_layers)
-
-    def _slots(self, first: int, count: int) -> list[CacheSlot]:
-        if len(self.layers) < first + count:
-            like = next((slot for slot in self.layers if slot.is_initialized), None)
-            for _ in range(first + count - len(self.layers)):
-                self.layers.append(CacheSlot())
-                if like is not None:  # a slot that some rows only will write has room for all of them
-                    self.layers[-1].lazy_initialization(like.keys, like.values)
-        return self.layers[first : first + count]
-
-    def _core_slot(self, step: int) -> int:
         place = step if self.num_kept_steps is None else step % self.num_kept_steps
-        return self.num_prelude_layers + self.num_coda_layers + place * self.num_core_layers
+        return [layer.slots[place] for layer in self.core_layers]
 
     @property
     def num_steps(self) -> int:
         """Number of core steps that have slots."""
-        return max(0, len(self.layers) - self._core_slot(0)) // self.num_core_layers if self.num_core_layers else 0
+        return max((layer.num_steps for layer in self.core_layers), default=0)
 
     @property
     def num_bytes(self) -> int:
         """Memory of the buffers: 2 * slots * batch * key/value heads * capacity * head_dim * bytes of a number. The
         capacity is the number of tokens, rounded up to whole blocks; of static size, `max_length`.
         """
-        return sum(slot.keys.nbytes + slot.values.nbytes for slot in self.layers if slot.is_initialized)
+        return sum(layer.buffer.nbytes for layer in self.layers if layer.is_initialized)
 
     def begin(self, embeds: torch.Tensor, num_steps: int) -> None:
-        """Before a chunk: a cache of static size makes sure that it has the room.
+        """Before a chunk: makes room for it.
 
         Args:
-            embeds: (batch, new tokens, hidden), for the batch, and the type of keys and values.
+            embeds: (batch, new tokens, hidden), for the batch, and the type of keys and values of static size.
             num_steps: The most steps that a row will take.
 
         Raises:
-            ValueError: for more tokens or steps than there is room for.
+            ValueError: for more tokens or steps than a cache of static size has room for.
         """
-        if self.max_length is None:
+        length = self.length + embeds.shape[1]
+        if self.max_length is not None:
+            self._begin_static(embeds, length, num_steps)
             return
-        if self.length + embeds.shape[1] > self.max_length:
+        for layer, slots in zip(self.layers, self._slots_by_layer(num_steps), strict=True):
+            layer.reserve(slots, len(embeds), length)
+
+    def _begin_static(self, embeds: torch.Tensor, length: int, num_steps: int) -> None:
+        if length > self.max_length:
             raise ValueError(
                 f"{self.length} + {embeds.shape[1]} tokens are more than the static cache has room for, "
                 f"{self.max_length}; make it larger"
@@ -240,46 +278,49 @@ class RecurrentCache(Cache):
             raise ValueError(
                 f"num_steps ({num_steps}) is more than the static cache has room for, {self.max_steps}; make it larger"
             )
-        if not self.layers:
-            shape = (len(embeds), self.num_key_value_heads, self.max_length, self.head_dim)
-            buffer = torch.empty(shape, dtype=embeds.dtype, device=embeds.device)
-            places = self.max_steps if self.num_kept_steps is None else min(self.max_steps, self.num_kept_steps)
-            for slot in self._slots(0, self._core_slot(0) + places * self.num_core_layers):
-                slot.make_static(buffer)
+        like = embeds.new_empty(len(embeds), self.num_key_value_heads, 0, self.head_dim)
+        for layer, slots in zip(self.layers, self._slots_by_layer(self.max_steps), strict=True):
+            if not layer.is_initialized:
+                layer.make_static(like, slots, self.max_length)
+
+    def _slots_by_layer(self, num_steps: int) -> list[int]:
+        """How many slots each layer needs for so many steps."""
+        core = num_steps if self.num_kept_steps is None else min(num_steps, self.num_kept_steps)
+        coda = len(self.layers) - self.num_prelude_layers - self.num_core_layers
+        return [1] * self.num_prelude_layers + [core] * self.num_core_layers + [1] * coda
 
     def places(self, num_new_tokens: int, device: torch.device) -> slice | torch.LongTensor:
         """Where the new tokens go: a slice, or, of static size, their indices."""
         new = (self.length, self.length + num_new_tokens)
         return slice(*new) if self.max_length is None else torch.arange(*new, device=device)
 
-    def extend_steps(self, num_steps: int) -> None:
-        """Before the core takes `num_steps`: slots of steps never taken so far start as those of the deepest taken."""
-        past = self.num_steps
-        if past == 0 or self.max_length is not None:
-            return
-        deepest = self.core_slots(past - 1)
-        for _ in range(past, num_steps if self.num_kept_steps is None else min(num_steps, self.num_kept_steps)):
-            self.layers.extend(slot.copy() for slot in deepest)
-
-    def settle_steps(self, row_steps: torch.Tensor | int, num_new_tokens: int) -> None:
+    def settle_steps(self, row_steps: torch.LongTensor, num_new_tokens: int) -> None:
         """After the core: new tokens get their deepest entry in every slot deeper than the steps that their row took.
 
         Args:
-            row_steps: Steps taken: one number, or (batch,).
+            row_steps: Steps taken, (batch,), on the CPU.
         """
-        if isinstance(row_steps, torch.Tensor) and (row_steps == row_steps[0]).all():
-            row_steps = int(row_steps[0])
-        shallowest = int(row_steps.min()) if isinstance(row_steps, torch.Tensor) else row_steps
-        new = slice(self.length, self.length + num_new_tokens)
-        for step in range(shallowest, self.num_steps):
-            rows = (row_steps <= step).nonzero().squeeze(1) if isinstance(row_steps, torch.Tensor) else None
-            which = slice(None) if rows is None else rows
-            for source, target in zip(self.core_slots(step - 1), self.core_slots(step), strict=True):
-                target.write(source.keys[which, :, new], source.values[which, :, new], new, rows)
+        steps = row_steps.tolist()
+        first, places = min(steps), self.num_steps
+        if first >= places:
+            return
+        entries = None
+        if max(steps) > first:
+            source = [
+                min(place, taken - 1) * len(steps) + row
+                for place in range(first, places)
+                for row, taken in enumerate(steps)
+            ]
+            entries = torch.tensor(source)
+        for layer in self.core_layers:
+            here = None if entries is None else entries.to(layer.device)
+            layer.settle(first, here, slice(self.length, self.length + num_new_tokens))
 
     def advance(self, num_new_tokens: int) -> None:
         """The chunk is finished: what comes next goes behind it."""
         self.length += num_new_tokens
+        for layer in self.layers:
+            layer.length = self.length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens in the finished chunks."""
@@ -321,7 +362,7 @@ class RecurrentCache(Cache):
 
     def reset(self) -> None:
         """Forgets all tokens, and gives the memory back."""
-        self.layers.clear()
+        self.layers = [CacheLayer() for _ in self.layers]
         self.length = 0
         self.last_state = None
 

@@ -34,9 +34,9 @@ class Look:
     value: torch.Tensor | None = None  # what the criterion made of it, (rows,)
 
     def of(self, rows: torch.Tensor) -> "Look":
-        """The same of some rows: their indices, or a mask."""
+        """The same of some rows, by their indices."""
         parts = {name: getattr(self, name) for name in ("state", "logits", "is_token", "value")}
-        return replace(self, **{name: part[rows] for name, part in parts.items() if part is not None})
+        return replace(self, **{name: part.index_select(0, rows) for name, part in parts.items() if part is not None})
 
 
 class ExitCriterion:
@@ -109,7 +109,8 @@ class LatentDifference(ExitCriterion):
 
     def value(self, now: Look, before: Look) -> torch.Tensor:
         state, past = now.state.float(), before.state.float()
-        return mean_over_tokens((state - past).norm(dim=-1) / state.norm(dim=-1).clamp(min=1e-12), now.is_token)
+        change, length = (torch.linalg.vector_norm(each, dim=-1) for each in (state - past, state))
+        return mean_over_tokens(change / length.clamp(min=1e-12), now.is_token)
 
 
 class Cosine(ExitCriterion):
@@ -253,7 +254,7 @@ class ExitWatch:
         """
         before = self.before
         if len(before.state) > len(state):  # some have left since
-            before = before.of(rows if self.rows is None else torch.isin(self.rows, rows))
+            before = before.of(rows if self.rows is None else torch.searchsorted(self.rows, rows))
         now = replace(before, step=step, state=state)
         if hidden is not None:
             now.logits = self.keep(hidden, rows)

@@ -297,8 +297,6 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             if exit_watch is not None:
                 exit_watch.begin(state, tokens_of_chunk(attention_mask, sequence))
                 look = functools.partial(self._look, exit_watch, past_key_values)
-            if past_key_values is not None:
-                past_key_values.extend_steps(depth.total)
             state, exit_steps = iterate_core(
                 self.core, state, hidden, depth, inputs, past_key_values, states, disturb, look
             )
@@ -308,7 +306,6 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             if past_key_values is not None and state_warm_start:
                 past_key_values.last_state = state[:, -1:].clone()
             hidden = self._read_unless_seen(state, inputs, past_key_values, exit_steps, exit_watch)
-            exit_steps = torch.as_tensor(exit_steps).expand(batch)
         if past_key_values is not None:
             past_key_values.advance(sequence)
         return MegaTransformerModelOutput(

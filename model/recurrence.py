@@ -261,7 +261,7 @@ def iterate_core(
     trajectory: list[torch.Tensor] | None = None,
     disturb: Callable[[int, torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None,
     look: Callable[[int, torch.Tensor, torch.Tensor | None, AttentionInputs], torch.Tensor | None] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | int]:
+) -> tuple[torch.Tensor, torch.LongTensor]:
     """s_i = core(s_{i-1}, e) for i = 1 .. r, the first `depth.no_grad` steps without gradient.
 
     A row leaves the batch, and keeps its state, when it has taken its own number of steps, or `look` says so. The rows
@@ -273,13 +273,15 @@ def iterate_core(
         inputs: Mask and positions.
         trajectory: If given, s_1 .. s_r are appended.
         disturb: (steps taken, states, rows) -> the states that the next step sees.
-        look: (steps taken, states, rows, their inputs) -> (rows,) of bool, whether they stop; or None: none does.
+        look: (steps taken, states, rows, their inputs) -> (rows,) of bool, whether they stop; or None: none does. Not
+            asked after the last step.
 
     Returns:
-        s_r, (batch, sequence, hidden), and the steps taken: (batch,) on the CPU, or one number for all.
+        s_r, (batch, sequence, hidden), and the steps taken, (batch,) on the CPU.
     """
     grad_enabled = torch.is_grad_enabled()
-    budgets, row_steps = depth.rows, None
+    row_steps = [depth.total] * len(state) if depth.rows is None else depth.rows.tolist()
+    going = list(range(len(state)))
     rows, here, embeds_here, inputs_here = None, state, embeds, inputs  # those that go on
     for step in range(depth.total):
         if grad_enabled and step == depth.no_grad and not here.requires_grad:
@@ -291,22 +293,25 @@ def iterate_core(
             if disturb is not None:
                 here = disturb(step, here, rows)
             here = core(here, embeds_here, inputs=inputs_here, slots=slots)
-        state = here if rows is None else state.index_copy(0, rows, here)
         if trajectory is not None:
-            trajectory.append(state)
+            trajectory.append(_put(state, rows, here))
 
-        stops = look(step + 1, here, rows, inputs_here) if look is not None else None
-        stops = stops.cpu() if stops is not None else None  # the one point where the host waits
-        if budgets is not None:
-            stops = budgets == step + 1 if stops is None else stops | (budgets == step + 1)
-        if stops is None or not stops.any():
-            continue
-        row_steps = torch.full((len(state),), depth.total) if row_steps is None else row_steps
-        row_steps[stops if rows is None else rows.cpu()[stops]] = step + 1
-        stays = (~stops).nonzero().squeeze(1).to(state.device)
-        if len(stays) == 0:
+        if look is not None and step + 1 < depth.total:
+            stops = look(step + 1, here, rows, inputs_here)
+            if stops is not None:
+                for row, stop in zip(going, stops.tolist(), strict=True):  # the one point where the host waits
+                    row_steps[row] = step + 1 if stop else row_steps[row]
+        stays = [index for index, row in enumerate(going) if row_steps[row] > step + 1]
+        if not stays:
             break
-        rows = stays if rows is None else rows[stays]
-        here, embeds_here, inputs_here = here[stays], embeds[rows], inputs.of(rows)
-        budgets = budgets[~stops] if budgets is not None else None
-    return state, depth.total if row_steps is None else row_steps
+        if len(stays) < len(going):
+            state, going = _put(state, rows, here), [going[index] for index in stays]
+            kept = torch.tensor(stays, device=state.device)
+            rows = kept if rows is None else rows.index_select(0, kept)
+            here, embeds_here, inputs_here = here.index_select(0, kept), embeds.index_select(0, rows), inputs.of(rows)
+    return _put(state, rows, here), torch.tensor(row_steps)
+
+
+def _put(state: torch.Tensor, rows: torch.LongTensor | None, here: torch.Tensor) -> torch.Tensor:
+    """The states of all rows, with those of some rows, or of all, as they are now."""
+    return here if rows is None else state.index_copy(0, rows, here)

@@ -15,7 +15,9 @@ def test_agreement_of_the_full_cache_is_whole_and_that_of_others_is_that_of_a_lo
     model, ids = tiny_model(scale=2.0), tiny_ids(2, 8)
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[1, 5:] = 0
-    batches = [{"input_ids": ids, "attention_mask": mask}]
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :4] = -100  # a prompt that is not trained on
+    batches = [{"input_ids": ids, "attention_mask": mask, "labels": labels}]
     whole = exits.agreement(model, batches, 5, {}, {"policy": "full"})
     assert whole == {"agreement": 1.0, "divergence": pytest.approx(0, abs=1e-6), "steps": 5.0}
 
@@ -29,7 +31,7 @@ def test_agreement_of_the_full_cache_is_whole_and_that_of_others_is_that_of_a_lo
             for i in range(length):
                 out = model(text[:, i : i + 1], past_key_values=cache, num_steps=5, **(options if i else {}))
                 p = out.logits[0, -1].double().softmax(-1)
-                if i:
+                if i and i + 1 < length and labels[row, i + 1] != -100:
                     same.append(bool(p.argmax() == full[i].argmax()))
                     divergence.append(float((full[i] * (full[i] / p).log()).sum()))
                     steps.append(int(out.exit_steps[0]))

@@ -1,5 +1,7 @@
 """The cache: what a read finds under each policy, rows of their own depth, and the operations that `generate` needs."""
 
+import copy
+
 import pytest
 import torch
 
@@ -107,7 +109,7 @@ def test_memory_is_that_of_its_formula(policy, kept):
     logits_of(tiny_model(max_position_embeddings=256), tiny_ids(3, tokens), num_steps=5, past_key_values=cache)
     slots = 2 + 2 * {"full": 5, "ring": kept, "last": 1}[policy]
     assert cache.num_bytes == 2 * slots * 3 * 2 * (2 * BLOCK) * 8 * 4
-    assert len(cache.layers) == slots
+    assert sum(len(layer.keys) for layer in cache.layers) == slots
 
 
 @pytest.mark.parametrize(("policy", "kept"), POLICIES)
@@ -139,6 +141,38 @@ def test_rows_reordered_repeated_selected_and_tokens_cropped(policy, kept):
     cache.reset()
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(logits_of(model, ids, past_key_values=cache), logits_of(model, ids), **CLOSE)
+
+
+@pytest.mark.parametrize(("policy", "kept"), POLICIES)
+def test_a_copy_goes_its_own_way(policy, kept):
+    """As benchmarks and assisted decoding copy it; then with more steps and exits, which are settled in the copy."""
+    model, ids = tiny_model(scale=2.0), tiny_ids(2, 8)
+    cache = RecurrentCache(model.config, policy, kept)
+    logits_of(model, ids[:, :4], num_steps=3, past_key_values=cache)
+    copied = copy.deepcopy(cache)
+    continued = []
+    for each in (cache, copied, cache):
+        for part, steps in zip(ids[:, 4:].split(2, dim=1), (torch.tensor([5, 2]), 4), strict=True):
+            continued.append(logits_of(model, part, num_steps=steps, past_key_values=each))
+        cache.crop(-4) if each is cache else None
+    for first, second, third in zip(continued[:2], continued[2:4], continued[4:], strict=True):
+        assert torch.equal(first, second) and torch.equal(first, third)
+
+
+@pytest.mark.parametrize("size", [{}, {"max_length": 12, "max_steps": 4}], ids=["grows", "static"])
+@pytest.mark.parametrize(("policy", "kept"), POLICIES)
+def test_gradients_through_a_chunk_that_is_cached_are_those_without_cache(policy, kept, size):
+    """What is written over in place is not what backpropagation reads. Chunks before are constants."""
+    model, ids = tiny_model(scale=2.0), tiny_ids(2, 8)
+    gradients = []
+    for cache in (None, RecurrentCache(model.config, policy, kept, **size)):
+        model.zero_grad()
+        options = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        model(ids, labels=ids, num_steps=torch.tensor([4, 2]), **options).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for ours, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+    model(ids[:, :2], labels=ids[:, :2], num_steps=3, past_key_values=cache).loss.backward()
 
 
 @pytest.mark.parametrize(
