@@ -32,7 +32,7 @@ quickstart: quickstart-lm
 quickstart-lm: $(INSTALLED)
 	.venv/bin/deepspeed pretrain.py --config configs/recurrent_lm.yaml --training.output_dir $(RUN)
 	.venv/bin/python evaluate.py $(RUN) --num-steps 1 2 4 8 16
-	.venv/bin/python -m inference.generate $(RUN) --prompt "The wind" --num-steps 6
+	.venv/bin/python -m inference.generate $(RUN) --prompt "The wind" --num-steps 8
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest -m "not slow and not gpu"
