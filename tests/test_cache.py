@@ -112,6 +112,29 @@ def test_memory_is_that_of_its_formula(policy, kept):
     assert sum(len(layer.keys) for layer in cache.layers) == slots
 
 
+def objects_in(thing, seen: set[int]) -> int:
+    """How many Python objects hang on this one."""
+    if id(thing) in seen or not (isinstance(thing, list | tuple | dict) or hasattr(thing, "__dict__")):
+        return 0
+    seen.add(id(thing))
+    parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else []
+    held = [] if isinstance(thing, torch.Tensor) else list(getattr(thing, "__dict__", {}).values())
+    return 1 + sum(objects_in(part, seen) for part in [*parts, *held])
+
+
+@pytest.mark.parametrize("size", [{}, {"max_length": 3 * BLOCK, "max_steps": 5}], ids=["grows", "static"])
+@pytest.mark.parametrize(("policy", "kept"), POLICIES)
+def test_there_is_no_python_object_per_token(policy, kept, size):
+    model = tiny_model(max_position_embeddings=512)
+    cache, counts = RecurrentCache(model.config, policy, kept, **size), []
+    for tokens in (3, 1, 2 * BLOCK):
+        logits_of(model, tiny_ids(2, tokens), num_steps=torch.tensor([5, 2]), past_key_values=cache)
+        counts.append(objects_in(cache, set()))
+    slots = 2 + 2 * {"full": 5, "ring": kept, "last": 1}[policy]
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0] < 10 * slots + 60
+
+
 @pytest.mark.parametrize(("policy", "kept"), POLICIES)
 def test_rows_reordered_repeated_selected_and_tokens_cropped(policy, kept):
     """G2: what beams and assisted decoding do to a cache, against prompts that were so from the start."""
