@@ -70,10 +70,10 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
     parser.add_argument("--output", type=Path, help="folder for model and probe; default: exit_probe in the given one")
     parser.add_argument("--num-steps", type=arguments.core_steps, help="full depth; default: the checkpoint's mean")
-    parser.add_argument("--epsilon", type=float, default=0.01, help="nats: KL(full depth || exit) that counts as equal")
+    parser.add_argument("--epsilon", type=float, default=3e-5, help="nats: KL(full depth || exit) that counts as equal")
     parser.add_argument("--updates", type=arguments.new_tokens, default=300, help="of the probe")
     parser.add_argument("--batch-size", type=arguments.batch_rows, default=8, help="rows in an update")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW, at its highest")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of AdamW, at its highest")
     parser.add_argument("--seed", type=arguments.seed, default=0, help="of the probe's weights and the order of rows")
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     return parser
@@ -99,15 +99,15 @@ def train(model: MegaTransformerForCausalLM, batches: Iterator[dict[str, torch.T
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.updates)
     right = []
     for update in range(args.updates):
-        states, is_final, is_token = observe(model, next(batches), full, args.epsilon)
+        states, is_final, counts = observe(model, next(batches), full, args.epsilon)
         logits = torch.stack([probe(now, before) for before, now in pairwise(states)])
         losses = nn.functional.binary_cross_entropy_with_logits(logits, is_final.float(), reduction="none")
-        loss = losses[:, is_token].mean()
+        loss = losses[:, counts].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        right.append(((logits > 0) == is_final)[:, is_token].float().mean().item())
+        right.append(((logits > 0) == is_final)[:, counts].float().mean().item())
         if (update + 1) % 50 == 0:
             logger.info("update %d: loss %.4f, right %.1f %%", update + 1, loss.item(), 100 * right[-1])
     return sum(right[-20:]) / len(right[-20:])
@@ -121,18 +121,17 @@ def observe(
 
     Returns:
         s_0 .. s_full, each (batch, sequence, hidden); (full, batch, sequence) of bool: whether after step 1 .. full
-        KL(P_full || P_i) is below epsilon; (batch, sequence) of bool: where there are tokens.
+        KL(P_full || P_i) is below epsilon; (batch, sequence) of bool: tokens whose successor counts in the loss.
     """
     given = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     states = model(**given, num_steps=full, output_states=True, use_cache=False).states
-    log_p = [
-        model(**given, num_steps=steps, use_cache=False).logits.float().log_softmax(-1) for steps in range(1, full + 1)
+    log_p = [  # one more step from each state, in place of all steps again
+        model(**given, num_steps=1, initial_state=state, use_cache=False).logits.float().log_softmax(-1)
+        for state in states[:-1]
     ]
     divergence = torch.stack([(log_p[-1].exp() * (log_p[-1] - each)).sum(-1) for each in log_p])
-    is_token = (
-        given["attention_mask"].bool() if "attention_mask" in given else torch.ones_like(given["input_ids"]).bool()
-    )
-    return states, divergence < epsilon, is_token
+    learned = nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1)).to(model.device)
+    return states, divergence < epsilon, learned
 
 
 def find_config(checkpoint: Path) -> Path:

@@ -108,9 +108,7 @@ class LatentDifference(ExitCriterion):
     reads_logits = False
 
     def value(self, now: Look, before: Look) -> torch.Tensor:
-        state, past = now.state.float(), before.state.float()
-        change, length = (torch.linalg.vector_norm(each, dim=-1) for each in (state - past, state))
-        return mean_over_tokens(change / length.clamp(min=1e-12), now.is_token)
+        return mean_over_tokens(relative_change(now.state, before.state), now.is_token)
 
 
 class Cosine(ExitCriterion):
@@ -143,19 +141,19 @@ class ArgmaxStability(ExitCriterion):
 class ExitProbe(nn.Module):
     """A small head that says from the state whether further steps would still change the output distribution.
 
-    Trained by `train_exit_probe.py`. It sees the directions of s_i and of its change since the look before; 16 numbers
-    are multiplied for each of the state, against about 14 hidden_size in a layer of the core.
+    Trained by `train_exit_probe.py`. It sees the direction of s_i, and how much it has changed since the look before;
+    13 numbers are multiplied for each of the state, against about 14 hidden_size in a layer of the core.
     """
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.hidden = nn.Linear(2 * hidden_size, 8)
-        self.out = nn.Linear(8, 1)
+        self.hidden = nn.Linear(hidden_size + 1, 12)
+        self.out = nn.Linear(12, 1)
 
     def forward(self, state: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """s_i and s_{i-1}, (..., hidden) -> logit that P_i is as good as final, (...)."""
-        state, before = (nn.functional.layer_norm(each, each.shape[-1:]) for each in (state, before))
-        features = torch.cat((state, state - before), dim=-1).to(self.hidden.weight.dtype)
+        features = (nn.functional.layer_norm(state, state.shape[-1:]), relative_change(state, before).log()[..., None])
+        features = torch.cat(features, dim=-1).to(self.hidden.weight.dtype)
         return self.out(nn.functional.gelu(self.hidden(features))).squeeze(-1)
 
 
@@ -182,6 +180,13 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
     "argmax_stability": ArgmaxStability(),
     "probe": LearnedProbe(),
 }
+
+
+def relative_change(state: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """|s_i - s_{i-1}| / |s_i|, (..., hidden) -> (...), above 0."""
+    state, before = state.float(), before.float()
+    change, length = (torch.linalg.vector_norm(each, dim=-1) for each in (state - before, state))
+    return change.clamp(min=1e-12) / length.clamp(min=1e-12)
 
 
 def mean_over_tokens(values: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:

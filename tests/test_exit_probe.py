@@ -14,16 +14,19 @@ def test_labels_say_where_the_distribution_is_that_of_full_depth():
     """Against KL(full || step) of passes of each depth by themselves."""
     model, ids = tiny_model(scale=2.0), tiny_ids(2, 5)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    states, is_final, is_token = train_exit_probe.observe(model, {"input_ids": ids, "attention_mask": mask}, 6, 0.05)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :2] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    states, is_final, counts = train_exit_probe.observe(model, batch, 6, 0.05)
     assert len(states) == 7 and is_final.shape == (6, 2, 5)
-    assert torch.equal(is_token, mask.bool())
+    assert counts.tolist() == [[False, True, True, True, False], [True, True, False, False, False]]
     with torch.no_grad():
         full = model(ids, attention_mask=mask, num_steps=6).logits.double().softmax(-1)
         for step in range(1, 7):
             p = model(ids, attention_mask=mask, num_steps=step).logits.double().softmax(-1)
             expected = (full * (full / p).log()).sum(-1) < 0.05
             assert torch.equal(is_final[step - 1], expected)
-    assert 0 < is_final[:, mask.bool()].float().mean() < 1
+    assert 0 < is_final[:, counts].float().mean() < 1
     assert is_final[-1].all()
 
 
