@@ -25,6 +25,7 @@ from inference import arguments
 from inference.devices import choose_device, device_report
 from inference.loading import find_checkpoint, load_model
 from model import MegaTransformerForCausalLM
+from model.exit_criteria import relative_change
 
 logger = logging.getLogger("train_exit_probe")
 
@@ -70,7 +71,13 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
     parser.add_argument("--output", type=Path, help="folder for model and probe; default: exit_probe in the given one")
     parser.add_argument("--num-steps", type=arguments.core_steps, help="full depth; default: the checkpoint's mean")
-    parser.add_argument("--epsilon", type=float, default=3e-5, help="nats: KL(full depth || exit) that counts as equal")
+    parser.add_argument("--epsilon", type=float, default=1e-4, help="nats: KL(full depth || exit) that counts as equal")
+    parser.add_argument(
+        "--distance",
+        type=float,
+        default=0.05,
+        help="|s_full - s_i| / |s_full| that counts as equal, for the cache's sake",
+    )
     parser.add_argument("--updates", type=arguments.new_tokens, default=300, help="of the probe")
     parser.add_argument("--batch-size", type=arguments.batch_rows, default=8, help="rows in an update")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="of AdamW, at its highest")
@@ -99,7 +106,7 @@ def train(model: MegaTransformerForCausalLM, batches: Iterator[dict[str, torch.T
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.updates)
     right = []
     for update in range(args.updates):
-        states, is_final, counts = observe(model, next(batches), full, args.epsilon)
+        states, is_final, counts = observe(model, next(batches), full, args.epsilon, args.distance)
         logits = torch.stack([probe(now, before) for before, now in pairwise(states)])
         losses = nn.functional.binary_cross_entropy_with_logits(logits, is_final.float(), reduction="none")
         loss = losses[:, counts].mean()
@@ -115,13 +122,16 @@ def train(model: MegaTransformerForCausalLM, batches: Iterator[dict[str, torch.T
 
 @torch.no_grad()
 def observe(
-    model: MegaTransformerForCausalLM, batch: dict[str, torch.Tensor], full: int, epsilon: float
+    model: MegaTransformerForCausalLM, batch: dict[str, torch.Tensor], full: int, epsilon: float, distance: float
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
     """What the probe learns from.
 
+    A token is final after a step if from there on KL(P_full || P_i) is below epsilon, and |s_full - s_i| / |s_full|
+    below `distance`: a distribution that passes by the last one leaves keys and values unlike those of full depth.
+
     Returns:
-        s_0 .. s_full, each (batch, sequence, hidden); (full, batch, sequence) of bool: whether after step 1 .. full
-        KL(P_full || P_i) is below epsilon; (batch, sequence) of bool: tokens whose successor counts in the loss.
+        s_0 .. s_full, each (batch, sequence, hidden); (full, batch, sequence) of bool: whether the token is final after
+        step 1 .. full; (batch, sequence) of bool: tokens whose successor counts in the loss.
     """
     given = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     states = model(**given, num_steps=full, output_states=True, use_cache=False).states
@@ -131,7 +141,9 @@ def observe(
     ]
     divergence = torch.stack([(log_p[-1].exp() * (log_p[-1] - each)).sum(-1) for each in log_p])
     learned = nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1)).to(model.device)
-    return states, divergence < epsilon, learned
+    is_close = torch.stack([relative_change(states[-1], state) < distance for state in states[1:]])
+    is_final = (divergence < epsilon) & is_close
+    return states, is_final.flip(0).cumprod(0).flip(0).bool(), learned
 
 
 def find_config(checkpoint: Path) -> Path:

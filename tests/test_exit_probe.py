@@ -10,22 +10,26 @@ from model.exit_criteria import ExitProbe
 from tests.tiny import tiny_ids, tiny_model
 
 
-def test_labels_say_where_the_distribution_is_that_of_full_depth():
-    """Against KL(full || step) of passes of each depth by themselves."""
+@pytest.mark.parametrize("distance", [10.0, 0.3])
+def test_labels_say_from_where_on_distribution_and_state_are_those_of_full_depth(distance):
+    """Against passes of each depth by themselves."""
     model, ids = tiny_model(scale=2.0), tiny_ids(2, 5)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, :2] = -100
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    states, is_final, counts = train_exit_probe.observe(model, batch, 6, 0.05)
+    states, is_final, counts = train_exit_probe.observe(model, batch, 6, 0.05, distance)
     assert len(states) == 7 and is_final.shape == (6, 2, 5)
     assert counts.tolist() == [[False, True, True, True, False], [True, True, False, False, False]]
     with torch.no_grad():
-        full = model(ids, attention_mask=mask, num_steps=6).logits.double().softmax(-1)
-        for step in range(1, 7):
-            p = model(ids, attention_mask=mask, num_steps=step).logits.double().softmax(-1)
-            expected = (full * (full / p).log()).sum(-1) < 0.05
-            assert torch.equal(is_final[step - 1], expected)
+        full = model(ids, attention_mask=mask, num_steps=6, output_states=True)
+        p_full, s_full, still = full.logits.double().softmax(-1), full.states[-1], torch.ones(2, 5, dtype=torch.bool)
+        for step in range(6, 0, -1):
+            one = model(ids, attention_mask=mask, num_steps=step, output_states=True)
+            p, s = one.logits.double().softmax(-1), one.states[-1]
+            still &= (p_full * (p_full / p).log()).sum(-1) < 0.05
+            still &= (s_full - s).norm(dim=-1) < distance * s_full.norm(dim=-1)
+            assert torch.equal(is_final[step - 1], still)
     assert 0 < is_final[:, counts].float().mean() < 1
     assert is_final[-1].all()
 
