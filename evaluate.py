@@ -128,15 +128,21 @@ def read_run_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ValueError: there is none beside the checkpoint, or an override is wrong.
     """
-    for folder in (checkpoint, checkpoint.absolute().parent):
-        if (folder / "config.yaml").is_file():
-            return load_run_config(folder / "config.yaml", overrides)
+    path = find_run_config(checkpoint)
+    if path is not None:
+        return load_run_config(path, overrides)
     if not any(override.partition("=")[0] == "--config" for override in overrides):
         raise ValueError(
             f"Neither {checkpoint} nor its parent folder has the config.yaml of a run: "
             "name the data with --config FILE."
         )
     return load_run_config(*first_config(overrides))
+
+
+def find_run_config(checkpoint: Path) -> Path | None:
+    """The config.yaml of the run that a checkpoint belongs to, if there is one: beside it, or a folder above."""
+    paths = (folder / "config.yaml" for folder in (checkpoint, checkpoint.absolute().parent))
+    return next(filter(Path.is_file, paths), None)
 
 
 def first_config(overrides: Sequence[str]) -> tuple[str, list[str]]:

@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from configs import RunConfig
 from dataset_loading import Collator, build_datasets
-from evaluate import make_folder, read_run_config
+from evaluate import find_run_config, make_folder, read_run_config
 from inference import arguments
 from inference.devices import choose_device, device_report
 from inference.loading import find_checkpoint, load_model
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     share = train(model, loader, args)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    shutil.copy(find_config(checkpoint), output / "config.yaml")
+    shutil.copy(find_run_config(checkpoint), output / "config.yaml")
     sys.stdout.write(f"{share:.1%} of the decisions of the last updates were right; written to {output}\n")
     return 0
 
@@ -144,12 +144,6 @@ def observe(
     is_close = torch.stack([relative_change(states[-1], state) < distance for state in states[1:]])
     is_final = (divergence < epsilon) & is_close
     return states, is_final.flip(0).cumprod(0).flip(0).bool(), learned
-
-
-def find_config(checkpoint: Path) -> Path:
-    """The config.yaml of the run that a checkpoint belongs to."""
-    beside = checkpoint / "config.yaml"
-    return beside if beside.is_file() else checkpoint.absolute().parent / "config.yaml"
 
 
 if __name__ == "__main__":
