@@ -11,7 +11,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import CacheSlot, RecurrentCache
-from .configuration_megatransformer import MegaTransformerTextConfig
+from .configuration_megatransformer import EncoderConfig, MegaTransformerTextConfig
 from .feedforward import build_output_projection
 
 
@@ -198,13 +198,14 @@ def eager_attention_forward(
 
 
 class Attention(nn.Module):
-    """Causal self-attention with `num_attention_heads` query heads and `num_key_value_heads` key/value heads."""
+    """Self-attention with `num_attention_heads` query heads and `num_key_value_heads` key/value heads; causal in the
+    language model, not in the encoders of what it reads.
+    """
 
-    is_causal = True
-
-    def __init__(self, config: MegaTransformerTextConfig):
+    def __init__(self, config: MegaTransformerTextConfig | EncoderConfig):
         super().__init__()
         self.config = config
+        self.is_causal = config.is_causal
         self.head_dim = config.head_dim
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads

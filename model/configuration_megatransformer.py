@@ -12,6 +12,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 from transformers.utils.type_validators import interval
 
 # Keys that transformers itself hands to a config besides its fields: from files of other versions, or in
@@ -186,7 +187,8 @@ class MegaTransformerTextConfig(StrictConfig):
     model_type = "megatransformer_text"
     _auto_class = "AutoConfig"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values", "state", "states", "exit_steps"]
+    keys_to_ignore_at_inference = ["past_key_values", "state", "states", "exit_steps", "token_losses"]
+    is_causal = True
     sub_configs_defaults = {"recurrence": RecurrenceConfig}
 
     vocab_size: int = interval(min=1)(default=32000)
@@ -225,7 +227,7 @@ class MegaTransformerTextConfig(StrictConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self._check_heads_divide_width()
+            check_heads_divide_width(self)
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.embedding_scale is None:
             self.embedding_scale = math.sqrt(self.hidden_size)
@@ -252,13 +254,7 @@ class MegaTransformerTextConfig(StrictConfig):
 
     def validate_architecture(self) -> None:
         """Checks that span several fields; run by `strict` after the fields' own."""
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})"
-            )
-        if self.head_dim < 1:
-            raise ValueError(f"head_dim ({self.head_dim}) must be at least 1")
+        check_heads(self)
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(
                 f"position_embedding 'rope' rotates pairs of features: head_dim ({self.head_dim}) must be even"
@@ -276,9 +272,231 @@ class MegaTransformerTextConfig(StrictConfig):
             if value is not None and value <= 0:
                 raise ValueError(f"{name} ({value}) must be greater than 0")
 
-    def _check_heads_divide_width(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
+
+class EncoderConfig(StrictConfig):
+    """What the encoders have in common: a transformer whose tokens all see each other, or a pretrained backbone.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width inside the feed-forward layer.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key/value heads; divides the number of query heads. Default: as many.
+        head_dim: Width of a head. Default: hidden_size / num_attention_heads, which must then divide hidden_size.
+        rope_theta: Base of the RoPE frequencies.
+        norm, norm_eps, norm_placement, mlp, qk_norm, qk_bias, attn_logit_softcapping, attention_dropout,
+            hidden_dropout: As in `MegaTransformerTextConfig`.
+        initializer_range: Standard deviation of the weights, above 0. Default: sqrt(2 / (5 hidden_size)).
+        backbone: Name on the Hugging Face hub, or folder, of a pretrained model whose encoder takes the place of ours;
+            of the options above none is read then.
+        backbone_config: Its configuration, filled in when the model is built, so that a checkpoint loads without it.
+        freeze_backbone: Whether the backbone's weights stay as they are.
+    """
+
+    is_causal = False
+
+    hidden_size: int = interval(min=1)(default=256)
+    intermediate_size: int = interval(min=1)(default=768)
+    num_hidden_layers: int = interval(min=1)(default=4)
+    num_attention_heads: int = interval(min=1)(default=4)
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float | int = interval(min=0.0, exclude_min=True)(default=100.0)
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float | int = interval(min=0.0, exclude_min=True)(default=1e-6)
+    norm_placement: Literal["sandwich", "pre", "post"] = "pre"
+    mlp: Literal["swiglu", "geglu", "mlp"] = "swiglu"
+    qk_norm: bool = False
+    qk_bias: bool = False
+    attn_logit_softcapping: float | int | None = None
+    attention_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
+    hidden_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
+    initializer_range: float | int | None = None
+    backbone: str | None = None
+    backbone_config: dict | None = None
+    freeze_backbone: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            check_heads_divide_width(self)
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.initializer_range is None:
+            self.initializer_range = math.sqrt(2 / (5 * self.hidden_size))
+        super().__post_init__(**kwargs)
+
+    @property
+    def mean_executed_layers(self) -> int:
+        """Number of layers executed per token."""
+        return self.num_hidden_layers
+
+    def validate_heads(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        check_heads(self)
+
+
+@checked
+class MegaTransformerVisionConfig(EncoderConfig):
+    """An encoder of images: patches, a transformer in which they all see each other, and a pixel shuffle.
+
+    Args:
+        num_channels: Channels of an image.
+        patch_size: Side of a patch in pixels.
+        stem: How a patch becomes a vector: "patch" is one linear map, "conv" a stack of 3 x 3 convolutions of stride 2
+            (Xiao et al. 2021, arXiv 2106.14881), for a patch size that is a power of 2.
+        pixel_shuffle: Side of a square of patches that becomes one token of the language model.
+        image_size: Height and width to which every image is resized. Default: images keep their shape.
+        max_image_size: Longest side of an image that keeps its shape; larger ones are scaled down.
+    """
+
+    model_type = "megatransformer_vision"
+    base_config_key = "vision_config"
+
+    num_channels: int = interval(min=1)(default=3)
+    patch_size: int = interval(min=1)(default=8)
+    stem: Literal["patch", "conv"] = "patch"
+    pixel_shuffle: int = interval(min=1)(default=1)
+    image_size: int | None = None
+    max_image_size: int = interval(min=1)(default=512)
+
+    @property
+    def token_size(self) -> int:
+        """Side, in pixels, of the square that one token stands for; divides the sides of every image."""
+        return self.patch_size * self.pixel_shuffle
+
+    def validate_sizes(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        if self.backbone is None and self.head_dim % 4:
             raise ValueError(
-                f"MegaTransformerTextConfig: hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
-                f"({self.num_attention_heads}); change one of them or set head_dim"
+                f"positions are rotated by row and by column: head_dim ({self.head_dim}) must be divisible by 4"
             )
+        if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(f"stem 'conv' halves the image: patch_size ({self.patch_size}) must be a power of 2")
+        if self.backbone is not None:
+            return
+        for name in ("image_size", "max_image_size"):
+            size = getattr(self, name)
+            if size is not None and (size < 1 or size % self.token_size):
+                raise ValueError(
+                    f"{name} ({size}) must be a multiple of patch_size * pixel_shuffle ({self.token_size}), at least 1"
+                )
+
+
+@checked
+class MegaTransformerAudioConfig(EncoderConfig):
+    """An encoder of sound: a log-mel spectrogram, convolutions that shorten it, a transformer in which all frames see
+    each other.
+
+    Args:
+        sampling_rate: Samples per second; other rates are resampled.
+        n_fft: Samples in the window of a frame.
+        hop_length: Samples from a frame to the next.
+        num_mel_bins: Mel bands of a frame.
+        max_seconds: Longest sound; what follows is not read.
+        subsampling: Frames that become one token of the language model, a power of 2.
+    """
+
+    model_type = "megatransformer_audio"
+    base_config_key = "audio_config"
+
+    rope_theta: float | int = interval(min=0.0, exclude_min=True)(default=10000.0)
+    sampling_rate: int = interval(min=1)(default=16000)
+    n_fft: int = interval(min=1)(default=512)
+    hop_length: int = interval(min=1)(default=160)
+    num_mel_bins: int = interval(min=1)(default=64)
+    max_seconds: float | int = interval(min=0.0, exclude_min=True)(default=30.0)
+    subsampling: int = interval(min=1)(default=4)
+
+    def validate_sizes(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        if self.backbone is None and self.head_dim % 2:
+            raise ValueError(f"RoPE rotates pairs of features: head_dim ({self.head_dim}) must be even")
+        if self.subsampling & (self.subsampling - 1):
+            raise ValueError(
+                f"subsampling ({self.subsampling}) must be a power of 2: each convolution halves the frames"
+            )
+        if self.hop_length > self.n_fft:
+            raise ValueError(
+                f"hop_length ({self.hop_length}) is more than n_fft ({self.n_fft}): samples would be skipped"
+            )
+
+
+@checked
+class MegaTransformerConfig(StrictConfig):
+    """A language model that reads images and sound.
+
+    Args:
+        text_config: The language model.
+        vision_config: The encoder of images. Default: none, no images are read.
+        audio_config: The encoder of sound. Default: none.
+        modality_configs: Configurations of further modalities by their names in `MODALITIES`.
+        image_token_id: Id of the token in whose place the features of an image are put.
+        audio_token_id: The same for sound. A further modality called NAME has its NAME_token_id.
+        tie_word_embeddings: That of the text_config, whatever is given.
+    """
+
+    model_type = "megatransformer"
+    _auto_class = "AutoConfig"
+    keys_to_ignore_at_inference = MegaTransformerTextConfig.keys_to_ignore_at_inference
+    sub_configs_defaults = {
+        "text_config": MegaTransformerTextConfig,
+        "vision_config": SubConfigSpec(MegaTransformerVisionConfig, optional=True),
+        "audio_config": SubConfigSpec(MegaTransformerAudioConfig, optional=True),
+    }
+
+    text_config: MegaTransformerTextConfig | dict | None = None
+    vision_config: MegaTransformerVisionConfig | dict | None = None
+    audio_config: MegaTransformerAudioConfig | dict | None = None
+    modality_configs: dict | None = None
+    image_token_id: int | None = None
+    audio_token_id: int | None = None
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        further = {f"{name}_token_id": kwargs.pop(f"{name}_token_id", None) for name in self.modality_configs or {}}
+        # `_auto_class` holds one class only, so the map of all of them is written here.
+        kwargs["auto_map"] = {
+            "AutoConfig": "configuration_megatransformer.MegaTransformerConfig",
+            "AutoModel": "modeling_megatransformer.MegaTransformerModel",
+            "AutoModelForImageTextToText": "modeling_megatransformer.MegaTransformerForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_megatransformer.MegaTransformerForConditionalGeneration",
+            "AutoProcessor": "processing_megatransformer.MegaTransformerProcessor",
+            **(kwargs.get("auto_map") or {}),
+        }
+        super().__post_init__(**kwargs)
+        for name, value in further.items():
+            setattr(self, name, value)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+    def validate_token_ids(self) -> None:
+        """Checks that span several parts; run by `strict` after the fields' own."""
+        names = [f"{name}_token_id" for name in ("image", "audio", *(self.modality_configs or {}))]
+        ids = {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
+        for name, value in ids.items():
+            if not 0 <= value < self.text_config.vocab_size:
+                raise ValueError(
+                    f"{name} ({value}) is outside the vocabulary of text_config ({self.text_config.vocab_size})"
+                )
+            if list(ids.values()).count(value) > 1:
+                raise ValueError(f"{name} ({value}) is also the id of another modality; each needs a token of its own")
+
+
+def check_heads(config: MegaTransformerTextConfig | EncoderConfig) -> None:
+    """Raises ValueError for heads that do not fit each other."""
+    if config.num_key_value_heads < 1 or config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads ({config.num_attention_heads}) must be a multiple of num_key_value_heads "
+            f"({config.num_key_value_heads})"
+        )
+    if config.head_dim < 1:
+        raise ValueError(f"head_dim ({config.head_dim}) must be at least 1")
+
+
+def check_heads_divide_width(config: MegaTransformerTextConfig | EncoderConfig) -> None:
+    """Raises ValueError for a width that the heads cannot share."""
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{type(config).__name__}: hidden_size ({config.hidden_size}) is not a multiple of num_attention_heads "
+            f"({config.num_attention_heads}); change one of them or set head_dim"
+        )
