@@ -6,14 +6,16 @@ from .configuration import DataConfig, SourceConfig, TokenizerConfig
 from .mixture import MixtureDataset
 from .packing import PackedDataset
 from .streaming import StreamingDataset
-from .synthetic import TASKS, get_task
-from .synthetic_task import GeneratedTask
+from .synthetic import MEDIA_TASKS, TASKS, get_task
+from .synthetic_task import GeneratedMediaTask, GeneratedTask
 from .tokenizer import build_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
+    "MEDIA_TASKS",
     "TASKS",
     "Collator",
     "DataConfig",
+    "GeneratedMediaTask",
     "GeneratedTask",
     "MixtureDataset",
     "PackedDataset",

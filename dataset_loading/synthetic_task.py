@@ -5,6 +5,9 @@ from abc import ABC, abstractmethod
 from hashlib import blake2b
 from typing import Literal
 
+import numpy as np
+from PIL import Image
+
 Role = Literal["train", "validation", "test"]
 
 
@@ -18,6 +21,8 @@ class GeneratedTask(ABC):
     """Name in configs."""
     default_difficulty: tuple[int, int]
     """Smallest and largest difficulty where a config gives none."""
+    max_difficulty: int | None = None
+    """The largest difficulty there is, if there is one."""
 
     @abstractmethod
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
@@ -30,6 +35,60 @@ class GeneratedTask(ABC):
     def identity(self, prompt: str) -> str:
         """A text that is the same for prompts that ask the same thing; train and test share none."""
         return prompt
+
+    def role_of(self, row: dict[str, str]) -> Role:
+        """The part that a row of `sample` belongs to."""
+        return split_of(self.identity(row["prompt"]))
+
+    def check_difficulty(self, difficulty: tuple[int, int]) -> None:
+        """Refuse difficulties that the task does not have.
+
+        Raises:
+            ValueError: the larger of the two is above `max_difficulty`.
+        """
+        if self.max_difficulty is not None and difficulty[1] > self.max_difficulty:
+            raise ValueError(
+                f"difficulty is {list(difficulty)}, but {self.name!r} has 1 to {self.max_difficulty}; narrow it"
+            )
+
+
+class GeneratedMediaTask(GeneratedTask):
+    """A task about a picture or a sound. Rows hold the medium as a line of text, from which `render` makes it."""
+
+    modality: Literal["image", "audio"]
+    """What `render` makes."""
+
+    @abstractmethod
+    def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
+        """Draw {"prompt", "answer", "medium"} of a difficulty, using no randomness but `rng`.
+
+        The prompt may be "". The medium is one line of numbers and names that says everything there is to see or hear.
+        """
+
+    @abstractmethod
+    def render(self, medium: str) -> Image.Image | tuple[np.ndarray, int]:
+        """The picture (RGB), or the sound (float32, mono, within -1 and 1) and its sampling rate in Hz.
+
+        Depends on `medium` alone.
+
+        Raises:
+            ValueError: `medium` is not one of this task.
+        """
+
+    @abstractmethod
+    def check(self, medium: str, prompt: str, answer: str) -> bool:
+        """Whether `answer` is right, computed from `medium` and `prompt` alone and without the code of `sample`."""
+
+    @abstractmethod
+    def identity(self, prompt: str, medium: str) -> str:
+        """A text that is the same for media that show the same combination; train and test share none."""
+
+    @abstractmethod
+    def attributes(self, answer: str) -> dict[str, str]:
+        """What an answer says, by name, such as {"colour1": "red"}; of a wrong answer what can be made out of it."""
+
+    def role_of(self, row: dict[str, str]) -> Role:
+        return split_of(self.identity(row["prompt"], row["medium"]))
 
 
 def split_of(identity: str) -> Role:

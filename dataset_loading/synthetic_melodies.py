@@ -1,0 +1,191 @@
+"""Short melodies: their notes in order, such as "C4 E4 G4", and questions about them."""
+
+import math
+import random
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from .synthetic_task import GeneratedMediaTask
+
+NOTES = tuple(f"{letter}{octave}" for octave in (4, 5) for letter in "CDEFGAB")
+"""The white keys from middle C (262 Hz) to the B almost two octaves above (988 Hz)."""
+TIMBRES = {
+    "flute": ((1.0, 0.4, 0.2, 0.1), 1.0),
+    "reed": ((1.0, 0.15, 0.7, 0.15, 0.4, 0.1, 0.2), 1.0),
+    "organ": ((1.0, 0.7, 0.4, 0.5, 0.2, 0.2), 0.0),
+    "string": ((1.0, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2), 6.0),
+}
+"""Strengths of the partials at 1, 2, 3, ... times the frequency, and how fast a tone fades (1/s)."""
+
+_KEYS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+_ATTACK, _RELEASE = 0.01, 0.03  # seconds in which a tone rises and ends
+_SOUNDING = 0.75  # part of a beat; the rest is a pause, so that a note that comes twice is heard twice
+_HIGHEST_PART = 0.47  # of the sampling rate; partials above would fold down
+
+_SOUND = re.compile(r"(\d+) Hz (\w+) volume (\S+) noise (\S+) seed (\d+) lasts (\S+): (.+)")
+_TONE = re.compile(r"(\S+) Hz at (\S+) for (\S+)")
+
+
+class Tone(NamedTuple):
+    """A tone of a frequency in Hz, its start and how long it lasts in seconds."""
+
+    frequency: float
+    start: float
+    seconds: float
+
+
+class Sound(NamedTuple):
+    """What a medium says."""
+
+    sampling_rate: int
+    timbre: str
+    volume: float  # of the loudest a tone can be, at most 1
+    noise: float  # standard deviation
+    seed: int  # of the noise
+    seconds: float
+    tones: list[Tone]
+
+
+class MelodyTask(GeneratedMediaTask):
+    """What tasks about melodies share: how a melody is written down, played, and given to train, validation or test."""
+
+    modality = "audio"
+    default_difficulty = (3, 5)
+    sampling_rate = 8000
+    """Samples per second."""
+
+    def render(self, medium: str) -> tuple[np.ndarray, int]:
+        sound = read_medium(medium)
+        # RandomState, since the stream of a Generator may change between versions of numpy
+        noise = np.random.RandomState(sound.seed)
+        wave = noise.normal(0, sound.noise, round(sound.seconds * sound.sampling_rate))
+        for tone in sound.tones:
+            first = round(tone.start * sound.sampling_rate)
+            played = sound.volume * _play(tone, sound.timbre, sound.sampling_rate)
+            wave[first : first + len(played)] += played
+        steps = np.rint(
+            np.clip(wave, -1, 1) * 32767
+        )  # of a file with 16 bits: rounding differences between machines go
+        return (steps / 32767).astype(np.float32), sound.sampling_rate
+
+    def identity(self, prompt: str, medium: str) -> str:
+        """The notes in their order, however they are played and whatever is asked."""
+        return " ".join(notes_of(read_medium(medium)))
+
+    def _write(self, rng: random.Random, notes: list[str]) -> str:
+        """The medium of notes; draws what they do not tell."""
+        beat, tuning = rng.uniform(0.2, 0.3), 2 ** (rng.uniform(-10, 10) / 1200)  # a hundredth of a semitone is 1/1200
+        start, tones = rng.uniform(0.02, 0.15), []
+        for number, note in enumerate(notes):
+            begin = start + number * beat + rng.uniform(0, 0.01)
+            tones.append(f"{frequency_of(note) * tuning:.2f} Hz at {begin:.3f} for {_SOUNDING * beat:.3f}")
+        seconds = start + len(notes) * beat + rng.uniform(0.02, 0.15)
+        volume, noise = rng.uniform(0.25, 0.9), rng.uniform(0.0005, 0.005)
+        return (
+            f"{self.sampling_rate} Hz {rng.choice(tuple(TIMBRES))} volume {volume:.2f} noise {noise:.4f} "
+            f"seed {rng.randrange(2**31)} lasts {seconds:.3f}: {'; '.join(tones)}"
+        )
+
+
+class Melodies(MelodyTask):
+    """Write down the `difficulty` notes of a melody."""
+
+    name = "melodies"
+
+    def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
+        notes = rng.choices(NOTES, k=difficulty)
+        return {"prompt": "", "answer": " ".join(notes), "medium": self._write(rng, notes)}
+
+    def check(self, medium: str, prompt: str, answer: str) -> bool:
+        return answer == " ".join(notes_of(read_medium(medium)))
+
+    def attributes(self, answer: str) -> dict[str, str]:
+        """note1, note2, ... and length, their number."""
+        notes = answer.split()
+        return {f"note{number}": note for number, note in enumerate(notes, start=1)} | {"length": str(len(notes))}
+
+
+class MelodyQuestions(MelodyTask):
+    """Questions about `difficulty` notes: the highest, the lowest, their number, if the last is above the first."""
+
+    name = "melody_questions"
+
+    def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
+        notes = rng.choices(NOTES, k=difficulty)
+        places = [NOTES.index(note) for note in notes]
+        questions = [
+            ("What is the highest note?", NOTES[max(places)]),
+            ("What is the lowest note?", NOTES[min(places)]),
+            ("How many notes are there?", str(difficulty)),
+            ("Is the last note higher than the first?", "yes" if places[-1] > places[0] else "no"),
+        ]
+        prompt, answer = rng.choice(questions)
+        return {"prompt": prompt, "answer": answer, "medium": self._write(rng, notes)}
+
+    def check(self, medium: str, prompt: str, answer: str) -> bool:
+        sound = read_medium(medium)
+        frequencies = [tone.frequency for tone in sound.tones]
+        ordered = [note for _, note in sorted(zip(frequencies, notes_of(sound), strict=True))]
+        right = {
+            "What is the highest note?": ordered[-1],
+            "What is the lowest note?": ordered[0],
+            "How many notes are there?": str(len(frequencies)),
+            "Is the last note higher than the first?": "yes" if frequencies[-1] > frequencies[0] else "no",
+        }
+        return answer == right.get(prompt)
+
+    def attributes(self, answer: str) -> dict[str, str]:
+        """One of count, rises and note."""
+        answer = answer.strip()
+        if answer in ("yes", "no"):
+            return {"rises": answer}
+        return {"count": answer} if answer.isdecimal() else {"note": answer}
+
+
+def read_medium(medium: str) -> Sound:
+    """What a medium says.
+
+    Raises:
+        ValueError: it is no melody.
+    """
+    found = _SOUND.fullmatch(medium)
+    tones = [_TONE.fullmatch(part) for part in found[7].split("; ")] if found else [None]
+    if None in tones:
+        raise ValueError(f"medium {medium!r} is not a melody; take one that a task of melodies has drawn")
+    return Sound(
+        sampling_rate=int(found[1]),
+        timbre=found[2],
+        volume=float(found[3]),
+        noise=float(found[4]),
+        seed=int(found[5]),
+        seconds=float(found[6]),
+        tones=[Tone(*map(float, tone.groups())) for tone in tones],
+    )
+
+
+def frequency_of(note: str) -> float:
+    """In Hz, equal temperament with A4 at 440 Hz."""
+    semitones = _KEYS.index(note[:-1]) - _KEYS.index("A") + 12 * (int(note[-1]) - 4)
+    return 440 * 2 ** (semitones / 12)
+
+
+def notes_of(sound: Sound) -> list[str]:
+    """The names of the notes, read from the frequencies."""
+    semitones = [round(12 * math.log2(tone.frequency / 440)) + 57 for tone in sound.tones]  # above C0
+    return [f"{_KEYS[semitone % 12]}{semitone // 12}" for semitone in semitones]
+
+
+def _play(tone: Tone, timbre: str, sampling_rate: int) -> np.ndarray:
+    """A tone as samples between -1 and 1."""
+    strengths, fading = TIMBRES[timbre]
+    seconds = np.arange(round(tone.seconds * sampling_rate)) / sampling_rate
+    phase = 2 * np.pi * tone.frequency * seconds
+    heard = [
+        strength * np.sin(number * phase)
+        for number, strength in enumerate(strengths, start=1)
+        if number * tone.frequency < _HIGHEST_PART * sampling_rate
+    ]
+    swell = np.minimum(seconds / _ATTACK, (tone.seconds - seconds) / _RELEASE).clip(0, 1)
+    return np.sum(heard, axis=0) * swell * np.exp(-fading * seconds) / sum(strengths)
