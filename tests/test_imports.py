@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "configs": {"model", "dataset_loading", "trainers", "callbacks"},
 }
 # What the exported code may need where it is loaded: transformers and what comes with it.
-LIBRARIES_OF_MODEL = {"torch", "transformers", "huggingface_hub"}
+LIBRARIES_OF_MODEL = {"torch", "transformers", "huggingface_hub", "numpy"}
 ROOMS = sorted(room for room in MAY_IMPORT if (ROOT / room).is_dir())
 # What ties the rooms together: it may import everything, and nothing imports it.
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
@@ -48,6 +48,17 @@ def imports_of(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:
             yield node.lineno, node.level, node.module or "", [alias.name for alias in node.names]
 
 
+def guarded_lines(tree: ast.AST) -> set[int]:
+    """Lines of what is only imported where it is installed: in `if is_..._available():`, or in a `try`."""
+    guards = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Try)
+        or (isinstance(node, ast.If) and re.fullmatch(r"is_\w+_available\(\)", ast.unparse(node.test)))
+    ]
+    return {inner.lineno for node in guards for inner in node.body}
+
+
 def forbidden_imports(source: str, room: str) -> list[str]:
     """Imports of rooms that `room` may not look into."""
     allowed = MAY_IMPORT[room] | {room}
@@ -65,9 +76,11 @@ def not_exportable(source: str) -> list[str]:
     transformers finds the files to copy by this very pattern in the text, docstrings included.
     """
     found = []
-    imports = list(imports_of(ast.parse(source)))
+    tree = ast.parse(source)
+    imports, guarded = list(imports_of(tree)), guarded_lines(tree)
     for line, level, module, _ in imports:
-        if level == 0 and module.split(".")[0] not in LIBRARIES_OF_MODEL | set(sys.stdlib_module_names):
+        is_free = line in guarded or module.split(".")[0] in LIBRARIES_OF_MODEL | set(sys.stdlib_module_names)
+        if level == 0 and not is_free:
             found.append(f"line {line}: {module}")
         if level and (level > 1 or "." in module or not (ROOT / "model" / f"{module}.py").is_file()):
             found.append(f"line {line}: {'.' * level}{module}")
@@ -122,11 +135,18 @@ def test_the_import_rules_see_what_breaks_them() -> None:
         "from ..x import y",
         "from .a.b import c",
         "from .absent import x",
-        "import numpy",
+        "import scipy",
+        "if x:\n    import scipy",
     ):
         assert not_exportable(line) != [], line
     assert not_exportable('"""\nfrom .cache import X\n"""') == ["in a docstring: .cache"]
     assert not_exportable("from .cache import X\nimport torch.nn\nimport math") == []
+    assert (
+        not_exportable(
+            "if is_scipy_available():\n    import scipy\ntry:\n    import av\nexcept ImportError:\n    av = None"
+        )
+        == []
+    )
 
 
 # ------------------------------------------------------------ habits of the code

@@ -1,0 +1,153 @@
+"""Conversations: their template, their checks, and their outline, into which texts and media are put."""
+
+import re
+from collections.abc import Collection
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+ROLES = ("user", "assistant", "system")
+
+# One line, since every line break and blank would become tokens.
+CHAT_TEMPLATE = (
+    "{%- macro write(content) -%}"
+    "{%- if content is string -%}{{- content -}}{%- else -%}{%- for part in content -%}"
+    "{{- part.text if part.type == 'text' else '<|' ~ part.type ~ '|>' -}}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- endmacro -%}"
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{{- '<|' ~ message.role ~ '|>' -}}"
+    "{%- if message.role == 'assistant' -%}"
+    "{% generation %}{{- write(message.content) -}}{{- eos_token -}}{% endgeneration %}"
+    "{%- else -%}{{- write(message.content) -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+"""begin, then of each message its role and its content, and end after what the assistant says; nothing in between."""
+
+Outline = tuple[tuple[str, tuple[str, ...] | None], ...]
+"""Of each message its role and the types of its parts, None if its content is a string."""
+
+# Private characters; no text of a user is ever in a rendered template.
+_PLACE = "\ue000{}\ue001"
+_PLACES = re.compile("\ue000([0-9]+)\ue001")
+
+
+def outline_of(
+    messages: Any, kinds: Collection[str], continue_final_message: bool = False
+) -> tuple[Outline, list[str], list[dict[str, Any]]]:
+    """The outline of a conversation, its texts and the parts that are media, in order.
+
+    Texts side by side in a message become one, as they will be read.
+
+    Args:
+        kinds: Types of parts that are known besides text.
+        continue_final_message: The last message may be empty.
+
+    Raises:
+        ValueError: for what is no conversation; the message says which part of which message, and why.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"a conversation is {_short(messages)}; give a list of messages, at least one")
+    outline: list[tuple[str, tuple[str, ...] | None]] = []
+    texts: list[str] = []
+    media: list[dict[str, Any]] = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"message {number} is {_short(message)}; give a dict with role and content")
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise ValueError(f"message {number} has role {_short(role)}; choose one of {', '.join(ROLES)}")
+        num_texts, num_media = len(texts), len(media)
+        if isinstance(content, str):
+            outline.append((role, None))
+            texts.append(content)
+        elif isinstance(content, (list, tuple)):
+            outline.append((role, _outline_of_parts(content, number, kinds, texts, media)))
+        else:
+            raise ValueError(f"message {number} has content {_short(content)}; give a string or a list of parts")
+        is_open = continue_final_message and number == len(messages) - 1
+        if not is_open and len(media) == num_media and not "".join(texts[num_texts:]).strip():
+            raise ValueError(f"message {number} ({role}) says nothing; give it a text or a medium, or leave it out")
+    return tuple(outline), texts, media
+
+
+def _outline_of_parts(
+    parts: Any, number: int, kinds: Collection[str], texts: list[str], media: list[dict[str, Any]]
+) -> tuple[str, ...]:
+    types: list[str] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"message {number} has a part of type 'text' with text {_short(part.get('text'))}")
+            if types[-1:] == ["text"]:
+                texts[-1] += part["text"]
+                continue
+            texts.append(part["text"])
+        elif kind in kinds:
+            media.append(part)
+        else:
+            raise ValueError(
+                f"message {number} has a part of type {_short(kind)}; choose one of {', '.join(['text', *kinds])}"
+            )
+        types.append(kind)
+    return tuple(types)
+
+
+@lru_cache(maxsize=1024)
+def render_outline(
+    template: str,
+    outline: Outline,
+    bos_token: str,
+    eos_token: str,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+) -> list[tuple[str | int, bool]]:
+    """What the template writes around the texts of a conversation.
+
+    Returns:
+        Pieces in order: what the template writes, media as single placeholders, or the number of a text; and whether
+        the template counts them to what the assistant says.
+    """
+    rendered, spans = render_jinja_template(
+        conversations=[_with_places(outline)],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        bos_token=bos_token,
+        eos_token=eos_token,
+    )
+    text = rendered[0]
+    edges = sorted({0, len(text), *(min(edge, len(text)) for span in spans[0] for edge in span)})
+    pieces = []
+    for start, end in pairwise(edges):
+        is_answer = any(first <= start and end <= last for first, last in spans[0])
+        for number, piece in enumerate(_PLACES.split(text[start:end])):
+            if piece:
+                pieces.append((int(piece) if number % 2 else piece, is_answer))
+    return pieces
+
+
+def _with_places(outline: Outline) -> list[dict[str, Any]]:
+    """Messages with the number of each text in its place."""
+    messages, number = [], 0
+    for role, types in outline:
+        content = []
+        for kind in ("text",) if types is None else types:
+            content.append({"type": kind})
+            if kind == "text":
+                content[-1]["text"] = _PLACE.format(number)
+                number += 1
+        messages.append({"role": role, "content": content[0]["text"] if types is None else content})
+    return messages
+
+
+def _short(value: Any) -> str:
+    """A value in an error."""
+    shown = repr(value) if isinstance(value, (str, int, float, dict, list, tuple, type(None))) else type(value).__name__
+    return shown if len(shown) <= 80 else shown[:77] + "..."

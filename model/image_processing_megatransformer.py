@@ -1,0 +1,125 @@
+"""Pictures to the tensors that the vision encoder reads."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils.import_utils import is_vision_available
+
+from .media import MAX_PIXELS, load_image
+
+if is_vision_available():
+    from PIL import Image
+
+
+class MegaTransformerImageProcessor(BaseImageProcessor):
+    """Resizes pictures to multiples of a token's side, scales and normalises them, pads a batch to its largest.
+
+    Args:
+        patch_size: Side of a patch in pixels.
+        pixel_shuffle: Patches along the side of a token; a token covers patch_size * pixel_shuffle pixels each way.
+        size: {"height", "width"} of every picture, both multiples of a token's side. Default: each keeps its aspect,
+            as nearly as whole tokens allow, and its size where that is at most max_side.
+        max_side: Longest side in pixels where `size` is not set.
+        max_pixels: Larger pictures are refused before they are decoded.
+        image_mean: Subtracted from each channel, whose values are 0 .. 1.
+        image_std: Divides each channel after that.
+
+    Raises:
+        ValueError: for sizes that hold no whole tokens; for pictures, see `load_image`.
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]
+    _auto_class = "AutoImageProcessor"
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        pixel_shuffle: int = 1,
+        size: dict[str, int] | None = None,
+        max_side: int = 512,
+        max_pixels: int = MAX_PIXELS,
+        image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        image_std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.auto_map = {"AutoImageProcessor": "image_processing_megatransformer.MegaTransformerImageProcessor"}
+        self.patch_size, self.pixel_shuffle = patch_size, pixel_shuffle
+        self.size, self.max_side, self.max_pixels = size, max_side, max_pixels
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        if max_side < self.token_side:
+            raise ValueError(
+                f"max_side is {max_side}, but a token covers {self.token_side} pixels; give at least those"
+            )
+        if size is not None and (size["height"] % self.token_side or size["width"] % self.token_side):
+            raise ValueError(f"size is {size}, but a token covers {self.token_side} pixels; give multiples of those")
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along the side of what becomes one token."""
+        return self.patch_size * self.pixel_shuffle
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width to which a picture of this size is resized."""
+        if self.size is not None:
+            return self.size["height"], self.size["width"]
+        scale = min(1.0, self.max_side / max(height, width))
+        return self._whole_tokens(height * scale), self._whole_tokens(width * scale)
+
+    def _whole_tokens(self, length: float) -> int:
+        tokens = min(round(length / self.token_side), self.max_side // self.token_side)
+        return max(1, tokens) * self.token_side
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Placeholders of a picture that has this size before it is resized."""
+        height, width = self.target_size(height, width)
+        return (height // self.token_side) * (width // self.token_side)
+
+    def preprocess_one(self, image: Any) -> torch.Tensor:
+        """Anything `load_image` takes to float (3, height, width) of the target size."""
+        image = load_image(image, self.max_pixels)
+        height, width = self.target_size(image.height, image.width)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
+        return (pixels / 255 - mean) / std
+
+    def pad(self, images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch, with zeros at the right and at the bottom.
+
+        Returns:
+            pixel_values: float (images, 3, height, width) of the largest.
+            image_sizes: int64 (images, 2), height and width of each without padding.
+        """
+        sizes = torch.tensor([image.shape[-2:] for image in images])
+        height, width = sizes.amax(0).tolist()
+        padded = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
+        return {"pixel_values": torch.stack(padded), "image_sizes": sizes}
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
+        """A picture, a list of them, or a list of lists, to a batch (`pad`).
+
+        Raises:
+            TypeError: for options, which belong to the processor itself.
+        """
+        if kwargs:
+            raise TypeError(f"{sorted(kwargs)[0]!r} is no option of a call; set it on the image processor")
+        return BatchFeature(self.pad([self.preprocess_one(image) for image in flatten(images)]), return_tensors)
+
+    def fetch_images(self, images: Any) -> Any:
+        """Pictures of the same nesting; transformers' own would download addresses."""
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        return load_image(images, self.max_pixels)
+
+
+def flatten(media: Any) -> list[Any]:
+    """The media of a list of any depth, or a single one, in order."""
+    if not isinstance(media, list):
+        return [media]
+    return [medium for part in media for medium in flatten(part)]

@@ -1,0 +1,355 @@
+"""Pictures and recordings from paths, bytes and arrays, within limits, and never from the network.
+
+What cannot be used raises `MediaError`, a `ValueError` of one line with the value, the reason and the fix. Sizes and
+durations come from headers, so that a batch can be planned without decoding.
+"""
+
+import io
+import os
+import re
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils.import_utils import is_torchaudio_available, is_vision_available
+
+if is_vision_available():
+    from PIL import Image, ImageOps
+if is_torchaudio_available():
+    from torchaudio.transforms import Resample
+try:
+    import soundfile
+except (ImportError, OSError):  # OSError: the package without its C library
+    soundfile = None
+
+MAX_PIXELS = 64_000_000
+"""Largest picture that is decoded: 200 MB as RGB."""
+MAX_SECONDS = 30.0
+"""What is read of a recording."""
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Pillow knows more, some of which start other programs (EPS)."""
+SAMPLING_RATES = (100, 1_000_000)
+MAX_AMPLITUDE = 1000.0
+"""Samples lie within -1 .. 1, or were forgotten to be scaled; larger ones overflow as power."""
+_EXIF_ORIENTATION = 0x0112
+
+
+class MediaError(ValueError):
+    """A picture or recording that cannot be used."""
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> "Image.Image":
+    """A picture as 8-bit RGB, upright (EXIF), on white where it is transparent, the first frame of an animation.
+
+    Args:
+        source: PIL image; array or tensor (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, uint8 or float in
+            0 .. 1; path; bytes of a file; or {"bytes", "path"} as `datasets` has them.
+        max_pixels: Larger pictures are refused by their header, before they are decoded.
+
+    Raises:
+        MediaError: missing, empty, truncated or too large, no picture, or not finite.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return _image_from_array(source)
+    with _opened_image(source, max_pixels) as image:
+        try:
+            image.load()
+            if _orientation(image) != 1:
+                image = ImageOps.exif_transpose(image)
+            image = _as_rgb(image)
+        except MediaError:
+            raise
+        except Exception as error:  # Pillow raises whatever its decoders run into
+            raise _unreadable("picture", source, error) from error
+    return image
+
+
+def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of what `load_image` gives, from the header.
+
+    Raises:
+        MediaError: as far as the header tells.
+    """
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return _image_from_array(source).size[::-1]
+    with _opened_image(source, max_pixels) as image:
+        return image.size if _orientation(image) >= 5 else image.size[::-1]
+
+
+class _opened_image:
+    """Context of a PIL image that is open, but not decoded; one that came as such stays open."""
+
+    def __init__(self, source: Any, max_pixels: int):
+        self.source, self.max_pixels = source, max_pixels
+
+    def __enter__(self) -> "Image.Image":
+        if not is_vision_available():
+            raise ImportError("pictures are read by Pillow, which is not installed; pip install pillow")
+        source = self.source
+        self.is_file = not isinstance(source, Image.Image)
+        if self.is_file:
+            try:
+                source = Image.open(_file(source, "picture"), formats=IMAGE_FORMATS)
+            except MediaError:
+                raise
+            except Exception as error:  # as above
+                raise _unreadable("picture", self.source, error) from error
+        self.image = source
+        if not 0 < source.width * source.height <= self.max_pixels:
+            raise MediaError(
+                f"{_name(self.source)} has {source.width} x {source.height} pixels, of which 1 to {self.max_pixels} "
+                "can be read; scale the picture down"
+            )
+        return source
+
+    def __exit__(self, *_: Any) -> None:
+        if self.is_file:
+            self.image.close()
+
+
+def _orientation(image: "Image.Image") -> int:
+    """How the picture is to be turned, 1 .. 8 as in EXIF; Pillow turns TIFF itself."""
+    if "exif" not in image.info or image.format == "TIFF":
+        return 1
+    return image.getexif().get(_EXIF_ORIENTATION, 1)
+
+
+def _as_rgb(image: "Image.Image") -> "Image.Image":
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    if image.mode[0] in "IF":  # Pillow's own conversion cuts all above 255 off
+        return _image_from_array(np.asarray(image).astype(np.float32 if image.mode == "F" else np.uint16))
+    return image.convert("RGB")
+
+
+def _image_from_array(source: np.ndarray | torch.Tensor) -> "Image.Image":
+    name = f"array {tuple(source.shape)} of {source.dtype}"
+    array = np.asarray(source.detach().cpu()) if isinstance(source, torch.Tensor) else source
+    channels_first = isinstance(source, torch.Tensor)
+    if array.ndim == 3:
+        axes = (0, -1) if channels_first else (-1, 0)
+        axis = next((axis for axis in axes if array.shape[axis] in (1, 3, 4)), None)
+        array = array if axis in (None, -1) else np.moveaxis(array, axis, -1)
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))):
+        raise MediaError(f"{name} is no picture; give (H, W), (H, W, 3) or (3, H, W), none of them 0")
+    array = array[..., 0] if array.shape[2:] == (1,) else array
+    return _as_rgb(Image.fromarray(np.ascontiguousarray(_as_bytes(array, name))))
+
+
+def _as_bytes(array: np.ndarray, name: str) -> np.ndarray:
+    """Pixels as uint8."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.uint16:
+        return (array / 257 + 0.5).astype(np.uint8)
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    largest = 1 if np.issubdtype(array.dtype, np.floating) else 255
+    if not (array.min() >= 0 and array.max() <= largest):  # so that NaN is refused as well
+        raise MediaError(
+            f"{name} has values from {array.min()} to {array.max()}; give uint8 in 0 .. 255 or float in 0 .. 1"
+        )
+    return (array * (255 / largest) + 0.5).astype(np.uint8)
+
+
+# --------------------------------------------------------------------------------------------------------- recordings
+
+
+def load_audio(source: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+    """A recording as float32 (samples,), mono (the mean of its channels), at `sampling_rate` samples per second.
+
+    Args:
+        source: array or tensor (samples,) at `sampling_rate`, or with channels, which are the shorter side; (array,
+            rate) or {"array", "sampling_rate"}; path; bytes of a file; or {"bytes", "path"} as `datasets` has them.
+            Integers are scaled to -1 .. 1.
+        max_seconds: What is read of the front; the rest of a longer file is not decoded.
+
+    Raises:
+        MediaError: missing, empty, truncated, no recording, not finite, or far above 1.
+    """
+    array, rate = _as_array(source, sampling_rate)
+    if array is None:
+        waveform, rate = _read_file(source, max_seconds)
+    else:
+        _check_rate(source, rate)
+        waveform = _as_mono(array, round(max_seconds * rate))
+    _check_samples(waveform, source)
+    return waveform if rate == sampling_rate else _resample(waveform, rate, sampling_rate)
+
+
+def audio_seconds(source: Any, sampling_rate: int | None = None) -> float:
+    """Duration of the whole recording in seconds, from the header.
+
+    Args:
+        source: as for `load_audio`.
+        sampling_rate: that of an array which comes without.
+
+    Raises:
+        MediaError: as far as the header tells.
+        ValueError: an array without a rate.
+    """
+    array, rate = _as_array(source, sampling_rate)
+    if array is None:
+        with _opened_audio(source) as file:
+            return file.frames / file.samplerate
+    if rate is None:
+        raise ValueError(f"{_name(source)} has no sampling rate; give (array, rate)")
+    _check_rate(source, rate)
+    return max(array.shape, default=0) / rate
+
+
+def _as_array(source: Any, sampling_rate: int | None) -> tuple[np.ndarray | None, int | None]:
+    """Samples and rate of what lies in memory decoded; (None, None) for a file."""
+    if isinstance(source, dict) and "array" in source:
+        source = (source["array"], source["sampling_rate"])
+    if isinstance(source, tuple) and len(source) == 2:
+        source, sampling_rate = source
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, list):
+        source = np.asarray(source)
+    return (source, sampling_rate) if isinstance(source, np.ndarray) else (None, None)
+
+
+def _as_mono(array: np.ndarray, max_samples: int) -> np.ndarray:
+    """float32 (samples,) of integers or floats with or without channels."""
+    if array.ndim not in (1, 2):
+        raise MediaError(
+            f"array {array.shape} of {array.dtype} is no recording; give (samples,) or (channels, samples)"
+        )
+    if array.ndim == 2 and array.shape[0] < array.shape[1]:
+        array = array.T
+    array = array[:max_samples]
+    if np.issubdtype(array.dtype, np.integer):
+        zero = 128 if array.dtype == np.uint8 else 0
+        array = (array.astype(np.float32) - zero) / (128 if zero else -float(np.iinfo(array.dtype).min))
+    array = array.astype(np.float32)
+    return array if array.ndim == 1 else array.mean(1)
+
+
+def _read_file(source: Any, max_seconds: float) -> tuple[np.ndarray, int]:
+    """The front of a file, a block at a time, so that many channels do not fill the memory."""
+    with _opened_audio(source) as file:
+        frames = min(file.frames, round(max_seconds * file.samplerate))
+        blocks = file.blocks(2**20 // file.channels, frames=frames, dtype="float32", always_2d=True)
+        try:
+            waveform = np.concatenate([block.mean(1) for block in blocks])
+        except (soundfile.SoundFileError, ValueError) as error:
+            raise _unreadable("recording", source, error) from error
+        if len(waveform) < frames:
+            raise MediaError(f"{_name(source)} is truncated: {len(waveform)} of {frames} samples; replace the file")
+        return waveform, file.samplerate
+
+
+class _opened_audio:
+    """Context of a `soundfile.SoundFile` whose header is sound."""
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __enter__(self) -> "soundfile.SoundFile":
+        if soundfile is None:
+            raise ImportError("recordings are read by soundfile, which is not installed; pip install soundfile")
+        try:
+            self.file = soundfile.SoundFile(_file(self.source, "recording"))
+        except (soundfile.SoundFileError, TypeError) as error:
+            raise _unreadable("recording", self.source, error) from error
+        try:
+            self._check_header()
+        except MediaError:
+            self.file.close()
+            raise
+        return self.file
+
+    def _check_header(self) -> None:
+        _check_rate(self.source, self.file.samplerate)
+        notes = self.file.extra_info  # what libsndfile found odd and read all the same
+        declared = re.search(r"^(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", notes, re.MULTILINE)
+        # A size near the largest number stands for "unknown" in a file that was written to a pipe.
+        is_cut = declared is not None and int(declared[2]) + 1 < int(declared[1]) < 2**31 - 2**16
+        if is_cut or "File ended unexpectedly" in notes:
+            raise MediaError(f"{_name(self.source)} is truncated: its header promises more; replace the file")
+        if self.file.frames <= 0:
+            raise MediaError(f"{_name(self.source)} has no samples; remove it")
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+
+def _check_rate(source: Any, rate: float) -> None:
+    least, most = SAMPLING_RATES
+    if not least <= rate <= most:
+        raise MediaError(f"{_name(source)} has {rate} samples per second; give a rate from {least} to {most}")
+
+
+def _check_samples(waveform: np.ndarray, source: Any) -> None:
+    if not len(waveform):
+        raise MediaError(f"{_name(source)} has no samples; remove it")
+    largest = np.abs(waveform).max()
+    if not np.isfinite(largest):
+        raise MediaError(f"{_name(source)} has samples that are NaN or infinite; record or convert it anew")
+    if largest > MAX_AMPLITUDE:
+        raise MediaError(f"{_name(source)} has samples up to {largest:g}; scale them to -1 .. 1")
+
+
+def _resample(waveform: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    # The kernel has as many phases as the ratio's numerator: a millionth of detuning keeps it small for any rate.
+    ratio = Fraction(int(new_rate), int(rate)).limit_denominator(1000)
+    resampled = _resampler(ratio)(torch.from_numpy(waveform)).numpy()
+    length = -(-len(waveform) * int(new_rate) // int(rate))
+    return np.pad(resampled, (0, max(0, length - len(resampled))))[:length]
+
+
+@lru_cache(maxsize=16)
+def _resampler(ratio: Fraction) -> "Resample":
+    if not is_torchaudio_available():
+        raise ImportError("recordings are resampled by torchaudio, which is not installed; pip install torchaudio")
+    return Resample(ratio.denominator, ratio.numerator)
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def _file(source: Any, kind: str) -> str | io.BytesIO:
+    """What a decoder can open."""
+    if isinstance(source, dict) and source.keys() & {"bytes", "path"}:
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if not len(source):
+            raise MediaError(f"the {kind} has 0 bytes; remove it")
+        return io.BytesIO(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise MediaError(f"a {kind} cannot be read from {type(source).__name__}; give a path, bytes or an array")
+    path = os.fspath(source)
+    if re.match(r"[a-z][a-z0-9+.-]+://|data:", path, re.IGNORECASE):
+        raise MediaError(f"{path[:100]!r} is an address, and addresses are never fetched; download the {kind} before")
+    if not os.path.isfile(path):
+        raise MediaError(f"{path!r} {'is no file' if os.path.exists(path) else 'does not exist'}; correct the path")
+    if not os.path.getsize(path):
+        raise MediaError(f"{path!r} has 0 bytes; remove it")
+    return path
+
+
+def _name(source: Any) -> str:
+    """The source in an error."""
+    if isinstance(source, dict) and source.keys() & {"bytes", "path"}:
+        source = source.get("path") or source.get("bytes")
+    if isinstance(source, (str, Path)):
+        return repr(str(source))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"a file of {len(source)} bytes"
+    return f"a {type(source).__name__}"
+
+
+def _unreadable(kind: str, source: Any, error: Exception) -> MediaError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return MediaError(f"{_name(source)} cannot be read as a {kind}: {reason}; replace the file")

@@ -1,0 +1,568 @@
+"""Text, images and audio to the tensors that the model reads."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, islice, zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
+
+from .chat import CHAT_TEMPLATE, ROLES, outline_of, render_outline
+from .configuration_megatransformer import (
+    MegaTransformerAudioConfig,
+    MegaTransformerConfig,
+    MegaTransformerVisionConfig,
+)
+from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
+from .image_processing_megatransformer import MegaTransformerImageProcessor
+from .media import load_audio, load_image
+from .modalities import MODALITIES, Modality
+
+MEDIA_TOKENS = tuple(
+    [f"<|{role}|>" for role in ROLES]
+    + [token for kind in MODALITIES.values() for token in (kind.start_token, kind.token, kind.end_token)]
+)
+"""What a vocabulary has after pad, begin and end if the run has media, in this order if trained by us."""
+
+
+@dataclass(frozen=True)
+class MediaKind:
+    """How media of one kind become tensors and placeholders."""
+
+    modality: Modality
+    preprocess: Callable[[Any], torch.Tensor]
+    """One medium to its tensor."""
+    num_tokens: Callable[[torch.Tensor], int]
+    """Placeholders of a tensor."""
+    collate: Callable[[list[torch.Tensor]], dict[str, torch.Tensor]]
+    """Tensors to the arguments of the model."""
+
+
+class MegaTransformerProcessor(ProcessorMixin):
+    """Makes batches of text with media: placeholders expanded, media preprocessed, in the order in which they stand.
+
+    In texts a medium is its placeholder, `<|image|>` or `<|audio|>`, which becomes start, as many placeholders as the
+    medium has tokens, and end. In messages it is a part {"type": "image", "image": ...}. Special tokens that are
+    written in the texts of messages are ordinary text, while `__call__` reads them.
+
+    Args:
+        tokenizer: A fast one that knows `MEDIA_TOKENS`.
+        image_processor: Ours, or that of a pretrained backbone. None: no images are read.
+        feature_extractor: The same for audio.
+        chat_template: Default: `CHAT_TEMPLATE`. Texts are put in after it is rendered, so that it cannot look at them.
+        num_image_tokens: Tokens of every image, where the image processor is not ours.
+        num_audio_tokens: The same for audio.
+        modality_configs: Configurations of further modalities, by their names in `MODALITIES`.
+
+    Raises:
+        ValueError: for parts that do not fit each other, and for texts, messages and media that cannot be used.
+    """
+
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any = None,
+        feature_extractor: Any = None,
+        chat_template: str | None = None,
+        num_image_tokens: int | None = None,
+        num_audio_tokens: int | None = None,
+        modality_configs: dict[str, dict] | None = None,
+    ):
+        super().__init__(tokenizer, chat_template=CHAT_TEMPLATE if chat_template is None else chat_template)
+        self.image_processor, self.num_image_tokens = image_processor, num_image_tokens
+        self.feature_extractor, self.num_audio_tokens = feature_extractor, num_audio_tokens
+        self.modality_configs = modality_configs
+        _check_count("image_processor", image_processor, MegaTransformerImageProcessor, num_image_tokens)
+        _check_count("feature_extractor", feature_extractor, MegaTransformerFeatureExtractor, num_audio_tokens)
+        self._check_vocabulary()
+        for name, kind in self.kinds.items():  # as transformers' own processors have them
+            setattr(self, f"{name}_token", kind.modality.token)
+            setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(kind.modality.token))
+        self._ids_of_structure: dict[str, list[int]] = {}
+
+    def _check_vocabulary(self) -> None:
+        """An unknown token would silently be read as bytes."""
+        needed = [f"<|{role}|>" for role in ROLES]
+        for kind in self.kinds.values():
+            needed += [kind.modality.start_token, kind.modality.token, kind.modality.end_token]
+        missing = [token for token in needed if token not in self.tokenizer.get_added_vocab()]
+        if missing or not (self.tokenizer.bos_token and self.tokenizer.eos_token):
+            raise ValueError(
+                f"the tokenizer lacks {', '.join(missing) or 'a begin or end token'}; add them as special tokens"
+            )
+
+    # ------------------------------------------------------------------------------------------------- saving, loading
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The part that every processor has, and that is saved in files of its own."""
+        return ["tokenizer"]
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """As in `ProcessorMixin`, with the parts that not every processor has loaded."""
+        config, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        for name, auto_class in (("image_processor", AutoImageProcessor), ("feature_extractor", AutoFeatureExtractor)):
+            if config.get(name) is not None:
+                config[name] = auto_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return config, unused
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Arguments of the model, `input_ids` first."""
+        media = [name for kind in self.kinds.values() for name in kind.modality.input_names]
+        return ["input_ids", "attention_mask", *media]
+
+    # ----------------------------------------------------------------------------------------------------------- media
+
+    @property
+    def kinds(self) -> dict[str, MediaKind]:
+        """What this processor reads besides text."""
+        kinds = {}
+        if self.image_processor is not None:
+            kinds["image"] = self._own_images() if self.num_image_tokens is None else self._backbone_images()
+        if self.feature_extractor is not None:
+            kinds["audio"] = self._own_audio() if self.num_audio_tokens is None else self._backbone_audio()
+        for name, config in (self.modality_configs or {}).items():
+            kinds[name] = _further_kind(name, config)
+        return kinds
+
+    def _own_images(self) -> MediaKind:
+        processor = self.image_processor
+        return MediaKind(
+            MODALITIES["image"], processor.preprocess_one, lambda it: processor.num_tokens(*it.shape[1:]), processor.pad
+        )
+
+    def _backbone_images(self) -> MediaKind:
+        def preprocess(image: Any) -> torch.Tensor:
+            return self.image_processor(load_image(image), return_tensors="pt")["pixel_values"][0]
+
+        def collate(images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"pixel_values": torch.stack(images)}
+
+        return MediaKind(MODALITIES["image"], preprocess, lambda _: self.num_image_tokens, collate)
+
+    def _own_audio(self) -> MediaKind:
+        extractor = self.feature_extractor
+        return MediaKind(
+            MODALITIES["audio"],
+            extractor.preprocess_one,
+            lambda it: -(-it.shape[1] // extractor.subsampling),
+            extractor.pad,
+        )
+
+    def _backbone_audio(self) -> MediaKind:
+        def preprocess(audio: Any) -> torch.Tensor:
+            rate = self.feature_extractor.sampling_rate
+            waveform = load_audio(audio, rate)
+            return self.feature_extractor(waveform, sampling_rate=rate, return_tensors="pt")["input_features"][0]
+
+        def collate(clips: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"input_features": torch.stack(clips)}
+
+        return MediaKind(MODALITIES["audio"], preprocess, lambda _: self.num_audio_tokens, collate)
+
+    def num_media_tokens(self, kind: str, size: tuple[int, int] | float) -> int:
+        """Tokens that a medium takes in a text, start and end included, before it is read.
+
+        Args:
+            kind: "image" or "audio".
+            size: (height, width) of the image (`image_size`), or seconds of the recording (`audio_seconds`).
+        """
+        count = {"image": self.num_image_tokens, "audio": self.num_audio_tokens}[kind]
+        if count is None and kind == "image":
+            count = self.image_processor.num_tokens(*size)
+        elif count is None:
+            count = self.feature_extractor.num_tokens(self.feature_extractor.num_samples(size))
+        return count + 2
+
+    def preprocess_medium(self, kind: str, medium: Any) -> torch.Tensor:
+        """One medium to the tensor that `encode_chat` and `collate_media` take."""
+        return self._kind(kind).preprocess(medium)
+
+    def collate_media(self, media: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Preprocessed media by kind, in the order of their placeholders, to the arguments of the model."""
+        batch = {}
+        for name, tensors in media.items():
+            if tensors:
+                batch.update(self._kind(name).collate(tensors))
+        return batch
+
+    def _kind(self, name: str) -> MediaKind:
+        kinds = self.kinds
+        if name not in kinds:
+            raise ValueError(f"{name!r} is nothing that this model reads; it reads {', '.join(['text', *kinds])}")
+        return kinds[name]
+
+    # ----------------------------------------------------------------------------------------------------------- chats
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        media: dict[str, list[Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+    ) -> dict[str, Any]:
+        """One conversation to token ids, without padding.
+
+        Args:
+            messages: [{"role": "user" | "assistant" | "system", "content": text or parts}]; a part is {"type": "text",
+                "text": ...} or {"type": KIND, KIND: medium}; "path" or "bytes" may stand in the place of the second
+                KIND.
+            media: By kind, media of the parts that have none themselves. A tensor of floats counts as preprocessed.
+            add_generation_prompt: Ends with the token that lets the assistant speak.
+            continue_final_message: The last message stays open.
+            chat_template: In the place of the processor's own.
+
+        Returns:
+            input_ids: int64 (tokens,).
+            answer_mask: bool (tokens,), what the assistant says, its end token included, its media not.
+            media: Preprocessed media by kind, in the order of their placeholders; only kinds that occur.
+
+        Raises:
+            ValueError: for a message or part of unknown role, type or form, one without content, media that are more or
+                fewer than the parts for them, and media that cannot be read (`MediaError`).
+        """
+        kinds = self.kinds
+        outline, texts, parts = outline_of(messages, kinds, continue_final_message)
+        found = _preprocess(parts, media or {}, kinds)
+        pieces = render_outline(
+            self.chat_template if chat_template is None else chat_template,
+            outline,
+            self.tokenizer.bos_token,
+            self.tokenizer.eos_token,
+            add_generation_prompt,
+            continue_final_message,
+        )
+        counts = {name: iter([kinds[name].num_tokens(tensor) for tensor in found[name]]) for name in found}
+        ids, answer_mask = [], []
+        for piece, is_answer in pieces:
+            if isinstance(piece, int):
+                new = [(self._encode_text(texts[piece]), False)]
+            else:
+                new = self._expand(self._encode_structure(piece), counts)
+            for some, is_medium in new:
+                ids += some
+                answer_mask += [is_answer and not is_medium] * len(some)
+        return {"input_ids": torch.tensor(ids), "answer_mask": torch.tensor(answer_mask), "media": found}
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens are text. The backend takes half the time of the tokenizer."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def _encode_structure(self, piece: str) -> list[int]:
+        """Ids of what the template writes, which are few and recur."""
+        if piece not in self._ids_of_structure:
+            self._ids_of_structure[piece] = self.tokenizer.encode(piece, add_special_tokens=False)
+        return self._ids_of_structure[piece]
+
+    def _expand(self, ids: list[int], counts: dict[str, Iterator[int]]) -> Iterator[tuple[list[int], bool]]:
+        """Runs of ids, and whether they are a medium, with each placeholder as start, placeholders and end."""
+        names = {getattr(self, f"{name}_token_id"): name for name in counts}
+        for token_id in ids:
+            if token_id not in names:
+                yield [token_id], False
+                continue
+            modality = MODALITIES[names[token_id]]
+            start, end = self.tokenizer.convert_tokens_to_ids([modality.start_token, modality.end_token])
+            yield [start, *[token_id] * next(counts[names[token_id]]), end], True
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> str | list[str] | list[list[int]] | BatchFeature:
+        """One conversation or several to text, to ids, or to a batch with media (`encode_chat`).
+
+        Args:
+            tokenize: Ids instead of text. In text, special tokens that a message contains cannot be told from others.
+            return_dict: The batch instead of its ids.
+            return_assistant_tokens_mask: The batch has `assistant_masks`, 1 for what the assistant says.
+            processor_kwargs, kwargs: Options of padding (`__call__`).
+        """
+        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = conversation if is_batch else [conversation]
+        open_end = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        if not tokenize:
+            for messages in conversations:
+                outline_of(messages, self.kinds, continue_final_message)
+            return super().apply_chat_template(conversation, chat_template, **open_end)
+        options = _options(return_tensors=return_tensors, **(processor_kwargs or {}), **kwargs)
+        encoded = [self.encode_chat(messages, chat_template=chat_template, **open_end) for messages in conversations]
+        batch = self._batch(encoded, return_assistant_tokens_mask, **options)
+        return batch if return_dict else batch["input_ids"]
+
+    # --------------------------------------------------------------------------------------------------------- batches
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: None = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Texts with placeholders, and their media, to a batch.
+
+        Args:
+            images: An image, a list of all, or a list of lists, one for each text (`media.load_image`).
+            text: One or several; none: media alone.
+            videos: Not read.
+            audio: As images (`media.load_audio`); arrays are at `sampling_rate`, by default ours.
+            kwargs: Media of further modalities by name; return_tensors, padding, max_length, pad_to_multiple_of,
+                padding_side, return_attention_mask, add_special_tokens, sampling_rate, also within `text_kwargs`,
+                `audio_kwargs` or `common_kwargs`.
+
+        Returns:
+            input_ids first, then attention_mask and what the model takes for the media.
+
+        Raises:
+            ValueError: for placeholders and media that differ in number, and media that cannot be read.
+            TypeError: for an unknown option.
+        """
+        if videos is not None:
+            raise ValueError("videos are not read; give their frames as images")
+        media = {"image": images, "audio": audio}
+        media |= {name: kwargs.pop(name, None) for name in self.kinds if name not in media}
+        media = {
+            name: given if isinstance(given, list) else [given] for name, given in media.items() if given is not None
+        }
+        options = _options(**kwargs)
+        add_special_tokens = options.pop("add_special_tokens", True)
+        rate = options.pop("sampling_rate", None)
+        if rate is not None and "audio" in media:
+            media["audio"] = _with_rate(media["audio"], rate)
+        if text is None:
+            found = {name: [self._kind(name).preprocess(it) for it in _flat(given)] for name, given in media.items()}
+            return BatchFeature(self.collate_media(found), tensor_type=options.get("return_tensors"))
+        texts = [text] if isinstance(text, str) else text
+        if not all(isinstance(sample, str) for sample in texts):
+            raise ValueError("text is no string and no list of strings")
+        rows = [self.tokenizer(sample, add_special_tokens=add_special_tokens)["input_ids"] for sample in texts]
+        return self._batch(self._with_media(rows, media), **options)
+
+    def _with_media(self, rows: list[list[int]], media: dict[str, list[Any]]) -> list[dict[str, Any]]:
+        """Rows of ids with one placeholder for a medium, as `encode_chat` gives them."""
+        encoded = [{"media": {}} for _ in rows]
+        for name in dict.fromkeys([*self.kinds, *media]):
+            kind = self._kind(name)
+            counts = [row.count(getattr(self, f"{name}_token_id")) for row in rows]
+            for sample, part in zip(encoded, _deal(media.get(name, []), counts, kind.modality), strict=True):
+                sample["media"][name] = [kind.preprocess(medium) for medium in part]
+        for sample, row in zip(encoded, rows, strict=True):
+            counts = {name: map(self._kind(name).num_tokens, tensors) for name, tensors in sample["media"].items()}
+            sample["input_ids"] = [token_id for some, _ in self._expand(row, counts) for token_id in some]
+        return encoded
+
+    def _batch(
+        self, encoded: list[dict[str, Any]], with_masks: bool = False, return_tensors: str | None = None, **padding: Any
+    ) -> BatchFeature:
+        """Encoded conversations to one batch."""
+        rows = {"input_ids": [list(map(int, sample["input_ids"])) for sample in encoded]}
+        batch = dict(pad_without_fast_tokenizer_warning(self.tokenizer, rows, **{"padding": False, **padding}))
+        if with_masks:
+            answers = [iter(sample["answer_mask"].tolist()) for sample in encoded]
+            batch["assistant_masks"] = [
+                [int(real and next(answer)) for real in row]
+                for row, answer in zip(batch["attention_mask"], answers, strict=True)
+            ]
+        media: dict[str, list[torch.Tensor]] = {}
+        for sample in encoded:
+            for name, tensors in sample["media"].items():
+                media.setdefault(name, []).extend(tensors)
+        return BatchFeature({**batch, **self.collate_media(media)}, tensor_type=return_tensors)
+
+
+def build_processor(
+    config: MegaTransformerConfig,
+    tokenizer: Any,
+    num_image_tokens: int | None = None,
+    num_audio_tokens: int | None = None,
+) -> MegaTransformerProcessor:
+    """The processor of a model.
+
+    Args:
+        config: Of which `vision_config`, `audio_config` and `modality_configs` are read. A backbone brings its own
+            image processor or feature extractor along.
+        tokenizer: A fast one that knows `MEDIA_TOKENS`.
+        num_image_tokens: Tokens of an image, if the vision encoder is a backbone.
+        num_audio_tokens: The same of a recording.
+
+    Raises:
+        ValueError: as `MegaTransformerProcessor`.
+    """
+    vision, audio = config.vision_config, config.audio_config
+    return MegaTransformerProcessor(
+        tokenizer,
+        image_processor=None if vision is None else _build_image_processor(vision),
+        feature_extractor=None if audio is None else _build_feature_extractor(audio),
+        num_image_tokens=num_image_tokens,
+        num_audio_tokens=num_audio_tokens,
+        modality_configs={
+            name: part if isinstance(part, dict) else part.to_dict()
+            for name, part in (config.modality_configs or {}).items()
+        }
+        or None,
+    )
+
+
+def _build_image_processor(config: MegaTransformerVisionConfig) -> Any:
+    if config.backbone is not None:
+        return AutoImageProcessor.from_pretrained(config.backbone)
+    if config.num_channels != 3:
+        raise ValueError(f"num_channels is {config.num_channels}, but images are read as RGB; give 3")
+    side = config.image_size
+    return MegaTransformerImageProcessor(
+        patch_size=config.patch_size,
+        pixel_shuffle=config.pixel_shuffle,
+        size=None if side is None else {"height": side, "width": side},
+        max_side=config.max_image_size,
+    )
+
+
+def _build_feature_extractor(config: MegaTransformerAudioConfig) -> Any:
+    if config.backbone is not None:
+        return AutoFeatureExtractor.from_pretrained(config.backbone)
+    return MegaTransformerFeatureExtractor(
+        feature_size=config.num_mel_bins,
+        sampling_rate=config.sampling_rate,
+        n_fft=config.n_fft,
+        hop_length=config.hop_length,
+        subsampling=config.subsampling,
+        max_seconds=config.max_seconds,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- what is given
+
+
+def _check_count(name: str, part: Any, own_class: type, count: int | None) -> None:
+    # By name: a class that was loaded from a checkpoint is another object.
+    is_own = type(part).__name__ == own_class.__name__
+    if part is not None and is_own != (count is None):
+        what = "counts tokens itself" if is_own else "does not count tokens"
+        raise ValueError(f"{name} {type(part).__name__} {what}, but their number is {count}; fix the number of tokens")
+
+
+def _further_kind(name: str, config: dict[str, Any]) -> MediaKind:
+    """A kind that transformers has no processor for."""
+    if name not in MODALITIES:
+        raise ValueError(f"modality {name!r} is not registered; import the file that adds it to MODALITIES")
+    modality = MODALITIES[name]
+    config = modality.config_class(**config)
+    return MediaKind(
+        modality,
+        lambda medium: modality.preprocess(medium, config),
+        lambda tensor: modality.num_tokens(tensor, config),
+        modality.collate,
+    )
+
+
+def _preprocess(
+    parts: list[dict[str, Any]], media: dict[str, list[Any]], kinds: dict[str, MediaKind]
+) -> dict[str, list[torch.Tensor]]:
+    """The tensors of all parts, by kind."""
+    waiting = {name: iter(given) for name, given in media.items()}
+    found: dict[str, list[torch.Tensor]] = {}
+    for part in parts:
+        name = part["type"]
+        medium = next((part[key] for key in (name, "path", "bytes", "url") if part.get(key) is not None), None)
+        is_tensor = False
+        if medium is None:
+            medium = next(waiting.get(name, iter(())), None)
+            is_tensor = isinstance(medium, torch.Tensor) and medium.is_floating_point()
+        if medium is None:
+            raise ValueError(
+                f"the messages have {sum(part['type'] == name for part in parts)} parts of type {name!r}, of which "
+                f"number {len(found.get(name, []))} has no medium, and none is left of the "
+                f"{len(media.get(name, []))} given beside them"
+            )
+        found.setdefault(name, []).append(medium if is_tensor else kinds[name].preprocess(medium))
+    for name, given in waiting.items():
+        left = len(list(given))
+        if left:
+            raise ValueError(
+                f"{len(media[name])} media of type {name!r} are given, {left} more than parts that need one"
+            )
+    return found
+
+
+def _deal(media: list[Any], counts: list[int], modality: Modality) -> list[list[Any]]:
+    """Media to the samples whose placeholders they fill.
+
+    Args:
+        media: One after another, or a list for each sample.
+        counts: Placeholders of each sample.
+    """
+    if media and all(isinstance(part, list) for part in media):
+        given = [len(part) for part in media]
+        wrong = next((i for i, pair in enumerate(zip_longest(given, counts, fillvalue=0)) if pair[0] != pair[1]), None)
+        flat = _flat(media)
+    else:
+        flat, ends = media, list(accumulate(counts))
+        wrong = next((i for i, end in enumerate(ends) if end > len(flat)), None)
+        wrong = len(counts) - 1 if wrong is None and len(flat) > sum(counts) else wrong
+    if wrong is not None:
+        raise ValueError(
+            f"sample {wrong}: the placeholders {modality.token} do not fit the media; the samples have {counts} "
+            f"placeholders, {len(flat)} media of type {modality.name!r} are given"
+        )
+    rest = iter(flat)
+    return [list(islice(rest, count)) for count in counts]
+
+
+def _flat(media: list[Any]) -> list[Any]:
+    """Lists within a list joined."""
+    return [medium for part in media for medium in (_flat(part) if isinstance(part, list) else [part])]
+
+
+def _with_rate(audio: list[Any], rate: int) -> list[Any]:
+    """Arrays of any nesting with their rate."""
+    if isinstance(audio, list):
+        return [_with_rate(clip, rate) for clip in audio]
+    return (audio, rate) if isinstance(audio, (np.ndarray, torch.Tensor)) else audio
+
+
+_OPTIONS = {
+    "add_special_tokens",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding",
+    "padding_side",
+    "return_attention_mask",
+    "return_tensors",
+    "sampling_rate",
+    "truncation",
+}
+
+
+def _options(**kwargs: Any) -> dict[str, Any]:
+    """Options of a call, also those that transformers' callers put into groups."""
+    options = {}
+    for group in ("common_kwargs", "text_kwargs", "images_kwargs", "audio_kwargs"):
+        options |= kwargs.pop(group, None) or {}
+    options |= kwargs
+    unknown = sorted(options.keys() - _OPTIONS)
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no option of a call; choose from {', '.join(sorted(_OPTIONS))}")
+    if options.pop("truncation", None) not in (None, False, "do_not_truncate"):
+        raise ValueError("truncation would cut media from their placeholders; give shorter texts")
+    return options
