@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import CacheSlot, RecurrentCache
@@ -52,21 +52,17 @@ def select_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Te
     return tensor if tensor is None or len(tensor) == 1 else tensor.index_select(0, rows)
 
 
-def rotary_tables(
-    position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of the RoPE angles, computed in float32 whatever `dtype` is.
+def rotary_angles(positions: torch.Tensor, num_features: int, theta: float) -> torch.Tensor:
+    """Angles of RoPE in float32, one for each pair of features: (..., sequence) -> (..., sequence, features / 2)."""
+    exponents = torch.arange(0, num_features, 2, dtype=torch.float32, device=positions.device) / num_features
+    return positions[..., None].float() * theta**-exponents
+
+
+def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, each (batch, sequence, head_dim), of angles (batch, sequence, head_dim / 2).
 
     Source: Su et al. 2021, arXiv 2104.09864, in the half-split layout of transformers' Llama.
-
-    Args:
-        position_ids: (batch, sequence).
-
-    Returns:
-        Two tensors (batch, sequence, head_dim).
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angles = position_ids[..., None].float() * theta**-exponents  # (batch, sequence, head_dim / 2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -132,8 +128,7 @@ def prepare_attention(
         # ALiBi adds to the mask, and the room of a static cache that is not used yet must be hidden.
         allow_is_causal_skip=not (alibi or is_static),
     )
-    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and config._attn_implementation == "eager":
-        mask = torch.where(mask, 0.0, torch.finfo(inputs_embeds.dtype).min).to(inputs_embeds.dtype)  # eager adds it
+    mask = _as_added(mask, config, inputs_embeds)
     where = (
         past_key_values.places(inputs_embeds.shape[1], inputs_embeds.device) if past_key_values is not None else None
     )
@@ -146,7 +141,8 @@ def prepare_attention(
 
         inputs.build_of = build_of
     if config.position_embedding == "rope":
-        inputs.rotary = rotary_tables(position_ids, config.head_dim, config.rope_theta, inputs_embeds.dtype)
+        angles = rotary_angles(position_ids, config.head_dim, config.rope_theta)
+        inputs.rotary = rotary_tables(angles, inputs_embeds.dtype)
     if not alibi:
         return inputs
 
@@ -162,6 +158,27 @@ def prepare_attention(
     else:
         inputs.mask = mask + bias
     return inputs
+
+
+def prepare_bidirectional_attention(
+    config: EncoderConfig, hidden: torch.Tensor, is_real: torch.Tensor | None, angles: torch.Tensor
+) -> AttentionInputs:
+    """Mask and rotations for an encoder, in which all tokens see each other, but none sees padding.
+
+    Args:
+        hidden: (batch, sequence, hidden).
+        is_real: (batch, sequence) of bool; None: all are.
+        angles: (1 or batch, sequence, head_dim / 2), of `rotary_angles`.
+    """
+    mask = create_bidirectional_mask(config, hidden, is_real)
+    return AttentionInputs(_as_added(mask, config, hidden), rotary_tables(angles, hidden.dtype))
+
+
+def _as_added(mask: torch.Tensor | None, config: MegaTransformerTextConfig | EncoderConfig, embeds: torch.Tensor):
+    """The mask, with numbers in place of bools where the backend adds it."""
+    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and config._attn_implementation == "eager":
+        return torch.where(mask, 0.0, torch.finfo(embeds.dtype).min).to(embeds.dtype)
+    return mask
 
 
 def _key_positions(attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past: int) -> torch.Tensor:

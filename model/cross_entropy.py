@@ -11,24 +11,34 @@ LOGITS_PER_CHUNK = 2**24
 weights of the head."""
 
 
-def count_labels(labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None) -> int | torch.Tensor:
-    """What the sum of the losses is divided by: the trainer's count, or the labels that remain after the shift.
+def count_labels(
+    labels: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    label_weights: torch.Tensor | None = None,
+) -> int | torch.Tensor:
+    """What the sum of the losses is divided by: the trainer's count, or the labels that remain after the shift, by
+    their weights.
 
-    At least 1, so that a batch in which nothing is to be learned has loss 0; 0 / 0 would end the training around it.
+    Never 0, so that a batch in which nothing is to be learned has loss 0; 0 / 0 would end the training around it.
     """
     if isinstance(num_items_in_batch, int):
         return max(num_items_in_batch, 1)
-    counted = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return counted.clamp(min=1)
+    if num_items_in_batch is None:
+        is_label = labels[:, 1:] != -100
+        counted = is_label.sum() if label_weights is None else (label_weights[:, 1:] * is_label).sum()
+    else:
+        counted = num_items_in_batch
+    return torch.where(counted > 0, counted, torch.ones_like(counted))
 
 
-def chunked_causal_loss(
+def causal_loss(
     head: Callable[[torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
     num_items_in_batch: int | torch.Tensor,
-) -> torch.Tensor:
+    label_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of transformers' `ForCausalLMLoss`, without ever holding the logits of all tokens.
 
     A chunk's logits are forgotten after its loss and computed again for its gradient: one more matrix product of the
@@ -39,19 +49,22 @@ def chunked_causal_loss(
         hidden: (batch, sequence, hidden).
         labels: (batch, sequence), shifted here: position i predicts label i + 1; -100 where there is no loss.
         num_items_in_batch: The sum of the losses is divided by it.
+        label_weights: (batch, sequence), factor on the loss of each label.
 
     Returns:
-        A float32 scalar.
+        A float32 scalar; and the loss of each label in its place, (batch, sequence), without weight and gradient.
     """
     targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(hidden.device)
     chunk = max(1, LOGITS_PER_CHUNK // vocab_size)
 
-    def sum_of_losses(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(head(hidden).float(), targets, ignore_index=-100, reduction="sum")
+    def losses_of(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(head(hidden).float(), targets, ignore_index=-100, reduction="none")
 
     parts = list(zip(hidden.flatten(0, 1).split(chunk), targets.split(chunk), strict=True))
     if len(parts) == 1:  # nothing to save
-        total = sum_of_losses(*parts[0])
+        losses = losses_of(*parts[0])
     else:
-        total = sum(checkpoint(sum_of_losses, *part, use_reentrant=False) for part in parts)
-    return total / num_items_in_batch
+        losses = torch.cat([checkpoint(losses_of, *part, use_reentrant=False) for part in parts])
+    losses = nn.functional.pad(losses.view_as(labels)[:, :-1], (1, 0))  # of label i at place i
+    weighted = losses if label_weights is None else losses * label_weights.to(losses)
+    return weighted.sum() / num_items_in_batch, losses.detach()

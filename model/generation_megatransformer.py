@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,12 +11,15 @@ from transformers import GenerationConfig
 from transformers.generation import (
     GenerationMode,
     LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .cache import RecurrentCache
 from .exit_criteria import check_exit_options
+from .fusion import check_counts, read_media
 from .recurrence import resolve_depth
 
 OPTIONS = (
@@ -87,7 +91,7 @@ class RecurrentGenerationMixin:
         """Each option: the keyword, then the generation config, then `config.recurrence`. A keyword that the generation
         config has an entry for would land there, not in the arguments of the model, so it is taken out before.
         """
-        recurrence = self.config.recurrence
+        recurrence = self.text_config.recurrence
         defaults = {  # those of depth and cache are looked up where they are used
             "exit_criterion": recurrence.exit_criterion,
             "exit_threshold": recurrence.exit_threshold,
@@ -128,7 +132,7 @@ class RecurrentGenerationMixin:
         asked += ["state_warm_start"] if config.state_warm_start else []
         if not asked:
             return
-        if self.config.num_core_layers == 0:
+        if self.text_config.num_core_layers == 0:
             raise ValueError(f"{asked[0]} was given, but this model has no core to iterate (num_core_layers is 0)")
         if config.use_cache is False:
             raise ValueError(f"{asked[0]} is not possible with use_cache=False: what a token has left is in the cache")
@@ -161,10 +165,10 @@ class RecurrentGenerationMixin:
             room = {}
             if generation_config.cache_implementation == "static":
                 room["max_length"] = max(max_cache_length, generation_config.max_cache_len or 0)
-                room["max_steps"] = resolve_depth(model_kwargs.get("num_steps"), self.config, batch_size).total
+                room["max_steps"] = resolve_depth(model_kwargs.get("num_steps"), self.text_config, batch_size).total
                 self._compile_for_generation(generation_config)
             model_kwargs["past_key_values"] = RecurrentCache(
-                self.config, generation_config.cache_policy, generation_config.num_kept_steps, **room
+                self.text_config, generation_config.cache_policy, generation_config.num_kept_steps, **room
             )
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
@@ -175,7 +179,7 @@ class RecurrentGenerationMixin:
             raise ValueError("assisted generation is not possible with inputs_embeds; give input_ids alone")
         cache = model_kwargs.get("past_key_values")
         if cache is not None and cache.num_kept_steps is not None:
-            steps = resolve_depth(model_kwargs.get("num_steps"), self.config, batch_size).total
+            steps = resolve_depth(model_kwargs.get("num_steps"), self.text_config, batch_size).total
             if cache.num_kept_steps < steps:
                 raise ValueError(
                     f"assisted generation of {steps} steps is not possible with cache policy {cache.policy!r} of "
@@ -253,6 +257,78 @@ class RecurrentGenerationMixin:
         if model_kwargs.get("exit_steps") is not None and outputs.exit_steps is not None:
             model_kwargs["exit_steps"].taken += [outputs.exit_steps] * num_new_tokens
         return model_kwargs
+
+
+class MediaGenerationMixin:
+    """Goes before `RecurrentGenerationMixin`: media are read once, before the prompt, and their features go with its
+    parts: with its chunks, with the copies of its rows, and without what a cache holds already.
+    """
+
+    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
+        """As the original, which does not look at what is handed on to base classes, or to further modalities."""
+        names = {name for reader in self.model.readers.values() for name in reader.input_names}
+        for method in (super().forward, super().prepare_inputs_for_generation):
+            names |= set(inspect.signature(method).parameters)
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in names})
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict, model_input_name: str | None, generation_config: Any
+    ) -> dict:
+        """Features of all media in `mm_encoder_outputs`, by modality, in place of the inputs of the readers."""
+        media = self.model.take_media(model_kwargs)
+        if media and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
+        features = read_media(self.model.readers, media, run_all=self.model.must_run_alike)
+        outputs = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
+        for name, parts in features.items():
+            if name in outputs:
+                raise ValueError(f"{name}: give its features (mm_encoder_outputs) or what to read, not both")
+            check_counts(name, self._count_places(name, inputs_tensor), [len(part) for part in parts])
+            outputs[name] = BaseModelOutputWithPooling(pooler_output=parts)
+        if outputs:
+            model_kwargs["mm_encoder_outputs"] = outputs
+        return model_kwargs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """As the original, and: a placeholder is no text."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        names = (f"{name}_token_id" for name in self.model.readers)
+        ids = [getattr(self.config, name) for name in names if getattr(self.config, name) is not None]
+        return LogitsProcessorList([SuppressTokensLogitsProcessor(ids, device=self.device), *processors])
+
+    def _expand_multimodal_outputs(
+        self, input_ids: torch.LongTensor, mm_encoder_output: dict, expand_size: int = 1, **kwargs: Any
+    ) -> dict:
+        """The features of each row as often as the row itself: [A, B] of one row -> [A, B, A, B]."""
+        expanded = {}
+        for name, output in mm_encoder_output.items():
+            rows = torch.cat(list(output.pooler_output)).split(self._count_places(name, input_ids))
+            expanded[name] = BaseModelOutputWithPooling(
+                pooler_output=tuple(row for row in rows for _ in range(expand_size))
+            )
+        return expanded
+
+    def _count_places(self, name: str, input_ids: torch.LongTensor) -> list[int]:
+        """Placeholders of a modality in each row."""
+        return (input_ids == getattr(self.config, f"{name}_token_id")).sum(dim=1).tolist()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, *args: Any, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict:
+        """As the original, without the features of placeholders that are in the cache."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, next_sequence_length=next_sequence_length, **kwargs
+        )
+        outputs = inputs.get("mm_encoder_outputs")
+        if not outputs or next_sequence_length is None or next_sequence_length >= input_ids.shape[1]:
+            return inputs
+        seen_ids, left = input_ids[:, :-next_sequence_length], {}
+        for name, output in outputs.items():
+            rows = torch.cat(list(output.pooler_output)).split(self._count_places(name, input_ids))
+            seen = self._count_places(name, seen_ids)
+            unseen = tuple(row[count:] for row, count in zip(rows, seen, strict=True))
+            left[name] = BaseModelOutputWithPooling(pooler_output=unseen)
+        return {**inputs, "mm_encoder_outputs": left}
 
 
 def scheduled_steps(schedule: Sequence[int] | Callable[[int], int], index: int) -> int:

@@ -1,25 +1,30 @@
-"""The models: MegaTransformerTextModel (embedding, prelude, core, coda) and MegaTransformerForCausalLM (plus a
-head).
+"""The models: MegaTransformerTextModel (embedding, prelude, core, coda), MegaTransformerModel (which reads images and
+sound as well), and each with a head: MegaTransformerForCausalLM, MegaTransformerForConditionalGeneration.
 """
 
 import functools
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import GenerationMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .attention import Attention, AttentionInputs, prepare_attention, select_rows
+from .attention import AttentionInputs, prepare_attention, select_rows
 from .blocks import BlockStack, build_norm
 from .cache import RecurrentCache
-from .configuration_megatransformer import MegaTransformerTextConfig
-from .cross_entropy import chunked_causal_loss, count_labels
+from .configuration_megatransformer import MegaTransformerConfig, MegaTransformerTextConfig
+from .cross_entropy import causal_loss, count_labels
+from .embeddings import PositionEmbedding, ScaledEmbedding, sinusoidal_table
 from .exit_criteria import ExitProbe, ExitWatch
-from .generation_megatransformer import RecurrentGenerationMixin
+from .fusion import Reader, embed_media, read_media
+from .generation_megatransformer import MediaGenerationMixin, RecurrentGenerationMixin
+from .initialization import MegaTransformerPreTrainedModel
+from .modalities import modality_configs
 from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
 from .state_noise import StateNoise
 
@@ -49,6 +54,9 @@ class MegaTransformerModelOutput(ModelOutput):
 class MegaTransformerCausalLMOutput(ModelOutput):
     """Output of the language model: `loss` (scalar, if labels were given), `logits` (batch, sequence, vocab), and the
     base model's `past_key_values`, `state`, `states` and `exit_steps`.
+
+    `token_losses`, (batch, sequence), float32 without gradient: the loss of label i at place i, before its weight, 0
+    where there is no label. With `skip_logits` or `label_weights`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -57,32 +65,7 @@ class MegaTransformerCausalLMOutput(ModelOutput):
     state: torch.FloatTensor | None = None
     states: tuple[torch.FloatTensor, ...] | None = None
     exit_steps: torch.LongTensor | None = None
-
-
-class ScaledEmbedding(nn.Embedding):
-    """Embedding whose output is multiplied by `embed_scale`: the weights have the head's scale, the residual stream its
-    own. The attribute has the name that PEFT looks for.
-    """
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, embed_scale: float):
-        super().__init__(num_embeddings, embedding_dim, padding_idx)
-        self.embed_scale = embed_scale
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids) * self.embed_scale
-
-
-class PositionEmbedding(nn.Embedding):
-    """Table of learned positions: a class of its own because its initial scale is another than that of tokens."""
-
-
-def sinusoidal_table(num_positions: int, hidden_size: int) -> torch.Tensor:
-    """(num_positions, hidden): sines in the first half of the features, cosines in the second; wavelengths from 2 pi to
-    10000 * 2 pi. Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5 (there interleaved).
-    """
-    frequencies = 10000 ** (-torch.arange(0, hidden_size, 2, dtype=torch.float32) / hidden_size)
-    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+    token_losses: torch.FloatTensor | None = None
 
 
 def refuse_unknown(kwargs: dict) -> None:
@@ -118,79 +101,19 @@ def tokens_of_chunk(attention_mask: torch.Tensor | None, sequence: int) -> torch
     return attention_mask[:, -sequence:].bool()
 
 
-class MegaTransformerPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation."""
-
-    config: MegaTransformerTextConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["TransformerBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """All weight initialisation. h: hidden_size, l: layers executed at the mean depth, l_P + mean_steps l_R + l_C.
-
-        | parameter                                         | distribution                                       |
-        |---------------------------------------------------|----------------------------------------------------|
-        | embedding, head, q/k/v, gate/up, injection, probe | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
-        | output projections of attention and feed-forward  | the same with std / sqrt(2 l)                      |
-        | learned positions                                 | the same with std * embedding_scale                |
-        | norms                                             | 1                                                  |
-        | biases, embedding of the padding token            | 0                                                  |
-
-        Source: Takase et al. 2023, arXiv 2312.16903, with l counted as the paper of the architecture counts it (132 for
-        its model). Both halves of a gated layer have std; its released code differs between training and inference
-        here.
-        """
-        std = self.config.initializer_range
-        if isinstance(module, nn.Embedding):
-            is_positions = isinstance(module, PositionEmbedding)
-            self._init_normal(module.weight, std * (self.config.embedding_scale if is_positions else 1))
-            if module.padding_idx is not None:
-                init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, nn.Linear):
-            is_output = getattr(module, "is_output_projection", False)
-            shrunk = std / math.sqrt(2 * self.config.mean_executed_layers)
-            self._init_normal(module.weight, shrunk if is_output else std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
-            init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, Attention) and self.config.qk_bias:
-            init.zeros_(module.qk_bias)
-
-    @staticmethod
-    def _init_normal(weight: torch.Tensor, std: float) -> None:
-        init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
-        """Refuses backends that would leave out a term of the attention logits; picks eager where none was asked
-        for.
-        """
-        config = self.config
-        if config.attn_logit_softcapping is not None and attn_implementation in (None, "sdpa"):
-            if attn_implementation == "sdpa":
-                raise ValueError("attn_logit_softcapping is not possible with sdpa; use eager or flex_attention")
-            attn_implementation = "eager"
-        if config.position_embedding == "alibi" and "flash" in (attn_implementation or ""):
-            raise ValueError(f"position_embedding 'alibi' is not possible with {attn_implementation}; use sdpa")
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-
-
 class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
     """Token ids to hidden states: embedding, prelude, core x r, coda, norm."""
 
+    config: MegaTransformerTextConfig
     _auto_class = "AutoModel"
 
-    def __init__(self, config: MegaTransformerTextConfig):
+    def __init__(self, config: MegaTransformerTextConfig | MegaTransformerConfig):
         super().__init__(config)
+        self.text_config = config.get_text_config()
+        self.text_config._attn_implementation = (
+            config._attn_implementation
+        )  # transformers does it by parts that are models
+        config = self.text_config
         self.embed_tokens = ScaledEmbedding(
             config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_scale
         )
@@ -207,8 +130,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 
     def add_exit_probe(self) -> ExitProbe:
         """A fresh probe in place of none, or of the one that is there; it is saved with the model."""
-        self.config.recurrence.exit_probe = True
-        self.exit_probe = ExitProbe(self.config.hidden_size).to(self.embed_tokens.weight)
+        self.text_config.recurrence.exit_probe = True
+        self.exit_probe = ExitProbe(self.text_config.hidden_size).to(self.embed_tokens.weight)
         self.exit_probe.apply(self._init_weights)
         return self.exit_probe
 
@@ -265,14 +188,14 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, sequence, _ = inputs_embeds.shape
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        use_cache = self.text_config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
-            past_key_values = RecurrentCache(self.config)
+            past_key_values = RecurrentCache(self.text_config)
         past = self._check_inputs(batch, sequence, attention_mask, past_key_values)
         if position_ids is not None and past == 0 and attention_mask is not None and attention_mask.ndim == 2:
             # A mask that hides nothing would hide that positions restart, and with them documents.
             attention_mask = None if attention_mask.all() else attention_mask
-        depth = resolve_depth(num_steps, self.config, batch, self.training)
+        depth = resolve_depth(num_steps, self.text_config, batch, self.training)
 
         if position_ids is None:
             position_ids = self._default_positions(sequence, past, attention_mask, inputs_embeds.device)
@@ -280,7 +203,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         hidden = self._add_positions(inputs_embeds, position_ids)
         if past_key_values is not None:
             past_key_values.begin(hidden, depth.total)
-        inputs = prepare_attention(self.config, hidden, attention_mask, position_ids, past_key_values)
+        inputs = prepare_attention(self.text_config, hidden, attention_mask, position_ids, past_key_values)
 
         slots = past_key_values.prelude_slots if past_key_values is not None else None
         hidden = self.prelude(hidden, inputs=inputs, slots=slots)
@@ -318,10 +241,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 
     def _fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """`default_state` on the device and in the type of `hidden`, drawn once."""
-        recurrence = self.config.recurrence
+        recurrence = self.text_config.recurrence
         key = (recurrence.state_init, recurrence.state_scale, recurrence.state_seed, hidden.device, hidden.dtype)
         if self._drawn_state[0] != key:
-            self._drawn_state = (key, default_state(self.config).to(hidden))
+            self._drawn_state = (key, default_state(self.text_config).to(hidden))
         return self._drawn_state[1]
 
     def _disturb(self, noise: StateNoise, position_ids, step, state, rows) -> torch.Tensor:
@@ -378,12 +301,12 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 f"position_ids (counted over the attention mask in `generate`) has shape {tuple(position_ids.shape)}, "
                 f"expected (batch, sequence) = ({batch}, {sequence})"
             )
-        table = self.config.max_position_embeddings
-        if self.config.position_embedding in ("learned", "sinusoidal") and position_ids.max() >= table:
+        table = self.text_config.max_position_embeddings
+        if self.text_config.position_embedding in ("learned", "sinusoidal") and position_ids.max() >= table:
             raise ValueError(
                 f"{int(position_ids.max()) + 1} positions are more than the {table} of the "
-                f"{self.config.position_embedding} table (max_position_embeddings); shorten the input, or use rope or "
-                "alibi"
+                f"{self.text_config.position_embedding} table (max_position_embeddings); shorten the input, or use "
+                "rope or alibi"
             )
 
     @staticmethod
@@ -396,10 +319,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         return torch.arange(past, past + sequence, device=device)[None]
 
     def _add_positions(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        if self.config.position_embedding == "learned":
+        if self.text_config.position_embedding == "learned":
             return embeds + self.embed_positions(position_ids)
-        if self.config.position_embedding == "sinusoidal":
-            table = sinusoidal_table(self.config.max_position_embeddings, self.config.hidden_size)
+        if self.text_config.position_embedding == "sinusoidal":
+            table = sinusoidal_table(self.text_config.max_position_embeddings, self.text_config.hidden_size)
             return embeds + table.to(embeds)[position_ids]
         return embeds
 
@@ -407,12 +330,15 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenerationMixin, GenerationMixin):
     """The text model with a linear head."""
 
+    config: MegaTransformerTextConfig
     _auto_class = "AutoModelForCausalLM"
+    base_model_class = MegaTransformerTextModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: MegaTransformerTextConfig):
+    def __init__(self, config: MegaTransformerTextConfig | MegaTransformerConfig):
         super().__init__(config)
-        self.model = MegaTransformerTextModel(config)
+        self.model = self.base_model_class(config)
+        self.text_config = config = config.get_text_config()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -425,6 +351,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         past_key_values: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        label_weights: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
         initial_state: torch.FloatTensor | None = None,
@@ -439,6 +366,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         state_warm_start: bool = False,
         noise_level: float = 0.0,
         noise_schedule: str = "geom",
+        media: dict[str, Any] | None = None,
         **kwargs,
     ) -> MegaTransformerCausalLMOutput:
         """Arguments of the base model, and:
@@ -446,11 +374,13 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         Args:
             labels: (batch, sequence), -100 where there is no loss. They are shifted inside: position i predicts label i
                 + 1.
+            label_weights: (batch, sequence), what the loss of each label is multiplied by. Default: 1.
             logits_to_keep: Number of last positions whose logits are computed (0: all), or their indices.
             skip_logits: With labels: compute the loss a chunk of tokens at a time, and return no logits, since all of
                 them are batch * sequence * vocab numbers, several times over.
-            num_items_in_batch: The loss is the mean over labels, or, where the trainer gives this count (of all labels
-                of an accumulation window, on all ranks), their sum divided by it. 0 without labels.
+            num_items_in_batch: The loss is the mean over labels, by their weights, or, where the trainer gives this
+                count (the sum of the weights of all labels of an accumulation window, on all ranks), their sum divided
+                by it. 0 without labels.
             exit_criterion: Name of a criterion in `EXIT_CRITERIA` by which rows stop before `num_steps` steps, all
                 tokens of the chunk together, judged by the last; or "none".
             exit_threshold: Default: the criterion's.
@@ -459,10 +389,11 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             state_warm_start: See the base model.
             noise_level: Amount of noise mixed into the state before each step; see `StateNoise`.
             noise_schedule: How the amount changes from step to step.
+            media: Further arguments of a base model that reads images and sound.
         """
         refuse_unknown(kwargs)
         if labels is not None:
-            num_items_in_batch = count_labels(labels, num_items_in_batch)
+            num_items_in_batch = count_labels(labels, num_items_in_batch, label_weights)
             use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
         watch = None
         if exit_criterion != "none":
@@ -479,27 +410,207 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             initial_state=initial_state,
             output_states=output_states,
             state_warm_start=state_warm_start,
-            noise=StateNoise(self.config, noise_level, noise_schedule) if noise_level else None,
+            noise=StateNoise(self.text_config, noise_level, noise_schedule) if noise_level else None,
             exit_watch=watch,
             return_dict=True,
+            **(media or {}),
         )
-        logits, loss = None, None
-        if skip_logits and labels is not None:
-            loss = chunked_causal_loss(
-                self._logits, outputs.last_hidden_state, labels, self.config.vocab_size, num_items_in_batch
+        logits, loss, token_losses = None, None, None
+        skip_logits = skip_logits and labels is not None
+        if skip_logits or (labels is not None and label_weights is not None):
+            loss, token_losses = causal_loss(
+                self._logits,
+                outputs.last_hidden_state,
+                labels,
+                self.text_config.vocab_size,
+                num_items_in_batch,
+                label_weights,
             )
-        elif watch is not None and watch.logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 1:
+        if watch is not None and watch.logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 1:
             logits = watch.logits[:, None]  # read at the last looks
-        else:
+        elif not skip_logits:
             logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        if logits is not None and labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        if labels is not None and loss is None:
+            loss = self.loss_function(
+                logits, labels, self.text_config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
         return MegaTransformerCausalLMOutput(
-            loss, logits, outputs.past_key_values, outputs.state, outputs.states, outputs.exit_steps
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            state=outputs.state,
+            states=outputs.states,
+            exit_steps=outputs.exit_steps,
+            token_losses=token_losses,
         )
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., vocab)."""
         logits = self.lm_head(hidden)
-        cap = self.config.final_logit_softcapping
+        cap = self.text_config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class MegaTransformerModel(MegaTransformerTextModel):
+    """The text model with readers of images, sound and whatever else the config names: their features stand where the
+    placeholders were, and the rest is as if they were tokens. A checkpoint of the text model loads into it.
+    """
+
+    config: MegaTransformerConfig
+
+    def __init__(self, config: MegaTransformerConfig):
+        super().__init__(config)
+        self.readers = nn.ModuleDict(
+            {name: Reader(name, part, config.text_config) for name, part in modality_configs(config).items()}
+        )
+        self.post_init()
+
+    @property
+    def input_modalities(self) -> tuple[str, ...]:
+        """What it reads, by name. Pipelines ask for it."""
+        return ("text", *self.readers)
+
+    def embed(
+        self,
+        input_ids: torch.LongTensor,
+        media: dict[str, Any],
+        mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+        past_key_values: RecurrentCache | None = None,
+    ) -> torch.Tensor:
+        """(batch, sequence, hidden): the embeddings of the tokens, with features in the places of placeholders.
+
+        Args:
+            media: Inputs of the readers by name, as `forward` has them; those that are None, or missing, are not there.
+            mm_encoder_outputs: Features by modality that have been read already, in place of `media`; see
+                `get_features`.
+        """
+        embeds = self.embed_tokens(input_ids)
+        if mm_encoder_outputs:
+            features = {name: output.pooler_output for name, output in mm_encoder_outputs.items()}
+            return embed_media(embeds, input_ids, features, self.config, is_whole=False)
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        features = read_media(self.readers, media, run_all=is_prefill and self.must_run_alike)
+        if not (features or is_prefill):
+            return embeds
+        return embed_media(embeds, input_ids, features, self.config)
+
+    @property
+    def must_run_alike(self) -> bool:
+        """Whether all readers run even if there is nothing to read: ranks that did not would leave others waiting, for
+        gradients in training and for weights under ZeRO-3.
+        """
+        return self.training or is_deepspeed_zero3_enabled()
+
+    def get_features(self, name: str, **inputs: Any) -> BaseModelOutputWithPooling:
+        """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered."""
+        return BaseModelOutputWithPooling(pooler_output=self.readers[name](**inputs))
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs):
+        """`get_features` of images; see `MegaTransformerVisionModel` for the inputs."""
+        return self.get_features("image", pixel_values=pixel_values, image_sizes=image_sizes)
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+    ):
+        """`get_features` of sound; see `MegaTransformerAudioModel` for the inputs."""
+        return self.get_features("audio", input_features=input_features, input_features_mask=input_features_mask)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+        **kwargs,
+    ) -> MegaTransformerModelOutput:
+        """Arguments of the text model, and:
+
+        Args:
+            pixel_values: (images, channels, height, width), in the order of their placeholders, row by row, padded with
+                zeros at the right and the bottom.
+            image_sizes: (images, 2), height and width of each without padding. Default: all are as large as the tensor.
+            input_features: (clips, mel bins, frames), padded with zeros at the end.
+            input_features_mask: (clips, frames), 1 for real frames. Default: all are real.
+            mm_encoder_outputs: Features read before, by modality, instead of the inputs above; see `get_features`.
+            kwargs: Inputs of further modalities too.
+
+        Raises:
+            ValueError: if there are more or fewer placeholders than features.
+        """
+        media = {
+            "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            "input_features": input_features,
+            "input_features_mask": input_features_mask,
+            **self.take_media(kwargs),
+        }
+        if input_ids is not None and inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, media, mm_encoder_outputs, past_key_values)
+        elif mm_encoder_outputs or any(value is not None for value in media.values()):
+            raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def take_media(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Takes the inputs of the readers out of `kwargs`."""
+        names = [name for reader in self.readers.values() for name in reader.input_names if name in kwargs]
+        return {name: kwargs.pop(name) for name in names}
+
+
+class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransformerForCausalLM):
+    """The model that reads images and sound, with a linear head."""
+
+    config: MegaTransformerConfig
+    _auto_class = "AutoModelForMultimodalLM"
+    base_model_class = MegaTransformerModel
+
+    @property
+    def input_modalities(self) -> tuple[str, ...]:
+        """What it reads, by name. Pipelines ask for it."""
+        return self.model.input_modalities
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MegaTransformerCausalLMOutput:
+        """Arguments of `MegaTransformerForCausalLM` and of `MegaTransformerModel`."""
+        media = {
+            "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            "input_features": input_features,
+            "input_features_mask": input_features_mask,
+            "mm_encoder_outputs": mm_encoder_outputs,
+            **self.model.take_media(kwargs),
+        }
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            media={name: value for name, value in media.items() if value is not None},
+            **kwargs,
+        )

@@ -314,10 +314,10 @@ def test_embedding_scale_multiplies_the_embeddings():
 
 def test_rotary_angles_are_float32_in_half_precision():
     """A5: at position 4001 the angles of bfloat16 arithmetic would be off by whole turns."""
-    from model.attention import rotary_tables
+    from model.attention import rotary_angles, rotary_tables
 
     positions = torch.tensor([[4001]])
-    cos, _ = rotary_tables(positions, 8, 10000.0, torch.bfloat16)
+    cos, _ = rotary_tables(rotary_angles(positions, 8, 10000.0), torch.bfloat16)
     exact = torch.cos(4001 * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8))
     torch.testing.assert_close(cos[0, 0, :4].double(), exact, atol=4e-3, rtol=0)
 

@@ -1,0 +1,81 @@
+"""Pretrained encoders of others, by name or folder, in the place of ours."""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from .configuration_megatransformer import EncoderConfig
+
+PARTS = {"pixel_values": "vision_config", "input_features": "audio_config"}
+"""Where the configuration of the encoder stands in that of a model with several parts, by its main input."""
+
+
+class Backbone(nn.Module):
+    """The encoder of a pretrained model. Its weights are random until `load` fetches them, or a checkpoint of ours has
+    them.
+
+    Args:
+        config: Of which `backbone` and `backbone_config` are read; the latter is filled in if it is missing.
+        main_input_name: "pixel_values" or "input_features".
+
+    Raises:
+        ValueError: If there is no such model, or its encoder takes something else.
+    """
+
+    def __init__(self, config: EncoderConfig, main_input_name: str):
+        super().__init__()
+        self.config, self.main_input_name = config, main_input_name
+        if config.backbone_config is None:
+            config.backbone_config = read_config(config.backbone, main_input_name).to_dict()
+        self.model = encoder_of(AutoModel.from_config(config_of(config)))
+        if self.model.main_input_name != main_input_name:
+            raise ValueError(f"backbone {config.backbone!r} takes {self.model.main_input_name}, not {main_input_name}")
+        self.output_size = self.model.config.hidden_size
+        self.model.requires_grad_(not config.freeze_backbone)
+
+    def load(self) -> None:
+        """Fetches the pretrained weights.
+
+        Raises:
+            ValueError: If some are missing.
+        """
+        model, report = AutoModel.from_pretrained(
+            self.config.backbone, config=config_of(self.config), dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"] or report["mismatched_keys"]:
+            missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+            raise ValueError(
+                f"the weights of backbone {self.config.backbone!r} lack {missing[0]!r} (and {len(missing) - 1} more)"
+            )
+        self.model.load_state_dict(encoder_of(model).state_dict())
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """A frozen one stays as it is in evaluation: without dropout."""
+        super().train(mode)
+        self.model.train(mode and not self.config.freeze_backbone)
+        return self
+
+    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Features (media, tokens, output_size), all real: such models take inputs of one size."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
+            return self.model(inputs[self.main_input_name].to(self.model.dtype)).last_hidden_state, None
+
+
+def read_config(name: str, main_input_name: str) -> PreTrainedConfig:
+    """The configuration of a pretrained encoder, out of that of its model."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"backbone {name!r} cannot be loaded: {reason}; give a name or folder that can") from error
+    return getattr(config, PARTS[main_input_name], config)
+
+
+def config_of(config: EncoderConfig) -> PreTrainedConfig:
+    """`backbone_config` as an object of its class."""
+    return AutoConfig.for_model(**config.backbone_config)
+
+
+def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder of an encoder-decoder, or the model itself."""
+    return model.get_encoder() if model.config.is_encoder_decoder else model

@@ -1,0 +1,147 @@
+"""Features of media onto their placeholders: read once, scattered once, counts compared."""
+
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig, MegaTransformerTextConfig
+from .modalities import MODALITIES
+
+
+class Projector(nn.Module):
+    """Features of an encoder to vectors like the embeddings of tokens: linear, GELU, linear.
+
+    The norms in front and behind see to it that no modality drowns the others: whatever the encoder gives, a feature
+    begins with the mean square that embeddings have at initialisation.
+    """
+
+    def __init__(self, width: int, config: MegaTransformerTextConfig):
+        super().__init__()
+        self.norm_in = nn.RMSNorm(width, eps=config.norm_eps)
+        self.up_proj = nn.Linear(width, config.hidden_size)
+        self.down_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm_out = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.scale = config.initializer_range * config.embedding_scale
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(tokens, width) -> (tokens, hidden)."""
+        hidden = nn.functional.gelu(self.up_proj(self.norm_in(features)))
+        return self.norm_out(self.down_proj(hidden)) * self.scale
+
+
+class Reader(nn.Module):
+    """An encoder and its projector.
+
+    Args:
+        name: That of the modality.
+        config: Of the encoder.
+        text_config: Of the language model.
+    """
+
+    def __init__(self, name: str, config: EncoderConfig, text_config: MegaTransformerTextConfig):
+        super().__init__()
+        self.modality = MODALITIES[name]
+        self.encoder = self.modality.build_encoder(config)
+        self.projector = Projector(self.encoder.output_size, text_config)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the arguments of `forward`; the first has to be there for the others to mean anything."""
+        return self.modality.input_names
+
+    def dummy_inputs(self) -> dict[str, torch.Tensor]:
+        """The smallest input there is."""
+        weight = self.projector.up_proj.weight
+        inputs = self.modality.dummy_inputs(self.encoder.config)
+        return {
+            name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+
+    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The features of each medium, (tokens, hidden)."""
+        features, is_real = self.encoder(**inputs)  # (media, tokens, width), (media, tokens) or None
+        if is_real is None:
+            return self.projector(features.flatten(0, 1)).split(features.shape[1])
+        return self.projector(features[is_real]).split(is_real.sum(dim=1).tolist())
+
+
+def read_media(readers: nn.ModuleDict, media: dict[str, Any], run_all: bool) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Features by modality, of those that there are.
+
+    Args:
+        media: Inputs of all readers by name.
+        run_all: Whether readers without input read something, of which nothing is kept but the gradient, which is 0.
+    """
+    features = {}
+    for name, reader in readers.items():
+        inputs = {key: media[key] for key in reader.input_names if media.get(key) is not None}
+        if reader.input_names[0] in inputs:
+            features[name] = reader(**inputs)
+        elif inputs:
+            raise ValueError(f"{next(iter(inputs))} was given without {reader.input_names[0]}, which it describes")
+        elif run_all:
+            features[name] = tuple(part[:0] for part in reader(**reader.dummy_inputs()))
+    return features
+
+
+def embed_media(
+    embeds: torch.Tensor,
+    input_ids: torch.LongTensor,
+    features: dict[str, Iterable[torch.Tensor]],
+    config: MegaTransformerConfig,
+    is_whole: bool = True,
+) -> torch.Tensor:
+    """The embeddings with features in the places of their placeholders.
+
+    Args:
+        embeds: (batch, sequence, hidden).
+        input_ids: (batch, sequence).
+        features: By modality, of each medium, (tokens, hidden), in the order of the placeholders, row by row.
+        is_whole: Whether each of the features is that of a whole medium, which lies in one row.
+
+    Raises:
+        ValueError: If the counts differ, or a medium is spread over two rows.
+    """
+    for name in MODALITIES:
+        token_id = getattr(config, f"{name}_token_id", None)
+        given = list(features.get(name, ()))
+        if token_id is None:
+            if given:
+                raise ValueError(f"there are features of {name}, but config.{name}_token_id, their place, is not set")
+            continue
+        is_place = input_ids == token_id  # (batch, sequence)
+        check_counts(name, is_place.sum(dim=1).tolist(), [len(part) for part in given], is_whole)
+        if given:
+            # Also where there is nothing to put: its gradient, which is 0, is what other ranks wait for.
+            embeds = embeds.masked_scatter(is_place.unsqueeze(-1), torch.cat(given).to(embeds))
+    return embeds
+
+
+def check_counts(name: str, places: list[int], lengths: list[int], is_whole: bool = True) -> None:
+    """Compare placeholders with features.
+
+    Args:
+        places: Placeholders in each row.
+        lengths: Tokens of each medium.
+        is_whole: As in `embed_media`.
+
+    Raises:
+        ValueError: If they differ; the message names the first row that does not fit.
+    """
+    if sum(places) == sum(lengths) and not (is_whole and any(lengths)):
+        return
+    ends = {0, *accumulate(lengths)}
+    row = next((row for row, end in enumerate(accumulate(places)) if end not in ends), None)
+    if row is None and sum(places) == sum(lengths):
+        return
+    row = len(places) - 1 if row is None else row
+    shown = f"{lengths[:8]}{' ...' if len(lengths) > 8 else ''}"
+    raise ValueError(
+        f"sample {row} has {places[row]} placeholders of {name}, which do not fit the features given: {sum(places)} "
+        f"placeholders in {len(places)} samples, {sum(lengths)} features of {len(lengths)} media ({shown}); make text "
+        "and media with the same processor, and do not cut its output"
+    )

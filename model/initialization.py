@@ -1,0 +1,81 @@
+"""What all models share: loading, saving, and the one function that initialises weights."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .attention import Attention
+from .embeddings import PositionEmbedding
+
+
+class MegaTransformerPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """All weight initialisation. h: hidden_size, l: layers executed at the mean depth, l_P + mean_steps l_R + l_C.
+
+        | parameter                                         | distribution                                       |
+        |---------------------------------------------------|----------------------------------------------------|
+        | embedding, head, q/k/v, gate/up, injection, probe | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
+        | output projections of attention and feed-forward  | the same with std / sqrt(2 l)                      |
+        | learned positions                                 | the same with std * embedding_scale                |
+        | convolutions                                      | the same with std = 1 / sqrt(inputs of an output)  |
+        | norms                                             | 1                                                  |
+        | biases, embedding of the padding token            | 0                                                  |
+
+        Source: Takase et al. 2023, arXiv 2312.16903, with l counted as the paper of the architecture counts it (132 for
+        its model). Both halves of a gated layer have std; its released code differs between training and inference
+        here. h, l: those of the language model, or of the encoder that the parameter belongs to.
+        """
+        config = self.config.get_text_config()
+        std = config.initializer_range
+        if isinstance(module, nn.Embedding):
+            is_positions = isinstance(module, PositionEmbedding)
+            self._init_normal(module.weight, std * (config.embedding_scale if is_positions else 1))
+            if module.padding_idx is not None:
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.Linear):
+            is_output = getattr(module, "is_output_projection", False)
+            shrunk = std / math.sqrt(2 * config.mean_executed_layers)
+            self._init_normal(module.weight, shrunk if is_output else std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            self._init_normal(module.weight, module.weight[0].numel() ** -0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Attention) and config.qk_bias:
+            init.zeros_(module.qk_bias)
+
+    @staticmethod
+    def _init_normal(weight: torch.Tensor, std: float) -> None:
+        init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """Refuses backends that would leave out a term of the attention logits; picks eager where none was asked
+        for.
+        """
+        config = self.config.get_text_config()
+        if config.attn_logit_softcapping is not None and attn_implementation in (None, "sdpa"):
+            if attn_implementation == "sdpa":
+                raise ValueError("attn_logit_softcapping is not possible with sdpa; use eager or flex_attention")
+            attn_implementation = "eager"
+        if config.is_causal and config.position_embedding == "alibi" and "flash" in (attn_implementation or ""):
+            raise ValueError(f"position_embedding 'alibi' is not possible with {attn_implementation}; use sdpa")
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
