@@ -75,6 +75,55 @@ def test_special_tokens_written_in_a_text_are_text():
     assert tokenizer("<|end|>")["input_ids"] == [2]  # the tokenizer's own call still reads them
 
 
+MEDIA_TOKENS = ("<|user|>", "<|image_start|>", "<|image|>", "<|image_end|>")
+
+
+def test_special_tokens_of_media_come_first_and_are_text_in_a_text(tmp_path):
+    tokenizer = train_tokenizer(TEXTS, 300, media_tokens=MEDIA_TOKENS)
+    tokenizer.save_pretrained(tmp_path)
+    for saved_or_not in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert saved_or_not.convert_tokens_to_ids(list(MEDIA_TOKENS)) == [3, 4, 5, 6]
+        assert saved_or_not("<|image|>cat")["input_ids"][0] == 5
+        assert min(encode(saved_or_not, "<|image|>")) > 6
+        assert saved_or_not.decode([3, 5, *encode(saved_or_not, "cat"), 2], skip_special_tokens=True) == "cat"
+    for text in ODD_TEXTS + TEXTS:
+        assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_a_vocabulary_has_room_for_the_special_tokens_of_media():
+    assert len(train_tokenizer([], 263, media_tokens=MEDIA_TOKENS)) == 263
+    with pytest.raises(ValueError, match=r"vocab_size is 262, but bytes and special tokens, .* are 263"):
+        train_tokenizer([], 262, media_tokens=MEDIA_TOKENS)
+
+
+def test_special_tokens_of_media_are_added_to_a_loaded_tokenizer_that_lacks_them(tmp_path):
+    """Those it has keep their ids; a token that it has, but takes for ordinary text, becomes special."""
+    tokenizer = train_tokenizer(TEXTS, 300, media_tokens=MEDIA_TOKENS[:1])
+    tokenizer.add_tokens(["<|image|>"])
+    size, id_before = len(tokenizer), tokenizer.convert_tokens_to_ids("<|image|>")
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path), MEDIA_TOKENS)
+    assert loaded.convert_tokens_to_ids(list(MEDIA_TOKENS)) == [3, size, id_before, size + 1]
+    assert id_before not in encode(loaded, "<|image|>")
+    loaded.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), MEDIA_TOKENS).get_vocab() == loaded.get_vocab()
+    assert load_tokenizer(str(tmp_path)).get_vocab() == loaded.get_vocab()
+
+
+def test_every_way_to_a_tokenizer_of_a_run_has_the_tokens_of_media(tmp_path):
+    """Trained, loaded by its path, and taken from a checkpoint."""
+    (tmp_path / "train.txt").write_text("common words " * 50)
+    data = DataConfig(train=[SourceConfig("files", paths=[str(tmp_path / "train.txt")])])
+    train_tokenizer(TEXTS, 270).save_pretrained(tmp_path)
+    for config, place in (
+        (TokenizerConfig(vocab_size=270), None),
+        (TokenizerConfig(path=str(tmp_path)), None),
+        (TokenizerConfig(), tmp_path / "checkpoint-1"),
+    ):
+        tokenizer = build_tokenizer(config, data, resume_point=place, media_tokens=MEDIA_TOKENS)
+        assert tokenizer.extra_special_tokens == list(MEDIA_TOKENS)
+
+
 def test_digits_stay_single_tokens_when_asked():
     merged, split = train_tokenizer(TEXTS * 20, 300), train_tokenizer(TEXTS * 20, 300, split_digits=True)
     assert len(encode(merged, "1234")) < 4
