@@ -113,7 +113,9 @@ def test_special_tokens_of_media_are_added_to_a_loaded_tokenizer_that_lacks_them
 def test_every_way_to_a_tokenizer_of_a_run_has_the_tokens_of_media(tmp_path):
     """Trained, loaded by its path, and taken from a checkpoint."""
     (tmp_path / "train.txt").write_text("common words " * 50)
-    data = DataConfig(train=[SourceConfig("files", paths=[str(tmp_path / "train.txt")])])
+    (tmp_path / "valid.txt").write_text("rare words " * 50)
+    train, validation = (SourceConfig("files", paths=[str(tmp_path / name)]) for name in ("train.txt", "valid.txt"))
+    data = DataConfig(train=[train], validation=[validation])
     train_tokenizer(TEXTS, 270).save_pretrained(tmp_path)
     for config, place in (
         (TokenizerConfig(vocab_size=270), None),
