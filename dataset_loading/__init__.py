@@ -1,8 +1,9 @@
 """Data of a run: sources, checked rows, tokenizer, packing, mixture, batches. docs/data.md describes every format."""
 
-from .building import SourceReport, TextDatasets, build_datasets, build_examples, build_validation
+from .building import RunDatasets, SourceReport, build_datasets, build_examples, build_validation
 from .collator import Collator
 from .configuration import DataConfig, SourceConfig, TokenizerConfig
+from .media_dataset import MediaDataset
 from .mixture import MixtureDataset
 from .packing import PackedDataset
 from .streaming import StreamingDataset
@@ -17,12 +18,13 @@ __all__ = [
     "DataConfig",
     "GeneratedMediaTask",
     "GeneratedTask",
+    "MediaDataset",
     "MixtureDataset",
     "PackedDataset",
+    "RunDatasets",
     "SourceConfig",
     "SourceReport",
     "StreamingDataset",
-    "TextDatasets",
     "TokenizerConfig",
     "build_datasets",
     "build_examples",

@@ -1,14 +1,21 @@
 """From a config to the datasets of a run."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+from datasets import Dataset as HubDataset
 from datasets import IterableDataset
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from .configuration import DataConfig, SourceConfig
 from .documents import tokenize_rows
+from .media_dataset import MediaDataset
+from .media_documents import MediaDocuments, read_documents
+from .media_examples import MediaExamples
+from .media_reader import MediaReader
 from .mixture import MixtureDataset
 from .packing import IGNORED, PackedDataset
 from .sources import load_rows
@@ -32,12 +39,14 @@ class SourceReport:
 
 
 @dataclass(frozen=True)
-class TextDatasets:
-    """The datasets of a run: items are {"input_ids", "labels", "position_ids"}."""
+class RunDatasets:
+    """The datasets of a run: items are {"input_ids", "labels", "position_ids"}, of sources with media also
+    {"modality_ids", "media"}.
+    """
 
     train: Dataset | StreamingDataset
     """Map-style, or a StreamingDataset when a train source streams."""
-    validation: dict[str, PackedDataset]
+    validation: dict[str, PackedDataset | MediaDataset]
     """By name of the source, in the order of the documents."""
     report: list[SourceReport]
     """One entry for each source that is read before training."""
@@ -45,14 +54,15 @@ class TextDatasets:
 
 def build_datasets(
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    processor: PreTrainedTokenizerFast | ProcessorMixin,
     seed: int = 0,
     vocab_size: int | None = None,
     batch_size: int | None = None,
-) -> TextDatasets:
+) -> RunDatasets:
     """Read, check, split, tokenise, pack and mix the sources of a run; the same on every rank.
 
     Args:
+        processor: that of the model, or its tokenizer if no source has media.
         seed: seed of the run: what is generated, split off and mixed.
         vocab_size: rows of the model's embedding table; the tokenizer's largest id is checked against it.
         batch_size: rows that one optimizer step takes, over all ranks; a smaller train set is an error.
@@ -61,50 +71,49 @@ def build_datasets(
         ValueError: a source cannot be read or has too many bad rows, the tokenizer is larger than the vocabulary, or
             there is too little to train on.
     """
-    _check_vocabulary(tokenizer, vocab_size)
-    bad_rows = BadRows(config.max_bad_rows)
-    split = load_split(config, seed, bad_rows)
-    report: list[SourceReport] = []
-    validation = {
-        source.label: _build_source("validation", source, rows, config, tokenizer, bad_rows, report)
-        for source, rows in split.validation
-    }
+    builder = _Builder(config, processor, seed, vocab_size)
+    split = load_split(config, seed, builder.bad_rows)
+    validation = {source.label: builder.build("validation", source, rows) for source, rows in split.validation}
     if any(isinstance(rows, IterableDataset) for _, rows in split.train):
-        return TextDatasets(build_stream(split, config, tokenizer, seed), validation, report)
-    parts = [_build_source("train", source, rows, config, tokenizer, bad_rows, report) for source, rows in split.train]
+        return RunDatasets(build_stream(split, config, builder.tokenizer, seed), validation, builder.report)
+    parts = [builder.build("train", source, rows) for source, rows in split.train]
     train = parts[0] if len(parts) == 1 else MixtureDataset(parts, [source.weight for source in config.train], seed)
-    _check_size(train, parts, config, batch_size)
-    return TextDatasets(train, validation, report)
+    _check_size(train, builder.report, config, batch_size)
+    return RunDatasets(train, validation, builder.report)
 
 
 def build_validation(
-    config: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: int = 0, vocab_size: int | None = None
-) -> dict[str, PackedDataset]:
+    config: DataConfig,
+    processor: PreTrainedTokenizerFast | ProcessorMixin,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> dict[str, PackedDataset | MediaDataset]:
     """The `validation` of `build_datasets` without its train set, for evaluating a trained model.
 
     Raises:
         ValueError: as `build_datasets`.
     """
-    _check_vocabulary(tokenizer, vocab_size)
-    bad_rows = BadRows(config.max_bad_rows)
+    builder = _Builder(config, processor, seed, vocab_size)
     return {
-        source.label: _build_source("validation", source, rows, config, tokenizer, bad_rows, [])
-        for source, rows in load_validation(config, seed, bad_rows)
+        source.label: builder.build("validation", source, rows)
+        for source, rows in load_validation(config, seed, builder.bad_rows)
     }
 
 
 def build_examples(
     source: SourceConfig,
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    processor: PreTrainedTokenizerFast | ProcessorMixin,
     limit: int | None = None,
     seed: int = 0,
-) -> list[dict]:
+) -> Sequence[dict]:
     """Prompts and answers one by one, for checking answers: generated sources without a role are drawn from "test".
 
     Returns:
-        {"input_ids", "labels"} as lists of int, labels only on the answer (with its separator) and the end token, and
-        "prompt", "answer", "difficulty" (None where the source has none).
+        {"input_ids", "labels"} as lists of int, labels only on the answer (with its separator) and the end token;
+        "prompt_ids", those before the answer; "prompt", "answer", "difficulty" (None where the source has none), and
+        "attributes", a function that says what an answer names (None but for some generated tasks). Of a source with
+        media also what `MediaExamples` has; those are read when an example is asked for.
 
     Raises:
         ValueError: the source has no answers or cannot be read.
@@ -113,34 +122,69 @@ def build_examples(
         raise ValueError(f"source {source.label!r} has no answers to check; set prompt_column and answer_column")
     if source.streaming:
         raise ValueError(f"source {source.label!r} is streaming; set streaming: false and use a slice as split")
-    rows = load_rows(source, "test", config, seed, BadRows(config.max_bad_rows), limit)
+    builder = _Builder(config, processor, seed)
+    rows = load_rows(source, "test", config, seed, builder.bad_rows, limit)
     rows = rows if limit is None else rows.take(min(limit, len(rows)))
-    documents = tokenize_rows(source, rows, tokenizer, config.preprocessing_workers, loss_on="answer")
+    if source.is_media:
+        return MediaExamples(source, builder.read(replace(source, loss_on="answer"), rows), builder.reader)
+    documents = tokenize_rows(source, rows, builder.tokenizer, config.preprocessing_workers, loss_on="answer")
     examples = []
     for row, (tokens, loss_start) in zip(rows, documents, strict=True):
         ids = tokens.tolist()
         labels = [IGNORED] * loss_start + ids[loss_start:]
-        examples.append({"input_ids": ids, "labels": labels, **row, "difficulty": row.get("difficulty")})
+        example = {"input_ids": ids, "labels": labels, "prompt_ids": ids[:loss_start], **row}
+        examples.append(example | {"difficulty": row.get("difficulty"), "attributes": None})
     return examples
 
 
-def _build_source(
-    role: str,
-    source: SourceConfig,
-    rows,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    bad_rows: BadRows,
-    report: list[SourceReport],
-) -> PackedDataset:
-    documents = tokenize_rows(source, rows, tokenizer, config.preprocessing_workers)
-    packed = PackedDataset(documents, config.block_size, tokenizer.pad_token_id, config.packing)
-    entry = SourceReport(
-        role, source.label, len(rows), len(documents.tokens), len(packed), bad_rows.counts.get(source.label, 0)
-    )
-    logger.info("%s", entry)
-    report.append(entry)
-    return packed
+class _Builder:
+    """Checked rows to datasets, one source after another."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        processor: PreTrainedTokenizerFast | ProcessorMixin,
+        seed: int,
+        vocab_size: int | None = None,
+    ):
+        self.config, self.processor, self.seed = config, processor, seed
+        self.tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+        self.bad_rows = BadRows(config.max_bad_rows)
+        self.report: list[SourceReport] = []
+        _check_vocabulary(self.tokenizer, vocab_size)
+
+    @cached_property
+    def reader(self) -> MediaReader:
+        """Made where a source needs it, so that a run of text needs no processor."""
+        return MediaReader(self.processor)
+
+    def read(self, source: SourceConfig, rows: HubDataset) -> MediaDocuments:
+        return read_documents(source, rows, self.reader, self.config, self.bad_rows)
+
+    def build(self, role: str, source: SourceConfig, rows: HubDataset) -> PackedDataset | MediaDataset:
+        """The dataset of one source."""
+        config = self.config
+        if source.is_media:
+            documents = self.read(source, rows)
+            dataset = MediaDataset(
+                documents,
+                self.reader,
+                config.block_size,
+                config.packing,
+                BadRows(config.max_bad_rows),
+                source.label,
+                seed=self.seed if role == "train" else None,
+            )
+            num_documents, num_tokens = len(documents), int(documents.lengths.sum())
+        else:
+            documents = tokenize_rows(source, rows, self.tokenizer, config.preprocessing_workers)
+            dataset = PackedDataset(documents, config.block_size, self.tokenizer.pad_token_id, config.packing)
+            num_documents, num_tokens = len(rows), len(documents.tokens)
+        skipped = self.bad_rows.counts.get(source.label, 0)
+        entry = SourceReport(role, source.label, num_documents, num_tokens, len(dataset), skipped)
+        logger.info("%s", entry)
+        self.report.append(entry)
+        return dataset
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None) -> None:
@@ -153,10 +197,11 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None
         )
 
 
-def _check_size(train: Dataset, parts: list[PackedDataset], config: DataConfig, batch_size: int | None) -> None:
-    tokens = sum(len(part.tokens) for part in parts)
+def _check_size(train: Dataset, report: list[SourceReport], config: DataConfig, batch_size: int | None) -> None:
+    parts = [entry for entry in report if entry.role == "train"]
+    tokens = sum(part.tokens for part in parts)
     if config.packing and tokens < config.block_size:
-        documents = sum(int(part.is_start.sum()) for part in parts)
+        documents = sum(part.documents for part in parts)
         raise ValueError(
             f"the train data has {documents} documents with {tokens} tokens, less than one row of data.block_size "
             f"{config.block_size}; add data or lower data.block_size"

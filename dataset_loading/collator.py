@@ -1,46 +1,67 @@
-"""Rows of tokens to batches."""
+"""Rows of tokens, and their media, to batches."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+_FILLERS = {"input_ids": None, "labels": -100, "modality_ids": 0}  # None: the pad token
 
 
 class Collator:
     """Stacks rows of one length as they are, and pads rows of different lengths on the right.
 
     Padded batches get an attention_mask (1 = real) and lose position_ids, which the model counts itself; labels are
-    -100 on padding. Columns other than input_ids, labels and position_ids are left out.
+    -100 on padding. Other columns are left out, but those of rows with media: `modality_ids` (0 for rows of text), and
+    the media, all of a kind in the order of their placeholders. `input_ids` stands first.
 
     Args:
-        tokenizer: gives the id of the pad token.
+        processor: a tokenizer, which gives the id of the pad token, or a processor, which also joins media.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.pad_id = tokenizer.pad_token_id
+    def __init__(self, processor: PreTrainedTokenizerBase | ProcessorMixin):
+        self.processor = processor if isinstance(processor, ProcessorMixin) else None
+        self.pad_id = (processor if self.processor is None else processor.tokenizer).pad_token_id
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        """Batch of int64 tensors (rows, longest row).
+        """Batch of int64 tensors (rows, longest row), and of tensors of media.
 
         Raises:
             ValueError: rows of different lengths hold more than one document, which padding would let see each other.
         """
         columns = [name for name in ("input_ids", "labels", "position_ids") if name in rows[0]]
-        rows = [{name: torch.as_tensor(row[name], dtype=torch.int64) for name in columns} for row in rows]
-        lengths = [len(row["input_ids"]) for row in rows]
-        longest = max(lengths)
-        if min(lengths) == longest:
-            return {name: torch.stack([row[name] for row in rows]) for name in columns}
+        tensors = [{name: torch.as_tensor(row[name], dtype=torch.int64) for name in columns} for row in rows]
+        if self.processor is not None:
+            for row, tensor in zip(rows, tensors, strict=True):
+                ids = row.get("modality_ids", torch.zeros_like(tensor["input_ids"]))
+                tensor["modality_ids"] = torch.as_tensor(ids, dtype=torch.int64)
+        lengths = {len(row["input_ids"]) for row in tensors}
+        if len(lengths) == 1:
+            batch = {name: torch.stack([row[name] for row in tensors]) for name in tensors[0]}
+        else:
+            batch = self._pad(tensors, lengths)
+        return batch | self._join_media(rows)
+
+    def _pad(self, rows: list[dict[str, torch.Tensor]], lengths: set[int]) -> dict[str, torch.Tensor]:
         if any("position_ids" in row and (row["position_ids"] == 0).sum() > 1 for row in rows):
             raise ValueError(
-                f"packed rows have lengths {sorted(set(lengths))}, but need the same; use packing: false to pad"
+                f"packed rows have lengths {sorted(lengths)}, but need the same; use packing: false to pad"
             )
-        batch = {"attention_mask": torch.zeros(len(rows), longest, dtype=torch.int64)}
-        for name, filler in (("input_ids", self.pad_id), ("labels", -100)):
-            if name in columns:
-                batch[name] = torch.full((len(rows), longest), filler, dtype=torch.int64)
-        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        names = [name for name in _FILLERS if name in rows[0]]
+        shape = len(rows), max(lengths)
+        fillers = _FILLERS | {"input_ids": self.pad_id}
+        batch = {name: torch.full(shape, fillers[name], dtype=torch.int64) for name in names}
+        batch["attention_mask"] = torch.zeros(shape, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            length = len(row["input_ids"])
             batch["attention_mask"][number, :length] = 1
-            for name in batch.keys() & row.keys():
+            for name in names:
                 batch[name][number, :length] = row[name]
         return batch
+
+    def _join_media(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        media: dict[str, list[torch.Tensor]] = {}
+        for row in rows:
+            for kind, tensors in row.get("media", {}).items():
+                media.setdefault(kind, []).extend(tensors)
+        return self.processor.collate_media(media) if media else {}

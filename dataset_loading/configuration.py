@@ -7,37 +7,60 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .synthetic import Role, get_task
+from .synthetic import MEDIA_TASKS, Role, get_task
 
-# The fields that only one kind of source reads: set on another kind they would silently do nothing.
-_FIELDS_OF_KIND = {
-    "hub": ("path", "config_name", "split", "streaming"),
-    "files": ("paths",),
-    "generated": ("task", "num_rows", "difficulty", "role", "seed"),
+# What names the data of a source, by its kind.
+_NEEDED_FIELD = {
+    "hub": "path",
+    "files": "paths",
+    "generated": "task",
+    "imagefolder": "path",
+    "audiofolder": "path",
+    "webdataset": "paths",
+    "chat": "paths",
 }
+# Fields that only some kinds of source read: set on another kind they would silently do nothing.
+_KINDS_OF_FIELD = {
+    "path": ("hub", "imagefolder", "audiofolder"),
+    "config_name": ("hub",),
+    "split": ("hub",),
+    "streaming": ("hub", "webdataset"),
+    "paths": ("files", "webdataset", "chat"),
+    **dict.fromkeys(("task", "num_rows", "difficulty", "role", "seed"), ("generated",)),
+    **dict.fromkeys(("image_column", "audio_column"), ("hub", "files", "imagefolder", "audiofolder", "webdataset")),
+    "messages_column": ("chat", "hub", "files"),
+}
+# Fields that only documents without media read, and what does the same for those with media.
+_TEXT_ONLY = {"prompt_column": "prompt: '{column}'", "separator": "prompt"}
+
+# Folders that are called so are called by the folder above.
+_NAMES_OF_SPLITS = ("train", "validation", "valid", "val", "test", "data")
 
 
 @dataclass
 class SourceConfig:
-    """One source of documents: a Hugging Face dataset, local files, or a generated task."""
+    """One source of documents: a Hugging Face dataset, local files or folders, or a generated task."""
 
-    kind: Literal["hub", "files", "generated"]
-    """Where documents come from: `hub` (any name or folder for `datasets.load_dataset`), `files` or `generated`."""
+    kind: Literal["hub", "files", "generated", "imagefolder", "audiofolder", "webdataset", "chat"]
+    """Where documents come from: `hub` (any name or folder for `datasets.load_dataset`), `files`, `generated`,
+    `imagefolder` and `audiofolder` (a folder with metadata.jsonl or .csv), `webdataset` (tar shards) or `chat` (JSON
+    files of messages)."""
     name: str | None = None
     """Name in logs and metrics (`eval_<name>_loss`); by default the task, the first file's stem (of a
     pattern, the folder it looks in) or the end of path."""
     weight: float = 1.0
     """Share of this source among the train sources, in blocks (streaming: in documents); above 0, of any scale."""
     path: str | None = None
-    """hub: dataset name on the Hugging Face hub, or a local folder."""
+    """hub: dataset name on the Hugging Face hub, or a local folder; imagefolder, audiofolder: the folder."""
     config_name: str | None = None
     """hub: configuration of the dataset (the `name` argument of `datasets.load_dataset`)."""
     split: str = "train"
     """hub: split to read, slices such as `train[:1%]` included."""
     streaming: bool = False
-    """hub: read while training instead of downloading first; the run then needs `max_steps`."""
+    """hub, webdataset: read while training instead of downloading or indexing first; the run then needs `max_steps`."""
     paths: list[str] = field(default_factory=list)
-    """files: paths and glob patterns ending in .txt (one document a file), .jsonl or .parquet."""
+    """files: paths and glob patterns ending in .txt (one document a file), .jsonl or .parquet; webdataset: in .tar;
+    chat: in .json or .jsonl."""
     task: str | None = None
     """generated: name of the task, such as `addition`; docs/data.md has them all."""
     num_rows: int = 10_000
@@ -54,17 +77,37 @@ class SourceConfig:
     prompt_column: str | None = None
     """Column of the prompt; needs answer_column."""
     answer_column: str | None = None
-    """Column of the answer; needs prompt_column."""
+    """Column of the answer; needs prompt_column, but with media, where it is text_column by default."""
     separator: str = " "
     """Text between prompt and answer; tokenised together with the answer."""
-    loss_on: Literal["all", "answer"] = "all"
-    """Which tokens are learned: the whole document, or the answer and the end token."""
+    loss_on: Literal["all", "answer"] | None = None
+    """Which tokens are learned: the whole document, or the answer and the end token; by default the answer of documents
+    with media, the whole of others."""
+    image_column: str | None = None
+    """Column of the image, or of a list of images; imagefolder: by default `file_name`."""
+    audio_column: str | None = None
+    """Column of the recording, or of a list of recordings; audiofolder: by default `file_name`."""
+    messages_column: str | None = None
+    """Column of the conversation, a list of {role, content}; chat: by default `messages`. Parts that name no file take
+    the media of image_column and audio_column, in order."""
+    prompt: str | None = None
+    """With media: what the user says after them, with {column} filled in from the row; by default nothing, or the
+    question of a generated task."""
 
     def __post_init__(self) -> None:
         self._check_kind()
+        if self.is_media:
+            self._check_media()
+        elif self.prompt is not None:
+            raise ValueError(
+                f"prompt is {self.prompt!r}, but the source has no media; set prompt_column, or image_column or "
+                "audio_column"
+            )
+        if self.loss_on is None:
+            self.loss_on = "answer" if self.is_media else "all"
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"weight is {self.weight}, but a share must be positive and finite; give e.g. weight: 1.0")
-        if (self.prompt_column is None) != (self.answer_column is None):
+        if not self.is_media and (self.prompt_column is None) != (self.answer_column is None):
             raise ValueError(
                 f"prompt_column is {self.prompt_column!r} and answer_column is {self.answer_column!r}; "
                 "set both, or neither to read text_column"
@@ -79,22 +122,44 @@ class SourceConfig:
             self._check_generated()
 
     def _check_kind(self) -> None:
-        if self.kind not in _FIELDS_OF_KIND:
-            raise ValueError(f"source kind is {self.kind!r}, unknown; choose one of {', '.join(_FIELDS_OF_KIND)}")
-        required = {"hub": "path", "files": "paths", "generated": "task"}[self.kind]
+        if self.kind not in _NEEDED_FIELD:
+            raise ValueError(f"source kind is {self.kind!r}, unknown; choose one of {', '.join(_NEEDED_FIELD)}")
+        required = _NEEDED_FIELD[self.kind]
         if not getattr(self, required):
             raise ValueError(
                 f"a source of kind {self.kind} needs {required}, which is {getattr(self, required)!r}; set it"
             )
-        defaults = type(self).__dataclass_fields__
-        for kind, names in _FIELDS_OF_KIND.items():
-            for name in names if kind != self.kind else ():
-                default = [] if name == "paths" else defaults[name].default
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)!r}, but a source of kind {self.kind} does not read it; "
-                        f"remove it or use kind: {kind}"
-                    )
+        for name, kinds in _KINDS_OF_FIELD.items():
+            if self.kind not in kinds and self._is_set(name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but a source of kind {self.kind} does not read it; "
+                    f"remove it or use kind: {' or '.join(kinds)}"
+                )
+
+    def _is_set(self, name: str) -> bool:
+        default = [] if name == "paths" else type(self).__dataclass_fields__[name].default
+        return getattr(self, name) != default
+
+    def _check_media(self) -> None:
+        """Fills in the columns that a kind has by default."""
+        for name, instead in _TEXT_ONLY.items():
+            if self._is_set(name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but a source with media does not read it; use {instead}"
+                )
+        if self.kind == "chat" and self.messages_column is None:
+            self.messages_column = "messages"
+        if self.kind == "imagefolder" and self.image_column is None:
+            self.image_column = "file_name"
+        if self.kind == "audiofolder" and self.audio_column is None:
+            self.audio_column = "file_name"
+        if self.messages_column is not None and (self.prompt is not None or self.answer_column is not None):
+            raise ValueError(
+                f"messages_column is {self.messages_column!r}, and so prompt ({self.prompt!r}) and answer_column "
+                f"({self.answer_column!r}) are not read; remove them or it"
+            )
+        if self.kind == "webdataset" and not self.media_columns:
+            raise ValueError("a source of kind webdataset needs image_column or audio_column, e.g. image_column: jpg")
 
     def _check_generated(self) -> None:
         get_task(self.task)
@@ -109,9 +174,23 @@ class SourceConfig:
             raise ValueError(f"difficulty is {given}; give [smallest, largest] with 1 <= smallest <= largest")
 
     @property
+    def is_media(self) -> bool:
+        """Whether the rows are conversations, which may hold media, rather than texts."""
+        if self.kind == "generated":
+            return self.task in MEDIA_TASKS
+        is_named = self.messages_column is not None or bool(self.media_columns)
+        return is_named or self.kind in ("imagefolder", "audiofolder", "webdataset", "chat")
+
+    @property
+    def media_columns(self) -> dict[str, str]:
+        """The columns that hold media, with their kinds."""
+        columns = {self.image_column: "image", self.audio_column: "audio"}
+        return {column: kind for column, kind in columns.items() if column is not None}
+
+    @property
     def has_answers(self) -> bool:
         """Whether the rows are prompts and answers rather than texts."""
-        return self.kind == "generated" or self.prompt_column is not None
+        return self.kind == "generated" or self.prompt_column is not None or self.is_media
 
     @property
     def label(self) -> str:
@@ -122,6 +201,9 @@ class SourceConfig:
             return self.task
         if self.kind == "hub":
             return Path(self.path).name
+        if self.path is not None:
+            names = [name for name in Path(self.path).parts if name not in _NAMES_OF_SPLITS]
+            return names[-1]
         path = Path(self.paths[0])
         plain = [part for part in (*path.parent.parts, path.stem) if not set(part) & set("*?[/")]
         return plain[-1] if plain else "files"
@@ -148,6 +230,9 @@ class DataConfig:
     """Processes that generate and tokenise rows before training, at least 1."""
     streaming_validation_rows: int = 256
     """Rows taken from the front of a streaming train source when `validation` is empty, at least 1."""
+    check_media: bool = True
+    """Decode every image and recording once before training, in preprocessing_workers processes, so that damaged ones
+    are found then; else only their headers are read."""
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:

@@ -90,18 +90,18 @@ def encode_batch(
     prompt alone has the tokens that it has in front of its answer.
     """
     if "text" in batch:
-        parts = [_encode(tokenizer, batch["text"])]
+        parts = [encode_texts(tokenizer, batch["text"])]
         loss_start = [1] * len(batch["text"])
     else:
-        prompts = _encode(tokenizer, batch["prompt"])
-        parts = [prompts, _encode(tokenizer, [separator + answer for answer in batch["answer"]])]
+        prompts = encode_texts(tokenizer, batch["prompt"])
+        parts = [prompts, encode_texts(tokenizer, [separator + answer for answer in batch["answer"]])]
         loss_start = [1 + len(prompt) if loss_on == "answer" else 1 for prompt in prompts]
     begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     tokens = [np.concatenate([begin, *ids, end], dtype=np.int32) for ids in zip(*parts, strict=True)]
     return {"tokens": tokens, "loss_start": loss_start}
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
     """Token ids (int32) without special tokens. Calling the backend itself takes half the time of calling the
     tokenizer.
     """

@@ -47,5 +47,12 @@ class MixtureDataset(Dataset):
     def __len__(self) -> int:
         return len(self.part_of)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (rows,): tokens of each row, padding left out."""
+        lengths = [part.lengths for part in self.parts]
+        firsts = np.cumsum([0, *map(len, lengths)])[:-1]
+        return np.concatenate(lengths)[firsts[self.part_of] + self.row_of]
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.parts[self.part_of[index]][self.row_of[index]]

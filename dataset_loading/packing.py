@@ -43,6 +43,11 @@ class PackedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.starts)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (rows,): tokens of each row, padding left out."""
+        return self.stops - self.starts
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         part = slice(self.starts[index], self.stops[index])
         return make_row(self.tokens[part], self.is_start[part], self.is_label[part], self.row_length, self.pad_id)

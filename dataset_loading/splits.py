@@ -1,5 +1,6 @@
 """Train and validation rows of a run, which never share a document."""
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,8 @@ from hashlib import blake2b
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
 from .configuration import DataConfig, SourceConfig
-from .sources import columns_of, expand_paths, load_rows, open_stream
+from .readers import expand_paths
+from .sources import columns_of, load_rows, open_stream
 from .validation import BadRows, reason_against
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,9 @@ def iterate_training_texts(config: DataConfig, seed: int, limit: int) -> Iterato
             rows = _without_validation(source, rows, split.validation_digests)
         elif source.kind == "hub":  # after the split, so that no validation document is among them
             rows = rows.take(min(limit, len(rows)))
+        if source.is_media:
+            yield from _texts_of_conversations(rows)
+            continue
         for batch in rows.iter(batch_size=1000):
             if "text" in batch:
                 yield from batch["text"]
@@ -96,15 +101,28 @@ def iterate_training_texts(config: DataConfig, seed: int, limit: int) -> Iterato
                 yield from (source.separator + answer for answer in batch["answer"])
 
 
+def _texts_of_conversations(rows: Dataset) -> Iterator[str]:
+    for messages in rows.select_columns("messages").with_format("arrow").iter(batch_size=1000):
+        for conversation in map(json.loads, messages["messages"].to_pylist()):
+            yield from (part["text"] for message in conversation for part in message["content"] if "text" in part)
+
+
 def digest(row: dict[str, str]) -> bytes:
-    """A fingerprint of a document's text, the same in every process."""
+    """A fingerprint of a document's text and media, the same in every process."""
+    if "digest" in row:
+        return row["digest"]
     text = row["text"] if "text" in row else f"{row['prompt']}\0{row['answer']}"
     return blake2b(text.encode(), digest_size=16).digest()
 
 
 def digests(rows: Dataset) -> list[bytes]:
     """The fingerprint of every row."""
-    return [digest(row) for row in rows]
+    return [digest(row) for row in _without_media(rows)]
+
+
+def _without_media(rows: Dataset) -> Dataset:
+    """Of conversations the column that tells them apart: others may hold media, which would be decoded."""
+    return rows.select_columns("digest") if "digest" in rows.column_names else rows
 
 
 def rows_of_stream(source: SourceConfig, stream: IterableDataset, bad_rows: BadRows) -> Dataset:
@@ -168,7 +186,7 @@ def split_rows(label: str, rows: Dataset, fraction: float, seed: int) -> tuple[D
         ValueError: one of the sides is empty.
     """
     train, validation, parts = [], [], []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_without_media(rows)):
         text = row.get("text", "")
         cut = _tail_start(text, fraction)
         if cut is None:
@@ -226,11 +244,9 @@ def _without_validation(
 
 
 def _refuse_shared_files(config: DataConfig) -> None:
-    held_out = {
-        path.resolve() for source in config.validation if source.kind == "files" for path in expand_paths(source)
-    }
+    held_out = {path.resolve() for source in config.validation if source.paths for path in expand_paths(source)}
     for source in config.train:
-        for path in expand_paths(source) if source.kind == "files" else ():
+        for path in expand_paths(source) if source.paths else ():
             if path.resolve() in held_out:
                 raise ValueError(
                     f"{str(path)!r} is in data.train ({source.label}) and in data.validation; leave it in one of them"

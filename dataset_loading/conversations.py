@@ -1,0 +1,220 @@
+"""Conversations: messages with text and media, checked, and as token ids.
+
+A conversation is a list of {"role", "content"}; a content is a list of parts, {"type": "text", "text"} or
+{"type": kind, ...}, where the rest says where the medium is (`references.py`). The tokens are begin, and for each
+message the token of its role and its parts in order; after a message of the assistant comes end. A medium is one
+placeholder here: how many it becomes is known when it is read.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from .documents import encode_texts
+from .references import UnusableRow, reference_to
+from .validation import reason_against
+
+ROLES = ("system", "user", "assistant")
+_COLUMN = re.compile(r"\{(\w+)\}")
+
+
+def answer_to(media: Sequence[dict], prompt: str, answer: str) -> list[dict]:
+    """The conversation of one question, which may be empty, about media, and its answer."""
+    question = [*media, {"type": "text", "text": prompt}] if prompt else list(media)
+    reply = [{"type": "text", "text": answer}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+
+
+def template_columns(template: str | None) -> list[str]:
+    """The names in the braces of a template."""
+    return _COLUMN.findall(template or "")
+
+
+def fill_template(template: str, row: Mapping[str, object]) -> str:
+    """A template with the row's values in place of {column}.
+
+    Raises:
+        UnusableRow: the row lacks one, or it is neither text nor a number.
+    """
+    for column in template_columns(template):
+        if not isinstance(row.get(column), (str, int, float)):
+            raise UnusableRow(f"column {column!r} of the prompt is {type(row.get(column)).__name__}, not text")
+    return _COLUMN.sub(lambda match: str(row[match[1]]), template)
+
+
+def parse_messages(value: object, attached: Mapping[str, list[dict]], folder: Path | None) -> list[dict]:
+    """Messages as they stand in a file, checked, each with a list of parts that say where their media are.
+
+    Args:
+        attached: references by kind, for the parts of that kind that name no file, in order; where no part does, they
+            are put in front of what the user says first.
+        folder: that which names of files are relative to.
+
+    Raises:
+        UnusableRow: these are no messages, a part is of an unknown type, a medium is missing or left over, or there is
+            nothing to learn.
+    """
+    if not isinstance(value, list) or not value:
+        raise UnusableRow(f"messages are {_name(value)}, not a list of {{role, content}}")
+    waiting = {kind: list(references) for kind, references in attached.items()}
+    messages = [_parse_message(message, waiting, folder) for message in value]
+    first = next((message for message in messages if message["role"] == "user"), None)
+    for kind, references in waiting.items():
+        if references and (first is None or len(references) < len(attached[kind])):
+            raise UnusableRow(f"{len(attached[kind])} media of type {kind!r}, but fewer parts of the messages for them")
+        if references:
+            first["content"][:0] = references
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise UnusableRow("no message of the assistant, so that there is nothing to learn")
+    for message in answers:
+        if not text_of(message).strip():
+            raise UnusableRow("a message of the assistant is empty")
+    return messages
+
+
+def _name(value: object) -> str:
+    return "an empty list" if value == [] else type(value).__name__
+
+
+def _parse_message(message: object, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else message
+        raise UnusableRow(f"role of a message is {role!r}; it must be one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise UnusableRow(f"content of a message is {type(content).__name__}, neither text nor a list of parts")
+    return {"role": message["role"], "content": [_parse_part(part, waiting, folder) for part in content]}
+
+
+def _parse_part(part: object, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        raise UnusableRow(f"a part of a message is {part!r:.80}, without a type such as text or image")
+    if kind == "text":
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise UnusableRow(f"a part of type 'text' has {type(text).__name__} as its text, not a string")
+        if text.strip() and (reason := reason_against(part, ("text",))):
+            raise UnusableRow(reason)
+        return {"type": "text", "text": text}
+    named = next((part[key] for key in (kind, "path", "file_name") if part.get(key) is not None), None)
+    if named is not None:
+        return reference_to(kind, named, folder)
+    if not waiting.get(kind):
+        raise UnusableRow(f"a part of type {kind!r} names no file and no column has one for it")
+    return waiting[kind].pop(0)
+
+
+def text_of(message: dict) -> str:
+    """The text of a message, without its media."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def media_of(messages: Sequence[dict]) -> list[dict]:
+    """The references to the media of a conversation, in order."""
+    return [part for message in messages for part in message["content"] if part["type"] != "text"]
+
+
+def prompt_and_answer(messages: Sequence[dict]) -> tuple[str, str]:
+    """The last message of the assistant, and the text of the messages of users before it, a line each."""
+    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    asked = [text_of(message) for message in messages[:last] if message["role"] == "user"]
+    return "\n".join(filter(None, asked)), text_of(messages[last])
+
+
+@dataclass(frozen=True)
+class TokenizedConversation:
+    """One conversation; each medium is one placeholder."""
+
+    tokens: np.ndarray
+    """int32 (tokens,)"""
+    is_label: np.ndarray
+    """bool (tokens,): what is learned; never begin, and never a placeholder."""
+
+
+def tokenize_conversations(
+    conversations: Sequence[Sequence[dict]],
+    tokenizer: PreTrainedTokenizerFast,
+    placeholders: Mapping[str, int],
+    loss_on: str,
+) -> list[TokenizedConversation]:
+    """Conversations as tokens.
+
+    Args:
+        placeholders: token ids by kind of medium.
+        loss_on: "answer": what the assistant says and its end tokens; "all": everything but begin and placeholders.
+
+    Raises:
+        ValueError: the tokenizer lacks the token of a role.
+    """
+    roles = {role: special_id(tokenizer, f"<|{role}|>") for role in ROLES}
+    texts: list[str] = []
+    plans = [_plan(messages, texts) for messages in conversations]
+    ids = encode_texts(tokenizer, texts)
+    return [_assemble(plan, ids, roles, placeholders, tokenizer, loss_on) for plan in plans]
+
+
+def special_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of a special token.
+
+    Raises:
+        ValueError: the tokenizer does not have it.
+    """
+    index = tokenizer.get_vocab().get(token)
+    if index is None:
+        raise ValueError(f"the tokenizer has no token {token!r}, which conversations need; train or load it with media")
+    return index
+
+
+def _plan(messages: Sequence[dict], texts: list[str]) -> list[tuple[str, list[int | str]]]:
+    """For each message its role, and for each part the number of its text among `texts`, or the kind of the medium.
+
+    Texts that follow each other are one: that they came in parts is not to be seen in their tokens.
+    """
+    plan = []
+    for message in messages:
+        parts: list[int | str] = []
+        for part in message["content"]:
+            if part["type"] != "text":
+                parts.append(part["type"])
+            elif parts and isinstance(parts[-1], int):
+                texts[-1] += part["text"]
+            else:
+                texts.append(part["text"])
+                parts.append(len(texts) - 1)
+        plan.append((message["role"], parts))
+    return plan
+
+
+def _assemble(
+    plan: list[tuple[str, list[int | str]]],
+    ids: list[np.ndarray],
+    roles: dict[str, int],
+    placeholders: Mapping[str, int],
+    tokenizer: PreTrainedTokenizerFast,
+    loss_on: str,
+) -> TokenizedConversation:
+    tokens, is_label = [np.array([tokenizer.bos_token_id], dtype=np.int32)], [np.zeros(1, dtype=bool)]
+
+    def add(part: np.ndarray | int, learned: bool) -> None:
+        tokens.append(np.atleast_1d(np.asarray(part, dtype=np.int32)))
+        is_label.append(np.full(len(tokens[-1]), learned))
+
+    for role, parts in plan:
+        learned = loss_on == "all" or role == "assistant"
+        add(roles[role], loss_on == "all")
+        for part in parts:
+            if isinstance(part, str):
+                add(placeholders[part], False)
+            else:
+                add(ids[part], learned)
+        if role == "assistant":
+            add(tokenizer.eos_token_id, learned)
+    return TokenizedConversation(np.concatenate(tokens), np.concatenate(is_label))

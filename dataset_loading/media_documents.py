@@ -1,0 +1,156 @@
+"""Conversations to documents: tokens with one placeholder for each medium, and how long they become at most."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value
+
+from .configuration import DataConfig, SourceConfig
+from .conversations import media_of, tokenize_conversations
+from .media_reader import MediaReader, UnreadableMedium
+from .references import ArrowRow
+from .validation import BadRows
+
+_FEATURES = Features(
+    {
+        "tokens": List(Value("int32")),
+        "is_label": List(Value("bool")),
+        "length": Value("int64"),
+        "modality": Value("int8"),
+        "problem": Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class MediaDocuments:
+    """Conversations one after another; their media stay where they are."""
+
+    tokens: np.ndarray
+    """int32 (tokens,): one placeholder for each medium."""
+    is_label: np.ndarray
+    """bool (tokens,): whether a token is learned."""
+    ends: np.ndarray
+    """int64 (documents,): where each ends among the tokens."""
+    lengths: np.ndarray
+    """int64 (documents,): the most tokens that each has when its media are read."""
+    modality: np.ndarray
+    """int64 (documents,): the last of its kinds of media, as in `MediaReader.modality_ids`; 0: text alone."""
+    rows: Dataset
+    """Where their messages and media are; in the format "arrow"."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and is_label of a document."""
+        part = slice(self.ends[number - 1] if number else 0, self.ends[number])
+        return self.tokens[part], self.is_label[part]
+
+    def place(self, number: int) -> str:
+        """Where a document is from."""
+        return ArrowRow(self.rows[int(number) : int(number) + 1])["where"]
+
+    def media(self, number: int) -> tuple[list[dict], ArrowRow]:
+        """The references to the media of a document, and the row they are to be read from."""
+        row = ArrowRow(self.rows[int(number) : int(number) + 1])
+        return media_of(json.loads(row["messages"])), row
+
+
+def read_documents(
+    source: SourceConfig, rows: Dataset, reader: MediaReader, config: DataConfig, bad_rows: BadRows
+) -> MediaDocuments:
+    """Tokenise conversations and look into their media, in `config.preprocessing_workers` processes.
+
+    Raises:
+        ValueError: none of them can be used, or too many cannot.
+    """
+    workers = config.preprocessing_workers
+    found = rows.with_format("arrow").map(
+        _read_batch,
+        batched=True,
+        batch_size=100,
+        fn_kwargs={
+            "reader": reader,
+            "loss_on": source.loss_on,
+            "decode": config.check_media and source.kind != "generated",
+            "block_size": config.block_size,
+        },
+        remove_columns=rows.column_names,
+        features=_FEATURES,
+        num_proc=min(workers, len(rows)) if workers > 1 else None,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint="documents",
+        desc=f"looking into {source.label}",
+    )
+    kept, problems = [], found[:]["problem"].to_pylist()
+    for number, (where, problem) in enumerate(zip(rows["where"], problems, strict=True)):
+        if problem:
+            bad_rows.add(source.label, where, problem)
+        else:
+            kept.append(number)
+    if not kept:
+        raise ValueError(f"source {source.label!r} has no usable rows; the first of {len(rows)}: {problems[0]}")
+    table = found.select(kept)[:]
+    tokens = table["tokens"]
+    return MediaDocuments(
+        tokens=_flat(tokens),
+        is_label=_flat(table["is_label"]),
+        ends=np.cumsum(pc.list_value_length(tokens).to_numpy(), dtype=np.int64),
+        lengths=table["length"].to_numpy(),
+        modality=table["modality"].to_numpy().astype(np.int64),
+        rows=rows.select(kept).with_format("arrow"),
+    )
+
+
+def _flat(lists: pa.ChunkedArray) -> np.ndarray:
+    return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in lists.chunks])
+
+
+def _read_batch(batch: pa.Table, reader: MediaReader, loss_on: str, decode: bool, block_size: int) -> dict[str, list]:
+    columns: dict[str, list] = {name: [] for name in _FEATURES}
+    for values in read_conversations(batch, reader, loss_on, decode, block_size):
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    return columns
+
+
+def read_conversations(
+    batch: pa.Table, reader: MediaReader, loss_on: str, decode: bool, block_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int, int, str]]:
+    """Tokens, is_label, most tokens, modality and the reason against it (or "") of each row.
+
+    Args:
+        decode: read the media whole, not their headers only.
+    """
+    rows = [json.loads(messages) for messages in batch["messages"].to_pylist()]
+    problems = [_unknown_kind(messages, reader) for messages in rows]
+    usable = [messages for messages, problem in zip(rows, problems, strict=True) if not problem]
+    tokenized = iter(tokenize_conversations(usable, reader.processor.tokenizer, reader.placeholders, loss_on))
+    nothing = np.zeros(0, dtype=np.int32)
+    for number, (messages, problem) in enumerate(zip(rows, problems, strict=True)):
+        if problem:
+            yield nothing, nothing, 0, 0, problem
+            continue
+        document, row, media = next(tokenized), ArrowRow(batch, number), media_of(messages)
+        length, modality = len(document.tokens), max((reader.modality_ids[part["type"]] for part in media), default=0)
+        try:
+            for part in media:
+                length += reader.most_tokens(part, row) - 1
+                if decode:
+                    reader.load(part, row)
+        except UnreadableMedium as error:
+            problem = str(error)
+        if length > block_size and not problem:
+            problem = f"{length} tokens, more than data.block_size {block_size}; raise it, or make the media smaller"
+        yield document.tokens, document.is_label, length, modality, problem
+
+
+def _unknown_kind(messages: list[dict], reader: MediaReader) -> str:
+    unknown = next((part["type"] for part in media_of(messages) if part["type"] not in reader.tokens), None)
+    return "" if unknown is None else f"type {unknown!r} is unknown; the model reads text, {', '.join(reader.tokens)}"

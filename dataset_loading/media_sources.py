@@ -1,0 +1,344 @@
+"""Sources with media to conversations: checked rows of messages that say where each image and recording is.
+
+Nothing is decoded here, and of files only a digest is taken; `media_documents.py` looks into them.
+"""
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from .configuration import DataConfig, SourceConfig
+from .conversations import answer_to, fill_template, parse_messages, template_columns
+from .readers import CHECKED_AT_ONCE, READERS, expand_paths, load_hub
+from .references import ArrowRow, UnusableRow, fingerprint, reference_to
+from .synthetic import Role, generate_rows, get_task
+from .validation import BadRows, reason_against
+
+FEATURES = Features({"messages": Value("large_string"), "where": Value("string"), "difficulty": Value("int64")})
+"""Columns of conversations: messages as JSON (see `conversations.py`), "" of a row that cannot be used; where the row
+is from; difficulty of generated ones."""
+
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_SUFFIXES = {"imagefolder": set(ImageFolder.EXTENSIONS), "audiofolder": set(AudioFolder.EXTENSIONS)}
+
+
+def load_conversations(
+    source: SourceConfig, role: Role, config: DataConfig, seed: int, bad_rows: BadRows, limit: int | None = None
+) -> Dataset:
+    """All usable rows of a source with media that is not streaming: the columns of FEATURES, and `digest` of text and
+    media (empty for generated ones); of tables that hold images and recordings, the columns with those as well.
+
+    Args:
+        limit: the most rows to load.
+
+    Raises:
+        ValueError: missing file or column, nothing usable, or too many bad rows.
+    """
+    if source.kind == "generated":
+        return _generated(source, role, config, seed, limit)
+    if source.kind == "hub":
+        rows = _of_table(source, _raw_table(source, load_hub(source)), None, bad_rows, limit)
+    elif source.kind == "files" and _are_parquet(source):
+        tables = [(path, Dataset.from_parquet(str(path))) for path in expand_paths(source)]
+        parts = [_of_table(source, _raw_table(source, table), path, bad_rows, limit) for path, table in tables]
+        rows = concatenate_datasets(parts)
+    else:
+        rows = _of_rows(source, _ROWS[source.kind](source), bad_rows, limit)
+    rows = _usable(source, rows, config.preprocessing_workers, bad_rows) if len(rows) else rows
+    if len(rows) == 0:
+        skipped = bad_rows.counts.get(source.label, 0)
+        raise ValueError(f"source {source.label!r} has no usable rows ({skipped} bad ones); check its path and columns")
+    return rows
+
+
+def needed_columns(source: SourceConfig) -> list[str]:
+    """The columns that rows of a source must have."""
+    if source.messages_column is not None:
+        return [source.messages_column, *source.media_columns]
+    return [*source.media_columns, *template_columns(source.prompt), source.answer_column or source.text_column]
+
+
+def conversation_of(
+    source: SourceConfig, row: dict[str, object], attached: dict[str, list[dict]], folder: Path | None
+) -> list[dict]:
+    """The messages of a row.
+
+    Args:
+        attached: references to the media in columns of the row, by kind.
+        folder: that which names of files in messages are relative to.
+
+    Raises:
+        UnusableRow: a column is missing, empty or of a wrong type.
+    """
+    if source.messages_column is not None:
+        if source.messages_column not in row:
+            raise UnusableRow(f"no column {source.messages_column!r} (has {', '.join(map(repr, row)) or 'none'})")
+        return parse_messages(row[source.messages_column], attached, folder)
+    column = source.answer_column or source.text_column
+    if reason := reason_against(row, (column,)):
+        raise UnusableRow(reason)
+    prompt = fill_template(source.prompt, row) if source.prompt else ""
+    media = [reference for references in attached.values() for reference in references]
+    return answer_to(media, prompt, row[column])
+
+
+# ------------------------------------------------------------------------------------------------------ generated tasks
+
+
+def _generated(source: SourceConfig, role: Role, config: DataConfig, seed: int, limit: int | None) -> Dataset:
+    task = get_task(source.task)
+    num_rows = source.num_rows if limit is None else min(source.num_rows, limit)
+    difficulty = tuple(source.difficulty or task.default_difficulty)
+    seeds = (seed, source.seed)
+    rows = generate_rows(task, difficulty, source.role or role, seeds, num_rows, config.preprocessing_workers)
+    found = _Found()
+    for number, row in enumerate(rows, start=1):
+        medium = {"type": task.modality, "task": task.name, "medium": row["medium"]}
+        prompt = row["prompt"] if source.prompt is None else fill_template(source.prompt, row)
+        found.add(answer_to([medium], prompt, row["answer"]), f"row {number}", row["difficulty"])
+    return found.dataset().add_column("digest", [b""] * len(rows))
+
+
+class _Found:
+    """Collects the columns of FEATURES."""
+
+    def __init__(self):
+        self.columns: dict[str, list] = {name: [] for name in FEATURES}
+
+    def add(self, messages: list[dict] | None, where: str, difficulty: int | None = None) -> None:
+        values = (json.dumps(messages) if messages else "", where, difficulty)
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column.append(value)
+
+    def dataset(self) -> Dataset:
+        return Dataset.from_dict(self.columns, features=FEATURES)
+
+
+# ------------------------------------------------------------------------------------------- rows that name their files
+
+# A row with where it is, the reason against it, and the folder that its names of files are relative to.
+_Rows = Iterator[tuple[str, dict[str, object], str | None, Path]]
+
+
+def _of_rows(source: SourceConfig, rows: _Rows, bad_rows: BadRows, limit: int | None) -> Dataset:
+    found = _Found()
+    for where, row, reason, folder in rows if limit is None else islice(rows, limit):
+        try:
+            if reason is not None:
+                raise UnusableRow(reason)
+            attached = {kind: _named_media(kind, column, row, folder) for column, kind in source.media_columns.items()}
+            found.add(conversation_of(source, row, attached, folder), where)
+        except UnusableRow as error:
+            bad_rows.add(source.label, where, str(error))
+    return found.dataset()
+
+
+def _named_media(kind: str, column: str, row: dict[str, object], folder: Path) -> list[dict]:
+    if column not in row:
+        raise UnusableRow(f"no column {column!r} (has {', '.join(map(repr, row)) or 'none'})")
+    values = row[column] if isinstance(row[column], list) else [row[column]]
+    return [value if isinstance(value, dict) else reference_to(kind, value, folder) for value in values]
+
+
+def _read_files(source: SourceConfig) -> _Rows:
+    for path in expand_paths(source):
+        for where, row, reason in READERS[path.suffix](path, tuple(needed_columns(source))):
+            yield where, row, reason, path.parent
+
+
+def _read_folder(source: SourceConfig) -> _Rows:
+    """The rows of the metadata files in a folder and those below, or, where there are none, each file with the name of
+    its folder as `label`.
+    """
+    folder = Path(source.path)
+    if not folder.is_dir():
+        raise ValueError(f"source {source.label!r}: {source.path!r} is no folder; correct the path")
+    metadata = sorted(path for name in _METADATA for path in folder.rglob(name))
+    for path in metadata:
+        for where, row, reason in READERS[path.suffix](path, tuple(needed_columns(source))):
+            yield where, row, reason, path.parent
+    if metadata:
+        return
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in _SUFFIXES[source.kind]:
+            yield str(path), {"file_name": str(path.relative_to(folder)), "label": path.parent.name}, None, folder
+
+
+def _read_tars(source: SourceConfig) -> _Rows:
+    """One row for the members of a tar that share what stands before the first dot of their names: a column for each,
+    named by what stands behind it. Media are references into the tar, text is read, keys of a JSON object are columns.
+    """
+    for path in expand_paths(source):
+        for key, members in _samples(path):
+            row, reason = {"__key__": key}, None
+            for extension, offset, size, content in members:
+                kind = source.media_columns.get(extension)
+                if kind is not None:
+                    row[extension] = {"type": kind, "path": str(path), "offset": offset, "size": size}
+                elif content is not None:
+                    found, problem = _decode_member(extension, content)
+                    row, reason = row | found, reason or problem
+            yield f"{path} {key}", row, reason, path.parent
+
+
+def _samples(path: Path) -> Iterator[tuple[str, list[tuple[str, int, int, bytes | None]]]]:
+    """The members of a tar by key: extension, offset, size, and, of text and JSON, the content."""
+    key, members = None, []
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for member in tar:
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                if not member.isfile() or not stem or not extension:
+                    continue
+                if folder + slash + stem != key and members:
+                    yield key, members
+                    members = []
+                key = folder + slash + stem
+                is_text = extension.rpartition(".")[2] in ("txt", "text", "json", "cls", "caption", "transcript")
+                content = tar.extractfile(member).read() if is_text else None
+                members.append((extension, member.offset_data, member.size, content))
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} is not a whole, uncompressed tar: {error}; write it again") from error
+    if members:
+        yield key, members
+
+
+def _decode_member(extension: str, content: bytes) -> tuple[dict[str, object], str | None]:
+    try:
+        text = content.decode("utf-8")
+        if not extension.endswith("json"):
+            return {extension: text}, None
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return {}, f"member {extension!r} cannot be read: {error}"
+    return value if isinstance(value, dict) else {extension: value}, None
+
+
+_ROWS: dict[str, Callable[[SourceConfig], _Rows]] = {
+    "files": _read_files,
+    "chat": _read_files,
+    "imagefolder": _read_folder,
+    "audiofolder": _read_folder,
+    "webdataset": _read_tars,
+}
+
+
+# ---------------------------------------------------------------------------------------- tables that hold the media
+
+
+def _are_parquet(source: SourceConfig) -> bool:
+    suffixes = {path.suffix for path in expand_paths(source)}
+    if ".txt" in suffixes or len(suffixes) > 1:
+        raise ValueError(
+            f"source {source.label!r} has files {', '.join(sorted(suffixes))}; with media, all are .jsonl or .parquet"
+        )
+    return suffixes == {".parquet"}
+
+
+def _raw_table(source: SourceConfig, rows: Dataset) -> Dataset:
+    """The needed columns, undecoded.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    for column in needed_columns(source):
+        if column not in rows.column_names:
+            there = ", ".join(rows.column_names) or "none"
+            raise ValueError(f"source {source.label!r} has no column {column!r}, only {there}; correct it")
+    return rows.select_columns(list(dict.fromkeys(needed_columns(source)))).with_format("arrow")
+
+
+def _of_table(source: SourceConfig, table: Dataset, path: Path | None, bad_rows: BadRows, limit: int | None) -> Dataset:
+    """Conversations whose media stand in columns of their own rows, one for each row of the table."""
+    table = table if limit is None else table.take(min(limit, len(table)))
+    texts = [column for column in table.column_names if column not in source.media_columns]
+    folder = path and path.parent
+    found = _Found()
+    for start in range(0, len(table), CHECKED_AT_ONCE):
+        batch = table[start : start + CHECKED_AT_ONCE]
+        media = {column: _stored_media(kind, batch[column]) for column, kind in source.media_columns.items()}
+        for offset, row in enumerate(batch.select(texts).to_pylist()):
+            where, messages = f"{path or ''} row {start + offset + 1}".strip(), None
+            try:
+                attached = {
+                    kind: _attached(kind, column, media[column][offset], folder)
+                    for column, kind in source.media_columns.items()
+                }
+                messages = conversation_of(source, row, attached, folder)
+            except UnusableRow as error:
+                bad_rows.add(source.label, where, str(error))
+            found.add(messages, where)
+    stored = table.select_columns(list(source.media_columns)).with_format(None)
+    return concatenate_datasets([found.dataset(), stored], axis=1) if source.media_columns else found.dataset()
+
+
+def _stored_media(kind: str, values: pa.ChunkedArray) -> list[list | int | bool | str | None]:
+    """What each row has: names of files, the length of a list of media, or whether there is a medium. Bytes are not
+    looked at.
+    """
+    is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+    inner = values.type.value_type if is_list else values.type
+    if pa.types.is_string(inner) or pa.types.is_large_string(inner):
+        return values.to_pylist()
+    return pc.list_value_length(values).to_pylist() if is_list else values.is_valid().to_pylist()
+
+
+def _attached(kind: str, column: str, found: list | int | bool | str | None, folder: Path | None) -> list[dict]:
+    if not found:
+        raise UnusableRow(f"column {column!r} holds nothing")
+    if isinstance(found, bool):
+        return [{"type": kind, "column": column, "item": None}]
+    if isinstance(found, int):
+        return [{"type": kind, "column": column, "item": item} for item in range(found)]
+    return [reference_to(kind, name, folder) for name in ([found] if isinstance(found, str) else found)]
+
+
+# ----------------------------------------------------------------------------------------------------------- digests
+
+
+def _usable(source: SourceConfig, rows: Dataset, workers: int, bad_rows: BadRows) -> Dataset:
+    """The rows that have messages, and whose media are there, with their digests."""
+    found = (
+        rows.with_format("arrow")
+        .map(
+            _digest_batch,
+            batched=True,
+            batch_size=100,
+            remove_columns=rows.column_names,
+            features=Features({"digest": Value("binary"), "problem": Value("string")}),
+            num_proc=min(workers, len(rows)) if workers > 1 else None,
+            keep_in_memory=True,
+            load_from_cache_file=False,
+            new_fingerprint="digests",
+            desc=f"reading {source.label}",
+        )[:]
+        .to_pydict()
+    )
+    for where, problem in zip(rows["where"], found["problem"], strict=True):
+        if problem:
+            bad_rows.add(source.label, where, problem)
+    rows = rows.add_column("digest", found["digest"])
+    return rows.select([number for number, digest in enumerate(found["digest"]) if digest])
+
+
+def _digest_batch(batch: pa.Table) -> dict[str, list]:
+    digests, problems = [], []
+    for number, messages in enumerate(batch["messages"].to_pylist()):
+        digest, problem = b"", ""
+        if messages:
+            try:
+                digest = fingerprint(json.loads(messages), ArrowRow(batch, number))
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        digests.append(digest)
+        problems.append(problem)
+    return {"digest": digests, "problem": problems}

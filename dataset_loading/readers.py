@@ -1,0 +1,182 @@
+"""Files by name and format, and datasets of the hub, as they are: nothing is checked but that they can be read."""
+
+import csv
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from .configuration import SourceConfig
+
+CHECKED_AT_ONCE = 1000
+"""Rows of a table that are in memory at the same time."""
+
+
+def expand_paths(source: SourceConfig) -> list[Path]:
+    """The files that `source.paths` names, patterns expanded, each once, in the order of the config, then of the names.
+
+    Raises:
+        ValueError: a path or pattern names no file, or a file of an unknown format.
+    """
+    found: dict[Path, None] = {}
+    for path in source.paths:
+        matches = _matches(Path(path))
+        if os.path.isdir(path):
+            raise ValueError(
+                f"source {source.label!r}: {path!r} is a folder; name its files, e.g. {os.path.join(path, '*.txt')!r}"
+            )
+        if not matches:
+            raise ValueError(f"source {source.label!r}: no file {path!r} (from {os.getcwd()}); correct the path")
+        found |= dict.fromkeys(matches)
+    known = FORMATS[source.kind]
+    for path in found:
+        if path.suffix not in known:
+            raise ValueError(
+                f"source {source.label!r}: format of {str(path)!r} is unknown; use one of {', '.join(known)}"
+            )
+    return list(found)
+
+
+def _matches(path: Path) -> list[Path]:
+    """The files of a path or pattern. What exists is taken by its name, even if that has brackets or stars in it."""
+    if path.is_file():
+        return [path]
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)
+    return sorted(match for name in names if (match := folder / name).is_file())
+
+
+# A reader yields (where, row, None), or (where, {}, reason) for what cannot be read as a row.
+Rows = Iterator[tuple[str, dict[str, object], str | None]]
+
+
+def _decode(raw: bytes) -> tuple[str, str | None]:
+    try:
+        return raw.decode("utf-8"), None
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start})"
+
+
+def _read_txt(path: Path, columns: tuple[str, ...]) -> Rows:
+    """The whole file is one row; its bytes are kept as they are, line ends included."""
+    if len(columns) != 1:
+        raise ValueError(
+            f"{str(path)!r} is plain text and has no columns {', '.join(columns)}; use .jsonl or .parquet for answers"
+        )
+    text, reason = _decode(path.read_bytes())
+    yield f"{path} row 1", {columns[0]: text}, reason
+
+
+def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Rows:
+    """One row a line, read one by one so that a damaged line costs itself only; blank lines are no rows."""
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            if not raw.strip():
+                continue
+            where, (line, reason) = f"{path} line {number}", _decode(raw.rstrip(b"\r\n"))
+            row: object = {}
+            if reason is None:
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    reason = f"not JSON ({error.msg} at column {error.colno})"
+                except ValueError:  # of int(), which reads 4300 digits at most
+                    reason = "not usable JSON (a number with too many digits)"
+                except RecursionError:
+                    reason = "not usable JSON (nested too deeply)"
+            if reason is None and not isinstance(row, dict):
+                reason = f"not a JSON object but {type(row).__name__}"
+            yield where, row if reason is None else {}, reason
+
+
+def _read_parquet(path: Path, columns: tuple[str, ...]) -> Rows:
+    """One row a table row; strings are decoded here, so that one that is not UTF-8 costs its row only."""
+    try:
+        table = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{str(path)!r} is not a parquet file: {error}; correct the path or write it again") from error
+    missing = [column for column in columns if column not in table.schema_arrow.names]
+    if missing:
+        raise ValueError(
+            f"{str(path)!r} has no column {missing[0]!r}, only {', '.join(table.schema_arrow.names)}; correct it"
+        )
+    number = 0
+    for batch in _batches_of(table, path, columns):
+        arrays = [_binary_if_text(batch.column(column)).to_pylist() for column in columns]
+        for values in zip(*arrays, strict=True):
+            number += 1
+            row, reason = {}, None
+            for column, value in zip(columns, values, strict=True):
+                if isinstance(value, bytes):
+                    value, problem = _decode(value)
+                    reason = reason or (problem and f"column {column!r} is {problem}")
+                row[column] = value
+            yield f"{path} row {number}", row, reason
+
+
+def _binary_if_text(array: pa.Array) -> pa.Array:
+    is_text = pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
+    return array.cast(pa.large_binary()) if is_text else array
+
+
+def _batches_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from table.iter_batches(batch_size=CHECKED_AT_ONCE, columns=list(columns))
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}; write it again") from error
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> Rows:
+    """One row a line, all values text; the first line names the columns."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader = csv.DictReader(lines)
+        try:
+            for row in reader:
+                reason = "more values than there are columns" if None in row else None
+                yield f"{path} line {reader.line_num}", row if reason is None else {}, reason
+        except csv.Error as error:
+            raise ValueError(f"{str(path)!r} is damaged at line {reader.line_num}: {error}; write it again") from error
+
+
+def _read_json(path: Path, columns: tuple[str, ...]) -> Rows:
+    """One row an item of the list that the file is.
+
+    Raises:
+        ValueError: it is no JSON, or not a list.
+    """
+    try:
+        items = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not usable JSON: {error}; repair it or write .jsonl") from error
+    if not isinstance(items, list):
+        raise ValueError(f"{str(path)!r} holds {type(items).__name__}, not a list; write a list of objects, or .jsonl")
+    for number, row in enumerate(items, start=1):
+        reason = None if isinstance(row, dict) else f"not a JSON object but {type(row).__name__}"
+        yield f"{path} item {number}", row if reason is None else {}, reason
+
+
+READERS = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".json": _read_json,
+}
+FORMATS = {"files": (".txt", ".jsonl", ".parquet"), "chat": (".json", ".jsonl"), "webdataset": (".tar",)}
+"""Of the kinds of source that have `paths`: what their files may be."""
+
+
+def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
+    try:
+        return datasets.load_dataset(
+            source.path, name=source.config_name, split=source.split, streaming=source.streaming
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"source {source.label!r}: {source.path!r} cannot be loaded: {reason}") from error
