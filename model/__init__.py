@@ -2,10 +2,13 @@
 
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
 )
 
 from .cache import RecurrentCache
@@ -16,6 +19,9 @@ from .configuration_megatransformer import (
     MegaTransformerVisionConfig,
     RecurrenceConfig,
 )
+from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
+from .image_processing_megatransformer import MegaTransformerImageProcessor
+from .media import MediaError, load_audio, load_image
 from .modalities import MODALITIES, Modality
 from .modeling_megatransformer import (
     MegaTransformerForCausalLM,
@@ -23,6 +29,7 @@ from .modeling_megatransformer import (
     MegaTransformerModel,
     MegaTransformerTextModel,
 )
+from .processing_megatransformer import MEDIA_TOKENS, MegaTransformerProcessor, build_processor
 
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
@@ -32,18 +39,33 @@ AutoConfig.register(MegaTransformerConfig.model_type, MegaTransformerConfig)
 AutoModel.register(MegaTransformerConfig, MegaTransformerModel)
 AutoModelForMultimodalLM.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
 AutoModelForImageTextToText.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
+AutoProcessor.register(MegaTransformerConfig, MegaTransformerProcessor)
+AutoFeatureExtractor.register(MegaTransformerConfig, MegaTransformerFeatureExtractor)
+# One class, whichever backend is asked for: it resizes with Pillow.
+AutoImageProcessor.register(
+    MegaTransformerConfig,
+    image_processor_classes={"torchvision": MegaTransformerImageProcessor, "pil": MegaTransformerImageProcessor},
+)
 
 __all__ = [
+    "MEDIA_TOKENS",
     "MODALITIES",
+    "MediaError",
     "MegaTransformerAudioConfig",
     "MegaTransformerConfig",
+    "MegaTransformerFeatureExtractor",
     "MegaTransformerForCausalLM",
     "MegaTransformerForConditionalGeneration",
+    "MegaTransformerImageProcessor",
     "MegaTransformerModel",
+    "MegaTransformerProcessor",
     "MegaTransformerTextConfig",
     "MegaTransformerTextModel",
     "MegaTransformerVisionConfig",
     "Modality",
     "RecurrenceConfig",
     "RecurrentCache",
+    "build_processor",
+    "load_audio",
+    "load_image",
 ]

@@ -1,7 +1,6 @@
 """Text, images and audio to the tensors that the model reads."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import accumulate, islice, zip_longest
 from typing import Any
 
@@ -18,7 +17,7 @@ from .configuration_megatransformer import (
 )
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from .image_processing_megatransformer import MegaTransformerImageProcessor
-from .media import load_audio, load_image
+from .media_kinds import BackboneImages, BackboneRecordings, Images, MediaKind, Recordings
 from .modalities import MODALITIES, Modality
 
 MEDIA_TOKENS = tuple(
@@ -26,19 +25,6 @@ MEDIA_TOKENS = tuple(
     + [token for kind in MODALITIES.values() for token in (kind.start_token, kind.token, kind.end_token)]
 )
 """What a vocabulary has after pad, begin and end if the run has media, in this order if trained by us."""
-
-
-@dataclass(frozen=True)
-class MediaKind:
-    """How media of one kind become tensors and placeholders."""
-
-    modality: Modality
-    preprocess: Callable[[Any], torch.Tensor]
-    """One medium to its tensor."""
-    num_tokens: Callable[[torch.Tensor], int]
-    """Placeholders of a tensor."""
-    collate: Callable[[list[torch.Tensor]], dict[str, torch.Tensor]]
-    """Tensors to the arguments of the model."""
 
 
 class MegaTransformerProcessor(ProcessorMixin):
@@ -123,63 +109,34 @@ class MegaTransformerProcessor(ProcessorMixin):
     @property
     def kinds(self) -> dict[str, MediaKind]:
         """What this processor reads besides text."""
-        kinds = {}
+        kinds: dict[str, MediaKind] = {}
         if self.image_processor is not None:
-            kinds["image"] = self._own_images() if self.num_image_tokens is None else self._backbone_images()
+            kinds["image"] = _choose(Images, BackboneImages, self.image_processor, self.num_image_tokens)
         if self.feature_extractor is not None:
-            kinds["audio"] = self._own_audio() if self.num_audio_tokens is None else self._backbone_audio()
+            kinds["audio"] = _choose(Recordings, BackboneRecordings, self.feature_extractor, self.num_audio_tokens)
         for name, config in (self.modality_configs or {}).items():
-            kinds[name] = _further_kind(name, config)
+            kinds[name] = MediaKind(name, config)
         return kinds
 
-    def _own_images(self) -> MediaKind:
-        processor = self.image_processor
-        return MediaKind(
-            MODALITIES["image"], processor.preprocess_one, lambda it: processor.num_tokens(*it.shape[1:]), processor.pad
-        )
+    def load_medium(self, kind: str, source: Any) -> Any:
+        """A medium, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate.
 
-    def _backbone_images(self) -> MediaKind:
-        def preprocess(image: Any) -> torch.Tensor:
-            return self.image_processor(load_image(image), return_tensors="pt")["pixel_values"][0]
-
-        def collate(images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {"pixel_values": torch.stack(images)}
-
-        return MediaKind(MODALITIES["image"], preprocess, lambda _: self.num_image_tokens, collate)
-
-    def _own_audio(self) -> MediaKind:
-        extractor = self.feature_extractor
-        return MediaKind(
-            MODALITIES["audio"],
-            extractor.preprocess_one,
-            lambda it: -(-it.shape[1] // extractor.subsampling),
-            extractor.pad,
-        )
-
-    def _backbone_audio(self) -> MediaKind:
-        def preprocess(audio: Any) -> torch.Tensor:
-            rate = self.feature_extractor.sampling_rate
-            waveform = load_audio(audio, rate)
-            return self.feature_extractor(waveform, sampling_rate=rate, return_tensors="pt")["input_features"][0]
-
-        def collate(clips: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {"input_features": torch.stack(clips)}
-
-        return MediaKind(MODALITIES["audio"], preprocess, lambda _: self.num_audio_tokens, collate)
-
-    def num_media_tokens(self, kind: str, size: tuple[int, int] | float) -> int:
-        """Tokens that a medium takes in a text, start and end included, before it is read.
-
-        Args:
-            kind: "image" or "audio".
-            size: (height, width) of the image (`image_size`), or seconds of the recording (`audio_seconds`).
+        Raises:
+            MediaError: it cannot be used; see `load_image` and `load_audio`.
         """
-        count = {"image": self.num_image_tokens, "audio": self.num_audio_tokens}[kind]
-        if count is None and kind == "image":
-            count = self.image_processor.num_tokens(*size)
-        elif count is None:
-            count = self.feature_extractor.num_tokens(self.feature_extractor.num_samples(size))
-        return count + 2
+        return self._kind(kind).load(source)
+
+    def medium_size(self, kind: str, source: Any) -> Any:
+        """(height, width) of an image, seconds of a recording, from the header; of further kinds, their tokens.
+
+        Raises:
+            MediaError: as far as the header tells.
+        """
+        return self._kind(kind).size(source)
+
+    def num_media_tokens(self, kind: str, size: Any) -> int:
+        """Tokens that a medium of that size (`medium_size`) takes in a text, start and end included."""
+        return self._kind(kind).tokens_of_size(size) + 2
 
     def preprocess_medium(self, kind: str, medium: Any) -> torch.Tensor:
         """One medium to the tensor that `encode_chat` and `collate_media` take."""
@@ -462,18 +419,8 @@ def _check_count(name: str, part: Any, own_class: type, count: int | None) -> No
         raise ValueError(f"{name} {type(part).__name__} {what}, but their number is {count}; fix the number of tokens")
 
 
-def _further_kind(name: str, config: dict[str, Any]) -> MediaKind:
-    """A kind that transformers has no processor for."""
-    if name not in MODALITIES:
-        raise ValueError(f"modality {name!r} is not registered; import the file that adds it to MODALITIES")
-    modality = MODALITIES[name]
-    config = modality.config_class(**config)
-    return MediaKind(
-        modality,
-        lambda medium: modality.preprocess(medium, config),
-        lambda tensor: modality.num_tokens(tensor, config),
-        modality.collate,
-    )
+def _choose(own_class: type, backbone_class: type, part: Any, count: int | None) -> MediaKind:
+    return own_class(part) if count is None else backbone_class(part, count)
 
 
 def _preprocess(
