@@ -19,7 +19,7 @@ AREAS = {"circle": np.pi, "square": 4, "triangle": 2, "cross": 4 * (2 * 0.36 - 0
 SHAPES = tuple(AREAS)
 ROLES = ("train", "validation", "test")
 MEDIUM = (
-    "32x32 #101418 slope 6.0 -6.0 grain 5: circle #e12d28 at 6.00 10.00 radius 3.50; "
+    "32x32 #303438 slope 20.0 -6.0 grain 5: circle #e12d28 at 6.00 10.00 radius 3.50; "
     "square #3255e6 at 22.00 12.00 radius 6.50"
 )
 
@@ -148,11 +148,13 @@ def test_answers_are_what_the_pixels_show():
 def test_a_picture_drawn_by_hand():
     """The corners have the background, brighter by half the slope or darker; the centres have the colours."""
     pixels = np.asarray(SCENES.render(MEDIUM)).astype(float)
-    for (y, x), expected in {(0, 0): (16, 20, 24), (0, 31): (22, 26, 30), (31, 0): (10, 14, 18)}.items():
-        assert pixels[y, x] == pytest.approx(expected, abs=12)
+    corners = {(0, 0): 48 - 7, (0, 29): 48 + 13, (29, 0): 48 - 13, (29, 29): 48 + 7}
+    for (y, x), red in corners.items():
+        found = pixels[y : y + 3, x : x + 3].mean(axis=(0, 1))
+        assert found == pytest.approx((red, red + 4, red + 8), abs=4)
     assert pixels[9:11, 5:7].mean(axis=(0, 1)) == pytest.approx((0xE1, 0x2D, 0x28), abs=6)
     assert pixels[8:16, 18:26].mean(axis=(0, 1)) == pytest.approx((0x32, 0x55, 0xE6), abs=2)
-    assert pixels[12, 28] == pytest.approx((0x21, 0x34, 0x7F), abs=14)  # half inside: it ends at x = 28.5
+    assert pixels[12, 28] == pytest.approx((0x37, 0x4B, 0x95), abs=14)  # half inside: it ends at x = 28.5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
