@@ -88,7 +88,7 @@ def _outline_of_parts(
                 texts[-1] += part["text"]
                 continue
             texts.append(part["text"])
-        elif kind in kinds:
+        elif isinstance(kind, str) and kind in kinds:
             media.append(part)
         else:
             raise ValueError(

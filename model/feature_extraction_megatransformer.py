@@ -64,6 +64,8 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
                 f"n_fft is {n_fft}, hop_length {hop_length}, feature_size {feature_size}; give positive numbers and at "
                 f"most n_fft / 2 mel bins"
             )
+        if subsampling < 1:
+            raise ValueError(f"subsampling is {subsampling}; give at least 1")
         if max_seconds * sampling_rate < 1:
             raise ValueError(f"max_seconds is {max_seconds}, which is no sample at {sampling_rate} per second")
 

@@ -51,12 +51,20 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         self.patch_size, self.pixel_shuffle = patch_size, pixel_shuffle
         self.size, self.max_side, self.max_pixels = size, max_side, max_pixels
         self.image_mean, self.image_std = list(image_mean), list(image_std)
-        if max_side < self.token_side:
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        if self.patch_size < 1 or self.pixel_shuffle < 1:
             raise ValueError(
-                f"max_side is {max_side}, but a token covers {self.token_side} pixels; give at least those"
+                f"patch_size is {self.patch_size} and pixel_shuffle {self.pixel_shuffle}; give positive numbers"
             )
-        if size is not None and (size["height"] % self.token_side or size["width"] % self.token_side):
-            raise ValueError(f"size is {size}, but a token covers {self.token_side} pixels; give multiples of those")
+        side, size = self.token_side, self.size
+        if self.max_side < side:
+            raise ValueError(f"max_side is {self.max_side}, but a token covers {side} pixels; give at least those")
+        if size is not None and set(size) != {"height", "width"}:
+            raise ValueError(f"size is {size}, but needs height and width; give both")
+        if size is not None and any(length < side or length % side for length in size.values()):
+            raise ValueError(f"size is {size}, but a token covers {side} pixels; give multiples of those")
 
     @property
     def token_side(self) -> int:
@@ -85,7 +93,7 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         height, width = self.target_size(image.height, image.width)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
         return (pixels / 255 - mean) / std
 

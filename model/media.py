@@ -17,7 +17,7 @@ import torch
 from transformers.utils.import_utils import is_torchaudio_available, is_vision_available
 
 if is_vision_available():
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 if is_torchaudio_available():
     from torchaudio.transforms import Resample
 try:
@@ -98,6 +98,8 @@ class _opened_image:
                 source = Image.open(_file(source, "picture"), formats=IMAGE_FORMATS)
             except MediaError:
                 raise
+            except UnidentifiedImageError as error:
+                raise _unreadable("picture", self.source, f"it is none of {', '.join(IMAGE_FORMATS)}") from error
             except Exception as error:  # as above
                 raise _unreadable("picture", self.source, error) from error
         self.image = source
@@ -127,7 +129,8 @@ def _as_rgb(image: "Image.Image") -> "Image.Image":
         white.paste(image, mask=image.getchannel("A"))
         return white
     if image.mode[0] in "IF":  # Pillow's own conversion cuts all above 255 off
-        return _image_from_array(np.asarray(image).astype(np.float32 if image.mode == "F" else np.uint16))
+        values = np.asarray(image)
+        return _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
     return image.convert("RGB")
 
 
@@ -222,13 +225,15 @@ def _as_array(source: Any, sampling_rate: int | None) -> tuple[np.ndarray | None
 
 def _as_mono(array: np.ndarray, max_samples: int) -> np.ndarray:
     """float32 (samples,) of integers or floats with or without channels."""
-    if array.ndim not in (1, 2):
+    if array.ndim not in (1, 2) or array.dtype.kind not in "iuf":
         raise MediaError(
             f"array {array.shape} of {array.dtype} is no recording; give (samples,) or (channels, samples)"
         )
     if array.ndim == 2 and array.shape[0] < array.shape[1]:
         array = array.T
     array = array[:max_samples]
+    if array.size == 0:
+        return np.zeros(0, np.float32)
     if np.issubdtype(array.dtype, np.integer):
         zero = 128 if array.dtype == np.uint8 else 0
         array = (array.astype(np.float32) - zero) / (128 if zero else -float(np.iinfo(array.dtype).min))
@@ -239,15 +244,19 @@ def _as_mono(array: np.ndarray, max_samples: int) -> np.ndarray:
 def _read_file(source: Any, max_seconds: float) -> tuple[np.ndarray, int]:
     """The front of a file, a block at a time, so that many channels do not fill the memory."""
     with _opened_audio(source) as file:
-        frames = min(file.frames, round(max_seconds * file.samplerate))
-        blocks = file.blocks(2**20 // file.channels, frames=frames, dtype="float32", always_2d=True)
+        frames, size = min(file.frames, round(max_seconds * file.samplerate)), 2**20 // file.channels
         try:
-            waveform = np.concatenate([block.mean(1) for block in blocks])
-        except (soundfile.SoundFileError, ValueError) as error:
-            raise _unreadable("recording", source, error) from error
+            blocks = [_read_block(file, min(size, frames - start)) for start in range(0, frames, size)]
+        except soundfile.LibsndfileError as error:
+            raise _unreadable("recording", source, error.error_string) from error
+        waveform = np.concatenate(blocks)
         if len(waveform) < frames:
             raise MediaError(f"{_name(source)} is truncated: {len(waveform)} of {frames} samples; replace the file")
         return waveform, file.samplerate
+
+
+def _read_block(file: "soundfile.SoundFile", frames: int) -> np.ndarray:
+    return file.read(frames, dtype="float32", always_2d=True).mean(1)
 
 
 class _opened_audio:
@@ -261,7 +270,9 @@ class _opened_audio:
             raise ImportError("recordings are read by soundfile, which is not installed; pip install soundfile")
         try:
             self.file = soundfile.SoundFile(_file(self.source, "recording"))
-        except (soundfile.SoundFileError, TypeError) as error:
+        except soundfile.LibsndfileError as error:
+            raise _unreadable("recording", self.source, error.error_string) from error
+        except TypeError as error:  # a .raw file, which has no header
             raise _unreadable("recording", self.source, error) from error
         try:
             self._check_header()
@@ -273,10 +284,10 @@ class _opened_audio:
     def _check_header(self) -> None:
         _check_rate(self.source, self.file.samplerate)
         notes = self.file.extra_info  # what libsndfile found odd and read all the same
-        declared = re.search(r"^(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", notes, re.MULTILINE)
+        declared = re.search(r"^ *(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", notes, re.MULTILINE)
         # A size near the largest number stands for "unknown" in a file that was written to a pipe.
         is_cut = declared is not None and int(declared[2]) + 1 < int(declared[1]) < 2**31 - 2**16
-        if is_cut or "File ended unexpectedly" in notes:
+        if is_cut or re.search("^Ogg ?: (File ended unexpectedly|Last page lacks|Junk after)", notes, re.MULTILINE):
             raise MediaError(f"{_name(self.source)} is truncated: its header promises more; replace the file")
         if self.file.frames <= 0:
             raise MediaError(f"{_name(self.source)} has no samples; remove it")
@@ -322,7 +333,7 @@ def _resampler(ratio: Fraction) -> "Resample":
 def _file(source: Any, kind: str) -> str | io.BytesIO:
     """What a decoder can open."""
     if isinstance(source, dict) and source.keys() & {"bytes", "path"}:
-        source = source["path"] if source.get("bytes") is None else source["bytes"]
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
             raise MediaError(f"the {kind} has 0 bytes; remove it")
@@ -350,6 +361,6 @@ def _name(source: Any) -> str:
     return f"a {type(source).__name__}"
 
 
-def _unreadable(kind: str, source: Any, error: Exception) -> MediaError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+def _unreadable(kind: str, source: Any, error: Exception | str) -> MediaError:
+    reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
     return MediaError(f"{_name(source)} cannot be read as a {kind}: {reason}; replace the file")

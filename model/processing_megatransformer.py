@@ -60,6 +60,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         modality_configs: dict[str, dict] | None = None,
     ):
         super().__init__(tokenizer, chat_template=CHAT_TEMPLATE if chat_template is None else chat_template)
+        self.auto_map = {"AutoProcessor": "processing_megatransformer.MegaTransformerProcessor"}
         self.image_processor, self.num_image_tokens = image_processor, num_image_tokens
         self.feature_extractor, self.num_audio_tokens = feature_extractor, num_audio_tokens
         self.modality_configs = modality_configs
@@ -215,7 +216,10 @@ class MegaTransformerProcessor(ProcessorMixin):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        return backend.encode(text, add_special_tokens=False).ids
+        try:
+            return backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise ValueError(f"{text[:80]!r} cannot be written as UTF-8; remove lone surrogates") from error
 
     def _encode_structure(self, piece: str) -> list[int]:
         """Ids of what the template writes, which are few and recur."""
