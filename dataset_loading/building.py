@@ -10,6 +10,8 @@ from datasets import IterableDataset
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
+from .augmentation import Augmenter
+from .augmentation_options import AugmentationConfig
 from .configuration import DataConfig, SourceConfig
 from .documents import tokenize_rows
 from .media_dataset import MediaDataset
@@ -19,7 +21,7 @@ from .media_reader import MediaReader
 from .mixture import MixtureDataset
 from .packing import IGNORED, PackedDataset
 from .sources import load_rows
-from .splits import load_split, load_validation
+from .splits import load_held_out, load_split, load_validation
 from .streaming import StreamingDataset, build_stream
 from .validation import BadRows
 
@@ -107,7 +109,8 @@ def build_examples(
     limit: int | None = None,
     seed: int = 0,
 ) -> Sequence[dict]:
-    """Prompts and answers one by one, for checking answers: generated sources without a role are drawn from "test".
+    """Prompts and answers one by one, for checking answers: generated sources without a role are drawn from "test", and
+    of a train source whose validation part is split off, only that is taken.
 
     Returns:
         {"input_ids", "labels"} as lists of int, labels only on the answer (with its separator) and the end token;
@@ -123,7 +126,10 @@ def build_examples(
     if source.streaming:
         raise ValueError(f"source {source.label!r} is streaming; set streaming: false and use a slice as split")
     builder = _Builder(config, processor, seed)
-    rows = load_rows(source, "test", config, seed, builder.bad_rows, limit)
+    if source in config.train and not config.validation and source.kind != "generated":
+        rows = load_held_out(source, config, seed, builder.bad_rows)
+    else:
+        rows = load_rows(source, "test", config, seed, builder.bad_rows, limit)
     rows = rows if limit is None else rows.take(min(limit, len(rows)))
     if source.is_media:
         return MediaExamples(source, builder.read(replace(source, loss_on="answer"), rows), builder.reader)
@@ -158,14 +164,22 @@ class _Builder:
         """Made where a source needs it, so that a run of text needs no processor."""
         return MediaReader(self.processor)
 
-    def read(self, source: SourceConfig, rows: HubDataset) -> MediaDocuments:
-        return read_documents(source, rows, self.reader, self.config, self.bad_rows)
+    def read(self, source: SourceConfig, rows: HubDataset, augmenter: Augmenter | None = None) -> MediaDocuments:
+        return read_documents(source, rows, self.reader, self.config, self.bad_rows, augmenter)
+
+    def augmenter(self, role: str, source: SourceConfig) -> Augmenter | None:
+        """What changes the rows of a source, if anything does; generated media vary exactly as their tasks want it."""
+        is_exact = source.kind == "generated" and source.is_media
+        if role != "train" or is_exact or not source.augment or self.config.augmentation == AugmentationConfig():
+            return None
+        sampling_rate = self.reader.sampling_rate if source.is_media else None
+        return Augmenter(self.config.augmentation, self.tokenizer, sampling_rate)
 
     def build(self, role: str, source: SourceConfig, rows: HubDataset) -> PackedDataset | MediaDataset:
         """The dataset of one source."""
-        config = self.config
+        config, augmenter = self.config, self.augmenter(role, source)
         if source.is_media:
-            documents = self.read(source, rows)
+            documents = self.read(source, rows, augmenter)
             dataset = MediaDataset(
                 documents,
                 self.reader,
@@ -173,12 +187,17 @@ class _Builder:
                 config.packing,
                 BadRows(config.max_bad_rows),
                 source.label,
-                seed=self.seed if role == "train" else None,
+                seed=self.seed,
+                shuffle=role == "train",
+                augmenter=augmenter,
             )
             num_documents, num_tokens = len(documents), int(documents.lengths.sum())
         else:
             documents = tokenize_rows(source, rows, self.tokenizer, config.preprocessing_workers)
-            dataset = PackedDataset(documents, config.block_size, self.tokenizer.pad_token_id, config.packing)
+            noise = augmenter.text if augmenter is not None and augmenter.text.is_on else None
+            dataset = PackedDataset(
+                documents, config.block_size, self.tokenizer.pad_token_id, config.packing, noise, self.seed
+            )
             num_documents, num_tokens = len(rows), len(documents.tokens)
         skipped = self.bad_rows.counts.get(source.label, 0)
         entry = SourceReport(role, source.label, num_documents, num_tokens, len(dataset), skipped)

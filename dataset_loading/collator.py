@@ -60,8 +60,10 @@ class Collator:
         return batch
 
     def _join_media(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        media: dict[str, list[torch.Tensor]] = {}
-        for row in rows:
-            for kind, tensors in row.get("media", {}).items():
-                media.setdefault(kind, []).extend(tensors)
-        return self.processor.collate_media(media) if media else {}
+        if self.processor is None:
+            return {}
+        found = [row.get("media", {}) for row in rows]
+        kinds = self.processor.kinds
+        return self.processor.collate_media(
+            {kind: [it for media in found for it in media.get(kind, [])] for kind in kinds}
+        )

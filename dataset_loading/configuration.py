@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from .augmentation_options import AugmentationConfig
 from .synthetic import MEDIA_TASKS, Role, get_task
 
 # What names the data of a source, by its kind.
@@ -90,6 +91,8 @@ class SourceConfig:
     messages_column: str | None = None
     """Column of the conversation, a list of {role, content}; chat: by default `messages`. Parts that name no file take
     the media of image_column and audio_column, in order."""
+    augment: bool = True
+    """Whether `data.augmentation` is for this source."""
     prompt: str | None = None
     """With media: what the user says after them, with {column} filled in from the row; by default nothing, or the
     question of a generated task."""
@@ -233,6 +236,9 @@ class DataConfig:
     check_media: bool = True
     """Decode every image and recording once before training, in preprocessing_workers processes, so that damaged ones
     are found then; else only their headers are read."""
+
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """Random changes of train rows, all off by default."""
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:

@@ -68,12 +68,12 @@ def parse_messages(value: object, attached: Mapping[str, list[dict]], folder: Pa
             raise UnusableRow(f"{len(attached[kind])} media of type {kind!r}, but fewer parts of the messages for them")
         if references:
             first["content"][:0] = references
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
+    if all(message["role"] != "assistant" for message in messages):
         raise UnusableRow("no message of the assistant, so that there is nothing to learn")
-    for message in answers:
-        if not text_of(message).strip():
-            raise UnusableRow("a message of the assistant is empty")
+    for message in messages:
+        says = text_of(message).strip()
+        if not (says or (message["role"] != "assistant" and media_of([message]))):
+            raise UnusableRow(f"a message ({message['role']}) is empty")
     return messages
 
 
@@ -176,7 +176,7 @@ def special_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 def _plan(messages: Sequence[dict], texts: list[str]) -> list[tuple[str, list[int | str]]]:
     """For each message its role, and for each part the number of its text among `texts`, or the kind of the medium.
 
-    Texts that follow each other are one: that they came in parts is not to be seen in their tokens.
+    Texts side by side become one: that they came in parts is not to be seen in their tokens.
     """
     plan = []
     for message in messages:

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
+from .augmentation import Augmenter
+from .conversations import media_of, text_of
 from .media_documents import MediaDocuments
 from .media_reader import MediaReader, UnreadableMedium
 from .packing import make_row
+from .random_rows import RowDataset
 from .validation import BadRows
 
 logger = logging.getLogger(__name__)
 
 
-class MediaDataset(Dataset):
+class MediaDataset(RowDataset):
     """Rows of conversations with random access: {"input_ids", "labels", "position_ids", "modality_ids"}, int64
     (length,) each, and "media": {kind: [tensor, ...]} in the order of the placeholders.
 
@@ -32,7 +34,9 @@ class MediaDataset(Dataset):
         block_size: tokens in a row.
         packing: fill rows with documents; else every document is a row.
         bad_rows: counts documents whose media can be read no more; in each process that reads rows by itself.
-        seed: packs documents in a random order; None: in theirs.
+        seed: of the order in which documents are packed, and of what is random about them.
+        shuffle: pack documents in a random order; else in theirs.
+        augmenter: changes media and texts.
     """
 
     def __init__(
@@ -43,12 +47,16 @@ class MediaDataset(Dataset):
         packing: bool,
         bad_rows: BadRows,
         name: str,
-        seed: int | None = None,
+        seed: int = 0,
+        shuffle: bool = False,
+        augmenter: Augmenter | None = None,
     ):
+        super().__init__(seed)
+        self.augmenter = augmenter
         self.documents, self.reader, self.bad_rows, self.name = documents, reader, bad_rows, name
         self.row_length = block_size if packing else None
         if packing:
-            self.members, self.ends = pack_whole(documents.lengths, block_size, seed)
+            self.members, self.ends = pack_whole(documents.lengths, block_size, seed if shuffle else None)
         else:
             self.members, self.ends = np.arange(len(documents)), np.arange(1, len(documents) + 1)
         self._unreadable: set[int] = set()
@@ -61,39 +69,48 @@ class MediaDataset(Dataset):
         """int64 (rows,): the most tokens of each row, padding left out."""
         return np.add.reduceat(self.documents.lengths[self.members], np.concatenate([[0], self.ends[:-1]]))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]  # negative ones too; IndexError behind the end
+    def draw(self, index: int, occurrence: int) -> dict[str, Any]:
+        rng = self.generator(index, occurrence)
         for shift in range(len(self)):
-            row = self._row((index + shift) % len(self))
+            row = self._row((index + shift) % len(self), rng)
             if row is not None:
                 return row
         raise ValueError(f"no row of {self.name!r} can be read any more; are its files gone?")
 
-    def _row(self, index: int) -> dict[str, Any] | None:
+    def _row(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
         members = self.members[self.ends[index - 1] if index else 0 : self.ends[index]]
         parts = []
         for number in members:
             if number in self._unreadable:
                 return None
             try:
-                parts.append(self._read(number))
+                parts.append(self._read(number, rng))
             except UnreadableMedium as error:
                 self._unreadable.add(number)
                 self.bad_rows.add(self.name, self.documents.place(number), str(error))
                 return None
-        return join_documents(parts, self.documents.modality[members], self.row_length, self.reader)
+        row = join_documents(parts, self.documents.modality[members], self.row_length, self.reader)
+        return self.augmenter.text(row, rng) if self.augmenter and self.augmenter.text.is_on else row
 
-    def _read(self, number: int) -> tuple[np.ndarray, np.ndarray, list[tuple[str, torch.Tensor]]]:
+    def _read(
+        self, number: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, torch.Tensor]]]:
         """Tokens, is_label and media of a document.
 
         Raises:
             UnreadableMedium: a medium is not what it was.
         """
-        references, row = self.documents.media(number)
+        messages, row = self.documents.messages(number)
+        text = " ".join(map(text_of, messages))
         media = []
-        for reference in references:
-            kind = reference["type"]
-            media.append((kind, self.reader.tensor(kind, self.reader.load(reference, row))))
+        for reference in media_of(messages):
+            kind, medium = reference["type"], self.reader.load(reference, row)
+            if self.augmenter is None:
+                tensor = self.reader.tensor(kind, medium)
+            else:
+                tensor = self.reader.tensor(kind, self.augmenter.change(kind, medium, text, rng))
+                tensor = self.augmenter.mask(kind, tensor, text, rng)
+            media.append((kind, tensor))
         tokens, is_label = self.reader.expand(*self.documents[number], media)
         if len(tokens) > self.documents.lengths[number]:
             planned = self.documents.lengths[number]
@@ -116,7 +133,7 @@ def join_documents(
     is_start = np.zeros(sum(lengths), dtype=bool)
     is_start[np.cumsum([0, *lengths[:-1]])] = True
     tokens, is_label = (np.concatenate(values) for values in list(zip(*parts, strict=True))[:2])
-    row = make_row(tokens, is_start, is_label, row_length, reader.processor.tokenizer.pad_token_id)
+    row = make_row(tokens, is_start, is_label, row_length, reader.tokenizer.pad_token_id)
     modality_ids = torch.zeros_like(row["input_ids"])
     modality_ids[: len(tokens)] = torch.from_numpy(np.repeat(modality, lengths))
     media: dict[str, list[torch.Tensor]] = {}

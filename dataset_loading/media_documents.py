@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
+from .augmentation import Augmenter
 from .configuration import DataConfig, SourceConfig
 from .conversations import media_of, tokenize_conversations
 from .media_reader import MediaReader, UnreadableMedium
@@ -55,16 +57,24 @@ class MediaDocuments:
         """Where a document is from."""
         return ArrowRow(self.rows[int(number) : int(number) + 1])["where"]
 
-    def media(self, number: int) -> tuple[list[dict], ArrowRow]:
-        """The references to the media of a document, and the row they are to be read from."""
+    def messages(self, number: int) -> tuple[list[dict], ArrowRow]:
+        """The messages of a document, and the row that their references may refer to."""
         row = ArrowRow(self.rows[int(number) : int(number) + 1])
-        return media_of(json.loads(row["messages"])), row
+        return json.loads(row["messages"]), row
 
 
 def read_documents(
-    source: SourceConfig, rows: Dataset, reader: MediaReader, config: DataConfig, bad_rows: BadRows
+    source: SourceConfig,
+    rows: Dataset,
+    reader: MediaReader,
+    config: DataConfig,
+    bad_rows: BadRows,
+    augmenter: Augmenter | None = None,
 ) -> MediaDocuments:
     """Tokenise conversations and look into their media, in `config.preprocessing_workers` processes.
+
+    Args:
+        augmenter: may make recordings longer, for which room is left.
 
     Raises:
         ValueError: none of them can be used, or too many cannot.
@@ -79,6 +89,7 @@ def read_documents(
             "loss_on": source.loss_on,
             "decode": config.check_media and source.kind != "generated",
             "block_size": config.block_size,
+            **({"stretch": augmenter.stretch, "silence": augmenter.silence} if augmenter else {}),
         },
         remove_columns=rows.column_names,
         features=_FEATURES,
@@ -112,26 +123,33 @@ def _flat(lists: pa.ChunkedArray) -> np.ndarray:
     return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in lists.chunks])
 
 
-def _read_batch(batch: pa.Table, reader: MediaReader, loss_on: str, decode: bool, block_size: int) -> dict[str, list]:
+def _read_batch(batch: pa.Table, reader: MediaReader, **options: Any) -> dict[str, list]:
     columns: dict[str, list] = {name: [] for name in _FEATURES}
-    for values in read_conversations(batch, reader, loss_on, decode, block_size):
+    for values in read_conversations(batch, reader, **options):
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
     return columns
 
 
 def read_conversations(
-    batch: pa.Table, reader: MediaReader, loss_on: str, decode: bool, block_size: int
+    batch: pa.Table,
+    reader: MediaReader,
+    loss_on: str,
+    decode: bool,
+    block_size: int,
+    stretch: float = 1.0,
+    silence: float = 0.0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int, int, str]]:
     """Tokens, is_label, most tokens, modality and the reason against it (or "") of each row.
 
     Args:
         decode: read the media whole, not their headers only.
+        stretch, silence: how much longer recordings may become.
     """
     rows = [json.loads(messages) for messages in batch["messages"].to_pylist()]
     problems = [_unknown_kind(messages, reader) for messages in rows]
     usable = [messages for messages, problem in zip(rows, problems, strict=True) if not problem]
-    tokenized = iter(tokenize_conversations(usable, reader.processor.tokenizer, reader.placeholders, loss_on))
+    tokenized = iter(tokenize_conversations(usable, reader.tokenizer, reader.placeholders, loss_on))
     nothing = np.zeros(0, dtype=np.int32)
     for number, (messages, problem) in enumerate(zip(rows, problems, strict=True)):
         if problem:
@@ -141,9 +159,7 @@ def read_conversations(
         length, modality = len(document.tokens), max((reader.modality_ids[part["type"]] for part in media), default=0)
         try:
             for part in media:
-                length += reader.most_tokens(part, row) - 1
-                if decode:
-                    reader.load(part, row)
+                length += reader.most_tokens(part, row, decode, stretch, silence) - 1
         except UnreadableMedium as error:
             problem = str(error)
         if length > block_size and not problem:

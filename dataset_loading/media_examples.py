@@ -1,11 +1,10 @@
 """Questions about media with their answers, one by one."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from .configuration import SourceConfig
-from .conversations import prompt_and_answer, special_id
+from .conversations import media_of, prompt_and_answer, special_id
 from .media_documents import MediaDocuments
 from .media_reader import MODALITIES, MediaReader
 from .packing import IGNORED
@@ -25,7 +24,7 @@ class MediaExamples(Sequence):
 
     def __init__(self, source: SourceConfig, documents: MediaDocuments, reader: MediaReader):
         self.documents, self.reader = documents, reader
-        self.assistant = special_id(reader.processor.tokenizer, "<|assistant|>")
+        self.assistant = special_id(reader.tokenizer, "<|assistant|>")
         self.attributes = get_task(source.task).attributes if source.kind == "generated" else None
 
     def __len__(self) -> int:
@@ -40,10 +39,12 @@ class MediaExamples(Sequence):
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
         number = range(len(self))[index]
-        references, row = self.documents.media(number)
-        media = [(part["type"], self.reader.tensor(part["type"], self.reader.load(part, row))) for part in references]
+        messages, row = self.documents.messages(number)
+        media = [
+            (part["type"], self.reader.tensor(part["type"], self.reader.load(part, row))) for part in media_of(messages)
+        ]
         tokens, is_label = self.reader.expand(*self.documents[number], media)
-        prompt, answer = prompt_and_answer(json.loads(row["messages"]))
+        prompt, answer = prompt_and_answer(messages)
         tensors: dict[str, list] = {}
         for kind, tensor in media:
             tensors.setdefault(kind, []).append(tensor)

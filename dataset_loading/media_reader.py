@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import ProcessorMixin
 
-from .conversations import special_id
+from .conversations import ROLES, special_id, tokenize_conversations
 from .references import place_of, read_medium
 
 MODALITIES = ("text", "image", "audio")
@@ -34,33 +34,57 @@ class MediaReader:
                 f"a source has media, but the model reads text only ({type(processor).__name__}); "
                 "use model_type: megatransformer, or remove the source"
             )
-        self.processor = processor
-        kinds = {name: kind.modality for name, kind in processor.kinds.items()}
-        names = [*MODALITIES, *(name for name in kinds if name not in MODALITIES)]
-        self.modality_ids = {name: names.index(name) for name in kinds}
-        self.tokens = {
-            name: [special_id(processor.tokenizer, token) for token in (kind.token, kind.start_token, kind.end_token)]
-            for name, kind in kinds.items()
-        }
+        self.tokenizer, self.kinds = processor.tokenizer, processor.kinds
+        names = [*MODALITIES, *(name for name in self.kinds if name not in MODALITIES)]
+        self.modality_ids = {name: names.index(name) for name in self.kinds}
+        self.tokens = {}
+        for name, kind in self.kinds.items():
+            tokens = kind.modality.token, kind.modality.start_token, kind.modality.end_token
+            self.tokens[name] = [special_id(self.tokenizer, token) for token in tokens]
+        self._check_template(processor)
+        self._is_placeholder = np.zeros(len(self.tokenizer), dtype=bool)
+        self._is_placeholder[list(self.placeholders.values())] = True
+
+    def _check_template(self, processor: ProcessorMixin) -> None:
+        """Rows are tokenised here, many at a time, and have to be what the processor makes of the same messages."""
+        probe = [{"role": role, "content": [{"type": "text", "text": f"{role} says"}]} for role in ROLES]
+        (ours,) = tokenize_conversations([probe], self.tokenizer, self.placeholders, "answer")
+        theirs = processor.encode_chat(probe)
+        if ours.tokens.tolist() != theirs["input_ids"].tolist():
+            raise ValueError(
+                f"the chat template of the processor gives {self.tokenizer.decode(theirs['input_ids'])!r} where rows "
+                f"have {self.tokenizer.decode(ours.tokens)!r}; use the default template of MegaTransformerProcessor"
+            )
 
     @property
     def placeholders(self) -> dict[str, int]:
         """Token ids by kind."""
         return {kind: ids[0] for kind, ids in self.tokens.items()}
 
-    def most_tokens(self, reference: Mapping, row: Mapping[str, object], stretch: float = 1.0) -> int:
-        """Tokens of a medium with those that start and end it, from its header.
+    @property
+    def sampling_rate(self) -> int | None:
+        """Of recordings; None: there are none."""
+        return self.kinds["audio"].extractor.sampling_rate if "audio" in self.kinds else None
+
+    def most_tokens(
+        self, reference: Mapping, row: Mapping[str, object], decode: bool, stretch: float = 1.0, silence: float = 0.0
+    ) -> int:
+        """Tokens of a medium with those that start and end it.
 
         Args:
+            decode: read it whole, not its header only.
             stretch: how many times as long a recording may become.
+            silence: how many seconds may be added to it then.
 
         Raises:
-            UnreadableMedium: as far as the header tells.
+            UnreadableMedium: as far as it was read.
         """
-        size = self._guarded(self.processor.medium_size, reference, row)
-        if reference["type"] == "audio":
-            size *= stretch
-        return self.processor.num_media_tokens(reference["type"], size)
+        name = reference["type"]
+        kind = self.kinds[name]
+        size = self._guarded(lambda source: kind.size(kind.load(source) if decode else source), reference, row)
+        if name == "audio" and (stretch > 1 or silence > 0):
+            size = size * stretch + silence + 0.01  # a changed rate is rounded to whole numbers of samples
+        return kind.tokens_of_size(size) + 2
 
     def load(self, reference: Mapping, row: Mapping[str, object]) -> Any:
         """A medium decoded: a picture, or samples at the processor's rate.
@@ -68,27 +92,26 @@ class MediaReader:
         Raises:
             UnreadableMedium: missing, damaged, or outside of the processor's limits.
         """
-        return self._guarded(self.processor.load_medium, reference, row)
+        return self._guarded(self.kinds[reference["type"]].load, reference, row)
 
-    def _guarded(self, read: Callable[[str, Any], Any], reference: Mapping, row: Mapping[str, object]) -> Any:
+    def _guarded(self, read: Callable[[Any], Any], reference: Mapping, row: Mapping[str, object]) -> Any:
         try:
-            return read(reference["type"], read_medium(reference, row))
+            return read(read_medium(reference, row))
         except (ValueError, OSError) as error:
             place = place_of(reference)
             raise UnreadableMedium(str(error) if place in str(error) else f"{place}: {error}") from error
 
     def tensor(self, kind: str, medium: Any) -> torch.Tensor:
         """What `load` gave, as the model's input for one medium."""
-        return self.processor.preprocess_medium(kind, medium)
+        return self.kinds[kind].preprocess(medium)
 
     def expand(
         self, tokens: np.ndarray, is_label: np.ndarray, media: list[tuple[str, torch.Tensor]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and is_label with start, placeholders and end for each medium, in place of its one placeholder."""
-        placeholders, kinds = list(self.placeholders.values()), self.processor.kinds
-        places = np.flatnonzero(np.isin(tokens, placeholders))
+        places = np.flatnonzero(self._is_placeholder[tokens])
         counts = np.ones(len(tokens), dtype=np.int64)
-        counts[places] = [kinds[kind].num_tokens(tensor) + 2 for kind, tensor in media]
+        counts[places] = [self.kinds[kind].num_tokens(tensor) + 2 for kind, tensor in media]
         ends = counts.cumsum()
         expanded = np.repeat(tokens, counts)
         for place, (kind, _) in zip(places, media, strict=True):

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
+
+from .random_rows import RowDataset
 
 LONGEST_EPOCH = 100
 """Rows of an epoch, which are all drawn in advance, for each row that there is."""
 
 
 class MixtureDataset(Dataset):
-    """A weighted mixture with random access: row i is a function of (seed, i) and of nothing else.
+    """A weighted mixture with random access: which row stands at i is a function of (seed, i) and of nothing else.
 
     An epoch is as short as it can be while every dataset is read whole at least once in the given proportions: with
     equal weights and 1000 and 10 rows, 2000 rows, each of the 10 a hundred times. Within a dataset no row comes again
@@ -40,9 +42,11 @@ class MixtureDataset(Dataset):
         self.counts = [math.ceil(total * share - 1e-6) for share in shares]  # 1e-6: 10 rows stay 10 rows after rounding
         generator = np.random.default_rng(seed)
         orders = [np.resize(generator.permutation(size), count) for size, count in zip(sizes, self.counts, strict=True)]
+        times = [np.arange(count) // size for size, count in zip(sizes, self.counts, strict=True)]
         mixed = generator.permutation(sum(self.counts))
         self.part_of = np.repeat(np.arange(len(parts)), self.counts)[mixed]
         self.row_of = np.concatenate(orders)[mixed]
+        self.occurrence_of = np.concatenate(times)[mixed]
 
     def __len__(self) -> int:
         return len(self.part_of)
@@ -54,5 +58,11 @@ class MixtureDataset(Dataset):
         firsts = np.cumsum([0, *map(len, lengths)])[:-1]
         return np.concatenate(lengths)[firsts[self.part_of] + self.row_of]
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.parts[self.part_of[index]][self.row_of[index]]
+    def set_epoch(self, epoch: int) -> None:
+        """Let the rows be those of another epoch."""
+        for part in self.parts:
+            part.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part, row = self.parts[self.part_of[index]], int(self.row_of[index])
+        return part.draw(row, int(self.occurrence_of[index])) if isinstance(part, RowDataset) else part[row]

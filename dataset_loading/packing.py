@@ -12,16 +12,18 @@ token but begin is a label exactly once. Positions restart at 0 at every begin, 
 the last row.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from .documents import Documents
+from .random_rows import RowDataset
 
 IGNORED = -100  # label that the loss leaves out
 
 
-class PackedDataset(Dataset):
+class PackedDataset(RowDataset):
     """Rows of documents with random access: {"input_ids", "labels", "position_ids"}, int64 (length,) each.
 
     Labels are not shifted. Rows are cut when they are asked for, from 6 bytes of memory a token.
@@ -31,9 +33,21 @@ class PackedDataset(Dataset):
         block_size: tokens in a row.
         pad_id: token that fills the last row.
         packing: fill rows with documents; else every document starts a row of its own, of at most block_size tokens.
+        noise: changes a row, with random numbers of its own.
+        seed: of the noise.
     """
 
-    def __init__(self, documents: Documents, block_size: int, pad_id: int, packing: bool = True):
+    def __init__(
+        self,
+        documents: Documents,
+        block_size: int,
+        pad_id: int,
+        packing: bool = True,
+        noise: Callable[[dict, np.random.Generator], dict] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__(seed)
+        self.noise = noise
         self.tokens, self.is_start, self.is_label = documents.tokens, documents.is_start, documents.is_label
         self.row_length, self.pad_id = (block_size if packing else None), pad_id
         self.starts, self.stops = (
@@ -48,9 +62,10 @@ class PackedDataset(Dataset):
         """int64 (rows,): tokens of each row, padding left out."""
         return self.stops - self.starts
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def draw(self, index: int, occurrence: int) -> dict[str, torch.Tensor]:
         part = slice(self.starts[index], self.stops[index])
-        return make_row(self.tokens[part], self.is_start[part], self.is_label[part], self.row_length, self.pad_id)
+        row = make_row(self.tokens[part], self.is_start[part], self.is_label[part], self.row_length, self.pad_id)
+        return row if self.noise is None else self.noise(row, self.generator(index, occurrence))
 
 
 def make_row(

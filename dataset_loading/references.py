@@ -6,6 +6,7 @@
 {"type": kind, "task", "medium"}          made by a generated task
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -50,12 +51,13 @@ def reference_to(kind: str, value: object, folder: Path | None) -> dict:
         raise UnusableRow(f"the file of type {kind!r} is {value!r:.80}, not a name")
     if "://" in value or value.startswith("data:"):
         raise UnusableRow(f"{value!r:.80} is an address; media are never fetched while training, download it first")
-    path = Path(value) if folder is None else folder / value
-    if folder is not None and not path.resolve().is_relative_to(folder.resolve()):
+    name = os.path.normpath(value)
+    if folder is not None and (os.path.isabs(name) or name.split(os.sep)[0] == ".."):
         raise UnusableRow(f"{value!r} leads out of the folder {str(folder)!r}; move the file into it")
-    if not path.is_file():
-        raise UnusableRow(f"no file {str(path)!r}; correct its name")
-    return {"type": kind, "path": str(path)}
+    path = name if folder is None else os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise UnusableRow(f"no file {path!r}; correct its name")
+    return {"type": kind, "path": path}
 
 
 def read_medium(reference: Mapping, row: Mapping[str, object]) -> object:

@@ -68,13 +68,18 @@ def load_validation(config: DataConfig, seed: int, bad_rows: BadRows) -> list[tu
     """
     if config.validation:
         return [(source, load_rows(source, "validation", config, seed, bad_rows)) for source in config.validation]
-    held_out = []
-    for source in config.train:
-        if source.kind == "generated":
-            held_out.append((source, load_rows(_held_out(source, config), "validation", config, seed, bad_rows)))
-        else:
-            held_out.append((source, _load_train_source(source, config, seed, bad_rows, None)[1]))
-    return held_out
+    return [(source, load_held_out(source, config, seed, bad_rows)) for source in config.train]
+
+
+def load_held_out(source: SourceConfig, config: DataConfig, seed: int, bad_rows: BadRows) -> Dataset:
+    """What is split off a train source where `config` has no validation sources.
+
+    Raises:
+        ValueError: as `load_split`.
+    """
+    if source.kind == "generated":
+        return load_rows(_held_out(source, config), "validation", config, seed, bad_rows)
+    return _load_train_source(source, config, seed, bad_rows, None)[1]
 
 
 def iterate_training_texts(config: DataConfig, seed: int, limit: int) -> Iterator[str]:
