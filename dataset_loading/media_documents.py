@@ -87,7 +87,7 @@ def read_documents(
         fn_kwargs={
             "reader": reader,
             "loss_on": source.loss_on,
-            "decode": config.check_media and source.kind != "generated",
+            "decode": config.check_media,
             "block_size": config.block_size,
             **({"stretch": augmenter.stretch, "silence": augmenter.silence} if augmenter else {}),
         },

@@ -9,6 +9,7 @@ from transformers import ProcessorMixin
 
 from .conversations import ROLES, special_id, tokenize_conversations
 from .references import place_of, read_medium
+from .synthetic import get_task
 
 MODALITIES = ("text", "image", "audio")
 """Their places are what `modality_ids` says; further kinds of media follow in the order of the processor."""
@@ -72,7 +73,7 @@ class MediaReader:
         """Tokens of a medium with those that start and end it.
 
         Args:
-            decode: read it whole, not its header only.
+            decode: read it whole, not its header only; a generated one is not made.
             stretch: how many times as long a recording may become.
             silence: how many seconds may be added to it then.
 
@@ -81,7 +82,10 @@ class MediaReader:
         """
         name = reference["type"]
         kind = self.kinds[name]
-        size = self._guarded(lambda source: kind.size(kind.load(source) if decode else source), reference, row)
+        if "task" in reference:
+            size = get_task(reference["task"]).medium_size(reference["medium"])
+        else:
+            size = self._guarded(lambda source: kind.size(kind.load(source) if decode else source), reference, row)
         if name == "audio" and (stretch > 1 or silence > 0):
             size = size * stretch + silence + 0.01  # a changed rate is rounded to whole numbers of samples
         return kind.tokens_of_size(size) + 2

@@ -70,6 +70,10 @@ class MelodyTask(GeneratedMediaTask):
         )  # of a file with 16 bits: rounding differences between machines go
         return (steps / 32767).astype(np.float32), sound.sampling_rate
 
+    def medium_size(self, medium: str) -> float:
+        sound = read_medium(medium)
+        return round(sound.seconds * sound.sampling_rate) / sound.sampling_rate
+
     def identity(self, prompt: str, medium: str) -> str:
         """The notes in their order, however they are played and whatever is asked."""
         return " ".join(notes_of(read_medium(medium)))

@@ -88,6 +88,10 @@ class SceneTask(GeneratedMediaTask):
         canvas += np.random.RandomState(picture.grain).normal(0, _GRAIN, canvas.shape)
         return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
 
+    def medium_size(self, medium: str) -> tuple[int, int]:
+        side = read_medium(medium).size
+        return side, side
+
     def identity(self, prompt: str, medium: str) -> str:
         """The kinds of the objects, wherever they are and whatever is asked."""
         return ", ".join(sorted(kinds_of(read_medium(medium))))

@@ -76,6 +76,10 @@ class GeneratedMediaTask(GeneratedTask):
         """
 
     @abstractmethod
+    def medium_size(self, medium: str) -> tuple[int, int] | float:
+        """(height, width) of the picture or seconds of the sound that `render` makes, without making it."""
+
+    @abstractmethod
     def check(self, medium: str, prompt: str, answer: str) -> bool:
         """Whether `answer` is right, computed from `medium` and `prompt` alone and without the code of `sample`."""
 
