@@ -170,10 +170,10 @@ def mask_spectrogram(spectrogram: torch.Tensor, config: AudioAugmentationConfig)
 
 
 class TextNoise:
-    """Hides tokens of the input in rows: they become padding, while labels stay, and so does what marks a document.
+    """Hides tokens from the model: they become padding in what it is shown, while the labels stay.
 
-    Only tokens that are labels are hidden, so that a question never has a hole. `word_drop` (Bowman et al. 2016, arXiv
-    1511.06349) hides words one by one, `span_corruption` spans of tokens, geometric in length.
+    Only tokens that are labels are hidden, so that a question never has a hole, and no special ones. `word_drop`
+    (Bowman et al. 2016, arXiv 1511.06349) hides words one by one, `span_corruption` spans of tokens.
     """
 
     def __init__(self, config: TextAugmentationConfig, tokenizer: PreTrainedTokenizerFast):
@@ -187,14 +187,13 @@ class TextNoise:
     def is_on(self) -> bool:
         return self.config.word_drop > 0 or self.config.span_corruption > 0
 
-    def __call__(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """The row with other `input_ids`."""
-        ids = row["input_ids"].numpy()
-        may_hide = (row["labels"].numpy() == ids) & ~self.is_special[ids]
-        words = np.cumsum(self.begins_word[ids] | ~may_hide)
-        hidden = rng.random(len(ids) + 1)[words] < self.config.word_drop
-        hidden |= self._in_spans(len(ids), rng)
-        return {**row, "input_ids": row["input_ids"].masked_fill(torch.from_numpy(hidden & may_hide), self.hidden)}
+    def __call__(self, tokens: np.ndarray, is_label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Tokens (tokens,) with holes, where `is_label` allows them."""
+        may_hide = is_label & ~self.is_special[tokens]
+        words = np.cumsum(self.begins_word[tokens] | ~may_hide)
+        hidden = rng.random(len(tokens) + 1)[words] < self.config.word_drop
+        hidden |= self._in_spans(len(tokens), rng)
+        return np.where(hidden & may_hide, self.hidden, tokens)
 
     def _in_spans(self, length: int, rng: np.random.Generator) -> np.ndarray:
         """bool (length,): alternating runs, hidden ones of the mean length that is asked for, seen ones so much longer

@@ -4,22 +4,17 @@ Packed, documents stay whole: which of them share a row of `block_size` tokens i
 tokens that each may have. Otherwise each is a row of its own.
 """
 
-import logging
 from bisect import bisect_left, insort
 from typing import Any
 
 import numpy as np
-import torch
 
 from .augmentation import Augmenter
-from .conversations import media_of, text_of
 from .media_documents import MediaDocuments
 from .media_reader import MediaReader, UnreadableMedium
-from .packing import make_row
+from .media_rows import Piece, join_pieces, read_piece
 from .random_rows import RowDataset
 from .validation import BadRows
-
-logger = logging.getLogger(__name__)
 
 
 class MediaDataset(RowDataset):
@@ -72,75 +67,24 @@ class MediaDataset(RowDataset):
     def draw(self, index: int, occurrence: int) -> dict[str, Any]:
         rng = self.generator(index, occurrence)
         for shift in range(len(self)):
-            row = self._row((index + shift) % len(self), rng)
-            if row is not None:
-                return row
+            pieces = self._pieces((index + shift) % len(self), rng)
+            if pieces is not None:
+                return join_pieces(pieces, self.row_length, self.reader.tokenizer.pad_token_id)
         raise ValueError(f"no row of {self.name!r} can be read any more; are its files gone?")
 
-    def _row(self, index: int, rng: np.random.Generator) -> dict[str, Any] | None:
-        members = self.members[self.ends[index - 1] if index else 0 : self.ends[index]]
-        parts = []
-        for number in members:
+    def _pieces(self, index: int, rng: np.random.Generator) -> list[Piece] | None:
+        pieces = []
+        for number in self.members[self.ends[index - 1] if index else 0 : self.ends[index]]:
             if number in self._unreadable:
                 return None
+            document = self.documents[number]
             try:
-                parts.append(self._read(number, rng))
+                pieces.append(read_piece(document, self.reader, self.augmenter, rng))
             except UnreadableMedium as error:
                 self._unreadable.add(number)
-                self.bad_rows.add(self.name, self.documents.place(number), str(error))
+                self.bad_rows.add(self.name, document.row["where"], str(error))
                 return None
-        row = join_documents(parts, self.documents.modality[members], self.row_length, self.reader)
-        return self.augmenter.text(row, rng) if self.augmenter and self.augmenter.text.is_on else row
-
-    def _read(
-        self, number: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, torch.Tensor]]]:
-        """Tokens, is_label and media of a document.
-
-        Raises:
-            UnreadableMedium: a medium is not what it was.
-        """
-        messages, row = self.documents.messages(number)
-        text = " ".join(map(text_of, messages))
-        media = []
-        for reference in media_of(messages):
-            kind, medium = reference["type"], self.reader.load(reference, row)
-            if self.augmenter is None:
-                tensor = self.reader.tensor(kind, medium)
-            else:
-                tensor = self.reader.tensor(kind, self.augmenter.change(kind, medium, text, rng))
-                tensor = self.augmenter.mask(kind, tensor, text, rng)
-            media.append((kind, tensor))
-        tokens, is_label = self.reader.expand(*self.documents[number], media)
-        if len(tokens) > self.documents.lengths[number]:
-            planned = self.documents.lengths[number]
-            raise UnreadableMedium(f"{len(tokens)} tokens, where its headers promised at most {planned}; replace it")
-        return tokens, is_label, media
-
-
-def join_documents(
-    parts: list[tuple[np.ndarray, np.ndarray, list[tuple[str, torch.Tensor]]]],
-    modality: np.ndarray,
-    row_length: int | None,
-    reader: MediaReader,
-) -> dict[str, Any]:
-    """One row of documents (tokens, is_label, media), filled up to `row_length` tokens when that is given.
-
-    Args:
-        modality: of each document, what its tokens are counted as.
-    """
-    lengths = [len(tokens) for tokens, _, _ in parts]
-    is_start = np.zeros(sum(lengths), dtype=bool)
-    is_start[np.cumsum([0, *lengths[:-1]])] = True
-    tokens, is_label = (np.concatenate(values) for values in list(zip(*parts, strict=True))[:2])
-    row = make_row(tokens, is_start, is_label, row_length, reader.tokenizer.pad_token_id)
-    modality_ids = torch.zeros_like(row["input_ids"])
-    modality_ids[: len(tokens)] = torch.from_numpy(np.repeat(modality, lengths))
-    media: dict[str, list[torch.Tensor]] = {}
-    for _, _, found in parts:
-        for kind, tensor in found:
-            media.setdefault(kind, []).append(tensor)
-    return {**row, "modality_ids": modality_ids, "media": media}
+        return pieces
 
 
 def pack_whole(lengths: np.ndarray, block_size: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:

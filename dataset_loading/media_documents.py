@@ -1,7 +1,7 @@
 """Conversations to documents: tokens with one placeholder for each medium, and how long they become at most."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,38 +29,50 @@ _FEATURES = Features(
 
 
 @dataclass(frozen=True)
-class MediaDocuments:
-    """Conversations one after another; their media stay where they are."""
+class MediaDocument:
+    """One conversation; its media are where its row says."""
 
     tokens: np.ndarray
     """int32 (tokens,): one placeholder for each medium."""
     is_label: np.ndarray
     """bool (tokens,): whether a token is learned."""
+    length: int
+    """The most tokens that it has when its media are read."""
+    modality: int
+    """The last of its kinds of media, as in `MediaReader.modality_ids`; 0: text alone."""
+    row: Mapping[str, Any]
+    """Its messages as JSON, where it is from, and what its references refer to."""
+
+
+@dataclass(frozen=True)
+class MediaDocuments:
+    """Conversations one after another, with what `MediaDocument` has of each."""
+
+    tokens: np.ndarray
+    """int32 (tokens,)"""
+    is_label: np.ndarray
+    """bool (tokens,)"""
     ends: np.ndarray
     """int64 (documents,): where each ends among the tokens."""
     lengths: np.ndarray
-    """int64 (documents,): the most tokens that each has when its media are read."""
+    """int64 (documents,)"""
     modality: np.ndarray
-    """int64 (documents,): the last of its kinds of media, as in `MediaReader.modality_ids`; 0: text alone."""
+    """int8 (documents,)"""
     rows: Dataset
-    """Where their messages and media are; in the format "arrow"."""
+    """In the format "arrow"."""
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and is_label of a document."""
+    def __getitem__(self, number: int) -> MediaDocument:
         part = slice(self.ends[number - 1] if number else 0, self.ends[number])
-        return self.tokens[part], self.is_label[part]
-
-    def place(self, number: int) -> str:
-        """Where a document is from."""
-        return ArrowRow(self.rows[int(number) : int(number) + 1])["where"]
-
-    def messages(self, number: int) -> tuple[list[dict], ArrowRow]:
-        """The messages of a document, and the row that their references may refer to."""
-        row = ArrowRow(self.rows[int(number) : int(number) + 1])
-        return json.loads(row["messages"]), row
+        return MediaDocument(
+            tokens=self.tokens[part],
+            is_label=self.is_label[part],
+            length=int(self.lengths[number]),
+            modality=int(self.modality[number]),
+            row=ArrowRow(self.rows[int(number) : int(number) + 1]),
+        )
 
 
 def read_documents(
@@ -114,7 +126,7 @@ def read_documents(
         is_label=_flat(table["is_label"]),
         ends=np.cumsum(pc.list_value_length(tokens).to_numpy(), dtype=np.int64),
         lengths=table["length"].to_numpy(),
-        modality=table["modality"].to_numpy().astype(np.int64),
+        modality=table["modality"].to_numpy(),
         rows=rows.select(kept).with_format("arrow"),
     )
 

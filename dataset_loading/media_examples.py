@@ -1,13 +1,16 @@
 """Questions about media with their answers, one by one."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from .configuration import SourceConfig
-from .conversations import media_of, prompt_and_answer, special_id
+from .conversations import prompt_and_answer, special_id
 from .media_documents import MediaDocuments
-from .media_reader import MODALITIES, MediaReader
-from .packing import IGNORED
+from .media_reader import MediaReader
+from .media_rows import join_pieces, read_piece
 from .synthetic import get_task
 
 
@@ -38,27 +41,19 @@ class MediaExamples(Sequence):
         """
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
-        number = range(len(self))[index]
-        messages, row = self.documents.messages(number)
-        media = [
-            (part["type"], self.reader.tensor(part["type"], self.reader.load(part, row))) for part in media_of(messages)
-        ]
-        tokens, is_label = self.reader.expand(*self.documents[number], media)
-        prompt, answer = prompt_and_answer(messages)
-        tensors: dict[str, list] = {}
-        for kind, tensor in media:
-            tensors.setdefault(kind, []).append(tensor)
-        ids = tokens.tolist()
-        last = len(ids) - 1 - ids[::-1].index(self.assistant)
-        kinds = {self.reader.modality_ids[kind]: kind for kind in tensors}
+        document = self.documents[range(len(self))[index]]
+        piece = read_piece(document, self.reader, None, np.random.default_rng(0))
+        row = join_pieces([piece], None, self.reader.tokenizer.pad_token_id)
+        ids = row["input_ids"].tolist()
+        prompt, answer = prompt_and_answer(json.loads(document.row["messages"]))
         return {
             "input_ids": ids,
-            "labels": [token if learned else IGNORED for token, learned in zip(ids, is_label.tolist(), strict=True)],
-            "prompt_ids": ids[: last + 1],
-            "media": tensors,
-            "modality": kinds[max(kinds)] if kinds else MODALITIES[0],
+            "labels": row["labels"].tolist(),
+            "prompt_ids": ids[: len(ids) - ids[::-1].index(self.assistant)],
+            "media": row["media"],
+            "modality": next((kind for kind, it in self.reader.modality_ids.items() if it == piece.modality), "text"),
             "prompt": prompt,
             "answer": answer,
-            "difficulty": row["difficulty"],
+            "difficulty": document.row["difficulty"],
             "attributes": self.attributes,
         }

@@ -33,7 +33,7 @@ class PackedDataset(RowDataset):
         block_size: tokens in a row.
         pad_id: token that fills the last row.
         packing: fill rows with documents; else every document starts a row of its own, of at most block_size tokens.
-        noise: changes a row, with random numbers of its own.
+        noise: what of tokens, of which some are labels, the model is shown; see `TextNoise`.
         seed: of the noise.
     """
 
@@ -43,7 +43,7 @@ class PackedDataset(RowDataset):
         block_size: int,
         pad_id: int,
         packing: bool = True,
-        noise: Callable[[dict, np.random.Generator], dict] | None = None,
+        noise: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray] | None = None,
         seed: int = 0,
     ):
         super().__init__(seed)
@@ -64,14 +64,24 @@ class PackedDataset(RowDataset):
 
     def draw(self, index: int, occurrence: int) -> dict[str, torch.Tensor]:
         part = slice(self.starts[index], self.stops[index])
-        row = make_row(self.tokens[part], self.is_start[part], self.is_label[part], self.row_length, self.pad_id)
-        return row if self.noise is None else self.noise(row, self.generator(index, occurrence))
+        tokens, is_label = self.tokens[part], self.is_label[part]
+        shown = None if self.noise is None else self.noise(tokens, is_label, self.generator(index, occurrence))
+        return make_row(tokens, self.is_start[part], is_label, self.row_length, self.pad_id, shown)
 
 
 def make_row(
-    tokens: np.ndarray, is_start: np.ndarray, is_label: np.ndarray, row_length: int | None, pad_id: int
+    tokens: np.ndarray,
+    is_start: np.ndarray,
+    is_label: np.ndarray,
+    row_length: int | None,
+    pad_id: int,
+    shown: np.ndarray | None = None,
 ) -> dict[str, torch.Tensor]:
-    """One row of a part of the documents, filled up to `row_length` tokens when that is given."""
+    """One row of a part of the documents, filled up to `row_length` tokens when that is given.
+
+    Args:
+        shown: in place of the tokens in `input_ids`.
+    """
     labels = np.where(is_label, tokens, IGNORED)
     labels[0] = IGNORED  # a begin token, or the repeated token of a document that was cut
     missing = 0 if row_length is None else row_length - len(tokens)
@@ -80,7 +90,7 @@ def make_row(
         restarts[len(tokens)] = True
     places = np.arange(len(restarts))
     row = {
-        "input_ids": np.pad(tokens, (0, missing), constant_values=pad_id),
+        "input_ids": np.pad(tokens if shown is None else shown, (0, missing), constant_values=pad_id),
         "labels": np.pad(labels, (0, missing), constant_values=IGNORED),
         "position_ids": places - np.maximum.accumulate(np.where(restarts, places, 0)),
     }
