@@ -21,7 +21,7 @@ from .media_reader import MediaReader
 from .mixture import MixtureDataset
 from .packing import IGNORED, PackedDataset
 from .sources import load_rows
-from .splits import load_held_out, load_split, load_validation
+from .splits import Split, load_held_out, load_split, load_validation
 from .streaming import StreamingDataset, build_stream
 from .validation import BadRows
 
@@ -77,7 +77,7 @@ def build_datasets(
     split = load_split(config, seed, builder.bad_rows)
     validation = {source.label: builder.build("validation", source, rows) for source, rows in split.validation}
     if any(isinstance(rows, IterableDataset) for _, rows in split.train):
-        return RunDatasets(build_stream(split, config, builder.tokenizer, seed), validation, builder.report)
+        return RunDatasets(builder.stream(split), validation, builder.report)
     parts = [builder.build("train", source, rows) for source, rows in split.train]
     train = parts[0] if len(parts) == 1 else MixtureDataset(parts, [source.weight for source in config.train], seed)
     _check_size(train, builder.report, config, batch_size)
@@ -174,6 +174,13 @@ class _Builder:
             return None
         sampling_rate = self.reader.sampling_rate if source.is_media else None
         return Augmenter(self.config.augmentation, self.tokenizer, sampling_rate)
+
+    def stream(self, split: Split) -> StreamingDataset:
+        """The train set of a run of which a source streams."""
+        sources = [source for source, _ in split.train]
+        augmenters = {source.label: augmenter for source in sources if (augmenter := self.augmenter("train", source))}
+        reader = self.reader if any(source.is_media for source in sources) else None
+        return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters)
 
     def build(self, role: str, source: SourceConfig, rows: HubDataset) -> PackedDataset | MediaDataset:
         """The dataset of one source."""

@@ -1,7 +1,7 @@
 """Conversations to documents: tokens with one placeholder for each medium, and how long they become at most."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,14 +137,16 @@ def _flat(lists: pa.ChunkedArray) -> np.ndarray:
 
 def _read_batch(batch: pa.Table, reader: MediaReader, **options: Any) -> dict[str, list]:
     columns: dict[str, list] = {name: [] for name in _FEATURES}
-    for values in read_conversations(batch, reader, **options):
+    messages = map(json.loads, batch["messages"].to_pylist())
+    rows = [(conversation, ArrowRow(batch, number)) for number, conversation in enumerate(messages)]
+    for values in read_conversations(rows, reader, **options):
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
     return columns
 
 
 def read_conversations(
-    batch: pa.Table,
+    rows: Sequence[tuple[list[dict], Mapping[str, object]]],
     reader: MediaReader,
     loss_on: str,
     decode: bool,
@@ -152,22 +154,22 @@ def read_conversations(
     stretch: float = 1.0,
     silence: float = 0.0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int, int, str]]:
-    """Tokens, is_label, most tokens, modality and the reason against it (or "") of each row.
+    """Tokens, is_label, most tokens, modality and the reason against it (or "") of each conversation.
 
     Args:
+        rows: messages, and what their references refer to.
         decode: read the media whole, not their headers only.
         stretch, silence: how much longer recordings may become.
     """
-    rows = [json.loads(messages) for messages in batch["messages"].to_pylist()]
-    problems = [_unknown_kind(messages, reader) for messages in rows]
-    usable = [messages for messages, problem in zip(rows, problems, strict=True) if not problem]
+    problems = [_unknown_kind(messages, reader) for messages, _ in rows]
+    usable = [messages for (messages, _), problem in zip(rows, problems, strict=True) if not problem]
     tokenized = iter(tokenize_conversations(usable, reader.tokenizer, reader.placeholders, loss_on))
     nothing = np.zeros(0, dtype=np.int32)
-    for number, (messages, problem) in enumerate(zip(rows, problems, strict=True)):
+    for (messages, row), problem in zip(rows, problems, strict=True):
         if problem:
             yield nothing, nothing, 0, 0, problem
             continue
-        document, row, media = next(tokenized), ArrowRow(batch, number), media_of(messages)
+        document, media = next(tokenized), media_of(messages)
         length, modality = len(document.tokens), max((reader.modality_ids[part["type"]] for part in media), default=0)
         try:
             for part in media:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -57,6 +57,68 @@ def load_conversations(
         skipped = bad_rows.counts.get(source.label, 0)
         raise ValueError(f"source {source.label!r} has no usable rows ({skipped} bad ones); check its path and columns")
     return rows
+
+
+def open_conversations(source: SourceConfig) -> IterableDataset:
+    """The rows of a streaming source with media, for `conversation_of_stream`.
+
+    Raises:
+        ValueError: it cannot be opened, or lacks a column.
+    """
+    if source.kind == "webdataset":
+        paths = [str(path) for path in expand_paths(source)]
+        kinds = {"messages": Value("large_string"), "problem": Value("string")}
+        return IterableDataset.from_generator(_stream_tars, Features(kinds), {"paths": paths, "source": source})
+    stream = load_hub(source).decode(False)
+    _check_columns(source, stream.column_names or list(next(iter(stream), {})))  # not every format names them in front
+    return stream
+
+
+def conversation_of_stream(source: SourceConfig, row: dict[str, object]) -> tuple[list[dict], list[dict]]:
+    """The messages of a row of a stream, or of rows in memory that are mixed with streams, and the media that stand in
+    columns of the row, as {"bytes", "path"}: references say column "media".
+
+    Raises:
+        UnusableRow: the reason.
+    """
+    if source.streaming and source.kind == "hub":
+        attached = {
+            kind: _attached(kind, column, _found_in(row.get(column)), None)
+            for column, kind in source.media_columns.items()
+        }
+        messages = conversation_of(source, row, attached, None)
+    elif row.get("problem"):
+        raise UnusableRow(row["problem"])
+    else:
+        messages = json.loads(row["messages"])
+    media = []
+    for message in messages:
+        for place, part in enumerate(message["content"]):
+            if "column" in part:
+                value = row[part["column"]] if part["item"] is None else row[part["column"]][part["item"]]
+                value = value if isinstance(value, dict) else {"bytes": value}
+                message["content"][place] = {"type": part["type"], "column": "media", "item": len(media)}
+                media.append({"bytes": value.get("bytes"), "path": value.get("path")})
+    return messages, media
+
+
+def conversations_of_stream(source: SourceConfig, stream: IterableDataset, bad_rows: BadRows) -> Dataset:
+    """The usable rows of a finite stream, read into memory, with the columns of `load_conversations`."""
+    found, digests, held = _Found(), [], []
+    for number, row in enumerate(stream, start=1):
+        try:
+            messages, media = conversation_of_stream(source, row)
+            digests.append(fingerprint(messages, {"media": media}))
+        except (OSError, ValueError) as error:
+            bad_rows.add(source.label, f"row {number}", str(error))
+            continue
+        found.add(messages, f"row {number}")
+        held.append(media)
+    features = FEATURES | {
+        "digest": Value("binary"),
+        "media": List({"bytes": Value("binary"), "path": Value("string")}),
+    }
+    return Dataset.from_dict(found.columns | {"digest": digests, "media": held}, features=Features(features))
 
 
 def needed_columns(source: SourceConfig) -> list[str]:
@@ -132,13 +194,17 @@ def _of_rows(source: SourceConfig, rows: _Rows, bad_rows: BadRows, limit: int | 
     found = _Found()
     for where, row, reason, folder in rows if limit is None else islice(rows, limit):
         try:
-            if reason is not None:
-                raise UnusableRow(reason)
-            attached = {kind: _named_media(kind, column, row, folder) for column, kind in source.media_columns.items()}
-            found.add(conversation_of(source, row, attached, folder), where)
+            found.add(_of_row(source, row, reason, folder), where)
         except UnusableRow as error:
             bad_rows.add(source.label, where, str(error))
     return found.dataset()
+
+
+def _of_row(source: SourceConfig, row: dict[str, object], reason: str | None, folder: Path) -> list[dict]:
+    if reason is not None:
+        raise UnusableRow(reason)
+    attached = {kind: _named_media(kind, column, row, folder) for column, kind in source.media_columns.items()}
+    return conversation_of(source, row, attached, folder)
 
 
 def _named_media(kind: str, column: str, row: dict[str, object], folder: Path) -> list[dict]:
@@ -173,20 +239,35 @@ def _read_folder(source: SourceConfig) -> _Rows:
 
 
 def _read_tars(source: SourceConfig) -> _Rows:
+    for path in expand_paths(source):
+        yield from _read_tar(source, path)
+
+
+def _stream_tars(paths: list[str], source: SourceConfig) -> Iterator[dict[str, str]]:
+    for path in paths:
+        for _, row, reason, folder in _read_tar(source, Path(path)):
+            messages = ""
+            try:
+                messages = json.dumps(_of_row(source, row, reason, folder))
+            except UnusableRow as error:
+                reason = str(error)
+            yield {"messages": messages, "problem": reason or ""}
+
+
+def _read_tar(source: SourceConfig, path: Path) -> _Rows:
     """One row for the members of a tar that share what stands before the first dot of their names: a column for each,
     named by what stands behind it. Media are references into the tar, text is read, keys of a JSON object are columns.
     """
-    for path in expand_paths(source):
-        for key, members in _samples(path):
-            row, reason = {"__key__": key}, None
-            for extension, offset, size, content in members:
-                kind = source.media_columns.get(extension)
-                if kind is not None:
-                    row[extension] = {"type": kind, "path": str(path), "offset": offset, "size": size}
-                elif content is not None:
-                    found, problem = _decode_member(extension, content)
-                    row, reason = row | found, reason or problem
-            yield f"{path} {key}", row, reason, path.parent
+    for key, members in _samples(path):
+        row, reason = {"__key__": key}, None
+        for extension, offset, size, content in members:
+            kind = source.media_columns.get(extension)
+            if kind is not None:
+                row[extension] = {"type": kind, "path": str(path), "offset": offset, "size": size}
+            elif content is not None:
+                found, problem = _decode_member(extension, content)
+                row, reason = row | found, reason or problem
+        yield f"{path} {key}", row, reason, path.parent
 
 
 def _samples(path: Path) -> Iterator[tuple[str, list[tuple[str, int, int, bytes | None]]]]:
@@ -250,11 +331,15 @@ def _raw_table(source: SourceConfig, rows: Dataset) -> Dataset:
     Raises:
         ValueError: one is missing.
     """
-    for column in needed_columns(source):
-        if column not in rows.column_names:
-            there = ", ".join(rows.column_names) or "none"
-            raise ValueError(f"source {source.label!r} has no column {column!r}, only {there}; correct it")
+    _check_columns(source, rows.column_names)
     return rows.select_columns(list(dict.fromkeys(needed_columns(source)))).with_format("arrow")
+
+
+def _check_columns(source: SourceConfig, found: list[str]) -> None:
+    for column in needed_columns(source):
+        if column not in found:
+            there = ", ".join(found) or "none"
+            raise ValueError(f"source {source.label!r} has no column {column!r}, only {there}; correct it")
 
 
 def _of_table(source: SourceConfig, table: Dataset, path: Path | None, bad_rows: BadRows, limit: int | None) -> Dataset:
@@ -290,6 +375,13 @@ def _stored_media(kind: str, values: pa.ChunkedArray) -> list[list | int | bool 
     if pa.types.is_string(inner) or pa.types.is_large_string(inner):
         return values.to_pylist()
     return pc.list_value_length(values).to_pylist() if is_list else values.is_valid().to_pylist()
+
+
+def _found_in(value: object) -> list | int | bool | str | None:
+    """The same for a value of a row."""
+    if isinstance(value, list):
+        return value if all(isinstance(name, str) for name in value) else len(value)
+    return value if value is None or isinstance(value, str) else True
 
 
 def _attached(kind: str, column: str, found: list | int | bool | str | None, folder: Path | None) -> list[dict]:

@@ -6,7 +6,7 @@ import datasets
 from datasets import Dataset, Features, Value
 
 from .configuration import DataConfig, SourceConfig
-from .media_sources import load_conversations
+from .media_sources import load_conversations, open_conversations
 from .readers import CHECKED_AT_ONCE, READERS, expand_paths, load_hub
 from .synthetic import Role, generate_rows, get_task
 from .validation import BadRows, reason_against
@@ -48,11 +48,13 @@ def load_rows(
 
 
 def open_stream(source: SourceConfig) -> datasets.IterableDataset:
-    """The raw rows of a streaming hub source.
+    """The raw rows of a streaming source.
 
     Raises:
         ValueError: it cannot be opened, or lacks a column.
     """
+    if source.is_media:
+        return open_conversations(source)
     stream = load_hub(source)
     _check_columns(source, stream.column_names or list(next(iter(stream), {})))  # not every format names them in front
     return stream

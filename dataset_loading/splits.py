@@ -9,6 +9,7 @@ from hashlib import blake2b
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
 from .configuration import DataConfig, SourceConfig
+from .media_sources import conversations_of_stream
 from .readers import expand_paths
 from .sources import columns_of, load_rows, open_stream
 from .validation import BadRows, reason_against
@@ -132,6 +133,8 @@ def _without_media(rows: Dataset) -> Dataset:
 
 def rows_of_stream(source: SourceConfig, stream: IterableDataset, bad_rows: BadRows) -> Dataset:
     """The usable rows of a finite stream, read into memory."""
+    if source.is_media:
+        return conversations_of_stream(source, stream, bad_rows)
     columns = columns_of(source)
     kept: dict[str, list[str]] = {name: [] for name in columns.values()}
     for number, row in enumerate(stream, start=1):
