@@ -25,6 +25,8 @@ from .validation import BadRows, reason_against
 FEATURES = Features({"messages": Value("large_string"), "where": Value("string"), "difficulty": Value("int64")})
 """Columns of conversations: messages as JSON (see `conversations.py`), "" of a row that cannot be used; where the row
 is from; difficulty of generated ones."""
+STORED_MEDIA = List({"bytes": Value("binary"), "path": Value("string")})
+"""Of a column of media that come with their row."""
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SUFFIXES = {"imagefolder": set(ImageFolder.EXTENSIONS), "audiofolder": set(AudioFolder.EXTENSIONS)}
@@ -114,11 +116,8 @@ def conversations_of_stream(source: SourceConfig, stream: IterableDataset, bad_r
             continue
         found.add(messages, f"row {number}")
         held.append(media)
-    features = FEATURES | {
-        "digest": Value("binary"),
-        "media": List({"bytes": Value("binary"), "path": Value("string")}),
-    }
-    return Dataset.from_dict(found.columns | {"digest": digests, "media": held}, features=Features(features))
+    features = Features(FEATURES | {"digest": Value("binary"), "media": STORED_MEDIA})
+    return Dataset.from_dict(found.columns | {"digest": digests, "media": held}, features=features)
 
 
 def needed_columns(source: SourceConfig) -> list[str]:

@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from .documents import encode_batch
 from .media_documents import MediaDocument, read_conversations
 from .media_reader import MediaReader, UnreadableMedium
 from .media_rows import Piece, join_pieces, read_piece
-from .media_sources import conversation_of_stream
+from .media_sources import STORED_MEDIA, conversation_of_stream
 from .references import fingerprint
 from .sources import columns_of
 from .splits import Split, digest
@@ -35,7 +35,7 @@ _FEATURES = datasets.Features(
         "length": datasets.Value("int64"),
         "modality": datasets.Value("int64"),
         "messages": datasets.Value("large_string"),
-        "media": datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")}),
+        "media": STORED_MEDIA,
     }
 )
 _NOTHING = {"problem": "", "tokens": [], "learned": [], "length": 0, "modality": 0, "messages": "", "media": []}
