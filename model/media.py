@@ -116,10 +116,8 @@ class _opened_image:
 
 
 def _orientation(image: "Image.Image") -> int:
-    """How the picture is to be turned, 1 .. 8 as in EXIF; Pillow turns TIFF itself."""
-    if "exif" not in image.info or image.format == "TIFF":
-        return 1
-    return image.getexif().get(_EXIF_ORIENTATION, 1)
+    """How the picture is to be turned, 1 .. 8 as in EXIF. Where its header has none, `getexif` may decode it first."""
+    return image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
 
 
 def _as_rgb(image: "Image.Image") -> "Image.Image":

@@ -62,6 +62,11 @@ def test_arrays_are_pictures_whatever_their_layout(make):
     for array in (values[..., 0], values[..., :1], values[..., 0] / 255, values[..., 0].astype(np.uint16) * 257):
         assert np.array_equal(pixels(load_image(make(array))), gray)
     assert np.array_equal(pixels(load_image(make(values[..., 0] > 127))), (gray > 127) * 255)
+    assert pixels(load_image(make(np.array([[0.1, 0.5, 0.9]]))))[0, :, 0].tolist() == [
+        26,
+        128,
+        230,
+    ]  # 25.5, 127.5, 229.5
 
 
 def test_an_array_of_three_rows_is_read_by_its_channels():
@@ -395,8 +400,13 @@ def test_a_truncated_recording_is_refused(format):
     """libsndfile reads what there is of some, without a word."""
     data = audio_file(sound(80_000), 16000, format)
     assert len(load_audio(data, 16000)) > 79_000
-    for length in (1, 20, len(data) // 2, len(data) * 9 // 10):
+    for length in (1, 20, len(data) // 2, len(data) * 9 // 10, len(data) - 9):
         refused(load_audio, data[:length], 16000, match=r"truncated|cannot be read|no samples")
+
+
+def test_an_ogg_file_without_its_last_page_is_refused():
+    data = audio_file(sound(80_000), 16000, "OGG")
+    refused(load_audio, data[: data.rfind(b"OggS")], 16000, match="truncated")
 
 
 def test_a_file_that_was_written_to_a_pipe_is_whole():
