@@ -264,6 +264,17 @@ def cells(text: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
+def test_what_is_frozen_has_no_gradient_and_no_optimizer(dry_run, tmp_path: Path):
+    config = ("--config", str(write_config(tmp_path)), "--model.vocab_size", "65536", "--model.hidden_size", "512")
+    whole, frozen = dry_run(*config), dry_run(*config, "--training.freeze", "[model.embed_tokens.*]")
+    embedding = 65536 * 512
+    trained = int(cells(whole, "all |")[0].replace(",", "")) - embedding
+    assert cells(frozen, "all |")[1] == f"{trained:,}"
+    for text, count in ((whole, trained + embedding), (frozen, trained)):
+        sizes = [float(cell) for cell in cells(text, "no DeepSpeed, this run")[:3]]
+        assert sizes == pytest.approx([4 * (trained + embedding) / 1e9, 4 * count / 1e9, 8 * count / 1e9], abs=6e-4)
+
+
 @pytest.mark.parametrize("name", ["recurrent_lm", "plain_lm", "recurrent_lm_100m", "recurrent_lm_3b"])
 def test_a_dry_run_prints_and_leaves_nothing(dry_run, name: str):
     text = dry_run("--config", str(ROOT / f"configs/{name}.yaml"))

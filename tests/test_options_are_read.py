@@ -27,6 +27,8 @@ READERS = {
     "ModelSizeConfig": ("callbacks", None),
     "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),
     "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
+    "ModalityWeights": ("trainers/modalities.py", "weights"),
+    "ParameterGroup": ("trainers/parameter_groups.py", "group"),
 }
 # Fields that transformers reads: it ties the weights, and its generation takes ids from them.
 READ_BY_TRANSFORMERS = {"tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}

@@ -2,6 +2,8 @@
 
 from .arguments import RecurrentTrainingArguments
 from .dry_run import describe_needs
+from .modalities import ModalityWeights
+from .parameter_groups import ParameterGroup
 from .planned_arguments import PlannedTrainingArguments
 from .recurrent import RecurrentTrainer
 from .resuming import check_weights, find_resume_point
@@ -22,6 +24,8 @@ def get_trainer_class(name: str) -> type[RecurrentTrainer]:
 
 __all__ = [
     "TRAINERS",
+    "ModalityWeights",
+    "ParameterGroup",
     "PlannedTrainingArguments",
     "RecurrentTrainer",
     "RecurrentTrainingArguments",

@@ -3,11 +3,14 @@
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
+
+from .modalities import ModalityWeights
+from .parameter_groups import ParameterGroup
 
 # Least values that make sense, where transformers checks none.
 MINIMUMS = {
@@ -55,6 +58,9 @@ class RecurrentTrainingArguments(TrainingArguments):
             this many nats above that at the mean depth: the recurrence is being ignored.
         token_correlation_alarm: A warning is logged when the mean cosine between the states of different tokens is
             above this (at least -1, at most 1): the states are collapsing.
+        modality_weights: How much a token counts in the loss, by what its document contains.
+        freeze: Parameters that are not trained: patterns of their names.
+        parameter_groups: Parameters that learn at a rate of their own, or later than the rest.
     """
 
     report_to: str | list[str] | None = "tensorboard"
@@ -77,6 +83,18 @@ class RecurrentTrainingArguments(TrainingArguments):
     token_correlation_alarm: float = field(
         default=0.95,
         metadata={"help": "Warn when the mean cosine between the states of different tokens is above this."},
+    )
+    modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Parameters that are not trained: patterns of their names with the wildcards * ? [] of a shell, "
+            "such as model.readers.image.*; each has to match."
+        },
+    )
+    parameter_groups: list[ParameterGroup] = field(
+        default_factory=list,
+        metadata={"help": "Parameters that learn at a rate of their own, or later than the rest, by patterns."},
     )
 
     def __post_init__(self) -> None:
@@ -113,6 +131,11 @@ class RecurrentTrainingArguments(TrainingArguments):
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
         if not -1 <= self.token_correlation_alarm <= 1:
             raise ValueError(f"token_correlation_alarm is {self.token_correlation_alarm}; a cosine lies from -1 to 1")
+
+    def to_dict(self) -> dict:
+        """As plain values, those of ours too."""
+        groups = [asdict(group) for group in self.parameter_groups]
+        return {**super().to_dict(), "modality_weights": asdict(self.modality_weights), "parameter_groups": groups}
 
     def check_launcher(self) -> None:
         """Refuse DeepSpeed in a process that no launcher told its rank: it would look for one through MPI.

@@ -19,7 +19,13 @@ from .estimates import (
     precision_of,
     state_bytes,
 )
+from .parameter_groups import freeze
 from .planned_arguments import PlannedTrainingArguments
+
+ENCODERS_LEFT_OUT = (
+    "Encoders of images and sound run once per medium, of which a row may have none: their weights are counted above, "
+    "their operations and activations are not."
+)
 
 
 @dataclass(frozen=True)
@@ -76,37 +82,49 @@ def describe_needs(
     """Memory, operations and time of a run, as Markdown.
 
     Args:
-        model: On any device, the meta device too.
+        model: On any device, the meta device too. What the arguments freeze is frozen in it.
         sample_depth: (recurrence config, seed, step, micro-batch) -> (steps without gradient, steps with).
         block_size: Tokens in a row.
         packing: Whether a row holds several documents.
 
     Raises:
-        ValueError: for a number of GPUs that is none.
+        ValueError: for a number of GPUs that is none, and patterns of parameters that match none.
     """
-    plan = Plan(args, args.deepspeed_settings, block_size)
+    plan, config = Plan(args, args.deepspeed_settings, block_size), model.config.get_text_config()
+    freeze(model, args.freeze)
     steps = StepCounts(0, 0, 0)
-    if model.config.num_core_layers:
-        steps = expected_steps(sample_depth, model.config.recurrence, args.seed)
-    kept = activation_bytes(model.config, plan.precision_at(plan.stage), steps.most_grad, block_size, packing)
+    if config.num_core_layers:
+        steps = expected_steps(sample_depth, config.recurrence, args.seed)
+    kept = activation_bytes(config, plan.precision_at(plan.stage), steps.most_grad, block_size, packing)
     flops = flops_per_token(model, steps, block_size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    states = states_by_stage(model, plan)
     parts = (
-        describe_states(parameters, plan),
+        describe_states(states, plan),
         describe_activations(kept, plan, steps),
-        describe_sum(parameters, kept, plan),
+        describe_sum(states[plan.stage], kept, plan),
         describe_flops(flops, plan, steps),
         describe_speed(flops, plan),
     )
+    if config is not model.config:
+        parts += (ENCODERS_LEFT_OUT,)
     return "\n\n".join(parts)
 
 
-def describe_states(parameters: int, plan: Plan) -> str:
-    """Weights, gradients and optimizer states on each GPU, without DeepSpeed and at each stage of ZeRO."""
+def states_by_stage(model: PreTrainedModel, plan: Plan) -> dict[int | None, tuple[float, float, float]]:
+    """Bytes of weights, gradients and optimizer states on each GPU, without DeepSpeed (None) and at each stage."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        stage: state_bytes(parameters, plan.precision_at(stage), stage or 0, plan.args.world_size, trained)
+        for stage in (None, 0, 1, 2, 3)
+    }
+
+
+def describe_states(states_by_stage: dict[int | None, tuple[float, float, float]], plan: Plan) -> str:
+    """Weights, gradients and optimizer states on each GPU."""
     rows = []
-    for stage in (None, 0, 1, 2, 3):
+    for stage, states in states_by_stage.items():
         precision = plan.precision_at(stage)
-        states = state_bytes(parameters, precision, stage or 0, plan.args.world_size)
         name = ("no DeepSpeed" if stage is None else f"ZeRO {stage}") + ", this run" * (stage == plan.stage)
         sizes = f"{precision.weight + precision.cast} + {precision.gradient} + {precision.optimizer}"
         rows.append([name, *(gigabytes(size) for size in (*states, sum(states))), sizes])
@@ -143,9 +161,8 @@ def describe_activations(kept: ActivationBytes, plan: Plan, steps: StepCounts) -
     return "\n".join(lines)
 
 
-def describe_sum(parameters: int, kept: ActivationBytes, plan: Plan) -> str:
+def describe_sum(states: tuple[float, float, float], kept: ActivationBytes, plan: Plan) -> str:
     """States and activations of this run together."""
-    states = state_bytes(parameters, plan.precision_at(plan.stage), plan.stage or 0, plan.args.world_size)
     activations = kept.checkpointed if plan.args.activation_checkpointing else kept.whole
     text = f"Together {gigabytes(sum(states) + activations * plan.micro_batch)} GB on each GPU"
     moved = [name.removeprefix("offload_") for name in ("offload_param", "offload_optimizer") if name in plan.zero]

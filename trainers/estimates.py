@@ -66,10 +66,10 @@ def flops_per_token(model: PreTrainedModel, steps: StepCounts, row: int) -> Flop
     A weight costs 2 per token and execution, and attention 4 * row * heads * head_dim per layer and execution (queries
     with keys, probabilities with values). As in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) the half
     that a causal mask hides is counted. A backward pass costs twice its forward pass; core steps without gradient have
-    none. Left out: norms, activations, softmax, loss and optimizer, which are no matrix products, and logits that are
-    computed twice by a loss in chunks.
+    none. Left out: norms, activations, softmax, loss and optimizer, which are no matrix products, logits that are
+    computed twice by a loss in chunks, and the encoders of images and sound, which run once per medium.
     """
-    config, base = model.config, model.base_model
+    config, base = model.config.get_text_config(), model.base_model
     attention = 4 * row * config.num_attention_heads * config.head_dim
     ends = 2 * (linear_parameters(base.prelude) + linear_parameters(base.coda))
     ends += attention * (config.num_prelude_layers + config.num_coda_layers)
@@ -112,15 +112,23 @@ def precision_of(is_half: bool, by_deepspeed: bool, is_compiled: bool = False) -
     return Precision(weight=4, gradient=4, optimizer=8, cast=2, activation=2, residual=4 if is_compiled else 8)
 
 
-def state_bytes(parameters: int, precision: Precision, stage: int, ranks: int) -> tuple[float, float, float]:
-    """Bytes of parameters, gradients and optimizer states on each GPU.
+def state_bytes(
+    parameters: int, precision: Precision, stage: int, ranks: int, trained: int | None = None
+) -> tuple[float, float, float]:
+    """Bytes of parameters, gradients and optimizer states on each GPU; the last two of those that are trained (default:
+    all).
 
     ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054, figure 1) divides among the ranks the optimizer states from stage 1
     on, the gradients from stage 2 on, the parameters in stage 3.
     """
     shares = (ranks if stage >= least else 1 for least in (3, 2, 1))
-    kinds = (precision.weight + precision.cast, precision.gradient, precision.optimizer)
-    return tuple(parameters * size / share for size, share in zip(kinds, shares, strict=True))
+    trained = parameters if trained is None else trained
+    kinds = (
+        parameters * (precision.weight + precision.cast),
+        trained * precision.gradient,
+        trained * precision.optimizer,
+    )
+    return tuple(size / share for size, share in zip(kinds, shares, strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,24 @@
-"""The trainer of recurrent-depth models: draws the depth of each micro-batch, and watches whether depth is used."""
+"""The trainer of recurrent-depth models: draws the depth of each micro-batch, weighs modalities, and watches whether
+depth is used.
+"""
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
 from .arguments import RecurrentTrainingArguments
+from .modalities import ModalityLosses
+from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
 from .resuming import check_weights
+from .sampling import LengthSampler
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +34,13 @@ class RecurrentTrainer(Trainer):
     each of them and would wait forever otherwise), a resumed run repeats the uninterrupted one, and the spread of a
     batch over ranks and micro-batches does not matter.
 
+    A batch may say in `modality_ids`, (batch, sequence), what the document of each label contains: a number of one of
+    the `modalities`. Its losses are then logged by modality, and weighted, if the arguments say so.
+
     Args:
         sample_depth: (recurrence config, *key) -> (steps without gradient, steps with).
-        draw_states: (model config, sequence, list of keys, device) -> (rows, sequence, hidden).
+        draw_states: (text config, sequence, list of keys, device) -> (rows, sequence, hidden).
+        modalities: Names, in the order of `modality_ids`.
         kwargs: As for `transformers.Trainer`.
 
     Raises:
@@ -39,20 +49,28 @@ class RecurrentTrainer(Trainer):
 
     args: RecurrentTrainingArguments
 
-    def __init__(self, *args: Any, sample_depth, draw_states, **kwargs: Any):
+    def __init__(self, *args: Any, sample_depth, draw_states, modalities: Sequence[str] = ("text",), **kwargs: Any):
         try:
             super().__init__(*args, **kwargs)
         except REFUSALS as error:
             raise ValueError(f"training: {error}") from error
+        self.label_names = ["labels"]  # transformers would take label_weights for labels, by the name
         self.sample_depth, self.draw_states = sample_depth, draw_states
-        self.is_recurrent = self.model.config.num_core_layers > 0
+        self.modalities = ModalityLosses(modalities, self.args.modality_weights)
+        self.text_config = self.model.config.get_text_config()
+        self.is_recurrent = self.text_config.num_core_layers > 0
         self.last_num_steps: tuple[int, int] | None = None
         self._position = (-1, -1)  # (global step, micro-batch within it) of the forward pass in progress
         self._metrics: dict[str, list[float]] = defaultdict(list)
+        if any(group.freeze_steps for group in self.args.parameter_groups):
+            self.add_callback(FreezeStepsCallback())
 
     def _validate_args(self) -> None:
         """Also builds what options describe and `Trainer` builds when training begins, before it makes a folder."""
         super()._validate_args()
+        freeze(self.model, self.args.freeze)
+        assign(self.model, self.args.parameter_groups)
+        self._check_deepspeed_settings()
         if self.args.compile_units:
             with naming("torch_compile_backend or torch_compile_mode"):
                 self.model.base_model.compile_units(**self.args.compile_options)
@@ -64,39 +82,112 @@ class RecurrentTrainer(Trainer):
             self.create_scheduler(max(self.args.max_steps, 1), unused)
         self.lr_scheduler = None  # the real one knows how many steps there will be
 
+    def _check_deepspeed_settings(self) -> None:
+        """Raises ValueError where DeepSpeed would replace the optimizer or schedule that our groups belong to."""
+        if not (self.is_deepspeed_enabled and self.args.parameter_groups):
+            return
+        for name in ("optimizer", "scheduler"):
+            if name in self.args.hf_deepspeed_config.config:
+                raise ValueError(
+                    f"training.parameter_groups has no effect on the {name} that DeepSpeed's file describes; take "
+                    f"{name!r} out of {self.args.deepspeed}"
+                )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """With the groups of the arguments."""
+        is_new = self.optimizer is None
+        optimizer, model = super().create_optimizer(model), model or self.model
+        if is_new and self.args.parameter_groups:
+            divide(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
+        return optimizer
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         """One micro-batch. `Trainer` does not say which of the step's micro-batches it is, so they are counted here; a
         checkpoint always stands between steps, where the count starts again.
         """
         step, micro_batch = self._position
         self._position = (self.state.global_step, micro_batch + 1 if step == self.state.global_step else 0)
+        self.modalities.num_windows += self._position[1] == 0
         if self._is_time_to_probe():
             self._probe_recurrence(model, self._prepare_inputs(inputs))
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
-        """Adds depth and initial state in training, where nobody looks at the logits; evaluation runs at the mean depth
-        from the fixed state.
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
+        """Adds depth, initial state and weights of the labels in training, where nobody looks at the logits; evaluation
+        runs at the mean depth from the fixed state, and without weights.
         """
-        if model.training:
-            inputs = {**inputs, "skip_logits": True}
-        if model.training and self.is_recurrent:
+        modality_ids, inputs = inputs.get("modality_ids"), inputs_of_model(inputs)
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        inputs["skip_logits"] = True
+        if self.is_recurrent:
             inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if modality_ids is not None and self.modalities.are_weighted:
+            inputs["label_weights"] = self.modalities.label_weights(modality_ids)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if modality_ids is not None and self.modalities.are_many:
+            self.modalities.add(outputs["token_losses"], inputs["labels"], modality_ids)
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of what was gathered since the last log of training."""
         if "loss" in logs:
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items()}}
             self._metrics.clear()
+            if self.modalities.are_many:
+                logs |= self.modalities.flush(lambda sums: self.accelerator.reduce(sums, "sum"))
         super().log(logs, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------- rows and windows
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
+        """The batches of an accumulation window, and what the sum of their losses is divided by: the labels of all
+        ranks or, where modalities are weighted, the weights of those labels.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.modalities.are_weighted and batches and "modality_ids" in batches[0]:
+            num_items = sum(self.modalities.sum_of_weights(batch) for batch in batches).to(device)
+            if self.args.average_tokens_across_devices:
+                num_items = self.accelerator.reduce(num_items, "sum")
+        return batches, num_items
+
+    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        """Tells sampler and dataset which epoch begins. accelerate tells only the first of them that it finds, and none
+        where a run of several ranks is resumed within an epoch.
+        """
+        train_dataloader.set_epoch(epoch)
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.train_dataset.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """Groups by the lengths that a dataset knows; transformers would read all of it to find them out."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return self._length_sampler(dataset, rows) or super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        rows = self.args.eval_batch_size * self.args.world_size
+        return self._length_sampler(eval_dataset, rows) or super()._get_eval_sampler(eval_dataset)
+
+    def _length_sampler(self, dataset: Dataset, batch_size: int) -> LengthSampler | None:
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+            return None
+        return LengthSampler(batch_size, dataset.lengths, self.args.data_seed)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Rows hold also what the collator and this trainer take."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += ["media", "modality_ids"]
 
     # -------------------------------------------------------------------------------------------------- depth and state
 
     def _draw_recurrence(self, batch: int, sequence: int) -> dict[str, Any]:
         """`num_steps` and `initial_state` of the current micro-batch."""
         step, micro_batch = self._position
-        config, seed = self.model.config, self.args.seed
+        config, seed = self.text_config, self.args.seed
         self.last_num_steps = self.sample_depth(config.recurrence, seed, step, micro_batch)
         self._metrics["steps_without_gradient"].append(self.last_num_steps[0])
         self._metrics["steps_with_gradient"].append(self.last_num_steps[1])
@@ -118,9 +209,10 @@ class RecurrentTrainer(Trainer):
     def _probe_recurrence(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Runs the next batch, on which the model has not been trained yet, at one step and at the mean depth."""
         model.eval()
+        inputs = inputs_of_model(inputs)
         with self.compute_loss_context_manager():
             shallow = model(**inputs, num_steps=1, skip_logits=True).loss
-            mean_steps = self.model.config.recurrence.mean_steps
+            mean_steps = self.text_config.recurrence.mean_steps
             deep = model(**inputs, num_steps=mean_steps, output_states=True, skip_logits=True)
         is_real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         values = {
@@ -155,6 +247,11 @@ class RecurrentTrainer(Trainer):
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
         check_weights(resume_from_checkpoint, model or self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def inputs_of_model(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch without what only the trainer reads."""
+    return {name: value for name, value in inputs.items() if name != "modality_ids"}
 
 
 @contextmanager

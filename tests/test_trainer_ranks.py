@@ -1,0 +1,110 @@
+"""Two ranks equal one: weights of modalities, groups of parameters, orders of rows, under each stage of ZeRO."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPT = """
+import json, sys
+from inference.shutdown import end_process
+from tests.test_trainer import Interrupt, build
+from tests.test_trainer_modalities import NAMES, WEIGHTS, mixed_rows
+from tests.tiny import tiny_model
+from trainers import ParameterGroup, find_resume_point
+
+folder, cut, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
+
+
+class Rows(list):
+    lengths = [index % 5 for index in range(16)]
+
+
+trainer = build(
+    folder,
+    seed=1,
+    model=tiny_model(recurrence={"step_distribution": "fixed"}),
+    dataset=Rows(mixed_rows(16)),
+    modalities=NAMES,
+    modality_weights=WEIGHTS,
+    freeze=["model.prelude.*"],
+    parameter_groups=[ParameterGroup("model.coda.*", lr_factor=0.5, freeze_steps=3)],
+    max_steps=10,
+    resume_from_checkpoint="true" if resume else None,
+    **json.loads(sys.argv[4]),
+)
+if cut:
+    trainer.add_callback(Interrupt(cut))
+trainer.train(resume_from_checkpoint=find_resume_point(trainer.args))
+if trainer.state.is_world_process_zero:
+    print("FOUND", json.dumps([entry for entry in trainer.state.log_history if "loss" in entry]))
+end_process(0)
+"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def run(folder, ranks, cut=0, resume=False, **options):
+    """The logs of a run of `ranks` processes."""
+    from tests.test_launch import free_port
+
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(cut), "resume" if resume else "", json.dumps(options)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, outputs[0][1][-3000:]
+    line = next(line for line in outputs[0][0].splitlines() if line.startswith("FOUND "))
+    return json.loads(line.removeprefix("FOUND "))
+
+
+def check_equal(entries, expected, tolerance):
+    """Losses, tokens and shares of each log."""
+    names = [name for name in expected[0] if name.startswith(("loss", "tokens_", "weight_share_"))]
+    assert len(names) == 10 and len(entries) == len(expected) == 10
+    for ours, theirs in zip(entries, expected, strict=True):
+        assert {name: ours.get(name) for name in names} == pytest.approx(
+            {name: theirs.get(name) for name in names}, abs=tolerance
+        )
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Ten steps, two and a half epochs, of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    return run(folder, 1, per_device_train_batch_size=4, train_sampling_strategy="group_by_length")
+
+
+@pytest.mark.parametrize("stage", [None, "zero2", "zero3"])
+def test_two_ranks_equal_one(tmp_path, one, stage):
+    """Invariant 6, with modalities, groups and rows grouped by length."""
+    options = {"deepspeed": str(REPOSITORY / f"configs/deepspeed/{stage}.json")} if stage else {}
+    found = run(tmp_path, 2, per_device_train_batch_size=2, train_sampling_strategy="group_by_length", **options)
+    check_equal(found, one, tolerance=1e-4)
+
+
+def test_two_ranks_resumed_within_their_second_epoch_go_on_with_its_order(tmp_path):
+    options = {"per_device_train_batch_size": 2}
+    whole = run(tmp_path / "whole", 2, **options)
+    run(tmp_path / "cut", 2, cut=6, **options)
+    check_equal(run(tmp_path / "cut", 2, resume=True, **options), whole, tolerance=0)
