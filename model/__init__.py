@@ -29,7 +29,7 @@ from .modeling_megatransformer import (
     MegaTransformerModel,
     MegaTransformerTextModel,
 )
-from .processing_megatransformer import MEDIA_TOKENS, MegaTransformerProcessor, build_processor
+from .processing_megatransformer import MEDIA_TOKENS, MegaTransformerProcessor, build_processor, media_tokens
 
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
@@ -68,4 +68,5 @@ __all__ = [
     "build_processor",
     "load_audio",
     "load_image",
+    "media_tokens",
 ]

@@ -1,10 +1,8 @@
 """Text, images and audio to the tensors that the model reads."""
 
-from collections.abc import Iterator
-from itertools import accumulate, islice, zip_longest
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
@@ -16,15 +14,23 @@ from .configuration_megatransformer import (
     MegaTransformerVisionConfig,
 )
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
-from .image_processing_megatransformer import MegaTransformerImageProcessor
+from .image_processing_megatransformer import MegaTransformerImageProcessor, flatten
 from .media_kinds import BackboneImages, BackboneRecordings, Images, MediaKind, Recordings
 from .modalities import MODALITIES, Modality
+from .processor_inputs import PADDING_OPTIONS, TEXT_OPTIONS, deal_media, preprocess_parts, read_options, with_rate
 
-MEDIA_TOKENS = tuple(
-    [f"<|{role}|>" for role in ROLES]
-    + [token for kind in MODALITIES.values() for token in (kind.start_token, kind.token, kind.end_token)]
-)
+
+def _tokens_of(modalities: Iterable[Modality]) -> list[str]:
+    return [token for kind in modalities for token in (kind.start_token, kind.token, kind.end_token)]
+
+
+MEDIA_TOKENS = (*(f"<|{role}|>" for role in ROLES), *_tokens_of((MODALITIES["image"], MODALITIES["audio"])))
 """What a vocabulary has after pad, begin and end if the run has media, in this order if trained by us."""
+
+
+def media_tokens(config: MegaTransformerConfig) -> list[str]:
+    """`MEDIA_TOKENS` and those of a model's further modalities."""
+    return [*MEDIA_TOKENS, *_tokens_of(MODALITIES[name] for name in config.modality_configs or {})]
 
 
 class MegaTransformerProcessor(ProcessorMixin):
@@ -63,7 +69,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         self.auto_map = {"AutoProcessor": "processing_megatransformer.MegaTransformerProcessor"}
         self.image_processor, self.num_image_tokens = image_processor, num_image_tokens
         self.feature_extractor, self.num_audio_tokens = feature_extractor, num_audio_tokens
-        self.modality_configs = modality_configs
+        self.modality_configs = modality_configs or None
         _check_count("image_processor", image_processor, MegaTransformerImageProcessor, num_image_tokens)
         _check_count("feature_extractor", feature_extractor, MegaTransformerFeatureExtractor, num_audio_tokens)
         self._check_vocabulary()
@@ -74,9 +80,7 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     def _check_vocabulary(self) -> None:
         """An unknown token would silently be read as bytes."""
-        needed = [f"<|{role}|>" for role in ROLES]
-        for kind in self.kinds.values():
-            needed += [kind.modality.start_token, kind.modality.token, kind.modality.end_token]
+        needed = [*(f"<|{role}|>" for role in ROLES), *_tokens_of(kind.modality for kind in self.kinds.values())]
         missing = [token for token in needed if token not in self.tokenizer.get_added_vocab()]
         if missing or not (self.tokenizer.bos_token and self.tokenizer.eos_token):
             raise ValueError(
@@ -189,7 +193,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         """
         kinds = self.kinds
         outline, texts, parts = outline_of(messages, kinds, continue_final_message)
-        found = _preprocess(parts, media or {}, kinds)
+        found = preprocess_parts(parts, media or {}, kinds)
         pieces = render_outline(
             self.chat_template if chat_template is None else chat_template,
             outline,
@@ -259,14 +263,15 @@ class MegaTransformerProcessor(ProcessorMixin):
             return_assistant_tokens_mask: The batch has `assistant_masks`, 1 for what the assistant says.
             processor_kwargs, kwargs: Options of padding (`__call__`).
         """
-        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        is_batch = isinstance(conversation, (list, tuple)) and any(isinstance(it, (list, tuple)) for it in conversation)
         conversations = conversation if is_batch else [conversation]
         open_end = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if not tokenize:
             for messages in conversations:
                 outline_of(messages, self.kinds, continue_final_message)
             return super().apply_chat_template(conversation, chat_template, **open_end)
-        options = _options(return_tensors=return_tensors, **(processor_kwargs or {}), **kwargs)
+        given = {"return_tensors": return_tensors, **(processor_kwargs or {}), **kwargs}
+        options = read_options(given, PADDING_OPTIONS)
         encoded = [self.encode_chat(messages, chat_template=chat_template, **open_end) for messages in conversations]
         batch = self._batch(encoded, return_assistant_tokens_mask, **options)
         return batch if return_dict else batch["input_ids"]
@@ -301,22 +306,19 @@ class MegaTransformerProcessor(ProcessorMixin):
         """
         if videos is not None:
             raise ValueError("videos are not read; give their frames as images")
-        media = {"image": images, "audio": audio}
-        media |= {name: kwargs.pop(name, None) for name in self.kinds if name not in media}
-        media = {
-            name: given if isinstance(given, list) else [given] for name, given in media.items() if given is not None
-        }
-        options = _options(**kwargs)
-        add_special_tokens = options.pop("add_special_tokens", True)
-        rate = options.pop("sampling_rate", None)
-        if rate is not None and "audio" in media:
-            media["audio"] = _with_rate(media["audio"], rate)
+        options = {"add_special_tokens": True, "sampling_rate": None, "return_tensors": None}
+        further = {name: kwargs.pop(name, None) for name in self.kinds if name not in ("image", "audio")}
+        options |= read_options(kwargs, PADDING_OPTIONS + TEXT_OPTIONS)
+        rate, add_special_tokens = options.pop("sampling_rate"), options.pop("add_special_tokens")
+        audio = audio if rate is None else with_rate(audio, rate)
+        media = {"image": images, "audio": audio, **further}
+        media = {name: it if isinstance(it, list) else [it] for name, it in media.items() if it is not None}
         if text is None:
-            found = {name: [self._kind(name).preprocess(it) for it in _flat(given)] for name, given in media.items()}
-            return BatchFeature(self.collate_media(found), tensor_type=options.get("return_tensors"))
+            found = {name: list(map(self._kind(name).preprocess, flatten(given))) for name, given in media.items()}
+            return BatchFeature(self.collate_media(found), tensor_type=options["return_tensors"])
         texts = [text] if isinstance(text, str) else text
-        if not all(isinstance(sample, str) for sample in texts):
-            raise ValueError("text is no string and no list of strings")
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
+            raise ValueError(f"text is {type(text).__name__}, and not a string or a list of strings")
         rows = [self.tokenizer(sample, add_special_tokens=add_special_tokens)["input_ids"] for sample in texts]
         return self._batch(self._with_media(rows, media), **options)
 
@@ -326,18 +328,18 @@ class MegaTransformerProcessor(ProcessorMixin):
         for name in dict.fromkeys([*self.kinds, *media]):
             kind = self._kind(name)
             counts = [row.count(getattr(self, f"{name}_token_id")) for row in rows]
-            for sample, part in zip(encoded, _deal(media.get(name, []), counts, kind.modality), strict=True):
+            for sample, part in zip(encoded, deal_media(media.get(name, []), counts, kind.modality), strict=True):
                 sample["media"][name] = [kind.preprocess(medium) for medium in part]
         for sample, row in zip(encoded, rows, strict=True):
             counts = {name: map(self._kind(name).num_tokens, tensors) for name, tensors in sample["media"].items()}
-            sample["input_ids"] = [token_id for some, _ in self._expand(row, counts) for token_id in some]
+            sample["input_ids"] = torch.tensor([token_id for some, _ in self._expand(row, counts) for token_id in some])
         return encoded
 
     def _batch(
         self, encoded: list[dict[str, Any]], with_masks: bool = False, return_tensors: str | None = None, **padding: Any
     ) -> BatchFeature:
         """Encoded conversations to one batch."""
-        rows = {"input_ids": [list(map(int, sample["input_ids"])) for sample in encoded]}
+        rows = {"input_ids": [sample["input_ids"].tolist() for sample in encoded]}
         batch = dict(pad_without_fast_tokenizer_warning(self.tokenizer, rows, **{"padding": False, **padding}))
         if with_masks:
             answers = [iter(sample["answer_mask"].tolist()) for sample in encoded]
@@ -370,18 +372,14 @@ def build_processor(
     Raises:
         ValueError: as `MegaTransformerProcessor`.
     """
-    vision, audio = config.vision_config, config.audio_config
+    vision, audio, further = config.vision_config, config.audio_config, config.modality_configs or {}
     return MegaTransformerProcessor(
         tokenizer,
         image_processor=None if vision is None else _build_image_processor(vision),
         feature_extractor=None if audio is None else _build_feature_extractor(audio),
         num_image_tokens=num_image_tokens,
         num_audio_tokens=num_audio_tokens,
-        modality_configs={
-            name: part if isinstance(part, dict) else part.to_dict()
-            for name, part in (config.modality_configs or {}).items()
-        }
-        or None,
+        modality_configs={name: part if isinstance(part, dict) else part.to_dict() for name, part in further.items()},
     )
 
 
@@ -425,95 +423,3 @@ def _check_count(name: str, part: Any, own_class: type, count: int | None) -> No
 
 def _choose(own_class: type, backbone_class: type, part: Any, count: int | None) -> MediaKind:
     return own_class(part) if count is None else backbone_class(part, count)
-
-
-def _preprocess(
-    parts: list[dict[str, Any]], media: dict[str, list[Any]], kinds: dict[str, MediaKind]
-) -> dict[str, list[torch.Tensor]]:
-    """The tensors of all parts, by kind."""
-    waiting = {name: iter(given) for name, given in media.items()}
-    found: dict[str, list[torch.Tensor]] = {}
-    for part in parts:
-        name = part["type"]
-        medium = next((part[key] for key in (name, "path", "bytes", "url") if part.get(key) is not None), None)
-        is_tensor = False
-        if medium is None:
-            medium = next(waiting.get(name, iter(())), None)
-            is_tensor = isinstance(medium, torch.Tensor) and medium.is_floating_point()
-        if medium is None:
-            raise ValueError(
-                f"the messages have {sum(part['type'] == name for part in parts)} parts of type {name!r}, of which "
-                f"number {len(found.get(name, []))} has no medium, and none is left of the "
-                f"{len(media.get(name, []))} given beside them"
-            )
-        found.setdefault(name, []).append(medium if is_tensor else kinds[name].preprocess(medium))
-    for name, given in waiting.items():
-        left = len(list(given))
-        if left:
-            raise ValueError(
-                f"{len(media[name])} media of type {name!r} are given, {left} more than parts that need one"
-            )
-    return found
-
-
-def _deal(media: list[Any], counts: list[int], modality: Modality) -> list[list[Any]]:
-    """Media to the samples whose placeholders they fill.
-
-    Args:
-        media: One after another, or a list for each sample.
-        counts: Placeholders of each sample.
-    """
-    if media and all(isinstance(part, list) for part in media):
-        given = [len(part) for part in media]
-        wrong = next((i for i, pair in enumerate(zip_longest(given, counts, fillvalue=0)) if pair[0] != pair[1]), None)
-        flat = _flat(media)
-    else:
-        flat, ends = media, list(accumulate(counts))
-        wrong = next((i for i, end in enumerate(ends) if end > len(flat)), None)
-        wrong = len(counts) - 1 if wrong is None and len(flat) > sum(counts) else wrong
-    if wrong is not None:
-        raise ValueError(
-            f"sample {wrong}: the placeholders {modality.token} do not fit the media; the samples have {counts} "
-            f"placeholders, {len(flat)} media of type {modality.name!r} are given"
-        )
-    rest = iter(flat)
-    return [list(islice(rest, count)) for count in counts]
-
-
-def _flat(media: list[Any]) -> list[Any]:
-    """Lists within a list joined."""
-    return [medium for part in media for medium in (_flat(part) if isinstance(part, list) else [part])]
-
-
-def _with_rate(audio: list[Any], rate: int) -> list[Any]:
-    """Arrays of any nesting with their rate."""
-    if isinstance(audio, list):
-        return [_with_rate(clip, rate) for clip in audio]
-    return (audio, rate) if isinstance(audio, (np.ndarray, torch.Tensor)) else audio
-
-
-_OPTIONS = {
-    "add_special_tokens",
-    "max_length",
-    "pad_to_multiple_of",
-    "padding",
-    "padding_side",
-    "return_attention_mask",
-    "return_tensors",
-    "sampling_rate",
-    "truncation",
-}
-
-
-def _options(**kwargs: Any) -> dict[str, Any]:
-    """Options of a call, also those that transformers' callers put into groups."""
-    options = {}
-    for group in ("common_kwargs", "text_kwargs", "images_kwargs", "audio_kwargs"):
-        options |= kwargs.pop(group, None) or {}
-    options |= kwargs
-    unknown = sorted(options.keys() - _OPTIONS)
-    if unknown:
-        raise TypeError(f"{unknown[0]!r} is no option of a call; choose from {', '.join(sorted(_OPTIONS))}")
-    if options.pop("truncation", None) not in (None, False, "do_not_truncate"):
-        raise ValueError("truncation would cut media from their placeholders; give shorter texts")
-    return options

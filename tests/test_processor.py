@@ -21,6 +21,7 @@ from model import (
     MegaTransformerProcessor,
     Modality,
     build_processor,
+    media_tokens,
 )
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor
 
@@ -194,6 +195,7 @@ IMAGE_PART = {"type": "image", "image": picture(8, 8)}
     "messages, reason",
     [
         ([], "a conversation is []; give a list of messages"),
+        ({"role": "user", "content": "a"}, "a conversation is {'role'"),
         ("hello", "a conversation is 'hello'"),
         (["hello"], "message 0 is 'hello'; give a dict with role and content"),
         ([{"role": "user"}], "message 0 is {'role': 'user'}"),
@@ -369,14 +371,15 @@ def test_placeholders_and_media_must_be_equally_many(processor, texts, images, r
 def test_what_a_call_cannot_do_is_refused(processor):
     with pytest.raises(ValueError, match="videos are not read"):
         processor(text="a", videos=[1])
-    with pytest.raises(TypeError, match="'paddding' is no option of a call; choose from add_special_tokens"):
+    with pytest.raises(TypeError, match="'paddding' is no option of this call; choose from add_special_tokens"):
         processor(text="a", paddding=True)
     with pytest.raises(TypeError, match="'tools' is no option"):
         processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True, tools=[])
     with pytest.raises(ValueError, match="truncation would cut media"):
         processor(text="a", truncation=True)
-    with pytest.raises(ValueError, match="text is no string"):
-        processor(text=[7])
+    for text in ([7], 7, {"a": 1}):
+        with pytest.raises(ValueError, match=r"text is \w+, and not a string or a list of strings"):
+            processor(text=text)
     for media in ({"images": picture()}, {"text": "a", "images": picture()}):
         with pytest.raises(ValueError, match="'image' is nothing that this model reads; it reads text, audio"):
             tiny_processor(image_processor=None)(**media)
@@ -505,8 +508,9 @@ class Points(Modality):
 def reads_points(monkeypatch):
     points = Points()
     monkeypatch.setitem(MODALITIES, "points", points)
-    tokens = [*MEDIA_TOKENS, points.start_token, points.token, points.end_token]
-    tokenizer = train_tokenizer([], 271, media_tokens=tokens)
+    config = MegaTransformerConfig(text_config={"vocab_size": 271}, modality_configs={"points": {}})
+    assert media_tokens(config)[: len(MEDIA_TOKENS)] == list(MEDIA_TOKENS) and len(media_tokens(config)) == 12
+    tokenizer = train_tokenizer([], 271, media_tokens=media_tokens(config))
     return tiny_processor(tokenizer=tokenizer, modality_configs={"points": {"scale": 2.0}})
 
 

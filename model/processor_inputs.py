@@ -1,0 +1,107 @@
+"""What callers hand to the processor: media for their places, and options."""
+
+from itertools import accumulate, islice, zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+
+from .image_processing_megatransformer import flatten
+from .media_kinds import MediaKind
+from .modalities import Modality
+
+PADDING_OPTIONS = ("max_length", "pad_to_multiple_of", "padding", "padding_side", "return_attention_mask")
+TEXT_OPTIONS = ("add_special_tokens", "sampling_rate")
+_GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs", "audio_kwargs")
+
+
+def preprocess_parts(
+    parts: list[dict[str, Any]], media: dict[str, list[Any]], kinds: dict[str, MediaKind]
+) -> dict[str, list[torch.Tensor]]:
+    """The tensors of the parts of messages that are media, by kind.
+
+    Args:
+        parts: {"type": KIND, and KIND, "path", "bytes" or "url": medium}, or without a medium.
+        media: By kind, for parts without one, in order; a tensor of floats counts as preprocessed.
+
+    Raises:
+        ValueError: if there are more or fewer media than parts for them, and for media that cannot be read.
+    """
+    waiting = {name: iter(given) for name, given in media.items()}
+    found: dict[str, list[torch.Tensor]] = {}
+    for part in parts:
+        name = part["type"]
+        medium = next((part[key] for key in (name, "path", "bytes", "url") if part.get(key) is not None), None)
+        is_tensor = False
+        if medium is None:
+            medium = next(waiting.get(name, iter(())), None)
+            is_tensor = isinstance(medium, torch.Tensor) and medium.is_floating_point()
+        if medium is None:
+            raise ValueError(
+                f"the messages have {sum(part['type'] == name for part in parts)} parts of type {name!r}, of which "
+                f"number {len(found.get(name, []))} has no medium, and none is left of the "
+                f"{len(media.get(name, []))} given beside them"
+            )
+        found.setdefault(name, []).append(medium if is_tensor else kinds[name].preprocess(medium))
+    for name, rest in waiting.items():
+        left = len(list(rest))
+        if left:
+            raise ValueError(
+                f"{len(media[name])} media of type {name!r} are given, {left} more than parts that need one"
+            )
+    return found
+
+
+def deal_media(media: list[Any], counts: list[int], modality: Modality) -> list[list[Any]]:
+    """Media to the texts whose placeholders they fill.
+
+    Args:
+        media: One after another, or a list for each text.
+        counts: Placeholders of each text.
+
+    Raises:
+        ValueError: if they differ in number; the message names the first text that they do not fit.
+    """
+    flat = flatten(media)
+    if media and all(isinstance(part, list) for part in media):
+        given = [len(part) for part in media]
+        wrong = next((i for i, pair in enumerate(zip_longest(given, counts, fillvalue=0)) if pair[0] != pair[1]), None)
+    else:
+        wrong = next((i for i, end in enumerate(accumulate(counts)) if end > len(flat)), None)
+        wrong = len(counts) - 1 if wrong is None and len(flat) > sum(counts) else wrong
+    if wrong is not None:
+        raise ValueError(
+            f"sample {wrong}: the placeholders {modality.token} do not fit the media; the samples have {counts} "
+            f"placeholders, {len(flat)} media of type {modality.name!r} are given"
+        )
+    rest = iter(flat)
+    return [list(islice(rest, count)) for count in counts]
+
+
+def with_rate(audio: Any, rate: int) -> Any:
+    """Arrays, in lists of any depth, with their sampling rate."""
+    if isinstance(audio, list):
+        return [with_rate(clip, rate) for clip in audio]
+    return (audio, rate) if isinstance(audio, (np.ndarray, torch.Tensor)) else audio
+
+
+def read_options(given: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    """Options of a call, also those that transformers' callers put into groups.
+
+    Args:
+        known: Names of options besides return_tensors.
+
+    Raises:
+        TypeError: for an option that is not known.
+        ValueError: for truncation.
+    """
+    options = {}
+    for group in _GROUPS:
+        options |= given.get(group) or {}
+    options |= {name: value for name, value in given.items() if name not in _GROUPS}
+    if options.pop("truncation", None) not in (None, False, "do_not_truncate"):
+        raise ValueError("truncation would cut media from their placeholders; give shorter texts")
+    unknown = sorted(options.keys() - {"return_tensors", *known})
+    if unknown:
+        raise TypeError(f"{unknown[0]!r} is no option of this call; choose from {', '.join(sorted(known))}")
+    return options
