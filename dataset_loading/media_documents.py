@@ -164,10 +164,10 @@ def read_conversations(
     problems = [_unknown_kind(messages, reader) for messages, _ in rows]
     usable = [messages for (messages, _), problem in zip(rows, problems, strict=True) if not problem]
     tokenized = iter(tokenize_conversations(usable, reader.tokenizer, reader.placeholders, loss_on))
-    nothing = np.zeros(0, dtype=np.int32)
+    nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     for (messages, row), problem in zip(rows, problems, strict=True):
         if problem:
-            yield nothing, nothing, 0, 0, problem
+            yield *nothing, 0, 0, problem
             continue
         document, media = next(tokenized), media_of(messages)
         length, modality = len(document.tokens), max((reader.modality_ids[part["type"]] for part in media), default=0)

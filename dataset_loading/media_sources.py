@@ -143,6 +143,9 @@ def conversation_of(
         if source.messages_column not in row:
             raise UnusableRow(f"no column {source.messages_column!r} (has {', '.join(map(repr, row)) or 'none'})")
         return parse_messages(row[source.messages_column], attached, folder)
+    for column, kind in source.media_columns.items():
+        if not attached[kind]:
+            raise UnusableRow(f"column {column!r} holds nothing")
     column = source.answer_column or source.text_column
     if reason := reason_against(row, (column,)):
         raise UnusableRow(reason)
@@ -210,6 +213,8 @@ def _named_media(kind: str, column: str, row: dict[str, object], folder: Path) -
     if column not in row:
         raise UnusableRow(f"no column {column!r} (has {', '.join(map(repr, row)) or 'none'})")
     values = row[column] if isinstance(row[column], list) else [row[column]]
+    if values == [None]:
+        return []
     return [value if isinstance(value, dict) else reference_to(kind, value, folder) for value in values]
 
 
@@ -385,7 +390,7 @@ def _found_in(value: object) -> list | int | bool | str | None:
 
 def _attached(kind: str, column: str, found: list | int | bool | str | None, folder: Path | None) -> list[dict]:
     if not found:
-        raise UnusableRow(f"column {column!r} holds nothing")
+        return []
     if isinstance(found, bool):
         return [{"type": kind, "column": column, "item": None}]
     if isinstance(found, int):
