@@ -66,13 +66,13 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
             )
         if subsampling < 1:
             raise ValueError(f"subsampling is {subsampling}; give at least 1")
-        if max_seconds * sampling_rate < 1:
-            raise ValueError(f"max_seconds is {max_seconds}, which is no sample at {sampling_rate} per second")
+        if max_seconds <= 0:
+            raise ValueError(f"max_seconds is {max_seconds}; give a positive number")
 
     @property
     def max_samples(self) -> int:
         """Samples of the longest clip."""
-        return int(self.max_seconds * self.sampling_rate)
+        return math.ceil(self.max_seconds * self.sampling_rate)
 
     def num_frames(self, num_samples: int) -> int:
         """Frames of a clip of that many samples at our rate, after it is cut."""
@@ -88,7 +88,7 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
 
     def preprocess_one(self, audio: Any) -> torch.Tensor:
         """Anything `load_audio` takes to float (mel bins, frames)."""
-        waveform = torch.from_numpy(load_audio(audio, self.sampling_rate, self.max_seconds)[: self.max_samples])
+        waveform = torch.from_numpy(load_audio(audio, self.sampling_rate, self.max_seconds))
         mel = _mel_spectrogram(self.sampling_rate, self.n_fft, self.hop_length, self.feature_size)(waveform)
         return (mel.clamp(min=FLOOR).log10() - LOG_MEAN) / LOG_STD
 

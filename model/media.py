@@ -5,6 +5,7 @@ durations come from headers, so that a batch can be planned without decoding.
 """
 
 import io
+import math
 import os
 import re
 from fractions import Fraction
@@ -182,9 +183,11 @@ def load_audio(source: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS
         waveform, rate = _read_file(source, max_seconds)
     else:
         _check_rate(source, rate)
-        waveform = _as_mono(array, round(max_seconds * rate))
+        waveform = _as_mono(array, math.ceil(max_seconds * rate))
     _check_samples(waveform, source)
-    return waveform if rate == sampling_rate else _resample(waveform, rate, sampling_rate)
+    if rate != sampling_rate:
+        waveform = _resample(waveform, rate, sampling_rate)
+    return waveform[: math.ceil(max_seconds * sampling_rate)]
 
 
 def audio_seconds(source: Any, sampling_rate: int | None = None) -> float:
@@ -242,7 +245,7 @@ def _as_mono(array: np.ndarray, max_samples: int) -> np.ndarray:
 def _read_file(source: Any, max_seconds: float) -> tuple[np.ndarray, int]:
     """The front of a file, a block at a time, so that many channels do not fill the memory."""
     with _opened_audio(source) as file:
-        frames, size = min(file.frames, round(max_seconds * file.samplerate)), 2**20 // file.channels
+        frames, size = min(file.frames, math.ceil(max_seconds * file.samplerate)), 2**20 // file.channels
         try:
             blocks = [_read_block(file, min(size, frames - start)) for start in range(0, frames, size)]
         except soundfile.LibsndfileError as error:

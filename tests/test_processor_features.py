@@ -152,10 +152,18 @@ def test_frames_and_tokens_are_known_before():
         assert extractor.num_frames(samples) == frames
         assert extractor.num_tokens(samples) == math.ceil(math.ceil(frames / 2) / 2)
         assert extractor.num_samples(samples / 8000) == samples
-    for rate in (11025, 44100):
-        for samples in (1, 999, 12345, 30000):
-            frames = extractor.preprocess_one((sound(samples), rate)).shape[1]
-            assert extractor.num_frames(extractor.num_samples(samples / rate)) == frames
+
+
+def test_frames_of_recordings_of_any_rate_and_length_are_known_before():
+    for max_seconds in (1.5, 0.30001, 0.12345, 1.1):
+        extractor = MegaTransformerFeatureExtractor(4, 8000, 32, 1, max_seconds=max_seconds)
+        for rate in (7919, 8000, 11025, 44100):
+            for samples in (1, 999, 12345, 30000):
+                frames = extractor.preprocess_one((sound(samples), rate)).shape[1]
+                assert extractor.num_frames(extractor.num_samples(samples / rate)) == frames
+    for rate in (7919, 11025, 44100, 48000):
+        for samples in range(1, 100_000, 37):
+            assert extractor.num_samples(samples / rate) == -(-samples * 8000 // rate)
 
 
 def test_a_clip_does_not_depend_on_what_it_is_padded_with():
@@ -202,7 +210,7 @@ def test_no_recording_is_fetched_and_no_option_ignored():
         ({"hop_length": 0}, "hop_length 0"),
         ({"feature_size": 0}, "feature_size 0"),
         ({"feature_size": 201, "n_fft": 400}, "feature_size 201"),
-        ({"max_seconds": 0.00001}, "max_seconds is 1e-05"),
+        ({"max_seconds": 0}, "max_seconds is 0; give a positive number"),
         ({"subsampling": 0}, "subsampling is 0"),
     ],
 )
