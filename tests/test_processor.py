@@ -84,6 +84,14 @@ def test_a_conversation_is_what_is_written_here(processor):
     assert torch.equal(encoded["media"]["image"][0], processor.image_processor.preprocess_one(picture(32, 16)))
 
 
+def test_texts_side_by_side_are_read_as_one():
+    """A token of the vocabulary may span them."""
+    processor = tiny_processor(tokenizer=train_tokenizer(["abab"] * 9, 269, media_tokens=MEDIA_TOKENS))
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    encoded = processor.encode_chat([{"role": "user", "content": parts}])
+    assert encoded["input_ids"].tolist() == [1, 3, 268] and processor.decode([268]) == "ab"
+
+
 def test_the_mask_is_what_the_assistant_says_by_the_tokenizers_own_count(processor):
     """`PreTrainedTokenizer.apply_chat_template` finds them by their characters, in the text with all placeholders."""
     messages = [
