@@ -76,7 +76,6 @@ def generate_rows(
     Raises:
         ValueError: as `generate_row`.
     """
-    task.check_difficulty(difficulty)
     features = _FEATURES | {"medium": Value("string")} if isinstance(task, GeneratedMediaTask) else _FEATURES
     return Dataset.from_dict({"index": range(num_rows)}).map(
         _generate_batch,

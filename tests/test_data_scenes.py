@@ -161,7 +161,9 @@ def test_a_picture_drawn_by_hand():
 def test_pixels_at_the_edge_are_as_bright_as_the_part_that_is_covered(shape):
     for radius in (3.4, 7.0):
         medium = f"32x32 #202020 slope 0.0 0.0 grain 1: {shape} #e8e8e8 at 16.30 15.80 radius {radius}"
-        covered = (np.asarray(SCENES.render(medium)).mean(axis=-1) - 0x20) / 200
+        pixels = np.asarray(SCENES.render(medium)).astype(float)
+        covered = (pixels.mean(axis=-1) - 0x20) / 200
+        assert pixels[:6].std() == pytest.approx(3, rel=0.15)  # the noise, above the shape
         assert np.abs(covered - drawn(shape, 16.3, 15.8, radius)).max() < 0.3
         assert covered.sum() == pytest.approx(AREAS[shape] * radius**2, rel=0.08)
 
