@@ -8,16 +8,23 @@ from .logs import set_up_logging  # first: it sets up what libraries say while t
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import (
+    BatchFeature,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TextStreamer,
+    set_seed,
+)
 
 from model.exit_criteria import EXIT_CRITERIA
 
 from . import arguments
 from .devices import DTYPES, choose_device, device_report
-from .loading import load_model
+from .loading import load_model, tokenizer_of
 
 logger = logging.getLogger("inference.generate")  # __name__ is __main__ when run with -m
 
@@ -28,10 +35,23 @@ def build_parser() -> arguments.OneLineParser:
     """The command line."""
     parser = arguments.OneLineParser(
         prog="inference.generate",
-        description="Continue a text with a trained model; the continuation goes to standard output.",
+        description="Continue a text with a trained model, or answer to images and sound; what it writes goes to "
+        "standard output.",
     )
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
-    parser.add_argument("--prompt", help="text to continue; default: standard input")
+    parser.add_argument(
+        "--prompt", help="text to continue; default: standard input. With images or sound: what is asked about them"
+    )
+    for kind in ("image", "audio"):
+        parser.add_argument(
+            f"--{kind}",
+            dest="media",
+            metavar="PATH",
+            type=lambda path, kind=kind: (kind, path),
+            action="append",
+            default=[],
+            help="file that the model reads before the prompt, which may be missing then; may be given several times",
+        )
     parser.add_argument(
         "--num-steps", type=arguments.core_steps, help="times the core is applied per token; default: the model's"
     )
@@ -80,16 +100,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--exit-threshold has no effect without --exit-criterion: name one, or leave it out.")
     logger.info("%s", device_report())
     try:
-        prompt = read_prompt(args.prompt)
+        prompt = (args.prompt or "") if args.media else read_prompt(args.prompt)
         device = choose_device(args.device)
-        model, tokenizer = load_model(args.checkpoint, device, args.dtype and getattr(torch, args.dtype))
-        ids = encode_prompt(tokenizer, prompt).to(device)
+        model, processor = load_model(args.checkpoint, device, args.dtype and getattr(torch, args.dtype))
+        tokenizer = tokenizer_of(processor)
         check_depth(model, args.num_steps)
+        inputs = encode_question(processor, args.media, prompt) if args.media else encode_prompt(tokenizer, prompt)
+        inputs = inputs.to(device, model.dtype)
         set_seed(args.seed)
         options = dict(max_new_tokens=args.max_new_tokens, repetition_penalty=args.repetition_penalty, **sampling)
         exits = {"exit_criterion": args.exit_criterion, "exit_threshold": args.exit_threshold}
         options |= {name: value for name, value in exits.items() if value is not None}
-        write_continuation(model, tokenizer, ids, args.num_steps, stream=not args.no_stream, options=options)
+        write_continuation(model, tokenizer, inputs, args.num_steps, stream=not args.no_stream, options=options)
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
@@ -125,20 +147,46 @@ def read_prompt(given: str | None) -> str:
     return prompt
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.LongTensor:
-    """Token ids (1, sequence) of a document that begins with the prompt: the begin token, if there is one, in front.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchFeature:
+    """`input_ids` and `attention_mask`, (1, sequence), of a document that begins with the prompt: the begin token, if
+    there is one, in front.
 
     As in training, special tokens that are written in the text are text.
     """
     ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id, *ids]
-    return torch.tensor([ids])
+    return BatchFeature({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")
+
+
+def encode_question(
+    processor: PreTrainedTokenizerBase | ProcessorMixin, media: Sequence[tuple[str, str]], prompt: str
+) -> BatchFeature:
+    """What the model takes for a user's message of media and a text, after which the assistant speaks.
+
+    Args:
+        media: (kind, path) each, in order.
+
+    Raises:
+        ValueError: the model reads no media, or not of this kind, or one of them cannot be read.
+    """
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(f"--{media[0][0]} {media[0][1]} was given, but this model reads text alone: leave it out.")
+    content = [{"type": kind, "path": path} for kind, path in media]
+    if prompt:
+        content.append({"type": "text", "text": prompt})
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
 
 
 def check_depth(model: PreTrainedModel, num_steps: int | None) -> None:
     """Raise ValueError if a depth is asked of a model that has none."""
-    if num_steps is not None and model.config.num_core_layers == 0:
+    if num_steps is not None and model.config.get_text_config().num_core_layers == 0:
         raise ValueError(
             f"--num-steps {num_steps} was given, but this model has no core to repeat (num_core_layers is 0): "
             "leave it out."
@@ -148,7 +196,7 @@ def check_depth(model: PreTrainedModel, num_steps: int | None) -> None:
 def write_continuation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    ids: torch.LongTensor,
+    inputs: Mapping[str, torch.Tensor],
     num_steps: int | None,
     stream: bool,
     options: dict,
@@ -158,7 +206,7 @@ def write_continuation(
     The streamer holds text back until a word is complete, so a character whose bytes lie in several tokens comes whole.
 
     Args:
-        ids: (1, sequence), the encoded prompt.
+        inputs: arguments of the model for the prompt, one row.
         num_steps: core steps per token, or None for the model's own.
         stream: write while generating.
         options: further arguments of `generate`.
@@ -167,8 +215,7 @@ def write_continuation(
     if num_steps is not None:
         options = {**options, "num_steps": num_steps}
     output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+        **inputs,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, **decoding) if stream else None,
@@ -176,7 +223,7 @@ def write_continuation(
         **options,
     )
     if not stream:
-        sys.stdout.write(tokenizer.decode(output.sequences[0, ids.shape[1] :], **decoding) + "\n")
+        sys.stdout.write(tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], **decoding) + "\n")
     steps = getattr(output, "exit_steps", None)
     if steps is not None:
         logger.info("core steps per new token: %.2f", steps[steps > 0].float().mean())

@@ -10,9 +10,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
-from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
+from model import (
+    MegaTransformerConfig,
+    MegaTransformerForCausalLM,
+    MegaTransformerForConditionalGeneration,
+    MegaTransformerTextConfig,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +32,18 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
+PROCESSOR = "processor_config.json"
+CONFIGS = {config.model_type: config for config in (MegaTransformerTextConfig, MegaTransformerConfig)}
+MODELS = {
+    MegaTransformerTextConfig.model_type: MegaTransformerForCausalLM,
+    MegaTransformerConfig.model_type: MegaTransformerForConditionalGeneration,
+}
 
 
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> tuple[MegaTransformerForCausalLM, PreTrainedTokenizerBase]:
-    """Load a language model and its tokenizer, ready for evaluation.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
+    """Load a model, ready for evaluation, and its tokenizer or, where it reads images or sound, its processor.
 
     Args:
         path: a checkpoint folder, or a run folder; of a run folder its newest complete weights (`find_checkpoint`).
@@ -39,7 +57,7 @@ def load_model(
     folder = find_checkpoint(path)
     config = load_config(folder)
     try:
-        model, report = MegaTransformerForCausalLM.from_pretrained(
+        model, report = MODELS[config.model_type].from_pretrained(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
@@ -51,13 +69,24 @@ def load_model(
     except SafetensorError as error:
         raise ValueError(f"The weights in {folder} are damaged ({error}): use another checkpoint.") from error
     check_loading(folder, report)
-    tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > model.config.vocab_size:
+    processor = load_processor(folder) if reads_media(config.model_type) else load_tokenizer(folder)
+    num_tokens, vocab_size = len(tokenizer_of(processor)), config.get_text_config().vocab_size
+    if num_tokens > vocab_size:
         raise ValueError(
-            f"The tokenizer in {folder} has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: "
+            f"The tokenizer in {folder} has {num_tokens} tokens, the model only {vocab_size}: "
             "they do not belong together; use the checkpoint's own tokenizer."
         )
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), processor
+
+
+def reads_media(model_type: str) -> bool:
+    """Whether models of this type come with a processor."""
+    return model_type == MegaTransformerConfig.model_type
+
+
+def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer in a processor, or the tokenizer itself."""
+    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
 
 def check_loading(folder: Path, report: dict) -> None:
@@ -76,16 +105,16 @@ def check_loading(folder: Path, report: dict) -> None:
             )
 
 
-def load_config(folder: Path) -> MegaTransformerTextConfig:
-    """The configuration in config.json; ValueError names the file if it is not that of our language model."""
-    expected = MegaTransformerTextConfig.model_type
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in config.json; ValueError names the file if it is not that of one of our models."""
     found = read_json(folder / "config.json").get("model_type")
-    if found != expected:
+    if found not in CONFIGS:
         raise ValueError(
-            f"{folder} holds a model of type {found!r}, not {expected!r}: give a checkpoint that pretrain.py wrote."
+            f"{folder} holds a model of type {found!r}, not {' or '.join(map(repr, CONFIGS))}: give a checkpoint that "
+            "pretrain.py wrote."
         )
     try:
-        return MegaTransformerTextConfig.from_pretrained(folder, local_files_only=True)
+        return CONFIGS[found].from_pretrained(folder, local_files_only=True)
     except (ValueError, TypeError, AttributeError) as error:  # what transformers itself keeps there is not checked
         raise ValueError(
             f"{folder / 'config.json'} is wrong ({error}): correct it, or use another checkpoint."
@@ -99,6 +128,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library of tokenizers raises nothing narrower
         files = " or ".join(TOKENIZER)
+        raise ValueError(f"{files} in {folder} is damaged ({type(error).__name__}: {error}): use another.") from error
+
+
+def load_processor(folder: Path) -> ProcessorMixin:
+    """The processor of a checkpoint; ValueError names its files if they are damaged."""
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # neither do the libraries of its parts
+        files = " or ".join((PROCESSOR, *TOKENIZER))
         raise ValueError(f"{files} in {folder} is damaged ({type(error).__name__}: {error}): use another.") from error
 
 
@@ -155,6 +193,10 @@ def incompleteness(folder: Path) -> str | None:
     try:
         for name in ("config.json", *TOKENIZER):
             read_json(folder / name)
+        if reads_media(read_json(folder / "config.json").get("model_type")):
+            if not (folder / PROCESSOR).is_file():
+                return f"has no {PROCESSOR}"
+            read_json(folder / PROCESSOR)
         files = weight_files(folder)
     except ValueError as error:
         return f"is damaged: {error}"

@@ -124,26 +124,26 @@ def test_characters_split_over_tokens_come_whole(capsys):
     assert all("\ufffd" not in piece for piece in pieces)
 
     class Speaker:
-        def generate(self, prompt, streamer, **options):
-            for part in (prompt, *ids[:, None], torch.tensor([2])):
+        def generate(self, input_ids, streamer, **options):
+            for part in (input_ids, *ids[:, None], torch.tensor([2])):
                 streamer.put(part)
             streamer.end()
 
-    write_continuation(Speaker(), tokenizer, torch.tensor([[1, 5]]), None, stream=True, options={})
+    write_continuation(Speaker(), tokenizer, {"input_ids": torch.tensor([[1, 5]])}, None, stream=True, options={})
     assert capsys.readouterr().out == text + "\n"
 
 
 def test_a_prompt_gets_exactly_one_begin_token():
     tokenizer = tiny_tokenizer()
-    ids = encode_prompt(tokenizer, "the cat")
-    assert ids.shape[0] == 1
-    assert ids[0].tolist() == [1, *tokenizer("the cat")["input_ids"]]
+    inputs = encode_prompt(tokenizer, "the cat")
+    assert inputs["input_ids"].tolist() == [[1, *tokenizer("the cat")["input_ids"]]]
+    assert inputs["attention_mask"].shape == inputs["input_ids"].shape and inputs["attention_mask"].all()
 
 
 def test_special_tokens_in_a_prompt_are_text(checkpoint, capsys):
     """As in the documents of training: the end token would otherwise end the prompt in its middle."""
     tokenizer = tiny_tokenizer()
-    ids = encode_prompt(tokenizer, "a<|end|>b<|pad|>")[0].tolist()
+    ids = encode_prompt(tokenizer, "a<|end|>b<|pad|>")["input_ids"][0].tolist()
     assert ids[0] == 1 and set(ids[1:]) & {0, 1, 2} == set()
     assert tokenizer.decode(ids[1:]) == "a<|end|>b<|pad|>"
     assert tokenizer("<|end|>")["input_ids"] == [2]  # whoever asks for the token itself still gets it
