@@ -82,7 +82,7 @@ class StreamingDataset(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._begin_pass()
         bad_rows = BadRows(self.max_bad_rows)
-        yield from self._rows(bad_rows)
+        yield from self._rows(bad_rows, flush=not self.packing)
         for row in self.stream:
             if row["problem"]:
                 bad_rows.add(row["source"], f"row {row['row']}", row["problem"])
