@@ -8,6 +8,8 @@ import io
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -59,16 +61,8 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> "Image.Image":
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _image_from_array(source)
     with _opened_image(source, max_pixels) as image:
-        try:
-            image.load()
-            if _orientation(image) != 1:
-                image = ImageOps.exif_transpose(image)
-            image = _as_rgb(image)
-        except MediaError:
-            raise
-        except Exception as error:  # Pillow raises whatever its decoders run into
-            raise _unreadable("picture", source, error) from error
-    return image
+        image.load()
+        return _as_rgb(image if _orientation(image) == 1 else ImageOps.exif_transpose(image))
 
 
 def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -80,40 +74,30 @@ def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _image_from_array(source).size[::-1]
     with _opened_image(source, max_pixels) as image:
-        return image.size if _orientation(image) >= 5 else image.size[::-1]
+        return image.size if _orientation(image) in (5, 6, 7, 8) else image.size[::-1]
 
 
-class _opened_image:
-    """Context of a PIL image that is open, but not decoded; one that came as such stays open."""
-
-    def __init__(self, source: Any, max_pixels: int):
-        self.source, self.max_pixels = source, max_pixels
-
-    def __enter__(self) -> "Image.Image":
-        if not is_vision_available():
-            raise ImportError("pictures are read by Pillow, which is not installed; pip install pillow")
-        source = self.source
-        self.is_file = not isinstance(source, Image.Image)
-        if self.is_file:
-            try:
-                source = Image.open(_file(source, "picture"), formats=IMAGE_FORMATS)
-            except MediaError:
-                raise
-            except UnidentifiedImageError as error:
-                raise _unreadable("picture", self.source, f"it is none of {', '.join(IMAGE_FORMATS)}") from error
-            except Exception as error:  # as above
-                raise _unreadable("picture", self.source, error) from error
-        self.image = source
-        if not 0 < source.width * source.height <= self.max_pixels:
-            raise MediaError(
-                f"{_name(self.source)} has {source.width} x {source.height} pixels, of which 1 to {self.max_pixels} "
-                "can be read; scale the picture down"
-            )
-        return source
-
-    def __exit__(self, *_: Any) -> None:
-        if self.is_file:
-            self.image.close()
+@contextmanager
+def _opened_image(source: Any, max_pixels: int) -> "Iterator[Image.Image]":
+    """A PIL image that is open, but not decoded; one that came as such stays open. What fails with it is named."""
+    if not is_vision_available():
+        raise ImportError("pictures are read by Pillow, which is not installed; pip install pillow")
+    try:
+        is_open = isinstance(source, Image.Image)
+        file = nullcontext(source) if is_open else Image.open(_file(source, "picture"), formats=IMAGE_FORMATS)
+        with file as image:
+            if not 0 < image.width * image.height <= max_pixels:
+                raise MediaError(
+                    f"{_name(source)} has {image.width} x {image.height} pixels, of which 1 to {max_pixels} can be "
+                    "read; scale the picture down"
+                )
+            yield image
+    except MediaError:
+        raise
+    except UnidentifiedImageError as error:
+        raise _unreadable("picture", source, f"it is none of {', '.join(IMAGE_FORMATS)}") from error
+    except Exception as error:  # Pillow raises whatever its decoders run into
+        raise _unreadable("picture", source, error) from error
 
 
 def _orientation(image: "Image.Image") -> int:
@@ -226,9 +210,10 @@ def _as_array(source: Any, sampling_rate: int | None) -> tuple[np.ndarray | None
 
 def _as_mono(array: np.ndarray, max_samples: int) -> np.ndarray:
     """float32 (samples,) of integers or floats with or without channels."""
-    if array.ndim not in (1, 2) or array.dtype.kind not in "iuf":
+    is_known = array.dtype.kind == "f" or array.dtype in (np.uint8, np.int8, np.int16, np.int32)
+    if array.ndim not in (1, 2) or not is_known:
         raise MediaError(
-            f"array {array.shape} of {array.dtype} is no recording; give (samples,) or (channels, samples)"
+            f"array {array.shape} of {array.dtype} is no recording; give (samples,) or (channels, samples) of float"
         )
     if array.ndim == 2 and array.shape[0] < array.shape[1]:
         array = array.T
@@ -246,11 +231,7 @@ def _read_file(source: Any, max_seconds: float) -> tuple[np.ndarray, int]:
     """The front of a file, a block at a time, so that many channels do not fill the memory."""
     with _opened_audio(source) as file:
         frames, size = min(file.frames, math.ceil(max_seconds * file.samplerate)), 2**20 // file.channels
-        try:
-            blocks = [_read_block(file, min(size, frames - start)) for start in range(0, frames, size)]
-        except soundfile.LibsndfileError as error:
-            raise _unreadable("recording", source, error.error_string) from error
-        waveform = np.concatenate(blocks)
+        waveform = np.concatenate([_read_block(file, min(size, frames - start)) for start in range(0, frames, size)])
         if len(waveform) < frames:
             raise MediaError(f"{_name(source)} is truncated: {len(waveform)} of {frames} samples; replace the file")
         return waveform, file.samplerate
@@ -260,41 +241,31 @@ def _read_block(file: "soundfile.SoundFile", frames: int) -> np.ndarray:
     return file.read(frames, dtype="float32", always_2d=True).mean(1)
 
 
-class _opened_audio:
-    """Context of a `soundfile.SoundFile` whose header is sound."""
+@contextmanager
+def _opened_audio(source: Any) -> "Iterator[soundfile.SoundFile]":
+    """A file whose header is sound. What fails with it is named."""
+    if soundfile is None:
+        raise ImportError("recordings are read by soundfile, which is not installed; pip install soundfile")
+    try:
+        with soundfile.SoundFile(_file(source, "recording")) as file:
+            _check_rate(source, file.samplerate)
+            _check_size(source, file)
+            yield file
+    except soundfile.LibsndfileError as error:
+        raise _unreadable("recording", source, error.error_string) from error
+    except TypeError as error:  # a .raw file, which has no header
+        raise _unreadable("recording", source, error) from error
 
-    def __init__(self, source: Any):
-        self.source = source
 
-    def __enter__(self) -> "soundfile.SoundFile":
-        if soundfile is None:
-            raise ImportError("recordings are read by soundfile, which is not installed; pip install soundfile")
-        try:
-            self.file = soundfile.SoundFile(_file(self.source, "recording"))
-        except soundfile.LibsndfileError as error:
-            raise _unreadable("recording", self.source, error.error_string) from error
-        except TypeError as error:  # a .raw file, which has no header
-            raise _unreadable("recording", self.source, error) from error
-        try:
-            self._check_header()
-        except MediaError:
-            self.file.close()
-            raise
-        return self.file
-
-    def _check_header(self) -> None:
-        _check_rate(self.source, self.file.samplerate)
-        notes = self.file.extra_info  # what libsndfile found odd and read all the same
-        declared = re.search(r"^ *(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", notes, re.MULTILINE)
-        # A size near the largest number stands for "unknown" in a file that was written to a pipe.
-        is_cut = declared is not None and int(declared[2]) + 1 < int(declared[1]) < 2**31 - 2**16
-        if is_cut or re.search("^Ogg ?: (File ended unexpectedly|Last page lacks|Junk after)", notes, re.MULTILINE):
-            raise MediaError(f"{_name(self.source)} is truncated: its header promises more; replace the file")
-        if self.file.frames <= 0:
-            raise MediaError(f"{_name(self.source)} has no samples; remove it")
-
-    def __exit__(self, *_: Any) -> None:
-        self.file.close()
+def _check_size(source: Any, file: "soundfile.SoundFile") -> None:
+    notes = file.extra_info  # what libsndfile found odd and read all the same
+    declared = re.search(r"^ *(?:data|SSND|riff|Data Size) *: (\d+) \(should be (\d+)\)", notes, re.MULTILINE)
+    # A size near the largest number stands for "unknown" in a file that was written to a pipe.
+    is_cut = declared is not None and int(declared[2]) + 1 < int(declared[1]) < 2**31 - 2**16
+    if is_cut or re.search("^Ogg ?: (File ended unexpectedly|Last page lacks|Junk after)", notes, re.MULTILINE):
+        raise MediaError(f"{_name(source)} is truncated: its header promises more; replace the file")
+    if file.frames <= 0:
+        raise MediaError(f"{_name(source)} has no samples; remove it")
 
 
 def _check_rate(source: Any, rate: float) -> None:

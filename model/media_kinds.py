@@ -2,6 +2,7 @@
 further modalities.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ class BackboneImages(Images):
         return self.count
 
     def preprocess(self, medium: Any) -> torch.Tensor:
-        return self.processor(self.load(medium), return_tensors="pt")["pixel_values"][0]
+        return _only_of(self.processor(self.load(medium), return_tensors="pt"), "pixel_values", 4)
 
     def num_tokens(self, preprocessed: torch.Tensor) -> int:
         return self.count
@@ -130,11 +131,22 @@ class BackboneRecordings(Recordings):
         return self.count
 
     def preprocess(self, medium: Any) -> torch.Tensor:
-        rate = self.extractor.sampling_rate
-        return self.extractor(self.load(medium), sampling_rate=rate, return_tensors="pt")["input_features"][0]
+        batch = self.extractor(self.load(medium), sampling_rate=self.extractor.sampling_rate, return_tensors="pt")
+        return _only_of(batch, "input_features", 3)
 
     def num_tokens(self, preprocessed: torch.Tensor) -> int:
         return self.count
 
     def collate(self, preprocessed: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"input_features": torch.stack(preprocessed)}
+
+
+def _only_of(batch: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Tensor:
+    """The tensor of a batch of one medium, as encoders of backbones take it."""
+    shapes = {key: tuple(value.shape) for key, value in batch.items()}
+    if len(shapes.get(name, ())) != dimensions or shapes[name][0] != 1:
+        raise ValueError(
+            f"the backbone's processor gives {shapes} for one medium, and not one {name} of {dimensions} dimensions; "
+            "choose a backbone that takes media of one size"
+        )
+    return batch[name][0]

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, SiglipImageProcessor, WhisperFeatureExtractor
+from transformers import AutoProcessor, SiglipImageProcessor, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from dataset_loading import train_tokenizer
 from model import (
@@ -470,6 +471,19 @@ def test_processors_of_backbones_stand_in_for_ours(siglip, tmp_path):
         assert batch["pixel_values"].shape == (1, 3, 16, 16) and batch["input_features"].shape == (1, 20, 100)
         assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "input_features"}
         assert built.num_media_tokens("image", (5, 5)) == 6 and built.num_media_tokens("audio", 0.1) == 9
+
+
+def test_backbones_that_take_media_of_any_size_are_refused():
+    processor = tiny_processor(
+        image_processor=Siglip2ImageProcessorPil(),
+        feature_extractor=Wav2Vec2FeatureExtractor(),
+        num_image_tokens=4,
+        num_audio_tokens=7,
+    )
+    with pytest.raises(ValueError, match="not one pixel_values of 4 dimensions; choose a backbone"):
+        processor.preprocess_medium("image", picture())
+    with pytest.raises(ValueError, match="not one input_features of 3 dimensions; choose a backbone"):
+        processor.preprocess_medium("audio", sound())
 
 
 def test_tokens_are_counted_by_one_of_both():

@@ -1,6 +1,7 @@
 """Pictures and recordings from whatever holds them: what is read, and what is refused, in one line."""
 
 import io
+import random
 import struct
 import tracemalloc
 import wave
@@ -172,6 +173,12 @@ def test_pictures_are_turned_upright(format, orientation):
         assert np.abs(loaded[row, column] - colours[number]).max() < 30, (orientation, number)
 
 
+def test_an_orientation_that_is_none_is_left_alone():
+    for exif in (b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x09\0\0\0\0\0\0", b"Exif\0\0"):
+        data = image_file(picture(32, 16), "JPEG", exif=exif)
+        assert image_size(data) == (16, 32) and load_image(data).size == (32, 16)
+
+
 def test_an_upright_picture_is_not_turned_again():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -233,6 +240,43 @@ def test_too_many_pixels_are_refused_before_they_are_decoded():
     refused(load_image, bytes(huge), match="cannot be read as a picture: .*900000000 pixels")
     refused(load_image, picture(), max_pixels=500, match="has 32 x 16 pixels, of which 1 to 500 ")
     assert load_image(picture(), max_pixels=512).size == (32, 16)
+
+
+def damaged(data: bytes, count: int):
+    """Copies of a file with some bytes changed, most of them in front, where the headers are."""
+    generator = random.Random(0)
+    for _ in range(count):
+        copy = bytearray(data)
+        for _ in range(generator.randint(1, 4)):
+            end = generator.choice([60, 200, len(copy)])
+            copy[generator.randrange(min(end, len(copy)))] = generator.randrange(256)
+        yield bytes(copy)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_damaged_picture_is_refused_or_as_large_as_its_header_says(format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in damaged(
+        image_file(picture(40, 24), format, **({} if format in ("GIF", "BMP") else {"exif": exif})), 150
+    ):
+        try:
+            image = load_image(data, max_pixels=10**6)
+        except MediaError:
+            continue
+        assert image_size(data) == image.size[::-1] and image.mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "AIFF"])
+def test_a_damaged_recording_is_refused_or_as_long_as_its_header_says(format):
+    for data in damaged(audio_file(sound(4000), format=format), 100):
+        try:
+            samples = load_audio(data, 8000)
+        except MediaError:
+            continue
+        assert len(samples) == pytest.approx(8000 * min(30, audio_seconds(data)), abs=2)
 
 
 # --------------------------------------------------------------------------------------------------------- recordings
@@ -386,6 +430,7 @@ def test_many_channels_take_no_more_memory_than_one(tmp_path):
         (np.zeros((2, 2, 2), np.float32), "is no recording"),
         (np.array(0.5), "is no recording"),
         (np.array(["a"]), "is no recording"),
+        (np.array([0, 1, -1]), "of int64 is no recording"),
         (np.array([True]), "is no recording"),
     ],
 )
