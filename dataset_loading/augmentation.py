@@ -64,6 +64,11 @@ FORBIDDEN_BY = {
 }
 
 
+def may_change(change: str, text: str) -> bool:
+    """Whether a text stays true."""
+    return not FORBIDDEN_BY[change].search(text)
+
+
 class Augmenter:
     """Changes media before and after they are preprocessed, and hides parts of texts.
 
@@ -101,9 +106,9 @@ class Augmenter:
     def mask(self, kind: str, tensor: torch.Tensor, text: str, rng: np.random.Generator) -> torch.Tensor:
         """A preprocessed medium with parts hidden: 0, which is about the mean of what the processor gives."""
         with torch_seeded_by(rng):
-            if kind == "image" and not FORBIDDEN_BY["erasing"].search(text):
+            if kind == "image" and may_change("erasing", text):
                 return v2.RandomErasing(self.config.image.erasing, scale=(0.02, 0.2))(tensor)
-            if kind == "audio" and not FORBIDDEN_BY["masks"].search(text):
+            if kind == "audio" and may_change("masks", text):
                 return mask_spectrogram(tensor, self.config.audio)
         return tensor
 
@@ -122,35 +127,33 @@ def change_image(
     image: Image.Image, text: str, config: ImageAugmentationConfig, rng: np.random.Generator
 ) -> Image.Image:
     """A picture of the same size."""
-    draws = dict(zip(("flip", "vertical_flip", "trivial"), rng.random(3), strict=True))
-    allowed = {name for name in ("crop", "colour", "hue", *draws) if not FORBIDDEN_BY[name].search(text)}
-    chosen = {name for name, draw in draws.items() if name in allowed and draw < getattr(config, name)}
-    if config.crop < 1 and "crop" in allowed:
+    if config.crop < 1 and may_change("crop", text):
         image = v2.RandomResizedCrop(image.size[::-1], scale=(config.crop, 1.0))(image)
-    if "flip" in chosen:
+    if rng.random() < config.flip and may_change("flip", text):
         image = v2.functional.horizontal_flip(image)
-    if "vertical_flip" in chosen:
+    if rng.random() < config.vertical_flip and may_change("vertical_flip", text):
         image = v2.functional.vertical_flip(image)
-    colour = config.colour if "colour" in allowed else 0.0
-    hue = config.hue if "hue" in allowed else 0.0
+    colour = config.colour if may_change("colour", text) else 0.0
+    hue = config.hue if may_change("hue", text) else 0.0
     if colour or hue:
         image = v2.ColorJitter(brightness=colour, contrast=colour, saturation=colour, hue=hue)(image)
-    return v2.TrivialAugmentWide()(image) if "trivial" in chosen else image
+    if rng.random() < config.trivial and may_change("trivial", text):
+        image = v2.TrivialAugmentWide()(image)
+    return image
 
 
 def change_audio(
     waveform: np.ndarray, sampling_rate: int, text: str, config: AudioAugmentationConfig, rng: np.random.Generator
 ) -> np.ndarray:
     """A recording, longer by `Augmenter.stretch` and `Augmenter.silence` at most."""
-    allowed = {name for name in ("speed", "noise", "volume", "shift") if not FORBIDDEN_BY[name].search(text)}
     samples = torch.from_numpy(waveform)
-    if config.speed and "speed" in allowed:
+    if config.speed and may_change("speed", text):
         samples = AF.speed(samples, sampling_rate, float(rng.choice(config.speed)))[0]
-    if config.shift and "shift" in allowed:
+    if config.shift and may_change("shift", text):
         samples = torch.nn.functional.pad(samples, (int(rng.uniform(0, config.shift) * sampling_rate), 0))
-    if config.volume and "volume" in allowed:
+    if config.volume and may_change("volume", text):
         samples = AF.gain(samples, rng.uniform(-config.volume, config.volume))
-    if config.noise_snr is not None and "noise" in allowed and samples.any():
+    if config.noise_snr is not None and may_change("noise", text) and samples.any():
         snr = torch.tensor(config.noise_snr + rng.uniform(0, 20), dtype=samples.dtype)
         samples = AF.add_noise(samples, torch.randn_like(samples), snr)
     return samples.numpy()

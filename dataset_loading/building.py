@@ -169,11 +169,12 @@ class _Builder:
 
     def augmenter(self, role: str, source: SourceConfig) -> Augmenter | None:
         """What changes the rows of a source, if anything does; generated media vary exactly as their tasks want it."""
+        config = self.config
         is_exact = source.kind == "generated" and source.is_media
-        if role != "train" or is_exact or not source.augment or self.config.augmentation == AugmentationConfig():
+        if role != "train" or is_exact or not source.augment or config.augmentation == AugmentationConfig():
             return None
         sampling_rate = self.reader.sampling_rate if source.is_media else None
-        return Augmenter(self.config.augmentation, self.tokenizer, sampling_rate)
+        return Augmenter(config.augmentation, self.tokenizer, sampling_rate)
 
     def stream(self, split: Split) -> StreamingDataset:
         """The train set of a run of which a source streams."""
