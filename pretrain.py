@@ -1,4 +1,4 @@
-"""Trains a model from a YAML: `deepspeed pretrain.py --config configs/recurrent_lm.yaml`."""
+"""Trains a model from a YAML: `deepspeed pretrain.py --config configs/recurrent_vlm.yaml`."""
 
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
@@ -10,19 +10,32 @@ from collections.abc import Sequence
 
 import torch
 from datasets import disable_progress_bars
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Trainer, TrainerCallback, set_seed
 
 from callbacks import add_callbacks, size_table
 from configs import RunConfig, check_optimizer, check_output_dir, load_config, one_line_errors
-from dataset_loading import Collator, build_datasets, build_tokenizer
+from dataset_loading import Collator, build_datasets, build_examples, build_tokenizer
 from evaluation import METRICS, trainer_metrics
 from inference.devices import device_report
 from inference.shutdown import end_process
-from model import MegaTransformerForCausalLM
+from model import (
+    MODALITIES,
+    MegaTransformerConfig,
+    MegaTransformerForCausalLM,
+    MegaTransformerForConditionalGeneration,
+    MegaTransformerTextConfig,
+    build_processor,
+    media_tokens,
+)
 from model.recurrence import draw_training_states, sample_depth
 from trainers import check_weights, describe_needs, find_resume_point, get_trainer_class
 
 logger = logging.getLogger("pretrain")
+
+MODELS = {
+    MegaTransformerTextConfig: MegaTransformerForCausalLM,
+    MegaTransformerConfig: MegaTransformerForConditionalGeneration,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +81,7 @@ def describe_run(run: RunConfig) -> str:
         SystemExit: with code 2, for a number of GPUs that is none.
     """
     with torch.device("meta"):
-        model = MegaTransformerForCausalLM(run.model)
+        model = MODELS[type(run.model)](run.model)
     with one_line_errors():
         needs = describe_needs(model, run.training, sample_depth, run.data.block_size, run.data.packing)
     return f"{size_table(model)}\n\n{needs}\n"
@@ -107,16 +120,24 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
     """
     args = run.training
     trainer_class = get_trainer_class(run.trainer)
-    tokenizer = build_tokenizer(run.tokenizer, run.data, seed=args.seed, resume_point=resume_point)
+    reads_media = isinstance(run.model, MegaTransformerConfig)
+    tokenizer = build_tokenizer(
+        run.tokenizer,
+        run.data,
+        seed=args.seed,
+        resume_point=resume_point,
+        media_tokens=media_tokens(run.model) if reads_media else (),
+    )
+    model = build_model(run, tokenizer, with_backbones=resume_point is None)
+    processor = build_processor(model.config, tokenizer, **model.model.count_tokens()) if reads_media else tokenizer
     datasets = build_datasets(
         run.data,
-        tokenizer,
+        processor,
         seed=args.seed,
-        vocab_size=run.model.vocab_size,
+        vocab_size=model.text_config.vocab_size,
         batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
     )
     args.choose_best_metric([f"eval_{source}_{name}" for source in datasets.validation for name in METRICS])
-    model = build_model(run, tokenizer)
     if resume_point is not None:
         check_weights(resume_point, model)
     trainer = trainer_class(
@@ -124,24 +145,47 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
         args=args,
         train_dataset=datasets.train,
         eval_dataset=datasets.validation,
-        data_collator=Collator(tokenizer),
-        processing_class=tokenizer,
+        data_collator=Collator(processor),
+        processing_class=processor,
         sample_depth=sample_depth,
         draw_states=draw_training_states,
+        modalities=("text", *MODALITIES) if reads_media else ("text",),
         **trainer_metrics(tokenizer),
     )
-    add_callbacks(trainer, run.callbacks, tokenizer)
+    add_callbacks(trainer, run.callbacks, processor, build_media_examples(run, processor))
     return trainer
 
 
-def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> MegaTransformerForCausalLM:
-    """A fresh model, the same on every rank, that knows the tokenizer's special tokens."""
+def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast, with_backbones: bool = True) -> PreTrainedModel:
+    """A fresh model, the same on every rank, that knows the tokenizer's special tokens.
+
+    Args:
+        with_backbones: Whether pretrained encoders get their weights; a checkpoint has them.
+    """
+    config = run.model
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(run.model, name, getattr(tokenizer, name))
+        setattr(config.get_text_config(), name, getattr(tokenizer, name))
+    if isinstance(config, MegaTransformerConfig):
+        for name, modality in MODALITIES.items():
+            if modality.token in tokenizer.get_vocab():
+                setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(modality.token))
     set_seed(run.training.seed)
     # Not through an Auto class: under ZeRO-3 that builds partitioned weights, which initialise differently, so that
     # stages could not be compared. DeepSpeed partitions the whole ones when training begins.
-    return MegaTransformerForCausalLM(run.model)
+    model = MODELS[type(config)](config)
+    if isinstance(config, MegaTransformerConfig) and with_backbones:
+        model.model.load_backbones()
+    return model
+
+
+def build_media_examples(run: RunConfig, processor: PreTrainedTokenizerFast | ProcessorMixin) -> dict[str, Sequence]:
+    """The examples that are shown during training, of each validation source with media."""
+    count = run.callbacks.media_samples.num_examples
+    return {
+        source.label: build_examples(source, run.data, processor, count, seed=run.training.seed)
+        for source in run.data.validation
+        if source.is_media and source.has_answers and count
+    }
 
 
 def train(trainer: Trainer, resume_point: str | None) -> None:

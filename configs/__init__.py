@@ -30,23 +30,26 @@ from transformers import PreTrainedConfig
 
 from callbacks import CallbacksConfig
 from dataset_loading.configuration import DataConfig, TokenizerConfig
-from model import MegaTransformerTextConfig
+from model import MegaTransformerConfig, MegaTransformerTextConfig
 from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
-MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {cls.model_type: cls for cls in (MegaTransformerTextConfig,)}
+MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    cls.model_type: cls for cls in (MegaTransformerTextConfig, MegaTransformerConfig)
+}
 SECTIONS = {
     "tokenizer": TokenizerConfig,
     "data": DataConfig,
     "callbacks": CallbacksConfig,
     "training": RecurrentTrainingArguments,  # last, as it looks for the devices
 }
-# Not for YAML: what every Hugging Face config inherits, what tokenizer and launcher decide, and secrets.
+# Not for YAML: what every Hugging Face config inherits, what tokenizer, backbone and launcher decide, and secrets.
 NOT_OPTIONS = {
     PreTrainedConfig: {item.name for item in dataclasses.fields(PreTrainedConfig)}
-    | {"pad_token_id", "bos_token_id", "eos_token_id"},
+    | {"pad_token_id", "bos_token_id", "eos_token_id", "image_token_id", "audio_token_id", "backbone_config"},
+    MegaTransformerConfig: {"tie_word_embeddings"},
     RecurrentTrainingArguments: {"local_rank", "parallelism_config", "hub_token"},
 }
 
@@ -173,6 +176,7 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
     """
     given = list(read_arguments(argv))
     config_class = model_config_class([tree for _, tree, _ in given])
+    absent = absent_parts([tree for _, tree, _ in given], config_class)
     schema = dict.fromkeys(("trainer", "log_level", "local_rank", "dry_run"))
     schema |= {"model": {"model_type": None, **schema_of(config_class)}}
     schema |= {name: schema_of(cls) for name, cls in SECTIONS.items()}
@@ -184,11 +188,29 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
     except ArgumentError as error:
         raise ValueError(describe(str(error))) from error
     tree = json.loads(parser.dump(values, format="json", skip_unset=False))
+    tree["model"] |= dict.fromkeys(absent)
     del tree["local_rank"]
     if not tree["dry_run"]:
         del tree["dry_run"]  # a dry run leaves no file, so that no file needs to say that its run was none
     make_paths_absolute(tree, Path.cwd())
     return tree
+
+
+def absent_parts(trees: Sequence[dict[str, Any]], config_class: type[PreTrainedConfig]) -> list[str]:
+    """The optional parts of a model that no tree gives, or that the last one to name it makes null."""
+    sections = [section for tree in trees if isinstance(section := tree.get("model"), dict)]
+    optional = [name for name, spec in config_class.sub_configs_defaults.items() if spec.optional]
+    last = {name: section[name] for section in sections for name in optional if name in section}
+    return [name for name in optional if last.get(name) is None]
+
+
+def without_absent_parts(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without parts of the model that are null: the parser knows no group that is not there."""
+    model = tree.get("model")
+    if not isinstance(model, dict):
+        return tree
+    parts = MegaTransformerConfig.sub_configs_defaults
+    return tree | {"model": {name: part for name, part in model.items() if part is not None or name not in parts}}
 
 
 def emptied_lists(tree: dict[str, Any]) -> list[str]:
@@ -218,7 +240,7 @@ def read_arguments(argv: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], l
         if flag == "--config":
             tree = read_yaml(value)
             make_paths_absolute(tree, Path(value).absolute().parent)
-            yield f"{value}: ", tree, ["--config", json.dumps(tree, default=str)]
+            yield f"{value}: ", tree, ["--config", json.dumps(without_absent_parts(tree), default=str)]
         else:
             tree = value
             if value.lstrip().startswith(("{", "[")):
@@ -465,6 +487,7 @@ def check_deepspeed_file(path: Path) -> None:
 
 def check_positions(model: PreTrainedConfig, block_size: int) -> None:
     """Tables of positions do not extrapolate."""
+    model = model.get_text_config()
     if model.position_embedding in ("learned", "sinusoidal") and block_size > model.max_position_embeddings:
         raise ValueError(
             f"data.block_size: {block_size} is more than the {model.max_position_embeddings} positions of a "

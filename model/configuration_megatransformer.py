@@ -433,6 +433,7 @@ class MegaTransformerConfig(StrictConfig):
         modality_configs: Configurations of further modalities by their names in `MODALITIES`.
         image_token_id: Id of the token in whose place the features of an image are put.
         audio_token_id: The same for sound. A further modality called NAME has its NAME_token_id.
+        use_cache: Whether `forward` returns a cache; that of the text_config has to say so too.
         tie_word_embeddings: That of the text_config, whatever is given.
     """
 
@@ -451,6 +452,7 @@ class MegaTransformerConfig(StrictConfig):
     modality_configs: dict | None = None
     image_token_id: int | None = None
     audio_token_id: int | None = None
+    use_cache: bool = True
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

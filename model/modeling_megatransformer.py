@@ -15,6 +15,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .attention import AttentionInputs, prepare_attention, select_rows
+from .backbones import Backbone
 from .blocks import BlockStack, build_norm
 from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerConfig, MegaTransformerTextConfig
@@ -188,7 +189,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, sequence, _ = inputs_embeds.shape
-        use_cache = self.text_config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and self.text_config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = RecurrentCache(self.text_config)
         past = self._check_inputs(batch, sequence, attention_mask, past_key_values)
@@ -500,6 +502,21 @@ class MegaTransformerModel(MegaTransformerTextModel):
         gradients in training and for weights under ZeRO-3.
         """
         return self.training or is_deepspeed_zero3_enabled()
+
+    def load_backbones(self) -> None:
+        """Fetches the weights of pretrained encoders, which are random in a fresh model."""
+        for reader in self.readers.values():
+            if isinstance(reader.encoder, Backbone):
+                reader.encoder.load()
+
+    @torch.no_grad()
+    def count_tokens(self) -> dict[str, int]:
+        """`num_image_tokens`, `num_audio_tokens`: how many each has, where a pretrained encoder gives all the same."""
+        return {
+            f"num_{name}_tokens": len(reader(**reader.dummy_inputs())[0])
+            for name, reader in self.readers.items()
+            if isinstance(reader.encoder, Backbone)
+        }
 
     def get_features(self, name: str, **inputs: Any) -> BaseModelOutputWithPooling:
         """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered."""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from configs import RunConfig, load_config
-from model import MegaTransformerForCausalLM
+from pretrain import MODELS
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -22,9 +23,9 @@ def run(request, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     return load_config(["--config", str(request.param), "--dry-run"])
 
 
-def build(run: RunConfig) -> MegaTransformerForCausalLM:
+def build(run: RunConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return MegaTransformerForCausalLM(run.model)
+        return MODELS[type(run.model)](run.model)
 
 
 def count(run: RunConfig) -> int:
@@ -46,15 +47,15 @@ def test_the_files_are_found():
 def test_its_model_can_be_built(run: RunConfig):
     model = build(run)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert len(model.model.core.layers if model.model.core else []) == run.model.num_core_layers
+    assert len(model.model.core.layers if model.model.core else []) == run.model.get_text_config().num_core_layers
 
 
 @every_file
 def test_its_parts_fit_together(run: RunConfig):
     """Rows within the positions that the model is meant for, a trained vocabulary of the model's size."""
-    assert run.data.block_size <= run.model.max_position_embeddings
+    assert run.data.block_size <= run.model.get_text_config().max_position_embeddings
     if run.tokenizer.path is None:
-        assert run.tokenizer.vocab_size == run.model.vocab_size
+        assert run.tokenizer.vocab_size == run.model.get_text_config().vocab_size
     assert run.training.max_steps > run.training.warmup_steps
 
 
