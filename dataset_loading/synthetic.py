@@ -20,7 +20,9 @@ MEDIA_TASKS: dict[str, GeneratedMediaTask] = {
 }
 """Pictures and sounds, with text about them."""
 
-_ATTEMPTS = 1000  # a role holds a twentieth of the instances or more: 1000 misses mean it has none (0.95^1000 = 5e-23)
+_ATTEMPTS = (
+    1000  # a role holds at least a tenth of the instances, so 1000 misses mean that it holds none (0.9^1000 = 2e-46)
+)
 _FEATURES = {"prompt": Value("string"), "answer": Value("string"), "difficulty": Value("int64")}
 
 
@@ -41,8 +43,7 @@ def generate_row(
 ) -> dict:
     """Row `index` of a role as {"prompt", "answer", "difficulty"}, and "medium" of a task with media.
 
-    Depends on the arguments alone. Draws until an instance falls into the role, so that roles never share one: a
-    difficulty of which the role has a smaller part comes less often.
+    Depends on the arguments alone. Draws until an instance falls into the role, so that roles never share one.
 
     Raises:
         ValueError: the task has no such difficulties, or no instance of them belongs to the role.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .synthetic_task import GeneratedMediaTask, Role, split_of
+from .synthetic_task import GeneratedMediaTask
 
 COLOURS = {
     "red": (225, 45, 40),
@@ -20,31 +20,19 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 """Names and RGB values, each of which varies a little from object to object."""
-SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": (0.106, 0.125), "large": (0.195, 0.218)}
+SHAPES = ("circle", "square", "triangle")
+SIZES = {"small": (0.122, 0.135), "large": (0.2, 0.215)}
 """Smallest and largest radius as a part of the picture's side; a shape is two radii wide and high."""
 RELATIONS = ("left of", "right of", "above", "below")
 
-HELD_OUT: dict[str, Role] = {
-    "small red triangle": "test",
-    "large green circle": "test",
-    "small blue cross": "test",
-    "large yellow triangle": "validation",
-    "small purple square": "validation",
-    "large white cross": "validation",
-}
-"""Kinds of objects that training never shows, though it shows each two of their three words together, with another
-third word. No two of these kinds share two words."""
-
-_MARGIN, _GAP = 1 / 64, 1 / 32  # between a shape and the border, and between two shapes, as parts of the side
+_MARGIN, _GAP = 1 / 64, 1 / 16  # between a shape and the border, and between two shapes, as parts of the side
 _STEEPEST = 0.4  # of two objects in a relation, the distance across it as a part of the distance along it
-_GRAIN = 3.0  # standard deviation of the noise on a pixel
+_GRAIN = 2.5  # standard deviation of the noise on a pixel
 _MOST_OF_BOTH_SIZES = 4  # objects; more fit only if all are small
 
 _PICTURE = re.compile(r"(\d+)x\1 #([0-9a-f]{6}) slope (\S+) (\S+) grain (\d+): (.+)")
 _THING = re.compile(r"(\w+) #([0-9a-f]{6}) at (\S+) (\S+) radius (\S+)")
 _CAPTION = re.compile(r"a (\w+ \w+ \w+)(?: (left of|right of|above|below) a (\w+ \w+ \w+))?")
-_PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}
 
 
 class Thing(NamedTuple):
@@ -93,16 +81,12 @@ class SceneTask(GeneratedMediaTask):
         return side, side
 
     def identity(self, prompt: str, medium: str) -> str:
-        """The kinds of the objects, wherever they are and whatever is asked."""
-        return ", ".join(sorted(kinds_of(read_medium(medium))))
+        """The kinds of the objects, wherever they lie and whatever is asked, so that no such set is in two roles.
 
-    def role_of(self, row: dict[str, str]) -> Role:
-        """A scene with a kind of HELD_OUT is never "train"; others are by their identity, if they have two objects."""
-        kinds = self.identity(row["prompt"], row["medium"])
-        roles = {HELD_OUT[kind] for kind in kinds.split(", ") if kind in HELD_OUT}
-        if roles:
-            return "test" if "test" in roles else "validation"
-        return split_of(kinds) if "," in kinds else "train"
+        Of a single object it is the whole medium, since there are too few kinds to share: all roles have all of them.
+        """
+        kinds = kinds_of(read_medium(medium))
+        return ", ".join(sorted(kinds)) if len(kinds) > 1 else medium
 
     def _write(self, rng: random.Random, things: list[tuple[str, str, float, float, float]]) -> str:
         """The medium of objects given as (colour, shape, x, y, radius); draws what the caption does not tell."""
@@ -110,7 +94,7 @@ class SceneTask(GeneratedMediaTask):
         slope = f"{rng.uniform(-15, 15):.1f} {rng.uniform(-15, 15):.1f}"
         parts = []
         for colour, shape, x, y, radius in things:
-            shade = rng.uniform(0.8, 1.0)
+            shade = rng.uniform(0.85, 1.0)
             fill = [round(value * shade) for value in COLOURS[colour]]
             parts.append(f"{shape} #{_hexadecimal(rng, fill)} at {x:.2f} {y:.2f} radius {radius:.2f}")
         start = f"{self.size}x{self.size} #{_hexadecimal(rng, background)} slope {slope} grain {rng.randrange(2**31)}"
@@ -124,7 +108,7 @@ class Scenes(SceneTask):
     """
 
     name = "scenes"
-    default_difficulty = (1, 2)
+    default_difficulty = (2, 2)
     max_difficulty = 2
 
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
@@ -190,7 +174,7 @@ class SceneQuestions(SceneTask):
     max_difficulty = 9
 
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
-        colours, shapes = rng.sample(tuple(COLOURS), 3), rng.sample(SHAPES, 3)  # few, so that objects have equals
+        colours = rng.sample(tuple(COLOURS), 3)  # few, so that objects have equals
         sizes = tuple(SIZES) if difficulty <= _MOST_OF_BOTH_SIZES else ("small",)
         rows = math.ceil(math.sqrt(difficulty))
         things = []
@@ -198,9 +182,9 @@ class SceneQuestions(SceneTask):
             radius = rng.uniform(*SIZES[rng.choice(sizes)]) * self.size
             play = self.size * (1 / rows - _GAP) / 2 - radius
             x, y = ((place + 0.5) * self.size / rows + rng.uniform(-play, play) for place in divmod(cell, rows))
-            things.append((rng.choice(colours), rng.choice(shapes), x, y, radius))
+            things.append((rng.choice(colours), rng.choice(SHAPES), x, y, radius))
         asked = [
-            _questions_of_number(things, colours, shapes),
+            _questions_of_number(things, colours),
             _questions_of_colour_and_shape(things),
             _questions_of_relation(things),
         ]
@@ -212,7 +196,7 @@ class SceneQuestions(SceneTask):
         names = [kind.partition(" ")[2] for kind in kinds_of(picture)]  # without the size
         things = list(zip(names, picture.things, strict=True))
         if counted := re.fullmatch(r"How many (\w+)(?: things)? are there\?", prompt):
-            word = _PLURALS.get(counted[1], counted[1])
+            word = counted[1].removesuffix("s")
             return answer == str(sum(word in name.split() for name, _ in things))
         if asked := re.fullmatch(r"What (colour|shape) is the (\w+)(?: thing)?\?", prompt):
             (name,) = [name for name, _ in things if asked[2] in name.split()]
@@ -273,20 +257,14 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
     """How far points lie outside of a shape around the origin, in pixels; negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - radius
-    x, y_folded = np.abs(x), np.abs(y)
     if shape == "square":
-        return np.maximum(x, y_folded) - radius
-    if shape == "triangle":
-        return np.maximum((2 * x - y - radius) / math.sqrt(5), y - radius)
-    arm = 0.36 * radius
-    upright = np.maximum(x - arm, y_folded - radius)
-    return np.minimum(upright, np.maximum(x - radius, y_folded - arm))
+        return np.maximum(np.abs(x), np.abs(y)) - radius
+    return np.maximum((2 * np.abs(x) - y - radius) / math.sqrt(5), y - radius)  # a triangle with its point at the top
 
 
-def _questions_of_number(things: list[tuple], colours: list[str], shapes: list[str]) -> list[tuple[str, str]]:
+def _questions_of_number(things: list[tuple], colours: list[str]) -> list[tuple[str, str]]:
     of_colours = [(f"{colour} things", sum(thing[0] == colour for thing in things)) for colour in colours]
-    plurals = {shape: plural for plural, shape in _PLURALS.items()}
-    of_shapes = [(plurals[shape], sum(thing[1] == shape for thing in things)) for shape in shapes]
+    of_shapes = [(f"{shape}s", sum(thing[1] == shape for thing in things)) for shape in SHAPES]
     return [(f"How many {what} are there?", str(number)) for what, number in of_colours + of_shapes]
 
 
