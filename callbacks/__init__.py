@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
+from .media_samples import MediaSamplesCallback, MediaSamplesConfig
 from .model_size import ModelSizeCallback, ModelSizeConfig, size_table
 from .non_finite import NonFiniteCallback, NonFiniteConfig
 from .reporting import Reporter
@@ -14,6 +17,7 @@ from .throughput import ThroughputCallback, ThroughputConfig
 
 __all__ = [
     "CallbacksConfig",
+    "MediaSamplesConfig",
     "ModelSizeConfig",
     "NonFiniteConfig",
     "SamplesConfig",
@@ -30,6 +34,9 @@ class CallbacksConfig:
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     """Texts from fixed prompts, at several depths."""
 
+    media_samples: MediaSamplesConfig = field(default_factory=MediaSamplesConfig)
+    """Answers to fixed pictures and sounds, at several depths."""
+
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
     """Tokens and core steps per second."""
 
@@ -40,11 +47,20 @@ class CallbacksConfig:
     """What happens when the loss or the gradient is not finite."""
 
 
-def add_callbacks(trainer: Trainer, config: CallbacksConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def add_callbacks(
+    trainer: Trainer,
+    config: CallbacksConfig,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    examples: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> None:
     """Build the callbacks and add them to a trainer that is not training yet.
 
     They come after the trainer's own, whose writers they use; only the throughput stands in front, so that those who
     report see its figures.
+
+    Args:
+        processor: that of the model, or its tokenizer, if it reads text alone.
+        examples: questions about media with their answers, by source; see `MediaSamplesCallback`.
     """
     reporter = Reporter(trainer)
     if config.throughput.enabled:
@@ -52,5 +68,8 @@ def add_callbacks(trainer: Trainer, config: CallbacksConfig, tokenizer: PreTrain
     if config.model_size.enabled:
         trainer.add_callback(ModelSizeCallback(reporter))
     if config.samples.prompts:
+        tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         trainer.add_callback(SamplesCallback(config.samples, tokenizer, reporter))
+    if examples and config.media_samples.num_examples:
+        trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, examples, reporter))
     trainer.add_callback(NonFiniteCallback(config.non_finite))

@@ -39,18 +39,25 @@ def parameter_count(parameter: nn.Parameter) -> int:
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to, by its name within the model."""
+    top, *inner = name.split(".")
+    return f"{inner[1]} of {inner[0]}" if top == "readers" else PART_NAMES.get(top, top)
+
+
 def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
-    """Sizes of embeddings, prelude, core, coda, norm and head, in the order of the model; shared ones count once."""
+    """Sizes of embeddings, prelude, core, coda, norm and head, and of encoders and projectors of media, in the order of
+    the model; shared ones count once.
+    """
     parts: dict[str, PartSize] = {}
     for name, parameter in model.named_parameters():
-        top = name.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
-        part = parts.setdefault(PART_NAMES.get(top, top), PartSize())
+        part = parts.setdefault(part_of(name.removeprefix(f"{model.base_model_prefix}.")), PartSize())
         count = parameter_count(parameter)
         part.parameters += count
         part.trainable += count if parameter.requires_grad else 0
         part.num_bytes += count * parameter.element_size()
     if "core" in parts:
-        parts["core"].passes = model.config.recurrence.mean_steps
+        parts["core"].passes = model.config.get_text_config().recurrence.mean_steps
         if "norm" in parts:
             parts["norm"].passes = 2  # after the core, and after the coda
     return parts
@@ -59,7 +66,8 @@ def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
 def size_table(model: PreTrainedModel) -> str:
     """The sizes as a Markdown table, with a line of sums.
 
-    "run" is how often a part runs for a token at the mean depth; "executed" is run x parameters.
+    "run" is how often a part runs for a token at the mean depth (those that read a medium: for a token of the medium);
+    "executed" is run x parameters.
     """
     parts = part_sizes(model)
     lines = ["| part | parameters | trainable | MB | run | executed |", "|---|---:|---:|---:|---:|---:|"]
@@ -77,7 +85,7 @@ def size_table(model: PreTrainedModel) -> str:
     )
     executed = sum(part.passes * part.parameters for part in parts.values())
     lines.append(f"| all | {total.parameters:,} | {total.trainable:,} | {total.num_bytes / 1e6:.2f} | | {executed:,} |")
-    config = model.config
+    config = model.config.get_text_config()
     lines += ["", f"{config.num_hidden_layers} layers, {config.mean_executed_layers} executed at the mean depth"]
     return "\n".join(lines)
 

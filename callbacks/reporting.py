@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Reporter:
@@ -25,6 +29,11 @@ class Reporter:
         for callback in self.handler.callbacks:
             if isinstance(callback, kinds):
                 callback.on_log(args, state, control, logs=dict(texts), model=self.handler.model)
+
+    def summary_writer(self) -> SummaryWriter | None:
+        """TensorBoard's, for what is no text; None on ranks other than 0, and where the run does not report there."""
+        found = [callback for callback in self.handler.callbacks if isinstance(callback, TensorBoardCallback)]
+        return found[0].tb_writer if found else None
 
 
 class ReportingCallback(TrainerCallback):

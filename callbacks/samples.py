@@ -7,15 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from .reporting import Reporter, ReportingCallback
+from .periodic import WritingCallback, aside, depths_of, verbatim
+from .reporting import Reporter
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +55,11 @@ class SamplesConfig:
             raise ValueError(f"samples.seed is {self.seed}, must be at least 0.")
 
 
-class SamplesCallback(ReportingCallback):
-    """Writes samples every few steps and at the end, to the reports and to the log.
-
-    All ranks generate (under ZeRO-3 none has the whole model), with the same tokens; rank 0 writes. The random state of
-    the training is left as it was, and so is the mode (train or eval) of the model.
-    """
+class SamplesCallback(WritingCallback):
+    """Writes samples, to the reports and to the log."""
 
     def __init__(self, config: SamplesConfig, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> None:
-        super().__init__(reporter)
+        super().__init__(config.every_steps, reporter)
         if "" in config.prompts and tokenizer.bos_token_id is None:
             raise ValueError(
                 "samples.prompts has an empty prompt, but the tokenizer has no begin token to start from: "
@@ -76,47 +67,18 @@ class SamplesCallback(ReportingCallback):
             )
         self.config = config
         self.tokenizer = tokenizer
-        self.last_step: int | None = None
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs,
-    ) -> None:
-        """Sample if this step is due."""
-        if state.global_step % self.config.every_steps == 0:
-            self.sample_all(args, state, control, model)
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs,
-    ) -> None:
-        """Sample unless the last step did."""
-        if state.global_step != self.last_step:
-            self.sample_all(args, state, control, model)
-
-    def sample_all(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel
-    ) -> None:
-        """One text per prompt and depth, written where the run reports to."""
-        self.last_step = state.global_step
-        depths = self.config.num_steps if model.config.num_core_layers else [None]
+    def texts(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
+        """One text per prompt and depth."""
         texts = {}
-        for depth in depths:
+        for depth in depths_of(model, self.config.num_steps):
             name = "samples" if depth is None else f"samples/num_steps_{depth}"
             continuations = self.continue_prompts(model, depth)
             texts[name] = as_markdown(self.config.prompts, continuations)
             if state.is_world_process_zero:
                 for prompt, continuation in zip(self.config.prompts, continuations, strict=True):
                     logger.info("step %d, %s: %r -> %r", state.global_step, name, prompt, continuation)
-        self.reporter.write(args, state, control, texts)
+        return texts
 
     def continue_prompts(self, model: PreTrainedModel, depth: int | None) -> list[str]:
         """The text after each prompt, special tokens left out."""
@@ -125,15 +87,8 @@ class SamplesCallback(ReportingCallback):
             options.update(temperature=self.config.temperature, top_k=0, top_p=1.0)
         if depth is not None:
             options["num_steps"] = depth
-        device = model.device
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-                torch.manual_seed(self.config.seed)
-                return [self.continue_prompt(model, prompt, options) for prompt in self.config.prompts]
-        finally:
-            model.train(was_training)
+        with aside(model, self.config.seed):
+            return [self.continue_prompt(model, prompt, options) for prompt in self.config.prompts]
 
     def continue_prompt(self, model: PreTrainedModel, prompt: str, options: dict) -> str:
         """The text after one prompt. Prompts go one by one: a few short ones, and none is padded."""
@@ -157,6 +112,5 @@ def as_markdown(prompts: Sequence[str], continuations: Sequence[str]) -> str:
     """Prompts in bold and what follows them, as TensorBoard's text page shows it: verbatim, in code blocks."""
     blocks = []
     for prompt, continuation in zip(prompts, continuations, strict=True):
-        lines = f"{prompt}⟶{continuation}".splitlines()
-        blocks.append("\n".join(f"    {line}" for line in lines))
+        blocks.append(verbatim(f"{prompt}⟶{continuation}"))
     return "\n\n---\n\n".join(blocks)

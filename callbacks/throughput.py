@@ -62,8 +62,9 @@ class ThroughputCallback(TrainerCallback):
             self.mark = time.perf_counter()
             self.interrupted = False
         self.tokens += kwargs["input_ids"].numel()
-        if model.config.num_core_layers:
-            self.core_steps += count_steps(kwargs.get("num_steps"), model.config)
+        config = model.config.get_text_config()
+        if config.num_core_layers:
+            self.core_steps += count_steps(kwargs.get("num_steps"), config)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Count the time of the step and of the wait for its data."""

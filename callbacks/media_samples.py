@@ -1,0 +1,134 @@
+"""Answers that the model gives to pictures and sound during training, beside what it saw and heard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin, TrainerControl, TrainerState, TrainingArguments
+
+from .periodic import WritingCallback, aside, depths_of, verbatim
+from .reporting import Reporter
+
+logger = logging.getLogger(__name__)
+
+Example = Mapping[str, Any]
+
+
+@dataclass
+class MediaSamplesConfig:
+    """Answers to fixed examples of the validation sources with media."""
+
+    num_examples: int = 2
+    """Examples of each source, at least 0; 0: no samples."""
+
+    every_steps: int = 500
+    """Optimizer steps between samples, at least 1; there is one at the end as well."""
+
+    num_steps: list[int] = field(default_factory=lambda: [1, 4, 8])
+    """Core steps per token, each at least 1, one answer for each. A model without a core gives one answer."""
+
+    max_new_tokens: int = 64
+    """Most tokens of an answer, at least 1."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_examples", 0), ("every_steps", 1), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"media_samples.{name} is {getattr(self, name)}, must be at least {least}.")
+        if not self.num_steps or min(self.num_steps) < 1:
+            raise ValueError(
+                f"media_samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1."
+            )
+
+
+class MediaSamplesCallback(WritingCallback):
+    """Writes prompt, reference and answers at several depths of each example, to the reports and to the log. What
+    belongs to them stands beside them in TensorBoard: pictures, spectrograms and players, as the model sees and hears
+    them, once when training begins.
+
+    Args:
+        examples: by source, each with `prompt_ids`, `media` (tensors by kind), `prompt`, `answer`, and, for the player,
+            `waveforms` (float, (samples,), at the sampling rate of the processor).
+    """
+
+    def __init__(
+        self,
+        config: MediaSamplesConfig,
+        processor: ProcessorMixin,
+        examples: Mapping[str, Sequence[Example]],
+        reporter: Reporter,
+    ) -> None:
+        super().__init__(config.every_steps, reporter)
+        self.config = config
+        self.processor = processor
+        self.examples = {
+            f"samples/{source}_{number}": rows[number]
+            for source, rows in examples.items()
+            for number in range(min(config.num_examples, len(rows)))
+        }
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Show the media."""
+        writer = self.reporter.summary_writer()
+        if writer is None:
+            return
+        for name, example in self.examples.items():
+            for number, pixels in enumerate(example["media"].get("image", [])):
+                writer.add_image(f"train/{name}/picture_{number}", self.picture(pixels), state.global_step)
+            for number, features in enumerate(example["media"].get("audio", [])):
+                writer.add_image(f"train/{name}/spectrogram_{number}", spectrogram(features), state.global_step)
+            for number, waveform in enumerate(example.get("waveforms", [])):
+                sound = torch.as_tensor(waveform)[None]
+                rate = self.processor.feature_extractor.sampling_rate
+                writer.add_audio(f"train/{name}/sound_{number}", sound, state.global_step, rate)
+
+    def picture(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(3, height, width) in [0, 1] from what the model gets."""
+        statistics = self.processor.image_processor.image_mean, self.processor.image_processor.image_std
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
+        return (pixels.cpu().float() * std + mean).clamp(0, 1)
+
+    def texts(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
+        """One text per example: its prompt, its reference, and an answer for each depth."""
+        texts = {}
+        for name, example in self.examples.items():
+            lines = {"prompt": example["prompt"], "reference": example["answer"]}
+            for depth in depths_of(model, self.config.num_steps):
+                label = "answer" if depth is None else f"{depth} steps"
+                lines[label] = self.answer(model, example, depth)
+                if state.is_world_process_zero:
+                    logger.info("step %d, %s, %s: %r", state.global_step, name, label, lines[label])
+            texts[name] = verbatim("\n".join(f"{label}: {text}" for label, text in lines.items()))
+        return texts
+
+    def answer(self, model: PreTrainedModel, example: Example, depth: int | None) -> str:
+        """By greedy decoding, special tokens left out. Examples go one by one: a few, and none is padded."""
+        media = self.processor.collate_media(example["media"])
+        inputs = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in media.items()
+        }
+        ids = torch.tensor([example["prompt_ids"]], device=model.device)
+        tokenizer = self.processor.tokenizer
+        with aside(model):
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=self.config.max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                **inputs,
+                **({} if depth is None else {"num_steps": depth}),
+            )
+        return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def spectrogram(features: torch.Tensor) -> torch.Tensor:
+    """(1, mel bins, frames) in [0, 1], low tones at the bottom, from (mel bins, frames)."""
+    features = features.cpu().float()
+    low, high = features.min(), features.max()
+    return ((features - low) / (high - low).clamp(min=1e-6)).flip(0)[None]
