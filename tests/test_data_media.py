@@ -23,11 +23,14 @@ from dataset_loading import (
     build_tokenizer,
     build_validation,
     get_task,
+    train_tokenizer,
 )
 from dataset_loading.media_dataset import pack_whole
 from dataset_loading.splits import load_split
 from dataset_loading.synthetic import generate_row
 from dataset_loading.validation import BadRows
+from model import MEDIA_TOKENS
+from model.modalities import MODALITIES, Modality
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor
 
 PROCESSOR = tiny_processor()
@@ -546,3 +549,59 @@ def test_examples_of_a_split_source_are_those_held_out(tmp_path):
     assert [example["input_ids"] for example in examples] == [
         held_out[index]["input_ids"].tolist() for index in range(len(held_out))
     ]
+
+
+# ------------------------------------------------------------------------------------------------------ further kinds
+
+
+class Points(Modality):
+    """Comma separated numbers in a file, one token each."""
+
+    name = "points"
+    config_class = dict
+    input_names = ("points",)
+
+    def build_encoder(self, config):
+        raise NotImplementedError
+
+    def dummy_inputs(self, config):
+        raise NotImplementedError
+
+    def preprocess(self, medium, config):
+        with open(medium) as file:
+            return torch.tensor([float(number) for number in file.read().split(",")])
+
+    def num_tokens(self, preprocessed, config):
+        return len(preprocessed)
+
+    def collate(self, preprocessed):
+        return {"points": torch.nn.utils.rnn.pad_sequence(preprocessed, batch_first=True)}
+
+
+def test_a_further_modality_needs_no_change_here(tmp_path, monkeypatch):
+    """In a chat beside a picture; its number is the one after audio; a file of it that cannot be read is a bad row."""
+    monkeypatch.setitem(MODALITIES, "points", Points())
+    tokens = [f"<|{name}|>" for name in ("points_start", "points", "points_end")]
+    tokenizer = train_tokenizer([], 271, media_tokens=[*MEDIA_TOKENS, *tokens])
+    processor = tiny_processor(tokenizer=tokenizer, modality_configs={"points": {}})
+    (tmp_path / "a.txt").write_text("1,2,3.5")
+    (tmp_path / "b.txt").write_text("none")
+    PICTURES[0].save(tmp_path / "a.png")
+
+    def ask(name):
+        parts = [{"type": "points", "path": name}, {"type": "image", "path": "a.png"}]
+        return [{"role": "user", "content": parts}, assistant("yes")]
+
+    write_lines(tmp_path / "a.jsonl", [{"messages": ask(name)} for name in ("a.txt", "b.txt")])
+    source = SourceConfig("chat", paths=[str(tmp_path / "a.jsonl")])
+    built = build_datasets(DataConfig([source], VALIDATION, packing=False), processor)
+    (row,) = built.train
+    points = {"type": "points", "points": str(tmp_path / "a.txt")}
+    chat = processor.encode_chat(
+        [{"role": "user", "content": [points, *user(PICTURES[0])["content"]]}, assistant("yes")]
+    )
+    assert row["input_ids"].tolist() == chat["input_ids"].tolist()
+    assert row["media"]["points"][0].tolist() == [1, 2, 3.5]
+    assert set(row["modality_ids"].tolist()) == {3} and built.report[-1].bad_rows == 1
+    batch = Collator(processor)([row, row])
+    assert batch["points"].tolist() == [[1, 2, 3.5]] * 2 and batch["pixel_values"].shape[0] == 2
