@@ -267,10 +267,9 @@ class MegaTransformerTextConfig(StrictConfig):
             )
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"num_steps ({self.num_steps}) must be at least 1")
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "embedding_scale", "initializer_range"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} ({value}) must be greater than 0")
+        check_positive(
+            self, "attn_logit_softcapping", "final_logit_softcapping", "embedding_scale", "initializer_range"
+        )
 
 
 class EncoderConfig(StrictConfig):
@@ -281,11 +280,18 @@ class EncoderConfig(StrictConfig):
         intermediate_size: Width inside the feed-forward layer.
         num_hidden_layers: Number of layers.
         num_attention_heads: Number of query heads.
-        num_key_value_heads: Number of key/value heads; divides the number of query heads. Default: as many.
+        num_key_value_heads: Number of key/value heads, at least 1; divides the number of query heads. Default: as many.
         head_dim: Width of a head. Default: hidden_size / num_attention_heads, which must then divide hidden_size.
         rope_theta: Base of the RoPE frequencies.
-        norm, norm_eps, norm_placement, mlp, qk_norm, qk_bias, attn_logit_softcapping, attention_dropout,
-            hidden_dropout: As in `MegaTransformerTextConfig`.
+        norm: As in the language model.
+        norm_eps: As in the language model.
+        norm_placement: As in the language model.
+        mlp: As in the language model.
+        qk_norm: As in the language model.
+        qk_bias: As in the language model.
+        attn_logit_softcapping: As in the language model, above 0. Default: none.
+        attention_dropout: As in the language model.
+        hidden_dropout: As in the language model.
         initializer_range: Standard deviation of the weights, above 0. Default: sqrt(2 / (5 hidden_size)).
         backbone: Name on the Hugging Face hub, or folder, of a pretrained model whose encoder takes the place of ours;
             of the options above none is read then.
@@ -334,6 +340,7 @@ class EncoderConfig(StrictConfig):
     def validate_heads(self) -> None:
         """Checks that span several fields; run by `strict` after the fields' own."""
         check_heads(self)
+        check_positive(self, "attn_logit_softcapping", "initializer_range")
 
 
 @checked
@@ -341,12 +348,13 @@ class MegaTransformerVisionConfig(EncoderConfig):
     """An encoder of images: patches, a transformer in which they all see each other, and a pixel shuffle.
 
     Args:
+        head_dim: Width of a head, at least 4 and divisible by 4. Default: hidden_size / num_attention_heads.
         num_channels: Channels of an image.
         patch_size: Side of a patch in pixels.
         stem: How a patch becomes a vector: "patch" is one linear map, "conv" a stack of 3 x 3 convolutions of stride 2
             (Xiao et al. 2021, arXiv 2106.14881), for a patch size that is a power of 2.
         pixel_shuffle: Side of a square of patches that becomes one token of the language model.
-        image_size: Height and width to which every image is resized. Default: images keep their shape.
+        image_size: Height and width to which every image is resized, at least 1. Default: images keep their shape.
         max_image_size: Longest side of an image that keeps its shape; larger ones are scaled down.
     """
 
@@ -389,6 +397,7 @@ class MegaTransformerAudioConfig(EncoderConfig):
     each other.
 
     Args:
+        head_dim: Width of a head, at least 2 and divisible by 2. Default: hidden_size / num_attention_heads.
         sampling_rate: Samples per second; other rates are resampled.
         n_fft: Samples in the window of a frame.
         hop_length: Samples from a frame to the next.
@@ -493,6 +502,14 @@ def check_heads(config: MegaTransformerTextConfig | EncoderConfig) -> None:
         )
     if config.head_dim < 1:
         raise ValueError(f"head_dim ({config.head_dim}) must be at least 1")
+
+
+def check_positive(config: MegaTransformerTextConfig | EncoderConfig, *names: str) -> None:
+    """Raises ValueError for an option that is given and not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} ({value}) must be greater than 0")
 
 
 def check_heads_divide_width(config: MegaTransformerTextConfig | EncoderConfig) -> None:

@@ -13,12 +13,16 @@ import configs
 from callbacks import CallbacksConfig
 from configs import load_run_config, reference
 from dataset_loading.configuration import DataConfig, SourceConfig, TokenizerConfig
-from model import MegaTransformerTextConfig
+from model import MegaTransformerAudioConfig, MegaTransformerTextConfig, MegaTransformerVisionConfig
 from trainers import RecurrentTrainingArguments
+from trainers.parameter_groups import ParameterGroup
 
 PAGE = reference.PAGE.read_text(encoding="utf-8")
 GENERATED = {"kind": "generated", "task": "stories"}
 SOURCES = "data.train, data.validation"
+LISTS = {SOURCES, "training.parameter_groups"}  # groups of which a run has any number
+MEDIA = ["--model.model_type", "megatransformer", "--model.vision_config.patch_size", "8"]
+MEDIA += ["--model.audio_config.subsampling", "4"]
 
 
 class Line(NamedTuple):
@@ -32,7 +36,14 @@ class Line(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.key if self.group == "The run" else f"{self.group}.{self.key}"
+        """The first of `names`."""
+        return self.names[0]
+
+    @property
+    def names(self) -> list[str]:
+        """The option in a YAML, in all places where its class stands."""
+        groups = [""] if self.group == "The run" else [f"{group}." for group in self.group.split(", ")]
+        return [f"{group}{self.key}" for group in groups]
 
 
 def lines_of(page: str) -> list[Line]:
@@ -48,6 +59,7 @@ def lines_of(page: str) -> list[Line]:
 
 
 LINES = lines_of(PAGE)
+OF_MEDIA = ("model", "model.vision_config", "model.audio_config")  # of the class that is not the default
 
 
 def of(group: str) -> dict[str, Line]:
@@ -58,7 +70,7 @@ def tree_of_defaults() -> dict[str, Any]:
     """Every documented default, as the YAML that a user would write; one source, for its defaults too."""
     tree: dict[str, Any] = {}
     for line in LINES:
-        if line.group == SOURCES or not line.default.startswith("`"):
+        if line.group in LISTS or line.group in OF_MEDIA or not line.default.startswith("`"):
             continue
         inner = tree
         for name in line.name.split(".")[:-1]:
@@ -83,24 +95,31 @@ def test_the_documented_defaults_are_those_of_the_classes(tmp_path: Path):
     assert run.data == DataConfig(train=[SourceConfig(**GENERATED)])
     assert run.callbacks == CallbacksConfig()
     assert (run.trainer, run.log_level) == ("pretrain", "info")
-    defaults = {item.name: item.default for item in dataclasses.fields(RecurrentTrainingArguments)}
-    for key in of("training"):
-        assert run.resolved["training"][key] == defaults[key], key
+    for item in dataclasses.fields(RecurrentTrainingArguments):
+        if item.name in of("training"):
+            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            plain = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+            assert run.resolved["training"][item.name] == plain, item.name
 
 
 def test_every_option_stands_there_once(tmp_path: Path):
     """Those that the loader resolves, flattened, and of training arguments those that differ from the inherited."""
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"data": {"train": [GENERATED]}}))
-    resolved = load_run_config(path).resolved
-    (source,), resolved["data"]["train"] = resolved["data"]["train"], []
     theirs = {item.name: (item.default, item.type) for item in dataclasses.fields(TrainingArguments)}
     ours = {item.name: (item.default, item.type) for item in dataclasses.fields(RecurrentTrainingArguments)}
-    resolved["training"] = {name: None for name in ours if ours[name] != theirs.get(name)}
-    expected = [*configs.flatten(resolved), *(f"{SOURCES}.{name}" for name in source)]
-    documented = [line.name for line in LINES]
-    groups = [name for name in documented if name in {line.group for line in LINES}]
-    assert sorted(documented) == sorted(expected + groups)
+    expected: set[str] = set()
+    for resolved in (load_run_config(path).resolved, load_run_config(path, MEDIA).resolved):
+        (source,), resolved["data"]["train"] = resolved["data"]["train"], []
+        inherited = [name for name in resolved["training"] if ours[name] == theirs.get(name)]
+        for name in inherited:
+            del resolved["training"][name]
+        expected |= {*configs.flatten(resolved), *(f"{group}.{key}" for group in SOURCES.split(", ") for key in source)}
+    expected |= {f"training.parameter_groups.{item.name}" for item in dataclasses.fields(ParameterGroup)}
+    assert len({(line.group, line.key) for line in LINES}) == len(LINES)
+    groups = {part for line in LINES for part in line.group.split(", ")} | {"model.text_config.model_type"}
+    documented = {name for line in LINES for name in line.names}
+    assert documented - groups == expected - groups
 
 
 def test_every_option_has_a_meaning_and_a_type():
@@ -115,12 +134,13 @@ def test_links_lead_to_headings():
 
 def test_choices_are_those_the_loader_takes():
     """An unknown choice is refused with the list of the known ones."""
-    named = [line for line in LINES if line.type.startswith('`"') and line.group != SOURCES]
+    named = [line for line in LINES if line.type.startswith('`"') and line.group not in LISTS]
     assert len(named) >= 5
     for line in named:
         choices = set(re.findall(r'`"([^"]+)"`', line.type))
+        given = MEDIA if line.group in OF_MEDIA and line.key != "model_type" else []
         with pytest.raises(ValueError, match="unknown") as error:
-            configs.resolve([f"--{line.name}=nonsense"])
+            configs.resolve([*given, f"--{line.name}=nonsense"])
         assert set(re.search(r"known: (.*)", str(error.value))[1].split(", ")) == choices
 
 
@@ -138,6 +158,9 @@ NUMBERS = [line for line in LINES if re.match(r"`(int|float)`", line.type)]
 NEEDED = {
     SourceConfig: GENERATED,
     MegaTransformerTextConfig: {"position_embedding": "none", "head_dim": 4},
+    MegaTransformerVisionConfig: {"head_dim": 4, "patch_size": 1},
+    MegaTransformerAudioConfig: {"head_dim": 4, "hop_length": 1},
+    ParameterGroup: {"pattern": "*"},
     RecurrentTrainingArguments: {"output_dir": "unused", "use_cpu": True},
 }
 

@@ -23,7 +23,7 @@ class ParameterGroup:
     weight_decay: float | None = None
     """In place of that of the training, at least 0, for those of them that decay there (biases do not)."""
     freeze_steps: int = 0
-    """Optimizer steps before which these parameters stay as they are. Their gradients are computed all the same, and
+    """Optimizer steps, at least 0, before which these parameters stay as they are. Their gradients are computed and
     count in the norm: what stays frozen for good belongs into training.freeze, which costs nothing."""
 
     def __post_init__(self) -> None:
