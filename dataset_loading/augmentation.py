@@ -181,9 +181,9 @@ class TextNoise:
 
     def __init__(self, config: TextAugmentationConfig, tokenizer: PreTrainedTokenizerFast):
         self.config, self.hidden = config, tokenizer.pad_token_id
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        self.begins_word = np.array([token[:1] in _BLANKS for token in tokens])
-        self.is_special = np.zeros(len(tokens), dtype=bool)
+        vocabulary = tokenizer.get_vocab()
+        self.begins_word, self.is_special = np.zeros((2, max(vocabulary.values()) + 1), dtype=bool)
+        self.begins_word[[index for token, index in vocabulary.items() if token.startswith(_BLANKS)]] = True
         self.is_special[list(tokenizer.added_tokens_decoder)] = True
 
     @property

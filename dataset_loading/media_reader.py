@@ -43,7 +43,7 @@ class MediaReader:
             tokens = kind.modality.token, kind.modality.start_token, kind.modality.end_token
             self.tokens[name] = [special_id(self.tokenizer, token) for token in tokens]
         self._check_template(processor)
-        self._is_placeholder = np.zeros(len(self.tokenizer), dtype=bool)
+        self._is_placeholder = np.zeros(max(self.tokenizer.get_vocab().values()) + 1, dtype=bool)
         self._is_placeholder[list(self.placeholders.values())] = True
 
     def _check_template(self, processor: ProcessorMixin) -> None:

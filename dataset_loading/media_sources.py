@@ -5,13 +5,13 @@ Nothing is decoded here, and of files only a digest is taken; `media_documents.p
 
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -71,9 +71,11 @@ def open_conversations(source: SourceConfig) -> IterableDataset:
         paths = [str(path) for path in expand_paths(source)]
         kinds = {"messages": Value("large_string"), "problem": Value("string")}
         return IterableDataset.from_generator(_stream_tars, Features(kinds), {"paths": paths, "source": source})
-    stream = load_hub(source).decode(False)
+    stream = load_hub(source)
+    stream = stream.decode(False) if stream.features else stream
     _check_columns(source, stream.column_names or list(next(iter(stream), {})))  # not every format names them in front
-    return stream
+    names = _label_names(stream.features or {})
+    return stream.map(_with_label_names, fn_kwargs={"names": names}) if names else stream
 
 
 def conversation_of_stream(source: SourceConfig, row: dict[str, object]) -> tuple[list[dict], list[dict]]:
@@ -350,13 +352,14 @@ def _of_table(source: SourceConfig, table: Dataset, path: Path | None, bad_rows:
     """Conversations whose media stand in columns of their own rows, one for each row of the table."""
     table = table if limit is None else table.take(min(limit, len(table)))
     texts = [column for column in table.column_names if column not in source.media_columns]
-    folder = path and path.parent
+    folder, names = path and path.parent, _label_names(table.features)
     found = _Found()
     for start in range(0, len(table), CHECKED_AT_ONCE):
         batch = table[start : start + CHECKED_AT_ONCE]
         media = {column: _stored_media(kind, batch[column]) for column, kind in source.media_columns.items()}
         for offset, row in enumerate(batch.select(texts).to_pylist()):
             where, messages = f"{path or ''} row {start + offset + 1}".strip(), None
+            row = _with_label_names(row, names)
             try:
                 attached = {
                     kind: _attached(kind, column, media[column][offset], folder)
@@ -368,6 +371,17 @@ def _of_table(source: SourceConfig, table: Dataset, path: Path | None, bad_rows:
             found.add(messages, where)
     stored = table.select_columns(list(source.media_columns)).with_format(None)
     return concatenate_datasets([found.dataset(), stored], axis=1) if source.media_columns else found.dataset()
+
+
+def _label_names(features: Mapping[str, object]) -> dict[str, list[str]]:
+    return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+def _with_label_names(row: dict[str, object], names: dict[str, list[str]]) -> dict[str, object]:
+    """Numbers of classes as their names; -1, which stands for none, as None."""
+    numbers = {column: row[column] for column in names if column in row}
+    named = {column: names[column][it] if it is not None and it >= 0 else None for column, it in numbers.items()}
+    return {**row, **named}
 
 
 def _stored_media(kind: str, values: pa.ChunkedArray) -> list[list | int | bool | str | None]:

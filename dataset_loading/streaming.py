@@ -231,8 +231,7 @@ def build_stream(
             encode = partial(
                 _encode_text, source=source, columns=columns, tokenizer=tokenizer, forbidden=split.validation_digests
             )
-        rows = rows.to_iterable_dataset() if isinstance(rows, datasets.Dataset) else rows
-        rows = rows.decode(False) if source.is_media else rows
+        rows = rows.to_iterable_dataset().decode(False) if isinstance(rows, datasets.Dataset) else rows
         streams.append(rows.map(encode, with_indices=True).select_columns(list(_FEATURES)).cast(_FEATURES))
     stream = streams[0]
     if len(streams) > 1:

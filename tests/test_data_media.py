@@ -204,6 +204,16 @@ def hub(folder):
     return source, [[user(image), assistant(f"caption {number}")] for number, image in enumerate(PICTURES)]
 
 
+def hub_of_classes(folder):
+    folder.mkdir()
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    columns = {"img": [{"bytes": image_file(image), "path": None} for image in PICTURES], "label": [1, 0, 1]}
+    pq.write_table(pa.table(columns, schema=features.arrow_schema), folder / "train.parquet")
+    source = {"kind": "hub", "path": str(folder), "image_column": "img", "answer_column": "label", "prompt": "What?"}
+    names = ("dog", "cat", "dog")
+    return source, [[user(image, "What?"), assistant(name)] for image, name in zip(PICTURES, names, strict=True)]
+
+
 def hub_with_messages(folder):
     """Messages as structs of one type, so that parts have each other's keys, and pictures beside them."""
     folder.mkdir()
@@ -303,6 +313,7 @@ KINDS = [
     jsonl,
     parquet_of_two_files,
     hub,
+    hub_of_classes,
     hub_with_messages,
     webdataset,
     chat,

@@ -84,7 +84,31 @@ def texts_of(rows):
 TEXTS = [f"text {number}" for number in range(NUM_ROWS)]
 
 
-@pytest.mark.parametrize("kind", [hub, webdataset])
+def hub_of_classes(folder):
+    fields = hub(folder)
+    for path in folder.iterdir():
+        table = datasets.Dataset.from_parquet(str(path)).with_format("arrow")[:]
+        labels = [number % 2 for number in range(table.num_rows)]
+        features = datasets.Features.from_arrow_schema(table.schema)
+        features["text"] = datasets.ClassLabel(names=["text 0", "text 1"])
+        columns = {**table.to_pydict(), "text": labels}
+        pq.write_table(pa.table(columns, schema=features.arrow_schema), path)
+    return fields
+
+
+def hub_of_paths(folder):
+    """JSON lines, whose columns nobody knows in front."""
+    folder.mkdir()
+    with (folder / "train.jsonl").open("w") as lines:
+        for number in range(NUM_ROWS):
+            for ending, content in zip(("png", "wav"), media_of(number), strict=True):
+                (folder.parent / f"{number}.{ending}").write_bytes(content)
+            row = {"seen": str(folder.parent / f"{number}.png"), "heard": [str(folder.parent / f"{number}.wav")]}
+            lines.write(json.dumps(row | {"text": f"text {number}"}) + "\n")
+    return {"kind": "hub", "path": str(folder), "image_column": "seen", "audio_column": "heard"}
+
+
+@pytest.mark.parametrize("kind", [hub, hub_of_classes, hub_of_paths, webdataset])
 def test_a_stream_gives_the_rows_of_the_loaded_dataset(tmp_path, kind):
     """Documents apart, filled up to the block."""
     fields = kind(tmp_path / "data")
