@@ -15,14 +15,15 @@ from pathlib import Path
 import datasets
 import torch
 from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from configs import RunConfig, load_run_config
 from dataset_loading import Collator, build_examples, build_validation
-from evaluation import depth_table, markdown_table, save_depth_table, token_byte_lengths
+from evaluation import Writer, depth_table, markdown_table, save_depth_table, token_byte_lengths
 from inference import arguments
 from inference.devices import DTYPES, choose_device, device_report
-from inference.loading import find_checkpoint, load_model
+from inference.loading import find_checkpoint, load_model, tokenizer_of
+from model import MODALITIES
 
 logger = logging.getLogger("evaluate")
 
@@ -47,18 +48,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = find_checkpoint(args.checkpoint)
         run = read_run_config(checkpoint, overrides)
         device = choose_device(args.device)
-        model, tokenizer = load_model(checkpoint, device, args.dtype and getattr(torch, args.dtype))
-        texts = validation_texts(run, tokenizer, args.limit)
-        examples = validation_examples(run, tokenizer, args.limit or EXAMPLES_PER_SOURCE)
+        model, processor = load_model(checkpoint, device, args.dtype and getattr(torch, args.dtype))
+        texts = validation_texts(run, processor, args.limit)
+        examples = validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE)
         depths = sorted(set(args.num_steps))
-        if model.config.num_core_layers == 0:
+        if model.config.get_text_config().num_core_layers == 0:
             logger.warning(
                 "%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint
             )
             depths = [None]
-        byte_lengths = token_byte_lengths(tokenizer)
         output = make_folder(args.output or Path(args.checkpoint) / "evaluation")
-        rows = depth_table(model, depths, texts, examples, Collator(tokenizer), byte_lengths, args.batch_size)
+        rows = depth_table(
+            model,
+            depths,
+            texts,
+            examples,
+            Collator(processor),
+            token_byte_lengths(tokenizer_of(processor)),
+            args.batch_size,
+            modalities=("text", *MODALITIES),
+            writer=None if args.no_texts else Writer(processor, args.max_new_tokens),
+        )
         sys.stdout.write(markdown_table(rows))
         about = {"checkpoint": str(checkpoint), "data": dataclasses.asdict(run.data), "limit": args.limit}
         paths = save_depth_table(rows, output, about)
@@ -73,8 +83,9 @@ def build_parser() -> arguments.OneLineParser:
     """The command line, without the overrides of the data."""
     parser = arguments.OneLineParser(
         prog="evaluate.py",
-        description="Loss, bits per byte, exact answers and time of a model at several depths. The data are those of "
-        "the run; --config FILE and --data.KEY VALUE change them as in pretrain.py.",
+        description="Loss, bits per byte, exact answers, word errors, BLEU and time of a model at several depths, by "
+        "source and by modality. The data are those of the run; --config FILE and --data.KEY VALUE change them as in "
+        "pretrain.py.",
     )
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
     parser.add_argument(
@@ -84,7 +95,14 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument(
         "--limit",
         type=arguments.row_limit,
-        help=f"rows per source; default: all texts, and {EXAMPLES_PER_SOURCE} questions of each source with answers",
+        help=f"rows per source; default: all for the loss, and {EXAMPLES_PER_SOURCE} questions of each source with "
+        "answers",
+    )
+    parser.add_argument("--no-texts", action="store_true", help="write no answers: neither word errors nor BLEU")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=arguments.new_tokens,
+        help="most tokens of an answer; default: twice as many as its reference has",
     )
     parser.add_argument("--output", type=Path, help="folder for the files; default: evaluation in the given folder")
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
@@ -157,21 +175,26 @@ def first_config(overrides: Sequence[str]) -> tuple[str, list[str]]:
     return path, rest
 
 
-def validation_texts(run: RunConfig, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> dict[str, Dataset]:
+def validation_texts(
+    run: RunConfig, processor: PreTrainedTokenizerBase | ProcessorMixin, limit: int | None
+) -> dict[str, Dataset]:
     """The packed validation rows by source; where the run names none, those that it split off its training data."""
-    validation = build_validation(run.data, tokenizer, seed=run_seed(run))
+    validation = build_validation(run.data, processor, seed=run_seed(run))
     return {
         name: rows if limit is None else Subset(rows, range(min(limit, len(rows)))) for name, rows in validation.items()
     }
 
 
-def validation_examples(run: RunConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[dict]]:
-    """Questions not trained on, by source: of the validation sources, else new ones of the generated sources."""
-    sources = run.data.validation or [source for source in run.data.train if source.kind == "generated"]
+def validation_examples(
+    run: RunConfig, processor: PreTrainedTokenizerBase | ProcessorMixin, limit: int
+) -> dict[str, Sequence[dict]]:
+    """Questions not trained on, by source: of the validation sources, else of the train sources new ones, where they
+    are generated, or those that were split off.
+    """
     return {
-        source.label: build_examples(source, run.data, tokenizer, limit, seed=run_seed(run))
-        for source in sources
-        if source.has_answers
+        source.label: build_examples(source, run.data, processor, limit, seed=run_seed(run))
+        for source in run.data.validation or run.data.train
+        if source.has_answers and not source.streaming
     }
 
 

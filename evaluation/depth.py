@@ -1,23 +1,20 @@
-"""What depth buys: loss, exact answers and time of one model at several numbers of core steps."""
+"""What depth buys: loss, answers and time of one model at several numbers of core steps."""
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from .metrics import metrics_from_sums, token_nll
-
-logger = logging.getLogger(__name__)
+from .answers import Answer, Example, Writer, WrittenScores, prompt_of, to_model, written_scores
+from .metrics import metrics_from_sums, token_scores
 
 Item = Mapping[str, Any]
 Collate = Callable[[list[Item]], dict[str, torch.Tensor]]
@@ -33,6 +30,17 @@ class ExactMatch:
     """Number of rows."""
     by_difficulty: dict[int, float] = field(default_factory=dict)
     """Over the rows of each difficulty, where the source names one."""
+
+
+@dataclass
+class ModalityScores:
+    """What all sources together come to in one modality."""
+
+    losses: dict[str, float]
+    """Loss, perplexity and bits per byte of the validation sources; empty if none has it."""
+    exact_match: float | None
+    """Of the sources with answers; None if none has it."""
+    written: WrittenScores | None
 
 
 @dataclass
@@ -52,6 +60,10 @@ class DepthRow:
     """Loss, perplexity and bits per byte of each validation source."""
     exact_match: dict[str, ExactMatch]
     """By source with answers."""
+    written: dict[str, WrittenScores] = field(default_factory=dict)
+    """By source with answers, if texts were written."""
+    modalities: dict[str, ModalityScores] = field(default_factory=dict)
+    """By modality, where there are others than text."""
 
 
 def answers_right(logits: torch.Tensor, labels: torch.LongTensor) -> torch.BoolTensor:
@@ -70,11 +82,18 @@ def answers_right(logits: torch.Tensor, labels: torch.LongTensor) -> torch.BoolT
     return (right | (targets == -100)).all(dim=1)
 
 
-def batches(items: Iterable[Item], size: int, collate: Collate, device: torch.device) -> Iterator[dict]:
-    """Batches of at most `size` items, in order, on the device."""
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of at most `size` items, in order."""
     remaining = iter(items)
     while chunk := list(islice(remaining, size)):
-        yield {name: tensor.to(device) for name, tensor in collate(chunk).items()}
+        yield chunk
+
+
+def row_of(example: Example) -> Item:
+    """An example as a row to be collated, with labels on nothing but its answer."""
+    start = len(prompt_of(example))
+    row = {"input_ids": example["input_ids"], "labels": [-100] * start + list(example["labels"][start:])}
+    return row | ({"media": example["media"]} if "media" in example else {})
 
 
 def wait_for(device: torch.device) -> None:
@@ -88,76 +107,139 @@ class DepthEvaluator:
 
     Args:
         model: a causal language model; called as model(..., num_steps=r), without that argument where r is None.
-        collate: list of items -> dict of tensors, with `input_ids` and `labels`.
+        collate: list of items -> dict of tensors, with `input_ids` and `labels`, and `modality_ids` where there are
+            others than text.
         byte_lengths: `token_byte_lengths` of the tokenizer, or None for no bits per byte.
         batch_size: rows in a forward pass.
+        modalities: names, in the order of `modality_ids`.
+        writer: writes answers; None for none.
     """
 
     def __init__(
-        self, model: torch.nn.Module, collate: Collate, byte_lengths: torch.LongTensor | None, batch_size: int
+        self,
+        model: PreTrainedModel,
+        collate: Collate,
+        byte_lengths: torch.LongTensor | None,
+        batch_size: int,
+        modalities: Sequence[str],
+        writer: Writer | None,
     ) -> None:
         self.model = model
         self.collate = collate
         self.byte_lengths = byte_lengths
         self.batch_size = batch_size
-        self.device = next(model.parameters()).device
+        self.modalities = modalities
+        self.writer = writer
+
+    def batches(self, items: Iterable[Item]) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of at most `batch_size` items, in order, on the device."""
+        for chunk in chunks(items, self.batch_size):
+            yield to_model(self.collate(chunk), self.model)
 
     def logits(self, batch: dict[str, torch.Tensor], num_steps: int | None) -> torch.Tensor:
         """(batch, sequence, vocabulary)."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "modality_ids")}
         if num_steps is not None:
             inputs["num_steps"] = num_steps
         return self.model(**inputs, use_cache=False).logits
 
     def score_texts(self, items: Sequence[Item], num_steps: int | None) -> tuple[torch.Tensor, float, int]:
-        """Sums of `token_nll` over all rows, seconds in forward passes, and positions passed."""
-        sums, seconds, positions = 0, 0.0, 0
-        for batch in batches(items, self.batch_size, self.collate, self.device):
-            wait_for(self.device)
+        """Sums of `token_scores` over all tokens of each modality, (modalities, 2 or 3), seconds in forward passes, and
+        positions passed.
+        """
+        sums = torch.zeros(len(self.modalities), 2 if self.byte_lengths is None else 3, dtype=torch.float64)
+        seconds, positions = 0.0, 0
+        for batch in self.batches(items):
+            wait_for(self.model.device)
             start = time.perf_counter()
             logits = self.logits(batch, num_steps)
-            wait_for(self.device)
+            wait_for(self.model.device)
             seconds += time.perf_counter() - start
             positions += batch["input_ids"].numel()
-            sums = sums + token_nll(logits, batch["labels"], self.byte_lengths).sum(dim=0).cpu()
+            scores = token_scores(logits, batch["labels"], self.byte_lengths)
+            modality_ids = batch.get("modality_ids", torch.zeros_like(batch["input_ids"]))[:, 1:]
+            sums.index_add_(0, modality_ids.flatten().cpu(), scores.flatten(0, 1).cpu())
         return sums, seconds, positions
 
-    def score_answers(self, examples: Sequence[Item], num_steps: int | None) -> ExactMatch:
-        """Exact match over examples with `input_ids`, `labels` (on the answer only) and `difficulty`."""
-        rows = [{"input_ids": example["input_ids"], "labels": example["labels"]} for example in examples]
-        right: list[bool] = []
-        for batch in batches(rows, self.batch_size, self.collate, self.device):
-            right.extend(answers_right(self.logits(batch, num_steps), batch["labels"]).tolist())
-        by_difficulty = defaultdict(list)
-        for example, is_right in zip(examples, right, strict=True):
-            if example.get("difficulty") is not None:
-                by_difficulty[example["difficulty"]].append(is_right)
-        return ExactMatch(
-            total=sum(right) / len(right),
-            num_examples=len(right),
-            by_difficulty={level: sum(rows) / len(rows) for level, rows in sorted(by_difficulty.items())},
-        )
+    def answer(self, examples: Iterable[Example], num_steps: int | None) -> list[Answer]:
+        """The answers to examples with `input_ids`, `labels` (on the answer), `answer` and `difficulty`."""
+        answers = []
+        for chunk in chunks(examples, self.batch_size):  # read once: there may be media to decode
+            batch = to_model(self.collate([row_of(example) for example in chunk]), self.model)
+            right = answers_right(self.logits(batch, num_steps), batch["labels"]).tolist()
+            written = [None] * len(chunk)
+            if self.writer is not None:
+                written = self.writer.write(self.model, chunk, num_steps)
+            answers += [
+                Answer(
+                    example.get("modality", "text"),
+                    example.get("difficulty"),
+                    is_right,
+                    example.get("answer", ""),
+                    text,
+                    example.get("attributes"),
+                )
+                for example, is_right, text in zip(chunk, right, written, strict=True)
+            ]
+        return answers
 
     def row(
-        self, num_steps: int | None, texts: Mapping[str, Sequence[Item]], examples: Mapping[str, Sequence[Item]]
+        self, num_steps: int | None, texts: Mapping[str, Sequence[Item]], examples: Mapping[str, Sequence[Example]]
     ) -> DepthRow:
         """All measures at one depth."""
         scores = {name: self.score_texts(items, num_steps) for name, items in texts.items()}
-        total = metrics_from_sums(*sum(sums for sums, _, _ in scores.values()).tolist())
+        sums = {name: sums for name, (sums, _, _) in scores.items()}
+        by_modality = sum(sums.values())
+        total = metrics_from_sums(*by_modality.sum(dim=0).tolist())
         seconds = sum(seconds for _, seconds, _ in scores.values())
         positions = sum(positions for _, _, positions in scores.values())
+        answers = {name: self.answer(rows, num_steps) for name, rows in examples.items()}
         return DepthRow(
             num_steps=num_steps,
             loss=total["loss"],
             perplexity=total["perplexity"],
             bits_per_byte=total.get("bits_per_byte"),
             milliseconds_per_token=1000 * seconds / positions,
-            sources={name: metrics_from_sums(*sums.tolist()) for name, (sums, _, _) in scores.items()},
-            exact_match={name: self.score_answers(rows, num_steps) for name, rows in examples.items()},
+            sources={name: metrics_from_sums(*part.sum(dim=0).tolist()) for name, part in sums.items()},
+            exact_match={name: exact_match(found) for name, found in answers.items()},
+            written={name: written_scores(found) for name, found in answers.items() if self.writer is not None},
+            modalities=self.score_modalities(by_modality, [answer for found in answers.values() for answer in found]),
         )
 
+    def score_modalities(self, sums: torch.Tensor, answers: Sequence[Answer]) -> dict[str, ModalityScores]:
+        """Scores by modality; none where all is text.
 
-def check_rows(texts: Mapping[str, Sequence[Item]], examples: Mapping[str, Sequence[Item]]) -> None:
+        Args:
+            sums: of `score_texts`.
+            answers: of all sources.
+        """
+        found = {}
+        for name, part in zip(self.modalities, sums.tolist(), strict=True):
+            own = [answer for answer in answers if answer.modality == name]
+            if not own and part[1] == 0:
+                continue
+            found[name] = ModalityScores(
+                losses=metrics_from_sums(*part) if part[1] else {},
+                exact_match=exact_match(own).total if own else None,
+                written=written_scores(own) if own and self.writer is not None else None,
+            )
+        return {} if set(found) <= {"text"} else found
+
+
+def exact_match(answers: Sequence[Answer]) -> ExactMatch:
+    """Share of right answers."""
+    by_difficulty = defaultdict(list)
+    for answer in answers:
+        if answer.difficulty is not None:
+            by_difficulty[answer.difficulty].append(answer.is_right)
+    return ExactMatch(
+        total=sum(answer.is_right for answer in answers) / len(answers),
+        num_examples=len(answers),
+        by_difficulty={level: sum(rows) / len(rows) for level, rows in sorted(by_difficulty.items())},
+    )
+
+
+def check_rows(texts: Mapping[str, Sequence[Item]], examples: Mapping[str, Sequence[Example]]) -> None:
     """Raise ValueError for a set without rows, and for an example without an answer."""
     if not texts:
         raise ValueError("0 validation sources: name at least one under data.validation, or set a validation fraction.")
@@ -172,30 +254,35 @@ def check_rows(texts: Mapping[str, Sequence[Item]], examples: Mapping[str, Seque
 
 @torch.no_grad()
 def depth_table(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     depths: Sequence[int | None],
     texts: Mapping[str, Sequence[Item]],
-    examples: Mapping[str, Sequence[Item]],
+    examples: Mapping[str, Sequence[Example]],
     collate: Collate,
     byte_lengths: torch.LongTensor | None = None,
     batch_size: int = 8,
+    modalities: Sequence[str] = ("text",),
+    writer: Writer | None = None,
 ) -> list[DepthRow]:
     """Evaluate a model at each depth; it is left in the mode (train or eval) it came in.
 
     Args:
         model: called as model(input_ids, ..., num_steps=r).
         depths: numbers of core steps; [None] for a model whose depth cannot vary.
-        texts: packed validation rows by source.
-        examples: rows with one answer each (`input_ids`, `labels`, optional `difficulty`) by source; may be empty.
+        texts: validation rows by source.
+        examples: rows with one answer each by source (`input_ids`, `labels`; optional `difficulty`, and to write texts
+            `answer`, `prompt_ids`, `media`, `modality`, `attributes`); may be empty.
         collate: list of rows -> dict of tensors.
         byte_lengths: `token_byte_lengths` of the tokenizer; None leaves bits per byte out.
         batch_size: rows in a forward pass.
+        modalities: names, in the order of `modality_ids`.
+        writer: writes answers, which are compared with the references; None for none.
 
     Raises:
         ValueError: no source, a source without rows, or an example without an answer.
     """
     check_rows(texts, examples)
-    evaluator = DepthEvaluator(model, collate, byte_lengths, batch_size)
+    evaluator = DepthEvaluator(model, collate, byte_lengths, batch_size, modalities, writer)
     was_training = model.training
     model.eval()
     try:
@@ -208,91 +295,3 @@ def depth_table(
         ]
     finally:
         model.train(was_training)
-
-
-# Writing the table
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def depth_name(num_steps: int | None) -> str:
-    return "no core" if num_steps is None else str(num_steps)
-
-
-def markdown_table(rows: Sequence[DepthRow]) -> str:
-    """The table as Markdown: one line per depth, then one table per source with answers of several difficulties."""
-    names = list(rows[0].exact_match)
-    header = ["steps", "loss", "perplexity", "bits per byte", *(f"exact {name}" for name in names), "ms per token"]
-    body = []
-    for row in rows:
-        bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-        exact = [percent(row.exact_match[name].total) for name in names]
-        figures = [f"{row.loss:.4f}", f"{row.perplexity:.3f}", bits, *exact, f"{row.milliseconds_per_token:.4f}"]
-        body.append([depth_name(row.num_steps), *figures])
-    parts = [format_table(header, body)]
-    for name in names:
-        levels = list(rows[0].exact_match[name].by_difficulty)
-        if len(levels) > 1:
-            lines = [
-                [depth_name(row.num_steps), *(percent(row.exact_match[name].by_difficulty[level]) for level in levels)]
-                for row in rows
-            ]
-            parts.append(f"Exact match of {name} by difficulty:\n")
-            parts.append(format_table(["steps", *map(str, levels)], lines))
-    return "\n".join(parts)
-
-
-def format_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, figures to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *body, strict=True)]
-    lines = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in (header, *body)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def plot(rows: Sequence[DepthRow], path: Path) -> None:
-    """Loss, exact match and time against depth, side by side, as PNG; depth on a logarithmic axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    depths = [row.num_steps or 0 for row in rows]
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
-    loss, exact, duration = figure.subplots(1, 3)
-    loss.plot(depths, [row.loss for row in rows], marker="o")
-    loss.set_ylabel("loss (nats per token)")
-    for name in rows[0].exact_match:
-        exact.plot(depths, [row.exact_match[name].total for row in rows], marker="o", label=name)
-    exact.set_ylabel("exact match")
-    exact.set_ylim(-0.02, 1.02)
-    if rows[0].exact_match:
-        exact.legend()
-    duration.plot(depths, [row.milliseconds_per_token for row in rows], marker="o")
-    duration.set_ylabel("milliseconds per token")
-    duration.set_ylim(bottom=0)
-    for axes in (loss, exact, duration):
-        if len(depths) > 1:
-            axes.set_xscale("log", base=2)
-        axes.set_xticks(depths, [depth_name(row.num_steps) for row in rows])
-        axes.set_xlabel("core steps")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def save_depth_table(rows: Sequence[DepthRow], folder: Path, about: Mapping[str, Any]) -> list[Path]:
-    """Write depth.json, depth.md and depth.png into the folder and return their paths.
-
-    Args:
-        rows: from `depth_table`.
-        folder: made if missing.
-        about: what was evaluated (checkpoint, sources, limit); stands beside the rows in the JSON.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"depth.{suffix}" for suffix in ("json", "md", "png")]
-    content = {**about, "rows": [asdict(row) for row in rows]}
-    paths[0].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown_table(rows), encoding="utf-8")
-    plot(rows, paths[2])
-    return paths

@@ -56,7 +56,15 @@ def approximate_byte_length(token: str) -> int:
 def token_nll(
     logits: torch.Tensor, labels: torch.LongTensor, byte_lengths: torch.LongTensor | None = None
 ) -> torch.Tensor:
-    """Sums over the scored tokens of each row, in float64 and on the device of the logits.
+    """Sums of `token_scores` over the tokens of each row, (batch, 2 or 3)."""
+    return token_scores(logits, labels, byte_lengths).sum(dim=1)
+
+
+@torch.no_grad()
+def token_scores(
+    logits: torch.Tensor, labels: torch.LongTensor, byte_lengths: torch.LongTensor | None = None
+) -> torch.Tensor:
+    """What is known of each token that is predicted, in float64 and on the device of the logits.
 
     Args:
         logits: (batch, sequence, vocabulary).
@@ -65,19 +73,19 @@ def token_nll(
         byte_lengths: (vocabulary,) of `token_byte_lengths`, or None.
 
     Returns:
-        (batch, 2): negative log-likelihood in nats and number of tokens; (batch, 3) with the number of bytes as well
-        where `byte_lengths` is given.
+        (batch, sequence - 1, 2): negative log-likelihood in nats, and 1; (batch, sequence - 1, 3) with the number of
+        bytes as well where `byte_lengths` is given. All 0 where a token is not scored.
     """
     targets = labels[:, 1:]
     nll = F.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), targets, ignore_index=-100, reduction="none"
     )  # (batch, sequence - 1)
     scored = targets != -100
-    sums = [nll.double().sum(dim=1), scored.sum(dim=1).double()]
+    scores = [nll.double(), scored.double()]
     if byte_lengths is not None:
         lengths = byte_lengths.to(targets.device)[targets.clamp(min=0)]
-        sums.append((lengths * scored).sum(dim=1).double())
-    return torch.stack(sums, dim=1)
+        scores.append((lengths * scored).double())
+    return torch.stack(scores, dim=-1)
 
 
 def metrics_from_sums(nll: float, tokens: float, num_bytes: float | None = None) -> dict[str, float]:
