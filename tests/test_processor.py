@@ -412,6 +412,7 @@ def test_tokens_of_a_medium_are_known_from_its_header(processor, tmp_path):
         seconds = processor.medium_size("audio", data)
         assert seconds == samples / rate
         assert processor.num_media_tokens("audio", seconds) == len(encoded["input_ids"]) - 2
+    assert processor.medium_size("audio", sound(4000)) == 0.5  # samples are at the processor's rate
 
 
 def test_media_are_loaded_within_the_limits_of_the_model(processor):
@@ -502,6 +503,9 @@ class PointsConfig:
     def __init__(self, scale: float = 1.0):
         self.scale = scale
 
+    def to_dict(self):
+        return {"scale": self.scale}
+
 
 class Points(Modality):
     """Lists of points; a token each."""
@@ -550,6 +554,13 @@ def test_a_further_modality_is_read_as_the_others(reads_points, tmp_path):
         assert batch["points"].tolist() == [[[2, 4], [6, 8]], [[10, 12], [0, 0]]]
         assert processor.num_media_tokens("points", processor.medium_size("points", clouds[0])) == 4
         assert processor.model_input_names[-1] == "points"
+
+
+@pytest.mark.parametrize("part", [{"scale": 2.0}, PointsConfig(2.0)], ids=["dict", "object"])
+def test_a_processor_is_built_with_further_modalities(reads_points, part):
+    config = MegaTransformerConfig(text_config={"vocab_size": 271}, modality_configs={"points": part})
+    built = build_processor(config, reads_points.tokenizer)
+    assert built.modality_configs == {"points": {"scale": 2.0}} and list(built.kinds) == ["points"]
 
 
 def test_a_modality_that_is_not_registered_is_named():
