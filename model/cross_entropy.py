@@ -14,7 +14,7 @@ weights of the head."""
 def count_labels(
     labels: torch.Tensor,
     num_items_in_batch: int | torch.Tensor | None = None,
-    label_weights: torch.Tensor | None = None,
+    loss_weights: torch.Tensor | None = None,
 ) -> int | torch.Tensor:
     """What the sum of the losses is divided by: the trainer's count, or the labels that remain after the shift, by
     their weights.
@@ -25,7 +25,7 @@ def count_labels(
         return max(num_items_in_batch, 1)
     if num_items_in_batch is None:
         is_label = labels[:, 1:] != -100
-        counted = is_label.sum() if label_weights is None else (label_weights[:, 1:] * is_label).sum()
+        counted = is_label.sum() if loss_weights is None else (loss_weights[:, 1:] * is_label).sum()
     else:
         counted = num_items_in_batch
     return torch.where(counted > 0, counted, torch.ones_like(counted))
@@ -37,7 +37,7 @@ def causal_loss(
     labels: torch.Tensor,
     vocab_size: int,
     num_items_in_batch: int | torch.Tensor,
-    label_weights: torch.Tensor | None = None,
+    loss_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of transformers' `ForCausalLMLoss`, without ever holding the logits of all tokens.
 
@@ -49,7 +49,7 @@ def causal_loss(
         hidden: (batch, sequence, hidden).
         labels: (batch, sequence), shifted here: position i predicts label i + 1; -100 where there is no loss.
         num_items_in_batch: The sum of the losses is divided by it.
-        label_weights: (batch, sequence), factor on the loss of each label.
+        loss_weights: (batch, sequence), factor on the loss of each label.
 
     Returns:
         A float32 scalar; and the loss of each label in its place, (batch, sequence), without weight and gradient.
@@ -66,5 +66,5 @@ def causal_loss(
     else:
         losses = torch.cat([checkpoint(losses_of, *part, use_reentrant=False) for part in parts])
     losses = nn.functional.pad(losses.view_as(labels)[:, :-1], (1, 0))  # of label i at place i
-    weighted = losses if label_weights is None else losses * label_weights.to(losses)
+    weighted = losses if loss_weights is None else losses * loss_weights.to(losses)
     return weighted.sum() / num_items_in_batch, losses.detach()

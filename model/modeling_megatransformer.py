@@ -57,7 +57,7 @@ class MegaTransformerCausalLMOutput(ModelOutput):
     base model's `past_key_values`, `state`, `states` and `exit_steps`.
 
     `token_losses`, (batch, sequence), float32 without gradient: the loss of label i at place i, before its weight, 0
-    where there is no label. With `skip_logits` or `label_weights`.
+    where there is no label. With `skip_logits` or `loss_weights`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -353,7 +353,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         past_key_values: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        label_weights: torch.FloatTensor | None = None,
+        loss_weights: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
         initial_state: torch.FloatTensor | None = None,
@@ -376,7 +376,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         Args:
             labels: (batch, sequence), -100 where there is no loss. They are shifted inside: position i predicts label i
                 + 1.
-            label_weights: (batch, sequence), what the loss of each label is multiplied by. Default: 1.
+            loss_weights: (batch, sequence), what the loss of each label is multiplied by. Default: 1.
             logits_to_keep: Number of last positions whose logits are computed (0: all), or their indices.
             skip_logits: With labels: compute the loss a chunk of tokens at a time, and return no logits, since all of
                 them are batch * sequence * vocab numbers, several times over.
@@ -395,7 +395,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         """
         refuse_unknown(kwargs)
         if labels is not None:
-            num_items_in_batch = count_labels(labels, num_items_in_batch, label_weights)
+            num_items_in_batch = count_labels(labels, num_items_in_batch, loss_weights)
             use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
         watch = None
         if exit_criterion != "none":
@@ -419,14 +419,14 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         )
         logits, loss, token_losses = None, None, None
         skip_logits = skip_logits and labels is not None
-        if skip_logits or (labels is not None and label_weights is not None):
+        if skip_logits or (labels is not None and loss_weights is not None):
             loss, token_losses = causal_loss(
                 self._logits,
                 outputs.last_hidden_state,
                 labels,
                 self.text_config.vocab_size,
                 num_items_in_batch,
-                label_weights,
+                loss_weights,
             )
         if watch is not None and watch.logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 1:
             logits = watch.logits[:, None]  # read at the last looks

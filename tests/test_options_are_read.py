@@ -16,7 +16,10 @@ ROOT = Path(__file__).parent.parent
 # Where the options of a class are read, and what the object is called there (a regular expression). A class inside
 # another is also read as `config.<its name there>`.
 READERS = {
-    "MegaTransformerTextConfig": ("model", r"(self\.)?config"),
+    "MegaTransformerTextConfig": ("model", r"(self\.)?(text_)?config"),
+    "MegaTransformerConfig": ("model", r"(self\.)?config"),
+    "MegaTransformerVisionConfig": ("model", r"(self\.)?config"),
+    "MegaTransformerAudioConfig": ("model", r"(self\.)?config"),
     "RecurrenceConfig": ("model", r"(self\.)?(config|recurrence)"),
     "TokenizerConfig": ("dataset_loading", "config"),
     "DataConfig": ("dataset_loading", "config"),
@@ -35,8 +38,10 @@ READERS = {
     "ModalityWeights": ("trainers/modalities.py", "weights"),
     "ParameterGroup": ("trainers/parameter_groups.py", "group"),
 }
-# Fields that transformers reads: it ties the weights, and its generation takes ids from them.
+# Fields that transformers reads: it ties the weights, and its generation takes ids from them. Those of placeholders are
+# read by names made of the modality's.
 READ_BY_TRANSFORMERS = {"tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
+READ_BY_TRANSFORMERS |= {"image_token_id", "audio_token_id"}
 
 
 def classes_within(cls: type, path: str = "") -> Iterable[tuple[type, str]]:

@@ -53,14 +53,14 @@ class ModalityLosses:
         """Whether any modality counts other than 1."""
         return bool((self.weights != 1).any())
 
-    def label_weights(self, modality_ids: torch.Tensor) -> torch.Tensor:
+    def loss_weights(self, modality_ids: torch.Tensor) -> torch.Tensor:
         """Float32 weights of the labels, of the shape of `modality_ids`."""
         return self.weights.to(modality_ids.device)[modality_ids]
 
     def sum_of_weights(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Weights of all labels of a batch that are learned: the first place of a row is predicted by nothing."""
         is_label = batch["labels"][:, 1:] != -100
-        return (self.label_weights(batch["modality_ids"][:, 1:]) * is_label).sum()
+        return (self.loss_weights(batch["modality_ids"][:, 1:]) * is_label).sum()
 
     def add(self, token_losses: torch.Tensor, labels: torch.Tensor, modality_ids: torch.Tensor) -> None:
         """Count a batch.

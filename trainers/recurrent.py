@@ -54,7 +54,6 @@ class RecurrentTrainer(Trainer):
             super().__init__(*args, **kwargs)
         except REFUSALS as error:
             raise ValueError(f"training: {error}") from error
-        self.label_names = ["labels"]  # transformers would take label_weights for labels, by the name
         self.sample_depth, self.draw_states = sample_depth, draw_states
         self.modalities = ModalityLosses(modalities, self.args.modality_weights)
         self.text_config = self.model.config.get_text_config()
@@ -123,7 +122,7 @@ class RecurrentTrainer(Trainer):
         if self.is_recurrent:
             inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
         if modality_ids is not None and self.modalities.are_weighted:
-            inputs["label_weights"] = self.modalities.label_weights(modality_ids)
+            inputs["loss_weights"] = self.modalities.loss_weights(modality_ids)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if modality_ids is not None and self.modalities.are_many:
             self.modalities.add(outputs["token_losses"], inputs["labels"], modality_ids)
