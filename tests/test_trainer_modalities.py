@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer
 
 from model.recurrence import draw_training_states, sample_depth
@@ -300,3 +300,40 @@ def test_an_evaluation_groups_by_the_known_lengths_too(tmp_path):
     dataset = Recorder(16)
     order = list(trainer._get_eval_sampler(dataset))
     assert sorted(order) == list(range(16)) and order != sorted(order)
+
+
+class Stream(IterableDataset):
+    """Rows whose media are not one for each."""
+
+    def __iter__(self):
+        for number in range(16):
+            yield {"input_ids": [5, 6, 7, number + 10], "media": {"image": [number] * (number % 3)}}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_stream_with_media_is_dealt_out_by_rows(tmp_path, monkeypatch, num_processes):
+    """Each rank reads its rows, with all their media, and no more; accelerate would cut tensors of media like rows."""
+
+    def join(rows):
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        media = [number for row in rows for number in row["media"]["image"]]
+        return {"input_ids": ids, "labels": ids, "pixel_values": torch.tensor(media, dtype=torch.float32)}
+
+    trainer = build(tmp_path, dataset=Stream(), modalities=NAMES, max_steps=1, per_device_train_batch_size=2)
+    trainer.data_collator = join
+    loaders = []
+    for rank in range(num_processes):
+        monkeypatch.setattr(
+            "accelerate.accelerator.prepare_data_loader",
+            lambda *args, rank=rank, **options: prepare_data_loader(
+                *args, **{**options, "num_processes": num_processes, "process_index": rank}
+            ),
+        )
+        loaders.append(trainer.get_train_dataloader())
+    seen = []
+    for batches in zip(*loaders, strict=True):
+        for batch in batches:
+            numbers = (batch["input_ids"][:, -1] - 10).tolist()
+            assert batch["pixel_values"].tolist() == [number for number in numbers for _ in range(number % 3)]
+            seen += numbers
+    assert seen == list(range(16))

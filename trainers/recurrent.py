@@ -56,6 +56,9 @@ class RecurrentTrainer(Trainer):
             raise ValueError(f"training: {error}") from error
         self.sample_depth, self.draw_states = sample_depth, draw_states
         self.modalities = ModalityLosses(modalities, self.args.modality_weights)
+        if self.modalities.are_many and self.args.accelerator_config.dispatch_batches is None:
+            # Of a stream, accelerate would join the batches of all ranks and cut them by rows, which media are not.
+            self.accelerator.dataloader_config.dispatch_batches = False
         self.text_config = self.model.config.get_text_config()
         self.is_recurrent = self.text_config.num_core_layers > 0
         self.last_num_steps: tuple[int, int] | None = None
