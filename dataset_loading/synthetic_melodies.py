@@ -65,9 +65,7 @@ class MelodyTask(GeneratedMediaTask):
             first = round(tone.start * sound.sampling_rate)
             played = sound.volume * _play(tone, sound.timbre, sound.sampling_rate)
             wave[first : first + len(played)] += played
-        steps = np.rint(
-            np.clip(wave, -1, 1) * 32767
-        )  # of a file with 16 bits: rounding differences between machines go
+        steps = np.rint(np.clip(wave, -1, 1) * 32767)  # those of 16 bits, as in a file
         return (steps / 32767).astype(np.float32), sound.sampling_rate
 
     def medium_size(self, medium: str) -> float:
