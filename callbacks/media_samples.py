@@ -51,7 +51,7 @@ class MediaSamplesCallback(WritingCallback):
 
     Args:
         examples: by source, each with `prompt_ids`, `media` (tensors by kind), `prompt`, `answer`, and, for the player,
-            `waveforms` (float, (samples,), at the sampling rate of the processor).
+            `waveforms`, a function that gives them (float, (samples,), at the sampling rate of the processor).
     """
 
     def __init__(
@@ -80,9 +80,8 @@ class MediaSamplesCallback(WritingCallback):
                 writer.add_image(f"train/{name}/picture_{number}", self.picture(pixels), state.global_step)
             for number, features in enumerate(example["media"].get("audio", [])):
                 writer.add_image(f"train/{name}/spectrogram_{number}", spectrogram(features), state.global_step)
-            for number, waveform in enumerate(example.get("waveforms", [])):
-                sound = torch.as_tensor(waveform)[None]
-                rate = self.processor.feature_extractor.sampling_rate
+            for number, waveform in enumerate(example["waveforms"]()):
+                sound, rate = torch.as_tensor(waveform)[None], self.processor.feature_extractor.sampling_rate
                 writer.add_audio(f"train/{name}/sound_{number}", sound, state.global_step, rate)
 
     def picture(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .configuration import SourceConfig
-from .conversations import prompt_and_answer, special_id
-from .media_documents import MediaDocuments
+from .conversations import media_of, prompt_and_answer, special_id
+from .media_documents import MediaDocument, MediaDocuments
 from .media_reader import MediaReader
 from .media_rows import join_pieces, read_piece
 from .synthetic import get_task
@@ -19,7 +20,8 @@ class MediaExamples(Sequence):
 
     Each is {"input_ids", "labels", "prompt_ids": lists of int, the last up to and with the token that lets the
     assistant speak; "media": {kind: [tensor, ...]}, all before the answer; "modality": name of the last kind; "prompt",
-    "answer", "difficulty", "attributes"}. Media are read when an example is asked for.
+    "answer", "difficulty", "attributes"; "waveforms": a function that gives all recordings, float32 (samples,) each, at
+    the processor's rate}. Media are read when an example is asked for.
 
     Args:
         documents: with labels on answers only.
@@ -56,4 +58,9 @@ class MediaExamples(Sequence):
             "answer": answer,
             "difficulty": document.row["difficulty"],
             "attributes": self.attributes,
+            "waveforms": partial(self._waveforms, document),
         }
+
+    def _waveforms(self, document: MediaDocument) -> list[np.ndarray]:
+        references = media_of(json.loads(document.row["messages"]))
+        return [self.reader.load(it, document.row) for it in references if it["type"] == "audio"]

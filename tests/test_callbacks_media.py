@@ -12,7 +12,8 @@ from PIL import Image
 from callbacks import CallbacksConfig, MediaSamplesConfig, add_callbacks
 from callbacks.media_samples import spectrogram
 from callbacks.model_size import part_sizes
-from dataset_loading import Collator
+from dataset_loading import Collator, DataConfig, SourceConfig, build_examples, get_task
+from dataset_loading.synthetic import generate_row
 from model.recurrence import draw_training_states, sample_depth
 from tests.test_callbacks import events, texts
 from tests.tiny_processor import picture, sound, tiny_processor
@@ -40,10 +41,11 @@ def row(processor, messages):
     }
 
 
-def example(processor, media, prompt, answer, **more):
+def example(processor, media, prompt, answer, waveforms=()):
     encoded = processor.encode_chat(chat(media, prompt, answer)[:1], add_generation_prompt=True)
     ids = encoded["input_ids"].tolist()
-    return {"prompt_ids": ids, "media": encoded["media"], "prompt": prompt, "answer": answer, **more}
+    media = encoded["media"]
+    return {"prompt_ids": ids, "media": media, "prompt": prompt, "answer": answer, "waveforms": lambda: waveforms}
 
 
 IMAGE = {"type": "image", "image": picture(seed=1)}
@@ -157,6 +159,19 @@ def test_sounds_can_be_heard_and_seen(run):
     (event,) = found.Images("train/samples/digits_0/spectrogram_0")
     features = run[2]["digits"][0]["media"]["audio"][0]
     assert (event.height, event.width) == tuple(features.shape)
+
+
+def test_sounds_of_sources_can_be_heard(tmp_path):
+    """Examples as the data give them: what the task plays, at the processor's rate."""
+    source = SourceConfig("generated", task="melodies", num_rows=4, difficulty=[1, 1])
+    data = DataConfig(train=[source], block_size=256)
+    train(tmp_path, samples(num_examples=1), {"melodies": build_examples(source, data, tiny_processor(), 2)})
+    (event,) = events(tmp_path).Audio("train/samples/melodies_0/sound_0")
+    heard, _ = soundfile.read(io.BytesIO(event.encoded_audio_string), dtype="float32")
+    medium = generate_row(get_task("melodies"), (1, 1), "test", (0, 0), 0)["medium"]
+    played, rate = get_task("melodies").render(medium)
+    assert rate == 8000 and len(heard) == len(played)
+    np.testing.assert_allclose(heard, played, atol=2 / 2**15)
 
 
 def test_low_tones_stand_at_the_bottom_of_a_spectrogram():
