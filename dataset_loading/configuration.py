@@ -161,6 +161,8 @@ class SourceConfig:
                 f"messages_column is {self.messages_column!r}, and so prompt ({self.prompt!r}) and answer_column "
                 f"({self.answer_column!r}) are not read; remove them or it"
             )
+        if self.image_column is not None and self.image_column == self.audio_column:
+            raise ValueError(f"image_column and audio_column are both {self.image_column!r}; name two columns")
         if self.kind == "webdataset" and not self.media_columns:
             raise ValueError("a source of kind webdataset needs image_column or audio_column, e.g. image_column: jpg")
 

@@ -368,13 +368,28 @@ def test_packed_rows_have_every_document_whole(tmp_path, kind):
         check_media(media, wanted_media)
 
 
+def best_fit(lengths, order, block_size):
+    """Each document into the row with the least room that has enough, found by looking at all of them."""
+    rows = []
+    for number in order:
+        rooms = [block_size - sum(lengths[it] for it in row) for row in rows]
+        fitting = [place for place, room in enumerate(rooms) if room >= lengths[number]]
+        if fitting:
+            rows[min(fitting, key=lambda place: rooms[place])].append(number)
+        else:
+            rows.append([number])
+    return rows
+
+
 def test_documents_are_packed_tightly_and_whole():
-    """Each once, none over the block; no two rows could be one."""
+    """Each once, none over the block, as a search through all rows would place them; no two rows could be one."""
     for seed in range(5):
         lengths = np.random.default_rng(seed).integers(1, 65, 300)
         members, ends = pack_whole(lengths, 64, seed)
+        rows = [part.tolist() for part in np.split(members, ends[:-1])]
+        assert rows == best_fit(lengths, np.random.default_rng(seed).permutation(300).tolist(), 64)
         assert sorted(members.tolist()) == list(range(300))
-        sizes = sorted(lengths[part].sum() for part in np.split(members, ends[:-1]))
+        sizes = sorted(lengths[row].sum() for row in rows)
         assert sizes[-1] <= 64 and sizes[0] + sizes[1] > 64
         assert len(sizes) <= 1.1 * lengths.sum() / 64 + 1
     assert pack_whole(np.array([3, 3, 3]), 6)[0].tolist() == [0, 1, 2]

@@ -351,6 +351,7 @@ def test_a_chat_template_of_ones_own_is_refused(tmp_path):
         ({"kind": "files", "paths": ["a.txt"], "prompt": "x"}, "the source has no media"),
         ({"kind": "chat", "paths": ["a.json"], "prompt": "x"}, "messages_column is 'messages'"),
         ({"kind": "generated", "task": "scenes", "image_column": "x"}, "a source of kind generated does not read it"),
+        ({"kind": "imagefolder", "path": "x", "audio_column": "file_name"}, "are both 'file_name'; name two columns"),
         ({"kind": "imagefolder", "path": "x", "loss_on": "prompt"}, "loss_on is 'prompt', unknown"),
     ],
 )
