@@ -42,6 +42,8 @@ _MUSIC = (
 )
 _LOUDNESS = "loud|louder|quiet|quieter|noise|noisy|volume|how loud"
 
+_MAGNITUDES = 31
+
 
 def _words(*alternatives: str) -> re.Pattern:
     return re.compile(rf"\b(?:{'|'.join(alternatives)})\b", re.IGNORECASE)
@@ -138,7 +140,10 @@ def change_image(
     if colour or hue:
         image = v2.ColorJitter(brightness=colour, contrast=colour, saturation=colour, hue=hue)(image)
     if rng.random() < config.trivial and may_change("trivial", text):
-        image = v2.TrivialAugmentWide()(image)
+        # One operation of any strength (Müller and Hutter 2021, arXiv 2103.10158). v2.TrivialAugmentWide moves pictures
+        # of any size by up to 32 pixels: small ones out of sight.
+        magnitude = int(rng.integers(_MAGNITUDES))
+        image = v2.RandAugment(num_ops=1, magnitude=magnitude, num_magnitude_bins=_MAGNITUDES)(image)
     return image
 
 

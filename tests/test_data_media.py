@@ -408,6 +408,19 @@ def test_modality_ids_count_a_document_by_its_last_kind(tmp_path):
     assert set(build(SourceConfig(**fields)).train[0]["modality_ids"].tolist()) == {1}
 
 
+def test_texts_side_by_side_are_read_as_one(tmp_path):
+    """With a vocabulary that has them whole."""
+    tokenizer = train_tokenizer(["hello there"] * 9, 300, media_tokens=MEDIA_TOKENS)
+    processor = tiny_processor(tokenizer=tokenizer)
+    parts = [{"type": "text", "text": text} for text in ("hel", "lo", " th", "ere")]
+    messages = [{"role": "user", "content": parts}, assistant("hello")]
+    write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
+    source = SourceConfig("chat", paths=[str(tmp_path / "a.jsonl")])
+    (row,) = build_datasets(DataConfig([source], VALIDATION, packing=False), processor).train
+    assert row["input_ids"].tolist() == processor.encode_chat(messages)["input_ids"].tolist()
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"])[2:4] == ["hello", "Ġthere"]
+
+
 def test_loss_on_all_learns_what_the_user_says_too(tmp_path):
     fields, _ = chat(tmp_path / "data")
     row = build(SourceConfig(**fields, loss_on="all")).train[1]
