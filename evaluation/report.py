@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WRITTEN = ("exact text", "WER", "CER", "BLEU", "chrF")
+LINES = ("-", "--", ":", "-.")
 
 
 def percent(share: float) -> str:
@@ -159,7 +160,7 @@ def plot_losses(rows: Sequence[DepthRow], loss: Axes, exact: Axes, duration: Axe
 def plot_texts(rows: Sequence[DepthRow], errors: Axes, scores: Axes, attributes: Axes) -> None:
     """The panels of what was written."""
     depths = depths_of(rows)
-    for name, first in rows[0].written.items():
+    for number, (name, first) in enumerate(rows[0].written.items()):
         written = [row.written[name] for row in rows]
         (line,) = errors.plot(depths, [it.word_error_rate for it in written], marker="o", label=f"{name}, words")
         look = {"color": line.get_color(), "marker": ".", "ls": "--"}
@@ -167,8 +168,8 @@ def plot_texts(rows: Sequence[DepthRow], errors: Axes, scores: Axes, attributes:
         scores.plot(depths, [it.bleu for it in written], marker="o", color=line.get_color(), label=f"{name}, BLEU")
         scores.plot(depths, [it.chrf for it in written], label=f"{name}, chrF", **look)
         for attribute in first.attributes:
-            label = f"{name}, {attribute}"
-            attributes.plot(depths, [it.attributes[attribute] for it in written], marker="o", label=label)
+            look = {"marker": ".", "ls": LINES[number % len(LINES)], "label": f"{name}, {attribute}"}
+            attributes.plot(depths, [it.attributes[attribute] for it in written], **look)
     errors.set_ylabel("error rate")
     errors.set_ylim(bottom=0)
     for axes, what in ((scores, "BLEU and chrF"), (attributes, "attributes that are right")):
