@@ -9,7 +9,10 @@ import tarfile
 import tracemalloc
 import zlib
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +23,11 @@ from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_pr
 PROCESSOR = tiny_processor()
 VALIDATION = [SourceConfig("generated", task="addition", num_rows=3)]
 GOOD_PICTURE, GOOD_SOUND = image_file(picture()), audio_file(sound())
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def build(source, processor=PROCESSOR, **fields):
@@ -228,6 +236,26 @@ def test_more_or_fewer_parts_than_media_are_a_bad_row(tmp_path, caplog, parts, i
         rows = build(source).train
     assert len(rows) == 1 and len(rows[0]["media"]["image"]) == 2  # no part says where: they come first
     assert ("bad row" in caplog.text) and "line 1: " in caplog.text
+
+
+@pytest.mark.parametrize("is_parquet", [False, True])
+def test_a_caption_of_nothing_is_a_bad_row(tmp_path, caplog, is_parquet):
+    (tmp_path / "a.png").write_bytes(GOOD_PICTURE)
+    if is_parquet:
+        features = datasets.Features(seen=datasets.List(datasets.Image()), text=datasets.Value("string"))
+        cells = [[], None, [{"bytes": GOOD_PICTURE, "path": None}], [{"bytes": b"", "path": None}]]
+        columns = {"seen": cells, "text": ["x"] * 4}
+        pq.write_table(pa.table(columns, schema=features.arrow_schema), tmp_path / "a.parquet")
+    else:
+        rows = [{"seen": cell, "text": "x"} for cell in ([], None, "a.png", 5)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / ("a.parquet" if is_parquet else "a.jsonl")
+    source = SourceConfig("files", paths=[str(path)], image_column="seen", name="it")
+    with caplog.at_level(logging.WARNING):
+        assert len(build(source).train) == 1
+    reasons = [record.message.split(": ", 1)[1] for record in caplog.records if "bad row" in record.message]
+    assert reasons[:2] == ["column 'seen' holds nothing"] * 2
+    assert re.search("0 bytes|is 5, not a name", reasons[2])
 
 
 def test_too_many_bad_media_stop_the_run_with_the_first_of_them(tmp_path):
