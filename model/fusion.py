@@ -75,7 +75,15 @@ def read_media(readers: nn.ModuleDict, media: dict[str, Any], run_all: bool) -> 
     Args:
         media: Inputs of all readers by name.
         run_all: Whether readers without input read something, of which nothing is kept but the gradient, which is 0.
+
+    Raises:
+        ValueError: For what no reader takes, or what is no input without another.
     """
+    known = {name for reader in readers.values() for name in reader.input_names}
+    unknown = [name for name, value in media.items() if value is not None and name not in known]
+    if unknown:
+        kinds = ", ".join(["text", *readers])
+        raise ValueError(f"{unknown[0]} was given, but this model reads {kinds}; leave it out, or take another model")
     features = {}
     for name, reader in readers.items():
         inputs = {key: media[key] for key in reader.input_names if media.get(key) is not None}

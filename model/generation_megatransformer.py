@@ -313,11 +313,16 @@ class MediaGenerationMixin:
         return (input_ids == getattr(self.config, f"{name}_token_id")).sum(dim=1).tolist()
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, *args: Any, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        *args: Any,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
+        **kwargs: Any,
     ) -> dict:
         """As the original, without the features of placeholders that are in the cache."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, next_sequence_length=next_sequence_length, **kwargs
+            input_ids, *args, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
         outputs = inputs.get("mm_encoder_outputs")
         if not outputs or next_sequence_length is None or next_sequence_length >= input_ids.shape[1]:
