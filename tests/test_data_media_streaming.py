@@ -13,6 +13,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset_loading import Collator, DataConfig, SourceConfig, StreamingDataset, build_datasets
+from dataset_loading.augmentation_options import (
+    AudioAugmentationConfig,
+    AugmentationConfig,
+    ImageAugmentationConfig,
+    TextAugmentationConfig,
+)
 from dataset_loading.splits import iterate_training_texts
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor
 
@@ -148,16 +154,40 @@ def test_packed_rows_of_a_stream_have_whole_documents_in_order(tmp_path, kind):
     assert number == NUM_ROWS
 
 
+CHANGES = AugmentationConfig(
+    image=ImageAugmentationConfig(crop=0.5),
+    audio=AudioAugmentationConfig(speed=[0.9], volume=6),
+    text=TextAugmentationConfig(word_drop=0.3),
+)
+
+
+def test_a_stream_is_augmented_anew_in_each_epoch(tmp_path):
+    sources = [SourceConfig(**hub(tmp_path / "data"), streaming=True)]
+    plain, stream = (build(sources, augmentation=changes).train for changes in (AugmentationConfig(), CHANGES))
+    epochs = []
+    for epoch in (0, 1, 0):
+        stream.set_epoch(epoch)
+        epochs.append(as_plain(stream))
+    assert epochs[0] == epochs[2] and as_plain(plain) == as_plain(plain)
+    for rows in (epochs[1], as_plain(plain)):
+        assert all(row["media"] != other["media"] for row, other in zip(epochs[0], rows, strict=False))
+    assert texts_of(stream) == texts_of(plain) == TEXTS
+    assert any(row["input_ids"] != other["input_ids"] for row, other in zip(epochs[0], epochs[1], strict=False))
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_resumed_stream_goes_on_with_the_next_row(tmp_path, packing):
-    """D2: at any row, in a new object, through JSON; media, texts that are cut, and a generated task in one mixture."""
+    """D2: at any row, in a new object, through JSON; media, texts that are cut, and a generated task in one mixture,
+    augmented.
+    """
     sources = [
         SourceConfig(**hub(tmp_path / "hub"), streaming=True),
         SourceConfig(**webdataset(tmp_path / "tars"), streaming=True, name="tars"),
         SourceConfig("generated", task="stories", num_rows=6, weight=0.5),
         SourceConfig("generated", task="scenes", num_rows=6),
     ]
-    interrupted, resumed = (build(sources, packing=packing).train for _ in range(2))
+    options = {"packing": packing, "augmentation": CHANGES}
+    interrupted, resumed = (build(sources, **options).train for _ in range(2))
     whole = as_plain(interrupted)
     assert len(whole) > 10
     for stop in (1, 2, len(whole) // 2, len(whole) - 1):
