@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = find_checkpoint(args.checkpoint)
         run = read_run_config(checkpoint, [])
         model, tokenizer = load_model(checkpoint, choose_device(args.device))
-        if model.config.num_core_layers == 0:
+        if model.text_config.num_core_layers == 0:
             raise ValueError(f"{checkpoint} has no core (num_core_layers is 0), so there is nothing to exit from")
         output = make_folder(args.output or Path(args.checkpoint) / "exit_probe")
         set_seed(args.seed)
@@ -89,7 +89,11 @@ def build_parser() -> arguments.OneLineParser:
 def training_batches(run: RunConfig, tokenizer, args) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of the run's training data, again and again."""
     data = build_datasets(
-        run.data, tokenizer, seed=args.seed, vocab_size=run.model.vocab_size, batch_size=args.batch_size
+        run.data,
+        tokenizer,
+        seed=args.seed,
+        vocab_size=run.model.get_text_config().vocab_size,
+        batch_size=args.batch_size,
     ).train
     shuffle = not isinstance(data, torch.utils.data.IterableDataset)
     loader = DataLoader(data, args.batch_size, shuffle=shuffle, collate_fn=Collator(tokenizer), drop_last=True)
@@ -101,7 +105,7 @@ def train(model: MegaTransformerForCausalLM, batches: Iterator[dict[str, torch.T
     """Binary cross-entropy of the probe's decision after each step. Returns the share of right ones at the end."""
     model.requires_grad_(False).eval()
     probe = model.model.add_exit_probe().float().requires_grad_(True)
-    full = args.num_steps or model.config.num_steps or model.config.recurrence.mean_steps
+    full = args.num_steps or model.text_config.num_steps or model.text_config.recurrence.mean_steps
     optimizer = torch.optim.AdamW(probe.parameters(), lr=args.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.updates)
     right = []
