@@ -21,11 +21,10 @@ class Subsampling(nn.Module):
 
     def __init__(self, config: MegaTransformerAudioConfig):
         super().__init__()
-        strides = [1] + [2] * int(math.log2(config.subsampling))
-        widths = [config.num_mel_bins] + [config.hidden_size] * len(strides)
+        width, halvings = config.hidden_size, int(math.log2(config.subsampling))
         self.convs = nn.ModuleList(
-            nn.Conv1d(before, after, kernel_size=3, stride=stride, padding=1)
-            for before, after, stride in zip(widths, widths[1:], strides, strict=False)
+            [nn.Conv1d(config.num_mel_bins, width, kernel_size=3, padding=1)]
+            + [nn.Conv1d(width, width, kernel_size=3, stride=2, padding=1) for _ in range(halvings)]
         )
 
     def forward(self, features: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -25,7 +25,7 @@ from .exit_criteria import ExitProbe, ExitWatch
 from .fusion import Reader, embed_media, read_media
 from .generation_megatransformer import MediaGenerationMixin, RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
-from .modalities import modality_configs
+from .modalities import MODALITIES, modality_configs
 from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
 from .state_noise import StateNoise
 
@@ -194,14 +194,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = RecurrentCache(self.text_config)
         past = self._check_inputs(batch, sequence, attention_mask, past_key_values)
-        if position_ids is not None and past == 0 and attention_mask is not None and attention_mask.ndim == 2:
-            # A mask that hides nothing would hide that positions restart, and with them documents.
-            attention_mask = None if attention_mask.all() else attention_mask
         depth = resolve_depth(num_steps, self.text_config, batch, self.training)
-
-        if position_ids is None:
-            position_ids = self._default_positions(sequence, past, attention_mask, inputs_embeds.device)
-        self._check_positions(position_ids, batch, sequence)
+        attention_mask, position_ids = self._place(inputs_embeds, past, attention_mask, position_ids)
         hidden = self._add_positions(inputs_embeds, position_ids)
         if past_key_values is not None:
             past_key_values.begin(hidden, depth.total)
@@ -214,8 +208,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         else:
             if initial_state is None and state_warm_start and sequence == 1 and past:
                 initial_state = past_key_values.last_state
-            state = self._fixed_state(hidden) if initial_state is None else check_state(initial_state, hidden)
-            state = state.to(hidden).expand_as(hidden).contiguous()  # one memory layout: one compiled graph
+            state = self._first_state(hidden, initial_state)
             states = [state] if output_states else None
             disturb = None if noise is None else functools.partial(self._disturb, noise, position_ids)
             look = None
@@ -240,6 +233,24 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             states=tuple(states) if output_states and states else None,
             exit_steps=exit_steps,
         )
+
+    def _place(
+        self, embeds: torch.Tensor, past: int, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Mask and positions of the new tokens, checked."""
+        batch, sequence, _ = embeds.shape
+        if position_ids is not None and past == 0 and attention_mask is not None and attention_mask.ndim == 2:
+            # A mask that hides nothing would hide that positions restart, and with them documents.
+            attention_mask = None if attention_mask.all() else attention_mask
+        if position_ids is None:
+            position_ids = self._default_positions(sequence, past, attention_mask, embeds.device)
+        self._check_positions(position_ids, batch, sequence)
+        return attention_mask, position_ids
+
+    def _first_state(self, hidden: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
+        """s_0, (batch, sequence, hidden), in one memory layout, so that there is one compiled graph."""
+        state = self._fixed_state(hidden) if initial_state is None else check_state(initial_state, hidden)
+        return state.to(hidden).expand_as(hidden).contiguous()
 
     def _fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """`default_state` on the device and in the type of `hidden`, drawn once."""
@@ -417,25 +428,12 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             return_dict=True,
             **(media or {}),
         )
-        logits, loss, token_losses = None, None, None
-        skip_logits = skip_logits and labels is not None
-        if skip_logits or (labels is not None and loss_weights is not None):
-            loss, token_losses = causal_loss(
-                self._logits,
-                outputs.last_hidden_state,
-                labels,
-                self.text_config.vocab_size,
-                num_items_in_batch,
-                loss_weights,
-            )
+        logits, hidden = None, outputs.last_hidden_state
         if watch is not None and watch.logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 1:
             logits = watch.logits[:, None]  # read at the last looks
-        elif not skip_logits:
-            logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        if labels is not None and loss is None:
-            loss = self.loss_function(
-                logits, labels, self.text_config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+        elif labels is None or not skip_logits:
+            logits = self._logits(slice_logits_to_keep(hidden, logits_to_keep))
+        loss, token_losses = self._losses(logits, hidden, labels, loss_weights, num_items_in_batch)
         return MegaTransformerCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -445,6 +443,24 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             exit_steps=outputs.exit_steps,
             token_losses=token_losses,
         )
+
+    def _losses(
+        self,
+        logits: torch.Tensor | None,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The loss, and those of single labels: in chunks where there are no logits, or weights; else transformers' own
+        function, which gives the loss alone.
+        """
+        vocab_size = self.text_config.vocab_size
+        if labels is None:
+            return None, None
+        if logits is None or weights is not None:
+            return causal_loss(self._logits, hidden, labels, vocab_size, num_items_in_batch, weights)
+        return self.loss_function(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch), None
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., vocab)."""
@@ -539,10 +555,6 @@ class MegaTransformerModel(MegaTransformerTextModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        input_features: torch.FloatTensor | None = None,
-        input_features_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, ModelOutput] | None = None,
         **kwargs,
     ) -> MegaTransformerModelOutput:
@@ -555,18 +567,12 @@ class MegaTransformerModel(MegaTransformerTextModel):
             input_features: (clips, mel bins, frames), padded with zeros at the end.
             input_features_mask: (clips, frames), 1 for real frames. Default: all are real.
             mm_encoder_outputs: Features read before, by modality, instead of the inputs above; see `get_features`.
-            kwargs: Inputs of further modalities too.
+            kwargs: The inputs above, those of further modalities, and what the text model takes besides.
 
         Raises:
             ValueError: if there are more or fewer placeholders than features.
         """
-        media = {
-            "pixel_values": pixel_values,
-            "image_sizes": image_sizes,
-            "input_features": input_features,
-            "input_features_mask": input_features_mask,
-            **self.take_media(kwargs),
-        }
+        media = self.take_media(kwargs)
         if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, media, mm_encoder_outputs, past_key_values)
         elif mm_encoder_outputs or any(value is not None for value in media.values()):
@@ -580,8 +586,8 @@ class MegaTransformerModel(MegaTransformerTextModel):
         )
 
     def take_media(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Takes the inputs of the readers out of `kwargs`."""
-        names = [name for reader in self.readers.values() for name in reader.input_names if name in kwargs]
+        """Takes what readers read out of `kwargs`, also where this model has no such reader, which then says so."""
+        names = [name for modality in MODALITIES.values() for name in modality.input_names if name in kwargs]
         return {name: kwargs.pop(name) for name in names}
 
 

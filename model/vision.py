@@ -5,6 +5,7 @@ instead of a table of positions, so that any size goes.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ class ConvStem(nn.Module):
         widths = [max(16, config.hidden_size >> step) for step in reversed(range(halvings))]
         self.convs = nn.ModuleList(
             nn.Conv2d(before, width, kernel_size=3, stride=2, padding=1)
-            for before, width in zip([config.num_channels, *widths], widths, strict=False)
+            for before, width in pairwise([config.num_channels, *widths])
         )
         self.proj = nn.Conv2d(widths[-1], config.hidden_size, kernel_size=1)
 
