@@ -33,6 +33,7 @@ MINIMUMS = {
     "seed": 0,
     "data_seed": 0,
     "recurrence_logging_steps": 0,
+    "muon_learning_rate": 0,
 }
 MOMENTS = ("adam_beta1", "adam_beta2")
 # What transformers offers and our metrics and model cannot do: the value there has to be, and what another would cause.
@@ -61,6 +62,8 @@ class RecurrentTrainingArguments(TrainingArguments):
         modality_weights: How much a token counts in the loss, by what its document contains.
         freeze: Parameters that are not trained: patterns of their names.
         parameter_groups: Parameters that learn at a rate of their own, or later than the rest.
+        muon_learning_rate: At least 0. Muon then trains the matrices inside the layers, at this rate; the rest is
+            trained by `optim` at `learning_rate`.
     """
 
     report_to: str | list[str] | None = "tensorboard"
@@ -95,6 +98,14 @@ class RecurrentTrainingArguments(TrainingArguments):
     parameter_groups: list[ParameterGroup] = field(
         default_factory=list,
         metadata={"help": "Parameters that learn at a rate of their own, or later than the rest, by patterns."},
+    )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Where given, Muon trains the matrices inside the layers at this rate, often 3 to 10 times that of "
+            "AdamW; embeddings, head, convolutions, norms and biases are trained by optim at learning_rate. Not with "
+            "DeepSpeed or FSDP."
+        },
     )
 
     def __post_init__(self) -> None:

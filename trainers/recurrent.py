@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from .arguments import RecurrentTrainingArguments
 from .modalities import ModalityLosses
+from .muon import MuonBeside, matrices_of
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
 from .resuming import check_weights
 from .sampling import LengthSampler
@@ -73,6 +74,12 @@ class RecurrentTrainer(Trainer):
         freeze(self.model, self.args.freeze)
         assign(self.model, self.args.parameter_groups)
         self._check_deepspeed_settings()
+        if self.args.muon_learning_rate is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"training.muon_learning_rate is {self.args.muon_learning_rate}, but Muon needs whole matrices, which "
+                "DeepSpeed and FSDP divide among ranks; set it to null, which leaves all weights to optim, or describe "
+                'DeepSpeed\'s own with "optimizer": {"type": "Muon"} in its file'
+            )
         if self.args.compile_units:
             with naming("torch_compile_backend or torch_compile_mode"):
                 self.model.base_model.compile_units(**self.args.compile_options)
@@ -96,10 +103,13 @@ class RecurrentTrainer(Trainer):
                 )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """With the groups of the arguments."""
-        is_new = self.optimizer is None
+        """With Muon and the groups of the arguments."""
+        if self.optimizer is not None:
+            return self.optimizer
         optimizer, model = super().create_optimizer(model), model or self.model
-        if is_new and self.args.parameter_groups:
+        if self.args.muon_learning_rate is not None:
+            self.optimizer = optimizer = MuonBeside(optimizer, matrices_of(model), self.args.muon_learning_rate)
+        if self.args.parameter_groups:
             divide(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
         return optimizer
 
