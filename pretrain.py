@@ -179,12 +179,14 @@ def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast, with_backbon
 
 
 def build_media_examples(run: RunConfig, processor: PreTrainedTokenizerFast | ProcessorMixin) -> dict[str, Sequence]:
-    """The examples that are shown during training, of each validation source with media."""
+    """The examples that are shown during training, of each source with media: of what is held out of the train sources
+    where the run names none for validation. A stream has none.
+    """
     count = run.callbacks.media_samples.num_examples
     return {
         source.label: build_examples(source, run.data, processor, count, seed=run.training.seed)
-        for source in run.data.validation
-        if source.is_media and source.has_answers and count
+        for source in run.data.validation or run.data.train
+        if source.is_media and not source.streaming and count
     }
 
 

@@ -17,8 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import evaluate
 import pretrain
+from configs import load_config
+from dataset_loading import get_task
+from dataset_loading.synthetic import generate_row
 from inference.loading import load_model
 from tests.tiny import tiny_ids
+from tests.tiny_processor import tiny_processor
 
 TINY_RUN = {
     "model": {
@@ -192,6 +196,26 @@ def _numbers(tree):
             yield from _numbers(item)
     elif isinstance(tree, float):
         yield tree
+
+
+def test_media_are_shown_of_train_sources_where_there_is_no_validation(tmp_path):
+    """New ones; a stream, which is not even opened, and texts have none to show. Validation sources go first."""
+    train = [
+        {"kind": "generated", "task": "scenes", "num_rows": 50},
+        {"kind": "generated", "task": "stories", "num_rows": 50},
+        {"kind": "webdataset", "paths": ["nowhere.tar"], "image_column": "jpg", "streaming": True},
+    ]
+    data = {"train": train, "validation": [], "block_size": 128}
+    config = ["--config", str(write_config(tmp_path, data=data))]
+    run, processor = load_config(config), tiny_processor()
+    examples = pretrain.build_media_examples(run, processor)
+    assert list(examples) == ["scenes"] and len(examples["scenes"]) == run.callbacks.media_samples.num_examples == 2
+    scenes = get_task("scenes")
+    rows = [generate_row(scenes, scenes.default_difficulty, "test", (run.training.seed, 0), index) for index in (0, 1)]
+    assert [example["answer"] for example in examples["scenes"]] == [row["answer"] for row in rows]
+    named = "[{kind: generated, task: melodies, num_rows: 9}, {kind: generated, task: addition, num_rows: 9}]"
+    run = load_config([*config, "--data.validation", named])
+    assert list(pretrain.build_media_examples(run, processor)) == ["melodies"]
 
 
 def test_ranks_share_the_cores_of_a_machine(monkeypatch):
