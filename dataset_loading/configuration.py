@@ -167,7 +167,7 @@ class SourceConfig:
             raise ValueError("a source of kind webdataset needs image_column or audio_column, e.g. image_column: jpg")
 
     def _check_generated(self) -> None:
-        get_task(self.task)
+        task = get_task(self.task)
         if self.num_rows < 1:
             raise ValueError(f"num_rows is {self.num_rows}, but a source needs rows; give at least 1")
         if self.seed < 0:
@@ -177,6 +177,7 @@ class SourceConfig:
         given = self.difficulty
         if given is not None and (len(given) != 2 or not 1 <= given[0] <= given[1]):
             raise ValueError(f"difficulty is {given}; give [smallest, largest] with 1 <= smallest <= largest")
+        task.check_difficulty(given or task.default_difficulty)
 
     @property
     def is_media(self) -> bool:

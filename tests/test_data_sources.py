@@ -233,6 +233,7 @@ def test_a_hub_folder_that_is_missing_is_named(tmp_path, own_cache):
         ({"kind": "generated", "task": "addition", "difficulty": [3, 2]}, "difficulty is [3, 2]"),
         ({"kind": "generated", "task": "addition", "difficulty": [0, 2]}, "difficulty is [0, 2]"),
         ({"kind": "generated", "task": "addition", "difficulty": [2]}, "difficulty is [2]"),
+        ({"kind": "generated", "task": "scenes", "difficulty": [1, 3]}, "[1, 3], but 'scenes' has 1 to 2"),
         ({"kind": "generated", "task": "addition", "role": "dev"}, "role is 'dev', unknown"),
         ({"kind": "generated", "task": "addition", "seed": -1}, "seed is -1"),
     ],
