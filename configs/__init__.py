@@ -181,7 +181,7 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
     schema |= {"model": {"model_type": None, **schema_of(config_class)}}
     schema |= {name: schema_of(cls) for name, cls in SECTIONS.items()}
     for origin, tree, _ in given:
-        check_keys(tree, schema, origin)
+        check_keys(without_absent_parts(tree), schema, origin)
     parser = build_parser(config_class)
     try:
         values = parser.parse_args([flag for _, tree, flags in given for flag in (*emptied_lists(tree), *flags)])

@@ -297,6 +297,19 @@ def test_values_mean_what_they_say(yaml_file) -> None:
     )
 
 
+def test_a_part_that_is_null_is_not_there(yaml_file, tmp_path) -> None:
+    """As a resolved file writes it; a later file can bring the part back, or take it away."""
+    deaf = yaml_file("model: {model_type: megatransformer, vision_config: {hidden_size: 32}, audio_config: null}")
+    run = load("--config", deaf)
+    assert run.model.audio_config is None and run.model.vision_config.hidden_size == 32
+    run.save(tmp_path / "resolved.yaml")
+    again = load("--config", tmp_path / "resolved.yaml")
+    assert again.resolved == run.resolved and again.model.audio_config is None
+    hearing = yaml_file("model: {audio_config: {hidden_size: 16}, vision_config: null}", "hearing.yaml")
+    run = load("--config", deaf, "--config", hearing)
+    assert run.model.vision_config is None and run.model.audio_config.hidden_size == 16
+
+
 @pytest.mark.parametrize("flags", [["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"]])
 def test_the_launchers_local_rank_is_ignored(flags: list[str]) -> None:
     """T6: DeepSpeed puts it before the user's flags; LOCAL_RANK of the environment rules."""
