@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .synthetic_task import GeneratedMediaTask
+from .synthetic_task import GeneratedMediaTask, normal_noise
 
 NOTES = tuple(f"{letter}{octave}" for octave in (4, 5) for letter in "CDEFGAB")
 """The white keys from middle C (262 Hz) to the B almost two octaves above (988 Hz)."""
@@ -58,12 +58,9 @@ class MelodyTask(GeneratedMediaTask):
 
     def render(self, medium: str) -> tuple[np.ndarray, int]:
         sound = read_medium(medium)
-        # RandomState, since the stream of a Generator may change between versions of numpy
-        noise = np.random.RandomState(sound.seed)
-        wave = noise.normal(0, sound.noise, round(sound.seconds * sound.sampling_rate))
+        wave = normal_noise(sound.seed, sound.noise, round(sound.seconds * sound.sampling_rate))
         for tone in sound.tones:
-            first = round(tone.start * sound.sampling_rate)
-            played = sound.volume * _play(tone, sound.timbre, sound.sampling_rate)
+            first, played = round(tone.start * sound.sampling_rate), _play(tone, sound)
             wave[first : first + len(played)] += played
         steps = np.rint(np.clip(wave, -1, 1) * 32767)  # those of 16 bits, as in a file
         return (steps / 32767).astype(np.float32), sound.sampling_rate
@@ -179,15 +176,18 @@ def notes_of(sound: Sound) -> list[str]:
     return [f"{_KEYS[semitone % 12]}{semitone // 12}" for semitone in semitones]
 
 
-def _play(tone: Tone, timbre: str, sampling_rate: int) -> np.ndarray:
-    """A tone as samples between -1 and 1."""
-    strengths, fading = TIMBRES[timbre]
-    seconds = np.arange(round(tone.seconds * sampling_rate)) / sampling_rate
-    phase = 2 * np.pi * tone.frequency * seconds
+def _play(tone: Tone, sound: Sound) -> np.ndarray:
+    """A tone as samples within the volume."""
+    strengths, fading = TIMBRES[sound.timbre]
     heard = [
-        strength * np.sin(number * phase)
+        strength
         for number, strength in enumerate(strengths, start=1)
-        if number * tone.frequency < _HIGHEST_PART * sampling_rate
+        if number * tone.frequency < _HIGHEST_PART * sound.sampling_rate
     ]
+    seconds = np.arange(round(tone.seconds * sound.sampling_rate)) / sound.sampling_rate
+    turns = np.full(len(seconds), np.exp(2j * np.pi * tone.frequency / sound.sampling_rate))
+    turns[:1] = 1
+    swinging = turns.cumprod()  # cos + i sin of the fundamental; a partial is a power of it
+    wave = np.polyval([*reversed(heard), 0], swinging).imag
     swell = np.minimum(seconds / _ATTACK, (tone.seconds - seconds) / _RELEASE).clip(0, 1)
-    return np.sum(heard, axis=0) * swell * np.exp(-fading * seconds) / sum(strengths)
+    return wave * swell * np.exp(-fading * seconds) * (sound.volume / sum(strengths))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .synthetic_task import GeneratedMediaTask
+from .synthetic_task import GeneratedMediaTask, normal_noise
 
 COLOURS = {
     "red": (225, 45, 40),
@@ -64,16 +64,16 @@ class SceneTask(GeneratedMediaTask):
 
     def render(self, medium: str) -> Image.Image:
         picture = read_medium(medium)
-        pixels = np.mgrid[: picture.size, : picture.size] + 0.5  # (2, height, width): y and x of the pixels' centres
+        middles = np.arange(picture.size) + 0.5  # of the pixels, from left to right and from top to bottom
         across, down = picture.slope
-        light = (across * pixels[1] + down * pixels[0]) / picture.size - (across + down) / 2
+        light = (across * middles + down * middles[:, None]) / picture.size - (across + down) / 2
         canvas = np.array(picture.background) + light[..., None]  # (height, width, 3)
         for thing in picture.things:
-            distance = _distance(thing.shape, pixels[1] - thing.x, pixels[0] - thing.y, thing.radius)
+            rows, columns = (_reach(place, thing.radius) for place in (thing.y, thing.x))
+            distance = _distance(thing.shape, middles[columns] - thing.x, middles[rows, None] - thing.y, thing.radius)
             coverage = np.clip(0.5 - distance, 0, 1)  # the part of a pixel that lies inside
-            canvas += coverage[..., None] * (np.array(thing.fill) - canvas)
-        # RandomState, since the stream of a Generator may change between versions of numpy
-        canvas += np.random.RandomState(picture.grain).normal(0, _GRAIN, canvas.shape)
+            canvas[rows, columns] += coverage[..., None] * (np.array(thing.fill) - canvas[rows, columns])
+        canvas += normal_noise(picture.grain, _GRAIN, canvas.shape)
         return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
 
     def medium_size(self, medium: str) -> tuple[int, int]:
@@ -251,6 +251,11 @@ def _relation(one: Thing, other: Thing | None = None) -> str | None:
     if abs(right) > abs(down):
         return "right of" if right > 0 else "left of"
     return "below" if down > 0 else "above"
+
+
+def _reach(place: float, radius: float) -> slice:
+    """The pixels of a row or column in which something of a shape may be, and some more."""
+    return slice(max(0, int(place - radius) - 2), int(place + radius) + 3)
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:

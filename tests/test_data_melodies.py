@@ -9,7 +9,7 @@ import pytest
 
 from dataset_loading import MEDIA_TASKS, get_task
 from dataset_loading.synthetic import generate_row, generate_rows
-from dataset_loading.synthetic_melodies import frequency_of
+from dataset_loading.synthetic_melodies import TIMBRES, frequency_of
 from dataset_loading.synthetic_task import split_of
 
 MELODIES, QUESTIONS = MEDIA_TASKS["melodies"], MEDIA_TASKS["melody_questions"]
@@ -100,6 +100,21 @@ def test_a_tone_computed_by_hand():
     assert ends.max() < 0.3 * 0.8 < np.abs(wave[900:2000]).max()  # no clicks
     for silence in (wave[:800], wave[2400:3200], wave[7200:]):
         assert silence.std() == pytest.approx(0.001, rel=0.1)
+
+
+@pytest.mark.parametrize("timbre", TIMBRES)
+def test_samples_are_noise_and_the_sines_of_all_partials_to_the_step_of_16_bits(timbre):
+    wave, (strengths, fading) = np.random.RandomState(7).normal(0, 0.001, 8000), TIMBRES[timbre]
+    for hertz, first in ((440.0, 800), (261.63, 3200), (493.88, 5600)):
+        seconds = np.arange(1600) / 8000
+        tone = sum(
+            strength * np.sin(2 * np.pi * number * hertz * seconds)
+            for number, strength in enumerate(strengths, start=1)
+        )
+        swell = np.clip(np.minimum(seconds / 0.01, (0.2 - seconds) / 0.03), 0, 1)
+        wave[first : first + 1600] += 0.8 / sum(strengths) * tone * swell * np.exp(-fading * seconds)
+    made, _ = MELODIES.render(MEDIUM.replace("flute", timbre))
+    assert np.abs(32767 * (made.astype(float) - wave)).max() < 0.51
 
 
 def test_nothing_lies_above_the_highest_frequency_that_the_rate_holds():

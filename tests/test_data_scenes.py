@@ -1,9 +1,11 @@
 """Generated pictures: what is drawn is what is said, and combinations held out never occur in training."""
 
 import colorsys
+import math
 import random
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, combinations_with_replacement, product
 
 import numpy as np
@@ -164,6 +166,34 @@ def test_pixels_at_the_edge_are_as_bright_as_the_part_that_is_covered(shape):
         assert pixels[:6].std() == pytest.approx(2.5, rel=0.15)  # the noise, above the shape
         assert np.abs(covered - drawn(shape, 16.3, 15.8, radius)).max() < 0.3
         assert covered.sum() == pytest.approx(AREAS[shape] * radius**2, rel=0.08)
+
+
+def test_each_pixel_is_what_its_middle_says():
+    """Pixel by pixel, object by object, as far from it as can be."""
+    medium = (
+        "32x32 #303438 slope 20.0 -6.0 grain 5: circle #e12d28 at 3.00 10.00 radius 3.50; "
+        "square #3255e6 at 27.30 12.00 radius 6.50; triangle #e8e8e8 at 15.70 20.10 radius 6.70; "
+        "triangle #2da53c at 15.70 3.10 radius 4.20"
+    )
+    grain, found = np.random.RandomState(5).normal(0, 2.5, (32, 32, 3)), np.asarray(SCENES.render(medium))
+    for row, column in product(range(32), range(32)):
+        x, y = column + 0.5, row + 0.5
+        colour = np.array([0x30, 0x34, 0x38]) + (20 * x - 6 * y) / 32 - 7
+        for outside, fill in (
+            (math.hypot(x - 3, y - 10) - 3.5, (0xE1, 0x2D, 0x28)),
+            (max(abs(x - 27.3), abs(y - 12)) - 6.5, (0x32, 0x55, 0xE6)),
+            (max((2 * abs(x - 15.7) - (y - 20.1) - 6.7) / 5**0.5, y - 20.1 - 6.7), (0xE8, 0xE8, 0xE8)),
+            (max((2 * abs(x - 15.7) - (y - 3.1) - 4.2) / 5**0.5, y - 3.1 - 4.2), (0x2D, 0xA5, 0x3C)),
+        ):
+            covered = min(1, max(0, 0.5 - outside))
+            colour = covered * np.array(fill) + (1 - covered) * colour
+        assert np.abs(found[row, column] - np.clip(colour + grain[row, column], 0, 255)).max() < 0.501
+
+
+def test_pictures_are_the_same_in_threads():
+    media = [row["medium"] for row in draw(SCENES, "train", 200, (1, 2))]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(SCENES.render, media)) == list(map(SCENES.render, media))
 
 
 def test_objects_lie_inside_and_apart_and_clearly_in_one_direction():
