@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchaudio.transforms import MelSpectrogram
 from transformers import AutoFeatureExtractor, AutoImageProcessor
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -126,6 +127,15 @@ def test_spectrograms_against_a_short_time_fourier_transform(rate, n_fft, hop, b
     features = extractor.preprocess_one(waveform)
     assert features.dtype == torch.float32 and features.shape == (bins, len(expected))
     torch.testing.assert_close(features, expected.T, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate, n_fft, hop, bins", [(8000, 512, 80, 64), (16000, 400, 160, 80), (11025, 401, 100, 20)])
+def test_spectrograms_are_those_of_torchaudio(rate, n_fft, hop, bins):
+    options = {"hop_length": hop, "n_mels": bins, "pad_mode": "constant", "normalized": "window"}
+    waveform = torch.from_numpy(sound(rate // 2)) * torch.linspace(0, 1, rate // 2)
+    mel = MelSpectrogram(rate, n_fft, **options)(waveform)
+    features = MegaTransformerFeatureExtractor(bins, rate, n_fft, hop).preprocess_one(waveform)
+    torch.testing.assert_close(features, (torch.log10(mel.clamp(min=1e-8)) + 3) / 2, atol=1e-5, rtol=0)
 
 
 def test_a_tone_is_in_the_bin_of_its_pitch_and_grows_with_its_loudness():
