@@ -351,8 +351,9 @@ class MegaTransformerVisionConfig(EncoderConfig):
         head_dim: Width of a head, at least 4 and divisible by 4. Default: hidden_size / num_attention_heads.
         num_channels: Channels of an image.
         patch_size: Side of a patch in pixels.
-        stem: How a patch becomes a vector: "patch" is one linear map, "conv" a stack of 3 x 3 convolutions of stride 2
-            (Xiao et al. 2021, arXiv 2106.14881), for a patch size that is a power of 2.
+        stem: How a patch becomes a vector: "patch" is one linear map, "conv" a stack of 3 x 3 convolutions (Xiao et al.
+            2021, arXiv 2106.14881), for a patch size that is a power of 2.
+        stem_depth: With stem "conv", how many convolutions each halving of the image has.
         pixel_shuffle: Side of a square of patches that becomes one token of the language model.
         image_size: Height and width to which every image is resized, at least 1. Default: images keep their shape.
         max_image_size: Longest side of an image that keeps its shape; larger ones are scaled down.
@@ -364,6 +365,7 @@ class MegaTransformerVisionConfig(EncoderConfig):
     num_channels: int = interval(min=1)(default=3)
     patch_size: int = interval(min=1)(default=8)
     stem: Literal["patch", "conv"] = "patch"
+    stem_depth: int = interval(min=1)(default=1)
     pixel_shuffle: int = interval(min=1)(default=1)
     image_size: int | None = None
     max_image_size: int = interval(min=1)(default=512)
@@ -381,6 +383,8 @@ class MegaTransformerVisionConfig(EncoderConfig):
             )
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(f"stem 'conv' halves the image: patch_size ({self.patch_size}) must be a power of 2")
+        if self.stem == "patch" and self.stem_depth > 1:
+            raise ValueError(f"stem_depth is {self.stem_depth}, but stem 'patch' has no convolutions; use stem 'conv'")
         if self.backbone is not None:
             return
         for name in ("image_size", "max_image_size"):

@@ -32,13 +32,14 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         | embedding, head, q/k/v, gate/up, injection, probe | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
         | output projections of attention and feed-forward  | the same with std / sqrt(2 l)                      |
         | learned positions                                 | the same with std * embedding_scale                |
-        | convolutions                                      | the same with std = 1 / sqrt(inputs of an output)  |
+        | convolutions                                      | the same with std = sqrt(2 / inputs of an output)  |
         | norms                                             | 1                                                  |
         | biases, embedding of the padding token            | 0                                                  |
 
         Source: Takase et al. 2023, arXiv 2312.16903, with l counted as the paper of the architecture counts it (132 for
         its model). Both halves of a gated layer have std; its released code differs between training and inference
-        here. h, l: those of the language model, or of the encoder that the parameter belongs to.
+        here. Convolutions: He et al. 2015, arXiv 1502.01852. h, l: those of the language model, or of the encoder that
+        the parameter belongs to.
         """
         config = self.config.get_text_config()
         std = config.initializer_range
@@ -54,7 +55,7 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            self._init_normal(module.weight, module.weight[0].numel() ** -0.5)
+            self._init_normal(module.weight, math.sqrt(2 / module.weight[0].numel()))
             init.zeros_(module.bias)
         elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
             init.ones_(module.weight)

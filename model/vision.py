@@ -29,28 +29,31 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """3 x 3 convolutions of stride 2, with widths that double up to the hidden size, then a 1 x 1 one.
+    """3 x 3 convolutions with widths that double up to the hidden size, then a 1 x 1 one. Of `stem_depth` of the same
+    width the first has stride 2.
 
-    Source: Xiao et al. 2021, arXiv 2106.14881; without its batch norms.
+    Source: Xiao et al. 2021, arXiv 2106.14881, whose `stem_depth` is 1; without its batch norms.
     """
 
     def __init__(self, config: MegaTransformerVisionConfig):
         super().__init__()
         halvings = int(math.log2(config.patch_size))
         widths = [max(16, config.hidden_size >> step) for step in reversed(range(halvings))]
+        widths = [width for width in widths for _ in range(config.stem_depth)]
         self.convs = nn.ModuleList(
-            nn.Conv2d(before, width, kernel_size=3, stride=2, padding=1)
-            for before, width in pairwise([config.num_channels, *widths])
+            nn.Conv2d(before, width, kernel_size=3, stride=1 if index % config.stem_depth else 2, padding=1)
+            for index, (before, width) in enumerate(pairwise([config.num_channels, *widths]))
         )
         self.proj = nn.Conv2d(widths[-1], config.hidden_size, kernel_size=1)
 
     def forward(self, pixels: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
         """(images, channels, height, width), and (images, 2) sizes or None -> (images, hidden, rows, columns)."""
         hidden = pixels
-        for step, conv in enumerate(self.convs, start=1):
+        for conv in self.convs:
             hidden = nn.functional.gelu(conv(hidden))
             if sizes is not None:  # what is beyond the border stays zero, as it is for an image alone
-                hidden = hidden * is_inside(sizes // 2**step, *hidden.shape[-2:]).unsqueeze(1)
+                sizes = sizes // conv.stride[0]
+                hidden = hidden * is_inside(sizes, *hidden.shape[-2:]).unsqueeze(1)
         return self.proj(hidden)
 
 

@@ -8,12 +8,13 @@ from torch import nn
 
 from model import MODALITIES, MegaTransformerConfig, MegaTransformerForConditionalGeneration, Modality
 from model.fusion import check_counts
-from model.vision import shuffle_pixels
+from model.vision import ConvStem, shuffle_pixels
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_media import AUDIO, IMAGE, draw, row_of, tiny_inputs, tiny_media_config, tiny_media_model
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-EVERY_STEM = pytest.mark.parametrize("stem", ["patch", "conv"])
+STEMS = {"patch": {"stem": "patch"}, "conv": {"stem": "conv"}, "deep": {"stem": "conv", "stem_depth": 3}}
+EVERY_STEM = pytest.mark.parametrize("stem", STEMS.values(), ids=STEMS)
 EVERY_POSITION = pytest.mark.parametrize("positions", ["rope", "alibi"])
 
 
@@ -27,7 +28,7 @@ def logits_of(model, **inputs) -> torch.Tensor:
 
 @EVERY_STEM
 def test_a_padded_image_is_the_image_alone(stem):
-    encoder = tiny_media_model(scale=2.0, vision={"stem": stem}).model.readers["image"].encoder
+    encoder = tiny_media_model(scale=2.0, vision=stem).model.readers["image"].encoder
     inputs = tiny_inputs()
     with torch.no_grad():
         features, is_real = encoder(inputs["pixel_values"], inputs["image_sizes"])
@@ -35,6 +36,19 @@ def test_a_padded_image_is_the_image_alone(stem):
             alone, none = encoder(inputs["pixel_values"][number : number + 1, :, :height, :width])
             assert none is None and alone.shape[1] == height * width // 64
             torch.testing.assert_close(features[number][is_real[number]], alone[0], **CLOSE)
+
+
+def test_a_deep_stem_is_its_convolutions():
+    """Two for each halving of 8 pixels to one; activations keep their size on the way, as He et al. want it."""
+    stem = ConvStem(tiny_media_config(vision={"stem": "conv", "stem_depth": 2, "patch_size": 8}).vision_config)
+    assert [conv.stride[0] for conv in stem.convs] == [2, 1, 2, 1, 2, 1]
+    encoder = tiny_media_model(vision={"hidden_size": 256, "head_dim": 8, "stem": "conv", "stem_depth": 4})
+    hidden = draw(4, 3, 32, 32)
+    sizes = []
+    for conv in encoder.model.readers["image"].encoder.stem.convs:
+        hidden = nn.functional.gelu(conv(hidden))
+        sizes.append(hidden.square().mean().sqrt().item())
+    assert len(sizes) == 8 and 0.3 < min(sizes) <= max(sizes) < 2, sizes
 
 
 def test_a_padded_clip_is_the_clip_alone():

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from model import MegaTransformerTextConfig, RecurrenceConfig
+from model import MegaTransformerConfig, MegaTransformerTextConfig, RecurrenceConfig
 from tests.tiny import tiny_config
 
 
@@ -36,6 +36,33 @@ def test_bad_settings_are_value_errors_that_name_them(settings, message):
     """A1, A5, A9, E1-E3."""
     with pytest.raises(ValueError, match=message) as error:
         tiny_config(**settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "message"),
+    [
+        ("vision_config", {"patch_sise": 4}, "unknown key 'patch_sise'; known keys: .*patch_size"),
+        ("vision_config", {"stem": "deep"}, "stem: .*'patch', 'conv'.*deep"),
+        ("vision_config", {"stem": "conv", "patch_size": 12}, r"patch_size \(12\) must be a power of 2"),
+        ("vision_config", {"stem_depth": 2}, "stem_depth is 2, but stem 'patch' has no convolutions; use stem 'conv'"),
+        ("vision_config", {"head_dim": 6}, r"head_dim \(6\) must be divisible by 4"),
+        (
+            "vision_config",
+            {"image_size": 36},
+            r"image_size \(36\) must be a multiple of patch_size \* pixel_shuffle \(8\)",
+        ),
+        ("vision_config", {"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of"),
+        ("audio_config", {"subsampling": 3}, r"subsampling \(3\) must be a power of 2"),
+        ("audio_config", {"hop_length": 600}, r"hop_length \(600\) is more than n_fft \(512\)"),
+        ("audio_config", {"head_dim": 5}, r"head_dim \(5\) must be even"),
+        ("text_config", {"vocab_size": 4}, r"image_token_id \(5\) is outside the vocabulary of text_config \(4\)"),
+        ("audio_token_id", 5, r"image_token_id \(5\) is also the id of another modality"),
+    ],
+)
+def test_bad_settings_of_parts_are_value_errors_that_name_them(part, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        MegaTransformerConfig(image_token_id=5, **{part: settings})
     assert "\n" not in str(error.value)
 
 
