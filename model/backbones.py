@@ -58,7 +58,7 @@ class Backbone(nn.Module):
     def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Features (media, tokens, output_size), all real: such models take inputs of one size."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
-            return self.model(inputs[self.main_input_name].to(self.model.dtype)).last_hidden_state, None
+            return self.model(inputs[self.main_input_name]).last_hidden_state, None
 
 
 def read_config(name: str, main_input_name: str) -> PreTrainedConfig:

@@ -54,15 +54,13 @@ class Reader(nn.Module):
 
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
         """The smallest input there is."""
-        weight = self.projector.up_proj.weight
-        inputs = self.modality.dummy_inputs(self.encoder.config)
-        return {
-            name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
+        device = self.projector.norm_in.weight.device
+        return {name: value.to(device) for name, value in self.modality.dummy_inputs(self.encoder.config).items()}
 
     def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The features of each medium, (tokens, hidden)."""
+        """The features of each medium, (tokens, hidden). Processors give float32, whatever the type of the weights."""
+        dtype = self.projector.norm_in.weight.dtype  # that of all weights; quantised matrices have another one
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         features, is_real = self.encoder(**inputs)  # (media, tokens, width), (media, tokens) or None
         if is_real is None:
             return self.projector(features.flatten(0, 1)).split(features.shape[1])

@@ -156,6 +156,7 @@ class RecurrentGenerationMixin:
         max_cache_length: int,
     ) -> None:
         """As the original, with a `RecurrentCache` in place of transformers' dynamic and static ones."""
+        refuse_empty_rows(model_kwargs.get("attention_mask"))
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise ValueError(
@@ -178,7 +179,10 @@ class RecurrentGenerationMixin:
             # In transformers 5.23 it loses the prompt then, for Llama too, and says nothing.
             raise ValueError("assisted generation is not possible with inputs_embeds; give input_ids alone")
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.num_kept_steps is not None:
+        if cache is None:  # transformers says that it needs one
+            return
+        model_kwargs["num_cached_tokens"] = cache.get_seq_length()
+        if cache.num_kept_steps is not None:
             steps = resolve_depth(model_kwargs.get("num_steps"), self.text_config, batch_size).total
             if cache.num_kept_steps < steps:
                 raise ValueError(
@@ -203,19 +207,26 @@ class RecurrentGenerationMixin:
         self,
         input_ids: torch.LongTensor,
         *args: Any,
+        next_sequence_length: int | None = None,
         inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
+        num_cached_tokens: int = 0,
         exit_steps: ExitSteps | None = None,
         exit_in_prefill: bool = False,
         exit_schedule: Sequence[int] | Callable[[int], int] | None = None,
         **kwargs: Any,
     ) -> dict:
-        """As the original; the prompt takes all steps unless told otherwise, and a schedule is a number of steps."""
+        """As the original; the prompt takes all steps unless told otherwise, and a schedule is a number of steps.
+
+        Args:
+            num_cached_tokens: Where candidates are checked, tokens of the prompt that a cache held before: transformers
+                5.23 gives the whole prompt then, for Llama too, and the model would read them twice.
+        """
+        if next_sequence_length is None and num_cached_tokens:
+            next_sequence_length = input_ids.shape[1] - num_cached_tokens
         index = len(exit_steps.taken) if exit_steps is not None else 0
-        mask = kwargs.get("attention_mask")
-        if index == 0 and mask is not None and mask.ndim == 2 and not mask.any(-1).all():
-            row = int((~mask.any(-1)).nonzero()[0])
-            raise ValueError(f"row {row} of the prompt is all padding (attention_mask); leave it out")
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
         inputs.pop("tokenizer", None)  # for stop strings; transformers hands it on to every model
         if inputs.get("exit_criterion") == "schedule":
             inputs["exit_criterion"] = "none"
@@ -237,7 +248,8 @@ class RecurrentGenerationMixin:
         self, *, generation_config: GenerationConfig, model_kwargs: dict, assistant_model=None, **kwargs: Any
     ) -> Any:
         """As the original; the model that drafts has a depth of its own, from its generation config."""
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in (*OPTIONS, "exit_steps")}
+        ours = (*OPTIONS, "exit_steps", "num_cached_tokens")
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
         if assistant_model is not None:
             generation_config = copy.deepcopy(generation_config)
             for name in OPTIONS:
@@ -316,24 +328,29 @@ class MediaGenerationMixin:
         self,
         input_ids: torch.LongTensor,
         *args: Any,
-        next_sequence_length: int | None = None,
         inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
         **kwargs: Any,
     ) -> dict:
         """As the original, without the features of placeholders that are in the cache."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
-        )
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         outputs = inputs.get("mm_encoder_outputs")
-        if not outputs or next_sequence_length is None or next_sequence_length >= input_ids.shape[1]:
+        num_seen = 0 if inputs.get("input_ids") is None else input_ids.shape[1] - inputs["input_ids"].shape[1]
+        if not outputs or num_seen == 0:
             return inputs
-        seen_ids, left = input_ids[:, :-next_sequence_length], {}
+        seen_ids, left = input_ids[:, :num_seen], {}
         for name, output in outputs.items():
             rows = torch.cat(list(output.pooler_output)).split(self._count_places(name, input_ids))
             seen = self._count_places(name, seen_ids)
             unseen = tuple(row[count:] for row, count in zip(rows, seen, strict=True))
             left[name] = BaseModelOutputWithPooling(pooler_output=unseen)
         return {**inputs, "mm_encoder_outputs": left}
+
+
+def refuse_empty_rows(attention_mask: torch.Tensor | None) -> None:
+    """Raises ValueError for a row without a token. Part of one may be all padding, where a prompt is read in parts."""
+    if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.any(-1).all():
+        row = int((~attention_mask.any(-1)).nonzero()[0])
+        raise ValueError(f"row {row} of the prompt is all padding (attention_mask); leave it out")
 
 
 def scheduled_steps(schedule: Sequence[int] | Callable[[int], int], index: int) -> int:

@@ -534,9 +534,10 @@ class MegaTransformerModel(MegaTransformerTextModel):
             if isinstance(reader.encoder, Backbone)
         }
 
-    def get_features(self, name: str, **inputs: Any) -> BaseModelOutputWithPooling:
+    def get_features(self, name: str, **inputs: torch.Tensor | None) -> BaseModelOutputWithPooling:
         """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered."""
-        return BaseModelOutputWithPooling(pooler_output=self.readers[name](**inputs))
+        given = {key: value for key, value in inputs.items() if value is not None}
+        return BaseModelOutputWithPooling(pooler_output=self.readers[name](**given))
 
     def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs):
         """`get_features` of images; see `MegaTransformerVisionModel` for the inputs."""

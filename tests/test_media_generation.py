@@ -39,8 +39,14 @@ def options_of(mode: str, draft) -> dict:
 
 
 def new_tokens(model, inputs: dict, **options) -> torch.Tensor:
+    return written(model, inputs, **options)[0]
+
+
+def written(model, inputs: dict, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """New tokens, and the logits of each: tokens may be the same by luck."""
     torch.manual_seed(11)
-    return model.generate(**inputs, **options)[:, -NEW:]
+    out = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    return out.sequences[:, -NEW:], torch.stack(out.logits[:NEW], dim=1)
 
 
 def plain(options: dict) -> dict:
@@ -59,7 +65,7 @@ def test_cell(models, position, mode, beginning):
     """Invariant 1 of a prompt with two images, which the cuts go through."""
     model, draft = models[position]
     inputs, options = row_of(tiny_inputs(), 1), options_of(mode, draft)
-    expected = new_tokens(model, inputs, use_cache=False, **plain(options))
+    expected = written(model, inputs, use_cache=False, **plain(options))
     if beginning == "left padding":
         ids = nn.functional.pad(inputs["input_ids"], (3, 0), value=PAD)
         inputs = {**inputs, "input_ids": ids, "attention_mask": (ids != PAD).long()}
@@ -74,7 +80,9 @@ def test_cell(models, position, mode, beginning):
             model(**first, past_key_values=cache, num_steps=STEPS)
         cache.batch_repeat_interleave(MODES[mode].get("num_beams", 1))
         options["past_key_values"] = cache
-    assert torch.equal(new_tokens(model, inputs, **options), expected)
+    tokens, logits = written(model, inputs, **options)
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logits, expected[1], atol=1e-4, rtol=1e-4)
 
 
 def features_of(model, inputs: dict, counts: tuple[int, ...]) -> dict:
@@ -116,8 +124,8 @@ def test_a_placeholder_is_never_written(models):
     model = tiny_media_model(scale=2.0, tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[IMAGE] = 100 * model(**tiny_inputs(), num_steps=1).state.mean(dim=(0, 1))
-    written = new_tokens(model, tiny_inputs(), max_new_tokens=NEW, do_sample=False)
-    assert not (written == IMAGE).any()
+    tokens = new_tokens(model, tiny_inputs(), max_new_tokens=NEW, do_sample=False)
+    assert not (tokens == IMAGE).any()
 
 
 def test_media_beside_embeddings_or_misspelt_are_refused(models):
@@ -126,8 +134,8 @@ def test_media_beside_embeddings_or_misspelt_are_refused(models):
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     with pytest.raises(ValueError, match="need input_ids with their placeholders"):
         model.generate(inputs_embeds=embeds, pixel_values=inputs["pixel_values"], max_new_tokens=1)
-    written = model.generate(inputs_embeds=embeds, max_new_tokens=2, do_sample=False)  # without media
-    assert written.shape == (1, 2)
+    tokens = model.generate(inputs_embeds=embeds, max_new_tokens=2, do_sample=False)  # without media
+    assert tokens.shape == (1, 2)
     with pytest.raises(ValueError, match="pixel_value"):
         model.generate(inputs["input_ids"], pixel_value=inputs["pixel_values"], max_new_tokens=1)
     with pytest.raises(ValueError, match="sample 0 has 5 placeholders of image"):
