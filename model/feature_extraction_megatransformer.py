@@ -57,6 +57,7 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
     ):
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.auto_map = {"AutoFeatureExtractor": "feature_extraction_megatransformer.MegaTransformerFeatureExtractor"}
+        self.padding_side = None  # `pad` has no choice; pipelines pad texts by the tokenizer's then
         self.n_fft, self.hop_length = n_fft, hop_length
         self.subsampling, self.max_seconds = subsampling, max_seconds
         if min(hop_length, n_fft, feature_size) < 1 or feature_size > n_fft // 2:

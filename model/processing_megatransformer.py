@@ -41,7 +41,7 @@ class MegaTransformerProcessor(ProcessorMixin):
     written in the texts of messages are ordinary text, while `__call__` reads them.
 
     Args:
-        tokenizer: A fast one that knows `MEDIA_TOKENS`.
+        tokenizer: A fast one that knows `MEDIA_TOKENS`. From now on it pads in front, since answers go on behind.
         image_processor: Ours, or that of a pretrained backbone. None: no images are read.
         feature_extractor: The same for audio.
         chat_template: Default: `CHAT_TEMPLATE`. Texts are put in after it is rendered, so that it cannot look at them.
@@ -70,6 +70,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         self.image_processor, self.num_image_tokens = image_processor, num_image_tokens
         self.feature_extractor, self.num_audio_tokens = feature_extractor, num_audio_tokens
         self.modality_configs = modality_configs or None
+        tokenizer.padding_side = "left"
         _check_count("image_processor", image_processor, MegaTransformerImageProcessor, num_image_tokens)
         _check_count("feature_extractor", feature_extractor, MegaTransformerFeatureExtractor, num_audio_tokens)
         self._check_vocabulary()
