@@ -6,11 +6,13 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from datasets import disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Trainer, TrainerCallback, set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from callbacks import add_callbacks, size_table
 from configs import RunConfig, check_optimizer, check_output_dir, load_config, one_line_errors
@@ -28,7 +30,13 @@ from model import (
     media_tokens,
 )
 from model.recurrence import draw_training_states, sample_depth
-from trainers import check_weights, describe_needs, find_resume_point, get_trainer_class
+from trainers import (
+    RecurrentTrainingArguments,
+    check_weights,
+    describe_needs,
+    find_resume_point,
+    get_trainer_class,
+)
 
 logger = logging.getLogger("pretrain")
 
@@ -170,12 +178,24 @@ def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast, with_backbon
             if modality.token in tokenizer.get_vocab():
                 setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(modality.token))
     set_seed(run.training.seed)
-    # Not through an Auto class: under ZeRO-3 that builds partitioned weights, which initialise differently, so that
-    # stages could not be compared. DeepSpeed partitions the whole ones when training begins.
-    model = MODELS[type(config)](config)
-    if isinstance(config, MegaTransformerConfig) and with_backbones:
-        model.model.load_backbones()
+    with whole_weights(run.training):
+        model = MODELS[type(config)](config)
+        if isinstance(config, MegaTransformerConfig) and with_backbones:
+            model.model.load_backbones()
     return model
+
+
+@contextmanager
+def whole_weights(args: RecurrentTrainingArguments) -> Iterator[None]:
+    """Let the Auto classes build whole models. Under ZeRO-3 they build partitioned ones, which initialise differently,
+    so that stages could not be compared; DeepSpeed partitions whole ones when training begins.
+    """
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 def build_media_examples(run: RunConfig, processor: PreTrainedTokenizerFast | ProcessorMixin) -> dict[str, Sequence]:

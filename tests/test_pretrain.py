@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -14,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 import evaluate
 import pretrain
@@ -216,6 +218,18 @@ def test_media_are_shown_of_train_sources_where_there_is_no_validation(tmp_path)
     named = "[{kind: generated, task: melodies, num_rows: 9}, {kind: generated, task: addition, num_rows: 9}]"
     run = load_config([*config, "--data.validation", named])
     assert list(pretrain.build_media_examples(run, processor)) == ["melodies"]
+
+
+def test_models_are_built_whole_under_zero_3():
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # as TrainingArguments make one
+    args = SimpleNamespace(deepspeed="zero3", hf_deepspeed_config=config)
+    assert is_deepspeed_zero3_enabled()
+    with pytest.raises(KeyError), pretrain.whole_weights(args):
+        assert not is_deepspeed_zero3_enabled()
+        raise KeyError
+    assert is_deepspeed_zero3_enabled()
+    with pretrain.whole_weights(SimpleNamespace(deepspeed=None)):
+        assert not is_deepspeed_zero3_enabled()
 
 
 def test_ranks_share_the_cores_of_a_machine(monkeypatch):
