@@ -19,6 +19,7 @@ from callbacks import size_table
 from configs import load_config
 from model import MegaTransformerForCausalLM, RecurrenceConfig
 from model.recurrence import sample_depth
+from tests.hub_encoders import local_encoders
 from tests.test_pretrain import write_config
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 from trainers import PlannedTrainingArguments, RecurrentTrainingArguments
@@ -275,13 +276,22 @@ def test_what_is_frozen_has_no_gradient_and_no_optimizer(dry_run, tmp_path: Path
         assert sizes == pytest.approx([4 * (trained + embedding) / 1e9, 4 * count / 1e9, 8 * count / 1e9], abs=6e-4)
 
 
-@pytest.mark.parametrize("name", ["recurrent_lm", "plain_lm", "recurrent_lm_100m", "recurrent_lm_3b"])
-def test_a_dry_run_prints_and_leaves_nothing(dry_run, name: str):
-    text = dry_run("--config", str(ROOT / f"configs/{name}.yaml"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("recurrent_lm", "plain_lm", "recurrent_lm_100m", "recurrent_lm_3b"),
+        *("recurrent_vlm", "recurrent_speech", "recurrent_vlm_base", "recurrent_vlm_zero3"),
+    ],
+)
+def test_a_dry_run_prints_and_leaves_nothing(dry_run, tmp_path: Path, name: str):
+    config = ROOT / f"configs/{name}.yaml"
+    text = dry_run("--config", str(config), *local_encoders(config, tmp_path / "encoders"))
     for expected in ("| embeddings |", "ZeRO 3", "with activation checkpointing", "optimizer step", "B200", "40%"):
         assert expected in text
     assert ("core steps without gradient" in text) == (name != "plain_lm")
-    assert ("with activation checkpointing, this run" in text) == (name == "recurrent_lm_3b")
+    is_large = name in ("recurrent_lm_3b", "recurrent_vlm_base", "recurrent_vlm_zero3")
+    assert ("with activation checkpointing, this run" in text) == is_large
+    assert ("Encoders of images and sound run once per medium" in text) == ("encoder of" in text)
 
 
 def test_the_figures_of_recurrent_lm_3b(dry_run, monkeypatch: pytest.MonkeyPatch):
@@ -312,6 +322,23 @@ def test_the_figures_of_recurrent_lm_3b(dry_run, monkeypatch: pytest.MonkeyPatch
     peak, one, all_of_them, hours = (float(cell.replace(",", "")) for cell in cells(text, "H100"))
     assert (peak, one, all_of_them) == pytest.approx((989, speed, 64 * speed), rel=0.01)
     assert hours == pytest.approx(24000 * tokens / (64 * speed) / 3600, rel=0.01)
+
+
+def test_the_figures_of_recurrent_vlm_base(dry_run, tmp_path: Path):
+    """Weights of the encoders are counted, and neither gradients nor optimizer; rows of 2048 tokens, 8 at a time."""
+    config = ROOT / "configs/recurrent_vlm_base.yaml"
+    text = dry_run("--config", str(config), *local_encoders(config, tmp_path / "encoders"))
+    parameters, trained = (int(cell.replace(",", "")) for cell in cells(text, "all |")[:2])
+    encoders = [cells(text, f"encoder of {kind}") for kind in ("image", "audio")]
+    assert [row[1] for row in encoders] == ["0", "0"]
+    assert parameters - trained == sum(int(row[0].replace(",", "")) for row in encoders)
+    sizes = [float(cell) for cell in cells(text, "no DeepSpeed, this run")[:3]]
+    assert sizes == pytest.approx([6 * parameters / 1e9, 4 * trained / 1e9, 8 * trained / 1e9], abs=6e-4)
+    norms, inner = 8 * 4 * 1280, 2 * (2 * 1280 + 6 * 1280 + 4 * 3840 + 2048)  # of a block, under autocast
+    stream, step = 8 * 1280, 4 * (norms + inner) + 2 * 2 * 1280
+    ends = 1280 * (2 * 8 + 2)
+    kept = 8 * 2048 * ((3 + 8) * stream + ends + step) / 1e9
+    assert float(cells(text, "all, at 8 steps")[1]) == pytest.approx(kept, rel=1e-3)
 
 
 def test_the_model_has_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -1,5 +1,5 @@
 """Every YAML in configs/: it loads, its model can be built (on the meta device, where billions of parameters cost
-nothing), and its parts fit together.
+nothing), and its parts fit together. Pretrained encoders have the shapes that they have on the hub.
 """
 
 from pathlib import Path
@@ -9,7 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from configs import RunConfig, load_config
+from model import MegaTransformerConfig
 from pretrain import MODELS
+from tests.hub_encoders import local_encoders
+from trainers.parameter_groups import assign, freeze
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -17,10 +20,10 @@ OTHER_SOURCES = "[{kind: files, paths: [/texts/*.txt]}]"
 
 
 @pytest.fixture
-def run(request, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def run(request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunConfig:
     """The run of a file, planned: so bf16 and DeepSpeed need no GPU."""
     monkeypatch.setenv("WORLD_SIZE", "4")
-    return load_config(["--config", str(request.param), "--dry-run"])
+    return load_config(["--config", str(request.param), "--dry-run", *local_encoders(request.param, tmp_path)])
 
 
 def build(run: RunConfig) -> PreTrainedModel:
@@ -40,7 +43,8 @@ def one_file(name: str):
 
 
 def test_the_files_are_found():
-    assert {"recurrent_lm", "recurrent_lm_100m", "recurrent_lm_3b"} <= {path.stem for path in FILES}
+    names = {"recurrent_lm", "recurrent_lm_100m", "recurrent_lm_3b", "recurrent_vlm", "recurrent_vlm_base"}
+    assert names <= {path.stem for path in FILES}
 
 
 @every_file
@@ -59,6 +63,21 @@ def test_its_parts_fit_together(run: RunConfig):
     assert run.training.max_steps > run.training.warmup_steps
 
 
+@every_file
+def test_its_patterns_match_parameters(run: RunConfig):
+    """They raise an error where one matches none."""
+    model = build(run)
+    freeze(model, run.training.freeze)
+    assign(model, run.training.parameter_groups)
+
+
+@every_file
+def test_a_picture_and_a_recording_fit_into_a_row(run: RunConfig):
+    """Of those that a pretrained encoder makes all the same, with the tokens around them and a few to learn."""
+    if isinstance(run.model, MegaTransformerConfig):
+        assert all(count + 32 < run.data.block_size for count in build(run).model.count_tokens().values())
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_comment_says_what_it_is_for(path: Path):
     assert path.read_text(encoding="utf-8").startswith("# ")
@@ -69,6 +88,11 @@ def test_its_sources_can_be_replaced_whole(path: Path):
     """Nothing of a source in the file is left in one given by a flag, not even where there is one of each."""
     given = load_config(["--data.train", OTHER_SOURCES, "--dry-run"]).data.train
     assert load_config(["--config", str(path), "--data.train", OTHER_SOURCES, "--dry-run"]).data.train == given
+
+
+def projector(width: int, hidden: int) -> int:
+    """A norm, two linear maps with biases, a norm."""
+    return width + (width + 1) * hidden + (hidden + 1) * hidden + hidden
 
 
 def closed_form(layers: int, width: int, inner: int, vocabulary: int, bias: int = 0) -> int:
@@ -92,5 +116,29 @@ def test_the_size_of_recurrent_lm_3b(run: RunConfig):
     """The paper's shape, 2 + 4 + 2 layers and 3.5 billion parameters; l = 132 layers executed at the mean depth."""
     assert count(run) == closed_form(8, 5280, 17920, 65536, bias=2 * 55 * 96) == pytest.approx(3.5e9, rel=0.02)
     assert run.model.mean_executed_layers == 132
+    assert run.training.activation_checkpointing and run.training.bf16
+    assert run.training.deepspeed_settings["zero_optimization"]["stage"] == 3
+
+
+@one_file("recurrent_vlm_base")
+def test_the_size_of_recurrent_vlm_base(run: RunConfig):
+    """Encoders as large as published, which are not trained; the rest from its shapes. One GPU."""
+    ours = closed_form(8, 1280, 3840, 50304) + 2 * projector(768, 1280)
+    assert sum(parameter.numel() for parameter in build(run).parameters() if parameter.requires_grad) == ours
+    assert count(run) - ours == pytest.approx(93e6 + 88e6, rel=0.01)
+    assert 0.3e9 < count(run) < 0.6e9
+    assert run.training.activation_checkpointing and run.training.bf16 and run.training.deepspeed is None
+
+
+@one_file("recurrent_vlm_zero3")
+def test_the_size_of_recurrent_vlm_zero3(run: RunConfig):
+    """Encoders as large as published, which are trained at a rate of their own; the rest from its shapes."""
+    ours = closed_form(8, 3072, 8192, 50304) + projector(1152, 3072) + projector(1280, 3072)
+    model = build(run)
+    freeze(model, run.training.freeze)
+    owned = assign(model, run.training.parameter_groups)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter not in owned) - ours < 20e6
+    assert count(run) - ours == pytest.approx(428e6 + 637e6, rel=0.01)
+    assert 2e9 < count(run) < 3e9
     assert run.training.activation_checkpointing and run.training.bf16
     assert run.training.deepspeed_settings["zero_optimization"]["stage"] == 3
