@@ -93,9 +93,11 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         height, width = self.target_size(image.height, image.width)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
-        return (pixels / 255 - mean) / std
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.image_mean, self.image_std))
+        pixels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)) / np.float32(255)
+        pixels -= mean
+        pixels /= std
+        return torch.from_numpy(pixels)
 
     def pad(self, images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch, with zeros at the right and at the bottom.

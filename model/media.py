@@ -238,7 +238,8 @@ def _read_file(source: Any, max_seconds: float) -> tuple[np.ndarray, int]:
 
 
 def _read_block(file: "soundfile.SoundFile", frames: int) -> np.ndarray:
-    return file.read(frames, dtype="float32", always_2d=True).mean(1)
+    block = file.read(frames, dtype="float32", always_2d=True)
+    return block[:, 0] if block.shape[1] == 1 else block.mean(1)
 
 
 @contextmanager
