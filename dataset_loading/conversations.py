@@ -167,7 +167,7 @@ def special_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     Raises:
         ValueError: the tokenizer does not have it.
     """
-    index = tokenizer.get_vocab().get(token)
+    index = tokenizer.backend_tokenizer.token_to_id(token)  # get_vocab() would copy the whole of it
     if index is None:
         raise ValueError(f"the tokenizer has no token {token!r}, which conversations need; train or load it with media")
     return index

@@ -12,7 +12,7 @@ import numpy as np
 from .augmentation import Augmenter
 from .media_documents import MediaDocuments
 from .media_reader import MediaReader, UnreadableMedium
-from .media_rows import Piece, join_pieces, read_piece
+from .media_rows import Piece, join_pieces, read_pieces
 from .random_rows import RowDataset
 from .validation import BadRows
 
@@ -65,26 +65,24 @@ class MediaDataset(RowDataset):
         return np.add.reduceat(self.documents.lengths[self.members], np.concatenate([[0], self.ends[:-1]]))
 
     def draw(self, index: int, occurrence: int) -> dict[str, Any]:
-        rng = self.generator(index, occurrence)
+        rng = self.generator(index, occurrence) if self.augmenter else None
         for shift in range(len(self)):
             pieces = self._pieces((index + shift) % len(self), rng)
             if pieces is not None:
                 return join_pieces(pieces, self.row_length, self.reader.tokenizer.pad_token_id)
         raise ValueError(f"no row of {self.name!r} can be read any more; are its files gone?")
 
-    def _pieces(self, index: int, rng: np.random.Generator) -> list[Piece] | None:
-        pieces = []
-        for number in self.members[self.ends[index - 1] if index else 0 : self.ends[index]]:
-            if number in self._unreadable:
-                return None
-            document = self.documents[number]
-            try:
-                pieces.append(read_piece(document, self.reader, self.augmenter, rng))
-            except UnreadableMedium as error:
+    def _pieces(self, index: int, rng: np.random.Generator | None) -> list[Piece] | None:
+        numbers = self.members[self.ends[index - 1] if index else 0 : self.ends[index]].tolist()
+        if not self._unreadable.isdisjoint(numbers):
+            return None
+        documents = [self.documents[number] for number in numbers]
+        pieces = read_pieces(documents, self.reader, [self.augmenter] * len(documents), rng)
+        for number, document, piece in zip(numbers, documents, pieces, strict=True):
+            if isinstance(piece, UnreadableMedium):
                 self._unreadable.add(number)
-                self.bad_rows.add(self.name, document.row["where"], str(error))
-                return None
-        return pieces
+                self.bad_rows.add(self.name, document.row["where"], str(piece))
+        return pieces if self._unreadable.isdisjoint(numbers) else None
 
 
 def pack_whole(lengths: np.ndarray, block_size: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -113,12 +113,11 @@ class MediaReader:
         self, tokens: np.ndarray, is_label: np.ndarray, media: list[tuple[str, torch.Tensor]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and is_label with start, placeholders and end for each medium, in place of its one placeholder."""
-        places = np.flatnonzero(self._is_placeholder[tokens])
+        places = self._is_placeholder[tokens].nonzero()[0]
+        assert len(places) == len(media)
         counts = np.ones(len(tokens), dtype=np.int64)
         counts[places] = [self.kinds[kind].num_tokens(tensor) + 2 for kind, tensor in media]
-        ends = counts.cumsum()
-        expanded = np.repeat(tokens, counts)
-        for place, (kind, _) in zip(places, media, strict=True):
-            _, start, end = self.tokens[kind]
-            expanded[ends[place] - counts[place]], expanded[ends[place] - 1] = start, end
-        return expanded, np.repeat(is_label, counts)
+        expanded, ends = tokens.repeat(counts), counts.cumsum()[places]
+        expanded[ends - counts[places]] = [self.tokens[kind][1] for kind, _ in media]
+        expanded[ends - 1] = [self.tokens[kind][2] for kind, _ in media]
+        return expanded, is_label.repeat(counts)

@@ -12,7 +12,7 @@ from .augmentation import Augmenter
 from .conversations import media_of, text_of
 from .media_documents import MediaDocument
 from .media_reader import MediaReader, UnreadableMedium
-from .packing import make_row
+from .packing import IGNORED
 
 
 @dataclass
@@ -32,42 +32,97 @@ class Piece:
 
 
 def read_piece(
-    document: MediaDocument, reader: MediaReader, augmenter: Augmenter | None, rng: np.random.Generator
+    document: MediaDocument, reader: MediaReader, augmenter: Augmenter | None, rng: np.random.Generator | None
 ) -> Piece:
     """A document with its media.
 
     Raises:
         UnreadableMedium: a medium is not what it was.
     """
-    messages = json.loads(document.row["messages"])
-    text = " ".join(map(text_of, messages))
+    (piece,) = read_pieces([document], reader, [augmenter], rng)
+    if isinstance(piece, UnreadableMedium):
+        raise piece
+    return piece
+
+
+def read_pieces(
+    documents: Sequence[MediaDocument],
+    reader: MediaReader | None,
+    augmenters: Sequence[Augmenter | None],
+    rng: np.random.Generator | None,
+) -> list[Piece | UnreadableMedium]:
+    """Documents with their media; of one that cannot be read, why.
+
+    A step is made for all of them before the next one, since a processor's caches do not hold the code of all steps.
+
+    Args:
+        reader: None: they have no media.
+        augmenters: of each document.
+        rng: for the augmenters, if there is one.
+    """
+    conversations = [json.loads(document.row["messages"] or "[]") for document in documents]
+    loaded, unreadable = [], {}
+    for number, (document, messages) in enumerate(zip(documents, conversations, strict=True)):
+        try:
+            loaded.append([(it["type"], reader.load(it, document.row)) for it in media_of(messages)])
+        except UnreadableMedium as error:
+            loaded.append([])
+            unreadable[number] = error
     media = []
-    for reference in media_of(messages):
-        kind, medium = reference["type"], reader.load(reference, document.row)
-        if augmenter is None:
-            tensor = reader.tensor(kind, medium)
-        else:
-            tensor = reader.tensor(kind, augmenter.change(kind, medium, text, rng))
-            tensor = augmenter.mask(kind, tensor, text, rng)
-        media.append((kind, tensor))
-    tokens, is_label = reader.expand(document.tokens, document.is_label, media)
+    for found, messages, augmenter in zip(loaded, conversations, augmenters, strict=True):
+        text = " ".join(map(text_of, messages)) if augmenter else ""
+        media.append([(kind, _tensor(kind, medium, text, reader, augmenter, rng)) for kind, medium in found])
+    return [
+        unreadable.get(number) or _piece(document, media[number], reader, augmenter, rng)
+        for number, (document, augmenter) in enumerate(zip(documents, augmenters, strict=True))
+    ]
+
+
+def _tensor(
+    kind: str,
+    medium: Any,
+    text: str,
+    reader: MediaReader,
+    augmenter: Augmenter | None,
+    rng: np.random.Generator | None,
+) -> torch.Tensor:
+    if augmenter is None:
+        return reader.tensor(kind, medium)
+    tensor = reader.tensor(kind, augmenter.change(kind, medium, text, rng))
+    return augmenter.mask(kind, tensor, text, rng)
+
+
+def _piece(
+    document: MediaDocument,
+    media: list[tuple[str, torch.Tensor]],
+    reader: MediaReader | None,
+    augmenter: Augmenter | None,
+    rng: np.random.Generator | None,
+) -> Piece | UnreadableMedium:
+    tokens, is_label = document.tokens, document.is_label
+    if media:
+        tokens, is_label = reader.expand(tokens, is_label, media)
     if len(tokens) > document.length:
-        raise UnreadableMedium(f"{len(tokens)} tokens, where headers promised at most {document.length}; replace it")
+        return UnreadableMedium(f"{len(tokens)} tokens, where headers promised at most {document.length}; replace it")
     shown = augmenter.text(tokens, is_label, rng) if augmenter and augmenter.text.is_on else tokens
     return Piece(tokens, is_label, shown, document.modality, tuple(media))
 
 
 def join_pieces(pieces: Sequence[Piece], row_length: int | None, pad_id: int) -> dict[str, Any]:
     """One row, filled up to `row_length` tokens when that is given."""
-    lengths = [len(piece.tokens) for piece in pieces]
-    tokens, is_label, shown = (
-        np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("tokens", "is_label", "shown")
-    )
-    is_start = np.zeros(len(tokens), dtype=bool)
-    is_start[np.cumsum([0, *lengths[:-1]])] = True
-    row: dict[str, Any] = make_row(tokens, is_start, is_label, row_length, pad_id, shown)
-    row["modality_ids"] = torch.zeros_like(row["input_ids"])
-    row["modality_ids"][: len(tokens)] = torch.from_numpy(np.repeat([piece.modality for piece in pieces], lengths))
+    ends = np.cumsum([len(piece.tokens) for piece in pieces]).tolist()
+    length = ends[-1] if row_length is None else row_length
+    ids, labels = np.full(length, pad_id), np.full(length, IGNORED)
+    positions, modality_ids = np.arange(length), np.zeros(length, dtype=np.int64)
+    for piece, end in zip(pieces, ends, strict=True):
+        part = slice(end - len(piece.tokens), end)
+        ids[part] = piece.shown
+        labels[part][piece.is_label] = piece.tokens[piece.is_label]
+        modality_ids[part] = piece.modality
+        positions[end:] = np.arange(length - end)
+    labels[0] = IGNORED  # a begin token, or the repeated token of a text that was cut
+    values = {"input_ids": ids, "labels": labels, "position_ids": positions, "modality_ids": modality_ids}
+    row: dict[str, Any] = {name: torch.from_numpy(it) for name, it in values.items()}
     row["media"] = {}
     for kind, tensor in (medium for piece in pieces for medium in piece.media):
         row["media"].setdefault(kind, []).append(tensor)

@@ -69,8 +69,7 @@ def open_conversations(source: SourceConfig) -> IterableDataset:
     """
     if source.kind == "webdataset":
         paths = [str(path) for path in expand_paths(source)]
-        kinds = {"messages": Value("large_string"), "problem": Value("string")}
-        return IterableDataset.from_generator(_stream_tars, Features(kinds), {"paths": paths, "source": source})
+        return IterableDataset.from_generator(_stream_tars, gen_kwargs={"paths": paths, "source": source})
     stream = load_hub(source)
     stream = stream.decode(False) if stream.features else stream
     _check_columns(source, stream.column_names or list(next(iter(stream), {})))  # not every format names them in front
@@ -293,6 +292,7 @@ def _samples(path: Path) -> Iterator[tuple[str, list[tuple[str, int, int, bytes 
                 is_text = extension.rpartition(".")[2] in ("txt", "text", "json", "cls", "caption", "transcript")
                 content = tar.extractfile(member).read() if is_text else None
                 members.append((extension, member.offset_data, member.size, content))
+                tar.members.clear()  # or it would keep the headers of all, which are more than a worker can hold
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{str(path)!r} is not a whole, uncompressed tar: {error}; write it again") from error
     if members:

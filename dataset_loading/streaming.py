@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 
 import datasets
@@ -18,7 +20,7 @@ from .configuration import DataConfig, SourceConfig
 from .documents import encode_batch
 from .media_documents import MediaDocument, read_conversations
 from .media_reader import MediaReader, UnreadableMedium
-from .media_rows import Piece, join_pieces, read_piece
+from .media_rows import join_pieces, read_pieces
 from .media_sources import STORED_MEDIA, conversation_of_stream
 from .references import fingerprint
 from .sources import columns_of
@@ -31,18 +33,17 @@ _FEATURES = datasets.Features(
         "row": datasets.Value("int64"),
         "problem": datasets.Value("string"),
         "tokens": datasets.List(datasets.Value("int32")),
-        "learned": datasets.List(datasets.Value("int32")),
-        "length": datasets.Value("int64"),
-        "modality": datasets.Value("int64"),
+        "loss_start": datasets.Value("int64"),
         "messages": datasets.Value("large_string"),
         "media": STORED_MEDIA,
     }
 )
-_NOTHING = {"problem": "", "tokens": [], "learned": [], "length": 0, "modality": 0, "messages": "", "media": []}
+_NOTHING = {"problem": "", "tokens": [], "loss_start": 0, "messages": "", "media": []}
+_ARRIVE_AT_ONCE = 8  # rows that are read one after another, which is faster than each between other work
 
 
 class StreamingDataset(IterableDataset):
-    """Rows like those of PackedDataset and MediaDataset, made from a stream of tokenised documents.
+    """Rows like those of PackedDataset and MediaDataset, made from a stream of texts and conversations.
 
     Texts are cut where a row is full; conversations stay whole, and what is left of a row before one that does not fit
     is filled. Without packing rows are filled up to block_size too: accelerate may join the batches of all ranks to one
@@ -51,8 +52,10 @@ class StreamingDataset(IterableDataset):
     `state_dict` after any row, loaded into a new object, goes on with the next row.
 
     Args:
-        stream: rows with the columns of `_FEATURES`; `learned` are places, the first and behind the last of each run.
+        stream: rows with the columns of `_FEATURES`: a problem, the tokens of a text, of which those from `loss_start`
+            on are learned, a conversation, or nothing, which is passed over.
         config: for block_size, packing and max_bad_rows: more rows that cannot be used in one pass stop the run.
+        loss_on: by name of the source.
         reader: reads media; None: there are none, and rows have texts alone.
         augmenters: by name of the source.
         seed: of what is random about the rows.
@@ -63,13 +66,14 @@ class StreamingDataset(IterableDataset):
         stream: datasets.IterableDataset,
         config: DataConfig,
         pad_id: int,
+        loss_on: Mapping[str, str],
         reader: MediaReader | None = None,
         augmenters: Mapping[str, Augmenter] | None = None,
         seed: int = 0,
     ):
         self.stream, self.reader, self.pad_id, self.seed = stream, reader, pad_id, seed
         self.block_size, self.packing, self.max_bad_rows = config.block_size, config.packing, config.max_bad_rows
-        self.augmenters = augmenters or {}
+        self.loss_on, self.augmenters = loss_on, augmenters or {}
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
         self._pending: list[MediaDocument] = []
         self._num_rows = 0
@@ -81,14 +85,11 @@ class StreamingDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._begin_pass()
-        bad_rows = BadRows(self.max_bad_rows)
+        bad_rows, stream = BadRows(self.max_bad_rows), iter(self.stream)
         yield from self._rows(bad_rows, flush=not self.packing)
-        for row in self.stream:
-            if row["problem"]:
-                bad_rows.add(row["source"], f"row {row['row']}", row["problem"])
-            if len(row["tokens"]) == 0:
-                continue
-            self._pending.append(_document_of(row))
+        while arrived := list(islice(stream, _ARRIVE_AT_ONCE)):
+            for source, rows in groupby(arrived, itemgetter("source")):
+                self._accept(source, list(rows), bad_rows)
             yield from self._rows(bad_rows, flush=not self.packing)
         yield from self._rows(bad_rows, flush=True)
 
@@ -107,6 +108,31 @@ class StreamingDataset(IterableDataset):
         self._pending = [_from_state(document) for document in start["pending"]] if start else []
         self._num_rows = start["num_rows"] if start else 0
 
+    def _accept(self, source: str, rows: Sequence[dict[str, Any]], bad_rows: BadRows) -> None:
+        """Let what rows of a source hold wait for its place. Of media only the headers are read yet."""
+        conversations = [(json.loads(row["messages"]), row) for row in rows if row["messages"]]
+        read = iter(self._read(source, conversations) if conversations else ())
+        for row in rows:
+            problem, document = row["problem"], None
+            if row["messages"]:
+                *parts, problem = next(read)
+                document = MediaDocument(*parts, _origin_of(row))
+            elif len(row["tokens"]):
+                tokens = np.asarray(row["tokens"], dtype=np.int32)
+                is_label = np.arange(len(tokens)) >= row["loss_start"]
+                document = MediaDocument(tokens, is_label, len(tokens), 0, _origin_of(row))
+            if problem:
+                bad_rows.add(source, f"row {row['row']}", problem)
+            elif document is not None:
+                self._pending.append(document)
+
+    def _read(self, source: str, conversations: list[tuple[list[dict], Mapping]]) -> Iterator[tuple]:
+        augmenter = self.augmenters.get(source)
+        longer = {"stretch": augmenter.stretch, "silence": augmenter.silence} if augmenter else {}
+        return read_conversations(
+            conversations, self.reader, self.loss_on[source], decode=False, block_size=self.block_size, **longer
+        )
+
     def _rows(self, bad_rows: BadRows, flush: bool = False) -> Iterator[dict[str, Any]]:
         while documents := self._take(flush):
             self._num_rows += 1
@@ -122,7 +148,7 @@ class StreamingDataset(IterableDataset):
         """
         taken: list[MediaDocument] = []
         room, waiting = self.block_size, list(self._pending)
-        while waiting and room:
+        while waiting and room and (self.packing or not taken):
             document = waiting.pop(0)
             if document.row["messages"] and document.length > room:
                 waiting.insert(0, document)
@@ -137,36 +163,27 @@ class StreamingDataset(IterableDataset):
         return taken
 
     def _join(self, documents: Sequence[MediaDocument], bad_rows: BadRows) -> dict[str, Any] | None:
-        worker = get_worker_info()
-        rng = np.random.default_rng([self.seed, int(self.epoch), worker.id if worker else 0, self._num_rows])
+        augmenters = [self.augmenters.get(document.row["source"]) for document in documents]
         pieces = []
-        for document in documents:
-            augmenter = self.augmenters.get(document.row["source"])
-            try:
-                pieces.append(self._piece(document, augmenter, rng))
-            except UnreadableMedium as error:
-                bad_rows.add(document.row["source"], document.row["where"], str(error))
+        found = read_pieces(documents, self.reader, augmenters, self._generator() if any(augmenters) else None)
+        for document, piece in zip(documents, found, strict=True):
+            if isinstance(piece, UnreadableMedium):
+                bad_rows.add(document.row["source"], f"row {document.row['row']}", str(piece))
+            else:
+                pieces.append(piece)
         if not pieces:
             return None
         row = join_pieces(pieces, self.block_size, self.pad_id)
         return row if self.reader else {name: row[name] for name in ("input_ids", "labels", "position_ids")}
 
-    def _piece(self, document: MediaDocument, augmenter: Augmenter | None, rng: np.random.Generator) -> Piece:
-        if document.row["messages"]:
-            return read_piece(document, self.reader, augmenter, rng)
-        shown = document.tokens
-        if augmenter is not None and augmenter.text.is_on:
-            shown = augmenter.text(document.tokens, document.is_label, rng)
-        return Piece(document.tokens, document.is_label, shown)
+    def _generator(self) -> np.random.Generator:
+        """Random numbers for the row that is made."""
+        worker = get_worker_info()
+        return np.random.default_rng([self.seed, int(self.epoch), worker.id if worker else 0, self._num_rows])
 
 
-def _document_of(row: dict[str, Any]) -> MediaDocument:
-    tokens = np.array(row["tokens"], dtype=np.int32)
-    is_label = np.zeros(len(tokens), dtype=bool)
-    for start, stop in zip(row["learned"][::2], row["learned"][1::2], strict=True):
-        is_label[start:stop] = True
-    origin = {"source": row["source"], "where": f"row {row['row']}", "messages": row["messages"], "media": row["media"]}
-    return MediaDocument(tokens, is_label, row["length"], row["modality"], origin)
+def _origin_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("source", "row", "messages", "media")}
 
 
 def _cut(document: MediaDocument, room: int) -> tuple[MediaDocument, list[MediaDocument]]:
@@ -212,18 +229,10 @@ def build_stream(
         reader: None: no source has media.
         augmenters: by name of the source.
     """
-    augmenters = augmenters or {}
     streams = []
     for source, rows in split.train:
         if source.is_media:
-            encode = partial(
-                _encode_conversation,
-                source=source,
-                reader=reader,
-                augmenter=augmenters.get(source.label),
-                block_size=config.block_size,
-                forbidden=split.validation_digests,
-            )
+            encode = partial(_encode_conversation, source=source, forbidden=split.validation_digests)
         else:
             columns = columns_of(source)
             if isinstance(rows, datasets.Dataset):  # checked and renamed already
@@ -232,14 +241,16 @@ def build_stream(
                 _encode_text, source=source, columns=columns, tokenizer=tokenizer, forbidden=split.validation_digests
             )
         rows = rows.to_iterable_dataset().decode(False) if isinstance(rows, datasets.Dataset) else rows
-        streams.append(rows.map(encode, with_indices=True).select_columns(list(_FEATURES)).cast(_FEATURES))
+        # A map with features is taken at its word, while a cast converts each value to those of Arrow and back.
+        streams.append(rows.map(encode, with_indices=True, features=_FEATURES).select_columns(list(_FEATURES)))
     stream = streams[0]
     if len(streams) > 1:
         shares = np.array([source.weight for source, _ in split.train])
         stream = datasets.interleave_datasets(
             streams, probabilities=list(shares / shares.sum()), seed=seed, stopping_strategy="all_exhausted"
         )
-    return StreamingDataset(stream, config, tokenizer.pad_token_id, reader, augmenters, seed)
+    loss_on = {source.label: source.loss_on for source, _ in split.train}
+    return StreamingDataset(stream, config, tokenizer.pad_token_id, loss_on, reader, augmenters, seed)
 
 
 def _encode_text(
@@ -256,21 +267,12 @@ def _encode_text(
         return result | {"problem": reason}
     texts = {name: row[column] for column, name in columns.items()}
     if digest(texts) in forbidden:
-        return result  # without tokens it is passed over
+        return result
     encoded = encode_batch({name: [text] for name, text in texts.items()}, tokenizer, source.separator, source.loss_on)
-    (tokens,), (loss_start,) = encoded["tokens"], encoded["loss_start"]
-    return result | {"tokens": tokens, "learned": [loss_start, len(tokens)], "length": len(tokens)}
+    return result | {name: values[0] for name, values in encoded.items()}
 
 
-def _encode_conversation(
-    row: dict,
-    index: int,
-    source: SourceConfig,
-    reader: MediaReader,
-    augmenter: Augmenter | None,
-    block_size: int,
-    forbidden: set[bytes],
-) -> dict[str, object]:
+def _encode_conversation(row: dict, index: int, source: SourceConfig, forbidden: set[bytes]) -> dict[str, object]:
     result = _NOTHING | {"source": source.label, "row": index + 1}
     try:
         messages, media = conversation_of_stream(source, row)
@@ -278,12 +280,4 @@ def _encode_conversation(
             return result
     except (OSError, ValueError) as error:
         return result | {"problem": str(error)}
-    stretch, silence = (augmenter.stretch, augmenter.silence) if augmenter else (1.0, 0.0)
-    ((tokens, is_label, length, modality, problem),) = read_conversations(
-        [(messages, {"media": media})], reader, source.loss_on, False, block_size, stretch, silence
-    )
-    if problem:
-        return result | {"problem": problem}
-    learned = np.flatnonzero(np.diff(is_label, prepend=False, append=False))  # where runs begin and end
-    found = {"tokens": tokens, "learned": learned, "length": length, "modality": modality}
-    return result | found | {"messages": json.dumps(messages), "media": media}
+    return result | {"messages": json.dumps(messages), "media": media}

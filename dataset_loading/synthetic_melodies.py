@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -184,10 +185,15 @@ def _play(tone: Tone, sound: Sound) -> np.ndarray:
         for number, strength in enumerate(strengths, start=1)
         if number * tone.frequency < _HIGHEST_PART * sound.sampling_rate
     ]
-    seconds = np.arange(round(tone.seconds * sound.sampling_rate)) / sound.sampling_rate
-    turns = np.full(len(seconds), np.exp(2j * np.pi * tone.frequency / sound.sampling_rate))
+    loudness = _loudness(tone.seconds, fading, sound.sampling_rate)
+    turns = np.full(len(loudness), np.exp(2j * np.pi * tone.frequency / sound.sampling_rate))
     turns[:1] = 1
     swinging = turns.cumprod()  # cos + i sin of the fundamental; a partial is a power of it
-    wave = np.polyval([*reversed(heard), 0], swinging).imag
-    swell = np.minimum(seconds / _ATTACK, (tone.seconds - seconds) / _RELEASE).clip(0, 1)
-    return wave * swell * np.exp(-fading * seconds) * (sound.volume / sum(strengths))
+    return np.polyval([*reversed(heard), 0], swinging).imag * loudness * (sound.volume / sum(strengths))
+
+
+@lru_cache(maxsize=8)  # the tones of a melody last equally long
+def _loudness(lasts: float, fading: float, sampling_rate: int) -> np.ndarray:
+    """That of a tone, sample by sample."""
+    seconds = np.arange(round(lasts * sampling_rate)) / sampling_rate
+    return np.minimum(seconds / _ATTACK, (lasts - seconds) / _RELEASE).clip(0, 1) * np.exp(-fading * seconds)

@@ -295,6 +295,24 @@ def test_a_medium_that_goes_bad_while_training_is_replaced_and_counted(tmp_path,
         rows[0]
 
 
+def test_all_media_of_a_row_that_went_bad_are_counted_at_once(tmp_path, caplog):
+    for number in range(4):
+        picture(16, 16, number).save(tmp_path / f"{number}.png")
+    lines = [json.dumps({"file_name": f"{number}.png", "text": f"text {number}"}) + "\n" for number in range(4)]
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    rows = build(SourceConfig("imagefolder", path=str(tmp_path), name="it"), block_size=60, packing=True).train
+    seen = [PROCESSOR.tokenizer.decode(row["input_ids"]) for row in rows]
+    first = [number for number in range(4) if f"text {number}" in seen[0]]
+    assert len(seen) == 2 and len(first) == 3
+    for number in first:
+        (tmp_path / f"{number}.png").unlink()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert PROCESSOR.tokenizer.decode(rows[0]["input_ids"]) == seen[1]
+    assert rows.bad_rows.counts == {"it": 3}
+    assert all(f"{number}.png' does not exist" in caplog.text for number in first)
+
+
 def test_a_medium_that_grows_while_training_does_not_overflow_its_row(tmp_path, caplog):
     source = folder_with(tmp_path, "x.png", image_file(picture(8, 8)))
     rows = build(source, block_size=61, packing=True)
@@ -336,13 +354,27 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
         build(SourceConfig("webdataset", paths=[str(tmp_path / "a.tar")], image_column="png"))
 
 
-def test_a_cut_tar_is_named(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for number in range(3):
+def write_tar(path, documents):
+    with tarfile.open(path, "w") as tar:
+        for number in range(documents):
             for extension, content in (("png", GOOD_PICTURE), ("txt", b"text")):
                 entry = tarfile.TarInfo(f"{number}.{extension}")
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
+
+
+def test_a_stream_keeps_nothing_of_a_tar_that_it_has_read(tmp_path, monkeypatch):
+    """A shard may have more members than memory holds headers."""
+    write_tar(tmp_path / "a.tar", 50)
+    opened, open_tar = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *args, **kwargs: opened.append(open_tar(*args, **kwargs)) or opened[-1])
+    columns = {"image_column": "png", "text_column": "txt", "streaming": True}
+    stream = build(SourceConfig("webdataset", paths=[str(tmp_path / "a.tar")], **columns)).train
+    assert sum(len(opened[-1].members) < 3 for _ in stream) == 50
+
+
+def test_a_cut_tar_is_named(tmp_path):
+    write_tar(tmp_path / "a.tar", 3)
     whole = (tmp_path / "a.tar").read_bytes()
     source = SourceConfig("webdataset", paths=[str(tmp_path / "a.tar")], image_column="png", text_column="txt")
     assert len(build(source).train) == 3
