@@ -40,6 +40,7 @@ from inference.devices import choose_device, cpu_model
 from model.processing_megatransformer import build_processor, media_tokens
 from model.recurrence import draw_training_states
 from pretrain import build_model
+from trainers.muon import MuonBeside, matrices_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "recurrent_vlm.yaml"
 
@@ -206,7 +207,13 @@ def measure(
     if not isinstance(rows, IterableDataset):
         sampler = RandomSampler(rows, replacement=True, num_samples=count * batch_size)
     loader = DataLoader(
-        rows, batch_size, sampler=sampler, num_workers=args.workers, collate_fn=Collator(processor), drop_last=True
+        rows,
+        batch_size,
+        sampler=sampler,
+        num_workers=args.workers,
+        collate_fn=Collator(processor),
+        drop_last=True,
+        persistent_workers=True,
     )
     batches, stamps = [], []
     for batch in itertools.islice(endless(loader), count):
@@ -233,10 +240,13 @@ def endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
 
 
 class TrainingStep:
-    """Forward, backward and update at the mean depth, as the trainer does them, without its logs."""
+    """Forward, backward, clipping and update at the mean depth, as the trainer does them, without its logs."""
 
     def __init__(self, model: PreTrainedModel, run: RunConfig):
-        self.model, self.optimizer = model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.model, self.max_norm = model, run.training.max_grad_norm
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if run.training.muon_learning_rate is not None:
+            self.optimizer = MuonBeside(self.optimizer, matrices_of(model), learning_rate=1e-4)
         config = model.config.get_text_config()
         self.text_config, self.depth = config, {}
         if config.num_core_layers:
@@ -254,6 +264,8 @@ class TrainingStep:
             keys = [(0, next(self.count), row) for row in range(rows)]
             inputs["initial_state"] = draw_training_states(self.text_config, length, keys, self.model.device)
         self.model(**inputs, use_cache=False, skip_logits=True).loss.backward()
+        if self.max_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -1,6 +1,9 @@
 """The benchmark of the loader: every kind of source gives rows, and what the table says is what was measured."""
 
+from unittest.mock import Mock
+
 import pytest
+import torch
 import yaml
 
 from benchmarks import data
@@ -38,16 +41,20 @@ MODEL = {
 }
 
 
-@pytest.fixture
-def config(tmp_path):
+def write_config(folder, **training):
     run = {
         "model": MODEL,
         "tokenizer": {"vocab_size": 268},
         "data": {"block_size": 128, "train": [{"kind": "generated", "task": "addition", "num_rows": 8}]},
-        "training": {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 2},
+        "training": {"output_dir": str(folder / "out"), "per_device_train_batch_size": 2, **training},
     }
-    (tmp_path / "tiny.yaml").write_text(yaml.dump(run))
-    return str(tmp_path / "tiny.yaml")
+    (folder / "tiny.yaml").write_text(yaml.dump(run))
+    return str(folder / "tiny.yaml")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path)
 
 
 def test_every_kind_of_source_is_timed(config, capsys, monkeypatch):
@@ -62,3 +69,17 @@ def test_every_kind_of_source_is_timed(config, capsys, monkeypatch):
     for _, rows, tokens, used, ratio in lines[2:]:
         # two batches of two rows of 128 tokens, one second each as they arrive, half a second each as they are used
         assert (rows, tokens, used, ratio) == ("2", "256", "512", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("training", "calls"), [({"muon_learning_rate": 0.01}, (3, 3)), ({"max_grad_norm": 0.0}, (0, 0)), ({}, (0, 3))]
+)
+def test_the_step_is_that_of_the_configuration(tmp_path, capsys, monkeypatch, training, calls):
+    """Muon and clipping in each of three steps, or not at all."""
+    muon, clip = Mock(wraps=torch.optim.Muon.step), Mock(wraps=torch.nn.utils.clip_grad_norm_)
+    monkeypatch.setattr(torch.optim.Muon, "step", lambda self: muon(self))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    argv = ["--config", write_config(tmp_path, **training), "--sources", "stories", "--documents", "24"]
+    assert data.main([*argv, "--batches", "2", "--warmup", "1", "--device", "cpu"]) == 0
+    assert "| stories |" in capsys.readouterr().out
+    assert (muon.call_count, clip.call_count) == calls
