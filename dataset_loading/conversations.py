@@ -154,11 +154,12 @@ def tokenize_conversations(
     Raises:
         ValueError: the tokenizer lacks the token of a role.
     """
-    roles = {role: special_id(tokenizer, f"<|{role}|>") for role in ROLES}
+    special = {role: special_id(tokenizer, f"<|{role}|>") for role in ROLES} | dict(placeholders)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     texts: list[str] = []
     plans = [_plan(messages, texts) for messages in conversations]
     ids = encode_texts(tokenizer, texts)
-    return [_assemble(plan, ids, roles, placeholders, tokenizer, loss_on) for plan in plans]
+    return [_assemble(plan, ids, special, begin, end, loss_on) for plan in plans]
 
 
 def special_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
@@ -196,25 +197,25 @@ def _plan(messages: Sequence[dict], texts: list[str]) -> list[tuple[str, list[in
 def _assemble(
     plan: list[tuple[str, list[int | str]]],
     ids: list[np.ndarray],
-    roles: dict[str, int],
-    placeholders: Mapping[str, int],
-    tokenizer: PreTrainedTokenizerFast,
+    special: Mapping[str, int],
+    begin: int,
+    end: int,
     loss_on: str,
 ) -> TokenizedConversation:
-    tokens, is_label = [np.array([tokenizer.bos_token_id], dtype=np.int32)], [np.zeros(1, dtype=bool)]
+    tokens, is_label = [begin], [False]  # lists, since most parts are a token or a few
 
-    def add(part: np.ndarray | int, learned: bool) -> None:
-        tokens.append(np.atleast_1d(np.asarray(part, dtype=np.int32)))
-        is_label.append(np.full(len(tokens[-1]), learned))
+    def add(part: list[int], learned: bool) -> None:
+        tokens.extend(part)
+        is_label.extend([learned] * len(part))
 
     for role, parts in plan:
         learned = loss_on == "all" or role == "assistant"
-        add(roles[role], loss_on == "all")
+        add([special[role]], loss_on == "all")
         for part in parts:
             if isinstance(part, str):
-                add(placeholders[part], False)
+                add([special[part]], False)
             else:
-                add(ids[part], learned)
+                add(ids[part].tolist(), learned)
         if role == "assistant":
-            add(tokenizer.eos_token_id, learned)
-    return TokenizedConversation(np.concatenate(tokens), np.concatenate(is_label))
+            add([end], learned)
+    return TokenizedConversation(np.array(tokens, dtype=np.int32), np.array(is_label, dtype=bool))
