@@ -86,11 +86,11 @@ def describe_run(run: RunConfig) -> str:
     """What a run would need, from the shapes of its model: no weights, no data, no tokenizer.
 
     Raises:
-        SystemExit: with code 2, for a number of GPUs that is none.
+        SystemExit: with code 2, for a number of GPUs that is none, and a pretrained encoder that cannot be found.
     """
-    with torch.device("meta"):
-        model = MODELS[type(run.model)](run.model)
     with one_line_errors():
+        with torch.device("meta"):
+            model = MODELS[type(run.model)](run.model)
         needs = describe_needs(model, run.training, sample_depth, run.data.block_size, run.data.packing)
     return f"{size_table(model)}\n\n{needs}\n"
 

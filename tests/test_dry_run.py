@@ -404,6 +404,12 @@ def test_bad_input_is_one_line_and_exit_code_2(dry_run, tmp_path: Path, flags: t
     assert re.fullmatch(r"error: [^\n]+\n", error) and message in error
 
 
+def test_an_encoder_that_is_not_there_is_one_line(dry_run, tmp_path: Path):
+    config, missing = ROOT / "configs/recurrent_vlm_base.yaml", str(tmp_path / "missing")
+    error = dry_run("--config", str(config), "--model.vision_config.backbone", missing, code=2)
+    assert re.fullmatch(r"error: [^\n]+\n", error) and f"backbone {missing!r} cannot be loaded" in error
+
+
 def test_what_only_a_dry_run_reads_is_checked_too(dry_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = str(write_config(tmp_path))
     (tmp_path / "broken.json").write_text("{")
