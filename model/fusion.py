@@ -52,19 +52,35 @@ class Reader(nn.Module):
         """Names of the arguments of `forward`; the first has to be there for the others to mean anything."""
         return self.modality.input_names
 
+    @property
+    def some_weight(self) -> nn.Parameter:
+        """For its device and type; of a norm, since quantised matrices have another. Not by its name: ZeRO-3 gathers a
+        weight that is asked for by name, in the order in which a rank does so, and ranks differ in what they read.
+        """
+        return next(self.projector.norm_in.parameters())
+
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
         """The smallest input there is."""
-        device = self.projector.norm_in.weight.device
-        return {name: value.to(device) for name, value in self.modality.dummy_inputs(self.encoder.config).items()}
+        inputs = self.modality.dummy_inputs(self.encoder.config)
+        return {name: value.to(self.some_weight.device) for name, value in inputs.items()}
 
-    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The features of each medium, (tokens, hidden). Processors give float32, whatever the type of the weights."""
-        dtype = self.projector.norm_in.weight.dtype  # that of all weights; quantised matrices have another one
+    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """The features of all media, (tokens, hidden), and how many tokens each medium has.
+
+        One tensor, since ZeRO-3 gathers the weights of a module once for each that it returns, and ranks with more
+        media than others would wait for them. Processors give float32, whatever the type of the weights.
+        """
+        dtype = self.some_weight.dtype
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         features, is_real = self.encoder(**inputs)  # (media, tokens, width), (media, tokens) or None
         if is_real is None:
-            return self.projector(features.flatten(0, 1)).split(features.shape[1])
-        return self.projector(features[is_real]).split(is_real.sum(dim=1).tolist())
+            return self.projector(features.flatten(0, 1)), [features.shape[1]] * len(features)
+        return self.projector(features[is_real]), is_real.sum(dim=1).tolist()
+
+    def read(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The features of each medium, (tokens, hidden)."""
+        features, lengths = self(**inputs)
+        return features.split(lengths)
 
 
 def read_media(readers: nn.ModuleDict, media: dict[str, Any], run_all: bool) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -86,11 +102,11 @@ def read_media(readers: nn.ModuleDict, media: dict[str, Any], run_all: bool) -> 
     for name, reader in readers.items():
         inputs = {key: media[key] for key in reader.input_names if media.get(key) is not None}
         if reader.input_names[0] in inputs:
-            features[name] = reader(**inputs)
+            features[name] = reader.read(**inputs)
         elif inputs:
             raise ValueError(f"{next(iter(inputs))} was given without {reader.input_names[0]}, which it describes")
         elif run_all:
-            features[name] = tuple(part[:0] for part in reader(**reader.dummy_inputs()))
+            features[name] = tuple(part[:0] for part in reader.read(**reader.dummy_inputs()))
     return features
 
 

@@ -57,7 +57,7 @@ class Modality(ABC):
     # For the processor, where transformers has no class for the modality:
 
     def preprocess(self, medium: Any, config: Any) -> torch.Tensor:
-        """One medium to a tensor of any shape."""
+        """One medium to a tensor of any shape. ValueError, with the reason, for what is none."""
         raise NotImplementedError(f"modality {self.name!r} cannot be preprocessed; give tensors")
 
     def num_tokens(self, preprocessed: torch.Tensor, config: Any) -> int:

@@ -2,69 +2,188 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel
 
-from model import MegaTransformerForCausalLM, MegaTransformerTextModel
+from model import MegaTransformerForCausalLM, MegaTransformerTextModel, build_processor
+from tests.hub_encoders import save_tiny_encoders
 from tests.tiny import tiny_ids, tiny_model
+from tests.tiny_media import tiny_media_model
+from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor
+from tests.tiny_reader import save_reader, tiny_reader
 
 LOADER = """
-import json, sys, torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-folder = sys.argv[1]
-ids = torch.tensor(json.loads(sys.argv[2]))
-config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-causal = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-assert "model.modeling_megatransformer" not in sys.modules
-with torch.no_grad():
-    logits = causal(ids, num_steps=3).logits
-    torch.testing.assert_close(causal.lm_head(base(ids, num_steps=3).last_hidden_state), logits)
-    generated = causal.generate(ids, num_steps=3, max_new_tokens=5, do_sample=False)
-causal.save_pretrained(sys.argv[3])  # exported again from the exported code
-print(json.dumps([type(config).__name__, config.recurrence.mean_steps, logits.tolist(), generated.tolist()]))
+import json, os, sys, torch
+from transformers import (
+    AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
+    AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer,
+)
+folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+found = {}
+
+def load(auto_class, name):
+    return auto_class.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+
+def outcome(model, head, inputs):
+    with torch.no_grad():
+        logits = model(**inputs, num_steps=3).logits
+        torch.testing.assert_close(model.lm_head(head(**inputs, num_steps=3).last_hidden_state), logits)
+        return [logits, model.generate(**inputs, num_steps=3, max_new_tokens=5, do_sample=False)]
+
+causal, base = load(AutoModelForCausalLM, "text").eval(), load(AutoModel, "text").eval()
+found["text"] = {"class": type(load(AutoConfig, "text")).__name__, "out": outcome(causal, base, {"input_ids": ids})}
+causal.save_pretrained("again/text")  # exported again from the exported code
+
+messages = json.load(open(f"{folder}/messages.json"))
+for name in ("reader", "pretrained"):
+    processor, tokenizer = load(AutoProcessor, name), load(AutoTokenizer, name)
+    batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", padding=True)
+    model, other, base = (
+        load(auto, name).eval() for auto in (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModel)
+    )
+    assert type(model) is type(other) and tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    parts = [load(AutoImageProcessor, name), load(AutoFeatureExtractor, name)]
+    assert [type(part) for part in parts] == [type(processor.image_processor), type(processor.feature_extractor)]
+    with torch.no_grad():
+        torch.testing.assert_close(other(**batch, num_steps=3).logits, model(**batch, num_steps=3).logits)
+    found[name] = {
+        "class": type(load(AutoConfig, name)).__name__,
+        "batch": dict(batch),
+        "out": outcome(model, base, batch),
+        "classes": [type(part).__name__ for part in (model, processor, *parts)],
+        "template": tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False),
+    }
+    model.save_pretrained(f"again/{name}")
+    processor.save_pretrained(f"again/{name}")
+assert not [name for name in sys.modules if name.split(".")[0] in ("model", "tests", "inference")]
+torch.save(found, "found.pt")
 """
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
+    """A folder with three checkpoints, and what each of them was made of: models, and processors or None."""
     folder = tmp_path_factory.mktemp("exported")
-    model = tiny_model(scale=2.0)
-    model.save_pretrained(folder)
-    return folder, model
+    text = tiny_model(scale=2.0)
+    text.save_pretrained(folder / "text")
+    save_reader(folder / "reader")
+    pretrained, processor = with_pretrained_encoders(tmp_path_factory.mktemp("backbones"))
+    pretrained.save_pretrained(folder / "pretrained")
+    processor.save_pretrained(folder / "pretrained")
+    return folder, {
+        "text": (text, None),
+        "reader": (tiny_reader(), tiny_processor()),
+        "pretrained": (pretrained, processor),
+    }
 
 
-def load_elsewhere(folder, ids, cwd):
-    """Runs LOADER in a process whose current folder and path know nothing of this repository."""
+def with_pretrained_encoders(folder):
+    """A model with encoders of others, in the place of whose folder there is nothing any more, and its processor."""
+    save_tiny_encoders(folder)
+    tokenizer = tiny_processor().tokenizer
+    image, audio = tokenizer.convert_tokens_to_ids(["<|image|>", "<|audio|>"])
+    model = tiny_media_model(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        vision={"backbone": str(folder / "siglip")},
+        audio={"backbone": str(folder / "whisper")},
+        parts={"image_token_id": image, "audio_token_id": audio},
+    )
+    model.model.load_backbones()
+    processor = build_processor(model.config, tokenizer, **model.model.count_tokens())
+    shutil.rmtree(folder)
+    return model, processor
+
+
+def write_messages(folder: Path) -> list:
+    """Conversations of a text, and of a picture, a question and a recording, which lie beside them."""
+    (folder / "a.png").write_bytes(image_file(picture(20, 30)))
+    (folder / "a.flac").write_bytes(audio_file(sound(3000), 11025, "FLAC"))
+    parts = [{"type": kind, "path": str(folder / name)} for kind, name in (("image", "a.png"), ("audio", "a.flac"))]
+    question = {"type": "text", "text": "What is it? <|end|>"}
+    messages = [
+        [{"role": "user", "content": "Hello"}],
+        [{"role": "user", "content": [parts[0], question, parts[1]]}, {"role": "assistant", "content": "Yes"}],
+    ]
+    (folder / "messages.json").write_text(json.dumps(messages))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def elsewhere(exported, tmp_path_factory):
+    """A copy of the checkpoints, what was found there by a process whose current folder and path know nothing of this
+    repository, the messages it was asked, and what it saved.
+    """
+    folder, cwd = tmp_path_factory.mktemp("there") / "copy", tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(exported[0], folder)
+    messages = write_messages(folder)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(cwd / "hf")}
-    command = [sys.executable, "-c", LOADER, str(folder), json.dumps(ids.tolist()), str(cwd / "again")]
+    command = [sys.executable, "-c", LOADER, str(folder), json.dumps(tiny_ids(2, 6).tolist())]
     run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return torch.load(cwd / "found.pt"), messages, cwd / "again"
 
 
-def test_loads_elsewhere_and_gives_the_same_logits(exported, tmp_path):
-    """C7 for the weights: AutoConfig, AutoModel, AutoModelForCausalLM with trust_remote_code=True, from another
-    folder.
-    """
-    folder, model = exported
-    ids = tiny_ids(2, 6)
-    name, mean_steps, logits, generated = load_elsewhere(folder, ids, tmp_path)
-    assert (name, mean_steps) == ("MegaTransformerTextConfig", 4)
+def check_outcome(model, inputs, outcome) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(torch.tensor(logits), model(ids, num_steps=3).logits)
-    assert generated == model.generate(ids, num_steps=3, max_new_tokens=5, do_sample=False).tolist()
-    assert {p.name for p in (tmp_path / "again").glob("*.py")} == {p.name for p in folder.glob("*.py")}
+        torch.testing.assert_close(outcome[0], model(**inputs, num_steps=3).logits)
+    assert torch.equal(outcome[1], model.generate(**inputs, num_steps=3, max_new_tokens=5, do_sample=False))
 
 
-def test_every_file_of_the_model_is_exported(exported):
-    folder, _ = exported
+def check_saved_again(again: Path, folder: Path) -> None:
+    """From what was loaded, all is saved that was there, the code of the model among it."""
+    assert {path.name for path in again.iterdir()} == {path.name for path in folder.iterdir()}
+    for path in folder.glob("*.py"):
+        assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+def test_text_model_elsewhere(exported, elsewhere):
+    """C7: AutoConfig, AutoModel, AutoModelForCausalLM with trust_remote_code=True, from another folder."""
+    folder, parts = exported
+    found, _, again = elsewhere
+    assert found["text"]["class"] == "MegaTransformerTextConfig"
+    check_outcome(parts["text"][0], {"input_ids": tiny_ids(2, 6)}, found["text"]["out"])
+    check_saved_again(again / "text", folder / "text")
+
+
+@pytest.mark.parametrize("name", ["reader", "pretrained"])
+def test_model_with_media_and_its_processor_elsewhere(exported, elsewhere, name):
+    """C7 for a model that reads images and sound, with encoders of ours and of others."""
+    folder, parts = exported
+    (model, processor), (found, messages, again) = parts[name], elsewhere
+    batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", padding=True)
+    assert found[name]["batch"].keys() == batch.keys() and {"pixel_values", "input_features"} <= batch.keys()
+    for key, tensor in batch.items():
+        torch.testing.assert_close(found[name]["batch"][key], tensor)
+    check_outcome(model, batch, found[name]["out"])
+    own = ["MegaTransformerImageProcessor", "MegaTransformerFeatureExtractor"]
+    classes = own if name == "reader" else [type(processor.image_processor).__name__, "WhisperFeatureExtractor"]
+    names = ["MegaTransformerForConditionalGeneration", "MegaTransformerProcessor", *classes]
+    assert found[name]["class"] == "MegaTransformerConfig" and found[name]["classes"] == names
+    assert found[name]["template"] == "<|begin|><|user|>a"
+    check_saved_again(again / name, folder / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("text", {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}),
+        (
+            "reader",
+            {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoProcessor"},
+        ),
+    ],
+)
+def test_every_file_of_the_model_is_exported(exported, name, classes):
+    folder = exported[0] / name
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(auto_map) == classes
     for target in auto_map.values():
         assert (folder / f"{target.split('.')[0]}.py").is_file()
 
@@ -84,5 +203,5 @@ def test_missing_weights_are_reported_by_the_loader(exported):
     checkpoint.
     """
     folder, _ = exported
-    _, info = MegaTransformerForCausalLM.from_pretrained(folder, output_loading_info=True)
+    _, info = MegaTransformerForCausalLM.from_pretrained(folder / "text", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
