@@ -529,7 +529,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
     def count_tokens(self) -> dict[str, int]:
         """`num_image_tokens`, `num_audio_tokens`: how many each has, where a pretrained encoder gives all the same."""
         return {
-            f"num_{name}_tokens": len(reader(**reader.dummy_inputs())[0])
+            f"num_{name}_tokens": len(reader.read(**reader.dummy_inputs())[0])
             for name, reader in self.readers.items()
             if isinstance(reader.encoder, Backbone)
         }
@@ -537,7 +537,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
     def get_features(self, name: str, **inputs: torch.Tensor | None) -> BaseModelOutputWithPooling:
         """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered."""
         given = {key: value for key, value in inputs.items() if value is not None}
-        return BaseModelOutputWithPooling(pooler_output=self.readers[name](**given))
+        return BaseModelOutputWithPooling(pooler_output=self.readers[name].read(**given))
 
     def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs):
         """`get_features` of images; see `MegaTransformerVisionModel` for the inputs."""
