@@ -21,6 +21,8 @@ FLOOR = 1e-8
 LOG_MEAN, LOG_STD = -3.0, 2.0
 """Shift and scale of log10 power, so that speech has mean 0 and deviation 1, roughly. Constants instead of each clip's
 own statistics: a frame's values then depend on nothing but the sound around it, however long the clip is."""
+SILENCE = (math.log10(FLOOR) - LOG_MEAN) / LOG_STD
+"""What a frame without sound has everywhere."""
 
 
 class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
@@ -90,7 +92,7 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
     def preprocess_one(self, audio: Any) -> torch.Tensor:
         """Anything `load_audio` takes to float (mel bins, frames)."""
         waveform = torch.from_numpy(load_audio(audio, self.sampling_rate, self.max_seconds))
-        window, filters = _window_and_filters(self.sampling_rate, self.n_fft, self.feature_size)
+        window, filters = window_and_filters(self.sampling_rate, self.n_fft, self.feature_size)
         frames = F.pad(waveform, (self.n_fft // 2, self.n_fft // 2)).unfold(0, self.n_fft, self.hop_length)
         spectrum = torch.fft.rfft(frames * window).numpy()  # (frames, frequencies)
         power = np.square(spectrum.real) + np.square(spectrum.imag)  # numpy reads the parts much faster than torch
@@ -136,7 +138,7 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
 
 
 @lru_cache(maxsize=16)
-def _window_and_filters(sampling_rate: int, n_fft: int, num_mel_bins: int) -> tuple[torch.Tensor, torch.Tensor]:
+def window_and_filters(sampling_rate: int, n_fft: int, num_mel_bins: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A Hann window (n_fft,), and filters (frequencies, mel bins) that divide by its energy."""
     if not is_torchaudio_available():
         raise ImportError("mel filters come from torchaudio, which is not installed; pip install torchaudio")

@@ -1,0 +1,217 @@
+"""Media alone, for models that learn to reconstruct them: those of any source, without the texts around them."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset as HubDataset
+from datasets import Features, Value
+from torch.utils.data import Dataset
+
+from .augmentation import change_audio, change_image, torch_seeded_by
+from .augmentation_options import AugmentationConfig
+from .configuration import DataConfig, SourceConfig
+from .conversations import media_of
+from .media_reader import UnreadableMedium
+from .mixture import MixtureDataset
+from .random_rows import RowDataset
+from .references import ArrowRow, place_of, read_medium
+from .splits import load_split
+from .validation import BadRows
+
+logger = logging.getLogger(__name__)
+
+_FEATURES = Features({"media": Value("int64"), "problem": Value("string")})
+
+
+class CodecMedia(Protocol):
+    """What a codec takes, which comes with it."""
+
+    kind: str
+    """"image" or "audio"."""
+    sampling_rate: int | None
+    """Of recordings."""
+
+    def load(self, source: Any) -> Any:
+        """A medium, decoded. ValueError for what is none."""
+
+    def tensor(self, medium: Any, rng: np.random.Generator | None) -> torch.Tensor:
+        """It, or with `rng` a part of it, as an item of a batch."""
+
+
+class MediaAlone(RowDataset):
+    """The media of a source with random access: what `media.tensor` makes of each. One that can be read no more is
+    replaced by the next one.
+
+    Args:
+        rows: with the columns of `load_conversations`.
+        places: int64 (media, 2), the row of each medium, and its number among the row's media of that kind.
+        media: loads them.
+        bad_rows: counts those that can be read no more.
+        name: of the source.
+        seed: of what is random about them.
+        augmentation: how they are changed and cut for training. None: they are whole, and as they are.
+    """
+
+    def __init__(
+        self,
+        rows: HubDataset,
+        places: np.ndarray,
+        media: CodecMedia,
+        bad_rows: BadRows,
+        name: str,
+        seed: int = 0,
+        augmentation: AugmentationConfig | None = None,
+    ):
+        super().__init__(seed)
+        self.rows, self.places, self.media = rows.with_format("arrow"), places, media
+        self.bad_rows, self.name, self.augmentation = bad_rows, name, augmentation
+        self._unreadable: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def draw(self, index: int, occurrence: int) -> torch.Tensor:
+        rng = self.generator(index, occurrence) if self.augmentation is not None else None
+        for shift in range(len(self)):
+            number = (index + shift) % len(self)
+            if number in self._unreadable:
+                continue
+            try:
+                return self._tensor(number, rng)
+            except UnreadableMedium as error:
+                self._unreadable.add(number)
+                self.bad_rows.add(self.name, f"row {self.places[number, 0] + 1}", str(error))
+        raise ValueError(f"no medium of {self.name!r} can be read any more; are its files gone?")
+
+    def _tensor(self, number: int, rng: np.random.Generator | None) -> torch.Tensor:
+        row_number, place = self.places[number].tolist()
+        row = ArrowRow(self.rows[row_number : row_number + 1])
+        medium = _load(self.media, _references(row["messages"], self.media.kind)[place], row)
+        return self.media.tensor(medium if rng is None else self._changed(medium, rng), rng)
+
+    def _changed(self, medium: Any, rng: np.random.Generator) -> Any:
+        """No text goes with a medium that a change could falsify."""
+        with torch_seeded_by(rng):
+            if self.media.kind == "image":
+                return change_image(medium, "", self.augmentation.image, rng)
+            return change_audio(medium, self.media.sampling_rate, "", self.augmentation.audio, rng)
+
+
+def build_codec_datasets(
+    config: DataConfig, media: CodecMedia, seed: int = 0, batch_size: int | None = None
+) -> tuple[Dataset, dict[str, MediaAlone]]:
+    """The media of a run's sources, to learn from, and by source to evaluate on; the same on every rank.
+
+    Args:
+        media: of the codec.
+        seed: of what is generated, split off, cut and mixed.
+        batch_size: media that one optimizer step takes, over all ranks; a smaller train set is an error.
+
+    Raises:
+        ValueError: a source streams, cannot be read, has no media of the kind or too many bad rows, or there is too
+            little to train on.
+    """
+    for source in (*config.train, *config.validation):
+        _check_source(source, media.kind)
+    bad_rows = BadRows(config.max_bad_rows)
+    split = load_split(config, seed, bad_rows)
+    parts = [_build(source, rows, "train", config, media, seed, bad_rows) for source, rows in split.train]
+    train = parts[0] if len(parts) == 1 else MixtureDataset(parts, [source.weight for source in config.train], seed)
+    if batch_size is not None and len(train) < batch_size:
+        raise ValueError(
+            f"the train data has {len(train)} media of type {media.kind!r}, less than one batch of {batch_size}; add "
+            "data, or lower the batch size"
+        )
+    return train, {
+        source.label: _build(source, rows, "validation", config, media, seed, bad_rows)
+        for source, rows in split.validation
+    }
+
+
+def _check_source(source: SourceConfig, kind: str) -> None:
+    if not source.is_media:
+        raise ValueError(f"source {source.label!r} has no media, and this model learns from type {kind!r}; remove it")
+    if source.streaming:
+        raise ValueError(f"source {source.label!r} is streaming, which this model cannot read; set streaming: false")
+
+
+def _build(
+    source: SourceConfig,
+    rows: HubDataset,
+    role: str,
+    config: DataConfig,
+    media: CodecMedia,
+    seed: int,
+    bad_rows: BadRows,
+) -> MediaAlone:
+    places = _look_into(source, rows, config, media, bad_rows)
+    logger.info("%s: %d media of type %r for %s", source.label, len(places), media.kind, role)
+    augmentation = None
+    if role == "train":
+        # Generated media vary exactly as their tasks want it.
+        is_changed = source.augment and source.kind != "generated"
+        augmentation = config.augmentation if is_changed else AugmentationConfig()
+    return MediaAlone(rows, places, media, BadRows(config.max_bad_rows), source.label, seed, augmentation)
+
+
+def _look_into(
+    source: SourceConfig, rows: HubDataset, config: DataConfig, media: CodecMedia, bad_rows: BadRows
+) -> np.ndarray:
+    """Where the media are: int64 (media, 2), row and number within it."""
+    workers = config.preprocessing_workers
+    found = rows.with_format("arrow").map(
+        _look_into_batch,
+        batched=True,
+        batch_size=100,
+        fn_kwargs={"media": media, "decode": config.check_media},
+        remove_columns=rows.column_names,
+        features=_FEATURES,
+        num_proc=min(workers, len(rows)) if workers > 1 else None,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint="media",
+        desc=f"looking into {source.label}",
+    )[:]
+    places, columns = [], (rows["where"], found["media"].to_pylist(), found["problem"].to_pylist())
+    for number, (where, count, problem) in enumerate(zip(*columns, strict=True)):
+        if problem:
+            bad_rows.add(source.label, where, problem)
+        else:
+            places += [(number, place) for place in range(count)]
+    if not places:
+        raise ValueError(
+            f"source {source.label!r} has no usable media of type {media.kind!r} in {len(rows)} rows; check its columns"
+        )
+    return np.array(places, dtype=np.int64)
+
+
+def _look_into_batch(batch: pa.Table, media: CodecMedia, decode: bool) -> dict[str, list]:
+    counts, problems = [], []
+    for number, messages in enumerate(batch["messages"].to_pylist()):
+        references, problem = _references(messages, media.kind), ""
+        try:
+            for reference in references:
+                if decode and "task" not in reference:  # what a task makes is whole
+                    _load(media, reference, ArrowRow(batch, number))
+        except UnreadableMedium as error:
+            problem = str(error)
+        counts.append(len(references))
+        problems.append(problem)
+    return {"media": counts, "problem": problems}
+
+
+def _references(messages: str, kind: str) -> Sequence[Mapping]:
+    return [part for part in media_of(json.loads(messages)) if part["type"] == kind]
+
+
+def _load(media: CodecMedia, reference: Mapping, row: Mapping[str, object]) -> Any:
+    try:
+        return media.load(read_medium(reference, row))
+    except (ValueError, OSError) as error:
+        place = place_of(reference)
+        raise UnreadableMedium(str(error) if place in str(error) else f"{place}: {error}") from error

@@ -1,0 +1,152 @@
+"""How well media came through a codec: against what they were, and against ways that need no training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch.utils.data import Dataset
+from torchmetrics.functional.audio.pesq import perceptual_evaluation_speech_quality
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from tqdm.auto import tqdm
+from transformers import EvalPrediction
+
+try:
+    from pesq import PesqError
+except ImportError:
+    PesqError = None
+
+SHORTEST_FOR_PESQ = 0.4
+"""Seconds; of shorter clips the measure says little, or nothing."""
+RATES_OF_PESQ = {8000: "nb", 16000: "wb"}
+STFT_SIZES = (128, 256, 512, 1024)
+
+Batch = Mapping[str, torch.Tensor]
+
+
+class PictureScores:
+    """Of each picture: psnr, the peak signal-to-noise ratio in dB, and ssim, structural similarity, at most 1."""
+
+    names = ("psnr", "ssim")
+
+    def __call__(self, made: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Reconstructions of `pixel_values`, (pictures, channels, height, width) in -1 .. 1, to (pictures, scores)."""
+        images, made = batch["pixel_values"].float(), made.float().clamp(-1, 1)
+        psnr = peak_signal_noise_ratio(made, images, data_range=2.0, reduction="none", dim=(1, 2, 3))
+        ssim = structural_similarity_index_measure(made, images, data_range=2.0, reduction="none")
+        return torch.stack([psnr, ssim], dim=1)
+
+
+class SoundScores:
+    """Of each clip: mel_l1, the mean error of its log-mel spectrogram; mr_stft, that of its spectrograms; and pesq,
+    about 1 to 4.5, where the package of that name is installed and knows the sampling rate (narrow-band at 8 kHz,
+    wide-band at 16), NaN for clips that are too short or silent.
+
+    Args:
+        log_mel: (clips, samples) -> (clips, mel bins, frames).
+    """
+
+    def __init__(self, sampling_rate: int, log_mel: Callable[[torch.Tensor], torch.Tensor]):
+        self.sampling_rate, self.log_mel = sampling_rate, log_mel
+        has_pesq = PesqError is not None and sampling_rate in RATES_OF_PESQ
+        self.names = ("mel_l1", "mr_stft", *(("pesq",) if has_pesq else ()))
+
+    def __call__(self, made: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Reconstructions of `waveforms`, (clips, samples), of which the first `lengths` count, to (clips, scores)."""
+        scores = []
+        for sound, waveform, length in zip(made, batch["waveforms"], batch["lengths"].tolist(), strict=True):
+            length = min(length, len(sound))
+            scores.append(self._of_clip(sound[:length].float(), waveform[:length].float()))
+        return torch.tensor(scores, device=made.device)
+
+    def _of_clip(self, made: torch.Tensor, waveform: torch.Tensor) -> list[float]:
+        mel_l1 = (self.log_mel(made[None]) - self.log_mel(waveform[None])).abs().mean()
+        scores = [float(mel_l1), stft_distance(made, waveform)]
+        return [*scores, self._pesq(made, waveform)] if "pesq" in self.names else scores
+
+    def _pesq(self, made: torch.Tensor, waveform: torch.Tensor) -> float:
+        if len(waveform) < SHORTEST_FOR_PESQ * self.sampling_rate:
+            return float("nan")
+        try:
+            mode = RATES_OF_PESQ[self.sampling_rate]
+            return float(perceptual_evaluation_speech_quality(made, waveform, self.sampling_rate, mode))
+        except PesqError:
+            return float("nan")
+
+
+def stft_distance(made: torch.Tensor, waveform: torch.Tensor) -> float:
+    """Mean over `STFT_SIZES` of |S - S'| / |S| and mean |ln S - ln S'| together, of two sounds (samples,).
+
+    Source: Yamamoto et al. 2019, arXiv 1910.11480.
+    """
+    total = 0.0
+    for size in STFT_SIZES:
+        window = torch.hann_window(size, device=made.device)
+        options = {"hop_length": size // 4, "window": window, "pad_mode": "constant", "return_complex": True}
+        ours, theirs = (
+            torch.stft(sound, size, **options).abs().square().clamp(min=1e-7).sqrt() for sound in (made, waveform)
+        )
+        total += float((theirs - ours).norm() / theirs.norm() + (theirs.log() - ours.log()).abs().mean())
+    return total / len(STFT_SIZES)
+
+
+def mean_scores(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, float]:
+    """`compute_metrics` for the trainer: means of the scores of all media, without those that are NaN."""
+    means = torch.as_tensor(prediction.predictions).nanmean(dim=0)
+    return {name: float(mean) for name, mean in zip(names, means, strict=True) if not mean.isnan()}
+
+
+@torch.no_grad()
+def reconstruction_scores(
+    reconstruct: Callable[[torch.Tensor], torch.Tensor],
+    dataset: Dataset,
+    collate: Callable[[Sequence[torch.Tensor]], Batch],
+    scores: PictureScores | SoundScores,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Means of the scores of a way to reconstruct media, one after another, and "milliseconds" for each.
+
+    Args:
+        reconstruct: A batch of one medium to its reconstruction.
+        dataset: Media.
+        collate: Makes a batch of a list of them; the medium comes first in it.
+    """
+    rows, seconds = [], 0.0
+    for number in tqdm(range(len(dataset)), desc="reconstructing", disable=None, leave=False):
+        batch = {name: value.to(device) for name, value in collate([dataset[number]]).items()}
+        start = time.perf_counter()
+        made = reconstruct(next(iter(batch.values()))).cpu()
+        seconds += time.perf_counter() - start
+        rows.append(scores(made, {name: value.cpu() for name, value in batch.items()}))
+    means = mean_scores(EvalPrediction(torch.cat(rows).numpy(), None), scores.names)
+    return means | {"milliseconds": 1000 * seconds / len(dataset)}
+
+
+class PrincipalComponents:
+    """The linear way to describe media of one shape by so many numbers that loses the least on those it was made of.
+
+    Args:
+        media: (media, ...), at least as many as numbers.
+        num_numbers: How many numbers describe a medium.
+
+    Raises:
+        ValueError: for fewer media than numbers.
+    """
+
+    def __init__(self, media: torch.Tensor, num_numbers: int):
+        if len(media) < num_numbers:
+            raise ValueError(
+                f"{len(media)} media do not have {num_numbers} principal components; take at least as many media"
+            )
+        vectors = media.flatten(1).float()
+        self.mean = vectors.mean(dim=0)
+        # More directions and iterations than the default, so that those that are kept are the exact ones, nearly.
+        num_tried = min(num_numbers + max(10, num_numbers // 4), *vectors.shape)
+        _, _, directions = torch.svd_lowrank(vectors - self.mean, q=num_tried, niter=6)
+        self.directions = directions[:, :num_numbers]
+
+    def __call__(self, media: torch.Tensor) -> torch.Tensor:
+        """(media, ...) -> their reconstructions, of the same shape."""
+        numbers = (media.flatten(1).float() - self.mean) @ self.directions
+        return (numbers @ self.directions.T + self.mean).view(media.shape)

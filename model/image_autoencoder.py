@@ -1,0 +1,242 @@
+"""Pictures to a few numbers for each patch, and back."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .adversarial import Discriminator
+from .configuration_codecs import MegaTransformerImageAutoencoderConfig
+from .convnext import ConvNeXtBlock
+from .reconstruction import ReconstructionModel, ReconstructionOutput
+
+
+class ImageEncoder(nn.Module):
+    """Patches to features, which convolutions compare with those of the patches around."""
+
+    def __init__(self, config: MegaTransformerImageAutoencoderConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.embed = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.blocks = nn.ModuleList(ConvNeXtBlock(config, dimensions=2) for _ in range(config.num_encoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.latent_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, channels, side, side) -> (images, tokens, latent_size), row by row."""
+        pixels = pixel_values.to(self.embed.weight.dtype)
+        patches = nn.functional.pixel_unshuffle(pixels, self.patch_size)  # (images, pixels, rows, columns)
+        hidden = self.embed(patches.movedim(1, -1)).movedim(-1, 1)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(self.norm(hidden.flatten(2).transpose(1, 2)))
+
+
+class ImageDecoder(nn.Module):
+    """Latents to patches, the way back."""
+
+    def __init__(self, config: MegaTransformerImageAutoencoderConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.embed = nn.Linear(config.latent_size, config.hidden_size)
+        self.blocks = nn.ModuleList(ConvNeXtBlock(config, dimensions=2) for _ in range(config.num_decoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.num_channels * config.patch_size**2)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """(images, tokens, latent_size), a square of them, -> (images, channels, side, side)."""
+        side = math.isqrt(latents.shape[1])
+        hidden = self.embed(latents).transpose(1, 2).unflatten(2, (side, side))  # (images, hidden, rows, columns)
+        for block in self.blocks:
+            hidden = block(hidden)
+        patches = self.head(self.norm(hidden.movedim(1, -1))).movedim(-1, 1)
+        return nn.functional.pixel_shuffle(patches, self.patch_size)
+
+
+class Sphere(nn.Module):
+    """Latents of mean square 1: sqrt(C) x / |x|. What is written one by one cannot drift away from them.
+
+    Source: Ke and Xue 2025 (SphereAR), arXiv 2509.24335, without its distribution on the sphere: ours are points, with
+    noise in training.
+    """
+
+    def __init__(self, config: MegaTransformerImageAutoencoderConfig):
+        super().__init__()
+        self.noise = config.latent_noise
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(images, tokens, C) -> the same."""
+        return nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-8)
+
+    def project(self, latents: torch.Tensor) -> torch.Tensor:
+        """The nearest ones on the sphere."""
+        return self(latents)
+
+    def disturb(self, latents: torch.Tensor) -> torch.Tensor:
+        """With noise whose deviation is drawn for each image, back on the sphere."""
+        if not self.noise:
+            return latents
+        deviation = self.noise * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
+        return self(latents + deviation * torch.randn_like(latents))
+
+
+class FiniteScalars(nn.Module):
+    """Latents of a few values each, from -1 to 1. Their gradient passes as if nothing were rounded.
+
+    Source: Mentzer et al. 2023 (FSQ), arXiv 2309.15505.
+    """
+
+    def __init__(self, config: MegaTransformerImageAutoencoderConfig):
+        super().__init__()
+        self.levels = config.fsq_levels
+
+    def _constants(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels, and how many codes one step of each number is; of the device and type of `like`."""
+        steps = [math.prod(self.levels[:number]) for number in range(len(self.levels))]
+        return like.new_tensor(self.levels), like.new_tensor(steps)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(images, tokens, numbers) -> the same. An even number of levels has one more below 0 than above."""
+        levels, _ = self._constants(hidden)
+        half = (levels - 1) * (1 + 1e-3) / 2  # a little more than to the outer values, as two levels need it
+        offset = (levels % 2 == 0) * 0.5
+        bounded = torch.tanh(hidden + torch.atanh(offset / half)) * half - offset
+        rounded = bounded + (bounded.round() - bounded).detach()
+        return rounded / (levels // 2)
+
+    def project(self, latents: torch.Tensor) -> torch.Tensor:
+        """The nearest values."""
+        levels, _ = self._constants(latents)
+        digits = (latents * (levels // 2)).round() + levels // 2
+        return (digits.clamp(min=0).minimum(levels - 1) - levels // 2) / (levels // 2)
+
+    def disturb(self, latents: torch.Tensor) -> torch.Tensor:
+        """As they are: rounding is noise enough."""
+        return latents
+
+    def ids(self, latents: torch.Tensor) -> torch.LongTensor:
+        """(images, tokens, numbers) -> (images, tokens), from 0 to the product of the levels, exclusive."""
+        levels, steps = self._constants(latents.float())
+        digits = (latents.float() * (levels // 2)).round() + levels // 2
+        return (digits * steps).sum(dim=-1).long()
+
+    def latents(self, ids: torch.LongTensor) -> torch.Tensor:
+        """The way back, float32."""
+        levels, steps = self._constants(ids)
+        digits = ids.unsqueeze(-1) // steps % levels
+        return (digits - levels // 2) / (levels // 2)
+
+
+class MegaTransformerImageAutoencoder(ReconstructionModel):
+    """Images to latents and back."""
+
+    config: MegaTransformerImageAutoencoderConfig
+    _auto_class = "AutoModel"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: MegaTransformerImageAutoencoderConfig):
+        super().__init__(config)
+        self.encoder = ImageEncoder(config)
+        self.bottleneck = {"sphere": Sphere, "fsq": FiniteScalars}[config.bottleneck](config)
+        self.decoder = ImageDecoder(config)
+        self.discriminators = self.build_discriminators(image_discriminators(config))
+        self.post_init()
+
+    @property
+    def num_tokens(self) -> int:
+        """Latents of an image of the configured size."""
+        return self.config.num_tokens
+
+    @property
+    def latent_size(self) -> int:
+        """Numbers in a latent."""
+        return self.config.latent_size
+
+    def loss_weights(self) -> dict[str, float]:
+        return {"pixels": self.config.pixel_loss_weight, "gradients": self.config.gradient_loss_weight}
+
+    def encode(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
+        """(images, channels, side, side) in -1 .. 1 -> (images, tokens, latent_size).
+
+        Raises:
+            ValueError: for images that are no squares of whole patches.
+        """
+        patch, channels = self.config.patch_size, self.config.num_channels
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3] or shape[2] % patch or not shape[2]:
+            raise ValueError(
+                f"pixel_values has shape {shape}, expected (images, {channels}, side, side), a multiple of patch_size "
+                f"({patch})"
+            )
+        return self.bottleneck(self.encoder(pixel_values))
+
+    def decode(self, latents: torch.FloatTensor) -> torch.Tensor:
+        """(images, tokens, latent_size) -> (images, channels, side, side), about -1 .. 1.
+
+        Raises:
+            ValueError: for latents of another size, or that make no square.
+        """
+        shape = tuple(latents.shape)
+        if len(shape) != 3 or shape[2] != self.latent_size or math.isqrt(shape[1]) ** 2 != shape[1] or not shape[1]:
+            raise ValueError(
+                f"latents have shape {shape}, expected (images, tokens, {self.latent_size}), the tokens a square"
+            )
+        return self.decoder(latents)
+
+    def project(self, latents: torch.FloatTensor) -> torch.Tensor:
+        """The nearest latents that `encode` could have given, (..., latent_size)."""
+        return self.bottleneck.project(latents)
+
+    def encode_ids(self, pixel_values: torch.FloatTensor) -> torch.LongTensor:
+        """The codes of images, (images, tokens), from 0 to `config.num_codes`, exclusive.
+
+        Raises:
+            ValueError: if the bottleneck has no codes; for images, see `encode`.
+        """
+        return self._codes().ids(self.encode(pixel_values))
+
+    def decode_ids(self, ids: torch.LongTensor) -> torch.Tensor:
+        """(images, tokens) -> (images, channels, side, side).
+
+        Raises:
+            ValueError: if the bottleneck has no codes, or not these.
+        """
+        codes = self._codes()
+        if ids.numel() and not (ids.min() >= 0 and ids.max() < self.config.num_codes):
+            raise ValueError(
+                f"ids are from {int(ids.min())} to {int(ids.max())}, but there are codes 0 to "
+                f"{self.config.num_codes - 1}"
+            )
+        return self.decode(codes.latents(ids).to(self.decoder.head.weight.dtype))
+
+    def _codes(self) -> FiniteScalars:
+        if self.config.bottleneck != "fsq":
+            raise ValueError(
+                f"bottleneck {self.config.bottleneck!r} has no codes; train an autoencoder with bottleneck 'fsq'"
+            )
+        return self.bottleneck
+
+    def forward(self, pixel_values: torch.FloatTensor, step: int | None = None) -> ReconstructionOutput:
+        """Images through the bottleneck, and how well they came through.
+
+        Args:
+            pixel_values: (images, channels, side, side) in -1 .. 1.
+            step: Updates that were made; see `compare`.
+        """
+        latents = self.encode(pixel_values)
+        made = self.decode(self.bottleneck.disturb(latents) if self.training else latents).float()
+        losses = {"pixels": (made - pixel_values).abs().mean(), "gradients": gradient_loss(made, pixel_values)}
+        return self.compare(made, pixel_values, losses, step)
+
+
+def image_discriminators(config: MegaTransformerImageAutoencoderConfig) -> Iterator[Discriminator]:
+    """One, which sees the pixels."""
+    yield Discriminator(nn.Identity(), config.num_channels, config.discriminator_size)
+
+
+def gradient_loss(made: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error of the differences between neighbours, down and across; (images, channels, height, width)."""
+    error = made - images
+    return (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2

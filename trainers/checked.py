@@ -1,0 +1,103 @@
+"""`transformers.Trainer` with what options of ours describe, all of it built and checked before a folder is made."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .arguments import RecurrentTrainingArguments
+from .muon import MuonBeside, matrices_of
+from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
+from .resuming import check_weights
+
+# How libraries refuse an option or miss a package, other than by a ValueError.
+REFUSALS = (ImportError, RuntimeError, TypeError)
+
+
+class CheckedTrainer(Trainer):
+    """Optimizers, parameter groups and compilation by our arguments, and checkpoints that have to fit.
+
+    Raises:
+        ValueError: For options that the libraries refuse; nothing is written then.
+    """
+
+    args: RecurrentTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        try:
+            super().__init__(*args, **kwargs)
+        except REFUSALS as error:
+            raise ValueError(f"training: {error}") from error
+        if any(group.freeze_steps for group in self.args.parameter_groups):
+            self.add_callback(FreezeStepsCallback())
+
+    def _validate_args(self) -> None:
+        """Also builds what options describe and `Trainer` builds when training begins, before it makes a folder."""
+        super()._validate_args()
+        freeze(self.model, self.args.freeze)
+        assign(self.model, self.args.parameter_groups)
+        self._check_deepspeed_settings()
+        if self.args.muon_learning_rate is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"training.muon_learning_rate is {self.args.muon_learning_rate}, but Muon needs whole matrices, which "
+                "DeepSpeed and FSDP divide among ranks; set it to null, which leaves all weights to optim, or describe "
+                'DeepSpeed\'s own with "optimizer": {"type": "Muon"} in its file'
+            )
+        if self.args.compile_units:
+            with naming("torch_compile_backend or torch_compile_mode"):
+                self.model.base_model.compile_units(**self.args.compile_options)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # they take it over when they wrap the weights
+            with naming("optim or optim_args"):
+                self.create_optimizer()
+        with naming("lr_scheduler_type or lr_scheduler_kwargs"):
+            unused = torch.optim.SGD(self.model.parameters())
+            self.create_scheduler(max(self.args.max_steps, 1), unused)
+        self.lr_scheduler = None  # the real one knows how many steps there will be
+
+    def _check_deepspeed_settings(self) -> None:
+        """Raises ValueError where DeepSpeed would replace the optimizer or schedule that our groups belong to."""
+        if not (self.is_deepspeed_enabled and self.args.parameter_groups):
+            return
+        for name in ("optimizer", "scheduler"):
+            if name in self.args.hf_deepspeed_config.config:
+                raise ValueError(
+                    f"training.parameter_groups has no effect on the {name} that DeepSpeed's file describes; take "
+                    f"{name!r} out of {self.args.deepspeed}"
+                )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """With Muon and the groups of the arguments."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer, model = super().create_optimizer(model), model or self.model
+        if self.args.muon_learning_rate is not None:
+            self.optimizer = optimizer = MuonBeside(optimizer, matrices_of(model), self.args.muon_learning_rate)
+        if self.args.parameter_groups:
+            divide(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
+        return optimizer
+
+    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        """Tells sampler and dataset which epoch begins. accelerate tells only the first of them that it finds, and none
+        where a run of several ranks is resumed within an epoch.
+        """
+        train_dataloader.set_epoch(epoch)
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.train_dataset.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
+        check_weights(resume_from_checkpoint, model or self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+@contextmanager
+def naming(keys: str) -> Iterator[None]:
+    """Turn what a library says against training options into a ValueError that names them."""
+    try:
+        yield
+    except (*REFUSALS, ValueError) as error:
+        raise ValueError(f"training.{keys}: {error}") from error

@@ -1,0 +1,69 @@
+"""The trainer of codecs, whose output is to be like their input."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checked import CheckedTrainer
+
+ONLY_FOR_SCORES = ("lengths",)
+"""What a batch has beside the arguments of the model."""
+
+
+class ReconstructionTrainer(CheckedTrainer):
+    """`transformers.Trainer` for models that take media and return how well they came through.
+
+    Args:
+        score: (reconstructions, batch) -> (media, scores), float.
+        kwargs: As for `transformers.Trainer`; compute_metrics gets the scores of all media.
+
+    Raises:
+        ValueError: For options that the libraries refuse; nothing is written then.
+    """
+
+    def __init__(
+        self, *args: Any, score: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor], **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs)
+        self.score = score
+        self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # on the device until they are logged
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
+        """Tells the model how many updates it has had, and keeps the parts of its loss."""
+        inputs = {name: value for name, value in inputs.items() if name not in ONLY_FOR_SCORES}
+        outputs = model(**inputs, step=self.state.global_step)
+        if model.training:
+            for name, value in outputs.losses.items():
+                self._losses[f"loss_{name}"].append(value)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the means, over all ranks, of what was gathered since the last log of training."""
+        if "loss" in logs and self._losses:
+            means = torch.stack([torch.stack(values).mean().float() for values in self._losses.values()])
+            means = self.accelerator.reduce(means, "mean").tolist()
+            logs = {**logs, **dict(zip(self._losses, means, strict=True))}
+            self._losses.clear()
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The loss, and the scores in the place of predictions, and of labels, without which `Trainer` computes no
+        metrics.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        scores = self.score(outputs.reconstruction.float(), inputs)
+        return loss, scores, scores
