@@ -76,13 +76,8 @@ class Writer:
             examples: with `prompt_ids`, or labels that begin with the answer; `media` by kind.
             num_steps: core steps per token; None for a model without a core.
         """
-        prompts = [torch.tensor(prompt_of(example)) for example in examples]
         most = [self.most_tokens(example) for example in examples]
-        inputs = {
-            "input_ids": left_padded(prompts, self.tokenizer.pad_token_id),
-            "attention_mask": left_padded([torch.ones_like(prompt) for prompt in prompts], 0),
-            **self.join_media(examples),
-        }
+        inputs = self.prompts(examples)
         output = model.generate(
             **to_model(inputs, model),
             **({} if num_steps is None else {"num_steps": num_steps}),
@@ -95,6 +90,15 @@ class Writer:
         kept = [tokens[:length] for tokens, length in zip(new, most, strict=True)]
         texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
+
+    def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """What `generate` goes on from: prompts, padded on the left, and their media."""
+        prompts = [torch.tensor(prompt_of(example)) for example in examples]
+        return {
+            "input_ids": left_padded(prompts, self.tokenizer.pad_token_id),
+            "attention_mask": left_padded([torch.ones_like(prompt) for prompt in prompts], 0),
+            **self.join_media(examples),
+        }
 
     def most_tokens(self, example: Example) -> int:
         """Tokens after which an answer is cut off: of the row alone, whatever else is in its batch."""

@@ -1,0 +1,313 @@
+"""Pictures and sound that a model writes at several depths: what of them is right, and what they look like."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .answers import Answer, Example, Writer, WrittenScores, to_model, written_scores
+from .depth import chunks, wait_for
+from .judges import Judge, JudgeScores, judge_media
+
+WRITTEN = "written_"
+"""How the modality of an example begins whose answer is a medium; its kind, "image" or "audio", follows."""
+NUM_SAMPLES = 8
+"""Media of each source that are kept to be shown."""
+
+Medium = Any
+"""A PIL image, or (samples, rate)."""
+
+
+@dataclass
+class MediaScores:
+    """Media that were written for one source, at one depth. Shares in [0, 1]."""
+
+    medium: str
+    """"image" or "audio"."""
+    num_examples: int
+    checks: dict[str, float]
+    """By what can be read exactly: share of media in which it is as asked for; empty where nothing can."""
+    judged: dict[str, JudgeScores]
+    """By the name of the judge."""
+    read_back: WrittenScores | None
+    """What the model itself reads in its media against their prompts; None where it was not asked."""
+    milliseconds: float
+    """To write a medium, in batches as they came."""
+    mean_steps: float | None
+    """Core steps of a place; None where nothing could exit."""
+
+
+@dataclass
+class MediaRow:
+    """All sources at one depth."""
+
+    num_steps: int | None
+    """Core steps; None for a model without a core."""
+    sources: dict[str, MediaScores]
+
+
+@dataclass
+class MediaSample:
+    """A medium at all depths, to be shown."""
+
+    prompt: str
+    reference: Medium
+    written: dict[int | None, Medium | None] = field(default_factory=dict)
+    """By depth; None where the model wrote none."""
+    is_right: dict[int | None, bool] = field(default_factory=dict)
+    """By depth, where it can be checked."""
+
+
+@dataclass
+class MediaTable:
+    """What was written, at all depths."""
+
+    rows: list[MediaRow]
+    real: dict[str, dict[str, float]]
+    """By source: the share of each check that real media pass, which no model can be expected to exceed."""
+    samples: dict[str, list[MediaSample]]
+    """By source."""
+
+
+class MediaWriter:
+    """Answers prompts with media, in batches. Noise is drawn for each example alone, whatever else is in its batch.
+
+    Args:
+        writer: makes batches of prompts.
+        options: of `generate`, such as guidance_scale; what is not among them is as the model's configuration says.
+    """
+
+    def __init__(self, writer: Writer, options: Mapping[str, Any] | None = None) -> None:
+        self.writer = writer
+        self.options = dict(options or {})
+
+    def write(
+        self, model: PreTrainedModel, examples: Sequence[Example], num_steps: int | None, seeds: Sequence[int]
+    ) -> tuple[list[Medium | None], torch.Tensor | None]:
+        """The media of one batch, None for a row that has none, and the core steps of each place, if they vary.
+
+        Args:
+            examples: of one modality, with `prompt_ids` and `media`.
+            num_steps: core steps per place; None for a model without a core.
+            seeds: of the noise, one for each example.
+        """
+        medium = medium_of(examples)
+        output = model.generate(
+            **to_model(self.writer.prompts(examples), model),
+            **({} if num_steps is None else {"num_steps": num_steps}),
+            **self.options,
+            generation_mode=medium,
+            flow_seeds=list(seeds),
+            do_sample=False,
+            eos_token_id=self.writer.tokenizer.eos_token_id,
+            pad_token_id=self.writer.tokenizer.pad_token_id,
+        )
+        media = output.images
+        if medium == "audio":
+            media = [(samples.cpu().float().numpy(), output.sampling_rate) for samples in output.audio]
+        numbers = [next((value for name, value in row if name == medium), None) for row in output.segments]
+        steps = output.exit_steps if "exit_criterion" in self.options else None
+        return [None if number is None else media[number] for number in numbers], steps
+
+
+class BackReader:
+    """Lets a model read what it has written.
+
+    Args:
+        writer: writes down what the model reads; its processor makes the prompts.
+        question: said beside the medium; "": nothing.
+    """
+
+    def __init__(self, writer: Writer, question: str = "") -> None:
+        self.writer = writer
+        self.question = question
+
+    def read(
+        self, model: PreTrainedModel, examples: Sequence[Example], media: Sequence[Medium | None], num_steps: int | None
+    ) -> list[Answer]:
+        """What the model reads in media, with the prompts they were written for as references; "" of no medium."""
+        kind = medium_of(examples)
+        there = [number for number, medium in enumerate(media) if medium is not None]
+        questions = [self.example(kind, media[number], examples[number]["prompt"]) for number in there]
+        texts = dict(zip(there, self.writer.write(model, questions, num_steps) if there else [], strict=True))
+        return [
+            Answer("text", None, False, example["prompt"], texts.get(number, ""), example.get("attributes"))
+            for number, example in enumerate(examples)
+        ]
+
+    def example(self, kind: str, medium: Medium, expected: str) -> Example:
+        """A question about a medium, with room for an answer as long as what is expected."""
+        said = [{"type": "text", "text": self.question}] if self.question else []
+        messages = [{"role": "user", "content": [{"type": kind, kind: medium}, *said]}]
+        encoded = self.writer.processor.encode_chat(messages, add_generation_prompt=True)
+        prompt = encoded["input_ids"].tolist()
+        answer = self.writer.tokenizer(expected, add_special_tokens=False)["input_ids"]
+        return {"prompt_ids": prompt, "input_ids": prompt + answer, "media": encoded["media"]}
+
+
+@dataclass
+class WrittenMedia:
+    """What one source comes to at one depth, batch by batch."""
+
+    kind: str = ""
+    media: list[Medium | None] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    right: list[dict[str, bool]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    seconds: float = 0.0
+    steps: list[int] = field(default_factory=list)
+
+
+class MediaEvaluator:
+    """Lets one model write media at one depth after the other.
+
+    Args:
+        model: called through `generate`.
+        writer: writes media.
+        judges: by name; each judges all media of its kind.
+        back_reader: lets the model read what it wrote; None: it does not.
+        batch_size: media that are written at the same time.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        writer: MediaWriter,
+        judges: Mapping[str, Judge],
+        back_reader: BackReader | None,
+        batch_size: int,
+    ) -> None:
+        self.model = model
+        self.writer = writer
+        self.judges = judges
+        self.back_reader = back_reader
+        self.batch_size = batch_size
+
+    def source(self, examples: Sequence[Example], num_steps: int | None, samples: Sequence[MediaSample]) -> MediaScores:
+        """One source at one depth; what is to be shown is added to the samples."""
+        found = WrittenMedia()
+        for chunk in chunks(examples, self.batch_size):
+            self.write(chunk, num_steps, found)
+        for sample, medium, right in zip(samples, found.media, found.right, strict=False):  # the first ones
+            sample.written[num_steps] = medium
+            if right:
+                sample.is_right[num_steps] = right["all"]
+        return self.scores(found)
+
+    def write(self, chunk: Sequence[Example], num_steps: int | None, found: WrittenMedia) -> None:
+        """One batch, added to what was found."""
+        seeds = range(len(found.media), len(found.media) + len(chunk))
+        wait_for(self.model.device)
+        start = time.perf_counter()
+        media, steps = self.writer.write(self.model, chunk, num_steps, seeds)
+        wait_for(self.model.device)
+        found.seconds += time.perf_counter() - start
+        found.kind = medium_of(chunk)
+        found.media += media
+        found.prompts += [example["prompt"] for example in chunk]
+        found.right += [what_is_right(example, medium) for example, medium in zip(chunk, media, strict=True)]
+        if steps is not None:
+            found.steps += steps[steps > 0].tolist()
+        if self.back_reader is not None:
+            found.answers += self.back_reader.read(self.model, chunk, media, num_steps)
+
+    def scores(self, found: WrittenMedia) -> MediaScores:
+        """What all batches come to."""
+        judged = {
+            label: judge_media(judge, found.prompts, found.media)
+            for label, judge in self.judges.items()
+            if judge.config.medium == found.kind
+        }
+        return MediaScores(
+            medium=found.kind,
+            num_examples=len(found.media),
+            checks=shares(found.right),
+            judged={label: scores for label, scores in judged.items() if scores is not None},
+            read_back=written_scores(found.answers) if found.answers else None,
+            milliseconds=1000 * found.seconds / len(found.media),
+            mean_steps=sum(found.steps) / len(found.steps) if found.steps else None,
+        )
+
+
+def what_is_right(example: Example, medium: Medium | None) -> dict[str, bool]:
+    """What a medium has as its prompt asks, where that can be checked; of one that is not there, nothing."""
+    check = example.get("check")
+    if check is None:
+        return {}
+    return dict.fromkeys(check(example["reference"]), False) if medium is None else check(medium)
+
+
+def medium_of(examples: Sequence[Example]) -> str:
+    """The kind of medium that examples ask for.
+
+    Raises:
+        ValueError: they ask for none, or for several.
+    """
+    found = sorted({example["modality"] for example in examples})
+    if len(found) != 1 or not found[0].startswith(WRITTEN):
+        raise ValueError(f"examples ask for {', '.join(found)}; give those of one kind of medium that is written")
+    return found[0].removeprefix(WRITTEN)
+
+
+def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:
+    """Of each name that occurs: the share of those that have it in which it is true."""
+    values: dict[str, list[bool]] = defaultdict(list)
+    for one in found:
+        for name, is_right in one.items():
+            values[name].append(is_right)
+    return {name: sum(right) / len(right) for name, right in values.items()}
+
+
+@torch.no_grad()
+def media_table(
+    model: PreTrainedModel,
+    depths: Sequence[int | None],
+    examples: Mapping[str, Sequence[Example]],
+    writer: MediaWriter,
+    judges: Mapping[str, Judge] | None = None,
+    back_reader: BackReader | None = None,
+    batch_size: int = 8,
+) -> MediaTable:
+    """Let a model write media at each depth; it is left in the mode (train or eval) it came in.
+
+    Args:
+        depths: numbers of core steps; [None] for a model whose depth cannot vary.
+        examples: by source, each source with one kind of medium: `prompt_ids`, `media`, `prompt`, `modality`
+            ("written_image" or "written_audio"), `reference` (a PIL image, or (samples, rate)), and `check`, a function
+            that says of such a medium what is right in it, or None.
+        writer: writes media.
+        judges: by name.
+        back_reader: lets the model read what it wrote.
+        batch_size: media that are written at the same time.
+
+    Raises:
+        ValueError: a source without rows, or with several kinds of media.
+    """
+    empty = [name for name, rows in examples.items() if len(rows) == 0]
+    if empty:
+        raise ValueError(f"Source {empty[0]!r} has 0 rows to write media for: give it more data or a larger share.")
+    evaluator = MediaEvaluator(model, writer, judges or {}, back_reader, batch_size)
+    real, samples = {}, {}
+    for name, rows in examples.items():
+        real[name] = shares([what_is_right(row, row["reference"]) for row in rows])
+        first = [rows[number] for number in range(min(NUM_SAMPLES, len(rows)))]
+        samples[name] = [MediaSample(row["prompt"], row["reference"]) for row in first]
+    was_training = model.training
+    model.eval()
+    try:
+        for rows in examples.values():  # pays for kernel selection and memory, which is no depth's time
+            writer.write(model, [rows[0]], depths[0], [0])
+        table = [
+            MediaRow(depth, {name: evaluator.source(rows, depth, samples[name]) for name, rows in examples.items()})
+            for depth in tqdm(depths, desc="depths", unit="depth", disable=None)
+        ]
+    finally:
+        model.train(was_training)
+    return MediaTable(table, real, samples)
