@@ -12,14 +12,20 @@ from transformers import (
 )
 
 from .cache import RecurrentCache
+from .codec_media import codec_media
+from .configuration_codecs import MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig
 from .configuration_megatransformer import (
     MegaTransformerAudioConfig,
+    MegaTransformerAudioWriterConfig,
     MegaTransformerConfig,
+    MegaTransformerImageWriterConfig,
     MegaTransformerTextConfig,
     MegaTransformerVisionConfig,
     RecurrenceConfig,
 )
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
+from .griffin_lim import waveform_of
+from .image_autoencoder import MegaTransformerImageAutoencoder
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MediaError, load_audio, load_image
 from .modalities import MODALITIES, Modality
@@ -30,10 +36,18 @@ from .modeling_megatransformer import (
     MegaTransformerTextModel,
 )
 from .processing_megatransformer import MEDIA_TOKENS, MegaTransformerProcessor, build_processor, media_tokens
+from .vocoder import MegaTransformerVocoder
+from .writers import WRITTEN, modality_names, set_token_ids
+from .writing import MediaChunk, WritingOptions
 
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
 AutoModelForCausalLM.register(MegaTransformerTextConfig, MegaTransformerForCausalLM)
+
+AutoConfig.register(MegaTransformerImageAutoencoderConfig.model_type, MegaTransformerImageAutoencoderConfig)
+AutoModel.register(MegaTransformerImageAutoencoderConfig, MegaTransformerImageAutoencoder)
+AutoConfig.register(MegaTransformerVocoderConfig.model_type, MegaTransformerVocoderConfig)
+AutoModel.register(MegaTransformerVocoderConfig, MegaTransformerVocoder)
 
 AutoConfig.register(MegaTransformerConfig.model_type, MegaTransformerConfig)
 AutoModel.register(MegaTransformerConfig, MegaTransformerModel)
@@ -50,23 +64,36 @@ AutoImageProcessor.register(
 __all__ = [
     "MEDIA_TOKENS",
     "MODALITIES",
+    "WRITTEN",
+    "MediaChunk",
     "MediaError",
     "MegaTransformerAudioConfig",
+    "MegaTransformerAudioWriterConfig",
     "MegaTransformerConfig",
     "MegaTransformerFeatureExtractor",
     "MegaTransformerForCausalLM",
     "MegaTransformerForConditionalGeneration",
+    "MegaTransformerImageAutoencoder",
+    "MegaTransformerImageAutoencoderConfig",
     "MegaTransformerImageProcessor",
+    "MegaTransformerImageWriterConfig",
     "MegaTransformerModel",
     "MegaTransformerProcessor",
     "MegaTransformerTextConfig",
     "MegaTransformerTextModel",
     "MegaTransformerVisionConfig",
+    "MegaTransformerVocoder",
+    "MegaTransformerVocoderConfig",
     "Modality",
     "RecurrenceConfig",
     "RecurrentCache",
+    "WritingOptions",
     "build_processor",
+    "codec_media",
     "load_audio",
     "load_image",
     "media_tokens",
+    "modality_names",
+    "set_token_ids",
+    "waveform_of",
 ]

@@ -1,9 +1,9 @@
 """Conversations: their template, their checks, and their outline, into which texts and media are put."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import lru_cache
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -31,9 +31,21 @@ CHAT_TEMPLATE = (
 Outline = tuple[tuple[str, tuple[str, ...] | None], ...]
 """Of each message its role and the types of its parts, None if its content is a string."""
 
+WRITTEN_PREFIX = "written_"
+"""How the names of kinds begin that are written rather than read."""
+
 # Private characters; no text of a user is ever in a rendered template.
 _PLACE = "\ue000{}\ue001"
 _PLACES = re.compile("\ue000([0-9]+)\ue001")
+
+
+def kinds_of_role(role: str, kinds: Collection[str]) -> dict[str, str]:
+    """Types of parts that messages of a role may have besides text, and the kinds that these are: what the assistant
+    shows is written, where the model writes such media, and everything else is read.
+    """
+    read = {name: name for name in kinds if not name.startswith(WRITTEN_PREFIX)}
+    written = {name.removeprefix(WRITTEN_PREFIX): name for name in kinds if name.startswith(WRITTEN_PREFIX)}
+    return read | written if role == "assistant" else read
 
 
 def outline_of(
@@ -44,7 +56,7 @@ def outline_of(
     Texts side by side in a message become one, as they will be read.
 
     Args:
-        kinds: Types of parts that are known besides text.
+        kinds: Kinds of media that the model reads or writes; the parts get them as their types.
         continue_final_message: The last message may be empty.
 
     Raises:
@@ -66,7 +78,8 @@ def outline_of(
             outline.append((role, None))
             texts.append(content)
         elif isinstance(content, (list, tuple)):
-            outline.append((role, _outline_of_parts(content, number, kinds, texts, media)))
+            known = kinds_of_role(role, kinds)
+            outline.append((role, _outline_of_parts(content, number, known, texts, media)))
         else:
             raise ValueError(f"message {number} has content {_short(content)}; give a string or a list of parts")
         is_open = continue_final_message and number == len(messages) - 1
@@ -76,7 +89,7 @@ def outline_of(
 
 
 def _outline_of_parts(
-    parts: Any, number: int, kinds: Collection[str], texts: list[str], media: list[dict[str, Any]]
+    parts: Any, number: int, kinds: dict[str, str], texts: list[str], media: list[dict[str, Any]]
 ) -> tuple[str, ...]:
     types: list[str] = []
     for part in parts:
@@ -88,13 +101,14 @@ def _outline_of_parts(
                 texts[-1] += part["text"]
                 continue
             texts.append(part["text"])
+            types.append("text")
         elif isinstance(kind, str) and kind in kinds:
-            media.append(part)
+            types.append(kinds[kind])
+            media.append({**part, "type": kinds[kind], kinds[kind]: part.get(kind)})
         else:
             raise ValueError(
                 f"message {number} has a part of type {_short(kind)}; choose one of {', '.join(['text', *kinds])}"
             )
-        types.append(kind)
     return tuple(types)
 
 
@@ -114,7 +128,7 @@ def render_outline(
         the template counts them to what the assistant says.
     """
     rendered, spans = render_jinja_template(
-        conversations=[_with_places(outline)],
+        conversations=[messages_of(outline, map(_PLACE.format, count()))],
         chat_template=template,
         return_assistant_tokens_mask=True,
         add_generation_prompt=add_generation_prompt,
@@ -133,16 +147,12 @@ def render_outline(
     return pieces
 
 
-def _with_places(outline: Outline) -> list[dict[str, Any]]:
-    """Messages with the number of each text in its place."""
-    messages, number = [], 0
+def messages_of(outline: Outline, texts: Iterable[str]) -> list[dict[str, Any]]:
+    """Messages of an outline, with texts in their places, and media as parts that say nothing but their kind."""
+    messages, rest = [], iter(texts)
     for role, types in outline:
-        content = []
-        for kind in ("text",) if types is None else types:
-            content.append({"type": kind})
-            if kind == "text":
-                content[-1]["text"] = _PLACE.format(number)
-                number += 1
+        kinds = ("text",) if types is None else types
+        content = [{"type": kind, "text": next(rest)} if kind == "text" else {"type": kind} for kind in kinds]
         messages.append({"role": role, "content": content[0]["text"] if types is None else content})
     return messages
 

@@ -187,7 +187,7 @@ class MegaTransformerTextConfig(StrictConfig):
     model_type = "megatransformer_text"
     _auto_class = "AutoConfig"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values", "state", "states", "exit_steps", "token_losses"]
+    keys_to_ignore_at_inference = ["past_key_values", "state", "states", "exit_steps", "token_losses", "written_losses"]
     is_causal = True
     sub_configs_defaults = {"recurrence": RecurrenceConfig}
 
@@ -435,17 +435,151 @@ class MegaTransformerAudioConfig(EncoderConfig):
             )
 
 
+class WriterConfig(StrictConfig):
+    """What the writers have in common: a head that turns hidden states into latents, one token after the other.
+
+    Args:
+        head: "flow" is a rectified flow per token (`flow.py`), "fsq" a codebook whose codes are tokens of the
+            vocabulary, for which the codec must be an autoencoder with such a codebook.
+        flow_hidden_size: Width of the flow head.
+        flow_num_layers: Layers of the flow head.
+        flow_prediction: What the flow head gives: "v" the velocity, "x" the latent itself (Li and He 2025, arXiv
+            2511.13720). Default: "v" for latents of up to 64 numbers, else "x".
+        flow_min_sigma: With prediction "x", the smallest 1 - t by which the loss divides; 0.05 suits large models, and
+            small ones fail below 0.4.
+        num_draws: Draws of noise and time for each latent in training.
+        input_noise: Largest standard deviation of the noise on latents that are read back, in training.
+        num_flow_steps: Euler steps of a latent in `generate`, unless it is told otherwise.
+        guidance_scale: Classifier-free guidance in `generate`, unless it is told otherwise; 1 is none.
+        guidance_schedule: "constant", or "linear" from 1 at a medium's first token to `guidance_scale` at its last.
+        flow_shift: s in t' = t / (s - (s - 1) t), the times of the Euler steps; above 1 they are denser near the noise.
+        flow_temperature: Variance of the noise that a latent begins with in `generate`.
+        loss_weight: Factor on the loss of this modality.
+    """
+
+    head: Literal["flow", "fsq"] = "flow"
+    flow_hidden_size: int = interval(min=1)(default=128)
+    flow_num_layers: int = interval(min=1)(default=2)
+    flow_prediction: Literal["v", "x"] | None = None
+    flow_min_sigma: float | int = interval(min=0.0, max=1.0, exclude_min=True)(default=0.4)
+    num_draws: int = interval(min=1)(default=1)
+    input_noise: float | int = interval(min=0.0)(default=0.3)
+    num_flow_steps: int = interval(min=1)(default=8)
+    guidance_scale: float | int = interval(min=0.0)(default=2.0)
+    guidance_schedule: Literal["constant", "linear"] = "constant"
+    flow_shift: float | int = interval(min=0.0, exclude_min=True)(default=1.0)
+    flow_temperature: float | int = interval(min=0.0)(default=1.0)
+    loss_weight: float | int = interval(min=0.0)(default=1.0)
+
+
+@checked
+class MegaTransformerImageWriterConfig(WriterConfig):
+    """How images are written: all of one size.
+
+    Args:
+        num_channels: Channels of an image.
+        image_size: Height and width.
+        codec: "patch" are the pixels of a patch themselves, "autoencoder" a trained `MegaTransformerImageAutoencoder`.
+        patch_size: Side of a patch in pixels; with an autoencoder it is not read.
+        codec_name_or_path: Name on the Hugging Face hub, or folder, of the autoencoder.
+        codec_config: Its configuration, filled in when the model is built, so that a checkpoint loads without it.
+    """
+
+    model_type = "megatransformer_image_writer"
+    base_config_key = "image_writer_config"
+
+    num_channels: int = interval(min=1)(default=3)
+    image_size: int = interval(min=1)(default=32)
+    codec: Literal["patch", "autoencoder"] = "patch"
+    patch_size: int = interval(min=1)(default=8)
+    codec_name_or_path: str | None = None
+    codec_config: dict | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Latents of an image; with an autoencoder known when the model is built."""
+        patch = self.patch_size if self.codec == "patch" else self.codec_config["patch_size"]
+        return (self.image_size // patch) ** 2
+
+    def validate_codec(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        if self.codec == "patch" and self.image_size % self.patch_size:
+            raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})")
+        if self.codec == "patch" and self.head == "fsq":
+            raise ValueError("head 'fsq' needs codes, which codec 'patch' does not have; use codec 'autoencoder'")
+        if self.codec == "autoencoder" and self.codec_name_or_path is None and self.codec_config is None:
+            raise ValueError("codec 'autoencoder' needs codec_name_or_path, the folder of a trained one")
+
+
+@checked
+class MegaTransformerAudioWriterConfig(WriterConfig):
+    """How sound is written: a log-mel spectrogram, some frames at a time.
+
+    Args:
+        sampling_rate: Samples per second.
+        n_fft: Samples in the window of a frame.
+        hop_length: Samples from a frame to the next.
+        num_mel_bins: Mel bands of a frame.
+        frames_per_token: Frames that are one latent.
+        max_seconds: Longest sound that is learned or written.
+        vocoder_name_or_path: Name on the Hugging Face hub, or folder, of a `MegaTransformerVocoder`. Default: the
+            phases are found by Griffin and Lim's iteration.
+        vocoder_config: Its configuration, filled in when the model is built.
+    """
+
+    model_type = "megatransformer_audio_writer"
+    base_config_key = "audio_writer_config"
+
+    guidance_scale: float | int = interval(min=0.0)(default=1.5)
+    sampling_rate: int = interval(min=1)(default=8000)
+    n_fft: int = interval(min=1)(default=256)
+    hop_length: int = interval(min=1)(default=80)
+    num_mel_bins: int = interval(min=1)(default=64)
+    frames_per_token: int = interval(min=1)(default=4)
+    max_seconds: float | int = interval(min=0.0, exclude_min=True)(default=4.0)
+    vocoder_name_or_path: str | None = None
+    vocoder_config: dict | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest sound."""
+        frames = math.ceil(self.max_seconds * self.sampling_rate) // self.hop_length + 1
+        return -(-frames // self.frames_per_token)
+
+    def validate_sizes(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        if self.hop_length > self.n_fft:
+            raise ValueError(
+                f"hop_length ({self.hop_length}) is more than n_fft ({self.n_fft}): samples would be skipped"
+            )
+        if self.num_mel_bins > self.n_fft // 2:
+            raise ValueError(f"num_mel_bins ({self.num_mel_bins}) must be at most n_fft / 2 ({self.n_fft // 2})")
+        if self.head == "fsq":
+            raise ValueError("head 'fsq' needs an autoencoder, which there is for images alone; use head 'flow'")
+
+
 @checked
 class MegaTransformerConfig(StrictConfig):
-    """A language model that reads images and sound.
+    """A language model that reads, and may write, images and sound.
 
     Args:
         text_config: The language model.
         vision_config: The encoder of images. Default: none, no images are read.
         audio_config: The encoder of sound. Default: none.
+        image_writer_config: What writes images. Default: none, no images are written.
+        audio_writer_config: What writes sound. Default: none.
         modality_configs: Configurations of further modalities by their names in `MODALITIES`.
         image_token_id: Id of the token in whose place the features of an image are put.
         audio_token_id: The same for sound. A further modality called NAME has its NAME_token_id.
+        written_image_token_id: Id of the token in whose place the latents of a written image are put.
+        written_audio_token_id: The same for sound.
+        image_start_token_id: Id of the token that opens an image; the latent after it is the first.
+        image_end_token_id: Id of the token that closes it.
+        audio_start_token_id: The same for sound.
+        audio_end_token_id: The same for sound.
+        null_token_id: Id of the token that stands for text that guidance leaves out.
+        structure_token_ids: Ids that guidance leaves in: padding, begin, roles, and those of media.
+        image_code_offset: With head "fsq", the id of code 0; the codes follow each other.
         use_cache: Whether `forward` returns a cache; that of the text_config has to say so too.
         tie_word_embeddings: That of the text_config, whatever is given.
     """
@@ -457,14 +591,27 @@ class MegaTransformerConfig(StrictConfig):
         "text_config": MegaTransformerTextConfig,
         "vision_config": SubConfigSpec(MegaTransformerVisionConfig, optional=True),
         "audio_config": SubConfigSpec(MegaTransformerAudioConfig, optional=True),
+        "image_writer_config": SubConfigSpec(MegaTransformerImageWriterConfig, optional=True),
+        "audio_writer_config": SubConfigSpec(MegaTransformerAudioWriterConfig, optional=True),
     }
 
     text_config: MegaTransformerTextConfig | dict | None = None
     vision_config: MegaTransformerVisionConfig | dict | None = None
     audio_config: MegaTransformerAudioConfig | dict | None = None
+    image_writer_config: MegaTransformerImageWriterConfig | dict | None = None
+    audio_writer_config: MegaTransformerAudioWriterConfig | dict | None = None
     modality_configs: dict | None = None
     image_token_id: int | None = None
     audio_token_id: int | None = None
+    written_image_token_id: int | None = None
+    written_audio_token_id: int | None = None
+    image_start_token_id: int | None = None
+    image_end_token_id: int | None = None
+    audio_start_token_id: int | None = None
+    audio_end_token_id: int | None = None
+    null_token_id: int | None = None
+    structure_token_ids: list[int] | None = None
+    image_code_offset: int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool | None = None
 
@@ -484,9 +631,15 @@ class MegaTransformerConfig(StrictConfig):
             setattr(self, name, value)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
 
+    @property
+    def sampling_rate(self) -> int | None:
+        """Of the sound that is written. Pipelines ask for it."""
+        return None if self.audio_writer_config is None else self.audio_writer_config.sampling_rate
+
     def validate_token_ids(self) -> None:
         """Checks that span several parts; run by `strict` after the fields' own."""
-        names = [f"{name}_token_id" for name in ("image", "audio", *(self.modality_configs or {}))]
+        further = [f"{name}_token_id" for name in self.modality_configs or {}]
+        names = [*(name for name in type(self).__dataclass_fields__ if name.endswith("_token_id")), *further]
         ids = {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
         for name, value in ids.items():
             if not 0 <= value < self.text_config.vocab_size:
@@ -494,7 +647,7 @@ class MegaTransformerConfig(StrictConfig):
                     f"{name} ({value}) is outside the vocabulary of text_config ({self.text_config.vocab_size})"
                 )
             if list(ids.values()).count(value) > 1:
-                raise ValueError(f"{name} ({value}) is also the id of another modality; each needs a token of its own")
+                raise ValueError(f"{name} ({value}) is also the id of another token; each needs its own")
 
 
 def check_heads(config: MegaTransformerTextConfig | EncoderConfig) -> None:

@@ -21,6 +21,7 @@ from .cache import RecurrentCache
 from .exit_criteria import check_exit_options
 from .fusion import check_counts, read_media
 from .recurrence import resolve_depth
+from .writing import MediaChunk, WritingOptions, write_media
 
 OPTIONS = (
     *("num_steps", "exit_criterion", "exit_threshold", "exit_first_step", "exit_every", "exit_in_prefill"),
@@ -276,9 +277,59 @@ class MediaGenerationMixin:
     parts: with its chunks, with the copies of its rows, and without what a cache holds already.
     """
 
+    @torch.no_grad()
+    def generate(
+        self,
+        *args: Any,
+        generation_mode: str = "text",
+        guidance_scale: float | None = None,
+        num_flow_steps: int | None = None,
+        flow_temperature: float | None = None,
+        flow_seeds: list[int] | None = None,
+        velocity_threshold: float | None = None,
+        on_chunk: Callable[[MediaChunk], None] | None = None,
+        num_steps: int | dict[str, int] | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | torch.LongTensor:
+        """As in `RecurrentGenerationMixin`, and:
+
+        Args:
+            generation_mode: "text"; "image" or "audio" write one medium; "any" text in which the model opens media.
+            guidance_scale, num_flow_steps, flow_temperature, flow_seeds, velocity_threshold, on_chunk: See
+                `WritingOptions`; in mode "text" guidance is that of the logits, and there are no others.
+            num_steps: Also by what is written: {"text": 8, "image": 16, "audio": 4}.
+
+        Returns:
+            In the other modes a `MediaGenerateOutput`, unless `return_dict_in_generate=False`.
+
+        Raises:
+            ValueError: for a modality that this model does not write, or a value outside its range.
+        """
+        options = {"num_flow_steps": num_flow_steps, "flow_temperature": flow_temperature, "flow_seeds": flow_seeds}
+        options |= {} if velocity_threshold is None else {"velocity_threshold": velocity_threshold}
+        depths = num_steps if isinstance(num_steps, dict) else None
+        writing = WritingOptions(generation_mode, guidance_scale, num_steps=depths, on_chunk=on_chunk, **options)
+        if generation_mode == "text":
+            unused = [name for name, value in options.items() if value is not None]
+            if unused:
+                raise ValueError(f"{unused[0]} has no effect in generation_mode 'text'; leave it out")
+            steps = writing.steps_of("text") if depths else num_steps
+            return super().generate(*args, guidance_scale=guidance_scale, num_steps=steps, **kwargs)
+        writing.num_steps = num_steps
+        most = max(depths.values(), default=None) if depths else num_steps
+        kwargs = {"return_dict_in_generate": True, **kwargs}
+        if not {"max_new_tokens", "max_length", "generation_config"} & kwargs.keys():
+            kwargs["max_new_tokens"] = self._room_for(generation_mode)
+        return super().generate(*args, num_steps=most, custom_generate=write_media, writing=writing, **kwargs)
+
+    def _room_for(self, generation_mode: str) -> int:
+        """New tokens where nobody says how many: those of one medium, or of one of each kind and as many of text."""
+        places = {name: writer.num_places + 2 for name, writer in self.model.writers.items()}
+        return 2 * sum(places.values()) if generation_mode == "any" else places.get(generation_mode, 1)
+
     def _validate_model_kwargs(self, model_kwargs: dict) -> None:
         """As the original, which does not look at what is handed on to base classes, or to further modalities."""
-        names = {name for reader in self.model.readers.values() for name in reader.input_names}
+        names = {name for reader in self.model.readers.values() for name in reader.input_names} | {"writing"}
         for method in (super().forward, super().prepare_inputs_for_generation):
             names |= set(inspect.signature(method).parameters)
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in names})
@@ -304,7 +355,8 @@ class MediaGenerationMixin:
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """As the original, and: a placeholder is no text."""
         processors = super()._get_logits_processor(*args, **kwargs)
-        names = (f"{name}_token_id" for name in self.model.readers)
+        names = [f"{name}_token_id" for name in self.model.readers]
+        names += [f"written_{name}_token_id" for name in self.model.writers]
         ids = [getattr(self.config, name) for name in names if getattr(self.config, name) is not None]
         return LogitsProcessorList([SuppressTokensLogitsProcessor(ids, device=self.device), *processors])
 

@@ -1,5 +1,5 @@
 """How media of each kind become tensors and placeholders: through our own processors, those of backbones, or those of
-further modalities.
+further modalities; and what is written.
 """
 
 from collections.abc import Mapping
@@ -7,15 +7,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
+from transformers.utils.import_utils import is_vision_available
 
-from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
+from .chat import WRITTEN_PREFIX
+from .feature_extraction_megatransformer import SILENCE, MegaTransformerFeatureExtractor
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MAX_PIXELS, MAX_SECONDS, audio_seconds, image_size, load_audio, load_image
 from .modalities import MODALITIES
 
+if is_vision_available():
+    from PIL import Image, ImageOps
+
 
 class MediaKind:
     """A further modality, which does all of it itself."""
+
+    learned = (False, False, False)
+    """Whether the start token, the placeholders and the end token are labels where the assistant shows a medium."""
 
     def __init__(self, name: str, config: dict[str, Any]):
         if name not in MODALITIES:
@@ -139,6 +148,83 @@ class BackboneRecordings(Recordings):
 
     def collate(self, preprocessed: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"input_features": torch.stack(preprocessed)}
+
+
+class WrittenModality:
+    """The tokens and the model's arguments of what is written; it is opened and closed like what is read."""
+
+    def __init__(self, medium: str, input_names: tuple[str, ...]):
+        self.name, self.input_names = f"{WRITTEN_PREFIX}{medium}", input_names
+        self.token, self.start_token, self.end_token = f"<|{self.name}|>", f"<|{medium}_start|>", f"<|{medium}_end|>"
+
+
+WRITTEN_MODALITIES = (
+    WrittenModality("image", ("image_targets",)),
+    WrittenModality("audio", ("audio_targets", "audio_targets_mask")),
+)
+"""In the order of `modality_ids`."""
+
+
+class WrittenImages(Images):
+    """Pictures as they are to be written: the square in the middle, in one size.
+
+    Args:
+        image_size: Height and width.
+        num_tokens: Placeholders of each.
+        is_learned: Whether the placeholders are labels, in whose places the model puts codes. Their number is fixed, so
+            that there is nothing to learn about the end.
+    """
+
+    def __init__(self, image_size: int, num_tokens: int, is_learned: bool):
+        self.modality, self.max_pixels = WRITTEN_MODALITIES[0], MAX_PIXELS
+        self.image_size, self.count, self.learned = image_size, num_tokens, (True, is_learned, False)
+
+    def tokens_of_size(self, size: tuple[int, int]) -> int:
+        return self.count
+
+    def reference(self, medium: Any) -> "Image.Image":
+        """The picture itself, with which a written one is compared."""
+        return ImageOps.fit(self.load(medium), (self.image_size, self.image_size), Image.Resampling.BICUBIC)
+
+    def preprocess(self, medium: Any) -> torch.Tensor:
+        """Float (3, image_size, image_size) in -1 .. 1."""
+        pixels = np.asarray(self.reference(medium), dtype=np.float32).transpose(2, 0, 1)
+        return torch.from_numpy(pixels / np.float32(127.5) - 1)
+
+    def num_tokens(self, preprocessed: torch.Tensor) -> int:
+        return self.count
+
+    def collate(self, preprocessed: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"image_targets": torch.stack(preprocessed)}
+
+
+class WrittenRecordings(Recordings):
+    """Recordings as they are to be written: log-mel spectrograms of whole tokens, whose end is learned.
+
+    Args:
+        num_mel_bins: Mel bins of a frame.
+        frames_per_token: Frames of a token; silence fills the last one.
+        sizes: Of the frames, as `MegaTransformerFeatureExtractor` takes them.
+    """
+
+    learned = (True, True, True)
+
+    def __init__(self, num_mel_bins: int, frames_per_token: int, **sizes: Any):
+        super().__init__(MegaTransformerFeatureExtractor(num_mel_bins, subsampling=frames_per_token, **sizes))
+        self.modality = WRITTEN_MODALITIES[1]
+
+    def reference(self, medium: Any) -> tuple[np.ndarray, int]:
+        """Samples, with which written ones are compared, and their rate."""
+        return self.load(medium), self.extractor.sampling_rate
+
+    def preprocess(self, medium: Any) -> torch.Tensor:
+        """Float (mel bins, frames), a multiple of those of a token."""
+        spectrogram = super().preprocess(medium)
+        return F.pad(spectrogram, (0, -spectrogram.shape[1] % self.extractor.subsampling), value=SILENCE)
+
+    def collate(self, preprocessed: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch = super().collate(preprocessed)
+        return {"audio_targets": batch["input_features"], "audio_targets_mask": batch["input_features_mask"]}
 
 
 def _only_of(batch: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Tensor:

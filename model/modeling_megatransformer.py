@@ -3,6 +3,7 @@ sound as well), and each with a head: MegaTransformerForCausalLM, MegaTransforme
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,17 @@ from .initialization import MegaTransformerPreTrainedModel
 from .modalities import MODALITIES, modality_configs
 from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
 from .state_noise import StateNoise
+from .writers import (
+    Writer,
+    Written,
+    check_codes,
+    embed_latents,
+    encode_targets,
+    images_of_codes,
+    put_codes,
+    take_targets,
+    writer_configs,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +54,7 @@ class MegaTransformerModelOutput(ModelOutput):
         state: (batch, sequence, hidden), after the last core step and the final norm. None without a core.
         states: s_0 .. s_r as the core left them, each (batch, sequence, hidden); only with `output_states=True`.
         exit_steps: (batch,), core steps taken by each row, on the CPU. None without a core.
+        written: The latents of media that are written, for their losses.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -49,6 +62,7 @@ class MegaTransformerModelOutput(ModelOutput):
     state: torch.FloatTensor | None = None
     states: tuple[torch.FloatTensor, ...] | None = None
     exit_steps: torch.LongTensor | None = None
+    written: Written | None = None
 
 
 @dataclass
@@ -58,6 +72,9 @@ class MegaTransformerCausalLMOutput(ModelOutput):
 
     `token_losses`, (batch, sequence), float32 without gradient: the loss of label i at place i, before its weight, 0
     where there is no label. With `skip_logits` or `loss_weights`.
+
+    `written_losses`: by modality the sum of the losses of written latents, without weight and gradient, and their
+    number; with labels, where there are any. Their mean times its weight is part of `loss`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -67,6 +84,7 @@ class MegaTransformerCausalLMOutput(ModelOutput):
     states: tuple[torch.FloatTensor, ...] | None = None
     exit_steps: torch.LongTensor | None = None
     token_losses: torch.FloatTensor | None = None
+    written_losses: dict[str, tuple[torch.FloatTensor, int]] | None = None
 
 
 def refuse_unknown(kwargs: dict) -> None:
@@ -433,34 +451,35 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             logits = watch.logits[:, None]  # read at the last looks
         elif labels is None or not skip_logits:
             logits = self._logits(slice_logits_to_keep(hidden, logits_to_keep))
-        loss, token_losses = self._losses(logits, hidden, labels, loss_weights, num_items_in_batch)
+        losses = {}
+        if labels is not None:
+            losses = self._losses(logits, outputs, labels, loss_weights, num_items_in_batch)
         return MegaTransformerCausalLMOutput(
-            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             state=outputs.state,
             states=outputs.states,
             exit_steps=outputs.exit_steps,
-            token_losses=token_losses,
+            **losses,
         )
 
     def _losses(
         self,
         logits: torch.Tensor | None,
-        hidden: torch.Tensor,
-        labels: torch.Tensor | None,
+        outputs: MegaTransformerModelOutput,
+        labels: torch.Tensor,
         weights: torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The loss, and those of single labels: in chunks where there are no logits, or weights; else transformers' own
-        function, which gives the loss alone.
+    ) -> dict[str, Any]:
+        """`loss`, and `token_losses`: in chunks where there are no logits, or weights; else transformers' own function,
+        which gives the loss alone.
         """
         vocab_size = self.text_config.vocab_size
-        if labels is None:
-            return None, None
         if logits is None or weights is not None:
-            return causal_loss(self._logits, hidden, labels, vocab_size, num_items_in_batch, weights)
-        return self.loss_function(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch), None
+            hidden = outputs.last_hidden_state
+            loss, of_tokens = causal_loss(self._logits, hidden, labels, vocab_size, num_items_in_batch, weights)
+            return {"loss": loss, "token_losses": of_tokens}
+        return {"loss": self.loss_function(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch)}
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., vocab)."""
@@ -471,7 +490,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
 
 class MegaTransformerModel(MegaTransformerTextModel):
     """The text model with readers of images, sound and whatever else the config names: their features stand where the
-    placeholders were, and the rest is as if they were tokens. A checkpoint of the text model loads into it.
+    placeholders were, and the rest is as if they were tokens. So do the latents of what writers write. A checkpoint of
+    the text model loads into it.
     """
 
     config: MegaTransformerConfig
@@ -481,6 +501,10 @@ class MegaTransformerModel(MegaTransformerTextModel):
         self.readers = nn.ModuleDict(
             {name: Reader(name, part, config.text_config) for name, part in modality_configs(config).items()}
         )
+        self.writers = nn.ModuleDict(
+            {name: Writer(name, part, config.text_config) for name, part in writer_configs(config).items()}
+        )
+        check_codes(self.writers, config)
         self.post_init()
 
     @property
@@ -520,7 +544,9 @@ class MegaTransformerModel(MegaTransformerTextModel):
         return self.training or is_deepspeed_zero3_enabled()
 
     def load_backbones(self) -> None:
-        """Fetches the weights of pretrained encoders, which are random in a fresh model."""
+        """Fetches the weights of pretrained encoders and codecs, which are random in a fresh model."""
+        for writer in self.writers.values():
+            writer.codec.load()
         for reader in self.readers.values():
             if isinstance(reader.encoder, Backbone):
                 reader.encoder.load()
@@ -549,6 +575,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
         """`get_features` of sound; see `MegaTransformerAudioModel` for the inputs."""
         return self.get_features("audio", input_features=input_features, input_features_mask=input_features_mask)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -557,6 +584,8 @@ class MegaTransformerModel(MegaTransformerTextModel):
         past_key_values: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+        flow_seeds: torch.LongTensor | None = None,
+        num_written_in_batch: dict[str, int | torch.Tensor] | None = None,
         **kwargs,
     ) -> MegaTransformerModelOutput:
         """Arguments of the text model, and:
@@ -568,23 +597,50 @@ class MegaTransformerModel(MegaTransformerTextModel):
             input_features: (clips, mel bins, frames), padded with zeros at the end.
             input_features_mask: (clips, frames), 1 for real frames. Default: all are real.
             mm_encoder_outputs: Features read before, by modality, instead of the inputs above; see `get_features`.
+            image_targets: (images, channels, side, side) in -1 .. 1, written images in the order of their places.
+            audio_targets: (clips, mel bins, frames), the normalised log-mel spectrograms of written sound.
+            audio_targets_mask: (clips, frames), 1 for real frames. Default: all are real.
+            flow_seeds: (batch,), of the noise on written latents that are read back, and of that and the times of their
+                losses. Default: drawn in training, else 0.
+            num_written_in_batch: By modality, the written latents of an accumulation window on all ranks, by which the
+                trainer has the sum of their losses divided. Default: those of this batch.
             kwargs: The inputs above, those of further modalities, and what the text model takes besides.
 
         Raises:
             ValueError: if there are more or fewer placeholders than features.
         """
-        media = self.take_media(kwargs)
+        media, targets, written = self.take_media(kwargs), take_targets(kwargs), None
         if input_ids is not None and inputs_embeds is None:
+            input_ids = put_codes(self.writers, targets, input_ids, self.config)
             inputs_embeds = self.embed(input_ids, media, mm_encoder_outputs, past_key_values)
-        elif mm_encoder_outputs or any(value is not None for value in media.values()):
+            latents = encode_targets(self.writers, targets, input_ids, self.config)
+            written = Written(latents, self._flow_seeds(flow_seeds, len(input_ids)), num_written_in_batch or {})
+            inputs_embeds = self.embed_written(inputs_embeds, written)
+        elif mm_encoder_outputs or any(value is not None for value in (media | targets).values()):
             raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
-        return super().forward(
+        outputs = super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
+        outputs.written = written
+        return outputs
+
+    def embed_written(self, embeds: torch.Tensor, written: Written) -> torch.Tensor:
+        """The embeddings with those of latents in their places, with noise in training."""
+        seeds = written.seeds if self.training else None
+        return embed_latents(embeds, self.writers, written.latents, seeds, run_all=self.must_run_alike)
+
+    def _flow_seeds(self, seeds: torch.Tensor | None, batch: int) -> torch.Tensor:
+        """(batch,), on the CPU: those given, else fixed ones in evaluation, so that a row's loss depends on the row."""
+        if seeds is not None:
+            return seeds.cpu()
+        if self.training and len(self.writers):
+            return torch.randint(2**62, (batch,))
+        return torch.zeros(batch, dtype=torch.long)
 
     def take_media(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Takes what readers read out of `kwargs`, also where this model has no such reader, which then says so."""
@@ -593,7 +649,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
 
 
 class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransformerForCausalLM):
-    """The model that reads images and sound, with a linear head."""
+    """The model that reads and writes images and sound: a linear head for tokens, a flow for latents."""
 
     config: MegaTransformerConfig
     _auto_class = "AutoModelForMultimodalLM"
@@ -603,6 +659,21 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
     def input_modalities(self) -> tuple[str, ...]:
         """What it reads, by name. Pipelines ask for it."""
         return self.model.input_modalities
+
+    @property
+    def output_modalities(self) -> tuple[str, ...]:
+        """What it writes, by name. Pipelines ask for it."""
+        return ("text", *self.model.writers)
+
+    @property
+    def decode_image_tokens(self) -> Callable[[torch.LongTensor], list]:
+        """Token ids (rows, tokens) to the images that they hold as codes, in order; only where the head is "fsq".
+        Pipelines ask whether there is such a function.
+        """
+        writer = dict(self.model.writers.items()).get("image")
+        if writer is None or writer.head is not None:
+            raise AttributeError("decode_image_tokens")
+        return functools.partial(images_of_codes, writer.codec, self.config.image_code_offset)
 
     def forward(
         self,
@@ -616,16 +687,31 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
         input_features: torch.FloatTensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+        image_targets: torch.FloatTensor | None = None,
+        audio_targets: torch.FloatTensor | None = None,
+        audio_targets_mask: torch.Tensor | None = None,
+        flow_seeds: torch.LongTensor | None = None,
+        num_written_in_batch: dict[str, int | torch.Tensor] | None = None,
         labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> MegaTransformerCausalLMOutput:
         """Arguments of `MegaTransformerForCausalLM` and of `MegaTransformerModel`."""
+        targets = {"image_targets": image_targets}
+        if input_ids is not None and image_targets is not None:
+            coded = put_codes(self.model.writers, targets, input_ids, self.config)
+            labels = labels if labels is None else torch.where(labels == input_ids, coded, labels)
+            input_ids = coded
         media = {
             "pixel_values": pixel_values,
             "image_sizes": image_sizes,
             "input_features": input_features,
             "input_features_mask": input_features_mask,
             "mm_encoder_outputs": mm_encoder_outputs,
+            "image_targets": targets.get("image_targets"),
+            "audio_targets": audio_targets,
+            "audio_targets_mask": audio_targets_mask,
+            "flow_seeds": flow_seeds,
+            "num_written_in_batch": num_written_in_batch,
             **self.model.take_media(kwargs),
         }
         return super().forward(
@@ -638,3 +724,19 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
             media={name: value for name, value in media.items() if value is not None},
             **kwargs,
         )
+
+    def _losses(self, logits: torch.Tensor | None, outputs: MegaTransformerModelOutput, *args: Any) -> dict[str, Any]:
+        """As in the parent, and those of latents: L = L_text + sum over modalities of weight * mean |v - v*|^2."""
+        losses = super()._losses(logits, outputs, *args)
+        written, hidden, of_modalities = outputs.written, outputs.last_hidden_state, {}
+        for name, writer in self.model.writers.items():
+            if writer.head is None:
+                continue
+            if written is None or name not in written.latents:
+                losses["loss"] = losses["loss"] + (writer.no_loss(hidden) if self.model.must_run_alike else 0.0)
+                continue
+            of_latents = writer.losses(hidden, written.latents[name], written.seeds)
+            of_modalities[name] = of_latents.detach().sum(), len(of_latents)
+            count = written.num_in_batch.get(name, len(of_latents))
+            losses["loss"] = losses["loss"] + writer.config.loss_weight * of_latents.sum() / count
+        return {**losses, "written_losses": of_modalities or None}

@@ -7,17 +7,29 @@ import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
-from .chat import CHAT_TEMPLATE, ROLES, outline_of, render_outline
+from .chat import CHAT_TEMPLATE, ROLES, kinds_of_role, messages_of, outline_of, render_outline
 from .configuration_megatransformer import (
     MegaTransformerAudioConfig,
+    MegaTransformerAudioWriterConfig,
     MegaTransformerConfig,
+    MegaTransformerImageWriterConfig,
     MegaTransformerVisionConfig,
 )
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from .image_processing_megatransformer import MegaTransformerImageProcessor, flatten
-from .media_kinds import BackboneImages, BackboneRecordings, Images, MediaKind, Recordings
+from .media_kinds import (
+    WRITTEN_MODALITIES,
+    BackboneImages,
+    BackboneRecordings,
+    Images,
+    MediaKind,
+    Recordings,
+    WrittenImages,
+    WrittenRecordings,
+)
 from .modalities import MODALITIES, Modality
 from .processor_inputs import PADDING_OPTIONS, TEXT_OPTIONS, deal_media, preprocess_parts, read_options, with_rate
+from .writers import modality_names
 
 
 def _tokens_of(modalities: Iterable[Modality]) -> list[str]:
@@ -26,19 +38,26 @@ def _tokens_of(modalities: Iterable[Modality]) -> list[str]:
 
 MEDIA_TOKENS = (*(f"<|{role}|>" for role in ROLES), *_tokens_of((MODALITIES["image"], MODALITIES["audio"])))
 """What a vocabulary has after pad, begin and end if the run has media, in this order if trained by us."""
+NULL_TOKEN = "<|null|>"
+"""Stands in the place of each token of a prompt that is left out for guidance without a classifier."""
+WRITTEN_TOKENS = (*(modality.token for modality in WRITTEN_MODALITIES), NULL_TOKEN)
+"""What it has after those if media are written."""
 
 
 def media_tokens(config: MegaTransformerConfig) -> list[str]:
-    """`MEDIA_TOKENS` and those of a model's further modalities."""
-    return [*MEDIA_TOKENS, *_tokens_of(MODALITIES[name] for name in config.modality_configs or {})]
+    """`MEDIA_TOKENS`, those of a model's further modalities, and `WRITTEN_TOKENS` if it writes media."""
+    further = _tokens_of(MODALITIES[name] for name in config.modality_configs or {})
+    writes = config.image_writer_config is not None or config.audio_writer_config is not None
+    return [*MEDIA_TOKENS, *further, *(WRITTEN_TOKENS if writes else ())]
 
 
 class MegaTransformerProcessor(ProcessorMixin):
     """Makes batches of text with media: placeholders expanded, media preprocessed, in the order in which they stand.
 
     In texts a medium is its placeholder, `<|image|>` or `<|audio|>`, which becomes start, as many placeholders as the
-    medium has tokens, and end. In messages it is a part {"type": "image", "image": ...}. Special tokens that are
-    written in the texts of messages are ordinary text, while `__call__` reads them.
+    medium has tokens, and end. In messages it is a part {"type": "image", "image": ...}. What the assistant shows is of
+    another kind where the model writes such media, "written_image" or "written_audio", with a placeholder of its own.
+    Special tokens that are written in the texts of messages are ordinary text, while `__call__` reads them.
 
     Args:
         tokenizer: A fast one that knows `MEDIA_TOKENS`. From now on it pads in front, since answers go on behind.
@@ -48,6 +67,8 @@ class MegaTransformerProcessor(ProcessorMixin):
         num_image_tokens: Tokens of every image, where the image processor is not ours.
         num_audio_tokens: The same for audio.
         modality_configs: Configurations of further modalities, by their names in `MODALITIES`.
+        image_writer: Arguments of `WrittenImages`. None: no images are written.
+        audio_writer: Arguments of `WrittenRecordings`. None: no sound is written.
 
     Raises:
         ValueError: for parts that do not fit each other, and for texts, messages and media that cannot be used.
@@ -64,12 +85,16 @@ class MegaTransformerProcessor(ProcessorMixin):
         num_image_tokens: int | None = None,
         num_audio_tokens: int | None = None,
         modality_configs: dict[str, dict] | None = None,
+        image_writer: dict[str, Any] | None = None,
+        audio_writer: dict[str, Any] | None = None,
     ):
         super().__init__(tokenizer, chat_template=CHAT_TEMPLATE if chat_template is None else chat_template)
         self.auto_map = {"AutoProcessor": "processing_megatransformer.MegaTransformerProcessor"}
         self.image_processor, self.num_image_tokens = image_processor, num_image_tokens
         self.feature_extractor, self.num_audio_tokens = feature_extractor, num_audio_tokens
         self.modality_configs = modality_configs or None
+        self.image_writer, self.audio_writer = image_writer, audio_writer
+        self._written = _written_kinds(image_writer, audio_writer)
         tokenizer.padding_side = "left"
         _check_count("image_processor", image_processor, MegaTransformerImageProcessor, num_image_tokens)
         _check_count("feature_extractor", feature_extractor, MegaTransformerFeatureExtractor, num_audio_tokens)
@@ -77,11 +102,14 @@ class MegaTransformerProcessor(ProcessorMixin):
         for name, kind in self.kinds.items():  # as transformers' own processors have them
             setattr(self, f"{name}_token", kind.modality.token)
             setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(kind.modality.token))
+        if self._written:
+            self.null_token, self.null_token_id = NULL_TOKEN, tokenizer.convert_tokens_to_ids(NULL_TOKEN)
         self._ids_of_structure: dict[str, list[int]] = {}
 
     def _check_vocabulary(self) -> None:
         """An unknown token would silently be read as bytes."""
         needed = [*(f"<|{role}|>" for role in ROLES), *_tokens_of(kind.modality for kind in self.kinds.values())]
+        needed += [NULL_TOKEN] if self._written else []
         missing = [token for token in needed if token not in self.tokenizer.get_added_vocab()]
         if missing or not (self.tokenizer.bos_token and self.tokenizer.eos_token):
             raise ValueError(
@@ -114,15 +142,25 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     @property
     def kinds(self) -> dict[str, MediaKind]:
-        """What this processor reads besides text."""
+        """What this processor makes tensors of: what the model reads besides text, and what it writes."""
         kinds: dict[str, MediaKind] = {}
         if self.image_processor is not None:
             kinds["image"] = _choose(Images, BackboneImages, self.image_processor, self.num_image_tokens)
         if self.feature_extractor is not None:
             kinds["audio"] = _choose(Recordings, BackboneRecordings, self.feature_extractor, self.num_audio_tokens)
+        kinds |= self._written
         for name, config in (self.modality_configs or {}).items():
             kinds[name] = MediaKind(name, config)
         return kinds
+
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        """What the numbers in `modality_ids` mean, beginning with 0."""
+        return modality_names()
+
+    def kinds_of_role(self, role: str) -> dict[str, str]:
+        """Types of parts that messages of a role may have besides text, and the kinds that these are."""
+        return kinds_of_role(role, self.kinds)
 
     def load_medium(self, kind: str, source: Any) -> Any:
         """A medium, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate.
@@ -185,7 +223,8 @@ class MegaTransformerProcessor(ProcessorMixin):
 
         Returns:
             input_ids: int64 (tokens,).
-            answer_mask: bool (tokens,), what the assistant says, its end token included, its media not.
+            answer_mask: bool (tokens,), what is learned: what the assistant says, its end token included, and of its
+                media `MediaKind.learned`.
             media: Preprocessed media by kind, in the order of their placeholders; only kinds that occur.
 
         Raises:
@@ -207,12 +246,12 @@ class MegaTransformerProcessor(ProcessorMixin):
         ids, answer_mask = [], []
         for piece, is_answer in pieces:
             if isinstance(piece, int):
-                new = [(self._encode_text(texts[piece]), False)]
+                new = [(some := self._encode_text(texts[piece]), [True] * len(some))]
             else:
                 new = self._expand(self._encode_structure(piece), counts)
-            for some, is_medium in new:
+            for some, are_learned in new:
                 ids += some
-                answer_mask += [is_answer and not is_medium] * len(some)
+                answer_mask += [is_answer and is_learned for is_learned in are_learned]
         return {"input_ids": torch.tensor(ids), "answer_mask": torch.tensor(answer_mask), "media": found}
 
     def _encode_text(self, text: str) -> list[int]:
@@ -232,16 +271,20 @@ class MegaTransformerProcessor(ProcessorMixin):
             self._ids_of_structure[piece] = self.tokenizer.encode(piece, add_special_tokens=False)
         return self._ids_of_structure[piece]
 
-    def _expand(self, ids: list[int], counts: dict[str, Iterator[int]]) -> Iterator[tuple[list[int], bool]]:
-        """Runs of ids, and whether they are a medium, with each placeholder as start, placeholders and end."""
+    def _expand(self, ids: list[int], counts: dict[str, Iterator[int]]) -> Iterator[tuple[list[int], list[bool]]]:
+        """Runs of ids, with each placeholder as start, placeholders and end, and whether these are learned where the
+        assistant says them.
+        """
+        kinds = self.kinds
         names = {getattr(self, f"{name}_token_id"): name for name in counts}
         for token_id in ids:
             if token_id not in names:
-                yield [token_id], False
+                yield [token_id], [True]
                 continue
-            modality = MODALITIES[names[token_id]]
-            start, end = self.tokenizer.convert_tokens_to_ids([modality.start_token, modality.end_token])
-            yield [start, *[token_id] * next(counts[names[token_id]]), end], True
+            kind, count = kinds[names[token_id]], next(counts[names[token_id]])
+            start, end = self.tokenizer.convert_tokens_to_ids([kind.modality.start_token, kind.modality.end_token])
+            at_start, in_places, at_end = kind.learned
+            yield [start, *[token_id] * count, end], [at_start, *[in_places] * count, at_end]
 
     def apply_chat_template(
         self,
@@ -268,9 +311,9 @@ class MegaTransformerProcessor(ProcessorMixin):
         conversations = conversation if is_batch else [conversation]
         open_end = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         if not tokenize:
-            for messages in conversations:
-                outline_of(messages, self.kinds, continue_final_message)
-            return super().apply_chat_template(conversation, chat_template, **open_end)
+            outlines = [outline_of(messages, self.kinds, continue_final_message) for messages in conversations]
+            written = [messages_of(outline, texts) for outline, texts, _ in outlines]
+            return super().apply_chat_template(written if is_batch else written[0], chat_template, **open_end)
         given = {"return_tensors": return_tensors, **(processor_kwargs or {}), **kwargs}
         options = read_options(given, PADDING_OPTIONS)
         encoded = [self.encode_chat(messages, chat_template=chat_template, **open_end) for messages in conversations]
@@ -323,6 +366,71 @@ class MegaTransformerProcessor(ProcessorMixin):
         rows = [self.tokenizer(sample, add_special_tokens=add_special_tokens)["input_ids"] for sample in texts]
         return self._batch(self._with_media(rows, media), **options)
 
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """What `generate` returned, in the form that is asked for.
+
+        Args:
+            generated_outputs: Token ids, a `MediaGenerateOutput`, or images already.
+            generation_mode: "text": texts; "image": PIL images; "audio": waveforms, float (samples,); "any": for each
+                row a list of parts as messages have them.
+
+        Raises:
+            ValueError: for another mode, or one that was not generated.
+        """
+        if generation_mode in (None, "text"):
+            ids = getattr(generated_outputs, "sequences", generated_outputs)
+            return super().post_process_multimodal_output(ids, skip_special_tokens, **kwargs)
+        if generation_mode == "any":
+            return [self._parts(generated_outputs, row, skip_special_tokens) for row in generated_outputs.segments]
+        if isinstance(generated_outputs, list):
+            return generated_outputs
+        media = getattr(generated_outputs, {"image": "images", "audio": "audio"}.get(generation_mode, ""), None)
+        if media is None:
+            raise ValueError(
+                f"there is nothing of mode {generation_mode!r} in the output; give generation_mode to `generate` too"
+            )
+        return media
+
+    def _parts(self, output: Any, segments: list[tuple[str, Any]], skip_special_tokens: bool) -> list[dict[str, Any]]:
+        parts = []
+        for name, value in segments:
+            if name == "text":
+                text = self.tokenizer.decode(value, skip_special_tokens=skip_special_tokens)
+                parts += [{"type": "text", "text": text}] if text else []
+            elif name == "image":
+                parts.append({"type": "image", "image": output.images[value]})
+            else:
+                rate = output.sampling_rate
+                parts.append({"type": "audio", "audio": output.audio[value], "sampling_rate": rate})
+        return parts
+
+    def save_audio(self, audio: Any, saving_path: Any, sampling_rate: int | None = None, **kwargs: Any) -> None:
+        """Waveforms to files, one each, by soundfile.
+
+        Args:
+            audio: Float (samples,) in -1 .. 1, or a list of them.
+            saving_path: A path, or as many.
+            sampling_rate: Default: that of the sound that the model writes.
+
+        Raises:
+            ValueError: for more or fewer paths than waveforms.
+        """
+        import soundfile
+
+        clips = audio if isinstance(audio, list) else [audio]
+        paths = saving_path if isinstance(saving_path, list) else [saving_path]
+        if len(clips) != len(paths):
+            raise ValueError(f"there are {len(clips)} waveforms and {len(paths)} paths; give one for each")
+        for clip, path in zip(clips, paths, strict=True):
+            samples = torch.as_tensor(clip).float().clamp(-1, 1).cpu().numpy()
+            soundfile.write(path, samples, sampling_rate or self.audio_writer["sampling_rate"])
+
     def _with_media(self, rows: list[list[int]], media: dict[str, list[Any]]) -> list[dict[str, Any]]:
         """Rows of ids with one placeholder for a medium, as `encode_chat` gives them."""
         encoded = [{"media": {}} for _ in rows]
@@ -364,8 +472,8 @@ def build_processor(
     """The processor of a model.
 
     Args:
-        config: Of which `vision_config`, `audio_config` and `modality_configs` are read. A backbone brings its own
-            image processor or feature extractor along.
+        config: Of which the parts that read and write media are read. A backbone brings its own image processor or
+            feature extractor along.
         tokenizer: A fast one that knows `MEDIA_TOKENS`.
         num_image_tokens: Tokens of an image, if the vision encoder is a backbone.
         num_audio_tokens: The same of a recording.
@@ -381,6 +489,8 @@ def build_processor(
         num_image_tokens=num_image_tokens,
         num_audio_tokens=num_audio_tokens,
         modality_configs={name: part if isinstance(part, dict) else part.to_dict() for name, part in further.items()},
+        image_writer=None if config.image_writer_config is None else _image_writer(config.image_writer_config),
+        audio_writer=None if config.audio_writer_config is None else _audio_writer(config.audio_writer_config),
     )
 
 
@@ -411,6 +521,18 @@ def _build_feature_extractor(config: MegaTransformerAudioConfig) -> Any:
     )
 
 
+def _image_writer(config: MegaTransformerImageWriterConfig) -> dict[str, Any]:
+    if config.num_channels != 3:
+        raise ValueError(f"num_channels is {config.num_channels}, but images are written as RGB; give 3")
+    is_learned = config.head == "fsq"
+    return {"image_size": config.image_size, "num_tokens": config.num_tokens, "is_learned": is_learned}
+
+
+def _audio_writer(config: MegaTransformerAudioWriterConfig) -> dict[str, Any]:
+    names = ("num_mel_bins", "frames_per_token", "sampling_rate", "n_fft", "hop_length", "max_seconds")
+    return {name: getattr(config, name) for name in names}
+
+
 # -------------------------------------------------------------------------------------------------------- what is given
 
 
@@ -420,6 +542,14 @@ def _check_count(name: str, part: Any, own_class: type, count: int | None) -> No
     if part is not None and is_own != (count is None):
         what = "counts tokens itself" if is_own else "does not count tokens"
         raise ValueError(f"{name} {type(part).__name__} {what}, but their number is {count}; fix the number of tokens")
+
+
+def _written_kinds(image_writer: dict[str, Any] | None, audio_writer: dict[str, Any] | None) -> dict[str, MediaKind]:
+    kinds = [
+        *([] if image_writer is None else [WrittenImages(**image_writer)]),
+        *([] if audio_writer is None else [WrittenRecordings(**audio_writer)]),
+    ]
+    return {kind.modality.name: kind for kind in kinds}
 
 
 def _choose(own_class: type, backbone_class: type, part: Any, count: int | None) -> MediaKind:

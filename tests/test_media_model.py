@@ -282,6 +282,6 @@ def test_parts_that_are_not_there():
         model(tiny_ids(1, 4, high=60), input_features=draw(1, 8, 4))
     with pytest.raises(ValueError, match=r"audio_token_id \(64\) is outside"):
         tiny_media_config(parts={"audio_token_id": 64})
-    with pytest.raises(ValueError, match="also the id of another modality"):
+    with pytest.raises(ValueError, match="also the id of another token"):
         tiny_media_config(parts={"audio_token_id": IMAGE})
     assert AUDIO != IMAGE

@@ -57,7 +57,7 @@ def test_bad_settings_are_value_errors_that_name_them(settings, message):
         ("audio_config", {"hop_length": 600}, r"hop_length \(600\) is more than n_fft \(512\)"),
         ("audio_config", {"head_dim": 5}, r"head_dim \(5\) must be even"),
         ("text_config", {"vocab_size": 4}, r"image_token_id \(5\) is outside the vocabulary of text_config \(4\)"),
-        ("audio_token_id", 5, r"image_token_id \(5\) is also the id of another modality"),
+        ("audio_token_id", 5, r"image_token_id \(5\) is also the id of another token"),
     ],
 )
 def test_bad_settings_of_parts_are_value_errors_that_name_them(part, settings, message):

@@ -1,0 +1,255 @@
+"""Media to latents and back: one class for each way."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils.import_utils import is_vision_available
+
+from .configuration_codecs import MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig
+from .configuration_megatransformer import (
+    MegaTransformerAudioWriterConfig,
+    MegaTransformerImageWriterConfig,
+    WriterConfig,
+)
+from .feature_extraction_megatransformer import FLOOR, LOG_MEAN, LOG_STD
+from .griffin_lim import waveform_of
+from .image_autoencoder import MegaTransformerImageAutoencoder
+from .vocoder import MegaTransformerVocoder
+
+if is_vision_available():
+    from PIL import Image
+
+PIXEL_SCALE = 2.0
+"""Pixels in -1 .. 1 have a deviation of about a half; latents should have one of 1."""
+SILENCE = (torch.tensor(FLOOR).log10().item() - LOG_MEAN) / LOG_STD
+"""Least value of a log-mel spectrogram."""
+LOUDEST = (2.0 - LOG_MEAN) / LOG_STD
+"""More than full scale has."""
+
+
+class Codec(nn.Module, ABC):
+    """Media of one modality to latents and back."""
+
+    latent_size: int
+    """Numbers in a latent."""
+    max_tokens: int
+    """Latents of the longest medium."""
+
+    @abstractmethod
+    def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
+        """Targets, as the processor makes them, to the latents of all media, (tokens, latent_size), and how many each
+        medium has.
+
+        Raises:
+            ValueError: for targets of a wrong shape.
+        """
+
+    @abstractmethod
+    def project(self, latents: torch.Tensor) -> torch.Tensor:
+        """The nearest latents that `encode` could have given, (tokens, latent_size)."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> Any:
+        """One medium of its latents, (tokens, latent_size)."""
+
+    def decode_partly(self, latents: torch.Tensor) -> Any:
+        """What can be shown of a medium whose last latents are missing."""
+        return self.decode(latents)
+
+    def load(self) -> None:
+        """Fetches weights that were trained before; most codecs have none."""
+
+
+class PatchCodec(Codec):
+    """Pixels of square patches, row by row; nothing is trained."""
+
+    def __init__(self, config: MegaTransformerImageWriterConfig):
+        super().__init__()
+        self.channels, self.side, self.patch = config.num_channels, config.image_size, config.patch_size
+        self.latent_size = self.channels * self.patch**2
+        self.max_tokens = (self.side // self.patch) ** 2
+
+    def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
+        """(images, channels, side, side) in -1 .. 1."""
+        check_images(targets, self.channels, self.side)
+        patches = nn.functional.unfold(targets.float() * PIXEL_SCALE, self.patch, stride=self.patch)
+        return patches.transpose(1, 2).flatten(0, 1), [self.max_tokens] * len(targets)
+
+    def project(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.clamp(-PIXEL_SCALE, PIXEL_SCALE)
+
+    def decode(self, latents: torch.Tensor) -> "Image.Image":
+        patches = latents.float().T[None] / PIXEL_SCALE
+        return to_image(nn.functional.fold(patches, self.side, self.patch, stride=self.patch)[0])
+
+    def decode_partly(self, latents: torch.Tensor) -> "Image.Image":
+        return self.decode(nn.functional.pad(latents, (0, 0, 0, self.max_tokens - len(latents))))
+
+
+class AutoencoderCodec(Codec):
+    """A trained autoencoder, which stays as it is. Its weights are random until `load` fetches them, or a checkpoint of
+    the language model has them.
+    """
+
+    def __init__(self, config: MegaTransformerImageWriterConfig):
+        super().__init__()
+        name = config.codec_name_or_path
+        part = config.codec_config or read_config(name, MegaTransformerImageAutoencoderConfig)
+        self.name, self.side = name, config.image_size
+        self.autoencoder = frozen(MegaTransformerImageAutoencoder, MegaTransformerImageAutoencoderConfig, part)
+        config.codec_config = self.autoencoder.config.to_dict()
+        patch, bottleneck = self.autoencoder.config.patch_size, self.autoencoder.config.bottleneck
+        if self.side % patch:
+            raise ValueError(f"image_size ({self.side}) must be a multiple of the autoencoder's patch_size ({patch})")
+        if (config.head == "fsq") != (bottleneck == "fsq"):
+            raise ValueError(f"head {config.head!r} does not go with an autoencoder of bottleneck {bottleneck!r}")
+        self.latent_size, self.max_tokens = self.autoencoder.latent_size, (self.side // patch) ** 2
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of a bottleneck that has some."""
+        return self.autoencoder.config.num_codes
+
+    def load(self) -> None:
+        """Fetches the trained weights."""
+        load_weights(self.autoencoder, self.name)
+
+    def train(self, mode: bool = True) -> "AutoencoderCodec":
+        """It stays in evaluation mode: its latents have no noise."""
+        return super().train(False)
+
+    def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
+        """(images, channels, side, side) in -1 .. 1."""
+        check_images(targets, self.autoencoder.config.num_channels, self.side)
+        latents = self.autoencoder.encode(targets.to(self.autoencoder.dtype))
+        return latents.flatten(0, 1), [self.max_tokens] * len(targets)
+
+    def encode_ids(self, targets: torch.Tensor) -> torch.LongTensor:
+        """Codes of images, (images, tokens)."""
+        check_images(targets, self.autoencoder.config.num_channels, self.side)
+        return self.autoencoder.encode_ids(targets.to(self.autoencoder.dtype))
+
+    def project(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.autoencoder.bottleneck(latents)
+
+    def decode(self, latents: torch.Tensor) -> "Image.Image":
+        return to_image(self.autoencoder.decode(latents[None].to(self.autoencoder.dtype))[0].float())
+
+    def decode_ids(self, ids: torch.LongTensor) -> list["Image.Image"]:
+        """(images, tokens)."""
+        return [to_image(pixels.float()) for pixels in self.autoencoder.decode_ids(ids)]
+
+    def decode_partly(self, latents: torch.Tensor) -> "Image.Image":
+        return self.decode(nn.functional.pad(latents, (0, 0, 0, self.max_tokens - len(latents))))
+
+
+class MelCodec(Codec):
+    """Frames of a log-mel spectrogram, `frames_per_token` at a time."""
+
+    def __init__(self, config: MegaTransformerAudioWriterConfig):
+        super().__init__()
+        self.config = config
+        self.latent_size = config.num_mel_bins * config.frames_per_token
+        self.max_tokens = config.max_tokens
+        self.vocoder = None
+        name = config.vocoder_name_or_path
+        if name is None and config.vocoder_config is None:
+            return
+        part = config.vocoder_config or read_config(name, MegaTransformerVocoderConfig)
+        self.name = name
+        self.vocoder = frozen(MegaTransformerVocoder, MegaTransformerVocoderConfig, part)
+        config.vocoder_config = self.vocoder.config.to_dict()
+        for option in ("sampling_rate", "n_fft", "hop_length", "num_mel_bins"):
+            here, there = getattr(config, option), getattr(self.vocoder.config, option)
+            if here != there:
+                raise ValueError(f"{option} is {here}, but that of the vocoder {there}; they have to be the same")
+
+    def load(self) -> None:
+        """Fetches the weights of the vocoder, if there is one."""
+        if self.vocoder is not None:
+            load_weights(self.vocoder, self.name)
+
+    def train(self, mode: bool = True) -> "MelCodec":
+        """It stays in evaluation mode."""
+        return super().train(False)
+
+    def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
+        """(clips, mel bins, frames), a multiple of `frames_per_token`, and (clips, frames), 1 for real frames."""
+        clips, bins, frames = targets.shape
+        together = self.config.frames_per_token
+        if bins != self.config.num_mel_bins or frames % together:
+            raise ValueError(
+                f"audio_targets has shape {tuple(targets.shape)}, expected (clips, {self.config.num_mel_bins}, "
+                f"frames), a multiple of {together} frames"
+            )
+        latents = targets.float().view(clips, bins, frames // together, together).permute(0, 2, 1, 3).flatten(2)
+        if mask is None:
+            return latents.flatten(0, 1), [frames // together] * clips
+        is_real = mask[:, ::together].bool()
+        return latents[is_real], is_real.sum(dim=1).tolist()
+
+    def project(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.clamp(SILENCE, LOUDEST)
+
+    def log_mel(self, latents: torch.Tensor) -> torch.Tensor:
+        """(tokens, latent_size) -> (mel bins, frames)."""
+        frames = latents.float().view(len(latents), self.config.num_mel_bins, self.config.frames_per_token)
+        return frames.transpose(0, 1).flatten(1)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """A waveform, float32 (samples,), on the CPU."""
+        config, log_mel = self.config, self.log_mel(latents)
+        if self.vocoder is not None:
+            return self.vocoder.decode(log_mel[None].to(self.vocoder.dtype))[0].float().cpu()
+        return waveform_of(log_mel, config.sampling_rate, config.n_fft, config.hop_length).cpu()
+
+
+def build_codec(config: WriterConfig) -> Codec:
+    """The codec that a writer's configuration names."""
+    if config.model_type == MegaTransformerAudioWriterConfig.model_type:  # a remotely loaded class is another object
+        return MelCodec(config)
+    return {"patch": PatchCodec, "autoencoder": AutoencoderCodec}[config.codec](config)
+
+
+def read_config(name: str, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The configuration of a trained codec, by name or folder.
+
+    Raises:
+        ValueError: there is none, or it is of something else.
+    """
+    try:
+        values, _ = config_class.get_config_dict(name)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"codec {name!r} cannot be loaded: {reason}; give a name or folder that can") from error
+    if values.get("model_type") != config_class.model_type:
+        raise ValueError(f"{name!r} is a {values.get('model_type')!r}, and not a {config_class.model_type!r}")
+    return values
+
+
+def frozen(model_class: type, config_class: type, values: dict[str, Any]) -> nn.Module:
+    """A model of that configuration that does not learn, without discriminators."""
+    return model_class(config_class(**{**values, "adversarial_weight": 0.0})).requires_grad_(False).eval()
+
+
+def load_weights(model: nn.Module, name: str) -> None:
+    """Fetches the weights of a codec."""
+    trained = type(model).from_pretrained(name, config=model.config, dtype=torch.float32)
+    model.load_state_dict(trained.state_dict())
+
+
+def check_images(targets: torch.Tensor, channels: int, side: int) -> None:
+    """Raises ValueError for images of another shape."""
+    if targets.ndim != 4 or targets.shape[1:] != (channels, side, side):
+        raise ValueError(
+            f"image_targets has shape {tuple(targets.shape)}, expected (images, {channels}, {side}, {side})"
+        )
+
+
+def to_image(pixels: torch.Tensor) -> "Image.Image":
+    """(channels, height, width) in -1 .. 1 to a PIL image."""
+    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0))

@@ -1,0 +1,287 @@
+"""What is written: a codec, the way in for what was written before, and the way out.
+
+The latents of a medium stand in the places of its placeholders, one each. A place's own latent is what goes in; what
+comes out of the place before it, of the start token for the first, is that latent, so that nothing sees what it is to
+predict, and a medium that the model has written is read from its cache like text.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .codecs import Codec, build_codec
+from .configuration_megatransformer import MegaTransformerConfig, MegaTransformerTextConfig, WriterConfig
+from .flow import FlowHead, draw_times
+from .fusion import check_counts
+from .modalities import MODALITIES
+from .recurrence import keyed_generator
+
+WRITTEN = ("image", "audio")
+"""What can be written, in the order of `modality_ids`."""
+
+
+@dataclass
+class WrittenLatents:
+    """Latents of one modality, and where they stand."""
+
+    latents: torch.Tensor
+    """(tokens, latent_size)."""
+    rows: torch.Tensor
+    """(tokens,): their rows in the batch."""
+    columns: torch.Tensor
+    """(tokens,): their positions in the row."""
+    places: torch.Tensor
+    """(tokens,): their numbers in their medium, from 0."""
+
+
+@dataclass
+class Written:
+    """What the losses of a batch's written media need beside hidden states."""
+
+    latents: dict[str, WrittenLatents]
+    """By modality; without those that there are none of."""
+    seeds: torch.Tensor
+    """(batch,), of noise and times."""
+    num_in_batch: dict[str, int | torch.Tensor]
+    """By modality, by what the sum of losses is divided; those that are missing by the number of latents."""
+
+
+class Writer(nn.Module):
+    """A codec, and, where its head is a flow, what embeds latents and what makes them.
+
+    Args:
+        name: "image" or "audio".
+        config: Of the writer.
+        text_config: Of the language model.
+    """
+
+    def __init__(self, name: str, config: WriterConfig, text_config: MegaTransformerTextConfig):
+        super().__init__()
+        self.name, self.config = name, config
+        self.target_name = f"{name}_targets"
+        self.codec: Codec = build_codec(config)
+        self.num_places = self.codec.max_tokens
+        self.head = None
+        if config.head == "fsq":
+            return
+        hidden, eps = text_config.hidden_size, text_config.norm_eps
+        self.up_proj = nn.Linear(self.codec.latent_size, hidden)
+        self.down_proj = nn.Linear(hidden, hidden)
+        self.norm = nn.RMSNorm(hidden, eps=eps)
+        self.scale = text_config.initializer_range * text_config.embedding_scale  # that of an embedded token
+        self.head = FlowHead(config, hidden, self.codec.latent_size, self.num_places, eps)
+
+    @property
+    def some_weight(self) -> nn.Parameter:
+        """For its device and type; see `Reader.some_weight`."""
+        return next(self.norm.parameters())
+
+    def embed(self, latents: torch.Tensor) -> torch.Tensor:
+        """(tokens, latent_size) -> (tokens, hidden)."""
+        hidden = nn.functional.gelu(self.up_proj(latents.to(self.some_weight.dtype)))
+        return self.norm(self.down_proj(hidden)) * self.scale
+
+    def losses(self, hidden: torch.Tensor, written: WrittenLatents, seeds: torch.Tensor) -> torch.Tensor:
+        """The loss of each latent, float32 (tokens,).
+
+        Args:
+            hidden: (batch, sequence, hidden), after the final norm.
+            written: The latents.
+            seeds: (batch,), of noise and times.
+        """
+        draws, size = self.head.num_draws, self.codec.latent_size
+        noise, times = [], []
+        for row, count in zip(*written.rows.unique_consecutive(return_counts=True), strict=True):
+            generator = keyed_generator("flow", self.name, int(seeds[row]))
+            noise.append(torch.randn((int(count), draws, size), generator=generator))
+            times.append(draw_times((int(count), draws), generator))
+        device = hidden.device
+        with torch.autocast(device.type, enabled=False):
+            condition = self.condition(hidden[written.rows, written.columns - 1], written.places)
+            return self.head.losses(
+                condition, written.latents, torch.cat(noise).to(device), torch.cat(times).to(device)
+            )
+
+    def condition(self, before: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """What the head is told: hidden states of the places before, (tokens, hidden), and (tokens,) places."""
+        return self.head.condition(before.to(self.some_weight.dtype), places)
+
+    def no_loss(self, hidden: torch.Tensor) -> torch.Tensor:
+        """0, through all weights: ranks that write nothing go where the others go."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            places = torch.zeros(1, dtype=torch.long, device=hidden.device)
+            condition = self.condition(hidden[:1, 0], places)
+            latents = torch.zeros(1, self.codec.latent_size, device=hidden.device)
+            return 0.0 * (self.head(latents.to(condition), places.to(condition), condition).sum())
+
+
+def writer_configs(config: MegaTransformerConfig) -> dict[str, WriterConfig]:
+    """The configurations of all writers of a model, by modality."""
+    configs = {name: getattr(config, f"{name}_writer_config") for name in WRITTEN}
+    return {name: part for name, part in configs.items() if part is not None}
+
+
+def take_targets(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Takes the arguments that are targets out of `kwargs`."""
+    names = [f"{name}_targets{end}" for name in WRITTEN for end in ("", "_mask")]
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+def encode_targets(
+    writers: nn.ModuleDict, targets: Mapping[str, Any], input_ids: torch.LongTensor, config: MegaTransformerConfig
+) -> dict[str, WrittenLatents]:
+    """The latents of what is to be written, or was, by modality.
+
+    Args:
+        targets: NAME_targets, and NAME_targets_mask.
+        input_ids: (batch, sequence), with their placeholders.
+
+    Raises:
+        ValueError: For targets of what this model does not write, more or fewer than placeholders, or not finite.
+    """
+    given = [name for name, value in targets.items() if value is not None]
+    unknown = [name for name in given if name.partition("_")[0] not in writers]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} was given, but this model writes {', '.join(['text', *writers])}; leave it out, or take a "
+            "model with such a writer"
+        )
+    found = {}
+    for name, writer in writers.items():
+        token_id = getattr(config, f"written_{name}_token_id")
+        values = targets.get(writer.target_name)
+        is_place = torch.zeros_like(input_ids, dtype=torch.bool) if token_id is None else input_ids == token_id
+        counts = is_place.sum(dim=1).tolist()
+        if values is None:
+            if sum(counts):
+                raise ValueError(
+                    f"there are {sum(counts)} places for a written {name}, but no {writer.target_name}; make text and "
+                    "media with the same processor, or let `generate` fill them"
+                )
+            continue
+        with torch.no_grad():
+            latents, lengths = writer.codec.encode(values, targets.get(f"{writer.target_name}_mask"))
+        check_counts(f"a written {name}", counts, lengths)
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"{writer.target_name} has latents that are NaN or infinite; check the {name} files")
+        rows, columns = is_place.nonzero(as_tuple=True)
+        places = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])
+        found[name] = WrittenLatents(latents, rows, columns, places)
+    return found
+
+
+def put_codes(
+    writers: nn.ModuleDict, targets: dict[str, Any], input_ids: torch.LongTensor, config: MegaTransformerConfig
+) -> torch.LongTensor:
+    """Token ids with the codes of images in their places, where the head is "fsq"; these targets are taken out.
+
+    Raises:
+        ValueError: For more or fewer images than places.
+    """
+    for name, writer in writers.items():
+        if writer.head is not None or targets.get(writer.target_name) is None:
+            continue
+        is_place = input_ids == getattr(config, f"written_{name}_token_id")
+        with torch.no_grad():
+            codes = writer.codec.encode_ids(targets.pop(writer.target_name))  # (images, tokens)
+        check_counts(f"a written {name}", is_place.sum(dim=1).tolist(), [codes.shape[1]] * len(codes))
+        input_ids = input_ids.masked_scatter(is_place, codes + config.image_code_offset)
+    return input_ids
+
+
+def embed_latents(
+    embeds: torch.Tensor,
+    writers: nn.ModuleDict,
+    found: Mapping[str, WrittenLatents],
+    seeds: torch.Tensor | None,
+    run_all: bool,
+) -> torch.Tensor:
+    """The embeddings with those of latents in their places.
+
+    Args:
+        embeds: (batch, sequence, hidden).
+        found: From `encode_targets`.
+        seeds: (batch,), of the noise that is added: generation reads latents that are not quite right. None: no noise.
+        run_all: Whether writers without latents run as well; see `read_media`.
+    """
+    for name, writer in writers.items():
+        if writer.head is None:
+            continue
+        if name in found:
+            written = found[name]
+            latents = written.latents if seeds is None else disturb(writer, written, seeds)
+            embeds = embeds.index_put((written.rows, written.columns), writer.embed(latents).to(embeds))
+        elif run_all:
+            nothing = writer.embed(torch.zeros(1, writer.codec.latent_size, device=embeds.device))
+            embeds = embeds + 0.0 * nothing.to(embeds)
+    return embeds
+
+
+def disturb(writer: Writer, written: WrittenLatents, seeds: torch.Tensor) -> torch.Tensor:
+    """Latents with noise of a deviation that is drawn for each, from 0 to `input_noise`. Source: CALM, arXiv
+    2510.27688.
+    """
+    parts = []
+    for row, count in zip(*written.rows.unique_consecutive(return_counts=True), strict=True):
+        generator = keyed_generator("input noise", writer.name, int(seeds[row]))
+        amount = writer.config.input_noise * torch.rand(int(count), 1, generator=generator)
+        parts.append(amount * torch.randn(int(count), writer.codec.latent_size, generator=generator))
+    return writer.codec.project(written.latents + torch.cat(parts).to(written.latents))
+
+
+def modality_names() -> tuple[str, ...]:
+    """What tokens are counted as, in the order of `modality_ids`: by what their document contains."""
+    further = [name for name in MODALITIES if name not in WRITTEN]
+    return ("text", *WRITTEN, *(f"written_{name}" for name in WRITTEN), *further)
+
+
+def set_token_ids(config: MegaTransformerConfig, tokenizer: Any) -> None:
+    """Fill in the ids of special tokens that a tokenizer has: those of media, and what guidance leaves in."""
+    vocabulary = tokenizer.get_vocab()
+    tokens = {f"{name}_token_id": modality.token for name, modality in MODALITIES.items()}
+    for name in WRITTEN:
+        modality = MODALITIES[name]
+        tokens[f"written_{name}_token_id"] = f"<|written_{name}|>"
+        tokens |= {f"{name}_start_token_id": modality.start_token, f"{name}_end_token_id": modality.end_token}
+    tokens["null_token_id"] = "<|null|>"
+    for name, token in tokens.items():
+        if token in vocabulary:
+            setattr(config, name, vocabulary[token])
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    writer = config.image_writer_config
+    if writer is not None and writer.head == "fsq":
+        config.image_code_offset = max(vocabulary.values()) + 1
+    config.structure_token_ids = sorted(special - {config.null_token_id})
+
+
+def check_codes(writers: nn.ModuleDict, config: MegaTransformerConfig) -> None:
+    """Raises ValueError for a vocabulary without room for the codes of a head "fsq"."""
+    offset, size = config.image_code_offset, config.text_config.vocab_size
+    for name, writer in writers.items():
+        if writer.head is None and offset is not None and offset + writer.codec.num_codes > size:
+            raise ValueError(
+                f"the {writer.codec.num_codes} codes of a written {name} follow {offset} tokens of text, but "
+                f"vocab_size is {size}; raise model.text_config.vocab_size to {offset + writer.codec.num_codes} or more"
+            )
+
+
+def images_of_codes(codec: Codec, offset: int, sequences: torch.LongTensor) -> list[Any]:
+    """PIL images of token ids (rows, tokens), row by row: each run of as many codes as an image has.
+
+    Raises:
+        ValueError: for a run of codes that is no whole number of images.
+    """
+    images = []
+    for row, ids in enumerate(sequences):
+        codes = ids[(ids >= offset) & (ids < offset + codec.num_codes)] - offset
+        if len(codes) % codec.max_tokens:
+            raise ValueError(
+                f"row {row} has {len(codes)} codes, but an image has {codec.max_tokens}; raise max_new_tokens, or "
+                "train longer"
+            )
+        if len(codes):
+            images += codec.decode_ids(codes.view(-1, codec.max_tokens))
+    return images

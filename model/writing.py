@@ -1,0 +1,472 @@
+"""`generate` that writes images and sound among its tokens: the loop, for `generate(custom_generate=...)`.
+
+Each new place of a row is a token or a latent. A row writes text until a start token comes, from the model or because
+it was asked for; then latents, of which each is made from the hidden state of the place before; then the end token. All
+of it goes through one cache. With guidance, each row runs twice, the second time with a prompt that says nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .recurrence import keyed_generator
+from .writers import WRITTEN, Writer, take_targets
+from .writing_exits import VELOCITY_THRESHOLD, WritingWatch
+
+MODES = ("text", *WRITTEN, "any")
+
+
+@dataclass
+class MediaChunk:
+    """What a caller gets to see of a medium that is being written."""
+
+    row: int
+    modality: str
+    medium: Any
+    """A PIL image whose later patches are still gray, or a waveform (samples,) of all so far."""
+    is_complete: bool
+
+
+@dataclass
+class WritingOptions:
+    """How media are written; None: as the writer's configuration says.
+
+    Args:
+        mode: "image" or "audio" write one medium, "any" text in which the model opens media itself.
+        guidance_scale: Classifier-free guidance, at least 0; 1 is none.
+        num_flow_steps: Euler steps of a latent, at least 1.
+        flow_temperature: Variance of the noise that a latent begins with, at least 0.
+        velocity_threshold: With an `exit_criterion`, the relative change of the head's velocity, above 0, below which a
+            place of a medium takes no more core steps.
+        num_steps: Core steps: of all places, or by what is written there: "text", "image", "audio".
+        flow_seeds: One for each row, for the noise. Default: drawn from torch's global generator.
+        on_chunk: Called with each `MediaChunk`.
+        chunk_size: Latents from one chunk to the next.
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    mode: str = "any"
+    guidance_scale: float | None = None
+    num_flow_steps: int | None = None
+    flow_temperature: float | None = None
+    velocity_threshold: float = VELOCITY_THRESHOLD
+    num_steps: int | dict[str, int] | None = None
+    flow_seeds: list[int] | None = None
+    on_chunk: Callable[[MediaChunk], None] | None = None
+    chunk_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"generation_mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+        for name, least in (("guidance_scale", 0), ("flow_temperature", 0), ("num_flow_steps", 1), ("chunk_size", 1)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {value}; give at least {least}")
+        if isinstance(self.num_steps, dict):
+            unknown = sorted(self.num_steps.keys() - {"text", *WRITTEN})
+            if unknown:
+                raise ValueError(f"num_steps names {unknown[0]!r}; the modalities are text, {', '.join(WRITTEN)}")
+
+    def of(self, name: str, writer: Writer) -> Any:
+        """An option by name, as the writer has it where nothing was given."""
+        value = getattr(self, name)
+        return getattr(writer.config, name) if value is None else value
+
+    def steps_of(self, modality: str) -> int | None:
+        """Core steps of places in which this is written."""
+        return self.num_steps.get(modality) if isinstance(self.num_steps, dict) else self.num_steps
+
+
+@dataclass
+class MediaGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns when it writes media.
+
+    Args:
+        sequences: (rows, tokens), prompt included, with placeholders where media are.
+        images: PIL images, row by row, in their order.
+        audio: Waveforms, float32 (samples,), row by row, in their order.
+        sampling_rate: Of the waveforms.
+        segments: For each row what it wrote, in order: ("text", token ids), ("image", index in `images`), ("audio",
+            index in `audio`).
+        latents: By modality, of each medium, (tokens, latent_size), as `images` and `audio`.
+        exit_steps: (rows, new tokens), core steps taken for each new place; 0 behind the end of a row.
+    """
+
+    images: list | None = None
+    audio: list[torch.Tensor] | None = None
+    sampling_rate: int | None = None
+    segments: list[list[tuple[str, Any]]] | None = None
+    latents: dict[str, list[torch.Tensor]] | None = None
+    exit_steps: torch.LongTensor | None = None
+
+
+@dataclass
+class Row:
+    """How far one row is."""
+
+    seed: int
+    modality: str | None = None
+    """What it is within; None: text."""
+    latents: list[torch.Tensor] = field(default_factory=list)
+    """Of the medium it is within."""
+    noise: torch.Tensor | None = None
+    """(places, latent_size), of the medium it is within."""
+    num_media: int = 0
+    is_done: bool = False
+    segments: list[tuple[str, Any]] = field(default_factory=list)
+
+
+def write_media(
+    model: nn.Module,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    writing: WritingOptions,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> MediaGenerateOutput | torch.LongTensor:
+    """The loop that `generate` runs in place of sampling or greedy search; see `MediaWriting`."""
+    if synced_gpus:
+        raise ValueError("media are not written under ZeRO-3 or FSDP: ranks would wait for each other; gather weights")
+    run = MediaWriting(model, input_ids, logits_processor, stopping_criteria, generation_config, writing, model_kwargs)
+    hidden = run.read_prompt()
+    while True:
+        ids, embeds = run.choose(hidden)
+        if streamer is not None:
+            streamer.put(ids.cpu())
+        if run.is_done():
+            break
+        hidden = run.advance(embeds)
+    if streamer is not None:
+        streamer.end()
+    return run.output() if generation_config.return_dict_in_generate else run.ids
+
+
+class MediaWriting:
+    """One call of `generate`: the rows, the cache, and what has been written."""
+
+    def __init__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, writing, model_kwargs):
+        self.model, self.ids, self.writing, self.generation_config = model, input_ids, writing, generation_config
+        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
+        self.writers: dict[str, Writer] = dict(model.model.writers.items())
+        self.names = self._modes()
+        self.config, self.device, self.prompt_length = model.config, input_ids.device, input_ids.shape[1]
+        batch = len(input_ids)
+        seeds = writing.flow_seeds or torch.randint(2**62, (batch,)).tolist()
+        if len(seeds) != batch:
+            raise ValueError(f"flow_seeds has {len(seeds)} seeds for {batch} rows; give one for each")
+        self.rows = [Row(seed) for seed in seeds]
+        self.is_guided = any(writing.of("guidance_scale", self.writers[name]) != 1 for name in self.names)
+        self.inputs = model_kwargs
+        self.cache = model_kwargs.pop("past_key_values", None)
+        if self.cache is None:
+            raise ValueError("media are written through the cache: leave use_cache=False out")
+        mask = model_kwargs.pop("attention_mask", None)
+        self.mask = torch.ones_like(input_ids) if mask is None else mask
+        self.finished: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in self.rows] for name in self.names}
+        self.exit_steps: list[torch.Tensor] = []
+
+    def _modes(self) -> list[str]:
+        """What may be written. Raises ValueError where the model has no head for it."""
+        wanted = list(self.writers) if self.writing.mode == "any" else [self.writing.mode]
+        for name in wanted:
+            if name not in self.writers or self.writers[name].head is None:
+                raise ValueError(
+                    f"generation_mode {name!r} needs a flow head for it, which this model does not have; it writes "
+                    f"{', '.join(['text', *(name for name, it in self.writers.items() if it.head is not None)])}"
+                )
+        return wanted
+
+    # -------------------------------------------------------------------------------------------------- forward passes
+
+    def read_prompt(self) -> torch.Tensor:
+        """(rows, hidden), or twice as many with guidance, after the last token of each prompt."""
+        ids, mask = self.ids, self.mask
+        features = self.inputs.get("mm_encoder_outputs") or {}
+        targets = take_targets(self.inputs)
+        if self.is_guided:
+            bare = self._without_prompt(ids)
+            features = {name: self._features_twice(name, output, bare) for name, output in features.items()}
+            targets = {name: None if it is None else torch.cat((it, it)) for name, it in targets.items()}
+            ids, mask = torch.cat((ids, bare)), torch.cat((mask, mask))
+        return self._forward(mask, input_ids=ids, mm_encoder_outputs=features or None, **targets)
+
+    def advance(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The next places: (rows, hidden) -> (rows, hidden), or twice as many with guidance."""
+        mask = self.mask
+        if self.is_guided:
+            embeds, mask = torch.cat((embeds, embeds)), torch.cat((mask, mask))
+        return self._forward(mask, inputs_embeds=embeds[:, None])
+
+    def _forward(self, mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        outputs = self.model.model(
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            num_steps=self._num_steps(),
+            exit_watch=self._watch(is_prompt="input_ids" in inputs),
+            return_dict=True,
+            **inputs,
+        )
+        if outputs.exit_steps is not None:
+            self.exit_steps.append(outputs.exit_steps[: len(self.rows)].clone())
+        return outputs.last_hidden_state[:, -1]
+
+    def _num_steps(self) -> int | torch.LongTensor | None:
+        """Core steps for the next place of each row, by what will be written there."""
+        steps = [self.writing.steps_of(row.modality or self._next_modality(row)) for row in self.rows]
+        if len(set(steps)) == 1:
+            return steps[0]
+        config = self.model.text_config
+        usual = config.num_steps or config.recurrence.mean_steps
+        steps = torch.tensor([usual if it is None else it for it in steps])
+        return steps.repeat(2) if self.is_guided else steps
+
+    def _watch(self, is_prompt: bool) -> WritingWatch | None:
+        """What ends the iteration of rows before their last step, where that was asked for."""
+        options = {name: self.inputs.get(name) for name in ("exit_criterion", "exit_threshold")}
+        if options["exit_criterion"] in (None, "none") or (is_prompt and not self.inputs.get("exit_in_prefill")):
+            return None
+        return WritingWatch(
+            options["exit_criterion"],
+            options["exit_threshold"],
+            self.inputs.get("exit_first_step") or 1,
+            self.inputs.get("exit_every") or 1,
+            self.model._logits,
+            self._first_velocities,
+            self.model.text_config.vocab_size,
+            self.writing.velocity_threshold,
+        )
+
+    def _first_velocities(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """The velocity with which the next latent of each row begins, (rows, largest latent); zeros in rows of text.
+
+        Args:
+            hidden: (rows, hidden).
+            rows: Which rows of the batch they are, those without the prompt behind the others; None: all.
+        """
+        numbers = range(len(hidden)) if rows is None else rows.tolist()
+        rows_of = [self.rows[number % len(self.rows)] for number in numbers]
+        velocities = hidden.new_zeros(len(hidden), max(writer.codec.latent_size for writer in self.writers.values()))
+        for name in self.names:
+            chosen = [at for at, row in enumerate(rows_of) if row.modality == name and self._has_room(row)]
+            if not chosen:
+                continue
+            writer, index = self.writers[name], torch.tensor(chosen, device=self.device)
+            places = torch.tensor([len(rows_of[at].latents) for at in chosen], device=self.device)
+            noise = torch.stack([rows_of[at].noise[len(rows_of[at].latents)] for at in chosen]).to(hidden.device)
+            condition = writer.condition(hidden[index], places)
+            velocity = writer.head.velocity(noise, torch.zeros(len(chosen), device=self.device), condition)
+            velocities[index, : velocity.shape[1]] = velocity.to(velocities)
+        return velocities
+
+    def _has_room(self, row: Row) -> bool:
+        return len(row.latents) < self.writers[row.modality].num_places
+
+    def _next_modality(self, row: Row) -> str:
+        return self.writing.mode if self.writing.mode in WRITTEN and not row.num_media else "text"
+
+    def _without_prompt(self, ids: torch.LongTensor) -> torch.LongTensor:
+        """The prompts with <|null|> for all that is no structure; of prompts of media alone, also for those."""
+        config = self.config
+        if config.null_token_id is None or config.structure_token_ids is None:
+            raise ValueError(
+                "guidance needs a model that was trained with dropped prompts (null_token_id is not set); give "
+                "guidance_scale=1"
+            )
+        kept = torch.isin(ids, torch.tensor(config.structure_token_ids, device=ids.device)) | (self.mask == 0)
+        bare = ids.masked_fill(~kept, config.null_token_id)
+        for name in self.model.model.readers:
+            is_place = ids == getattr(config, f"{name}_token_id")
+            bare = bare.masked_fill(is_place & kept.all(dim=1, keepdim=True), config.null_token_id)
+        return bare
+
+    def _features_twice(self, name: str, output: Any, bare: torch.LongTensor) -> BaseModelOutputWithPooling:
+        """The features of the prompts, and those whose places are left in the bare ones."""
+        counts = self.model._count_places(name, self.ids)
+        rows = torch.cat(list(output.pooler_output)).split(counts)
+        left = [row for row, count in zip(rows, self.model._count_places(name, bare), strict=True) if count]
+        return BaseModelOutputWithPooling(pooler_output=(*rows, *left))
+
+    # -------------------------------------------------------------------------------------------------- what comes next
+
+    def choose(self, hidden: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+        """The next place of each row: its token, (rows,), and its embedding, (rows, hidden)."""
+        guided, free = hidden.chunk(2) if self.is_guided else (hidden, None)
+        logits = self.model._logits(guided).float()
+        ids = self._next_tokens(logits)
+        embeds = self.model.model.embed_tokens(ids)
+        for name in self.names:
+            is_place = ids == getattr(self.config, f"written_{name}_token_id")
+            if is_place.any():
+                latents = self._next_latents(name, is_place.nonzero()[:, 0], guided, free)
+                embeds = embeds.index_put((is_place,), self.writers[name].embed(latents).to(embeds))
+        self.ids = torch.cat((self.ids, ids[:, None]), dim=1)
+        self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), dim=1)
+        self._settle(ids)
+        return ids, embeds
+
+    def _next_tokens(self, logits: torch.Tensor) -> torch.LongTensor:
+        """(rows,), by each row's state."""
+        texts = self._text_tokens(logits)
+        tokens = []
+        for number, row in enumerate(self.rows):
+            if row.is_done:
+                tokens.append(self._pad())
+            elif row.modality is not None:
+                tokens.append(self._media_token(row, logits[number]))
+            elif self.writing.mode in WRITTEN:
+                tokens.append(self._id(f"{self.writing.mode}_start"))
+            else:
+                tokens.append(int(texts[number]))
+        return torch.tensor(tokens, device=self.device)
+
+    def _text_tokens(self, logits: torch.Tensor) -> torch.LongTensor:
+        """What each row would write as text: a token, or the start of a medium for which there is room."""
+        forbidden = [f"{name}_end" for name in WRITTEN] + ["null"]
+        for name in WRITTEN:
+            room = self.generation_config.max_length - self.ids.shape[1]
+            if name not in self.names or room < self.writers[name].num_places + 2:
+                forbidden.append(f"{name}_start")
+        ids = [getattr(self.config, f"{name}_token_id") for name in forbidden]
+        logits = logits.clone()
+        logits[:, [it for it in ids if it is not None]] = -torch.inf
+        scores = self.logits_processor(self.ids, logits)
+        if not self.generation_config.do_sample:
+            return scores.argmax(dim=-1)
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+
+    def _media_token(self, row: Row, logits: torch.Tensor) -> int:
+        """A placeholder or the end of the medium that the row is within: an image has its size, sound ends when the
+        model says so.
+        """
+        place, end = self._id(f"written_{row.modality}"), self._id(f"{row.modality}_end")
+        if not self._has_room(row):
+            return end
+        if row.modality == "image" or not row.latents:
+            return place
+        return place if logits[place] >= logits[end] else end
+
+    def _next_latents(
+        self, name: str, rows: torch.LongTensor, guided: torch.Tensor, free: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(len(rows), latent_size), of rows that are within a medium of this modality; they are remembered there."""
+        writer, writing = self.writers[name], self.writing
+        places = torch.tensor([len(self.rows[row].latents) for row in rows.tolist()], device=self.device)
+        noise = torch.stack([self.rows[row].noise[len(self.rows[row].latents)] for row in rows.tolist()])
+        guidance = without = None
+        if free is not None:
+            scale = writing.of("guidance_scale", writer)
+            guidance = torch.full_like(places, scale, dtype=torch.float)
+            if writer.config.guidance_schedule == "linear":
+                guidance = 1 + (scale - 1) * places / max(writer.num_places - 1, 1)
+            without = writer.condition(free[rows], places)
+        latents = writer.head.sample(
+            writer.condition(guided[rows], places),
+            noise.to(self.device) * writing.of("flow_temperature", writer) ** 0.5,
+            writing.of("num_flow_steps", writer),
+            writer.config.flow_shift,
+            guidance,
+            without,
+        )
+        latents = writer.codec.project(latents)
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"the {name} head gave latents that are NaN or infinite; is the checkpoint sound?")
+        for row, latent in zip(rows.tolist(), latents, strict=True):
+            self.rows[row].latents.append(latent)
+            self._show(row, is_complete=False)
+        return latents
+
+    def _settle(self, ids: torch.LongTensor) -> None:
+        """Moves each row on by its new token."""
+        starts = {self._id(f"{name}_start"): name for name in self.names}
+        ends = {self._id(f"{name}_end") for name in self.names}
+        texts_end = self._texts_end()
+        for number, (row, token) in enumerate(zip(self.rows, ids.tolist(), strict=True)):
+            if row.is_done:
+                continue
+            if token in starts and row.modality is None:
+                self._open(row, starts[token])
+            elif token in ends and row.modality is not None:
+                self._close(number, row)
+            elif row.modality is None:
+                if not (row.segments and row.segments[-1][0] == "text"):
+                    row.segments.append(("text", []))
+                row.segments[-1][1].append(token)
+                row.is_done = bool(texts_end[number])
+
+    def _texts_end(self) -> torch.Tensor:
+        """(rows,) of bool: what the stopping criteria say."""
+        return self.stopping_criteria(self.ids, None)
+
+    def _open(self, row: Row, name: str) -> None:
+        writer = self.writers[name]
+        generator = keyed_generator("sample", name, row.seed, row.num_media)
+        row.modality, row.latents = name, []
+        row.noise = torch.randn(writer.num_places, writer.codec.latent_size, generator=generator)
+
+    def _close(self, number: int, row: Row) -> None:
+        self._show(number, is_complete=True)
+        self.finished[row.modality][number].append(torch.stack(row.latents))
+        row.segments.append((row.modality, len(self.finished[row.modality][number]) - 1))
+        row.modality, row.num_media = None, row.num_media + 1
+        row.is_done = self.writing.mode in WRITTEN
+
+    def _show(self, number: int, is_complete: bool) -> None:
+        """Hands a chunk to the caller who wants to see it."""
+        row = self.rows[number]
+        if self.writing.on_chunk is None or (len(row.latents) % self.writing.chunk_size and not is_complete):
+            return
+        medium = self.writers[row.modality].codec.decode_partly(torch.stack(row.latents))
+        self.writing.on_chunk(MediaChunk(number, row.modality, medium, is_complete))
+
+    def is_done(self) -> bool:
+        """Whether no row goes on. A medium that was begun is always completed, so room was looked for before."""
+        return all(row.is_done for row in self.rows) or self.ids.shape[1] >= self.generation_config.max_length
+
+    # ---------------------------------------------------------------------------------------------------- what came out
+
+    def output(self) -> MediaGenerateOutput:
+        """All of it, media decoded."""
+        images, audio, latents = [], [], {name: [] for name in self.names}
+        media = {"image": images, "audio": audio}
+        for number, row in enumerate(self.rows):
+            segments = []
+            for name, value in row.segments:
+                if name in media:
+                    found = self.finished[name][number][value]
+                    latents[name].append(found)
+                    media[name].append(self.writers[name].codec.decode(found))
+                    value = len(media[name]) - 1
+                segments.append((name, value))
+            row.segments = segments
+        steps = None
+        if self.exit_steps:
+            steps = torch.stack(self.exit_steps, dim=1)[:, : self.ids.shape[1] - self.prompt_length]
+        return MediaGenerateOutput(
+            sequences=self.ids,
+            images=images if "image" in self.names else None,
+            audio=audio if "audio" in self.names else None,
+            sampling_rate=self.writers["audio"].config.sampling_rate if "audio" in self.names else None,
+            segments=[row.segments for row in self.rows],
+            latents=latents,
+            past_key_values=self.cache,
+            exit_steps=steps,
+        )
+
+    def _id(self, name: str) -> int:
+        return getattr(self.config, f"{name}_token_id")
+
+    def _pad(self) -> int:
+        pad = self.generation_config.pad_token_id
+        return self.model.text_config.pad_token_id or 0 if pad is None else pad

@@ -1,0 +1,390 @@
+"""Media that are written: nothing sees what it is to predict, what is written step by step is what training computes,
+and a row in a batch is the row alone.
+"""
+
+from copy import deepcopy
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from model import RecurrentCache
+from model.recurrence import keyed_generator
+from model.writers import disturb
+from tests.tiny_writing import (
+    ASSISTANT,
+    AUDIO_END,
+    AUDIO_START,
+    BEGIN,
+    END,
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    NULL,
+    NUM_PATCHES,
+    USER,
+    WRITTEN_AUDIO,
+    WRITTEN_IMAGE,
+    tiny_writer,
+    writing_batch,
+)
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+STEPS = 3
+
+
+@pytest.fixture
+def model():
+    return tiny_writer(scale=1.5)
+
+
+class Script(LogitsProcessor):
+    """Makes rows write given tokens, by their number in the batch and how many places are there already."""
+
+    def __init__(self, prompt_length: int, *scripts: dict[int, int]):
+        self.prompt_length, self.scripts = prompt_length, scripts
+
+    def __call__(self, input_ids, scores):
+        for row, script in enumerate(self.scripts):
+            token = script.get(input_ids.shape[1] - self.prompt_length)
+            if token is not None:
+                scores[row] = -torch.inf
+                scores[row, token] = 0
+        return scores
+
+
+# --------------------------------------------------------------------------------------------------------- 5: no leaks
+
+
+@pytest.mark.parametrize("name", ["image", "audio"])
+def test_no_loss_sees_its_target_or_what_follows(model, name):
+    """The prediction of latent i changes with latent j, as it is read, for j < i and for no other."""
+    batch = writing_batch()
+    written = model.model(**{key: it for key, it in batch.items() if key != "labels"}, num_steps=STEPS).written
+    found = written.latents[name]
+    found.latents = found.latents.clone().requires_grad_()
+    embeds = model.model.embed(batch["input_ids"], {"pixel_values": batch["pixel_values"]}).detach()
+    hidden = model.model(
+        inputs_embeds=model.model.embed_written(embeds, written),
+        attention_mask=batch["attention_mask"],
+        num_steps=STEPS,
+    ).last_hidden_state
+    writer = model.model.writers[name]
+    conditions = writer.condition(hidden[found.rows, found.columns - 1], found.places)
+    for number in range(len(conditions)):
+        (gradient,) = torch.autograd.grad(conditions[number].sum(), found.latents, retain_graph=True)
+        sees = gradient.abs().amax(dim=1) > 0
+        before = (found.rows == found.rows[number]) & (found.columns < found.columns[number])
+        assert sees.tolist() == before.tolist()
+
+
+def test_no_token_sees_latents_that_follow(model):
+    """The logits of row 0 up to its image are those of a row without it; behind it they are not."""
+    batch = writing_batch()
+    del batch["labels"]
+    start = batch["input_ids"][0].tolist().index(WRITTEN_IMAGE)
+    with torch.no_grad():
+        logits = model(**batch, num_steps=STEPS).logits[0]
+        other = model(**{**batch, "image_targets": batch["image_targets"].flip(2)}, num_steps=STEPS).logits[0]
+    torch.testing.assert_close(logits[:start], other[:start], atol=0, rtol=0)
+    assert (logits[start:] - other[start:]).abs().amax(dim=-1).min() > 1e-4
+
+
+def test_the_loss_is_its_formula(model):
+    """By hand, from the hidden states before each latent, with draws from the same keys; and that of the tokens."""
+    batch = writing_batch()
+    seeds = torch.tensor([3, 4, 5])
+    with torch.no_grad():
+        outputs = model(**batch, num_steps=STEPS, flow_seeds=seeds)
+        hidden = model.model(
+            **{key: it for key, it in batch.items() if key != "labels"}, num_steps=STEPS
+        ).last_hidden_state
+        logits = model.lm_head(hidden)
+    targets = batch["labels"][:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+    image = model.model.writers["image"]
+    patches = (
+        batch["image_targets"].unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, NUM_PATCHES, -1)
+    )
+    losses = []
+    for row in (0, 1):
+        generator = keyed_generator("flow", "image", int(seeds[row]))
+        noise, times = (
+            torch.randn(NUM_PATCHES, 1, 48, generator=generator)[:, 0],
+            torch.randn(NUM_PATCHES, 1, generator=generator).sigmoid(),
+        )
+        start = batch["input_ids"][row].tolist().index(WRITTEN_IMAGE)
+        condition = image.head.condition(hidden[row, start - 1 : start - 1 + NUM_PATCHES], torch.arange(NUM_PATCHES))
+        clean = 2 * patches[row]
+        velocity = image.head(noise * (1 - times) + clean * times, times[:, 0], condition)
+        losses.append((velocity - (clean - noise)).square().mean(-1))
+    total, count = outputs.written_losses["image"]
+    assert count == 2 * NUM_PATCHES
+    torch.testing.assert_close(total, torch.cat(losses).sum(), **CLOSE)
+    audio, clips = outputs.written_losses["audio"]
+    torch.testing.assert_close(outputs.loss, expected + total / count + audio / clips, **CLOSE)
+
+
+def test_weights_and_counts_of_the_trainer_scale_the_loss(model):
+    """Of images at weight 3, divided by 16 in place of 8."""
+    batch = writing_batch()
+    with torch.no_grad():
+        plain = model(**batch, num_steps=STEPS)
+        model.model.writers["image"].config.loss_weight = 3.0
+        scaled = model(**batch, num_steps=STEPS, num_written_in_batch={"image": 16})
+    image = plain.written_losses["image"][0]
+    torch.testing.assert_close(scaled.loss - plain.loss, image * 3 / 16 - image / 8, **CLOSE)
+
+
+def test_latents_that_are_read_back_are_noisy_in_training_alone(model):
+    batch = writing_batch()
+    inputs = {key: it for key, it in batch.items() if key != "labels"}
+    clean = model.model(**inputs).written
+    noisy = disturb(model.model.writers["image"], clean.latents["image"], torch.tensor([1, 2, 3]))
+    spread = (noisy - clean.latents["image"].latents).std(dim=1)
+    assert spread.min() > 0 and spread.max() < 0.45
+    first = model.model(**inputs, flow_seeds=torch.tensor([1, 2, 3])).last_hidden_state
+    assert torch.equal(first, model.model(**inputs, flow_seeds=torch.tensor([4, 5, 6])).last_hidden_state)
+    model.train()
+    first = model.model(**inputs, flow_seeds=torch.tensor([1, 2, 3]), num_steps=2).last_hidden_state
+    other = model.model(**inputs, flow_seeds=torch.tensor([4, 2, 3]), num_steps=2).last_hidden_state
+    assert not torch.equal(first[0], other[0]) and torch.equal(first[1:], other[1:])
+
+
+def test_every_weight_gets_a_gradient_whatever_the_batch_holds(model):
+    """Zero without media, but there: ranks wait for each other's."""
+    model.train()
+    model(**writing_batch(), num_steps=2).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.model.writers.parameters())
+    model.zero_grad()
+    ids = torch.tensor([[BEGIN, USER, 26, ASSISTANT, 27, END]])
+    model(input_ids=ids, labels=ids, num_steps=2).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad.abs().sum() == 0 for parameter in model.model.writers.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- step by step = training
+
+
+def prompts(*rows: list[int]) -> dict[str, torch.Tensor]:
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+TEXT_PROMPT = [BEGIN, USER, 23, 24, 25, ASSISTANT]
+IMAGE_PROMPT = [BEGIN, USER, IMAGE_START, *[IMAGE] * 4, IMAGE_END, 21, ASSISTANT]
+PIXELS = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def targets_of(outputs, model) -> dict[str, torch.Tensor]:
+    """What was written, as targets: the inverse of the codecs' patches, in other words."""
+    targets = {}
+    if outputs.latents.get("image"):
+        grids = torch.stack(outputs.latents["image"]).view(-1, 2, 2, 3, 4, 4) / 2
+        targets["image_targets"] = grids.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, 8, 8)
+    if outputs.latents.get("audio"):
+        clips = [it.view(len(it), 8, 2).permute(1, 0, 2).reshape(8, -1) for it in outputs.latents["audio"]]
+        longest = max(clip.shape[1] for clip in clips)
+        targets["audio_targets"] = torch.stack(
+            [torch.nn.functional.pad(it, (0, longest - it.shape[1])) for it in clips]
+        )
+        mask = torch.tensor([[frame < clip.shape[1] for frame in range(longest)] for clip in clips])
+        targets["audio_targets_mask"] = mask.long()
+    return targets
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5], ids=["no guidance", "guidance"])
+@pytest.mark.parametrize("name", ["image", "audio"])
+def test_step_by_step_is_one_pass(model, name, scale):
+    """The latents that `generate` wrote one by one are those that the hidden states of one pass over all of them make
+    of the same noise.
+    """
+    inputs = prompts(IMAGE_PROMPT)
+    outputs = model.generate(
+        **inputs, pixel_values=PIXELS, generation_mode=name, guidance_scale=scale, flow_seeds=[7], num_steps=STEPS
+    )
+    latents = outputs.latents[name][0]
+    writer = model.model.writers[name]
+    bare = torch.where(inputs["input_ids"] == 21, NULL, inputs["input_ids"])
+    hidden = []
+    for prompt in (inputs["input_ids"], bare):
+        ids = torch.cat((prompt, outputs.sequences[:, prompt.shape[1] :]), dim=1)
+        with torch.no_grad():
+            passed = model.model(input_ids=ids, pixel_values=PIXELS, num_steps=STEPS, **targets_of(outputs, model))
+        found = passed.written.latents[name]
+        hidden.append(passed.last_hidden_state[found.rows, found.columns - 1])
+    places = torch.arange(len(latents))
+    noise = torch.randn(writer.num_places, latents.shape[1], generator=keyed_generator("sample", name, 7, 0))
+    with torch.no_grad():
+        expected = writer.head.sample(
+            writer.condition(hidden[0], places),
+            noise[: len(latents)],
+            num_steps=3,
+            guidance=torch.full((len(latents),), scale),
+            without=writer.condition(hidden[1], places),
+        )
+    torch.testing.assert_close(latents, writer.codec.project(expected), **CLOSE)
+
+
+def test_rows_of_a_batch_are_the_rows_alone(model):
+    """Free interleaving: an image, text, a sound; text, then a sound; an image at once. Depths by modality."""
+    rows = [TEXT_PROMPT, IMAGE_PROMPT, [*TEXT_PROMPT[:3], ASSISTANT]]
+    scripts = [
+        {0: IMAGE_START, 6: 20, 7: AUDIO_START},
+        {0: 21, 1: 22, 2: AUDIO_START},
+        {0: IMAGE_START, 6: END},
+    ]
+    options = {
+        "generation_mode": "any",
+        "max_new_tokens": 24,
+        "num_steps": {"text": 2, "image": 4, "audio": 3},
+        "guidance_scale": 1.5,
+        "do_sample": False,
+    }
+    inputs = prompts(*rows)
+    together = model.generate(
+        **inputs,
+        pixel_values=PIXELS,
+        flow_seeds=[1, 2, 3],
+        logits_processor=LogitsProcessorList([Script(inputs["input_ids"].shape[1], *scripts)]),
+        **options,
+    )
+    images, audio = iter(together.images), iter(together.audio)
+    latents = {name: iter(parts) for name, parts in together.latents.items()}
+    for number, (row, script) in enumerate(zip(rows, scripts, strict=True)):
+        alone = model.generate(
+            **prompts(row),
+            **({"pixel_values": PIXELS} if IMAGE in row else {}),
+            flow_seeds=[number + 1],
+            logits_processor=LogitsProcessorList([Script(len(row), script)]),
+            **options,
+        )
+        written = together.sequences[number, inputs["input_ids"].shape[1] :].tolist()
+        expected = alone.sequences[0, len(row) :].tolist()
+        assert written[: len(expected)] == expected
+        assert [kind for kind, _ in alone.segments[0]] == [kind for kind, _ in together.segments[number]]
+        assert [it for kind, it in alone.segments[0] if kind == "text"] == [
+            it for kind, it in together.segments[number] if kind == "text"
+        ]
+        for name, parts in alone.latents.items():
+            for part in parts:
+                torch.testing.assert_close(part, next(latents[name]), **CLOSE)
+        for image in alone.images:
+            assert abs(torch.tensor(list(image.tobytes())) - torch.tensor(list(next(images).tobytes()))).max() <= 1
+        for clip in alone.audio:
+            assert clip.shape == next(audio).shape
+        steps = together.exit_steps[number, : len(expected)].tolist()
+        of_places = {WRITTEN_IMAGE: 4, IMAGE_END: 4, WRITTEN_AUDIO: 3, AUDIO_END: 3}
+        assert steps == [of_places.get(token, 2) for token in expected]
+
+
+def test_what_was_written_is_read_from_the_cache(model):
+    """The text behind an image depends on the image, and equals that of a pass over prompt, image and text."""
+    inputs = prompts(TEXT_PROMPT)
+    script = Script(len(TEXT_PROMPT), {0: IMAGE_START})
+    outputs = model.generate(
+        **inputs,
+        generation_mode="any",
+        guidance_scale=1,
+        max_new_tokens=12,
+        flow_seeds=[1],
+        num_steps=STEPS,
+        logits_processor=LogitsProcessorList([script]),
+    )
+    with torch.no_grad():
+        passed = model(input_ids=outputs.sequences[:, :-1], num_steps=STEPS, **targets_of(outputs, model))
+    start = len(TEXT_PROMPT) + NUM_PATCHES + 2
+    forbidden = [WRITTEN_IMAGE, WRITTEN_AUDIO, IMAGE, 10, IMAGE_END, AUDIO_END, NULL, AUDIO_START, IMAGE_START]
+    logits = passed.logits[0, start - 1 :].clone()
+    logits[:, forbidden] = -torch.inf
+    assert logits.argmax(-1).tolist()[:1] == outputs.sequences[0, start : start + 1].tolist()
+
+
+def test_chunks_show_what_is_there(model):
+    chunks = []
+    outputs = model.generate(
+        **prompts(TEXT_PROMPT), generation_mode="image", guidance_scale=1, flow_seeds=[1], on_chunk=chunks.append
+    )
+    assert [chunk.is_complete for chunk in chunks] == [True]
+    assert chunks[0].medium.tobytes() == outputs.images[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generation_mode": "video"}, "generation_mode 'video' is unknown"),
+        ({"generation_mode": "image", "guidance_scale": -1.0}, "guidance_scale is -1.0; give at least 0"),
+        ({"generation_mode": "image", "num_flow_steps": 0}, "num_flow_steps is 0; give at least 1"),
+        ({"generation_mode": "image", "flow_temperature": -0.5}, "flow_temperature is -0.5"),
+        ({"generation_mode": "any", "num_steps": {"video": 3}}, "num_steps names 'video'"),
+        ({"generation_mode": "image", "flow_seeds": [1, 2]}, "flow_seeds has 2 seeds for 1 rows"),
+        ({"generation_mode": "text", "num_flow_steps": 4}, "num_flow_steps has no effect"),
+    ],
+)
+def test_options_out_of_range_are_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**prompts(TEXT_PROMPT), **options)
+
+
+def test_a_model_without_a_head_for_it_says_what_it_writes(model):
+    del model.model.writers["audio"]
+    with pytest.raises(ValueError, match=r"'audio' needs a flow head .* it writes text, image"):
+        model.generate(**prompts(TEXT_PROMPT), generation_mode="audio")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: batch.pop("image_targets"), "there are 8 places for a written image, but no image_targets"),
+        (lambda batch: batch.update(image_targets=batch["image_targets"][:1]), "a written image"),
+        (lambda batch: batch.update(image_targets=torch.zeros(2, 3, 12, 12)), r"expected \(images, 3, 8, 8\)"),
+        (lambda batch: batch["image_targets"].fill_(torch.nan), "NaN or infinite"),
+        (lambda batch: batch.update(audio_targets=torch.zeros(1, 8, 5)), "a multiple of 2 frames"),
+    ],
+    ids=["missing", "fewer", "size", "nan", "frames"],
+)
+def test_targets_that_do_not_fit_are_refused(model, change, message):
+    batch = writing_batch()
+    change(batch)
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+
+
+# --------------------------------------------------------------------------------------------------------------- exits
+
+
+def test_a_place_that_exits_is_the_place_with_that_many_steps(model):
+    """Of each medium's places the velocities at every depth, by a pass of its own; the first that changed less than the
+    threshold is where it has stopped. Depths differ from place to place, so the cache holds them all.
+    """
+    inputs = prompts(TEXT_PROMPT)
+    options = {"generation_mode": "image", "guidance_scale": 1, "flow_seeds": [3], "num_steps": 8}
+    exits = {"exit_criterion": "kl_divergence", "velocity_threshold": 0.15}
+    outputs = model.generate(**inputs, **options, **exits)
+    steps = outputs.exit_steps[0].tolist()
+    assert len(set(steps[1:-1])) > 1 and max(steps[1:-1]) <= 8
+    writer = model.model.writers["image"]
+    noise = torch.randn(writer.num_places, 48, generator=keyed_generator("sample", "image", 3, 0))
+    cache = RecurrentCache(model.text_config)
+    ids = outputs.sequences[:, :-1]
+    embeds = model.model.embed_tokens(ids).detach()
+    embeds[0, len(TEXT_PROMPT) + 1 :] = writer.embed(outputs.latents["image"][0])
+    with torch.no_grad():
+        model.model(inputs_embeds=embeds[:, : len(TEXT_PROMPT)], past_key_values=cache, num_steps=8, use_cache=True)
+        for place in range(NUM_PATCHES):
+            position, velocities = len(TEXT_PROMPT) + place, []
+            for depth in range(1, 9):
+                copy = deepcopy(cache)
+                part = embeds[:, position : position + 1]
+                hidden = model.model(inputs_embeds=part, past_key_values=copy, num_steps=depth, use_cache=True)
+                condition = writer.condition(hidden.last_hidden_state[:, -1], torch.tensor([place]))
+                velocities.append(writer.head.velocity(noise[place : place + 1], torch.zeros(1), condition))
+                if depth == steps[place + 1]:
+                    kept = copy
+            changes = [((now - then).norm() / now.norm()).item() for then, now in pairwise(velocities)]
+            first = next((number for number, change in enumerate(changes, start=2) if change < 0.15), 8)
+            assert first == steps[place + 1]
+            cache = kept
