@@ -64,6 +64,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         parameter_groups: Parameters that learn at a rate of their own, or later than the rest.
         muon_learning_rate: At least 0. Muon then trains the matrices inside the layers, at this rate; the rest is
             trained by `optim` at `learning_rate`.
+        ema_decay: At least 0, below 1. The run then leaves the exponential moving average of its weights behind.
     """
 
     report_to: str | list[str] | None = "tensorboard"
@@ -108,6 +109,14 @@ class RecurrentTrainingArguments(TrainingArguments):
         },
     )
 
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Where given, what the run leaves behind is the exponential moving average of its weights: 0.995 "
+            "to 0.999 for short runs, 0.9999 for long ones. Not with DeepSpeed or FSDP."
+        },
+    )
+
     def __post_init__(self) -> None:
         self._check_ranges()
         # The trainer compiles the units of the model; transformers would compile the whole model, whose loop varies in
@@ -138,6 +147,8 @@ class RecurrentTrainingArguments(TrainingArguments):
             value, choices = getattr(self, item.name), item.metadata.get("choices")
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{item.name} is {value!r}; give one of {', '.join(choices)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; give a number from 0 to below 1")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
         if not -1 <= self.token_correlation_alarm <= 1:

@@ -3,6 +3,7 @@ depth is used.
 """
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 
 from .arguments import RecurrentTrainingArguments
+from .averaging import WeightAverage
 from .modalities import ModalityLosses
 from .muon import MuonBeside, matrices_of
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
 from .resuming import check_weights
 from .sampling import LengthSampler
+from .written import WrittenLosses, flow_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,9 @@ class RecurrentTrainer(Trainer):
     global step, row in the global batch), so that all ranks run the same number of steps (ZeRO-3 gathers weights in
     each of them and would wait forever otherwise), a resumed run repeats the uninterrupted one, and the spread of a
     batch over ranks and micro-batches does not matter.
+
+    Where the model writes media (its config has written_NAME_token_id), their losses are means over all latents of an
+    accumulation window, on all ranks, and their noise is drawn from the same keys as the states.
 
     A batch may say in `modality_ids`, (batch, sequence), what the document of each label contains: a number of one of
     the `modalities`. Its losses are then logged by modality, and weighted, if the arguments say so.
@@ -63,8 +69,12 @@ class RecurrentTrainer(Trainer):
         self.text_config = self.model.config.get_text_config()
         self.is_recurrent = self.text_config.num_core_layers > 0
         self.last_num_steps: tuple[int, int] | None = None
+        self.written = WrittenLosses(self.model.config)
         self._position = (-1, -1)  # (global step, micro-batch within it) of the forward pass in progress
         self._metrics: dict[str, list[float]] = defaultdict(list)
+        self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
+        if self.average is not None:
+            self.add_callback(self.average)
         if any(group.freeze_steps for group in self.args.parameter_groups):
             self.add_callback(FreezeStepsCallback())
 
@@ -79,6 +89,11 @@ class RecurrentTrainer(Trainer):
                 f"training.muon_learning_rate is {self.args.muon_learning_rate}, but Muon needs whole matrices, which "
                 "DeepSpeed and FSDP divide among ranks; set it to null, which leaves all weights to optim, or describe "
                 'DeepSpeed\'s own with "optimizer": {"type": "Muon"} in its file'
+            )
+        if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"training.ema_decay is {self.args.ema_decay}, but DeepSpeed and FSDP keep weights where an average of "
+                "them would have to be gathered; set it to null"
             )
         if self.args.compile_units:
             with naming("torch_compile_backend or torch_compile_mode"):
@@ -134,11 +149,15 @@ class RecurrentTrainer(Trainer):
         inputs["skip_logits"] = True
         if self.is_recurrent:
             inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
+        if self.written.token_ids:
+            inputs["flow_seeds"] = flow_seeds(self._keys(len(inputs["input_ids"])))
+            inputs["num_written_in_batch"] = self.written.num_in_window
         if modality_ids is not None and self.modalities.are_weighted:
             inputs["loss_weights"] = self.modalities.loss_weights(modality_ids)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if modality_ids is not None and self.modalities.are_many:
             self.modalities.add(outputs["token_losses"], inputs["labels"], modality_ids)
+        self.written.add(outputs.get("written_losses") or {})
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -148,6 +167,8 @@ class RecurrentTrainer(Trainer):
             self._metrics.clear()
             if self.modalities.are_many:
                 logs |= self.modalities.flush(lambda sums: self.accelerator.reduce(sums, "sum"))
+            if self.written.token_ids:
+                logs |= self.written.flush(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum"))
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- rows and windows
@@ -163,6 +184,9 @@ class RecurrentTrainer(Trainer):
             num_items = sum(self.modalities.sum_of_weights(batch) for batch in batches).to(device)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, "sum")
+        if self.written.token_ids and batches:
+            share = self.args.average_tokens_across_devices
+            self.written.count(batches, lambda it: self.accelerator.reduce(it.to(device), "sum") if share else it)
         return batches, num_items
 
     def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
@@ -198,17 +222,20 @@ class RecurrentTrainer(Trainer):
 
     def _draw_recurrence(self, batch: int, sequence: int) -> dict[str, Any]:
         """`num_steps` and `initial_state` of the current micro-batch."""
-        step, micro_batch = self._position
-        config, seed = self.text_config, self.args.seed
-        self.last_num_steps = self.sample_depth(config.recurrence, seed, step, micro_batch)
+        config = self.text_config
+        self.last_num_steps = self.sample_depth(config.recurrence, self.args.seed, *self._position)
         self._metrics["steps_without_gradient"].append(self.last_num_steps[0])
         self._metrics["steps_with_gradient"].append(self.last_num_steps[1])
-        # The order in which accelerate deals out batches: the ranks' batches side by side, micro-batch after
-        # micro-batch.
-        first = (micro_batch * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size
-        keys = [(seed, step, first + row) for row in range(batch)]
-        states = self.draw_states(config, sequence, keys, self.args.device)
+        states = self.draw_states(config, sequence, self._keys(batch), self.args.device)
         return {"num_steps": self.last_num_steps, "initial_state": states}
+
+    def _keys(self, batch: int) -> list[tuple[int, int, int]]:
+        """(seed, global step, row in the global batch) of each row of the current micro-batch, in the order in which
+        accelerate deals out batches: those of the ranks side by side, micro-batch after micro-batch.
+        """
+        step, micro_batch = self._position
+        first = (micro_batch * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size
+        return [(self.args.seed, step, first + row) for row in range(batch)]
 
     # ------------------------------------------------------------------------------------------------- is depth in use?
 
@@ -255,9 +282,17 @@ class RecurrentTrainer(Trainer):
                 *(step, values["token_correlation"], self.args.token_correlation_alarm),
             )
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Also the average of the weights, before the files that make a checkpoint complete."""
+        if self.average is not None and self.args.should_save:
+            self.average.save(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
         check_weights(resume_from_checkpoint, model or self.model)
+        if self.average is not None:
+            self.average.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
