@@ -71,6 +71,24 @@ def row_limit(text: str) -> int:
     return whole_number(text, 1, "give the number of rows per source, 1 or more, or leave --limit out for all.")
 
 
+def media_count(text: str) -> int:
+    """Argument type of --count."""
+    return whole_number(text, 1, "give the number of images or sounds, 1 or more.")
+
+
+def flow_steps(text: str) -> int:
+    """Argument type of --num-flow-steps."""
+    return whole_number(text, 1, "give the number of steps from noise to a latent, 1 or more.")
+
+
+def guidance(text: str) -> float:
+    """Argument type of --guidance-scale and --flow-temperature."""
+    value = number(text, "give a number, 0 or more.")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0: give a number, 0 or more.")
+    return value
+
+
 def temperature(text: str) -> float:
     """Argument type of --temperature."""
     value = number(text, "give a temperature above 0.")

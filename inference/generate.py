@@ -1,4 +1,6 @@
-"""Continue a text: `python -m inference.generate CHECKPOINT --prompt "Once upon" --num-steps 32`."""
+"""Continue a text: `python -m inference.generate CHECKPOINT --prompt "Once upon" --num-steps 32`; or write what it asks
+for: `python -m inference.generate CHECKPOINT --mode image --prompt "a small red circle" --out out.png`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -25,6 +28,7 @@ from model.exit_criteria import EXIT_CRITERIA
 from . import arguments
 from .devices import DTYPES, choose_device, device_report
 from .loading import load_model, tokenizer_of
+from .media_files import SUFFIXES, check_path, save_audio, save_images
 
 logger = logging.getLogger("inference.generate")  # __name__ is __main__ when run with -m
 
@@ -36,7 +40,7 @@ def build_parser() -> arguments.OneLineParser:
     parser = arguments.OneLineParser(
         prog="inference.generate",
         description="Continue a text with a trained model, or answer to images and sound; what it writes goes to "
-        "standard output.",
+        "standard output, and images and sound to files.",
     )
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
     parser.add_argument(
@@ -52,6 +56,22 @@ def build_parser() -> arguments.OneLineParser:
             default=[],
             help="file that the model reads before the prompt, which may be missing then; may be given several times",
         )
+    parser.add_argument("--mode", choices=["text", *SUFFIXES], default="text", help="what is written")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file of the image or sound; several images are a sheet, several sounds numbered files",
+    )
+    parser.add_argument("--count", type=arguments.media_count, default=1, help="how many images or sounds to write")
+    parser.add_argument(
+        "--guidance-scale",
+        type=arguments.guidance,
+        help="how much the prompt counts, 1: as it is; by default the model's",
+    )
+    parser.add_argument("--num-flow-steps", type=arguments.flow_steps, help="of a latent; default: the model's")
+    parser.add_argument(
+        "--flow-temperature", type=arguments.guidance, help="variance of a latent's noise; default: the model's"
+    )
     parser.add_argument(
         "--num-steps", type=arguments.core_steps, help="times the core is applied per token; default: the model's"
     )
@@ -98,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling = sampling_options(parser, args)
     if args.exit_threshold is not None and args.exit_criterion in (None, "none"):
         parser.error("--exit-threshold has no effect without --exit-criterion: name one, or leave it out.")
+    check_mode(parser, args)
     logger.info("%s", device_report())
     try:
         prompt = (args.prompt or "") if args.media else read_prompt(args.prompt)
@@ -105,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, processor = load_model(args.checkpoint, device, args.dtype and getattr(torch, args.dtype))
         tokenizer = tokenizer_of(processor)
         check_depth(model, args.num_steps)
+        if args.mode != "text":
+            write_media(model, processor, args, prompt)
+            return 0
         inputs = encode_question(processor, args.media, prompt) if args.media else encode_prompt(tokenizer, prompt)
         inputs = inputs.to(device, model.dtype)
         set_seed(args.seed)
@@ -127,6 +151,16 @@ def sampling_options(parser: arguments.OneLineParser, args: argparse.Namespace) 
         name = next(iter(given)).replace("_", "-")
         parser.error(f"--{name} has no effect with --greedy: leave one of the two out.")
     return {"do_sample": False}
+
+
+def check_mode(parser: arguments.OneLineParser, args: argparse.Namespace) -> None:
+    """Refuse options of media for text, and media without a file."""
+    of_media = ("out", "guidance_scale", "num_flow_steps", "flow_temperature")
+    given = next((name for name in of_media if getattr(args, name) is not None), None)
+    if args.mode == "text" and (given or args.count > 1):
+        parser.error(f"--{(given or 'count').replace('_', '-')} has no effect with --mode text: leave it out.")
+    if args.mode != "text" and args.out is None:
+        parser.error(f"--mode {args.mode} needs a file for what is written: name it with --out.")
 
 
 def read_prompt(given: str | None) -> str:
@@ -160,12 +194,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchFeatu
 
 
 def encode_question(
-    processor: PreTrainedTokenizerBase | ProcessorMixin, media: Sequence[tuple[str, str]], prompt: str
+    processor: PreTrainedTokenizerBase | ProcessorMixin, media: Sequence[tuple[str, str]], prompt: str, count: int = 1
 ) -> BatchFeature:
     """What the model takes for a user's message of media and a text, after which the assistant speaks.
 
     Args:
         media: (kind, path) each, in order.
+        count: How many rows of the same.
 
     Raises:
         ValueError: the model reads no media, or not of this kind, or one of them cannot be read.
@@ -176,12 +211,36 @@ def encode_question(
     if prompt:
         content.append({"type": "text", "text": prompt})
     return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
+        [[{"role": "user", "content": content}]] * count,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
     )
+
+
+def write_media(
+    model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin, args: argparse.Namespace, prompt: str
+) -> None:
+    """Write as many media as asked for, of the same prompt, and their paths to standard output.
+
+    Raises:
+        ValueError: the model does not write such media, or the file cannot be.
+    """
+    path = check_path(args.out, args.mode)
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(f"--mode {args.mode} was given, but this model writes text alone: leave it out.")
+    inputs = encode_question(processor, args.media, prompt, args.count).to(model.device, model.dtype)
+    names = ("guidance_scale", "num_flow_steps", "flow_temperature", "num_steps", "exit_criterion", "exit_threshold")
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
+    seeds = [args.seed + number for number in range(args.count)]
+    output = model.generate(**inputs, generation_mode=args.mode, flow_seeds=seeds, do_sample=False, **options)
+    paths = [path]
+    if args.mode == "image":
+        save_images(output.images, path)
+    else:
+        paths = save_audio(output.audio, output.sampling_rate, path)
+    sys.stdout.write("".join(f"{name}\n" for name in paths))
 
 
 def check_depth(model: PreTrainedModel, num_steps: int | None) -> None:
