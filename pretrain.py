@@ -8,26 +8,35 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from datasets import disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Trainer, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from callbacks import add_callbacks, size_table
-from configs import RunConfig, check_optimizer, check_output_dir, load_config, one_line_errors
+from callbacks import add_callbacks, add_codec_callbacks, size_table
+from configs import CODEC_CONFIGS, RunConfig, check_optimizer, check_output_dir, load_config, one_line_errors
 from dataset_loading import Collator, build_datasets, build_examples, build_tokenizer
+from dataset_loading.codec_data import build_codec_datasets
 from evaluation import METRICS, trainer_metrics
+from evaluation.reconstruction import PictureScores, SoundScores, mean_scores
 from inference.devices import device_report
 from inference.shutdown import end_process
 from model import (
-    MODALITIES,
     MegaTransformerConfig,
     MegaTransformerForCausalLM,
     MegaTransformerForConditionalGeneration,
+    MegaTransformerImageAutoencoder,
+    MegaTransformerImageAutoencoderConfig,
     MegaTransformerTextConfig,
+    MegaTransformerVocoder,
+    MegaTransformerVocoderConfig,
     build_processor,
+    codec_media,
     media_tokens,
+    modality_names,
+    set_token_ids,
 )
 from model.recurrence import draw_training_states, sample_depth
 from trainers import (
@@ -43,6 +52,8 @@ logger = logging.getLogger("pretrain")
 MODELS = {
     MegaTransformerTextConfig: MegaTransformerForCausalLM,
     MegaTransformerConfig: MegaTransformerForConditionalGeneration,
+    MegaTransformerImageAutoencoderConfig: MegaTransformerImageAutoencoder,
+    MegaTransformerVocoderConfig: MegaTransformerVocoder,
 }
 
 
@@ -72,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             resume_point = find_resume_point(run.training)
             if resume_point is not None:
                 check_optimizer(run, resume_point)
-            trainer = build_trainer(run, resume_point)
+            build = build_codec_trainer if isinstance(run.model, CODEC_CONFIGS) else build_trainer
+            trainer = build(run, resume_point)
         trainer.add_callback(ConfigWriter(run))
         train(trainer, resume_point)
     finally:
@@ -83,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe_run(run: RunConfig) -> str:
-    """What a run would need, from the shapes of its model: no weights, no data, no tokenizer.
+    """What a run would need, from the shapes of its model: no weights, no data, no tokenizer. Of codecs, which are
+    small, only their sizes.
 
     Raises:
         SystemExit: with code 2, for a number of GPUs that is none, and a pretrained encoder that cannot be found.
@@ -91,6 +104,8 @@ def describe_run(run: RunConfig) -> str:
     with one_line_errors():
         with torch.device("meta"):
             model = MODELS[type(run.model)](run.model)
+        if isinstance(run.model, CODEC_CONFIGS):
+            return f"{size_table(model)}\n"
         needs = describe_needs(model, run.training, sample_depth, run.data.block_size, run.data.packing)
     return f"{size_table(model)}\n\n{needs}\n"
 
@@ -157,10 +172,40 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
         processing_class=processor,
         sample_depth=sample_depth,
         draw_states=draw_training_states,
-        modalities=("text", *MODALITIES) if reads_media else ("text",),
+        modalities=modality_names() if reads_media else ("text",),
         **trainer_metrics(tokenizer),
     )
     add_callbacks(trainer, run.callbacks, processor, build_media_examples(run, processor))
+    return trainer
+
+
+def build_codec_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
+    """Media, model and trainer of a run that trains a codec, all checked, nothing written.
+
+    Raises:
+        ValueError: as `build_trainer`.
+    """
+    args, media = run.training, codec_media(run.model)
+    set_seed(args.seed)
+    with whole_weights(args):
+        model = MODELS[type(run.model)](run.model)
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    train_dataset, validation = build_codec_datasets(run.data, media, args.seed, batch_size)
+    score = PictureScores() if media.kind == "image" else SoundScores(media.sampling_rate, model.log_mel)
+    args.choose_best_metric([f"eval_{source}_{name}" for source in validation for name in ("loss", *score.names)])
+    if resume_point is not None:
+        check_weights(resume_point, model)
+    trainer = get_trainer_class(run.trainer)(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=validation,
+        data_collator=media.collate,
+        processing_class=media.processor,
+        score=score,
+        compute_metrics=partial(mean_scores, names=score.names),
+    )
+    add_codec_callbacks(trainer, run.callbacks)
     return trainer
 
 
@@ -174,9 +219,7 @@ def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast, with_backbon
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config.get_text_config(), name, getattr(tokenizer, name))
     if isinstance(config, MegaTransformerConfig):
-        for name, modality in MODALITIES.items():
-            if modality.token in tokenizer.get_vocab():
-                setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(modality.token))
+        set_token_ids(config, tokenizer)
     set_seed(run.training.seed)
     with whole_weights(run.training):
         model = MODELS[type(config)](config)

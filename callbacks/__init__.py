@@ -23,6 +23,7 @@ __all__ = [
     "SamplesConfig",
     "ThroughputConfig",
     "add_callbacks",
+    "add_codec_callbacks",
     "size_table",
 ]
 
@@ -72,4 +73,11 @@ def add_callbacks(
         trainer.add_callback(SamplesCallback(config.samples, tokenizer, reporter))
     if examples and config.media_samples.num_examples:
         trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, examples, reporter))
+    trainer.add_callback(NonFiniteCallback(config.non_finite))
+
+
+def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
+    """Of the callbacks those that a model without tokens has a use for."""
+    if config.model_size.enabled:
+        trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
     trainer.add_callback(NonFiniteCallback(config.non_finite))

@@ -64,7 +64,7 @@ def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
 
 
 def size_table(model: PreTrainedModel) -> str:
-    """The sizes as a Markdown table, with a line of sums.
+    """The sizes as a Markdown table, with a line of sums; of language models also how deep they are.
 
     "run" is how often a part runs for a token at the mean depth (those that read a medium: for a token of the medium);
     "executed" is run x parameters.
@@ -76,7 +76,8 @@ def size_table(model: PreTrainedModel) -> str:
             f"| {name} | {part.parameters:,} | {part.trainable:,} | {part.num_bytes / 1e6:.2f} | {part.passes} "
             f"| {part.passes * part.parameters:,} |"
         )
-    if model.config.tie_word_embeddings:
+    is_language_model = model.get_output_embeddings() is not None
+    if is_language_model and model.config.tie_word_embeddings:
         lines.append("| head | the embeddings | | | 1 | |")
     total = PartSize(
         parameters=sum(part.parameters for part in parts.values()),
@@ -85,8 +86,9 @@ def size_table(model: PreTrainedModel) -> str:
     )
     executed = sum(part.passes * part.parameters for part in parts.values())
     lines.append(f"| all | {total.parameters:,} | {total.trainable:,} | {total.num_bytes / 1e6:.2f} | | {executed:,} |")
-    config = model.config.get_text_config()
-    lines += ["", f"{config.num_hidden_layers} layers, {config.mean_executed_layers} executed at the mean depth"]
+    if is_language_model:
+        config = model.config.get_text_config()
+        lines += ["", f"{config.num_hidden_layers} layers, {config.mean_executed_layers} executed at the mean depth"]
     return "\n".join(lines)
 
 

@@ -30,14 +30,20 @@ from transformers import PreTrainedConfig
 
 from callbacks import CallbacksConfig
 from dataset_loading.configuration import DataConfig, TokenizerConfig
-from model import MegaTransformerConfig, MegaTransformerTextConfig
+from model import (
+    MegaTransformerConfig,
+    MegaTransformerImageAutoencoderConfig,
+    MegaTransformerTextConfig,
+    MegaTransformerVocoderConfig,
+)
 from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
+CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
 MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    cls.model_type: cls for cls in (MegaTransformerTextConfig, MegaTransformerConfig)
+    cls.model_type: cls for cls in (MegaTransformerTextConfig, MegaTransformerConfig, *CODEC_CONFIGS)
 }
 SECTIONS = {
     "tokenizer": TokenizerConfig,
@@ -48,8 +54,9 @@ SECTIONS = {
 # Not for YAML: what every Hugging Face config inherits, what tokenizer, backbone and launcher decide, and secrets.
 NOT_OPTIONS = {
     PreTrainedConfig: {item.name for item in dataclasses.fields(PreTrainedConfig)}
-    | {"pad_token_id", "bos_token_id", "eos_token_id", "image_token_id", "audio_token_id", "backbone_config"},
-    MegaTransformerConfig: {"tie_word_embeddings"},
+    | {"pad_token_id", "bos_token_id", "eos_token_id", "backbone_config", "codec_config", "vocoder_config"},
+    MegaTransformerConfig: {"tie_word_embeddings", "image_code_offset", "structure_token_ids"}
+    | {name for name in MegaTransformerConfig.__dataclass_fields__ if name.endswith("_token_id")},
     RecurrentTrainingArguments: {"local_rank", "parallelism_config", "hub_token"},
 }
 
@@ -427,7 +434,9 @@ def build_run(tree: dict[str, Any], skip: Sequence[str] = ()) -> RunConfig:
     """
     model = {name: value for name, value in tree["model"].items() if name != "model_type"}
     sections = {"model": build(MODEL_CONFIGS[tree["model"]["model_type"]], model, "model")}
-    check_positions(sections["model"], tree["data"]["block_size"])
+    check_trainer(sections["model"], tree["trainer"])
+    if not isinstance(sections["model"], CODEC_CONFIGS):
+        check_positions(sections["model"], tree["data"]["block_size"])
     is_dry_run = tree.get("dry_run", False)
     for name, cls in SECTIONS.items():
         values = dict(tree[name])
@@ -483,6 +492,13 @@ def check_deepspeed_file(path: Path) -> None:
         raise ValueError(f"training.deepspeed: {path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"training.deepspeed: {path} holds a {type(content).__name__}, not an object")
+
+
+def check_trainer(model: PreTrainedConfig, trainer: str) -> None:
+    """Codecs have a trainer of their own."""
+    fitting = "reconstruction" if isinstance(model, CODEC_CONFIGS) else "pretrain"
+    if trainer != fitting:
+        raise ValueError(f"trainer: {trainer!r} trains no {model.model_type}; set trainer: {fitting}")
 
 
 def check_positions(model: PreTrainedConfig, block_size: int) -> None:

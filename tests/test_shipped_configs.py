@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from configs import RunConfig, load_config
-from model import MegaTransformerConfig
+from configs import CODEC_CONFIGS, RunConfig, load_config
+from model import MegaTransformerConfig, codec_media
 from pretrain import MODELS
 from tests.hub_encoders import local_encoders
 from trainers.parameter_groups import assign, freeze
@@ -35,7 +35,16 @@ def count(run: RunConfig) -> int:
     return sum(parameter.numel() for parameter in build(run).parameters())
 
 
-every_file = pytest.mark.parametrize("run", FILES, ids=lambda path: path.stem, indirect=True)
+def is_codec(path: Path) -> bool:
+    return "trainer: reconstruction" in path.read_text(encoding="utf-8")
+
+
+def each_of(files: list[Path]):
+    return pytest.mark.parametrize("run", files, ids=lambda path: path.stem, indirect=True)
+
+
+every_file = each_of([path for path in FILES if not is_codec(path)])
+every_codec = each_of([path for path in FILES if is_codec(path)])
 
 
 def one_file(name: str):
@@ -43,6 +52,7 @@ def one_file(name: str):
 
 
 def test_the_files_are_found():
+    assert {"image_autoencoder", "vocoder"} == {path.stem for path in FILES if is_codec(path)}
     names = {"recurrent_lm", "recurrent_lm_100m", "recurrent_lm_3b", "recurrent_vlm", "recurrent_vlm_base"}
     assert names <= {path.stem for path in FILES}
 
@@ -60,6 +70,17 @@ def test_its_parts_fit_together(run: RunConfig):
     assert run.data.block_size <= run.model.get_text_config().max_position_embeddings
     if run.tokenizer.path is None:
         assert run.tokenizer.vocab_size == run.model.get_text_config().vocab_size
+    assert run.training.max_steps > run.training.warmup_steps
+
+
+@every_codec
+def test_a_codec_can_be_built_and_fits_its_data(run: RunConfig):
+    """Small enough for two cores, and data of the kind that it takes."""
+    model = build(run)
+    assert isinstance(run.model, CODEC_CONFIGS) and count(run) < 5e6
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    kind = codec_media(run.model).kind
+    assert all(kind in source.media_columns.values() for source in run.data.train)
     assert run.training.max_steps > run.training.warmup_steps
 
 

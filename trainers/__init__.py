@@ -5,13 +5,14 @@ from .dry_run import describe_needs
 from .modalities import ModalityWeights
 from .parameter_groups import ParameterGroup
 from .planned_arguments import PlannedTrainingArguments
+from .reconstruction import ReconstructionTrainer
 from .recurrent import RecurrentTrainer
 from .resuming import check_weights, find_resume_point
 
-TRAINERS = {"pretrain": RecurrentTrainer}
+TRAINERS = {"pretrain": RecurrentTrainer, "reconstruction": ReconstructionTrainer}
 
 
-def get_trainer_class(name: str) -> type[RecurrentTrainer]:
+def get_trainer_class(name: str) -> type[RecurrentTrainer | ReconstructionTrainer]:
     """The trainer registered under `name`.
 
     Raises:
@@ -27,6 +28,7 @@ __all__ = [
     "ModalityWeights",
     "ParameterGroup",
     "PlannedTrainingArguments",
+    "ReconstructionTrainer",
     "RecurrentTrainer",
     "RecurrentTrainingArguments",
     "check_weights",
