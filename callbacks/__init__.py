@@ -14,6 +14,7 @@ from .non_finite import NonFiniteCallback, NonFiniteConfig
 from .reporting import Reporter
 from .samples import SamplesCallback, SamplesConfig
 from .throughput import ThroughputCallback, ThroughputConfig
+from .written_samples import WrittenSamplesCallback, WrittenSamplesConfig, is_written, kind_of
 
 __all__ = [
     "CallbacksConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "NonFiniteConfig",
     "SamplesConfig",
     "ThroughputConfig",
+    "WrittenSamplesConfig",
     "add_callbacks",
     "add_codec_callbacks",
     "size_table",
@@ -37,6 +39,9 @@ class CallbacksConfig:
 
     media_samples: MediaSamplesConfig = field(default_factory=MediaSamplesConfig)
     """Answers to fixed pictures and sounds, at several depths."""
+
+    written_samples: WrittenSamplesConfig = field(default_factory=WrittenSamplesConfig)
+    """Pictures and sound that are written for fixed prompts, at several depths."""
 
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
     """Tokens and core steps per second."""
@@ -61,7 +66,8 @@ def add_callbacks(
 
     Args:
         processor: that of the model, or its tokenizer, if it reads text alone.
-        examples: questions about media with their answers, by source; see `MediaSamplesCallback`.
+        examples: questions about media with their answers, by source, see `MediaSamplesCallback`; or prompts with media
+            as answers, see `WrittenSamplesCallback`.
     """
     reporter = Reporter(trainer)
     if config.throughput.enabled:
@@ -71,8 +77,11 @@ def add_callbacks(
     if config.samples.prompts:
         tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         trainer.add_callback(SamplesCallback(config.samples, tokenizer, reporter))
-    if examples and config.media_samples.num_examples:
-        trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, examples, reporter))
+    read, written = divide(examples or {})
+    if read and config.media_samples.num_examples:
+        trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, read, reporter))
+    if written and config.written_samples.num_examples:
+        trainer.add_callback(WrittenSamplesCallback(config.written_samples, processor, written, reporter))
     trainer.add_callback(NonFiniteCallback(config.non_finite))
 
 
@@ -81,3 +90,16 @@ def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
     if config.model_size.enabled:
         trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
     trainer.add_callback(NonFiniteCallback(config.non_finite))
+
+
+def divide(examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, list[Mapping[str, Any]]]]:
+    """The examples whose answer is text, by source; and those whose answer is a medium, by source and kind."""
+    read: dict[str, list[Mapping[str, Any]]] = {}
+    written: dict[str, list[Mapping[str, Any]]] = {}
+    for source, rows in examples.items():
+        for row in rows:
+            if is_written(row):
+                written.setdefault(f"{source}_{kind_of(row)}", []).append(row)
+            else:
+                read.setdefault(source, []).append(row)
+    return [read, written]

@@ -105,25 +105,29 @@ class MediaSamplesCallback(WritingCallback):
 
     def answer(self, model: PreTrainedModel, example: Example, depth: int | None) -> str:
         """By greedy decoding, special tokens left out. Examples go one by one: a few, and none is padded."""
-        media = self.processor.collate_media(example["media"])
-        inputs = {
+        inputs, tokenizer = inputs_of(example, model, self.processor, depth), self.processor.tokenizer
+        with aside(model):
+            output = model.generate(**inputs, max_new_tokens=self.config.max_new_tokens)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        return tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def inputs_of(example: Example, model: PreTrainedModel, processor: ProcessorMixin, depth: int | None) -> dict[str, Any]:
+    """Arguments of `generate`: a prompt and its media, the likeliest tokens, and the depth."""
+    media = processor.collate_media(example["media"])
+    ids = torch.tensor([example["prompt_ids"]], device=model.device)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "eos_token_id": processor.tokenizer.eos_token_id,
+        "pad_token_id": processor.tokenizer.pad_token_id,
+        **({} if depth is None else {"num_steps": depth}),
+        **{
             name: value.to(model.device, model.dtype if value.is_floating_point() else None)
             for name, value in media.items()
-        }
-        ids = torch.tensor([example["prompt_ids"]], device=model.device)
-        tokenizer = self.processor.tokenizer
-        with aside(model):
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=self.config.max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                **inputs,
-                **({} if depth is None else {"num_steps": depth}),
-            )
-        return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        },
+    }
 
 
 def spectrogram(features: torch.Tensor) -> torch.Tensor:

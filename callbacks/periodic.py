@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from .reporting import Reporter, ReportingCallback
 
 
-class WritingCallback(ReportingCallback):
+class PeriodicCallback(ReportingCallback):
     """Lets the model write every few steps and at the end.
 
     All ranks generate (under ZeRO-3 none has the whole model), with the same tokens; rank 0 writes. The random state of
@@ -37,6 +37,7 @@ class WritingCallback(ReportingCallback):
     ) -> None:
         """Write if this step is due."""
         if state.global_step % self.every_steps == 0:
+            self.last_step = state.global_step
             self.write_all(args, state, control, model)
 
     def on_train_end(
@@ -51,13 +52,21 @@ class WritingCallback(ReportingCallback):
         if state.global_step != self.last_step:
             self.write_all(args, state, control, model)
 
+    @abstractmethod
+    def write_all(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel
+    ) -> None:
+        """All that the model writes at this step, to where the run reports to."""
+
+
+class WritingCallback(PeriodicCallback):
+    """Lets the model write texts."""
+
     def write_all(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel
     ) -> None:
         """All texts of this step, where the run reports to."""
-        self.last_step = state.global_step
-        texts = self.texts(model, state)
-        self.reporter.write(args, state, control, texts)
+        self.reporter.write(args, state, control, self.texts(model, state))
 
     @abstractmethod
     def texts(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """Hands texts to the reporting callbacks of a trainer, without the console and without the log history.
+    """Hands texts and numbers to the reporting callbacks of a trainer, without the console and without the log history.
 
     Only rank 0 writes: the reporting callbacks see to that.
     """
@@ -22,9 +22,9 @@ class Reporter:
         self.handler = trainer.callback_handler
 
     def write(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, texts: Mapping[str, str]
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, texts: Mapping[str, str | float]
     ) -> None:
-        """Write each text under its name at the current step; TensorBoard shows `name` as train/name."""
+        """Write each text or number under its name at the current step; TensorBoard shows `name` as train/name."""
         kinds = tuple(get_reporting_integration_callbacks(args.report_to))
         for callback in self.handler.callbacks:
             if isinstance(callback, kinds):

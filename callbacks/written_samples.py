@@ -1,0 +1,223 @@
+"""Pictures and sound that the model writes during training, beside what they should be, at several depths."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, ProcessorMixin, TrainerControl, TrainerState, TrainingArguments
+
+from .media_samples import Example, inputs_of, spectrogram
+from .periodic import PeriodicCallback, aside, depths_of, verbatim
+from .reporting import Reporter
+
+logger = logging.getLogger(__name__)
+
+WRITTEN = "written_"
+"""How the modality of an example begins whose answer is a medium; its kind, "image" or "audio", follows."""
+_LINE = 2  # pixels between two cells of a grid
+_PARTS = 3  # of the places of a medium, in each of which the latents are watched
+
+
+@dataclass
+class WrittenSamplesConfig:
+    """Pictures and sound written for fixed prompts of the validation sources."""
+
+    num_examples: int = 4
+    """Prompts of each source, at least 0; 0: no samples."""
+
+    every_steps: int = 500
+    """Optimizer steps between samples, at least 1; there are some at the end as well."""
+
+    num_steps: list[int] = field(default_factory=lambda: [1, 4, 8])
+    """Core steps per place, each at least 1, one sample for each. A model without a core gives one sample."""
+
+    largest_drift: float = 2.0
+    """An alarm is logged where the latents of what is written are this many times larger or smaller than those of what
+    should be, in the first, the middle or the last third of their places; above 1.
+    """
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_examples", 0), ("every_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"written_samples.{name} is {getattr(self, name)}, must be at least {least}.")
+        if not self.num_steps or min(self.num_steps) < 1:
+            raise ValueError(
+                f"written_samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1."
+            )
+        if not self.largest_drift > 1:
+            raise ValueError(f"written_samples.largest_drift is {self.largest_drift}, must be above 1.")
+
+
+@dataclass
+class Sample:
+    """What was written for a prompt."""
+
+    medium: Any | None
+    """A PIL image, or (samples, rate); None: nothing."""
+    latents: torch.Tensor | None
+    """(places, latent size)."""
+
+
+class WrittenSamplesCallback(PeriodicCallback):
+    """Shows in TensorBoard a grid for each source, with a line for each prompt: the reference, and what is written at
+    each depth. Of sound it has spectrograms, and players beside it. The prompts are listed as text.
+
+    The root mean square of latents, divided by that of the references', is logged by depth and third of the places:
+    where it leaves 1, what is written drifts away from what was learned.
+
+    Args:
+        examples: by source and kind, each with `prompt_ids`, `media` and `targets` (tensors by kind), `modality`
+            ("written_image" or "written_audio"), `prompt`, `reference` (a PIL image, or (samples, rate)).
+    """
+
+    def __init__(
+        self,
+        config: WrittenSamplesConfig,
+        processor: ProcessorMixin,
+        examples: Mapping[str, Sequence[Example]],
+        reporter: Reporter,
+    ) -> None:
+        super().__init__(config.every_steps, reporter)
+        self.config = config
+        self.processor = processor
+        self.examples = {source: rows[: config.num_examples] for source, rows in examples.items()}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Let the references be heard."""
+        writer = self.reporter.summary_writer()
+        if writer is None:
+            return
+        for source, rows in self.examples.items():
+            for number, example in enumerate(rows):
+                self.add_player(writer, f"{source}_{number}/reference", example["reference"], state)
+
+    def write_all(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel
+    ) -> None:
+        """Media of all prompts and depths, and how large their latents are."""
+        depths = depths_of(model, self.config.num_steps)
+        for source, rows in self.examples.items():
+            seeded = list(enumerate(rows))
+            written = {depth: [self.write(model, row, depth, seed) for seed, row in seeded] for depth in depths}
+            report: dict[str, str | float] = {f"written_samples/{source}": prompts_of(rows)}
+            report |= dict(self.drifts(source, rows, written, model, state))
+            self.reporter.write(args, state, control, report)
+            self.show(source, rows, written, state)
+
+    def write(self, model: PreTrainedModel, example: Example, depth: int | None, seed: int) -> Sample:
+        """What the model writes for one prompt. They go one by one: a few, and none is padded."""
+        kind = kind_of(example)
+        with aside(model):
+            inputs = inputs_of(example, model, self.processor, depth)
+            output = model.generate(**inputs, generation_mode=kind, flow_seeds=[seed])
+        media = output.images if kind == "image" else output.audio
+        if not media:
+            return Sample(None, None)
+        medium = media[0] if kind == "image" else (media[0].float().cpu().numpy(), output.sampling_rate)
+        return Sample(medium, output.latents[kind][0])
+
+    # ------------------------------------------------------------------------------------------------------- the drift
+
+    def drifts(
+        self,
+        source: str,
+        rows: Sequence[Example],
+        written: Mapping[int | None, Sequence[Sample]],
+        model: PreTrainedModel,
+        state: TrainerState,
+    ) -> Iterator[tuple[str, float]]:
+        """How many times as large as those of the references latents are, by name; logs an alarm for too much."""
+        real = size_by_part([target_latents(row, model) for row in rows])
+        for depth, samples in written.items():
+            sizes = size_by_part([sample.latents for sample in samples if sample.latents is not None])
+            for part, size in sizes.items():
+                ratio, name = size / real[part], f"written_samples/{source}/latents_{part}_of_{_PARTS}"
+                yield name if depth is None else f"{name}_steps_{depth}", ratio
+                if not 1 / self.config.largest_drift < ratio < self.config.largest_drift:
+                    logger.warning(
+                        "step %d: what is written for %s at depth %s drifts: in part %d of %d of its places, the "
+                        "latents are %.2f times as large as those of the references",
+                        *(state.global_step, source, depth, part, _PARTS, ratio),
+                    )
+
+    # ------------------------------------------------------------------------------------------------------- what shows
+
+    def show(
+        self, source: str, rows: Sequence[Example], written: Mapping[int | None, Sequence[Sample]], state: TrainerState
+    ) -> None:
+        """The grid of a source, and players of its sounds."""
+        writer = self.reporter.summary_writer()
+        if writer is None:
+            return
+        lines = []
+        for number, row in enumerate(rows):
+            media = [row["reference"], *(samples[number].medium for samples in written.values())]
+            lines.append([self.cell(medium) for medium in media])
+        writer.add_image(f"train/written_samples/{source}", grid_of(lines), state.global_step, dataformats="HWC")
+        for depth, samples in written.items():
+            for number, sample in enumerate(samples):
+                label = "sound" if depth is None else f"steps_{depth}"
+                self.add_player(writer, f"{source}_{number}/{label}", sample.medium, state)
+        writer.flush()  # after the last step nobody else does
+
+    def cell(self, medium: Any | None) -> np.ndarray | None:
+        """(height, width, 3) of uint8: a picture, or the spectrogram of a recording, as the model learns them."""
+        if isinstance(medium, tuple):
+            levels = spectrogram(self.processor.kinds[f"{WRITTEN}audio"].preprocess(medium))[0]
+            return (levels * 255).round().byte().numpy()[..., None].repeat(3, axis=-1)
+        return None if medium is None else np.asarray(medium.convert("RGB"))
+
+    def add_player(self, writer: Any, name: str, medium: Any | None, state: TrainerState) -> None:
+        """A player, if the medium is a recording."""
+        if isinstance(medium, tuple):
+            samples, rate = medium
+            sound = torch.as_tensor(samples)[None].clamp(-1, 1)
+            writer.add_audio(f"train/written_samples/{name}", sound, state.global_step, rate)
+
+
+def is_written(example: Example) -> bool:
+    """Whether the answer is a medium."""
+    return example.get("modality", "text").startswith(WRITTEN)
+
+
+def kind_of(example: Example) -> str:
+    """That of the medium, "image" or "audio"."""
+    return example["modality"].removeprefix(WRITTEN)
+
+
+def prompts_of(rows: Sequence[Example]) -> str:
+    """The prompts, line by line as in the grid, as Markdown."""
+    return verbatim("\n".join(f"{number}: {row['prompt']}" for number, row in enumerate(rows)))
+
+
+def target_latents(example: Example, model: PreTrainedModel) -> torch.Tensor:
+    """(places, latent size) of what should be written."""
+    (target,) = example["targets"][example["modality"]]
+    codec = model.model.writers[kind_of(example)].codec
+    with torch.no_grad():
+        return codec.encode(target[None].to(model.device))[0]
+
+
+def size_by_part(media: Sequence[torch.Tensor]) -> dict[int, float]:
+    """The root mean square of latents in each part of their places, from 1 on, without parts that have none."""
+    parts = zip(*(latents.float().tensor_split(_PARTS) for latents in media), strict=True)
+    joined = {number: torch.cat(part) for number, part in enumerate(parts, start=1)}
+    return {number: part.square().mean().sqrt().item() for number, part in joined.items() if part.numel()}
+
+
+def grid_of(lines: Sequence[Sequence[np.ndarray | None]]) -> np.ndarray:
+    """Pictures of any sizes in lines and columns, on grey, (height, width, 3); a missing one is black."""
+    cells = [cell for line in lines for cell in line if cell is not None]
+    height, width = (max(cell.shape[axis] for cell in cells) for axis in (0, 1))
+    grid = np.full((len(lines) * (height + _LINE), len(lines[0]) * (width + _LINE), 3), 128, dtype=np.uint8)
+    for row, line in enumerate(lines):
+        for column, cell in enumerate(line):
+            top, left = row * (height + _LINE), column * (width + _LINE)
+            cell = np.zeros((height, width, 3), dtype=np.uint8) if cell is None else cell
+            grid[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
+    return grid[:-_LINE, :-_LINE]
