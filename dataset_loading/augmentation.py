@@ -5,7 +5,7 @@ texts of other languages switch off what could do harm.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,12 +74,24 @@ def may_change(change: str, text: str) -> bool:
 class Augmenter:
     """Changes media before and after they are preprocessed, and hides parts of texts.
 
+    Of what is written only the cut, the side, the volume and the start are changed: a model writes what it is shown.
+
     Args:
-        sampling_rate: of recordings; None: there are none.
+        sampling_rates: by kind of recordings.
     """
 
-    def __init__(self, config: AugmentationConfig, tokenizer: PreTrainedTokenizerFast, sampling_rate: int | None):
-        self.config, self.sampling_rate = config, sampling_rate
+    def __init__(
+        self, config: AugmentationConfig, tokenizer: PreTrainedTokenizerFast, sampling_rates: Mapping[str, int]
+    ):
+        self.config, self.sampling_rates = config, sampling_rates
+        self.of_images = {
+            "image": config.image,
+            "written_image": ImageAugmentationConfig(crop=config.image.crop, flip=config.image.flip),
+        }
+        self.of_recordings = {
+            "audio": config.audio,
+            "written_audio": AudioAugmentationConfig(volume=config.audio.volume, shift=config.audio.shift),
+        }
         self.text = TextNoise(config.text, tokenizer)
 
     @property
@@ -99,10 +111,10 @@ class Augmenter:
             text: of the conversation, which the change must not falsify.
         """
         with torch_seeded_by(rng):
-            if kind == "image":
-                return change_image(medium, text, self.config.image, rng)
-            if kind == "audio":
-                return change_audio(medium, self.sampling_rate, text, self.config.audio, rng)
+            if kind in self.of_images:
+                return change_image(medium, text, self.of_images[kind], rng)
+            if kind in self.of_recordings:
+                return change_audio(medium, self.sampling_rates[kind], text, self.of_recordings[kind], rng)
         return medium
 
     def mask(self, kind: str, tensor: torch.Tensor, text: str, rng: np.random.Generator) -> torch.Tensor:

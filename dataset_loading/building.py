@@ -1,9 +1,10 @@
 """From a config to the datasets of a run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from datasets import Dataset as HubDataset
 from datasets import IterableDataset
@@ -12,7 +13,9 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from .augmentation import Augmenter
 from .augmentation_options import AugmentationConfig
+from .condition_drop import ConditionDrop
 from .configuration import DataConfig, SourceConfig
+from .directions import MEDIA
 from .documents import tokenize_rows
 from .media_dataset import MediaDataset
 from .media_documents import MediaDocuments, read_documents
@@ -108,9 +111,13 @@ def build_examples(
     processor: PreTrainedTokenizerFast | ProcessorMixin,
     limit: int | None = None,
     seed: int = 0,
+    checks: Mapping[str, Callable[[str, Any], dict[str, bool]]] | None = None,
 ) -> Sequence[dict]:
     """Prompts and answers one by one, for checking answers: generated sources without a role are drawn from "test", and
     of a train source whose validation part is split off, only that is taken.
+
+    Args:
+        checks: by name of the generated task, functions that take a prompt and what was drawn or played for it.
 
     Returns:
         {"input_ids", "labels"} as lists of int, labels only on the answer (with its separator) and the end token;
@@ -132,7 +139,8 @@ def build_examples(
         rows = load_rows(source, "test", config, seed, builder.bad_rows, limit)
     rows = rows if limit is None else rows.take(min(limit, len(rows)))
     if source.is_media:
-        return MediaExamples(source, builder.read(replace(source, loss_on="answer"), rows), builder.reader)
+        documents = builder.read(replace(source, loss_on="answer"), rows)
+        return MediaExamples(source, documents, builder.reader, (checks or {}).get(source.task))
     documents = tokenize_rows(source, rows, builder.tokenizer, config.preprocessing_workers, loss_on="answer")
     examples = []
     for row, (tokens, loss_start) in zip(rows, documents, strict=True):
@@ -165,6 +173,7 @@ class _Builder:
         return MediaReader(self.processor)
 
     def read(self, source: SourceConfig, rows: HubDataset, augmenter: Augmenter | None = None) -> MediaDocuments:
+        _check_writers(source, self.reader)
         return read_documents(source, rows, self.reader, self.config, self.bad_rows, augmenter)
 
     def augmenter(self, role: str, source: SourceConfig) -> Augmenter | None:
@@ -173,15 +182,29 @@ class _Builder:
         is_exact = source.kind == "generated" and source.is_media
         if role != "train" or is_exact or not source.augment or config.augmentation == AugmentationConfig():
             return None
-        sampling_rate = self.reader.sampling_rate if source.is_media else None
-        return Augmenter(config.augmentation, self.tokenizer, sampling_rate)
+        sampling_rates = self.reader.sampling_rates if source.is_media else {}
+        return Augmenter(config.augmentation, self.tokenizer, sampling_rates)
+
+    def condition_drop(self, role: str) -> ConditionDrop | None:
+        """What hides prompts of media that are written, if anything does."""
+        config = self.config
+        if role != "train" or config.condition_drop == 0:
+            return None
+        if not self.reader.written:
+            raise ValueError(
+                f"data.condition_drop is {config.condition_drop}, but the model writes text alone; set it to 0"
+            )
+        return ConditionDrop(config.condition_drop, self.reader)
 
     def stream(self, split: Split) -> StreamingDataset:
         """The train set of a run of which a source streams."""
         sources = [source for source, _ in split.train]
         augmenters = {source.label: augmenter for source in sources if (augmenter := self.augmenter("train", source))}
         reader = self.reader if any(source.is_media for source in sources) else None
-        return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters)
+        for source in sources if reader else ():
+            _check_writers(source, reader)
+        condition_drop = self.condition_drop("train") if reader else None
+        return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters, condition_drop)
 
     def build(self, role: str, source: SourceConfig, rows: HubDataset) -> PackedDataset | MediaDataset:
         """The dataset of one source."""
@@ -198,6 +221,7 @@ class _Builder:
                 seed=self.seed,
                 shuffle=role == "train",
                 augmenter=augmenter,
+                condition_drop=self.condition_drop(role),
             )
             num_documents, num_tokens = len(documents), int(documents.lengths.sum())
         else:
@@ -212,6 +236,20 @@ class _Builder:
         logger.info("%s", entry)
         self.report.append(entry)
         return dataset
+
+
+def _check_writers(source: SourceConfig, reader: MediaReader) -> None:
+    """Rows that ask for what the model does not write would all be bad, for one reason."""
+    if not source.is_media or source.messages_column is not None:
+        return
+    written = {kind.removeprefix("written_") for kind in reader.written}
+    for direction in source.directions:
+        missing = [kind for kind in MEDIA if kind in direction.answered and kind not in written]
+        if missing:
+            raise ValueError(
+                f"source {source.label!r} has direction {str(direction)!r}, but the model does not write {missing[0]}; "
+                f"set {missing[0]}_writer_config, or another direction"
+            )
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None) -> None:

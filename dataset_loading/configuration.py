@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from .augmentation_options import AugmentationConfig
+from .directions import MEDIA, Direction, parse_direction
 from .synthetic import MEDIA_TASKS, Role, get_task
+from .templates import template_columns
 
 # What names the data of a source, by its kind.
 _NEEDED_FIELD = {
@@ -93,18 +95,23 @@ class SourceConfig:
     the media of image_column and audio_column, in order."""
     augment: bool = True
     """Whether `data.augmentation` is for this source."""
-    prompt: str | None = None
-    """With media: what the user says after them, with {column} filled in from the row; by default nothing, or the
-    question of a generated task."""
+    direction: str | list[str] | None = None
+    """With media: what the user gives and what the assistant answers with, such as `text -> image`, `image -> audio`
+    or `text, image -> audio`; of several the rows take turns. By default the user shows all media, and the assistant
+    says the text."""
+    prompt: str | list[str] | None = None
+    """With media: what the user says after them, with {column} filled in from the row; or such a prompt for each
+    direction. By default nothing, the question of a generated task, or, where the text is given, the text itself."""
 
     def __post_init__(self) -> None:
         self._check_kind()
         if self.is_media:
             self._check_media()
-        elif self.prompt is not None:
+        elif self.prompt is not None or self.direction is not None:
+            name = "direction" if self.prompt is None else "prompt"
             raise ValueError(
-                f"prompt is {self.prompt!r}, but the source has no media; set prompt_column, or image_column or "
-                "audio_column"
+                f"{name} is {getattr(self, name)!r}, but the source has no media; set prompt_column, or image_column "
+                "or audio_column"
             )
         if self.loss_on is None:
             self.loss_on = "answer" if self.is_media else "all"
@@ -123,6 +130,8 @@ class SourceConfig:
             raise ValueError("loss_on is 'answer', but the source has no answers; set prompt_column and answer_column")
         if self.kind == "generated":
             self._check_generated()
+        if self.is_media and self.messages_column is None:
+            self._check_directions()
 
     def _check_kind(self) -> None:
         if self.kind not in _NEEDED_FIELD:
@@ -156,10 +165,12 @@ class SourceConfig:
             self.image_column = "file_name"
         if self.kind == "audiofolder" and self.audio_column is None:
             self.audio_column = "file_name"
-        if self.messages_column is not None and (self.prompt is not None or self.answer_column is not None):
+        instead = {name: getattr(self, name) for name in ("prompt", "answer_column", "direction")}
+        if self.messages_column is not None and any(value is not None for value in instead.values()):
+            given = ", ".join(f"{name} ({value!r})" for name, value in instead.items())
             raise ValueError(
-                f"messages_column is {self.messages_column!r}, and so prompt ({self.prompt!r}) and answer_column "
-                f"({self.answer_column!r}) are not read; remove them or it"
+                f"messages_column is {self.messages_column!r}, whose messages say all, and so {given} are not read; "
+                "remove them or it"
             )
         if self.image_column is not None and self.image_column == self.audio_column:
             raise ValueError(f"image_column and audio_column are both {self.image_column!r}; name two columns")
@@ -179,6 +190,37 @@ class SourceConfig:
             raise ValueError(f"difficulty is {given}; give [smallest, largest] with 1 <= smallest <= largest")
         task.check_difficulty(given or task.default_difficulty)
 
+    def _check_directions(self) -> None:
+        turns = self.turns
+        if isinstance(self.prompt, list) and len(self.prompt) != len(turns):
+            raise ValueError(
+                f"prompt has {len(self.prompt)} texts for {len(turns)} directions; give one for each, or one for all"
+            )
+        for direction, prompt in turns:
+            self._check_parts(direction)
+            if prompt is not None and "text" in direction.given and not template_columns(prompt):
+                raise ValueError(
+                    f"prompt is {prompt!r}, which all rows of direction {str(direction)!r} would ask; name a column, "
+                    "e.g. 'Show {text}'"
+                )
+
+    def _check_parts(self, direction: Direction) -> None:
+        if self.kind == "generated":
+            known = get_task(self.task).directions
+            if str(direction) not in known:
+                raise ValueError(
+                    f"direction is {str(direction)!r}, but {self.task!r} has {' and '.join(map(repr, known))}; choose "
+                    "one of them"
+                )
+            return
+        missing = direction.media - set(self.media_columns.values())
+        if missing or not direction.media:
+            there = ", ".join(self.media_columns.values())
+            raise ValueError(
+                f"direction is {str(direction)!r}, but the source has text and {there}; choose a direction between "
+                "these, or set image_column or audio_column"
+            )
+
     @property
     def is_media(self) -> bool:
         """Whether the rows are conversations, which may hold media, rather than texts."""
@@ -192,6 +234,31 @@ class SourceConfig:
         """The columns that hold media, with their kinds."""
         columns = {self.image_column: "image", self.audio_column: "audio"}
         return {column: kind for column, kind in columns.items() if column is not None}
+
+    @property
+    def directions(self) -> list[Direction]:
+        """Of the rows of a source with media but without messages, in their turns."""
+        if self.direction is not None:
+            given = self.direction if isinstance(self.direction, list) else [self.direction]
+            return [parse_direction(text) for text in given]
+        if self.kind == "generated":
+            return [parse_direction(get_task(self.task).directions[0])]
+        shown = tuple(kind for kind in MEDIA if kind in self.media_columns.values())
+        return [Direction(shown, ("text",))]
+
+    @property
+    def turns(self) -> list[tuple[Direction, str | None]]:
+        """The directions with their prompts."""
+        directions = self.directions
+        prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt] * len(directions)
+        return list(zip(directions, prompts, strict=False))  # of different lengths: `_check_directions` says so
+
+    def media_columns_of(self, number: int) -> dict[str, str]:
+        """Those of `media_columns` that row `number` (from 0) needs in its turn."""
+        if self.messages_column is not None:
+            return self.media_columns
+        direction, _ = self.turns[number % len(self.turns)]
+        return {column: kind for column, kind in self.media_columns.items() if kind in direction.media}
 
     @property
     def has_answers(self) -> bool:
@@ -239,6 +306,9 @@ class DataConfig:
     check_media: bool = True
     """Decode every image and recording once before training, in preprocessing_workers processes, so that damaged ones
     are found then; else only their headers are read."""
+    condition_drop: float = 0.0
+    """Probability, at least 0 and below 1, with which a train conversation that shows media in an answer loses what
+    stands before them, which guidance needs; 0.1 is usual."""
 
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     """Random changes of train rows, all off by default."""
@@ -248,6 +318,8 @@ class DataConfig:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; give a number between 0 and 1, e.g. 0.05"
             )
+        if not 0 <= self.condition_drop < 1:
+            raise ValueError(f"condition_drop is {self.condition_drop}; give at least 0 and less than 1, e.g. 0.1")
         smallest = {"block_size": 2, "max_bad_rows": 0, "preprocessing_workers": 1, "streaming_validation_rows": 1}
         for name, least in smallest.items():
             if getattr(self, name) < least:

@@ -6,8 +6,7 @@ message the token of its role and its parts in order; after a message of the ass
 placeholder here: how many it becomes is known when it is read.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,31 +18,18 @@ from .references import UnusableRow, reference_to
 from .validation import reason_against
 
 ROLES = ("system", "user", "assistant")
-_COLUMN = re.compile(r"\{(\w+)\}")
 
 
-def answer_to(media: Sequence[dict], prompt: str, answer: str) -> list[dict]:
-    """The conversation of one question, which may be empty, about media, and its answer."""
-    question = [*media, {"type": "text", "text": prompt}] if prompt else list(media)
-    reply = [{"type": "text", "text": answer}]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+def answer_to(given: Sequence[dict], prompt: str, answer: str, shown: Sequence[dict] = ()) -> list[dict]:
+    """The conversation of one question and its answer.
 
-
-def template_columns(template: str | None) -> list[str]:
-    """The names in the braces of a template."""
-    return _COLUMN.findall(template or "")
-
-
-def fill_template(template: str, row: Mapping[str, object]) -> str:
-    """A template with the row's values in place of {column}.
-
-    Raises:
-        UnusableRow: the row lacks one, or it is neither text nor a number.
+    Args:
+        given: references to media in front of the prompt, which may be empty.
+        shown: references to media behind the answer, which may be empty.
     """
-    for column in template_columns(template):
-        if not isinstance(row.get(column), (str, int, float)):
-            raise UnusableRow(f"column {column!r} of the prompt is {type(row.get(column)).__name__}, not text")
-    return _COLUMN.sub(lambda match: str(row[match[1]]), template)
+    question = [*given, *([{"type": "text", "text": prompt}] if prompt else [])]
+    reply = [*([{"type": "text", "text": answer}] if answer else []), *shown]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
 
 
 def parse_messages(value: object, attached: Mapping[str, list[dict]], folder: Path | None) -> list[dict]:
@@ -71,8 +57,7 @@ def parse_messages(value: object, attached: Mapping[str, list[dict]], folder: Pa
     if all(message["role"] != "assistant" for message in messages):
         raise UnusableRow("no message of the assistant, so that there is nothing to learn")
     for message in messages:
-        says = text_of(message).strip()
-        if not (says or (message["role"] != "assistant" and media_of([message]))):
+        if not (text_of(message).strip() or media_of([message])):
             raise UnusableRow(f"a message ({message['role']}) is empty")
     return messages
 
@@ -122,9 +107,14 @@ def media_of(messages: Sequence[dict]) -> list[dict]:
     return [part for message in messages for part in message["content"] if part["type"] != "text"]
 
 
+def last_answer(messages: Sequence[dict]) -> int:
+    """The number of the last message of the assistant."""
+    return max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+
+
 def prompt_and_answer(messages: Sequence[dict]) -> tuple[str, str]:
     """The last message of the assistant, and the text of the messages of users before it, a line each."""
-    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    last = last_answer(messages)
     asked = [text_of(message) for message in messages[:last] if message["role"] == "user"]
     return "\n".join(filter(None, asked)), text_of(messages[last])
 
@@ -136,7 +126,7 @@ class TokenizedConversation:
     tokens: np.ndarray
     """int32 (tokens,)"""
     is_label: np.ndarray
-    """bool (tokens,): what is learned; never begin, and never a placeholder."""
+    """bool (tokens,): what is learned; never begin, and of placeholders those of kinds that are learned."""
 
 
 def tokenize_conversations(
@@ -144,12 +134,14 @@ def tokenize_conversations(
     tokenizer: PreTrainedTokenizerFast,
     placeholders: Mapping[str, int],
     loss_on: str,
+    written: Collection[str] = (),
 ) -> list[TokenizedConversation]:
     """Conversations as tokens.
 
     Args:
         placeholders: token ids by kind of medium.
-        loss_on: "answer": what the assistant says and its end tokens; "all": everything but begin and placeholders.
+        loss_on: "answer": what the assistant says and its end tokens; "all": everything but begin and media.
+        written: kinds of media of which something is learned, either way.
 
     Raises:
         ValueError: the tokenizer lacks the token of a role.
@@ -159,7 +151,7 @@ def tokenize_conversations(
     texts: list[str] = []
     plans = [_plan(messages, texts) for messages in conversations]
     ids = encode_texts(tokenizer, texts)
-    return [_assemble(plan, ids, special, begin, end, loss_on) for plan in plans]
+    return [_assemble(plan, ids, special, begin, end, loss_on, written) for plan in plans]
 
 
 def special_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
@@ -201,6 +193,7 @@ def _assemble(
     begin: int,
     end: int,
     loss_on: str,
+    written: Collection[str],
 ) -> TokenizedConversation:
     tokens, is_label = [begin], [False]  # lists, since most parts are a token or a few
 
@@ -213,7 +206,7 @@ def _assemble(
         add([special[role]], loss_on == "all")
         for part in parts:
             if isinstance(part, str):
-                add([special[part]], False)
+                add([special[part]], part in written)
             else:
                 add(ids[part].tolist(), learned)
         if role == "assistant":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .augmentation import Augmenter
+from .condition_drop import ConditionDrop
 from .media_documents import MediaDocuments
 from .media_reader import MediaReader, UnreadableMedium
 from .media_rows import Piece, join_pieces, read_pieces
@@ -32,6 +33,7 @@ class MediaDataset(RowDataset):
         seed: of the order in which documents are packed, and of what is random about them.
         shuffle: pack documents in a random order; else in theirs.
         augmenter: changes media and texts.
+        condition_drop: hides prompts of media that are written.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class MediaDataset(RowDataset):
         seed: int = 0,
         shuffle: bool = False,
         augmenter: Augmenter | None = None,
+        condition_drop: ConditionDrop | None = None,
     ):
         super().__init__(seed)
-        self.augmenter = augmenter
+        self.augmenter, self.condition_drop = augmenter, condition_drop
         self.documents, self.reader, self.bad_rows, self.name = documents, reader, bad_rows, name
         self.row_length = block_size if packing else None
         if packing:
@@ -65,7 +68,7 @@ class MediaDataset(RowDataset):
         return np.add.reduceat(self.documents.lengths[self.members], np.concatenate([[0], self.ends[:-1]]))
 
     def draw(self, index: int, occurrence: int) -> dict[str, Any]:
-        rng = self.generator(index, occurrence) if self.augmenter else None
+        rng = self.generator(index, occurrence) if self.augmenter or self.condition_drop else None
         for shift in range(len(self)):
             pieces = self._pieces((index + shift) % len(self), rng)
             if pieces is not None:
@@ -77,7 +80,8 @@ class MediaDataset(RowDataset):
         if not self._unreadable.isdisjoint(numbers):
             return None
         documents = [self.documents[number] for number in numbers]
-        pieces = read_pieces(documents, self.reader, [self.augmenter] * len(documents), rng)
+        augmenters = [self.augmenter] * len(documents)
+        pieces = read_pieces(documents, self.reader, augmenters, rng, self.condition_drop)
         for number, document, piece in zip(numbers, documents, pieces, strict=True):
             if isinstance(piece, UnreadableMedium):
                 self._unreadable.add(number)

@@ -161,11 +161,12 @@ def read_conversations(
         decode: read the media whole, not their headers only.
         stretch, silence: how much longer recordings may become.
     """
-    problems = [_unknown_kind(messages, reader) for messages, _ in rows]
-    usable = [messages for (messages, _), problem in zip(rows, problems, strict=True) if not problem]
-    tokenized = iter(tokenize_conversations(usable, reader.tokenizer, reader.placeholders, loss_on))
+    problems = [reader.problem_of(messages) for messages, _ in rows]
+    conversations = [reader.with_kinds(messages) for messages, _ in rows]
+    usable = [messages for messages, problem in zip(conversations, problems, strict=True) if not problem]
+    tokenized = iter(tokenize_conversations(usable, reader.tokenizer, reader.placeholders, loss_on, reader.written))
     nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
-    for (messages, row), problem in zip(rows, problems, strict=True):
+    for messages, (_, row), problem in zip(conversations, rows, problems, strict=True):
         if problem:
             yield *nothing, 0, 0, problem
             continue
@@ -179,8 +180,3 @@ def read_conversations(
         if length > block_size and not problem:
             problem = f"{length} tokens, more than data.block_size {block_size}; raise it, or make the media smaller"
         yield document.tokens, document.is_label, length, modality, problem
-
-
-def _unknown_kind(messages: list[dict], reader: MediaReader) -> str:
-    unknown = next((part["type"] for part in media_of(messages) if part["type"] not in reader.tokens), None)
-    return "" if unknown is None else f"type {unknown!r} is unknown; the model reads text, {', '.join(reader.tokens)}"

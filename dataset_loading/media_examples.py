@@ -1,14 +1,15 @@
 """Questions about media with their answers, one by one."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .configuration import SourceConfig
-from .conversations import media_of, prompt_and_answer, special_id
+from .conversations import last_answer, media_of, prompt_and_answer, special_id
 from .media_documents import MediaDocument, MediaDocuments
 from .media_reader import MediaReader
 from .media_rows import join_pieces, read_piece
@@ -20,15 +21,25 @@ class MediaExamples(Sequence):
 
     Each is {"input_ids", "labels", "prompt_ids": lists of int, the last up to and with the token that lets the
     assistant speak; "media": {kind: [tensor, ...]}, all before the answer; "modality": name of the last kind; "prompt",
-    "answer", "difficulty", "attributes"; "waveforms": a function that gives all recordings, float32 (samples,) each, at
-    the processor's rate}. Media are read when an example is asked for.
+    "answer", "difficulty", "attributes"; "waveforms": a function that gives all recordings that are read, float32
+    (samples,) each, at the processor's rate}. Of an answer that shows media, "targets" are those, {kind: [tensor,
+    ...]}, "reference" is the last of them, a picture or (samples, rate), as it would be written at best, and "check" a
+    function of such a picture or sound that says what of the prompt it fulfils; elsewhere, and where there is none,
+    they are {} and None. Media are read when an example is asked for.
 
     Args:
         documents: with labels on answers only.
+        check: takes a prompt and what was written for it.
     """
 
-    def __init__(self, source: SourceConfig, documents: MediaDocuments, reader: MediaReader):
-        self.documents, self.reader = documents, reader
+    def __init__(
+        self,
+        source: SourceConfig,
+        documents: MediaDocuments,
+        reader: MediaReader,
+        check: Callable[[str, Any], dict[str, bool]] | None = None,
+    ):
+        self.documents, self.reader, self.check = documents, reader, check
         self.assistant = special_id(reader.tokenizer, "<|assistant|>")
         self.attributes = get_task(source.task).attributes if source.kind == "generated" else None
 
@@ -47,12 +58,21 @@ class MediaExamples(Sequence):
         piece = read_piece(document, self.reader, None, np.random.default_rng(0))
         row = join_pieces([piece], None, self.reader.tokenizer.pad_token_id)
         ids = row["input_ids"].tolist()
-        prompt, answer = prompt_and_answer(json.loads(document.row["messages"]))
+        messages = self.reader.with_kinds(json.loads(document.row["messages"]))
+        prompt, answer = prompt_and_answer(messages)
+        shown = [it for it in media_of([messages[last_answer(messages)]]) if it["type"] in self.reader.written]
+        media = row["media"]
+        targets = {
+            kind: _take_last(media, kind, number) for kind, number in Counter(it["type"] for it in shown).items()
+        }
         return {
             "input_ids": ids,
             "labels": row["labels"].tolist(),
             "prompt_ids": ids[: len(ids) - ids[::-1].index(self.assistant)],
-            "media": row["media"],
+            "media": media,
+            "targets": targets,
+            "reference": self._reference(shown[-1], document) if shown else None,
+            "check": partial(self.check, prompt) if self.check and shown else None,
             "modality": next((kind for kind, it in self.reader.modality_ids.items() if it == piece.modality), "text"),
             "prompt": prompt,
             "answer": answer,
@@ -61,6 +81,17 @@ class MediaExamples(Sequence):
             "waveforms": partial(self._waveforms, document),
         }
 
+    def _reference(self, reference: dict, document: MediaDocument) -> Any:
+        return self.reader.kinds[reference["type"]].reference(self.reader.load(reference, document.row))
+
     def _waveforms(self, document: MediaDocument) -> list[np.ndarray]:
-        references = media_of(json.loads(document.row["messages"]))
+        references = media_of(self.reader.with_kinds(json.loads(document.row["messages"])))
         return [self.reader.load(it, document.row) for it in references if it["type"] == "audio"]
+
+
+def _take_last(media: dict[str, list], kind: str, number: int) -> list:
+    """Takes the last of a kind out of `media`."""
+    found = media.pop(kind)
+    if len(found) > number:
+        media[kind] = found[:-number]
+    return found[-number:]

@@ -11,9 +11,6 @@ from .conversations import ROLES, special_id, tokenize_conversations
 from .references import place_of, read_medium
 from .synthetic import get_task
 
-MODALITIES = ("text", "image", "audio")
-"""Their places are what `modality_ids` says; further kinds of media follow in the order of the processor."""
-
 
 class UnreadableMedium(ValueError):
     """A medium that cannot be used; the message is the reason."""
@@ -36,8 +33,9 @@ class MediaReader:
                 "use model_type: megatransformer, or remove the source"
             )
         self.tokenizer, self.kinds = processor.tokenizer, processor.kinds
-        names = [*MODALITIES, *(name for name in self.kinds if name not in MODALITIES)]
-        self.modality_ids = {name: names.index(name) for name in self.kinds}
+        self.kinds_of_role = {role: processor.kinds_of_role(role) for role in ROLES}
+        self.written = [name for name, kind in self.kinds.items() if any(kind.learned)]
+        self.modality_ids = {name: processor.modality_names.index(name) for name in self.kinds}
         self.tokens = {}
         for name, kind in self.kinds.items():
             tokens = kind.modality.token, kind.modality.start_token, kind.modality.end_token
@@ -63,9 +61,36 @@ class MediaReader:
         return {kind: ids[0] for kind, ids in self.tokens.items()}
 
     @property
-    def sampling_rate(self) -> int | None:
-        """Of recordings; None: there are none."""
-        return self.kinds["audio"].extractor.sampling_rate if "audio" in self.kinds else None
+    def sampling_rates(self) -> dict[str, int]:
+        """Of the kinds that are recordings."""
+        recordings = {name: kind for name, kind in self.kinds.items() if name in ("audio", "written_audio")}
+        return {name: kind.extractor.sampling_rate for name, kind in recordings.items()}
+
+    def with_kinds(self, messages: list[dict]) -> list[dict]:
+        """Messages in which media that the assistant shows have the type of the kind that is written, if there is one.
+
+        What is shown but neither read nor written keeps its type, which is no kind then.
+        """
+        if not self.written:
+            return messages
+        return [{**message, "content": self._with_kinds(**message)} for message in messages]
+
+    def _with_kinds(self, role: str, content: list[dict]) -> list[dict]:
+        kinds = self.kinds_of_role[role]
+        return [{**part, "type": kinds.get(part["type"], part["type"])} for part in content]
+
+    def problem_of(self, messages: list[dict]) -> str:
+        """Why a conversation cannot be used by this model, or ""."""
+        for message in messages:
+            known = self.kinds_of_role[message["role"]]
+            types = [part["type"] for part in message["content"]]
+            unknown = [kind for kind in types if kind not in ("text", *known)]
+            if unknown:
+                return f"type {unknown[0]!r} is unknown; the model reads {', '.join(['text', *known])}"
+            shown = {known.get(kind, kind) for kind in types}
+            if message["role"] == "assistant" and shown.isdisjoint(("text", *self.written)):
+                return f"the assistant shows type {types[0]!r}, which the model does not write, and says nothing"
+        return ""
 
     def most_tokens(
         self, reference: Mapping, row: Mapping[str, object], decode: bool, stretch: float = 1.0, silence: float = 0.0
@@ -74,8 +99,8 @@ class MediaReader:
 
         Args:
             decode: read it whole, not its header only; a generated one is not made.
-            stretch: how many times as long a recording may become.
-            silence: how many seconds may be added to it then.
+            stretch: how many times as long a recording that is read may become.
+            silence: how many seconds may be added to a recording then.
 
         Raises:
             UnreadableMedium: as far as it was read.
@@ -86,7 +111,8 @@ class MediaReader:
             size = get_task(reference["task"]).medium_size(reference["medium"])
         else:
             size = self._guarded(lambda source: kind.size(kind.load(source) if decode else source), reference, row)
-        if name == "audio" and (stretch > 1 or silence > 0):
+        stretch = stretch if name == "audio" else 1.0
+        if name in self.sampling_rates and (stretch > 1 or silence > 0):
             size = size * stretch + silence + 0.01  # a changed rate is rounded to whole numbers of samples
         return kind.tokens_of_size(size) + 2
 
@@ -112,12 +138,20 @@ class MediaReader:
     def expand(
         self, tokens: np.ndarray, is_label: np.ndarray, media: list[tuple[str, torch.Tensor]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and is_label with start, placeholders and end for each medium, in place of its one placeholder."""
+        """Tokens and is_label with start, placeholders and end for each medium, in place of its one placeholder; of
+        media that are labels, what their kind says.
+        """
         places = self._is_placeholder[tokens].nonzero()[0]
         assert len(places) == len(media)
         counts = np.ones(len(tokens), dtype=np.int64)
         counts[places] = [self.kinds[kind].num_tokens(tensor) + 2 for kind, tensor in media]
         expanded, ends = tokens.repeat(counts), counts.cumsum()[places]
-        expanded[ends - counts[places]] = [self.tokens[kind][1] for kind, _ in media]
+        starts = ends - counts[places]
+        expanded[starts] = [self.tokens[kind][1] for kind, _ in media]
         expanded[ends - 1] = [self.tokens[kind][2] for kind, _ in media]
-        return expanded, is_label.repeat(counts)
+        at_start, in_places, at_end = is_label[places] & np.array([self.kinds[kind].learned for kind, _ in media]).T
+        learned = is_label.copy()
+        learned[places] = in_places
+        learned = learned.repeat(counts)
+        learned[starts], learned[ends - 1] = at_start, at_end
+        return expanded, learned

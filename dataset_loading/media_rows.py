@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .augmentation import Augmenter
+from .condition_drop import ConditionDrop
 from .conversations import media_of, text_of
 from .media_documents import MediaDocument
 from .media_reader import MediaReader, UnreadableMedium
@@ -28,7 +29,7 @@ class Piece:
     modality: int = 0
     """What the tokens are counted as."""
     media: tuple[tuple[str, torch.Tensor], ...] = ()
-    """Kind and tensor of each medium, in order."""
+    """Kind and tensor of each medium that is seen, in order."""
 
 
 def read_piece(
@@ -50,6 +51,7 @@ def read_pieces(
     reader: MediaReader | None,
     augmenters: Sequence[Augmenter | None],
     rng: np.random.Generator | None,
+    condition_drop: ConditionDrop | None = None,
 ) -> list[Piece | UnreadableMedium]:
     """Documents with their media; of one that cannot be read, why.
 
@@ -58,9 +60,12 @@ def read_pieces(
     Args:
         reader: None: they have no media.
         augmenters: of each document.
-        rng: for the augmenters, if there is one.
+        rng: for the augmenters and the condition drop, if there are any.
+        condition_drop: hides prompts.
     """
     conversations = [json.loads(document.row["messages"] or "[]") for document in documents]
+    if reader is not None:
+        conversations = list(map(reader.with_kinds, conversations))
     loaded, unreadable = [], {}
     for number, (document, messages) in enumerate(zip(documents, conversations, strict=True)):
         try:
@@ -73,7 +78,7 @@ def read_pieces(
         text = " ".join(map(text_of, messages)) if augmenter else ""
         media.append([(kind, _tensor(kind, medium, text, reader, augmenter, rng)) for kind, medium in found])
     return [
-        unreadable.get(number) or _piece(document, media[number], reader, augmenter, rng)
+        unreadable.get(number) or _piece(document, media[number], reader, augmenter, rng, condition_drop)
         for number, (document, augmenter) in enumerate(zip(documents, augmenters, strict=True))
     ]
 
@@ -98,14 +103,19 @@ def _piece(
     reader: MediaReader | None,
     augmenter: Augmenter | None,
     rng: np.random.Generator | None,
+    condition_drop: ConditionDrop | None,
 ) -> Piece | UnreadableMedium:
     tokens, is_label = document.tokens, document.is_label
     if media:
         tokens, is_label = reader.expand(tokens, is_label, media)
     if len(tokens) > document.length:
         return UnreadableMedium(f"{len(tokens)} tokens, where headers promised at most {document.length}; replace it")
-    shown = augmenter.text(tokens, is_label, rng) if augmenter and augmenter.text.is_on else tokens
-    return Piece(tokens, is_label, shown, document.modality, tuple(media))
+    shown, seen = tokens, tuple(media)
+    if augmenter and augmenter.text.is_on:
+        shown = augmenter.text(tokens, is_label, rng)
+    if condition_drop and media:
+        shown, seen = condition_drop(shown, media, rng)
+    return Piece(tokens, is_label, shown, document.modality, seen)
 
 
 def join_pieces(pieces: Sequence[Piece], row_length: int | None, pad_id: int) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .configuration import DataConfig, SourceConfig
-from .conversations import answer_to, fill_template, parse_messages, template_columns
+from .conversations import answer_to, parse_messages
+from .directions import MEDIA
 from .readers import CHECKED_AT_ONCE, READERS, expand_paths, load_hub
 from .references import ArrowRow, UnusableRow, fingerprint, reference_to
 from .synthetic import Role, generate_rows, get_task
+from .templates import fill_template, template_columns
 from .validation import BadRows, reason_against
 
 FEATURES = Features({"messages": Value("large_string"), "where": Value("string"), "difficulty": Value("int64")})
@@ -77,9 +79,12 @@ def open_conversations(source: SourceConfig) -> IterableDataset:
     return stream.map(_with_label_names, fn_kwargs={"names": names}) if names else stream
 
 
-def conversation_of_stream(source: SourceConfig, row: dict[str, object]) -> tuple[list[dict], list[dict]]:
+def conversation_of_stream(source: SourceConfig, row: dict[str, object], number: int) -> tuple[list[dict], list[dict]]:
     """The messages of a row of a stream, or of rows in memory that are mixed with streams, and the media that stand in
     columns of the row, as {"bytes", "path"}: references say column "media".
+
+    Args:
+        number: of the row, from 0.
 
     Raises:
         UnusableRow: the reason.
@@ -87,9 +92,9 @@ def conversation_of_stream(source: SourceConfig, row: dict[str, object]) -> tupl
     if source.streaming and source.kind == "hub":
         attached = {
             kind: _attached(kind, column, _found_in(row.get(column)), None)
-            for column, kind in source.media_columns.items()
+            for column, kind in source.media_columns_of(number).items()
         }
-        messages = conversation_of(source, row, attached, None)
+        messages = conversation_of(source, row, attached, None, number)
     elif row.get("problem"):
         raise UnusableRow(row["problem"])
     else:
@@ -110,7 +115,7 @@ def conversations_of_stream(source: SourceConfig, stream: IterableDataset, bad_r
     found, digests, held = _Found(), [], []
     for number, row in enumerate(stream, start=1):
         try:
-            messages, media = conversation_of_stream(source, row)
+            messages, media = conversation_of_stream(source, row, number - 1)
             digests.append(fingerprint(messages, {"media": media}))
         except (OSError, ValueError) as error:
             bad_rows.add(source.label, f"row {number}", str(error))
@@ -125,17 +130,23 @@ def needed_columns(source: SourceConfig) -> list[str]:
     """The columns that rows of a source must have."""
     if source.messages_column is not None:
         return [source.messages_column, *source.media_columns]
-    return [*source.media_columns, *template_columns(source.prompt), source.answer_column or source.text_column]
+    columns = list(source.media_columns)
+    for direction, prompt in source.turns:
+        columns += template_columns(prompt)
+        if "text" in direction.answered or ("text" in direction.given and prompt is None):
+            columns.append(source.answer_column or source.text_column)
+    return list(dict.fromkeys(columns))
 
 
 def conversation_of(
-    source: SourceConfig, row: dict[str, object], attached: dict[str, list[dict]], folder: Path | None
+    source: SourceConfig, row: dict[str, object], attached: dict[str, list[dict]], folder: Path | None, number: int
 ) -> list[dict]:
     """The messages of a row.
 
     Args:
         attached: references to the media in columns of the row, by kind.
         folder: that which names of files in messages are relative to.
+        number: of the row, from 0, by which the directions take turns.
 
     Raises:
         UnusableRow: a column is missing, empty or of a wrong type.
@@ -144,15 +155,23 @@ def conversation_of(
         if source.messages_column not in row:
             raise UnusableRow(f"no column {source.messages_column!r} (has {', '.join(map(repr, row)) or 'none'})")
         return parse_messages(row[source.messages_column], attached, folder)
-    for column, kind in source.media_columns.items():
+    direction, prompt = source.turns[number % len(source.turns)]
+    for column, kind in source.media_columns_of(number).items():
         if not attached[kind]:
             raise UnusableRow(f"column {column!r} holds nothing")
     column = source.answer_column or source.text_column
-    if reason := reason_against(row, (column,)):
+    says_text, asks_text = "text" in direction.answered, "text" in direction.given
+    is_asked_itself = asks_text and prompt is None
+    if (says_text or is_asked_itself) and (reason := reason_against(row, (column,))):
         raise UnusableRow(reason)
-    prompt = fill_template(source.prompt, row) if source.prompt else ""
-    media = [reference for references in attached.values() for reference in references]
-    return answer_to(media, prompt, row[column])
+    question = row[column] if is_asked_itself else fill_template(prompt or "", row)
+    if asks_text and not question.strip():
+        raise UnusableRow(f"the prompt {prompt!r} is empty for it")
+    given, shown = (
+        [reference for kind in MEDIA if kind in side for reference in attached[kind]]
+        for side in (direction.given, direction.answered)
+    )
+    return answer_to(given, question, row[column] if says_text else "", shown)
 
 
 # ------------------------------------------------------------------------------------------------------ generated tasks
@@ -165,10 +184,17 @@ def _generated(source: SourceConfig, role: Role, config: DataConfig, seed: int, 
     seeds = (seed, source.seed)
     rows = generate_rows(task, difficulty, source.role or role, seeds, num_rows, config.preprocessing_workers)
     found = _Found()
+    turns = source.turns
     for number, row in enumerate(rows, start=1):
+        direction, prompt = turns[(number - 1) % len(turns)]
         medium = {"type": task.modality, "task": task.name, "medium": row["medium"]}
-        prompt = row["prompt"] if source.prompt is None else fill_template(source.prompt, row)
-        found.add(answer_to([medium], prompt, row["answer"]), f"row {number}", row["difficulty"])
+        if "text" in direction.given:
+            question = row["answer"] if prompt is None else fill_template(prompt, row)
+            messages = answer_to([], question, "", [medium])
+        else:
+            question = row["prompt"] if prompt is None else fill_template(prompt, row)
+            messages = answer_to([medium], question, row["answer"])
+        found.add(messages, f"row {number}", row["difficulty"])
     return found.dataset().add_column("digest", [b""] * len(rows))
 
 
@@ -195,19 +221,20 @@ _Rows = Iterator[tuple[str, dict[str, object], str | None, Path]]
 
 def _of_rows(source: SourceConfig, rows: _Rows, bad_rows: BadRows, limit: int | None) -> Dataset:
     found = _Found()
-    for where, row, reason, folder in rows if limit is None else islice(rows, limit):
+    for number, (where, row, reason, folder) in enumerate(rows if limit is None else islice(rows, limit)):
         try:
-            found.add(_of_row(source, row, reason, folder), where)
+            found.add(_of_row(source, row, reason, folder, number), where)
         except UnusableRow as error:
             bad_rows.add(source.label, where, str(error))
     return found.dataset()
 
 
-def _of_row(source: SourceConfig, row: dict[str, object], reason: str | None, folder: Path) -> list[dict]:
+def _of_row(source: SourceConfig, row: dict[str, object], reason: str | None, folder: Path, number: int) -> list[dict]:
     if reason is not None:
         raise UnusableRow(reason)
-    attached = {kind: _named_media(kind, column, row, folder) for column, kind in source.media_columns.items()}
-    return conversation_of(source, row, attached, folder)
+    columns = source.media_columns_of(number)
+    attached = {kind: _named_media(kind, column, row, folder) for column, kind in columns.items()}
+    return conversation_of(source, row, attached, folder, number)
 
 
 def _named_media(kind: str, column: str, row: dict[str, object], folder: Path) -> list[dict]:
@@ -250,10 +277,10 @@ def _read_tars(source: SourceConfig) -> _Rows:
 
 def _stream_tars(paths: list[str], source: SourceConfig) -> Iterator[dict[str, str]]:
     for path in paths:
-        for _, row, reason, folder in _read_tar(source, Path(path)):
+        for number, (_, row, reason, folder) in enumerate(_read_tar(source, Path(path))):
             messages = ""
             try:
-                messages = json.dumps(_of_row(source, row, reason, folder))
+                messages = json.dumps(_of_row(source, row, reason, folder, number))
             except UnusableRow as error:
                 reason = str(error)
             yield {"messages": messages, "problem": reason or ""}
@@ -363,9 +390,9 @@ def _of_table(source: SourceConfig, table: Dataset, path: Path | None, bad_rows:
             try:
                 attached = {
                     kind: _attached(kind, column, media[column][offset], folder)
-                    for column, kind in source.media_columns.items()
+                    for column, kind in source.media_columns_of(start + offset).items()
                 }
-                messages = conversation_of(source, row, attached, folder)
+                messages = conversation_of(source, row, attached, folder, start + offset)
             except UnusableRow as error:
                 bad_rows.add(source.label, where, str(error))
             found.add(messages, where)

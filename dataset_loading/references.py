@@ -98,17 +98,31 @@ def place_of(reference: Mapping) -> str:
 def fingerprint(messages: list[dict], row: Mapping[str, object]) -> bytes:
     """A digest of what is said and of the bytes of the media.
 
+    Of a text and its media it is the same whoever shows them, so that validation and training share none.
+
     Raises:
         OSError, ValueError: a medium is not there.
     """
     mark = blake2b(digest_size=16)
-    for message in messages:
+    for message in _as_read(messages):
         mark.update(f"\0{message['role']}".encode())
         for part in message["content"]:
             mark.update(f"\0{part['type']}\0".encode())
             for chunk in [part["text"].encode()] if part["type"] == "text" else _chunks(read_medium(part, row)):
                 mark.update(chunk)
     return mark.digest()
+
+
+def _as_read(messages: list[dict]) -> list[dict]:
+    """A question and its answer as they are where media are read, if the answer shows any: images first, then
+    recordings, and then the text as the answer.
+    """
+    if len(messages) != 2 or all(part["type"] == "text" for part in messages[1]["content"]):
+        return messages
+    parts = [part for message in messages for part in message["content"]]
+    media = sorted((part for part in parts if part["type"] != "text"), key=lambda part: part["type"] == "audio")
+    texts = [part for part in parts if part["type"] == "text"]
+    return [{"role": "user", "content": media}, {"role": "assistant", "content": texts}]
 
 
 def _chunks(source: object) -> Iterator[bytes]:

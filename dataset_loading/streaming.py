@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from .augmentation import Augmenter
+from .condition_drop import ConditionDrop
 from .configuration import DataConfig, SourceConfig
 from .documents import encode_batch
 from .media_documents import MediaDocument, read_conversations
@@ -59,6 +60,7 @@ class StreamingDataset(IterableDataset):
         reader: reads media; None: there are none, and rows have texts alone.
         augmenters: by name of the source.
         seed: of what is random about the rows.
+        condition_drop: hides prompts of media that are written.
     """
 
     def __init__(
@@ -70,10 +72,11 @@ class StreamingDataset(IterableDataset):
         reader: MediaReader | None = None,
         augmenters: Mapping[str, Augmenter] | None = None,
         seed: int = 0,
+        condition_drop: ConditionDrop | None = None,
     ):
         self.stream, self.reader, self.pad_id, self.seed = stream, reader, pad_id, seed
         self.block_size, self.packing, self.max_bad_rows = config.block_size, config.packing, config.max_bad_rows
-        self.loss_on, self.augmenters = loss_on, augmenters or {}
+        self.loss_on, self.augmenters, self.condition_drop = loss_on, augmenters or {}, condition_drop
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
         self._pending: list[MediaDocument] = []
         self._num_rows = 0
@@ -165,7 +168,8 @@ class StreamingDataset(IterableDataset):
     def _join(self, documents: Sequence[MediaDocument], bad_rows: BadRows) -> dict[str, Any] | None:
         augmenters = [self.augmenters.get(document.row["source"]) for document in documents]
         pieces = []
-        found = read_pieces(documents, self.reader, augmenters, self._generator() if any(augmenters) else None)
+        rng = self._generator() if any(augmenters) or self.condition_drop else None
+        found = read_pieces(documents, self.reader, augmenters, rng, self.condition_drop)
         for document, piece in zip(documents, found, strict=True):
             if isinstance(piece, UnreadableMedium):
                 bad_rows.add(document.row["source"], f"row {document.row['row']}", str(piece))
@@ -222,12 +226,14 @@ def build_stream(
     seed: int,
     reader: MediaReader | None = None,
     augmenters: Mapping[str, Augmenter] | None = None,
+    condition_drop: ConditionDrop | None = None,
 ) -> StreamingDataset:
     """Mix the train sources document by document, those in memory included, until each has been read whole once.
 
     Args:
         reader: None: no source has media.
         augmenters: by name of the source.
+        condition_drop: hides prompts of media that are written.
     """
     streams = []
     for source, rows in split.train:
@@ -250,7 +256,7 @@ def build_stream(
             streams, probabilities=list(shares / shares.sum()), seed=seed, stopping_strategy="all_exhausted"
         )
     loss_on = {source.label: source.loss_on for source, _ in split.train}
-    return StreamingDataset(stream, config, tokenizer.pad_token_id, loss_on, reader, augmenters, seed)
+    return StreamingDataset(stream, config, tokenizer.pad_token_id, loss_on, reader, augmenters, seed, condition_drop)
 
 
 def _encode_text(
@@ -275,7 +281,7 @@ def _encode_text(
 def _encode_conversation(row: dict, index: int, source: SourceConfig, forbidden: set[bytes]) -> dict[str, object]:
     result = _NOTHING | {"source": source.label, "row": index + 1}
     try:
-        messages, media = conversation_of_stream(source, row)
+        messages, media = conversation_of_stream(source, row, index)
         if forbidden and fingerprint(messages, {"media": media}) in forbidden:
             return result
     except (OSError, ValueError) as error:

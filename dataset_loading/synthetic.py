@@ -7,8 +7,9 @@ from datasets import Dataset, Features, Value
 
 from .synthetic_addition import Addition
 from .synthetic_cups import Cups
+from .synthetic_drawings import Drawings
 from .synthetic_lookup import ChainedLookup
-from .synthetic_melodies import Melodies, MelodyQuestions
+from .synthetic_melodies import Melodies, MelodyQuestions, Tunes
 from .synthetic_scenes import SceneQuestions, Scenes
 from .synthetic_stories import Stories
 from .synthetic_task import GeneratedMediaTask, GeneratedTask, Role
@@ -16,7 +17,7 @@ from .synthetic_task import GeneratedMediaTask, GeneratedTask, Role
 TASKS: dict[str, GeneratedTask] = {task.name: task for task in (ChainedLookup(), Addition(), Cups(), Stories())}
 """Text alone."""
 MEDIA_TASKS: dict[str, GeneratedMediaTask] = {
-    task.name: task for task in (Scenes(), SceneQuestions(), Melodies(), MelodyQuestions())
+    task.name: task for task in (Scenes(), SceneQuestions(), Drawings(), Melodies(), MelodyQuestions(), Tunes())
 }
 """Pictures and sounds, with text about them."""
 

@@ -53,6 +53,7 @@ class MelodyTask(GeneratedMediaTask):
     """What tasks about melodies share: how a melody is written down, played, and given to train, validation or test."""
 
     modality = "audio"
+    directions = ("audio -> text",)
     default_difficulty = (3, 5)
     sampling_rate = 8000
     """Samples per second."""
@@ -93,6 +94,7 @@ class Melodies(MelodyTask):
     """Write down the `difficulty` notes of a melody."""
 
     name = "melodies"
+    directions = ("audio -> text", "text -> audio")
 
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
         notes = rng.choices(NOTES, k=difficulty)
@@ -105,6 +107,27 @@ class Melodies(MelodyTask):
         """note1, note2, ... and length, their number."""
         notes = answer.split()
         return {f"note{number}": note for number, note in enumerate(notes, start=1)} | {"length": str(len(notes))}
+
+
+class Tunes(Melodies):
+    """Play `difficulty` notes, all melodies alike, so that nothing but the notes decides how they sound.
+
+    A note begins every fifth of a second, and the whole is a number of 40 ms long.
+    """
+
+    name = "tunes"
+    directions = ("text -> audio", "audio -> text")
+    default_difficulty = (4, 4)
+    max_difficulty = 8
+
+    def _write(self, rng: random.Random, notes: list[str]) -> str:
+        beat, start, rest = 0.2, 0.04, 0.03
+        tones = [
+            f"{frequency_of(note):.2f} Hz at {start + number * beat:.3f} for {_SOUNDING * beat:.3f}"
+            for number, note in enumerate(notes)
+        ]
+        seconds = start + len(notes) * beat + rest
+        return f"{self.sampling_rate} Hz flute volume 0.50 noise 0.0000 seed 0 lasts {seconds:.3f}: {'; '.join(tones)}"
 
 
 class MelodyQuestions(MelodyTask):

@@ -59,6 +59,7 @@ class SceneTask(GeneratedMediaTask):
     """What tasks about scenes share: how a scene is written down, drawn, and given to train, validation or test."""
 
     modality = "image"
+    directions = ("image -> text",)
     size = 32
     """Pixels of a side."""
 
@@ -108,6 +109,7 @@ class Scenes(SceneTask):
     """
 
     name = "scenes"
+    directions = ("image -> text", "text -> image")
     default_difficulty = (2, 2)
     max_difficulty = 2
 

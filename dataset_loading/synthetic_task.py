@@ -58,6 +58,9 @@ class GeneratedMediaTask(GeneratedTask):
 
     modality: Literal["image", "audio"]
     """What `render` makes."""
+    directions: tuple[str, ...]
+    """Directions that a source of the task may have, the usual one first. Where the text is given, it is the answer of
+    a row, which has no prompt then."""
 
     @abstractmethod
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:

@@ -641,6 +641,6 @@ def test_a_further_modality_needs_no_change_here(tmp_path, monkeypatch):
     )
     assert row["input_ids"].tolist() == chat["input_ids"].tolist()
     assert row["media"]["points"][0].tolist() == [1, 2, 3.5]
-    assert set(row["modality_ids"].tolist()) == {3} and built.report[-1].bad_rows == 1
+    assert set(row["modality_ids"].tolist()) == {5} and built.report[-1].bad_rows == 1
     batch = Collator(processor)([row, row])
     assert batch["points"].tolist() == [[1, 2, 3.5]] * 2 and batch["pixel_values"].shape[0] == 2

@@ -159,7 +159,7 @@ def test_no_change_makes_what_is_heard_wrong(text, wrong):
         is_same = len(result) == len(samples) and np.allclose(result, samples)
         assert is_same == (name.removesuffix("_snr") in wrong), name
     config = AugmentationConfig(audio=AudioAugmentationConfig(time_masks=1, frequency_masks=1))
-    masked = Augmenter(config, PROCESSOR.tokenizer, 8000).mask(
+    masked = Augmenter(config, PROCESSOR.tokenizer, {"audio": 8000}).mask(
         "audio", torch.ones(16, 50), text, np.random.default_rng(1)
     )
     assert bool((masked == 1).all()) == ("masks" in wrong)

@@ -13,6 +13,7 @@ from model import (
     MegaTransformerImageProcessor,
     MegaTransformerProcessor,
 )
+from model.processing_megatransformer import WRITTEN_TOKENS
 
 
 def tiny_processor(**parts) -> MegaTransformerProcessor:
@@ -25,6 +26,23 @@ def tiny_processor(**parts) -> MegaTransformerProcessor:
         ),
     }
     return MegaTransformerProcessor(**{**ours, **parts})
+
+
+def writing_processor(**parts) -> MegaTransformerProcessor:
+    """The same for a model that also writes: images of 16 x 16 pixels in 4 tokens, sound in tokens of 40 ms."""
+    ours = {
+        "tokenizer": train_tokenizer([], 271, media_tokens=(*MEDIA_TOKENS, *WRITTEN_TOKENS)),
+        "image_writer": {"image_size": 16, "num_tokens": 4, "is_learned": False},
+        "audio_writer": {
+            "num_mel_bins": 16,
+            "frames_per_token": 4,
+            "sampling_rate": 8000,
+            "n_fft": 256,
+            "hop_length": 80,
+            "max_seconds": 1.0,
+        },
+    }
+    return tiny_processor(**{**ours, **parts})
 
 
 def picture(width: int = 32, height: int = 16, seed: int = 0) -> Image.Image:
