@@ -1,5 +1,6 @@
 """`transformers.Trainer` with what options of ours describe, all of it built and checked before a folder is made."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from .arguments import RecurrentTrainingArguments
+from .averaging import WeightAverage
 from .muon import MuonBeside, matrices_of
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
 from .resuming import check_weights
@@ -18,7 +20,7 @@ REFUSALS = (ImportError, RuntimeError, TypeError)
 
 
 class CheckedTrainer(Trainer):
-    """Optimizers, parameter groups and compilation by our arguments, and checkpoints that have to fit.
+    """Optimizers, parameter groups, averages and compilation by our arguments, and checkpoints that have to fit.
 
     Raises:
         ValueError: For options that the libraries refuse; nothing is written then.
@@ -31,6 +33,9 @@ class CheckedTrainer(Trainer):
             super().__init__(*args, **kwargs)
         except REFUSALS as error:
             raise ValueError(f"training: {error}") from error
+        self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
+        if self.average is not None:
+            self.add_callback(self.average)
         if any(group.freeze_steps for group in self.args.parameter_groups):
             self.add_callback(FreezeStepsCallback())
 
@@ -45,6 +50,11 @@ class CheckedTrainer(Trainer):
                 f"training.muon_learning_rate is {self.args.muon_learning_rate}, but Muon needs whole matrices, which "
                 "DeepSpeed and FSDP divide among ranks; set it to null, which leaves all weights to optim, or describe "
                 'DeepSpeed\'s own with "optimizer": {"type": "Muon"} in its file'
+            )
+        if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"training.ema_decay is {self.args.ema_decay}, but DeepSpeed and FSDP keep weights where an average of "
+                "them would have to be gathered; set it to null"
             )
         if self.args.compile_units:
             with naming("torch_compile_backend or torch_compile_mode"):
@@ -88,9 +98,17 @@ class CheckedTrainer(Trainer):
             self.train_dataset.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Also the average of the weights, before the files that make a checkpoint complete."""
+        if self.average is not None and self.args.should_save:
+            self.average.save(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
         check_weights(resume_from_checkpoint, model or self.model)
+        if self.average is not None:
+            self.average.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 

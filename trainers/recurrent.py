@@ -3,34 +3,24 @@ depth is used.
 """
 
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
 
-from .arguments import RecurrentTrainingArguments
-from .averaging import WeightAverage
+from .checked import CheckedTrainer
 from .modalities import ModalityLosses
-from .muon import MuonBeside, matrices_of
-from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
-from .resuming import check_weights
 from .sampling import LengthSampler
 from .written import WrittenLosses, flow_seeds
 
 logger = logging.getLogger(__name__)
 
-# How libraries refuse an option or miss a package, other than by a ValueError.
-REFUSALS = (ImportError, RuntimeError, TypeError)
 
-
-class RecurrentTrainer(Trainer):
+class RecurrentTrainer(CheckedTrainer):
     """`transformers.Trainer` for models that take `num_steps` and `initial_state`.
 
     The depth of a micro-batch is drawn from (seed, global step, micro-batch) and the initial state of a row from (seed,
@@ -54,13 +44,8 @@ class RecurrentTrainer(Trainer):
         ValueError: For options that the libraries refuse; nothing is written then.
     """
 
-    args: RecurrentTrainingArguments
-
     def __init__(self, *args: Any, sample_depth, draw_states, modalities: Sequence[str] = ("text",), **kwargs: Any):
-        try:
-            super().__init__(*args, **kwargs)
-        except REFUSALS as error:
-            raise ValueError(f"training: {error}") from error
+        super().__init__(*args, **kwargs)
         self.sample_depth, self.draw_states = sample_depth, draw_states
         self.modalities = ModalityLosses(modalities, self.args.modality_weights)
         if self.modalities.are_many and self.args.accelerator_config.dispatch_batches is None:
@@ -72,61 +57,6 @@ class RecurrentTrainer(Trainer):
         self.written = WrittenLosses(self.model.config)
         self._position = (-1, -1)  # (global step, micro-batch within it) of the forward pass in progress
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
-        if self.average is not None:
-            self.add_callback(self.average)
-        if any(group.freeze_steps for group in self.args.parameter_groups):
-            self.add_callback(FreezeStepsCallback())
-
-    def _validate_args(self) -> None:
-        """Also builds what options describe and `Trainer` builds when training begins, before it makes a folder."""
-        super()._validate_args()
-        freeze(self.model, self.args.freeze)
-        assign(self.model, self.args.parameter_groups)
-        self._check_deepspeed_settings()
-        if self.args.muon_learning_rate is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                f"training.muon_learning_rate is {self.args.muon_learning_rate}, but Muon needs whole matrices, which "
-                "DeepSpeed and FSDP divide among ranks; set it to null, which leaves all weights to optim, or describe "
-                'DeepSpeed\'s own with "optimizer": {"type": "Muon"} in its file'
-            )
-        if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                f"training.ema_decay is {self.args.ema_decay}, but DeepSpeed and FSDP keep weights where an average of "
-                "them would have to be gathered; set it to null"
-            )
-        if self.args.compile_units:
-            with naming("torch_compile_backend or torch_compile_mode"):
-                self.model.base_model.compile_units(**self.args.compile_options)
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # they take it over when they wrap the weights
-            with naming("optim or optim_args"):
-                self.create_optimizer()
-        with naming("lr_scheduler_type or lr_scheduler_kwargs"):
-            unused = torch.optim.SGD(self.model.parameters())
-            self.create_scheduler(max(self.args.max_steps, 1), unused)
-        self.lr_scheduler = None  # the real one knows how many steps there will be
-
-    def _check_deepspeed_settings(self) -> None:
-        """Raises ValueError where DeepSpeed would replace the optimizer or schedule that our groups belong to."""
-        if not (self.is_deepspeed_enabled and self.args.parameter_groups):
-            return
-        for name in ("optimizer", "scheduler"):
-            if name in self.args.hf_deepspeed_config.config:
-                raise ValueError(
-                    f"training.parameter_groups has no effect on the {name} that DeepSpeed's file describes; take "
-                    f"{name!r} out of {self.args.deepspeed}"
-                )
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """With Muon and the groups of the arguments."""
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer, model = super().create_optimizer(model), model or self.model
-        if self.args.muon_learning_rate is not None:
-            self.optimizer = optimizer = MuonBeside(optimizer, matrices_of(model), self.args.muon_learning_rate)
-        if self.args.parameter_groups:
-            divide(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
-        return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         """One micro-batch. `Trainer` does not say which of the step's micro-batches it is, so they are counted here; a
@@ -188,15 +118,6 @@ class RecurrentTrainer(Trainer):
             share = self.args.average_tokens_across_devices
             self.written.count(batches, lambda it: self.accelerator.reduce(it.to(device), "sum") if share else it)
         return batches, num_items
-
-    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
-        """Tells sampler and dataset which epoch begins. accelerate tells only the first of them that it finds, and none
-        where a run of several ranks is resumed within an epoch.
-        """
-        train_dataloader.set_epoch(epoch)
-        if hasattr(self.train_dataset, "set_epoch"):
-            self.train_dataset.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Groups by the lengths that a dataset knows; transformers would read all of it to find them out."""
@@ -282,32 +203,10 @@ class RecurrentTrainer(Trainer):
                 *(step, values["token_correlation"], self.args.token_correlation_alarm),
             )
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Also the average of the weights, before the files that make a checkpoint complete."""
-        if self.average is not None and self.args.should_save:
-            self.average.save(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
-        check_weights(resume_from_checkpoint, model or self.model)
-        if self.average is not None:
-            self.average.load(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
 
 def inputs_of_model(inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch without what only the trainer reads."""
     return {name: value for name, value in inputs.items() if name != "modality_ids"}
-
-
-@contextmanager
-def naming(keys: str) -> Iterator[None]:
-    """Turn what a library says against training options into a ValueError that names them."""
-    try:
-        yield
-    except (*REFUSALS, ValueError) as error:
-        raise ValueError(f"training.{keys}: {error}") from error
 
 
 def state_changes(states: tuple[torch.Tensor, ...], is_real: torch.Tensor) -> list[torch.Tensor]:
