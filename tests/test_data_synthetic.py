@@ -110,7 +110,7 @@ def test_rows_depend_on_seed_role_and_index_alone():
 
 def test_unknown_task_lists_the_known_ones():
     """T5."""
-    message = r"'lookup' is unknown; choose one of addition, chained_lookup, cups, melodies, melody_questions, scene"
+    message = r"'lookup' is unknown; choose one of addition, chained_lookup, cups, drawings, melodies, mel"
     with pytest.raises(ValueError, match=message):
         get_task("lookup")
     with pytest.raises(ValueError, match=message):
