@@ -220,6 +220,16 @@ def test_groups_freezing_and_muon(tmp_path):
         build_trainer(tmp_path, freeze=["nothing.*"])
 
 
+def test_what_is_left_behind_is_the_average_if_one_is_asked_for(tmp_path):
+    runs = []
+    for decay in (None, 0.5):
+        runs.append(build_trainer(tmp_path, ema_decay=decay))
+        runs[-1].train()
+    assert losses(runs[0]) == losses(runs[1])
+    for last, average in zip(*(trainer.model.parameters() for trainer in runs), strict=True):
+        assert not torch.equal(last, average)
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 RUNS = {

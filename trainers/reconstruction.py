@@ -28,6 +28,7 @@ class ReconstructionTrainer(CheckedTrainer):
         self, *args: Any, score: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor], **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
+        del self.model.config.use_cache  # `Trainer` writes it into every configuration
         self.score = score
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # on the device until they are logged
 
