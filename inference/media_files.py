@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import soundfile
 import torch
 from PIL import Image
+
+from model import write_audio
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,5 +57,5 @@ def save_audio(clips: Sequence[torch.Tensor], sampling_rate: int, path: Path) ->
     """
     names = [path] if len(clips) == 1 else [path.with_stem(f"{path.stem}-{n}") for n in range(1, len(clips) + 1)]
     for name, clip in zip(names, clips, strict=True):
-        soundfile.write(name, clip.clamp(-1, 1).cpu().numpy(), sampling_rate)
+        write_audio(name, clip, sampling_rate)
     return names

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForTextToWaveform,
     AutoProcessor,
 )
 
@@ -27,7 +28,7 @@ from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from .griffin_lim import waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
 from .image_processing_megatransformer import MegaTransformerImageProcessor
-from .media import MediaError, load_audio, load_image
+from .media import MediaError, load_audio, load_image, write_audio
 from .modalities import MODALITIES, Modality
 from .modeling_megatransformer import (
     MegaTransformerForCausalLM,
@@ -53,6 +54,7 @@ AutoConfig.register(MegaTransformerConfig.model_type, MegaTransformerConfig)
 AutoModel.register(MegaTransformerConfig, MegaTransformerModel)
 AutoModelForMultimodalLM.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
 AutoModelForImageTextToText.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
+AutoModelForTextToWaveform.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
 AutoProcessor.register(MegaTransformerConfig, MegaTransformerProcessor)
 AutoFeatureExtractor.register(MegaTransformerConfig, MegaTransformerFeatureExtractor)
 # One class, whichever backend is asked for: it resizes with Pillow.
@@ -96,4 +98,5 @@ __all__ = [
     "modality_names",
     "set_token_ids",
     "waveform_of",
+    "write_audio",
 ]

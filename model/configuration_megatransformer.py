@@ -618,12 +618,14 @@ class MegaTransformerConfig(StrictConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         further = {f"{name}_token_id": kwargs.pop(f"{name}_token_id", None) for name in self.modality_configs or {}}
         # `_auto_class` holds one class only, so the map of all of them is written here.
+        model = "modeling_megatransformer.MegaTransformerForConditionalGeneration"
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_megatransformer.MegaTransformerConfig",
             "AutoModel": "modeling_megatransformer.MegaTransformerModel",
-            "AutoModelForImageTextToText": "modeling_megatransformer.MegaTransformerForConditionalGeneration",
-            "AutoModelForMultimodalLM": "modeling_megatransformer.MegaTransformerForConditionalGeneration",
+            "AutoModelForImageTextToText": model,
+            "AutoModelForMultimodalLM": model,
             "AutoProcessor": "processing_megatransformer.MegaTransformerProcessor",
+            **({"AutoModelForTextToWaveform": model} if self.audio_writer_config is not None else {}),
             **(kwargs.get("auto_map") or {}),
         }
         super().__post_init__(**kwargs)

@@ -195,6 +195,17 @@ def audio_seconds(source: Any, sampling_rate: int | None = None) -> float:
     return max(array.shape, default=0) / rate
 
 
+def write_audio(path: Any, waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> None:
+    """A recording to a file of the format that its name ends in; samples beyond -1 .. 1 are cut off.
+
+    Args:
+        waveform: float (samples,).
+    """
+    if soundfile is None:
+        raise ImportError("recordings are written by soundfile, which is not installed; pip install soundfile")
+    soundfile.write(path, torch.as_tensor(waveform).float().clamp(-1, 1).cpu().numpy(), sampling_rate)
+
+
 def _as_array(source: Any, sampling_rate: int | None) -> tuple[np.ndarray | None, int | None]:
     """Samples and rate of what lies in memory decoded; (None, None) for a file."""
     if isinstance(source, dict) and "array" in source:

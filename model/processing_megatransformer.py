@@ -17,6 +17,7 @@ from .configuration_megatransformer import (
 )
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from .image_processing_megatransformer import MegaTransformerImageProcessor, flatten
+from .media import write_audio
 from .media_kinds import (
     WRITTEN_MODALITIES,
     BackboneImages,
@@ -421,15 +422,12 @@ class MegaTransformerProcessor(ProcessorMixin):
         Raises:
             ValueError: for more or fewer paths than waveforms.
         """
-        import soundfile
-
         clips = audio if isinstance(audio, list) else [audio]
         paths = saving_path if isinstance(saving_path, list) else [saving_path]
         if len(clips) != len(paths):
             raise ValueError(f"there are {len(clips)} waveforms and {len(paths)} paths; give one for each")
         for clip, path in zip(clips, paths, strict=True):
-            samples = torch.as_tensor(clip).float().clamp(-1, 1).cpu().numpy()
-            soundfile.write(path, samples, sampling_rate or self.audio_writer["sampling_rate"])
+            write_audio(path, clip, sampling_rate or self.audio_writer["sampling_rate"])
 
     def _with_media(self, rows: list[list[int]], media: dict[str, list[Any]]) -> list[dict[str, Any]]:
         """Rows of ids with one placeholder for a medium, as `encode_chat` gives them."""

@@ -175,6 +175,14 @@ class MediaWriting:
         self.mask = torch.ones_like(input_ids) if mask is None else mask
         self.finished: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in self.rows] for name in self.names}
         self.exit_steps: list[torch.Tensor] = []
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Raises ValueError where the medium that is asked for cannot be completed."""
+        mode, room = self.writing.mode, self.generation_config.max_length - self.prompt_length
+        least = 3 if mode == "audio" else self.writers[mode].num_places + 2 if mode == "image" else 1
+        if room < least:
+            raise ValueError(f"there is room for {room} new tokens, but an {mode} takes {least}; raise max_new_tokens")
 
     def _modes(self) -> list[str]:
         """What may be written. Raises ValueError where the model has no head for it."""
@@ -351,7 +359,7 @@ class MediaWriting:
         model says so.
         """
         place, end = self._id(f"written_{row.modality}"), self._id(f"{row.modality}_end")
-        if not self._has_room(row):
+        if not self._has_room(row) or self.ids.shape[1] + 1 >= self.generation_config.max_length:
             return end
         if row.modality == "image" or not row.latents:
             return place

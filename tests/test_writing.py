@@ -329,6 +329,14 @@ def test_options_out_of_range_are_named(model, options, message):
         model.generate(**prompts(TEXT_PROMPT), **options)
 
 
+def test_media_are_completed_within_the_room_there_is(model):
+    """Sound ends early; an image cannot."""
+    outputs = model.generate(**prompts(TEXT_PROMPT), generation_mode="audio", guidance_scale=1, max_new_tokens=4)
+    assert outputs.sequences[0, len(TEXT_PROMPT) :].tolist() == [AUDIO_START, WRITTEN_AUDIO, WRITTEN_AUDIO, AUDIO_END]
+    with pytest.raises(ValueError, match="room for 5 new tokens, but an image takes 6"):
+        model.generate(**prompts(TEXT_PROMPT), generation_mode="image", max_new_tokens=5)
+
+
 def test_a_model_without_a_head_for_it_says_what_it_writes(model):
     del model.model.writers["audio"]
     with pytest.raises(ValueError, match=r"'audio' needs a flow head .* it writes text, image"):

@@ -1,0 +1,66 @@
+"""`python -m inference.generate --mode image|audio`: files of what a model has written."""
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from inference.generate import main
+from inference.media_files import contact_sheet
+from tests.tiny_artist import save_artist
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(save_artist(tmp_path_factory.mktemp("artist")))
+
+
+def write(checkpoint, *options):
+    return main([checkpoint, "--prompt", "a red circle", "--num-steps", "2", *map(str, options)])
+
+
+def test_a_picture_and_a_sheet_of_several(checkpoint, tmp_path, capsys):
+    """The first of a sheet is the one that is written alone; the same seed gives the same picture."""
+    assert write(checkpoint, "--mode", "image", "--out", tmp_path / "a.png") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a.png'}\n"
+    write(checkpoint, "--mode", "image", "--out", tmp_path / "b.png", "--count", 3)
+    alone, sheet = (np.asarray(Image.open(tmp_path / name), dtype=int) for name in ("a.png", "b.png"))
+    assert alone.shape == (32, 32, 3) and sheet.shape == (66, 66, 3)
+    assert np.abs(sheet[:8, :8] - alone[:8, :8]).max() <= 2  # the first patch; small weights differ more and more later
+    assert (sheet[32:34] == 255).all() and (sheet[34:, 34:] == 255).all()
+    assert np.abs(sheet[:8, 34:42] - alone[:8, :8]).max() > 10
+
+
+def test_sounds_in_numbered_files(checkpoint, tmp_path, capsys):
+    options = ("--guidance-scale", 1, "--num-flow-steps", 2, "--flow-temperature", 0.5, "--count", 2)
+    write(checkpoint, "--mode", "audio", "--out", tmp_path / "a.wav", *options)
+    paths = [tmp_path / "a-1.wav", tmp_path / "a-2.wav"]
+    assert capsys.readouterr().out == "".join(f"{path}\n" for path in paths)
+    clips = [soundfile.read(path) for path in paths]
+    assert all(rate == 8000 and len(samples) for samples, rate in clips)
+
+
+def test_pictures_of_a_sheet_stand_row_by_row():
+    colours = [(10 * number, 0, 0) for number in range(5)]
+    sheet = contact_sheet([Image.new("RGB", (4, 3), colour) for colour in colours])
+    assert sheet.size == (16, 8)
+    assert [sheet.getpixel((6 * (number % 3), 5 * (number // 3))) for number in range(5)] == colours
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--mode", "image"), "--mode image needs a file"),
+        (("--out", "a.png"), "--out has no effect with --mode text"),
+        (("--mode", "image", "--out", "a.wav"), "is no name for image: end it in .png"),
+        (("--mode", "image", "--out", "/nowhere/a.png"), "the folder /nowhere does not exist"),
+        (("--mode", "image", "--out", "a.png", "--guidance-scale", "-1"), "-1 is less than 0"),
+        (("--mode", "image", "--out", "a.png", "--num-flow-steps", "0"), "0 is less than 1"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(checkpoint, options, message, capsys):
+    with pytest.raises(SystemExit) as failure:
+        write(checkpoint, *options)
+    assert failure.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
