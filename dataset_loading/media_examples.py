@@ -20,12 +20,13 @@ class MediaExamples(Sequence):
     """Conversations of a source, of which the last message of the assistant is the answer.
 
     Each is {"input_ids", "labels", "prompt_ids": lists of int, the last up to and with the token that lets the
-    assistant speak; "media": {kind: [tensor, ...]}, all before the answer; "modality": name of the last kind; "prompt",
-    "answer", "difficulty", "attributes"; "waveforms": a function that gives all recordings that are read, float32
-    (samples,) each, at the processor's rate}. Of an answer that shows media, "targets" are those, {kind: [tensor,
-    ...]}, "reference" is the last of them, a picture or (samples, rate), as it would be written at best, and "check" a
-    function of such a picture or sound that says what of the prompt it fulfils; elsewhere, and where there is none,
-    they are {} and None. Media are read when an example is asked for.
+    assistant speak; "media": {kind: [tensor, ...]}, all before the answer; "modality": kind of the last medium that the
+    answer shows, else the last of the kinds that are read, or "text"; "prompt", "answer", "difficulty", "attributes";
+    "waveforms": a function that gives all recordings that are read, float32 (samples,) each, at the processor's rate}.
+    Of an answer that shows media, "targets" are those, {kind: [tensor, ...]}, "reference" is the last of them, a
+    picture or (samples, rate), as it would be written at best, and "check" a function of such a picture or sound that
+    says what of the prompt it fulfils; elsewhere, and where there is none, they are {} and None. Media are read when an
+    example is asked for.
 
     Args:
         documents: with labels on answers only.
@@ -73,13 +74,17 @@ class MediaExamples(Sequence):
             "targets": targets,
             "reference": self._reference(shown[-1], document) if shown else None,
             "check": partial(self.check, prompt) if self.check and shown else None,
-            "modality": next((kind for kind, it in self.reader.modality_ids.items() if it == piece.modality), "text"),
+            "modality": shown[-1]["type"] if shown else self._last_kind(media),
             "prompt": prompt,
             "answer": answer,
             "difficulty": document.row["difficulty"],
             "attributes": self.attributes,
             "waveforms": partial(self._waveforms, document),
         }
+
+    def _last_kind(self, media: dict[str, list]) -> str:
+        kinds = (kind for kind in media if kind not in self.reader.written)
+        return max(kinds, key=self.reader.modality_ids.get, default="text")
 
     def _reference(self, reference: dict, document: MediaDocument) -> Any:
         return self.reader.kinds[reference["type"]].reference(self.reader.load(reference, document.row))

@@ -206,6 +206,12 @@ def test_a_chat_says_itself_who_shows_what(tmp_path):
         "written_image": 1,
     }
     assert example["answer"] == "so:" and example["reference"].size == (16, 16)
+    assert example["modality"] == "written_image"  # that of the reference
+    write_lines(
+        tmp_path / "data" / "talk.jsonl", [{"messages": [*messages[:3], {"role": "assistant", "content": "so"}]}]
+    )
+    (example,) = build_examples(source, DataConfig(), PROCESSOR)
+    assert (example["modality"], example["targets"], example["reference"]) == ("audio", {}, None)
 
 
 @pytest.mark.parametrize(("task", "medium"), [("scenes", "image"), ("drawings", "image"), ("tunes", "audio")])
