@@ -5,25 +5,44 @@ from __future__ import annotations
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
+import argparse
 import dataclasses
 import logging
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from configs import RunConfig, load_run_config
 from dataset_loading import Collator, build_examples, build_validation
-from evaluation import Writer, depth_table, markdown_table, save_depth_table, token_byte_lengths
+from evaluation import (
+    CHECKS,
+    WRITTEN,
+    BackReader,
+    Judge,
+    MediaTable,
+    MediaWriter,
+    Writer,
+    depth_table,
+    load_judge,
+    markdown_table,
+    media_markdown,
+    media_table,
+    save_depth_table,
+    save_media_table,
+    token_byte_lengths,
+)
 from inference import arguments
 from inference.devices import DTYPES, choose_device, device_report
 from inference.loading import find_checkpoint, load_model, tokenizer_of
-from model import MODALITIES
+from model import modality_names
+from model.exit_criteria import EXIT_CRITERIA
 
 logger = logging.getLogger("evaluate")
 
@@ -40,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(own)
+    if args.exit_threshold is not None and args.exit_criterion in (None, "none"):
+        parser.error("--exit-threshold has no effect without --exit-criterion: name one, or leave it out.")
     set_up_logging(args.log_level)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # a bar in a file is noise
@@ -49,14 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = read_run_config(checkpoint, overrides)
         device = choose_device(args.device)
         model, processor = load_model(checkpoint, device, args.dtype and getattr(torch, args.dtype))
+        judges = load_judges(args.judge)
         texts = validation_texts(run, processor, args.limit)
-        examples = validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE)
+        examples, prompts = divide(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
         depths = sorted(set(args.num_steps))
         if model.config.get_text_config().num_core_layers == 0:
             logger.warning(
                 "%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint
             )
             depths = [None]
+        writer = Writer(processor, args.max_new_tokens)
         output = make_folder(args.output or Path(args.checkpoint) / "evaluation")
         rows = depth_table(
             model,
@@ -66,12 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             Collator(processor),
             token_byte_lengths(tokenizer_of(processor)),
             args.batch_size,
-            modalities=("text", *MODALITIES),
-            writer=None if args.no_texts else Writer(processor, args.max_new_tokens),
+            modalities=modality_names(),
+            writer=None if args.no_texts else writer,
         )
         sys.stdout.write(markdown_table(rows))
         about = {"checkpoint": str(checkpoint), "data": dataclasses.asdict(run.data), "limit": args.limit}
         paths = save_depth_table(rows, output, about)
+        if prompts and not args.no_media:
+            table = write_media(model, depths, prompts, writer, judges, args)
+            sys.stdout.write(f"\n{media_markdown(table)}")
+            how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.judge]}
+            paths += save_media_table(table, output, {**about, **how})
         sys.stdout.write("\nwritten to " + ", ".join(map(str, paths)) + "\n")
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
@@ -84,8 +112,8 @@ def build_parser() -> arguments.OneLineParser:
     parser = arguments.OneLineParser(
         prog="evaluate.py",
         description="Loss, bits per byte, exact answers, word errors, BLEU and time of a model at several depths, by "
-        "source and by modality. The data are those of the run; --config FILE and --data.KEY VALUE change them as in "
-        "pretrain.py.",
+        "source and by modality; and how much of the pictures and sounds that it writes is right. The data are those "
+        "of the run; --config FILE and --data.KEY VALUE change them as in pretrain.py.",
     )
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
     parser.add_argument(
@@ -104,10 +132,35 @@ def build_parser() -> arguments.OneLineParser:
         type=arguments.new_tokens,
         help="most tokens of an answer; default: twice as many as its reference has",
     )
+    add_media_arguments(parser)
     parser.add_argument("--output", type=Path, help="folder for the files; default: evaluation in the given folder")
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's")
     return parser
+
+
+def add_media_arguments(parser: arguments.OneLineParser) -> None:
+    """Of the pictures and sounds that the model writes."""
+    parser.add_argument("--no-media", action="store_true", help="write neither pictures nor sounds")
+    parser.add_argument("--judge", type=Path, nargs="+", default=[], help="folders that train_judge.py has written")
+    parser.add_argument(
+        "--read-back",
+        nargs="?",
+        const="",
+        metavar="QUESTION",
+        help="let the model read what it wrote, with this question or none, and compare that with its prompt",
+    )
+    parser.add_argument("--guidance-scale", type=arguments.guidance, help="default: the model's")
+    parser.add_argument("--num-flow-steps", type=arguments.flow_steps, help="default: the model's")
+    parser.add_argument("--flow-temperature", type=arguments.guidance, help="default: the model's")
+    parser.add_argument("--exit-criterion", choices=["none", *EXIT_CRITERIA], help="when places of media stop early")
+    parser.add_argument("--exit-threshold", type=float, help="of the criterion; default: the model's")
+
+
+def generate_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `generate` that were named, for media."""
+    names = ("guidance_scale", "num_flow_steps", "flow_temperature", "exit_criterion", "exit_threshold")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def make_folder(folder: Path) -> Path:
@@ -192,10 +245,57 @@ def validation_examples(
     are generated, or those that were split off.
     """
     return {
-        source.label: build_examples(source, run.data, processor, limit, seed=run_seed(run))
+        source.label: build_examples(source, run.data, processor, limit, run_seed(run), CHECKS)
         for source in run.data.validation or run.data.train
         if source.has_answers and not source.streaming
     }
+
+
+def load_judges(folders: Sequence[Path]) -> dict[str, Judge]:
+    """Judges by the names of their folders.
+
+    Raises:
+        ValueError: a folder holds none, or two have the same name.
+    """
+    names = [folder.name for folder in folders]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"two judges are called {twice[0]!r} as their folders are: rename one of these.")
+    return {folder.name: load_judge(folder) for folder in folders}
+
+
+def write_media(
+    model: PreTrainedModel,
+    depths: Sequence[int | None],
+    prompts: dict[str, Sequence[dict]],
+    writer: Writer,
+    judges: dict[str, Judge],
+    args: argparse.Namespace,
+) -> MediaTable:
+    """The pictures and sounds that prompts ask for, at each depth."""
+    reader = None if args.read_back is None else BackReader(writer, args.read_back)
+    return media_table(
+        model, depths, prompts, MediaWriter(writer, generate_options(args)), judges, reader, args.batch_size
+    )
+
+
+def divide(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequence[dict]], dict[str, Sequence[dict]]]:
+    """The examples whose answer is text, and those whose answer is a medium, by source; a source with several kinds of
+    media is divided by them.
+    """
+    texts, media = {}, {}
+    for name, rows in examples.items():
+        by_modality: dict[str, list[int]] = {}
+        for number, row in enumerate(rows):
+            modality = row.get("modality", "text")
+            by_modality.setdefault(modality if modality.startswith(WRITTEN) else "text", []).append(number)
+        kinds = [modality for modality in by_modality if modality != "text"]
+        for modality, numbers in by_modality.items():
+            if modality == "text":
+                texts[name] = rows if not kinds else Subset(rows, numbers)
+            else:
+                media[name if len(kinds) == 1 else f"{name} {modality}"] = Subset(rows, numbers)
+    return texts, media
 
 
 def run_seed(run: RunConfig) -> int:

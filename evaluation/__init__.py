@@ -8,7 +8,7 @@ from .depth import DepthRow, ExactMatch, ModalityScores, depth_table
 from .frechet import frechet_distance, kernel_distance
 from .judges import Judge, JudgeConfig, LabelledMedia, load_judge, save_judge, train_judge
 from .media_report import media_markdown, save_media_table
-from .media_writing import WRITTEN, BackReader, MediaWriter, media_table
+from .media_writing import WRITTEN, BackReader, MediaTable, MediaWriter, media_table
 from .metrics import METRICS, compute_metrics, metrics_from_sums, token_byte_lengths, token_nll, trainer_metrics
 from .pitch_reader import read_notes
 from .report import markdown_table, save_depth_table
@@ -24,6 +24,7 @@ __all__ = [
     "Judge",
     "JudgeConfig",
     "LabelledMedia",
+    "MediaTable",
     "MediaWriter",
     "ModalityScores",
     "Writer",

@@ -39,6 +39,8 @@ SHIFT = 1 / 8
 """Of width and height, by which media are moved in training at most; sounds in time alone."""
 NOISE = 0.05
 """Standard deviation of what is added in training."""
+LEAST_ROWS = 8
+"""Of a batch; and batches of an epoch, where there are few media."""
 MOST_FEATURES = 2000
 """Media whose features are kept to measure distances from."""
 
@@ -182,6 +184,9 @@ def train_judge(
 ) -> Judge:
     """A judge, trained; its accuracy on what is held out is its `real_accuracy`.
 
+    Args:
+        batch_size: at most; fewer where there are few media, so that there are enough updates.
+
     Raises:
         ValueError: too few media, or a label that the configuration does not name.
     """
@@ -191,7 +196,8 @@ def train_judge(
         torch.manual_seed(seed)
         judge = Judge(config)
         inputs = torch.stack([judge.prepare(medium) for medium in train.media])
-        fit(judge, inputs, targets, num_epochs, batch_size, learning_rate)
+        rows = min(batch_size, max(LEAST_ROWS, len(inputs) // LEAST_ROWS), len(inputs))
+        fit(judge, inputs, targets, num_epochs, rows, learning_rate)
         judge.real_features = judge.features(some_of(train.media))
         judge.held_out_features = judge.features(some_of(held_out.media))
     judge.real_accuracy = share_of_equals(judge.labels(judge.features(held_out.media)), held_out.labels)
@@ -208,12 +214,12 @@ def fit(
 ) -> None:
     """Cross-entropy with AdamW, a learning rate that rises and falls, and media moved a little."""
     optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=0.01)
-    updates = num_epochs * -(-len(inputs) // batch_size)
+    updates = num_epochs * (len(inputs) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=updates)
     for epoch in range(num_epochs):
         judge.train()
         losses = []
-        for rows in torch.randperm(len(inputs)).split(batch_size):
+        for rows in torch.randperm(len(inputs)).unfold(0, batch_size, batch_size):  # whole batches
             logits = judge.head(judge(disturbed(inputs[rows], judge.config.medium)))
             loss = F.cross_entropy(logits, targets[rows], label_smoothing=0.05)
             optimizer.zero_grad()

@@ -55,7 +55,7 @@ def artist_processor() -> MegaTransformerProcessor:
     return build_processor(artist_config(), artist_tokenizer())
 
 
-def tiny_artist(seed: int = 0, scale: float = 3.0) -> MegaTransformerForConditionalGeneration:
+def tiny_artist(seed: int = 0, scale: float = 1.5) -> MegaTransformerForConditionalGeneration:
     """In evaluation mode. Weights that begin as zero are noise, and matrices `scale` times as large as usual, so that
     what it writes depends on its prompt.
     """

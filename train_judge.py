@@ -1,0 +1,125 @@
+"""Trains a judge of written media: `python train_judge.py my/speech --medium audio --label-column speaker`."""
+
+from __future__ import annotations
+
+from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+
+# isort: split
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from dataset_loading import DataConfig, SourceConfig
+from dataset_loading.media_sources import load_conversations
+from dataset_loading.references import read_medium
+from dataset_loading.validation import BadRows
+from evaluate import make_folder
+from evaluation import JudgeConfig, LabelledMedia, save_judge, train_judge
+from inference import arguments
+from model import load_audio, load_image
+
+logger = logging.getLogger("train_judge")
+
+KINDS = {"image": "imagefolder", "audio": "audiofolder"}
+HELD_OUT = 0.1
+"""Of the media, where no others are named to measure the judge with."""
+MOST_HEARD = 0.98
+"""Of the recordings are heard whole."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train a judge on the labels of a folder, measure it on media held out, and save it.
+
+    Raises:
+        SystemExit: with code 2 after one line on standard error, for bad input.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    set_up_logging(args.log_level)
+    datasets.disable_progress_bars()
+    try:
+        output = make_folder(args.output)
+        train = labelled_media(args.data, args)
+        if args.validation is None:
+            train, held_out = divide(train, args.seed)
+        else:
+            held_out = labelled_media(args.validation, args)
+        config = judge_config(train, args)
+        judge = train_judge(config, train, held_out, args.epochs, seed=args.seed)
+        about = {"data": str(args.data), "label_column": args.label_column, "validation": str(args.validation)}
+        counts = {"num_train": len(train.media), "num_held_out": len(held_out.media), "seed": args.seed}
+        digest = save_judge(judge, output, {**about, **counts})
+    except (ValueError, OSError) as error:
+        logger.debug("Where it failed:", exc_info=True)
+        parser.error(str(error))
+    sys.stdout.write(
+        f"{judge.real_accuracy:.1%} of {len(held_out.media)} media held out have the right one of "
+        f"{len(config.labels)} labels; written to {output}, digest {digest}\n"
+    )
+    return 0
+
+
+def build_parser() -> arguments.OneLineParser:
+    """The command line."""
+    parser = arguments.OneLineParser(
+        prog="train_judge.py",
+        description="A small network that names what pictures show, or who says what, for evaluate.py --judge.",
+    )
+    parser.add_argument("data", type=Path, help="folder of media with a metadata.jsonl or .csv")
+    parser.add_argument("--medium", choices=tuple(KINDS), required=True, help="what the folder holds")
+    parser.add_argument("--label-column", default="text", help="column of the metadata with the labels")
+    parser.add_argument("--validation", type=Path, help="folder to measure with; default: a tenth of the data")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the judge; its name is the judge's")
+    parser.add_argument("--epochs", type=arguments.new_tokens, default=15, help="times all media are seen")
+    parser.add_argument("--image-size", type=arguments.new_tokens, default=32, help="pixels of a side that are seen")
+    parser.add_argument("--sampling-rate", type=arguments.new_tokens, default=8000, help="samples per second heard")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of weights, order and what is held out")
+    return parser
+
+
+def labelled_media(folder: Path, args: argparse.Namespace) -> LabelledMedia:
+    """The media of a folder with their labels."""
+    source, data = SourceConfig(KINDS[args.medium], path=str(folder), answer_column=args.label_column), DataConfig()
+    found = LabelledMedia()
+    for row in load_conversations(source, "train", data, args.seed, BadRows(data.max_bad_rows)):
+        question, answer = (message["content"] for message in json.loads(row["messages"]))
+        found.media.append(decode(read_medium(question[0], row), args))
+        found.labels.append(answer[0]["text"])
+    return found
+
+
+def decode(medium: Any, args: argparse.Namespace) -> Any:
+    """A picture, or samples and their rate."""
+    if args.medium == "image":
+        return load_image(medium)
+    return load_audio(medium, args.sampling_rate), args.sampling_rate
+
+
+def divide(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMedia]:
+    """What is learned, and what is held out; at least two media."""
+    order = np.random.default_rng(seed).permutation(len(data.media)).tolist()
+    count = max(2, round(HELD_OUT * len(order)))
+    return tuple(
+        LabelledMedia([data.media[number] for number in part], [data.labels[number] for number in part])
+        for part in (order[count:], order[:count])
+    )
+
+
+def judge_config(train: LabelledMedia, args: argparse.Namespace) -> JudgeConfig:
+    """Labels and sizes."""
+    sizes: dict[str, Any] = {"image_size": args.image_size}
+    if args.medium == "audio":
+        seconds = np.quantile([len(samples) / rate for samples, rate in train.media], MOST_HEARD)
+        sizes = {"sampling_rate": args.sampling_rate, "seconds": round(max(float(seconds), 0.2), 2)}
+    return JudgeConfig(args.medium, sorted(set(train.labels)), **sizes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
