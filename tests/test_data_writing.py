@@ -50,10 +50,10 @@ def talk(given, answered):
     return messages
 
 
-def check_rows(rows, conversations):
+def check_rows(rows, conversations, processor=PROCESSOR):
     assert len(rows) == len(conversations)
     for index, messages in enumerate(conversations):
-        chat, row = PROCESSOR.encode_chat(messages), rows[index]
+        chat, row = processor.encode_chat(messages), rows[index]
         assert row["input_ids"].tolist() == chat["input_ids"].tolist()
         assert row["labels"].tolist() == torch.where(chat["answer_mask"], chat["input_ids"], -100).tolist()
         assert row["media"].keys() == chat["media"].keys()
@@ -140,6 +140,14 @@ DIRECTIONS = {
 def test_rows_of_every_direction_are_what_the_processor_makes_of_them(tmp_path, direction):
     source = SourceConfig(**folder(tmp_path / "data"), direction=direction)
     check_rows(build(source).train, [talk(*DIRECTIONS[direction](number)) for number in range(4)])
+
+
+def test_codes_are_labels_in_their_places_and_the_end_is_none(tmp_path):
+    sizes = PROCESSOR.image_writer | {"is_learned": True}
+    processor = writing_processor(image_writer=sizes)
+    rows = build(SourceConfig(**folder(tmp_path / "data"), direction="text -> image"), processor).train
+    check_rows(rows, [talk([TEXTS[number]], [PICTURES[number]]) for number in range(4)], processor)
+    assert [int(label) for label in rows[0]["labels"][-6:-1]] == [processor.written_image_token_id] * 4 + [-100]
 
 
 @pytest.mark.parametrize("kind", [folder, jsonl, parquet, hub, webdataset])
