@@ -19,8 +19,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         self.embed = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
-        self.blocks = nn.ModuleList(ConvNeXtBlock(config, dimensions=2) for _ in range(config.num_encoder_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.blocks = image_blocks(config, config.num_encoder_layers)
         self.head = nn.Linear(config.hidden_size, config.latent_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -30,7 +29,7 @@ class ImageEncoder(nn.Module):
         hidden = self.embed(patches.movedim(1, -1)).movedim(-1, 1)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(self.norm(hidden.flatten(2).transpose(1, 2)))
+        return self.head(hidden.flatten(2).transpose(1, 2))
 
 
 class ImageDecoder(nn.Module):
@@ -40,8 +39,7 @@ class ImageDecoder(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         self.embed = nn.Linear(config.latent_size, config.hidden_size)
-        self.blocks = nn.ModuleList(ConvNeXtBlock(config, dimensions=2) for _ in range(config.num_decoder_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.blocks = image_blocks(config, config.num_decoder_layers)
         self.head = nn.Linear(config.hidden_size, config.num_channels * config.patch_size**2)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
@@ -50,7 +48,7 @@ class ImageDecoder(nn.Module):
         hidden = self.embed(latents).transpose(1, 2).unflatten(2, (side, side))  # (images, hidden, rows, columns)
         for block in self.blocks:
             hidden = block(hidden)
-        patches = self.head(self.norm(hidden.movedim(1, -1))).movedim(-1, 1)
+        patches = self.head(hidden.movedim(1, -1)).movedim(-1, 1)
         return nn.functional.pixel_shuffle(patches, self.patch_size)
 
 
@@ -229,6 +227,11 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         made = self.decode(self.bottleneck.disturb(latents) if self.training else latents).float()
         losses = {"pixels": (made - pixel_values).abs().mean(), "gradients": gradient_loss(made, pixel_values)}
         return self.compare(made, pixel_values, losses, step)
+
+
+def image_blocks(config: MegaTransformerImageAutoencoderConfig, count: int) -> nn.ModuleList:
+    """No norm stands behind the last one either: most of what an autoencoder does is linear."""
+    return nn.ModuleList(ConvNeXtBlock(config, dimensions=2, has_linear_path=True) for _ in range(count))
 
 
 def image_discriminators(config: MegaTransformerImageAutoencoderConfig) -> Iterator[Discriminator]:

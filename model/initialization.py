@@ -36,6 +36,7 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         | norms                                             | 1                                                  |
         | biases, embedding of the padding token            | 0                                                  |
         | last layers and modulations of a flow head        | 0                                                  |
+        | convolutions beside a residual path               | 0                                                  |
 
         Source: Takase et al. 2023, arXiv 2312.16903, with l counted as the paper of the architecture counts it (132 for
         its model). Both halves of a gated layer have std; its released code differs between training and inference
@@ -59,7 +60,10 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            self._init_normal(module.weight, math.sqrt(2 / module.weight[0].numel()))
+            if getattr(module, "is_zero_at_first", False):
+                init.zeros_(module.weight)
+            else:
+                self._init_normal(module.weight, math.sqrt(2 / module.weight[0].numel()))
             init.zeros_(module.bias)
         elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)) and module.weight is not None:
             init.ones_(module.weight)

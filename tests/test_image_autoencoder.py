@@ -39,11 +39,27 @@ def test_tokens_are_patches_row_by_row():
 def test_blocks_look_at_neighbours():
     """3 x 3 patches each: two blocks reach two patches far."""
     model = tiny_autoencoder(num_encoder_layers=2)
+    for block in model.encoder.blocks:
+        nn.init.normal_(block.depthwise.weight)
     first = pictures(1, side=32)
     second = first.clone()
     second[:, :, :4, :4] = 0.3
     changed = (model.encode(first) - model.encode(second)).abs().amax(dim=-1).view(8, 8) > 1e-6
     assert changed[:3, :3].all() and changed.sum() == 9
+
+
+def test_past_the_branches_of_the_blocks_there_is_a_linear_map():
+    """The branches have norms, and say the same about an image ten times as strong; what is left is the product of the
+    first and the last layer, with the sums over neighbours in between.
+    """
+    encoder, images = tiny_autoencoder().encoder, pictures(1)
+    assert not encoder.blocks[0].depthwise.weight.any()
+    nn.init.constant_(encoder.blocks[0].depthwise.weight[:, :, 1, 2:], 0.5)  # half of the patch to the right
+    patches = nn.functional.unfold(images, 4, stride=4).transpose(1, 2).view(1, 4, 4, -1)
+    patches = patches + 0.5 * nn.functional.pad(patches[:, :, 1:], (0, 0, 0, 1))
+    expected = 900 * (patches @ encoder.embed.weight.T @ encoder.head.weight.T).flatten(1, 2)
+    found = encoder(1000 * images) - encoder(100 * images)
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=1e-3)
 
 
 def test_other_sizes_go_as_well():
