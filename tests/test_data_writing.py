@@ -169,9 +169,11 @@ def test_directions_of_every_kind_of_source_take_turns(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", [hub, webdataset])
 def test_streams_take_the_same_turns(tmp_path, kind):
+    """And their prompts are dropped too, where something is written."""
     fields = {**kind(tmp_path / "data"), "direction": ["text -> image", "audio -> text"]}
     loaded, stream = (
-        build(SourceConfig(**fields, streaming=streaming), condition_drop=0.3).train for streaming in (False, True)
+        build(SourceConfig(**fields, streaming=streaming), condition_drop=0.9 if streaming else 0.0).train
+        for streaming in (False, True)
     )
     rows = list(stream)
     assert len(rows) == 4
@@ -180,6 +182,8 @@ def test_streams_take_the_same_turns(tmp_path, kind):
         assert row["labels"][:length].tolist() == loaded[index]["labels"].tolist()
         for kind, tensors in loaded[index]["media"].items():
             assert all(torch.equal(*pair) for pair in zip(row["media"][kind], tensors, strict=True))
+    dropped = [bool((row["input_ids"] == PROCESSOR.null_token_id).any()) for row in rows]
+    assert any(dropped[::2]) and not any(dropped[1::2])
 
 
 def test_columns_that_a_direction_does_not_need_may_be_wrong(tmp_path):
