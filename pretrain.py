@@ -245,9 +245,9 @@ def build_media_examples(run: RunConfig, processor: PreTrainedTokenizerFast | Pr
     """The examples that are shown during training, of each source with media: of what is held out of the train sources
     where the run names none for validation. A stream has none.
     """
-    count = run.callbacks.media_samples.num_examples
-    return {
-        source.label: build_examples(source, run.data, processor, count, seed=run.training.seed)
+    count = max(run.callbacks.media_samples.num_examples, run.callbacks.written_samples.num_examples)
+    return {  # directions take turns
+        source.label: build_examples(source, run.data, processor, count * len(source.turns), seed=run.training.seed)
         for source in run.data.validation or run.data.train
         if source.is_media and not source.streaming and count
     }

@@ -112,8 +112,10 @@ class WrittenSamplesCallback(PeriodicCallback):
     def write(self, model: PreTrainedModel, example: Example, depth: int | None, seed: int) -> Sample:
         """What the model writes for one prompt. They go one by one: a few, and none is padded."""
         kind = kind_of(example)
+        inputs = inputs_of(example, model, self.processor, depth)
+        if kind == "image" and getattr(model, "decode_image_tokens", None):
+            return Sample(draw_codes(model, inputs, seed), None)
         with aside(model):
-            inputs = inputs_of(example, model, self.processor, depth)
             output = model.generate(**inputs, generation_mode=kind, flow_seeds=[seed])
         media = output.images if kind == "image" else output.audio
         if not media:
@@ -132,7 +134,7 @@ class WrittenSamplesCallback(PeriodicCallback):
         state: TrainerState,
     ) -> Iterator[tuple[str, float]]:
         """How many times as large as those of the references latents are, by name; logs an alarm for too much."""
-        real = size_by_part([target_latents(row, model) for row in rows])
+        real = size_by_part([target_latents(row, model) for row in rows])  # codes as tokens have no latents to compare
         for depth, samples in written.items():
             sizes = size_by_part([sample.latents for sample in samples if sample.latents is not None])
             for part, size in sizes.items():
@@ -178,6 +180,17 @@ class WrittenSamplesCallback(PeriodicCallback):
             samples, rate = medium
             sound = torch.as_tensor(samples)[None].clamp(-1, 1)
             writer.add_audio(f"train/written_samples/{name}", sound, state.global_step, rate)
+
+
+def draw_codes(model: PreTrainedModel, inputs: Mapping[str, Any], seed: int) -> Any | None:
+    """The image that a model writes as tokens, drawn by plain `generate`; None where they are no whole one."""
+    with aside(model, seed):
+        most = model.model.writers["image"].num_places + 1  # the start token
+        ids = model.generate(**{**inputs, "do_sample": True}, top_k=0, max_new_tokens=most)
+        try:
+            return next(iter(model.decode_image_tokens(ids[:, inputs["input_ids"].shape[1] :])), None)
+        except ValueError:  # too few codes
+            return None
 
 
 def is_written(example: Example) -> bool:

@@ -98,23 +98,42 @@ class MediaWriter:
             num_steps: core steps per place; None for a model without a core.
             seeds: of the noise, one for each example.
         """
-        medium = medium_of(examples)
-        output = model.generate(
+        medium, tokenizer = medium_of(examples), self.writer.tokenizer
+        inputs = {
             **to_model(self.writer.prompts(examples), model),
             **({} if num_steps is None else {"num_steps": num_steps}),
             **self.options,
-            generation_mode=medium,
-            flow_seeds=list(seeds),
-            do_sample=False,
-            eos_token_id=self.writer.tokenizer.eos_token_id,
-            pad_token_id=self.writer.tokenizer.pad_token_id,
-        )
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        if medium == "image" and getattr(model, "decode_image_tokens", None):
+            return draw_codes(model, inputs, seeds[0]), None
+        output = model.generate(**inputs, generation_mode=medium, flow_seeds=list(seeds), do_sample=False)
         media = output.images
         if medium == "audio":
             media = [(samples.cpu().float().numpy(), output.sampling_rate) for samples in output.audio]
         numbers = [next((value for name, value in row if name == medium), None) for row in output.segments]
         steps = output.exit_steps if "exit_criterion" in self.options else None
         return [None if number is None else media[number] for number in numbers], steps
+
+
+def draw_codes(model: PreTrainedModel, inputs: Mapping[str, Any], seed: int) -> list[Medium | None]:
+    """Images that a model writes as tokens, one for each prompt, drawn by plain `generate`, from `seed` for all of the
+    batch. None for a row that has no whole image.
+    """
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        most = model.model.writers["image"].num_places + 1  # the start token
+        ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=most)
+    return [image_of_codes(model, row) for row in ids[:, inputs["input_ids"].shape[1] :]]
+
+
+def image_of_codes(model: PreTrainedModel, ids: torch.LongTensor) -> Medium | None:
+    """The image of a row's new tokens; None where they are no whole one."""
+    try:
+        return next(iter(model.decode_image_tokens(ids[None])), None)
+    except ValueError:  # too few codes
+        return None
 
 
 class BackReader:

@@ -110,6 +110,40 @@ def test_exits_are_counted_where_there_are_any():
     assert "| mean steps |" in media_markdown(found)
 
 
+class Coder(Painter):
+    """Writes images as tokens: two codes after a start token, of which the first, less 10, is the level; from the
+    second row on a code is missing.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.model = SimpleNamespace(writers={"image": SimpleNamespace(num_places=2)})
+
+    def generate(self, input_ids, max_new_tokens, do_sample, top_k, **options):
+        assert max_new_tokens == 3 and do_sample and top_k == 0 and "generation_mode" not in options
+        self.drawn = torch.rand(1).item()
+        new = [[6, 14, 12] if row == 0 else [6, 14, 3] for row in range(len(input_ids))]
+        return torch.cat((input_ids, torch.tensor(new)), dim=1)
+
+    def decode_image_tokens(self, ids):
+        codes = ids[0][ids[0] >= 10] - 10
+        if len(codes) != 2:
+            raise ValueError(f"{len(codes)} codes")
+        return [GREY[codes[0]]]
+
+
+def test_images_that_are_tokens_are_drawn_by_plain_generate():
+    model, writer = Coder(), MediaWriter(Writer(tiny_processor(), 8))
+    before = torch.get_rng_state()
+    media, steps = writer.write(model, examples("image", 2, None), 4, [5, 6])
+    assert [medium and level(medium) for medium in media] == [40, None] and steps is None
+    drawn = model.drawn
+    writer.write(model, examples("image", 1, None), 4, [5])
+    assert model.drawn == drawn and torch.equal(torch.get_rng_state(), before)
+    writer.write(model, examples("image", 1, None), 4, [6])
+    assert model.drawn != drawn
+
+
 class Stub(torch.nn.Module):
     """Says how bright pictures are; its features are their levels."""
 
