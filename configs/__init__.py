@@ -315,7 +315,12 @@ def make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
     for source in sources:
         if isinstance(source.get("paths"), list):
             source["paths"] = [os.path.normpath(folder / str(path)) for path in source["paths"]]
-    for mapping, key in [*((source, "path") for source in sources), (tokenizer, "path"), (training, "deepspeed")]:
+    model = section if isinstance(section := tree.get("model"), dict) else {}
+    codecs = [(model.get("image_writer_config"), "codec_name_or_path")]
+    codecs += [(model.get("audio_writer_config"), "vocoder_name_or_path")]
+    named = [*((source, "path") for source in sources), (tokenizer, "path"), (training, "deepspeed")]
+    named += [(part, key) for part, key in codecs if isinstance(part, dict)]
+    for mapping, key in named:
         if isinstance(name := mapping.get(key), str) and (path := folder / name).exists():
             mapping[key] = os.path.normpath(path)
 

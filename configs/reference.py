@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from trainers.arguments import MINIMUMS, MOMENTS
 
-from . import MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, nested_class, options_of
+from . import CODEC_CONFIGS, MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, nested_class, options_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
@@ -56,12 +56,18 @@ def main() -> None:
 
 def render() -> str:
     """The page, in Markdown."""
-    headings = {cls: ", ".join(keys) for cls, keys in classes_of_run().items()}
+    headings = headings_of_run()
     parts = [INTRODUCTION, "## The run\n", HEAD + "".join(rows_of_run())]
     for cls, heading in headings.items():
         level = "###" if "." in heading else "##"
         parts += [f"{level} {heading}\n", about(cls), HEAD + "".join(rows_of(cls, headings))]
     return "\n".join(parts)
+
+
+def headings_of_run() -> dict[type, str]:
+    """The heading of each class: its keys in a YAML, and, of a codec, which stands alone, its model type."""
+    found = {cls: ", ".join(keys) for cls, keys in classes_of_run().items()}
+    return {cls: f"{keys} [{cls.model_type}]" if cls in CODEC_CONFIGS else keys for cls, keys in found.items()}
 
 
 def classes_of_run() -> dict[type, list[str]]:

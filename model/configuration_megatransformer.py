@@ -445,8 +445,8 @@ class WriterConfig(StrictConfig):
         flow_num_layers: Layers of the flow head.
         flow_prediction: What the flow head gives: "v" the velocity, "x" the latent itself (Li and He 2025, arXiv
             2511.13720). Default: "v" for latents of up to 64 numbers, else "x".
-        flow_min_sigma: With prediction "x", the smallest 1 - t by which the loss divides; 0.05 suits large models, and
-            small ones fail below 0.4.
+        flow_min_sigma: With prediction "x", the smallest 1 - t by which the loss divides: 0.4 suits small models, 0.05
+            large ones.
         num_draws: Draws of noise and time for each latent in training.
         input_noise: Largest standard deviation of the noise on latents that are read back, in training.
         num_flow_steps: Euler steps of a latent in `generate`, unless it is told otherwise.
@@ -532,7 +532,7 @@ class MegaTransformerAudioWriterConfig(WriterConfig):
 
     guidance_scale: float | int = interval(min=0.0)(default=1.5)
     sampling_rate: int = interval(min=1)(default=8000)
-    n_fft: int = interval(min=1)(default=256)
+    n_fft: int = interval(min=2)(default=256)
     hop_length: int = interval(min=1)(default=80)
     num_mel_bins: int = interval(min=1)(default=64)
     frames_per_token: int = interval(min=1)(default=4)

@@ -6,7 +6,7 @@ of it goes through one cache. With guidance, each row runs twice, the second tim
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,10 +75,14 @@ class WritingOptions:
             if unknown:
                 raise ValueError(f"num_steps names {unknown[0]!r}; the modalities are text, {', '.join(WRITTEN)}")
 
-    def of(self, name: str, writer: Writer) -> Any:
-        """An option by name, as the writer has it where nothing was given."""
-        value = getattr(self, name)
-        return getattr(writer.config, name) if value is None else value
+    def of(self, writer: Writer) -> "WritingOptions":
+        """The same, with what a writer's configuration says where nothing was given."""
+        own = {
+            "guidance_scale": writer.config.guidance_scale,
+            "num_flow_steps": writer.config.num_flow_steps,
+            "flow_temperature": writer.config.flow_temperature,
+        }
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
     def steps_of(self, modality: str) -> int | None:
         """Core steps of places in which this is written."""
@@ -166,7 +170,8 @@ class MediaWriting:
         if len(seeds) != batch:
             raise ValueError(f"flow_seeds has {len(seeds)} seeds for {batch} rows; give one for each")
         self.rows = [Row(seed) for seed in seeds]
-        self.is_guided = any(writing.of("guidance_scale", self.writers[name]) != 1 for name in self.names)
+        self.options = {name: writing.of(self.writers[name]) for name in self.names}
+        self.is_guided = any(options.guidance_scale != 1 for options in self.options.values())
         self.inputs = model_kwargs
         self.cache = model_kwargs.pop("past_key_values", None)
         if self.cache is None:
@@ -369,20 +374,19 @@ class MediaWriting:
         self, name: str, rows: torch.LongTensor, guided: torch.Tensor, free: torch.Tensor | None
     ) -> torch.Tensor:
         """(len(rows), latent_size), of rows that are within a medium of this modality; they are remembered there."""
-        writer, writing = self.writers[name], self.writing
+        writer, options = self.writers[name], self.options[name]
         places = torch.tensor([len(self.rows[row].latents) for row in rows.tolist()], device=self.device)
         noise = torch.stack([self.rows[row].noise[len(self.rows[row].latents)] for row in rows.tolist()])
         guidance = without = None
         if free is not None:
-            scale = writing.of("guidance_scale", writer)
-            guidance = torch.full_like(places, scale, dtype=torch.float)
+            guidance = torch.full_like(places, options.guidance_scale, dtype=torch.float)
             if writer.config.guidance_schedule == "linear":
-                guidance = 1 + (scale - 1) * places / max(writer.num_places - 1, 1)
+                guidance = 1 + (guidance - 1) * places / max(writer.num_places - 1, 1)
             without = writer.condition(free[rows], places)
         latents = writer.head.sample(
             writer.condition(guided[rows], places),
-            noise.to(self.device) * writing.of("flow_temperature", writer) ** 0.5,
-            writing.of("num_flow_steps", writer),
+            noise.to(self.device) * options.flow_temperature**0.5,
+            options.num_flow_steps,
             writer.config.flow_shift,
             guidance,
             without,

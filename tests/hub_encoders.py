@@ -1,4 +1,6 @@
-"""Folders in place of the hub, for the pretrained encoders that files in configs/ name."""
+"""Folders in place of the hub, for the pretrained encoders that files in configs/ name, and of codecs that are trained
+before.
+"""
 
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from transformers import (
     WhisperFeatureExtractor,
     WhisperModel,
 )
+
+from model import MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig
 
 
 def siglip2(side: int, width: int, inner: int, layers: int, heads: int) -> SiglipConfig:
@@ -36,9 +40,15 @@ ENCODERS: dict[str, PreTrainedConfig] = {
 }
 
 
+CODECS: dict[str, PreTrainedConfig] = {
+    "image_autoencoder_128": MegaTransformerImageAutoencoderConfig(image_size=128, latent_size=16),
+    "vocoder_16khz": MegaTransformerVocoderConfig(sampling_rate=16000, n_fft=512, hop_length=160),
+}
+
+
 def local_encoders(config: Path, folder: Path) -> list[str]:
-    """Flags that put folders within `folder` in place of the encoders that a YAML file names, if it names any. They
-    have configurations and no weights.
+    """Flags that put folders within `folder` in place of the encoders and codecs that a YAML file names, if it names
+    any. They have configurations and no weights.
     """
     model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
     flags = []
@@ -47,6 +57,11 @@ def local_encoders(config: Path, folder: Path) -> list[str]:
         if name is not None:
             ENCODERS[name].save_pretrained(folder / name)
             flags += [f"--model.{part}.backbone", str(folder / name)]
+    for part, key in (("image_writer_config", "codec_name_or_path"), ("audio_writer_config", "vocoder_name_or_path")):
+        name = model.get(part, {}).get(key)
+        if name is not None:
+            CODECS[Path(name).name].save_pretrained(folder / Path(name).name)
+            flags += [f"--model.{part}.{key}", str(folder / Path(name).name)]
     return flags
 
 

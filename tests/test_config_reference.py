@@ -13,7 +13,15 @@ import configs
 from callbacks import CallbacksConfig
 from configs import load_run_config, reference
 from dataset_loading.configuration import DataConfig, SourceConfig, TokenizerConfig
-from model import MegaTransformerAudioConfig, MegaTransformerTextConfig, MegaTransformerVisionConfig
+from model import (
+    MegaTransformerAudioConfig,
+    MegaTransformerAudioWriterConfig,
+    MegaTransformerImageAutoencoderConfig,
+    MegaTransformerImageWriterConfig,
+    MegaTransformerTextConfig,
+    MegaTransformerVisionConfig,
+    MegaTransformerVocoderConfig,
+)
 from trainers import RecurrentTrainingArguments
 from trainers.parameter_groups import ParameterGroup
 
@@ -22,7 +30,12 @@ GENERATED = {"kind": "generated", "task": "stories"}
 SOURCES = "data.train, data.validation"
 LISTS = {SOURCES, "training.parameter_groups"}  # groups of which a run has any number
 MEDIA = ["--model.model_type", "megatransformer", "--model.vision_config.patch_size", "8"]
-MEDIA += ["--model.audio_config.subsampling", "4"]
+MEDIA += ["--model.audio_config.subsampling", "4", "--model.image_writer_config.patch_size", "8"]
+MEDIA += ["--model.audio_writer_config.frames_per_token", "4"]
+CODECS = {
+    f"model [{model_type}]": ["--model.model_type", model_type, "--trainer", "reconstruction"]
+    for model_type in ("megatransformer_image_autoencoder", "megatransformer_vocoder")
+}
 
 
 class Line(NamedTuple):
@@ -42,7 +55,8 @@ class Line(NamedTuple):
     @property
     def names(self) -> list[str]:
         """The option in a YAML, in all places where its class stands."""
-        groups = [""] if self.group == "The run" else [f"{group}." for group in self.group.split(", ")]
+        keys = self.group.partition(" [")[0]
+        groups = [""] if keys == "The run" else [f"{key}." for key in keys.split(", ")]
         return [f"{group}{self.key}" for group in groups]
 
 
@@ -59,7 +73,8 @@ def lines_of(page: str) -> list[Line]:
 
 
 LINES = lines_of(PAGE)
-OF_MEDIA = ("model", "model.vision_config", "model.audio_config")  # of the class that is not the default
+PARTS = ("vision_config", "audio_config", "image_writer_config", "audio_writer_config")
+OF_MEDIA = ("model", *(f"model.{part}" for part in PARTS))  # of the class that is not the default
 
 
 def of(group: str) -> dict[str, Line]:
@@ -70,7 +85,7 @@ def tree_of_defaults() -> dict[str, Any]:
     """Every documented default, as the YAML that a user would write; one source, for its defaults too."""
     tree: dict[str, Any] = {}
     for line in LINES:
-        if line.group in LISTS or line.group in OF_MEDIA or not line.default.startswith("`"):
+        if line.group in LISTS or line.group in (*OF_MEDIA, *CODECS) or not line.default.startswith("`"):
             continue
         inner = tree
         for name in line.name.split(".")[:-1]:
@@ -109,7 +124,8 @@ def test_every_option_stands_there_once(tmp_path: Path):
     theirs = {item.name: (item.default, item.type) for item in dataclasses.fields(TrainingArguments)}
     ours = {item.name: (item.default, item.type) for item in dataclasses.fields(RecurrentTrainingArguments)}
     expected: set[str] = set()
-    for resolved in (load_run_config(path).resolved, load_run_config(path, MEDIA).resolved):
+    for given in ([], MEDIA, *CODECS.values()):
+        resolved = load_run_config(path, given).resolved
         (source,), resolved["data"]["train"] = resolved["data"]["train"], []
         inherited = [name for name in resolved["training"] if ours[name] == theirs.get(name)]
         for name in inherited:
@@ -117,7 +133,8 @@ def test_every_option_stands_there_once(tmp_path: Path):
         expected |= {*configs.flatten(resolved), *(f"{group}.{key}" for group in SOURCES.split(", ") for key in source)}
     expected |= {f"training.parameter_groups.{item.name}" for item in dataclasses.fields(ParameterGroup)}
     assert len({(line.group, line.key) for line in LINES}) == len(LINES)
-    groups = {part for line in LINES for part in line.group.split(", ")} | {"model.text_config.model_type"}
+    groups = {part for line in LINES for part in line.group.partition(" [")[0].split(", ")}
+    groups.add("model.text_config.model_type")
     documented = {name for line in LINES for name in line.names}
     assert documented - groups == expected - groups
 
@@ -138,7 +155,8 @@ def test_choices_are_those_the_loader_takes():
     assert len(named) >= 5
     for line in named:
         choices = set(re.findall(r'`"([^"]+)"`', line.type))
-        given = MEDIA if line.group in OF_MEDIA and line.key != "model_type" else []
+        given = CODECS.get(line.group, MEDIA if line.group in OF_MEDIA else [])
+        given = [] if line.key == "model_type" else given
         with pytest.raises(ValueError, match="unknown") as error:
             configs.resolve([*given, f"--{line.name}=nonsense"])
         assert set(re.search(r"known: (.*)", str(error.value))[1].split(", ")) == choices
@@ -160,13 +178,23 @@ NEEDED = {
     MegaTransformerTextConfig: {"position_embedding": "none", "head_dim": 4},
     MegaTransformerVisionConfig: {"head_dim": 4, "patch_size": 1},
     MegaTransformerAudioConfig: {"head_dim": 4, "hop_length": 1},
+    MegaTransformerImageWriterConfig: {"patch_size": 1},
+    MegaTransformerAudioWriterConfig: {"hop_length": 1, "num_mel_bins": 1},
+    MegaTransformerImageAutoencoderConfig: {"patch_size": 1, "bottleneck": "fsq"},
+    MegaTransformerVocoderConfig: {
+        "hop_length": 1,
+        "num_mel_bins": 1,
+        "stft_sizes": [16],
+        "clip_seconds": 100.0,
+        "sampling_rate": 100_000,
+    },
     ParameterGroup: {"pattern": "*"},
     RecurrentTrainingArguments: {"output_dir": "unused", "use_cpu": True},
 }
 
 
 def class_of(line: Line) -> type:
-    return next(cls for cls, keys in reference.classes_of_run().items() if ", ".join(keys) == line.group)
+    return next(cls for cls, heading in reference.headings_of_run().items() if heading == line.group)
 
 
 def is_taken(line: Line, value: float) -> bool:

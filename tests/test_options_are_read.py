@@ -20,6 +20,8 @@ READERS = {
     "MegaTransformerConfig": ("model", r"(self\.)?config"),
     "MegaTransformerVisionConfig": ("model", r"(self\.)?config"),
     "MegaTransformerAudioConfig": ("model", r"(self\.)?config"),
+    "MegaTransformerImageWriterConfig": ("model", r"(self\.)?(writer\.)?config"),
+    "MegaTransformerAudioWriterConfig": ("model", r"(self\.)?(writer\.)?config"),
     "MegaTransformerImageAutoencoderConfig": ("model", r"(self\.)?config"),
     "MegaTransformerVocoderConfig": ("model", r"(self\.)?config"),
     "RecurrenceConfig": ("model", r"(self\.)?(config|recurrence)"),
@@ -44,7 +46,8 @@ READERS = {
 # Fields that transformers reads: it ties the weights, and its generation takes ids from them. Those of placeholders are
 # read by names made of the modality's.
 READ_BY_TRANSFORMERS = {"tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
-READ_BY_TRANSFORMERS |= {"image_token_id", "audio_token_id"}
+OF_PLACES = ("{}_token_id", "written_{}_token_id", "{}_start_token_id", "{}_end_token_id")
+READ_BY_TRANSFORMERS |= {name.format(modality) for name in OF_PLACES for modality in ("image", "audio")}
 
 
 def classes_within(cls: type, path: str = "") -> Iterable[tuple[type, str]]:

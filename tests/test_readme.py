@@ -29,6 +29,16 @@ data:
     - {kind: generated, task: melodies, num_rows: 8}
     - {kind: generated, task: stories, num_rows: 8}
 """
+FEW_DRAWINGS = """
+data:
+  train:
+    - {name: drawn, kind: generated, task: drawings, direction: text -> image, num_rows: 100}
+    - {name: played, kind: generated, task: tunes, direction: text -> audio, num_rows: 100}
+  validation:
+    - {name: drawn, kind: generated, task: drawings, direction: text -> image, num_rows: 8}
+    - {name: played, kind: generated, task: tunes, direction: text -> audio, num_rows: 8}
+"""
+FEW = {"recurrent_vlm.yaml": FEW_ROWS, "any_to_any.yaml": FEW_DRAWINGS}
 
 
 def commands(language: str) -> list[str]:
@@ -40,9 +50,10 @@ def commands(language: str) -> list[str]:
 def prepared(command: str, folder: Path) -> list[str]:
     """The command's words, in the test's folders, short, on the CPU, and with a port of its own."""
     words = [re.sub(r"\b(runs|my)/", rf"{folder}/\1/", word) for word in shlex.split(command)]
-    if "configs/recurrent_vlm.yaml" in words:
-        place = words.index("configs/recurrent_vlm.yaml") + 1
-        words[place:place] = ["--config", str(folder / "few_rows.yaml")]
+    for name in FEW:
+        if f"configs/{name}" in words:
+            place = words.index(f"configs/{name}") + 1
+            words[place:place] = ["--config", str(folder / name)]
     if words[0] == "deepspeed":
         words[1:1] = ["--master_port", str(free_port())]
         if "--training.output_dir" not in words:
@@ -69,15 +80,18 @@ def run(words: list[str], **kwargs) -> subprocess.CompletedProcess:
 
 def write_files(folder: Path) -> None:
     """Texts, photos and recordings of one's own, as the README has them."""
-    (folder / "few_rows.yaml").write_text(FEW_ROWS)
+    for name, content in FEW.items():
+        (folder / name).write_text(content)
     names = ["a", *map(str, range(99))]
     files = {
         "photos": {f"{name}.jpg": image_file(picture(seed=seed), "JPEG") for seed, name in enumerate(names)},
         "recordings": {f"{name}.wav": audio_file(sound(3000, seed=seed)) for seed, name in enumerate(names)},
     }
+    files["speech"] = files["recordings"]
     for kind, contents in files.items():
         (folder / "my" / kind).mkdir(parents=True)
-        lines = [json.dumps({"file_name": name, "text": f"this is {name}"}) for name in contents]
+        words = {"text": "this is it", "speaker": "jackson"}
+        lines = [json.dumps({"file_name": name, **words}) for name in contents]
         (folder / "my" / kind / "metadata.jsonl").write_text("\n".join(lines))
         for name, content in contents.items():
             (folder / "my" / kind / name).write_bytes(content)
