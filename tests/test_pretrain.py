@@ -214,7 +214,9 @@ def test_media_are_shown_of_train_sources_where_there_is_no_validation(tmp_path)
     counts = run.callbacks.media_samples.num_examples, run.callbacks.written_samples.num_examples
     assert list(examples) == ["scenes"] and len(examples["scenes"]) == max(counts) == 4
     scenes = get_task("scenes")
-    rows = [generate_row(scenes, scenes.default_difficulty, "test", (run.training.seed, 0), index) for index in range(4)]
+    rows = [
+        generate_row(scenes, scenes.default_difficulty, "test", (run.training.seed, 0), index) for index in range(4)
+    ]
     assert [example["answer"] for example in examples["scenes"]] == [row["answer"] for row in rows]
     named = "[{kind: generated, task: melodies, num_rows: 9}, {kind: generated, task: addition, num_rows: 9}]"
     run = load_config([*config, "--data.validation", named])
