@@ -39,10 +39,11 @@ from evaluation import (
     token_byte_lengths,
 )
 from inference import arguments
-from inference.devices import DTYPES, choose_device, device_report
+from inference.devices import choose_device, device_report
 from inference.loading import find_checkpoint, load_model, tokenizer_of
 from model import modality_names
 from model.exit_criteria import EXIT_CRITERIA
+from model.quantization import QuantizationConfig
 
 logger = logging.getLogger("evaluate")
 
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = find_checkpoint(args.checkpoint)
         run = read_run_config(checkpoint, overrides)
         device = choose_device(args.device)
-        model, processor = load_model(checkpoint, device, args.dtype and getattr(torch, args.dtype))
+        dtype = args.dtype and getattr(torch, args.dtype)
+        model, processor = load_model(checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
         judges = load_judges(args.judge)
         texts = validation_texts(run, processor, args.limit)
         examples, prompts = divide(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
@@ -134,8 +136,7 @@ def build_parser() -> arguments.OneLineParser:
     )
     add_media_arguments(parser)
     parser.add_argument("--output", type=Path, help="folder for the files; default: evaluation in the given folder")
-    parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's")
+    arguments.add_loading_arguments(parser)
     return parser
 
 

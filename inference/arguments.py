@@ -8,6 +8,7 @@ import math
 import re
 from typing import NoReturn
 
+from .devices import DTYPES
 from .logs import LOG_LEVELS
 
 
@@ -27,6 +28,15 @@ class OneLineParser(argparse.ArgumentParser):
             fix = f"did you mean {near[0]}?" if near else "see --help for those there are."
             message = f"unknown argument {flag!r}: {fix}"
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the weights go, and as what."""
+    parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's")
+    parser.add_argument(
+        "--load-in", choices=["8bit", "4bit"], help="bits of the weights in layers; default: the checkpoint's"
+    )
 
 
 def whole_number(text: str, minimum: int, why: str) -> int:

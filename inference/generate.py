@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from model.exit_criteria import EXIT_CRITERIA
+from model.quantization import QuantizationConfig
 
 from . import arguments
-from .devices import DTYPES, choose_device, device_report
+from .devices import choose_device, device_report
 from .loading import load_model, tokenizer_of
 from .media_files import SUFFIXES, check_path, save_audio, save_images
 
@@ -101,8 +102,7 @@ def build_parser() -> arguments.OneLineParser:
         "--seed", type=arguments.seed, default=0, help="of the draws; the same seed gives the same text"
     )
     parser.add_argument("--no-stream", action="store_true", help="write the text at once when it is finished")
-    parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's")
+    arguments.add_loading_arguments(parser)
     return parser
 
 
@@ -123,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prompt = (args.prompt or "") if args.media else read_prompt(args.prompt)
         device = choose_device(args.device)
-        model, processor = load_model(args.checkpoint, device, args.dtype and getattr(torch, args.dtype))
+        dtype = args.dtype and getattr(torch, args.dtype)
+        model, processor = load_model(args.checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
         tokenizer = tokenizer_of(processor)
         check_depth(model, args.num_steps)
         if args.mode != "text":

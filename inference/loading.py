@@ -25,6 +25,7 @@ from model import (
     MegaTransformerForConditionalGeneration,
     MegaTransformerTextConfig,
 )
+from model.quantization import QuantizationConfig, bits_and_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,10 @@ MODELS = {
 
 
 def load_model(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """Load a model, ready for evaluation, and its tokenizer or, where it reads images or sound, its processor.
 
@@ -49,13 +53,22 @@ def load_model(
         path: a checkpoint folder, or a run folder; of a run folder its newest complete weights (`find_checkpoint`).
         device: where the model goes.
         dtype: of the weights; None keeps that of the checkpoint.
+        quantization: how to round the weights; those of a checkpoint with rounded weights stay as they are.
 
     Raises:
         FileNotFoundError: no such folder, or no complete model in it.
-        ValueError: the folder holds another kind of model, its weights do not fit its config, or a file is damaged.
+        ValueError: the folder holds another kind of model, its weights do not fit its config, or a file is damaged; the
+            weights cannot be rounded, or are already.
     """
     folder = find_checkpoint(path)
     config = load_config(folder)
+    is_quantized, options = getattr(config, "quantization_config", None) is not None, {}
+    if quantization is not None and quantization.load_in is not None:
+        check_quantization(folder, config, quantization)
+        is_quantized = True
+        options["quantization_config"] = bits_and_bytes(quantization, dtype or config.dtype or torch.float32)
+    if is_quantized:
+        options["device_map"] = {"": str(device)}  # rounded where the model is to be; left out, transformers chooses
     try:
         model, report = MODELS[config.model_type].from_pretrained(
             folder,
@@ -65,6 +78,7 @@ def load_model(
             local_files_only=True,
             ignore_mismatched_sizes=True,  # so that mismatches are reported below, with their names
             output_loading_info=True,
+            **options,
         )
     except SafetensorError as error:
         raise ValueError(f"The weights in {folder} are damaged ({error}): use another checkpoint.") from error
@@ -76,7 +90,35 @@ def load_model(
             f"The tokenizer in {folder} has {num_tokens} tokens, the model only {vocab_size}: "
             "they do not belong together; use the checkpoint's own tokenizer."
         )
+    if is_quantized:
+        keep_matrices_in_place(model)
     return model.to(device).eval(), processor
+
+
+def check_quantization(folder: Path, config: PreTrainedConfig, quantization: QuantizationConfig) -> None:
+    """Raise ValueError for weights that are rounded already, and for a head that cannot be."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"The weights in {folder} are quantised already, and cannot be again (to {quantization.load_in}): leave that "
+            "out, or use the checkpoint that they were made from."
+        )
+    if config.get_text_config().tie_word_embeddings and "heads" not in quantization.keep_in_high_precision:
+        raise ValueError(
+            "The head of this model is its embedding (tie_word_embeddings), which cannot be quantised: name heads among "
+            "the parts to keep in high precision."
+        )
+
+
+def keep_matrices_in_place(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from rearranging matrices of 4 bits when they are first used in evaluation, on CPUs with
+    bfloat16 instructions: it fails for widths that are no multiple of 64, rounds the scales once more, and what is
+    trained afterwards would get no gradient through them.
+    """
+    from bitsandbytes.nn import Linear4bit  # slow to import
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def reads_media(model_type: str) -> bool:

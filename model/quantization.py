@@ -1,0 +1,68 @@
+"""Weights of 8 and 4 bits: which matrices have them, and how. bitsandbytes rounds them while a checkpoint is loaded."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import BitsAndBytesConfig
+
+# Patterns of module names. Of what is left, all plain linear maps are rounded; norms, embeddings and convolutions never.
+PARTS = {
+    "injection": r"model\.core\.injection",
+    "heads": "lm_head",
+    "projectors": r"model\.readers\.\w+\.projector",
+    "encoders": r"model\.readers\.\w+\.encoder",
+    "prelude": r"model\.prelude",
+    "core": r"model\.core\.layers",
+    "coda": r"model\.coda",
+}
+Part = Literal["injection", "heads", "projectors", "encoders", "prelude", "core", "coda"]
+# Small, and what they give is no choice among tokens but numbers: when to stop, latents, pixels and sound.
+ALWAYS_KEPT = (r"model\.exit_probe", r"model\.writers")
+
+
+@dataclass
+class QuantizationConfig:
+    """Weights in fewer bits."""
+
+    load_in: Literal["8bit", "4bit"] | None = None
+    """Bits of a weight: "8bit" has a scale for each row of a matrix, and rounds what is multiplied with it to 8 bits as
+    well, except when training on a CPU (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339); "4bit" has one for each 64
+    weights (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). Default: as they are in the checkpoint."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4bit: the 16 values that a weight can have, times its scale; "nf4" are quantiles of the normal distribution."""
+
+    double_quant: bool = True
+    """4bit: whether the scales are rounded to 8 bits too, which saves 0.4 bits a weight."""
+
+    outlier_threshold: float = 0.0
+    """8bit: a feature that is larger than this anywhere in the batch is not rounded; 0 rounds all, so that a row's
+    result depends on nothing but the row. Large pretrained models need 6."""
+
+    keep_in_high_precision: list[Part] = field(default_factory=lambda: ["injection", "heads"])
+    """Parts of the model whose matrices stay as they are in the checkpoint, as norms and embeddings always do."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.outlier_threshold < float("inf"):
+            raise ValueError(f".outlier_threshold: {self.outlier_threshold} is no size; give 0 or more, such as 6")
+        unknown = [name for name in self.keep_in_high_precision if name not in PARTS]
+        if unknown:
+            raise ValueError(f".keep_in_high_precision: {unknown[0]!r} is unknown; known parts: {', '.join(PARTS)}")
+
+
+def bits_and_bytes(config: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What transformers wants to know.
+
+    Args:
+        dtype: Of products with matrices of 4 bits.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=config.load_in == "4bit",
+        load_in_8bit=config.load_in == "8bit",
+        llm_int8_threshold=float(config.outlier_threshold),
+        llm_int8_skip_modules=[*ALWAYS_KEPT, *(PARTS[name] for name in config.keep_in_high_precision)],
+        bnb_4bit_quant_type=config.quant_type,
+        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
