@@ -6,18 +6,46 @@ from hashlib import blake2b
 from datasets import Dataset, Features, Value
 
 from .synthetic_addition import Addition
+from .synthetic_calculator import Calculator
+from .synthetic_cup_media import CupPictures, CupTunes
 from .synthetic_cups import Cups
+from .synthetic_digits import Reversal, Sorting
 from .synthetic_drawings import Drawings
+from .synthetic_instructions import Instructions
 from .synthetic_lookup import ChainedLookup
 from .synthetic_melodies import Melodies, MelodyQuestions, Tunes
 from .synthetic_scenes import SceneQuestions, Scenes
 from .synthetic_stories import Stories
+from .synthetic_subtraction import Subtraction
 from .synthetic_task import GeneratedMediaTask, GeneratedTask, Role
 
-TASKS: dict[str, GeneratedTask] = {task.name: task for task in (ChainedLookup(), Addition(), Cups(), Stories())}
+TASKS: dict[str, GeneratedTask] = {
+    task.name: task
+    for task in (
+        ChainedLookup(),
+        Addition(),
+        Subtraction(),
+        Reversal(),
+        Sorting(),
+        Cups(),
+        Stories(),
+        Instructions(),
+        Calculator(),
+    )
+}
 """Text alone."""
 MEDIA_TASKS: dict[str, GeneratedMediaTask] = {
-    task.name: task for task in (Scenes(), SceneQuestions(), Drawings(), Melodies(), MelodyQuestions(), Tunes())
+    task.name: task
+    for task in (
+        Scenes(),
+        SceneQuestions(),
+        Drawings(),
+        CupPictures(),
+        Melodies(),
+        MelodyQuestions(),
+        Tunes(),
+        CupTunes(),
+    )
 }
 """Pictures and sounds, with text about them."""
 

@@ -18,6 +18,10 @@ RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("a", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
 """Thirds of a picture."""
+MOVES_OF_CUPS = {"a": "23451", "b": "21453", "c": "54213", "d": "34512"}
+"""The cups to which a move brings a ball from cup 1, 2, 3, 4, 5."""
+PLACES_OF_CUPS = (("top", "left"), ("top", "right"), ("middle", "middle"), ("bottom", "left"), ("bottom", "right"))
+NOTES_OF_CUPS = ("C4", "E4", "G4", "B4", "D5")
 
 _OBJECT = re.compile(
     rf"(?:\b({'|'.join(NUMBERS)}) )?(?:\b(small|large) )?\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b"
@@ -124,11 +128,42 @@ def check_notes(prompt: str, recording: tuple[np.ndarray, int]) -> dict[str, boo
     return {**right, "length": len(heard) == len(asked), "all": heard == asked}
 
 
+def follow(prompt: str) -> int | None:
+    """The cup to which the moves after the capital letter of "ccaXbda=" bring the ball; None if there is no letter."""
+    start = re.search("[V-Z]", prompt)
+    if start is None:
+        return None
+    cup = "VWXYZ".index(start[0]) + 1
+    for move in re.findall("[a-d]", prompt[start.end() :]):
+        cup = int(MOVES_OF_CUPS[move][cup - 1])
+    return cup
+
+
+def check_cup_picture(prompt: str, picture: Image.Image) -> dict[str, bool]:
+    """Whether a picture shows one ball, "number", in the place of the cup that a prompt asks for, "position", and "all"
+    of these. Empty where it asks for none.
+    """
+    cup = follow(prompt)
+    if cup is None:
+        return {}
+    seen = read_scene(picture)
+    right = {"number": len(seen) == 1, "position": {third_of(it.place) for it in seen} == {PLACES_OF_CUPS[cup - 1]}}
+    return {**right, "all": all(right.values())}
+
+
+def check_cup_tune(prompt: str, recording: tuple[np.ndarray, int]) -> dict[str, bool]:
+    """The same of a recording and its notes: "length", "note1" and "all"."""
+    cup = follow(prompt)
+    return {} if cup is None else check_notes(NOTES_OF_CUPS[cup - 1], recording)
+
+
 Check = Callable[[str, Any], dict[str, bool]]
 CHECKS: dict[str, Check] = {
     "scenes": check_scene,
     "drawings": check_scene,
     "melodies": check_notes,
     "tunes": check_notes,
+    "cup_pictures": check_cup_picture,
+    "cup_tunes": check_cup_tune,
 }
 """By generated task. A check takes a prompt, and a picture or (samples, rate)."""
