@@ -97,7 +97,7 @@ def table_of(model: PreTrainedModel, run: RunConfig, limit: int | None) -> str:
                 seconds = sum(len(part[number]) for number in range(len(part))) / media.sampling_rate / len(part)
                 found["x real time"] = 1000 * seconds / found["milliseconds"]
             lines.append((source, name, found))
-    names = list(lines[0][2])
+    names = list(dict.fromkeys(key for *_, found in lines for key in found))
     body = [[source, name, *(f"{found.get(key, float('nan')):.3f}" for key in names)] for source, name, found in lines]
     return format_table(["source", "way", *names], body)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.utils.data import Dataset
+from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 from torchmetrics.functional.audio.pesq import perceptual_evaluation_speech_quality
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
@@ -39,9 +40,12 @@ class PictureScores:
 
 
 class SoundScores:
-    """Of each clip: mel_l1, the mean error of its log-mel spectrogram; mr_stft, that of its spectrograms; and pesq,
-    about 1 to 4.5, where the package of that name is installed and knows the sampling rate (narrow-band at 8 kHz,
-    wide-band at 16), NaN for clips that are too short or silent.
+    """Of each clip: mel_l1, the mean error of its log-mel spectrogram; mr_stft, that of its spectrograms; and si_sdr,
+    the scale-invariant signal-to-distortion ratio in dB, which wants the phases to be right, NaN for silent clips.
+
+    Where the package pesq is installed and knows the sampling rate (narrow-band at 8 kHz, wide-band at 16), also pesq,
+    about 1 to 4.5, and pesq_failed, 1 for a clip that it could not rate, such as a silent one, whose pesq is NaN. Both
+    are NaN for clips that are too short.
 
     Args:
         log_mel: (clips, samples) -> (clips, mel bins, frames).
@@ -50,7 +54,7 @@ class SoundScores:
     def __init__(self, sampling_rate: int, log_mel: Callable[[torch.Tensor], torch.Tensor]):
         self.sampling_rate, self.log_mel = sampling_rate, log_mel
         has_pesq = PesqError is not None and sampling_rate in RATES_OF_PESQ
-        self.names = ("mel_l1", "mr_stft", *(("pesq",) if has_pesq else ()))
+        self.names = ("mel_l1", "mr_stft", "si_sdr", *(("pesq", "pesq_failed") if has_pesq else ()))
 
     def __call__(self, made: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Reconstructions of `waveforms`, (clips, samples), of which the first `lengths` count, to (clips, scores)."""
@@ -62,17 +66,19 @@ class SoundScores:
 
     def _of_clip(self, made: torch.Tensor, waveform: torch.Tensor) -> list[float]:
         mel_l1 = (self.log_mel(made[None]) - self.log_mel(waveform[None])).abs().mean()
-        scores = [float(mel_l1), stft_distance(made, waveform)]
-        return [*scores, self._pesq(made, waveform)] if "pesq" in self.names else scores
+        si_sdr = scale_invariant_signal_distortion_ratio(made, waveform) if waveform.any() else float("nan")
+        scores = [float(mel_l1), stft_distance(made, waveform), float(si_sdr)]
+        return [*scores, *self._pesq(made, waveform)] if "pesq" in self.names else scores
 
-    def _pesq(self, made: torch.Tensor, waveform: torch.Tensor) -> float:
+    def _pesq(self, made: torch.Tensor, waveform: torch.Tensor) -> tuple[float, float]:
+        """pesq and pesq_failed."""
         if len(waveform) < SHORTEST_FOR_PESQ * self.sampling_rate:
-            return float("nan")
+            return float("nan"), float("nan")
         try:
             mode = RATES_OF_PESQ[self.sampling_rate]
-            return float(perceptual_evaluation_speech_quality(made, waveform, self.sampling_rate, mode))
+            return float(perceptual_evaluation_speech_quality(made, waveform, self.sampling_rate, mode)), 0.0
         except PesqError:
-            return float("nan")
+            return float("nan"), 1.0
 
 
 def stft_distance(made: torch.Tensor, waveform: torch.Tensor) -> float:

@@ -57,15 +57,25 @@ def test_clips_end_where_they_end():
     batch = {"waveforms": sounds, "lengths": torch.tensor([1600, 900])}
     made = sounds * torch.tensor([[1.0], [0.5]])
     whole = scores(made, batch)
-    assert scores.names == ("mel_l1", "mr_stft") and whole.shape == (2, 2)
-    assert whole[0].tolist() == [0, 0]
+    assert scores.names == ("mel_l1", "mr_stft", "si_sdr") and whole.shape == (2, 3)
+    assert whole[0, :2].tolist() == [0, 0]
     assert float(whole[1, 0]) == pytest.approx(float(sounds[1, :900].abs().mean()) / 2, rel=1e-5)
     made[1, 900:] = 7
     torch.testing.assert_close(scores(made, batch), whole)
 
 
+def test_distortion_whatever_the_volume():
+    """Noise at right angles to a sound, of a tenth of its length, leaves 20 dB; silence has no ratio."""
+    sound, noise = voice(0.4), torch.randn(3200, generator=torch.Generator().manual_seed(1))
+    noise -= (noise @ sound) / (sound @ sound) * sound
+    made = 3 * (sound + 0.1 * sound.norm() * noise / noise.norm())
+    batch = {"waveforms": torch.stack([sound, sound * 0]), "lengths": torch.tensor([3200, 3200])}
+    found = SoundScores(11025, lambda waveforms: waveforms)(torch.stack([made, made]), batch)[:, 2]
+    assert found[0].item() == pytest.approx(20, abs=1e-3) and found[1].isnan()
+
+
 def test_pesq_where_it_is_installed(monkeypatch):
-    """NaN for what it cannot judge; the mean is that of the others."""
+    """NaN for what it cannot rate; the mean is that of the others, and failures are counted among clips long enough."""
 
     class Refusal(Exception):
         pass
@@ -81,13 +91,32 @@ def test_pesq_where_it_is_installed(monkeypatch):
     scores = SoundScores(8000, lambda waveforms: waveforms)
     sounds = torch.stack([voice(0.5), voice(0.5), 0 * voice(0.5)])
     found = scores(sounds, {"waveforms": sounds, "lengths": torch.tensor([4000, 3000, 4000])})
-    assert found[:, 2].isnan().tolist() == [False, True, True]
+    assert found[:, 3].isnan().tolist() == [False, True, True]
     means = mean_scores(EvalPrediction(found.numpy(), None), scores.names)
-    assert means["pesq"] == 3.5 and set(means) == {"mel_l1", "mr_stft", "pesq"}
+    assert means["pesq"] == 3.5 and means["pesq_failed"] == 0.5
+    assert set(means) == {"mel_l1", "mr_stft", "si_sdr", "pesq", "pesq_failed"}
     assert "pesq" not in mean_scores(EvalPrediction(found[1:].numpy(), None), scores.names)
     assert "pesq" not in SoundScores(22050, lambda waveforms: waveforms).names
+
+
+def test_no_pesq_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(reconstruction, "PesqError", None)
-    assert "pesq" not in SoundScores(8000, lambda waveforms: waveforms).names
+    scores = SoundScores(8000, lambda waveforms: waveforms)
+    sounds = voice(0.5)[None]
+    found = scores(sounds, {"waveforms": sounds, "lengths": torch.tensor([4000])})
+    assert scores.names == ("mel_l1", "mr_stft", "si_sdr") and found.shape == (1, 3)
+
+
+def test_pesq_of_the_package_itself():
+    """As much as it gives for what is like the original; less for noise; none for silence, which it refuses."""
+    pytest.importorskip("pesq")
+    sound = voice(1.0)
+    noisy = sound + 0.05 * torch.randn(8000, generator=torch.Generator().manual_seed(0))
+    sounds = torch.stack([sound, sound, 0 * sound])
+    batch = {"waveforms": sounds, "lengths": torch.tensor([8000] * 3)}
+    same, worse, silent = SoundScores(8000, lambda waveforms: waveforms)(torch.stack([sound, noisy, sound]), batch)
+    assert 4.4 < same[3] < 4.6 and 1 < worse[3] < 3.5 and same[4] == worse[4] == 0
+    assert silent[3].isnan() and silent[4] == 1
 
 
 def test_principal_components_lose_the_least():
