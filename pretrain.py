@@ -6,7 +6,7 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,7 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixi
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from callbacks import add_callbacks, add_codec_callbacks, size_table
-from configs import CODEC_CONFIGS, RunConfig, check_optimizer, check_output_dir, load_config, one_line_errors
+from configs import (
+    CODEC_CONFIGS,
+    ResolvedConfig,
+    RunConfig,
+    check_optimizer,
+    check_output_dir,
+    load_config,
+    one_line_errors,
+)
 from dataset_loading import Collator, build_datasets, build_examples, build_tokenizer
 from dataset_loading.codec_data import build_codec_datasets
 from evaluation import METRICS, trainer_metrics
@@ -67,14 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = load_config(argv)
     if not threads_are_chosen:
         share_cores()
-    rank = int(os.environ.get("RANK", "0"))
-    set_up_logging(run.log_level, rank)
+    set_up_output(run.log_level)
     if run.is_dry_run:
-        if rank == 0:
+        if os.environ.get("RANK", "0") == "0":
             sys.stdout.write(describe_run(run))
         return 0
-    if rank != 0 or not sys.stderr.isatty():
-        disable_progress_bars()
+    build = build_codec_trainer if isinstance(run.model, CODEC_CONFIGS) else build_trainer
+    return run_training(run, build)
+
+
+def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | None], Trainer]) -> int:
+    """Build the trainer of a run, train, and leave.
+
+    Args:
+        build: run and checkpoint to go on from -> trainer.
+
+    Raises:
+        SystemExit: as `main`.
+    """
     logger.info("%s", device_report())
     try:
         with one_line_errors():
@@ -83,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             resume_point = find_resume_point(run.training)
             if resume_point is not None:
                 check_optimizer(run, resume_point)
-            build = build_codec_trainer if isinstance(run.model, CODEC_CONFIGS) else build_trainer
             trainer = build(run, resume_point)
         trainer.add_callback(ConfigWriter(run))
         train(trainer, resume_point)
@@ -92,6 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
+
+
+def set_up_output(log_level: str) -> None:
+    """Logs of this rank, and progress bars where somebody sees them."""
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_logging(log_level, rank)
+    if rank != 0 or not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def describe_run(run: RunConfig) -> str:
@@ -125,7 +150,7 @@ class ConfigWriter(TrainerCallback):
     of an earlier run.
     """
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: ResolvedConfig) -> None:
         self.run = run
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

@@ -17,11 +17,11 @@ import re
 import sys
 import typing
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import yaml
@@ -51,6 +51,7 @@ SECTIONS = {
     "callbacks": CallbacksConfig,
     "training": RecurrentTrainingArguments,  # last, as it looks for the devices
 }
+OPTIONAL_SECTIONS = ("peft", "step_lora")  # of fine-tuning
 # Not for YAML: what every Hugging Face config inherits, what tokenizer, backbone and launcher decide, and secrets.
 NOT_OPTIONS = {
     PreTrainedConfig: {item.name for item in dataclasses.fields(PreTrainedConfig)}
@@ -61,9 +62,30 @@ NOT_OPTIONS = {
 }
 
 
+class ResolvedConfig:
+    """All that defines a run, of any kind."""
+
+    resolved: dict[str, Any]
+    identity: ClassVar[tuple[str, ...]]
+    """Beginnings of the keys that say which model it is."""
+
+    def defaults(self) -> dict[str, Any]:
+        """What is resolved where nothing is given but what selects the classes."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved YAML, which alone repeats the run; nobody ever reads half of it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = yaml.dump(self.resolved, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+
+
 @dataclass
-class RunConfig:
-    """All that defines a run.
+class RunConfig(ResolvedConfig):
+    """All that defines a run of pretraining.
 
     Args:
         model: Configuration of the network; the ids of special tokens are not in it yet.
@@ -86,15 +108,11 @@ class RunConfig:
     log_level: str
     resolved: dict[str, Any] = field(repr=False)
     is_dry_run: bool = False
+    identity: ClassVar[tuple[str, ...]] = ("model.", "tokenizer.")
 
-    def save(self, path: str | Path) -> None:
-        """Write the resolved YAML, which alone repeats the run; nobody ever reads half of it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = yaml.dump(self.resolved, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+    def defaults(self) -> dict[str, Any]:
+        """What is resolved where nothing is given but the class of the model."""
+        return resolve(["--model.model_type", self.model.model_type])
 
 
 def load_config(argv: Sequence[str] | None = None) -> RunConfig:
@@ -130,23 +148,23 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def check_output_dir(run: RunConfig) -> None:
+def check_output_dir(run: ResolvedConfig) -> None:
     """Refuse to write where nothing can be written, or into the folder of another model.
 
     Raises:
-        ValueError: if the output folder cannot be made, or holds a run whose model or tokenizer differs; names the
-            first key that does.
+        ValueError: if the output folder cannot be made, or holds a run of another model; names the first key that
+            differs.
     """
     name = run.training.output_dir
     folder = Path(name).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not (name and there.is_dir() and os.access(there, os.W_OK)):
         raise ValueError(f"training.output_dir: {name!r} is no folder that can be written; choose another")
-    if difference := first_difference(folder, run, ("model.", "tokenizer.")):
+    if difference := first_difference(folder, run, run.identity):
         raise ValueError(f"training.output_dir: {name} holds another model: {difference}; choose another output_dir")
 
 
-def check_optimizer(run: RunConfig, checkpoint: str | Path) -> None:
+def check_optimizer(run: ResolvedConfig, checkpoint: str | Path) -> None:
     """Refuse to go on from a checkpoint with another optimizer than that of its run, whose state would not fit.
 
     Raises:
@@ -159,14 +177,13 @@ def check_optimizer(run: RunConfig, checkpoint: str | Path) -> None:
         )
 
 
-def first_difference(folder: Path, run: RunConfig, prefixes: tuple[str, ...]) -> str | None:
+def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...]) -> str | None:
     """How a run differs from the one whose config.yaml is in a folder, if there is one: the first key that begins with
     one of the prefixes. Options that are younger than that file have their defaults there.
     """
     if not (folder / "config.yaml").exists():
         return None
-    defaults = resolve(["--model.model_type", run.model.model_type])
-    there, here = flatten(defaults) | flatten(read_yaml(folder / "config.yaml")), flatten(run.resolved)
+    there, here = flatten(run.defaults()) | flatten(read_yaml(folder / "config.yaml")), flatten(run.resolved)
     different = (key for key in here | there if key.startswith(prefixes) and there.get(key) != here.get(key))
     key = next(different, None)
     return key and f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
@@ -187,32 +204,46 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
     schema = dict.fromkeys(("trainer", "log_level", "local_rank", "dry_run"))
     schema |= {"model": {"model_type": None, **schema_of(config_class)}}
     schema |= {name: schema_of(cls) for name, cls in SECTIONS.items()}
+    tree = parse(given, schema, build_parser(config_class))
+    tree["model"] |= dict.fromkeys(absent)
+    if not tree["dry_run"]:
+        del tree["dry_run"]  # a dry run leaves no file, so that no file needs to say that its run was none
+    return tree
+
+
+def parse(
+    given: Sequence[tuple[str, dict[str, Any], list[str]]], schema: dict[str, Any], parser: ArgumentParser
+) -> dict[str, Any]:
+    """The values of what `read_arguments` gives, defaults included, with their types checked."""
     for origin, tree, _ in given:
         check_keys(without_absent_parts(tree), schema, origin)
-    parser = build_parser(config_class)
     try:
         values = parser.parse_args([flag for _, tree, flags in given for flag in (*emptied_lists(tree), *flags)])
     except ArgumentError as error:
         raise ValueError(describe(str(error))) from error
     tree = json.loads(parser.dump(values, format="json", skip_unset=False))
-    tree["model"] |= dict.fromkeys(absent)
     del tree["local_rank"]
-    if not tree["dry_run"]:
-        del tree["dry_run"]  # a dry run leaves no file, so that no file needs to say that its run was none
     make_paths_absolute(tree, Path.cwd())
     return tree
 
 
 def absent_parts(trees: Sequence[dict[str, Any]], config_class: type[PreTrainedConfig]) -> list[str]:
-    """The optional parts of a model that no tree gives, or that the last one to name it makes null."""
+    """The optional parts of a model that are not there."""
     sections = [section for tree in trees if isinstance(section := tree.get("model"), dict)]
-    optional = [name for name, spec in config_class.sub_configs_defaults.items() if spec.optional]
-    last = {name: section[name] for section in sections for name in optional if name in section}
+    return absent_of([name for name, spec in config_class.sub_configs_defaults.items() if spec.optional], sections)
+
+
+def absent_of(optional: Sequence[str], trees: Sequence[dict[str, Any]]) -> list[str]:
+    """The optional keys that no tree gives, or that the last one to name it makes null."""
+    last = {name: tree[name] for tree in trees for name in optional if name in tree}
     return [name for name in optional if last.get(name) is None]
 
 
 def without_absent_parts(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree without parts of the model that are null: the parser knows no group that is not there."""
+    """The tree without optional sections and parts of the model that are null: the parser knows no group that is not
+    there.
+    """
+    tree = {name: section for name, section in tree.items() if section is not None or name not in OPTIONAL_SECTIONS}
     model = tree.get("model")
     if not isinstance(model, dict):
         return tree
@@ -320,6 +351,7 @@ def make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
     codecs += [(model.get("audio_writer_config"), "vocoder_name_or_path")]
     named = [*((source, "path") for source in sources), (tokenizer, "path"), (training, "deepspeed")]
     named += [(part, key) for part, key in codecs if isinstance(part, dict)]
+    named += [(model, "path")]  # of fine-tuning
     for mapping, key in named:
         if isinstance(name := mapping.get(key), str) and (path := folder / name).exists():
             mapping[key] = os.path.normpath(path)
@@ -391,15 +423,26 @@ def closest(name: Any, known: Sequence[str]) -> str:
 def build_parser(config_class: type[PreTrainedConfig]) -> ArgumentParser:
     """The parser of all sections; its `--help` shows the docstrings of the fields."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=Path(sys.argv[0]).name, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file; may be given several times")
-    parser.add_argument("--trainer", type=Literal[tuple(TRAINERS)], default="pretrain", help="Name of the trainer")
-    parser.add_argument("--log_level", "--log-level", type=Literal["debug", "info", "warning", "error"], default="info")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="Ignored: LOCAL_RANK of the environment rules")
+    parser = empty_parser(TRAINERS, "pretrain")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print what the run would need, and stop")
     parser.add_argument("--model.model_type", default=config_class.model_type, help="Selects the class of `model`")
     for name, cls in {"model": config_class, **SECTIONS}.items():
         add_group(parser, cls, name)
+    return parser
+
+
+def empty_parser(trainers: Iterable[str], trainer: str) -> ArgumentParser:
+    """A parser of what stands outside of the sections.
+
+    Args:
+        trainers: names of those there are.
+        trainer: the one that is taken where none is named.
+    """
+    parser = ArgumentParser(prog=Path(sys.argv[0]).name, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; may be given several times")
+    parser.add_argument("--trainer", type=Literal[tuple(trainers)], default=trainer, help="Name of the trainer")
+    parser.add_argument("--log_level", "--log-level", type=Literal["debug", "info", "warning", "error"], default="info")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="Ignored: LOCAL_RANK of the environment rules")
     return parser
 
 

@@ -22,6 +22,7 @@ from .attention import AttentionInputs
 from .blocks import TransformerBlock, run_layers
 from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig, RecurrenceConfig
+from .step_lora import StepLora
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -239,6 +240,7 @@ class RecurrentCore(GradientCheckpointingLayer):
         super().__init__()
         self.injection = INJECTIONS[config.recurrence.injection](config.hidden_size)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_core_layers))
+        self.step_lora: StepLora | None = None
 
     def forward(
         self,
@@ -246,8 +248,17 @@ class RecurrentCore(GradientCheckpointingLayer):
         embeds: torch.Tensor,
         inputs: AttentionInputs,
         slots: list[CacheSlot] | None = None,
+        step: int | None = None,
     ) -> torch.Tensor:
-        """state, embeds: (batch, sequence, hidden) -> the next state. `slots`: the layers' places in the cache."""
+        """state, embeds: (batch, sequence, hidden) -> the next state.
+
+        Args:
+            slots: The layers' places in the cache.
+            step: Steps taken before, where there are adapters of single steps; else None, since for torch.compile
+                each number would be a graph.
+        """
+        if step is not None:
+            self.step_lora.step = step
         return run_layers(self.layers, self.injection(state, embeds), inputs, slots)
 
 
@@ -292,7 +303,9 @@ def iterate_core(
         with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):
             if disturb is not None:
                 here = disturb(step, here, rows)
-            here = core(here, embeds_here, inputs=inputs_here, slots=slots)
+            here = core(
+                here, embeds_here, inputs=inputs_here, slots=slots, step=None if core.step_lora is None else step
+            )
         if trajectory is not None:
             trajectory.append(_put(state, rows, here))
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "configs": {"model", "dataset_loading", "trainers", "callbacks"},
 }
 # What the exported code may need where it is loaded: transformers and what comes with it.
-LIBRARIES_OF_MODEL = {"torch", "transformers", "huggingface_hub", "numpy"}
+LIBRARIES_OF_MODEL = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy"}
 ROOMS = sorted(room for room in MAY_IMPORT if (ROOT / room).is_dir())
 # What ties the rooms together: it may import everything, and nothing imports it.
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import unwrap_peft_model
 
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
@@ -58,7 +59,7 @@ class CheckedTrainer(Trainer):
             )
         if self.args.compile_units:
             with naming("torch_compile_backend or torch_compile_mode"):
-                self.model.base_model.compile_units(**self.args.compile_options)
+                unwrap_peft_model(self.model).base_model.compile_units(**self.args.compile_options)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # they take it over when they wrap the weights
             with naming("optim or optim_args"):
                 self.create_optimizer()
@@ -110,6 +111,12 @@ class CheckedTrainer(Trainer):
         if self.average is not None:
             self.average.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _send_telemetry(self) -> None:
+        """TRL's trainers would tell the hub of each run."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Theirs would write into a README how to load models of other kinds."""
 
 
 @contextmanager

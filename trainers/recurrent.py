@@ -56,7 +56,7 @@ class RecurrentTrainer(CheckedTrainer):
         self.last_num_steps: tuple[int, int] | None = None
         self.written = WrittenLosses(self.model.config)
         self._position = (-1, -1)  # (global step, micro-batch within it) of the forward pass in progress
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._gathered: dict[str, list[float]] = defaultdict(list)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         """One micro-batch. `Trainer` does not say which of the step's micro-batches it is, so they are counted here; a
@@ -84,6 +84,8 @@ class RecurrentTrainer(CheckedTrainer):
             inputs["num_written_in_batch"] = self.written.num_in_window
         if modality_ids is not None and self.modalities.are_weighted:
             inputs["loss_weights"] = self.modalities.loss_weights(modality_ids)
+        if not (return_outputs or self.modalities.are_many or self.written.token_ids):
+            return super().compute_loss(model, inputs, **kwargs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if modality_ids is not None and self.modalities.are_many:
             self.modalities.add(outputs["token_losses"], inputs["labels"], modality_ids)
@@ -93,8 +95,8 @@ class RecurrentTrainer(CheckedTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of what was gathered since the last log of training."""
         if "loss" in logs:
-            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._metrics.items()}}
-            self._metrics.clear()
+            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._gathered.items()}}
+            self._gathered.clear()
             if self.modalities.are_many:
                 logs |= self.modalities.flush(lambda sums: self.accelerator.reduce(sums, "sum"))
             if self.written.token_ids:
@@ -137,7 +139,7 @@ class RecurrentTrainer(CheckedTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Rows hold also what the collator and this trainer take."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns += ["media", "modality_ids"]
+        self._signature_columns += ["position_ids", "media", "modality_ids"]
 
     # -------------------------------------------------------------------------------------------------- depth and state
 
@@ -145,8 +147,8 @@ class RecurrentTrainer(CheckedTrainer):
         """`num_steps` and `initial_state` of the current micro-batch."""
         config = self.text_config
         self.last_num_steps = self.sample_depth(config.recurrence, self.args.seed, *self._position)
-        self._metrics["steps_without_gradient"].append(self.last_num_steps[0])
-        self._metrics["steps_with_gradient"].append(self.last_num_steps[1])
+        self._gathered["steps_without_gradient"].append(self.last_num_steps[0])
+        self._gathered["steps_with_gradient"].append(self.last_num_steps[1])
         states = self.draw_states(config, sequence, self._keys(batch), self.args.device)
         return {"num_steps": self.last_num_steps, "initial_state": states}
 
@@ -185,7 +187,7 @@ class RecurrentTrainer(CheckedTrainer):
             values[f"state_change_{step:02d}"] = change
         means = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean").tolist()
         for name, value in zip(values, means, strict=True):
-            self._metrics[name].append(value)
+            self._gathered[name].append(value)
         self._raise_alarms(dict(zip(values, means, strict=True)))
 
     def _raise_alarms(self, values: dict[str, float]) -> None:

@@ -1,0 +1,150 @@
+"""Configurations of `finetune.py`: a checkpoint, adapters, and the rest as in pretraining."""
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from callbacks import CallbacksConfig
+from dataset_loading.configuration import DataConfig
+from model.quantization import QuantizationConfig
+from trainers import RecurrentTrainingArguments
+from trainers.finetuners import FINETUNERS
+from trainers.finetuning import ModelOptions, PeftOptions, StepLoraOptions
+from trainers.sft import SupervisedArguments
+
+from . import (
+    NOT_OPTIONS,
+    OPTIONAL_SECTIONS,
+    ResolvedConfig,
+    absent_of,
+    add_group,
+    build,
+    closest,
+    empty_parser,
+    find_deepspeed,
+    one_line_errors,
+    parse,
+    read_arguments,
+    schema_of,
+)
+
+DEFAULT_TRAINER = "sft"
+# What the sections `model` and `data` say instead.
+NOT_OPTIONS[SupervisedArguments] = {
+    *("model_init_kwargs", "trust_remote_code", "chat_template_path", "eos_token", "pad_token"),
+    *("dataset_text_field", "dataset_kwargs", "dataset_num_proc", "shuffle_dataset"),
+    *("max_length", "truncation_mode", "pad_to_multiple_of"),
+    *("packing", "packing_strategy", "padding_free", "eval_packing"),
+    *("completion_only_loss", "assistant_only_loss", "router_aux_loss_coef"),
+}
+SECTIONS = {
+    "model": ModelOptions,
+    "peft": PeftOptions,
+    "step_lora": StepLoraOptions,
+    "quantization": QuantizationConfig,
+    "data": DataConfig,
+    "callbacks": CallbacksConfig,
+}
+
+
+@dataclass
+class FinetuningConfig(ResolvedConfig):
+    """All that defines a run of fine-tuning.
+
+    Args:
+        model: The checkpoint that is tuned.
+        peft: Low-rank adapters; without them, and those of steps, all weights learn.
+        step_lora: Low-rank adapters of single steps of the core.
+        quantization: Bits of the weights that do not learn.
+        data: What is read.
+        callbacks: What is watched and written beside the trainer's own logs.
+        training: Training arguments, of the class that belongs to the trainer; None if `load_finetuned_run` left them
+            out.
+        trainer: Name of the trainer: what is learned from the data.
+        log_level: Least severe message that is shown.
+        resolved: Every option as plain values.
+    """
+
+    model: ModelOptions
+    peft: PeftOptions | None
+    step_lora: StepLoraOptions | None
+    quantization: QuantizationConfig
+    data: DataConfig
+    callbacks: CallbacksConfig
+    training: RecurrentTrainingArguments | None
+    trainer: str
+    log_level: str
+    resolved: dict[str, Any] = field(repr=False)
+    identity: ClassVar[tuple[str, ...]] = ("model.", "peft", "step_lora", "quantization.")
+
+    def defaults(self) -> dict[str, Any]:
+        """What is resolved where nothing is given but the trainer and the checkpoint."""
+        return resolve(["--trainer", self.trainer, "--model.path", self.model.path])
+
+
+def load_finetuning_config(argv: Sequence[str] | None = None) -> FinetuningConfig:
+    """The run that a command line (default: `sys.argv`) describes.
+
+    Raises:
+        SystemExit: with code 2, after one line on stderr, for whatever is wrong.
+    """
+    with one_line_errors():
+        tree = resolve(sys.argv[1:] if argv is None else argv)
+        training = dict(tree["training"], deepspeed=find_deepspeed(tree["training"]["deepspeed"]))
+        _, arguments = FINETUNERS[tree["trainer"]]
+        return build_run(tree, build(arguments, training, "training"))
+
+
+def load_finetuned_run(path: str | Path, overrides: Sequence[str] = ()) -> FinetuningConfig:
+    """As `load_run_config`, of a run of fine-tuning."""
+    return build_run(resolve(["--config", str(path), *overrides]), training=None)
+
+
+def resolve(argv: Sequence[str]) -> dict[str, Any]:
+    """Every option as plain values; types are checked, nothing is built.
+
+    Raises:
+        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file.
+    """
+    given = list(read_arguments(argv))
+    trees = [tree for _, tree, _ in given]
+    trainer = next((tree["trainer"] for tree in reversed(trees) if "trainer" in tree), DEFAULT_TRAINER)
+    if trainer not in FINETUNERS:
+        raise ValueError(f"trainer: {trainer!r} is unknown; {closest(trainer, list(FINETUNERS))}")
+    sections = sections_of(trainer)
+    schema = dict.fromkeys(("trainer", "log_level", "local_rank")) | {
+        name: schema_of(cls) for name, cls in sections.items()
+    }
+    tree = parse(given, schema, build_parser(trainer))
+    return tree | dict.fromkeys(absent_of(OPTIONAL_SECTIONS, trees))
+
+
+def sections_of(trainer: str) -> dict[str, type]:
+    """The sections and their classes."""
+    return {**SECTIONS, "training": FINETUNERS[trainer][1]}
+
+
+@functools.cache
+def build_parser(trainer: str) -> ArgumentParser:
+    """The parser of all sections; its `--help` shows the docstrings of the fields."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = empty_parser(FINETUNERS, DEFAULT_TRAINER)
+    for name, cls in sections_of(trainer).items():
+        add_group(parser, cls, name)
+    return parser
+
+
+def build_run(tree: dict[str, Any], training: RecurrentTrainingArguments | None) -> FinetuningConfig:
+    """Build the classes of a resolved tree.
+
+    Raises:
+        ValueError: for a value out of range, with its section.
+    """
+    built = {name: None if tree[name] is None else build(cls, tree[name], name) for name, cls in SECTIONS.items()}
+    names = {name: tree[name] for name in ("trainer", "log_level")}
+    return FinetuningConfig(**built, **names, training=training, resolved=tree)

@@ -1,0 +1,139 @@
+"""Tunes a checkpoint from a YAML: `deepspeed finetune.py --config configs/finetune_lora.yaml`."""
+
+from inference.logs import set_up_logging  # noqa: F401  first: it sets up what libraries say while they are imported
+
+# isort: split
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
+
+from callbacks import add_callbacks
+from configs.finetuning import FinetuningConfig, load_finetuning_config
+from dataset_loading import Collator, build_datasets
+from evaluation import METRICS, trainer_metrics
+from inference.loading import load_model, reads_media, tokenizer_of
+from inference.shutdown import end_process
+from model import modality_names
+from model.recurrence import draw_training_states, sample_depth
+from model.step_lora import add_step_lora
+from pretrain import build_media_examples, run_training, set_up_output, share_cores, whole_weights
+from trainers import check_weights
+from trainers.finetuners import FINETUNERS
+from trainers.finetuning import lora_config, step_lora_targets
+from trainers.quantization import check_quantized_training, prepare_quantized_training
+
+Processor = PreTrainedTokenizerBase | ProcessorMixin
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tune, evaluate and save what the command line describes.
+
+    Raises:
+        SystemExit: with code 2 after one line on standard error, for bad input; nothing is written then.
+    """
+    threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # asked before accelerate sets it
+    run = load_finetuning_config(argv)
+    if not threads_are_chosen:
+        share_cores()
+    set_up_output(run.log_level)
+    return run_training(run, build_trainer)
+
+
+def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Trainer:
+    """Model, adapters, data and trainer of a run, all checked, nothing written.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be loaded, adapters that do not fit it, data that cannot be read, or
+            options of training that do not fit.
+    """
+    model, processor = load_base(run)
+    set_seed(run.training.seed)
+    model = add_adapters(run, model)
+    if resume_point is not None:
+        check_weights(resume_point, model)
+    return BUILDERS[run.trainer](run, model, processor)
+
+
+def load_base(run: FinetuningConfig) -> tuple[PreTrainedModel, Processor]:
+    """The checkpoint that is tuned, with its tokenizer or processor.
+
+    Raises:
+        ValueError: it cannot be loaded, or not trained in this way.
+    """
+    options, args = run.model, run.training
+    has_adapters = not (run.peft is None and run.step_lora is None)
+    if run.quantization.load_in is not None:
+        check_quantized_training(args, has_adapters)
+    dtype = options.dtype and getattr(torch, options.dtype)
+    with whole_weights(args):
+        model, processor = load_model(options.path, args.device, dtype, run.quantization)
+    if run.quantization.load_in is not None:
+        model = prepare_quantized_training(model, args)
+    config = model.config.get_text_config()
+    if options.num_steps is not None:
+        config.recurrence.mean_steps = options.num_steps
+    if options.backprop_steps is not None:
+        config.recurrence.backprop_steps = options.backprop_steps
+    return model, processor
+
+
+def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> torch.nn.Module:
+    """The model with fresh adapters, which alone learn; as it is where the run has none.
+
+    Raises:
+        ValueError: they are for layers that the model does not have.
+    """
+    if run.step_lora is None and run.peft is None:
+        return model
+    lora = run.peft and lora_config(run.peft, model)  # while all linear layers are those of the model
+    model.requires_grad_(False)
+    if run.step_lora is not None:
+        options = run.step_lora
+        targets = step_lora_targets(model, options)
+        steps = add_step_lora(model, targets, options.num_steps, options.rank, options.alpha)
+    if lora is not None:
+        model = get_peft_model(model, lora)
+    if run.step_lora is not None:
+        steps.requires_grad_(True)  # PEFT freezes all but its own
+    return model
+
+
+def build_recurrent_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
+    """The trainer of `continued` and `sft`: rows of tokens, of which some are learned."""
+    args, tokenizer = run.training, tokenizer_of(processor)
+    datasets = build_datasets(
+        run.data,
+        processor,
+        seed=args.seed,
+        vocab_size=model.config.get_text_config().vocab_size,
+        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+    )
+    args.choose_best_metric([f"eval_{source}_{name}" for source in datasets.validation for name in METRICS])
+    trainer_class, _ = FINETUNERS[run.trainer]
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=datasets.train,
+        eval_dataset=datasets.validation,
+        data_collator=Collator(processor),
+        processing_class=processor,
+        sample_depth=sample_depth,
+        draw_states=draw_training_states,
+        modalities=modality_names() if reads_media(model.config.model_type) else ("text",),
+        **trainer_metrics(tokenizer),
+    )
+    add_callbacks(trainer, run.callbacks, processor, build_media_examples(run, processor))
+    return trainer
+
+
+BUILDERS: dict[str, Callable[[FinetuningConfig, torch.nn.Module, Processor], Trainer]] = {
+    "continued": build_recurrent_trainer,
+    "sft": build_recurrent_trainer,
+}
+
+
+if __name__ == "__main__":
+    end_process(main())

@@ -1,0 +1,144 @@
+"""Low-rank deltas of the core's weights for each of its first steps: W x + alpha / rank B_i A_i x in step i.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685) gives all steps one delta; here each has its own, and those behind the first n
+have none. There is one core for all steps, so that these deltas cannot be merged into it.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+CONFIG, WEIGHTS = "step_lora.json", "step_lora.safetensors"
+
+
+class StepDeltas(nn.Module):
+    """The deltas of one linear layer. (..., in) -> (..., out)."""
+
+    def __init__(self, in_features: int, out_features: int, num_steps: int, rank: int):
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(num_steps, rank, in_features))
+        self.up = nn.Parameter(torch.zeros(num_steps, out_features, rank))
+        nn.init.kaiming_uniform_(self.down.view(-1, in_features), a=math.sqrt(5))  # as PEFT does
+
+    def forward(self, x: torch.Tensor, step: int) -> torch.Tensor:
+        """`step` counts from 0."""
+        x = x.to(self.down.dtype)
+        return nn.functional.linear(nn.functional.linear(x, self.down[step]), self.up[step])
+
+
+class StepLora(nn.Module):
+    """The deltas of a core, added to the outputs of its linear layers by hooks, so that these may be of any kind.
+
+    Args:
+        core: The `RecurrentCore`.
+        targets: Names of linear layers, as in `core.named_modules()`.
+        num_steps: Steps that have deltas.
+        rank: Of the deltas.
+        alpha: Their scale, times the rank.
+    """
+
+    def __init__(self, core: nn.Module, targets: Iterable[str], num_steps: int, rank: int, alpha: int):
+        super().__init__()
+        self.options = {"num_steps": num_steps, "rank": rank, "alpha": alpha, "targets": list(targets)}
+        self.num_steps, self.scale = num_steps, alpha / rank
+        self.step = 0  # of the step in progress; the core sets it, again where activations are computed again
+        self.deltas = nn.ModuleDict()
+        for target in self.options["targets"]:
+            layer = core.get_submodule(target)
+            deltas = StepDeltas(layer.in_features, layer.out_features, num_steps, rank).to(core_device(core))
+            self.deltas[target.replace(".", "__")] = deltas  # a name of a module has no dots
+            layer.register_forward_hook(partial(self._add, deltas))
+
+    def _add(self, deltas: StepDeltas, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if self.step >= self.num_steps:
+            return output
+        return output + (self.scale * deltas(args[0], self.step)).to(output.dtype)
+
+    def save(self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the two files of the adapter.
+
+        Args:
+            state_dict: Of the whole model, where a library has gathered it. Default: the weights that are here.
+        """
+        mark = ".step_lora."
+        if state_dict is None:
+            weights = self.state_dict()
+        else:
+            weights = {name.partition(mark)[2]: weight for name, weight in state_dict.items() if mark in name}
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        save_file(weights, Path(folder) / WEIGHTS)
+        (Path(folder) / CONFIG).write_text(json.dumps(self.options, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, folder: str | Path) -> None:
+        """Read the weights of an adapter with the same options.
+
+        Raises:
+            ValueError: for one with other weights.
+        """
+        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+            there = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        here = {name: weight.shape for name, weight in self.state_dict().items()}
+        different = sorted(name for name in here | there if name not in there or there[name].shape != here.get(name))
+        if different:
+            raise ValueError(
+                f"{Path(folder) / WEIGHTS} does not fit: {different[0]} is {shape_of(there.get(different[0]))} there "
+                f"and {tuple(here.get(different[0], ())) or 'missing'} here; it belongs to another base, or was made "
+                "with other options"
+            )
+        self.load_state_dict(there)
+
+
+def shape_of(weight: torch.Tensor | None) -> tuple[int, ...] | str:
+    """Of a weight in a file."""
+    return "missing" if weight is None else tuple(weight.shape)
+
+
+def core_device(core: nn.Module) -> torch.device:
+    """Where the core is."""
+    return next(core.parameters()).device
+
+
+def add_step_lora(model: nn.Module, targets: Iterable[str], num_steps: int, rank: int, alpha: int) -> StepLora:
+    """Add fresh deltas, which change nothing yet, to the core of a model with a head.
+
+    Args:
+        targets: Names of linear layers of the core, as in `core.named_modules()`.
+
+    Raises:
+        ValueError: for a model without core, and a layer that it does not have.
+    """
+    core = model.base_model.core
+    if core is None:
+        raise ValueError("step_lora needs a core, and this model has none (num_core_layers is 0); leave it out")
+    layers = {name for name, module in core.named_modules() if isinstance(module, nn.Linear)}
+    missing = sorted(set(targets) - layers)
+    if missing:
+        raise ValueError(f"the core has no linear layer {missing[0]!r}; it has {', '.join(sorted(layers))}")
+    core.step_lora = StepLora(core, targets, num_steps, rank, alpha)
+    # What `save_pretrained` writes is the model without adapters.
+    names = [name for name in model.state_dict() if ".step_lora." in name]
+    model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *names]
+    return core.step_lora
+
+
+def load_step_lora(model: nn.Module, folder: str | Path) -> StepLora:
+    """Add the deltas of an adapter folder.
+
+    Raises:
+        ValueError: if they do not fit the model, or its file is damaged.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+        adapter = add_step_lora(model, **options)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); save the adapter again") from error
+    adapter.load(folder)
+    return adapter

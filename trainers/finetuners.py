@@ -1,0 +1,12 @@
+"""The trainers of fine-tuning by name, and their arguments. Apart from those of pretraining, which need no TRL."""
+
+from transformers import Trainer
+
+from .arguments import RecurrentTrainingArguments
+from .recurrent import RecurrentTrainer
+from .sft import SupervisedArguments, SupervisedTrainer
+
+FINETUNERS: dict[str, tuple[type[Trainer], type[RecurrentTrainingArguments]]] = {
+    "continued": (RecurrentTrainer, RecurrentTrainingArguments),
+    "sft": (SupervisedTrainer, SupervisedArguments),
+}
