@@ -24,10 +24,16 @@ class GeneratedTask(ABC):
     """Smallest and largest difficulty where a config gives none."""
     max_difficulty: int | None = None
     """The largest difficulty there is, if there is one."""
+    is_chat = False
+    """Whether rows are conversations even where a source has no `prompt`."""
 
     @abstractmethod
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
         """Draw {"prompt", "answer"} of a difficulty, using no randomness but `rng`."""
+
+    def replies(self, row: dict[str, str]) -> list[dict[str, str]]:
+        """Messages that follow the user's question where a row of `sample` is a conversation."""
+        return [{"role": "assistant", "content": row["answer"]}]
 
     @abstractmethod
     def check(self, prompt: str, answer: str) -> bool:
