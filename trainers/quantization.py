@@ -10,29 +10,26 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 
-def check_quantized_training(args: TrainingArguments, has_adapters: bool) -> None:
-    """Refuse what cannot be trained beside rounded weights, before anything is loaded.
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the model, or what its adapters are on, was loaded in 8 or 4 bits."""
+    return getattr(model, "is_quantized", False)  # transformers sets it on such models alone
+
+
+def prepare_quantized_training(model: PreTrainedModel, args: TrainingArguments, has_adapters: bool) -> PreTrainedModel:
+    """Freeze a model that is loaded in 8 or 4 bits, and make what is not rounded float32; before adapters are added.
 
     Raises:
-        ValueError: for ZeRO-3, for torch.compile, and where there are no adapters.
+        ValueError: without adapters, under ZeRO-3, and with torch.compile.
     """
     if not has_adapters:
-        raise ValueError(
-            "quantization.load_in: weights of 8 and 4 bits do not learn; add adapters (peft), or leave it out"
-        )
+        raise ValueError("peft: weights of 8 and 4 bits do not learn; add adapters, or load the base in more bits")
     if args.deepspeed and args.hf_deepspeed_config.is_zero3():
         raise ValueError(
-            "quantization.load_in: ZeRO-3 cannot divide weights of 8 and 4 bits among ranks; set training.deepspeed to "
-            "zero2, where each rank holds all of them, or leave load_in out"
+            "training.deepspeed: ZeRO-3 does not divide weights of 8 and 4 bits among ranks; use zero2, where each "
+            "rank holds all of them, or load the base in more bits"
         )
     if args.torch_compile:
-        raise ValueError(
-            "quantization.load_in: torch.compile is not possible with weights of 8 and 4 bits; leave one of them out"
-        )
-
-
-def prepare_quantized_training(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
-    """Freeze a model that is loaded in 8 or 4 bits, and make what is not rounded float32. Before adapters are added."""
+        raise ValueError("training.torch_compile: it is not possible with weights of 8 and 4 bits; leave it out")
     return prepare_model_for_kbit_training(
         model=model,
         use_gradient_checkpointing=args.gradient_checkpointing,
@@ -41,7 +38,9 @@ def prepare_quantized_training(model: PreTrainedModel, args: TrainingArguments) 
 
 
 def make_trained_weights_float32(model: nn.Module) -> None:
-    """TRL makes the adapters of rounded models bfloat16, in which small updates are lost."""
+    """TRL makes the adapters of quantised models bfloat16, in which small updates are lost."""
+    if not is_quantized(model):
+        return
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

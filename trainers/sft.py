@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from .arguments import RecurrentTrainingArguments
+from .quantization import make_trained_weights_float32
 from .recurrent import RecurrentTrainer
 
 
@@ -59,6 +60,7 @@ class SupervisedTrainer(RecurrentTrainer, LossOfTextOrModel):
         # TRL takes no other datasets than these, which it would tokenise; ours take the place of the one below.
         stand_in = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
         super().__init__(*args, train_dataset=stand_in, **kwargs)
+        make_trained_weights_float32(self.model)
         self.train_dataset = train_dataset
         self.learns_text_alone = not self.modalities.are_many
         if self.args.loss_type != "nll" and not self.learns_text_alone:
