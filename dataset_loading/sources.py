@@ -15,7 +15,8 @@ from .validation import BadRows, reason_against
 def columns_of(source: SourceConfig) -> dict[str, str]:
     """The columns that the source's rows must have, and the names they get here."""
     if source.prompt_column is not None:
-        return {source.prompt_column: "prompt", source.answer_column: "answer"}
+        rejected = {} if source.rejected_column is None else {source.rejected_column: "rejected"}
+        return {source.prompt_column: "prompt", source.answer_column: "answer", **rejected}
     return {"prompt": "prompt", "answer": "answer"} if source.kind == "generated" else {source.text_column: "text"}
 
 

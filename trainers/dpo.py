@@ -1,0 +1,82 @@
+"""Learning from preferences by TRL's DPO, for models whose depth varies."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from trl import DPOConfig, DPOTrainer
+
+from .arguments import RecurrentTrainingArguments
+from .named_metrics import NamedMetrics
+from .quantization import make_trained_weights_float32
+from .recurrent import RecurrentTrainer
+
+# What TRL offers and variable depth forbids: the value there has to be, and what another would cause.
+FIXED = {
+    "precompute_ref_log_probs": (False, "the reference has to run at the depth of each micro-batch"),
+    "padding_free": (False, "rows have initial states of their own"),
+    "use_weighting": (False, "its weights are those of one depth"),
+}
+
+
+@dataclass
+class PreferenceArguments(RecurrentTrainingArguments, DPOConfig):
+    """Arguments of DPO; see `trl.DPOConfig` for the inherited ones."""
+
+    learning_rate: float = 1e-5
+    gradient_checkpointing: bool | None = None  # off, as everywhere; TRL turns it on
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        if self.beta <= 0:
+            raise ValueError(f"beta is {self.beta}; give a number above 0, e.g. 0.1")
+        for name, (value, reason) in FIXED.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name} is {getattr(self, name)}, but {reason}; leave it out")
+
+
+class PreferenceTrainer(RecurrentTrainer, NamedMetrics, DPOTrainer):
+    """TRL's DPO for models that take `num_steps` and `initial_state`.
+
+    Depth and initial states are drawn as in `RecurrentTrainer`. The four passes over a pair, those of policy and
+    reference over the chosen and the rejected answer, have the same, so that nothing but what was learned is in their
+    log-ratios. Evaluation runs at the mean depth from the fixed state.
+
+    The datasets hold token ids: prompt_ids, chosen_ids and rejected_ids. The reference of a model with fresh adapters
+    is the model without them.
+    """
+
+    args: PreferenceArguments
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        make_trained_weights_float32(self.model)
+        forget_reference(self.model)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As it is; TRL would tokenise texts, and tokenise them otherwise than pretraining does."""
+        return dataset
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
+        """Adds depth and initial states of the pairs in training."""
+        if model.training and self.is_recurrent:
+            rows, sequence = inputs["input_ids"].shape  # the chosen answers of all pairs, then the rejected ones
+            drawn = self._draw_recurrence(rows // 2, sequence)
+            inputs = inputs | drawn | {"initial_state": drawn["initial_state"].repeat(2, 1, 1)}
+        return DPOTrainer.compute_loss(self, model, inputs, return_outputs, **kwargs)
+
+    @torch.no_grad()
+    def _probe_recurrence(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """On the chosen answers."""
+        pairs = len(inputs["input_ids"]) // 2
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        chosen = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+        super()._probe_recurrence(model, {name: rows[:pairs] for name, rows in chosen.items()})
+
+
+def forget_reference(model: nn.Module) -> None:
+    """Takes the copy of fresh adapters away that TRL makes as the reference: the model without any is the same."""
+    if isinstance(model, PeftModel) and "ref" in model.peft_config:
+        model.delete_adapter("ref")

@@ -1,0 +1,165 @@
+"""Reinforcement learning by TRL's GRPO, for models whose depth varies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import GRPOConfig, GRPOTrainer
+
+from .arguments import RecurrentTrainingArguments
+from .checked import CheckedTrainer
+from .dpo import forget_reference
+from .named_metrics import NamedMetrics
+from .quantization import make_trained_weights_float32
+from .rewards import load_reward
+
+# With these a token is written with the probability that the pass of the loss computes for it.
+EXACT = {
+    "exit_criterion": "none",
+    "cache_policy": "full",
+    "state_warm_start": False,
+    "noise_level": 0.0,
+}
+# What would write the completions without this model's depth.
+FOREIGN = ("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged")
+
+
+@dataclass
+class RolloutArguments(RecurrentTrainingArguments, GRPOConfig):
+    """Arguments of GRPO; see `trl.GRPOConfig` for the inherited ones.
+
+    Args:
+        rewards: Import names of the reward functions; see `load_reward`.
+    """
+
+    remove_unused_columns: bool | None = False  # rewards read them
+    learning_rate: float = 1e-5
+    gradient_checkpointing: bool | None = None  # off, as everywhere; TRL turns it on
+    num_generations_eval: int | None = 1  # greedily, all would be the same
+    rewards: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Reward functions by import name, module:function, such as evaluation.rewards:exact_answer; their "
+            "sum is the reward, by reward_weights where those are given."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.greater_is_better is None:
+            self.greater_is_better = True  # the best model is that of the highest reward
+        super().__post_init__()
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        if not self.rewards:
+            raise ValueError("rewards is empty; name at least one function, as evaluation.rewards:exact_answer")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards; give one each"
+            )
+        for name in FOREIGN:
+            if getattr(self, name):
+                raise ValueError(f"{name} is on, but it knows no recurrent depth; leave it out")
+
+
+class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
+    """TRL's GRPO for models that take `num_steps`.
+
+    Each completion has one depth, the same for all completions of a prompt, so that they are compared with each other
+    and not with what another depth would have written. It is drawn from (seed, global step, micro-batch, prompt) and
+    recorded beside the completion, through TRL's shuffling and splitting, so that every pass that scores the completion
+    (of the policy, of the policy before, of the reference) runs at it: from the fixed initial state, without exits.
+    Under ZeRO-3, where ranks must take the same steps, a depth is that of a whole batch of completions.
+
+    Evaluation writes greedily, at the mean depth. All steps carry gradient.
+
+    Args:
+        sample_depth: (recurrence config, *key) -> (steps without gradient, steps with).
+        kwargs: As for `trl.GRPOTrainer`, without `reward_funcs`, which the arguments name.
+
+    Raises:
+        ValueError: for a reward that cannot be imported, and for options that the libraries refuse.
+    """
+
+    args: RolloutArguments
+
+    def __init__(self, *args: Any, sample_depth: Callable[..., tuple[int, int]], **kwargs: Any):
+        rewards = [load_reward(name) for name in kwargs["args"].rewards]
+        super().__init__(*args, reward_funcs=rewards, **kwargs)
+        make_trained_weights_float32(self.model)
+        forget_reference(self.model)
+        self.sample_depth = sample_depth
+        self.text_config = self.model.config.get_text_config()
+        self.is_recurrent = self.text_config.num_core_layers > 0
+        self.depths: torch.LongTensor | None = None  # (rows,) of the completions in progress
+
+    # ------------------------------------------------------------------------------------------------------- rollouts
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list | None, dict[str, Any]]:
+        """Texts as documents begin in training: the begin token in front, and special tokens written in them are text.
+        Messages go through the chat template.
+        """
+        if not isinstance(prompts[0], str):
+            return super()._tokenize_prompts(prompts)
+        ids = self._tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [[self._tokenizer.bos_token_id, *row] for row in ids], None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, list | None]:
+        """Writes each completion at its depth."""
+        options = EXACT | {"top_k": self.top_k if self.model.training else 1}
+        if self.is_recurrent:
+            self.depths = self._draw_depths(len(prompt_ids))
+            self._metrics["train" if self.model.training else "eval"]["num_steps"].append(
+                self.depths.float().mean().item()
+            )
+            options["num_steps"] = int(self.depths[0]) if is_deepspeed_zero3_enabled() else self.depths
+        for name, value in options.items():
+            setattr(self.generation_config, name, value)
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def _draw_depths(self, rows: int) -> torch.LongTensor:
+        """(rows,) on the CPU: of the completions that this rank is about to write."""
+        recurrence = self.text_config.recurrence
+        if not self.model.training:
+            return torch.full((rows,), self.text_config.num_steps or recurrence.mean_steps)
+        first = self.accelerator.process_index * rows
+        prompts = [(first + row) // self.num_generations for row in range(rows)]
+        if is_deepspeed_zero3_enabled():
+            prompts = [0] * rows
+        key = (self.args.seed, self.state.global_step, self._step % self.args.gradient_accumulation_steps)
+        return torch.tensor([sum(self.sample_depth(recurrence, *key, prompt)) for prompt in prompts])
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Records the depths beside the completions."""
+        outputs = super()._generate_and_score_completions(inputs)
+        return outputs | {"num_steps": self.depths} if self.is_recurrent else outputs
+
+    # -------------------------------------------------------------------------------------------------------- scoring
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        self.depths = inputs.get("num_steps")
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Each row at its depth, in TRL's parts of `batch_size` rows."""
+        scorer = model
+        if self.is_recurrent:
+            parts = iter(self.depths.split(batch_size or len(input_ids)))
+
+            def scorer(**inputs: Any) -> Any:
+                return model(**inputs, num_steps=next(parts))
+
+        return super()._get_per_token_logps_and_entropies(
+            scorer, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
+        )
