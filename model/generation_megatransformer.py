@@ -288,6 +288,7 @@ class MediaGenerationMixin:
         flow_seeds: list[int] | None = None,
         velocity_threshold: float | None = None,
         on_chunk: Callable[[MediaChunk], None] | None = None,
+        chunk_size: int | None = None,
         num_steps: int | dict[str, int] | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput | torch.LongTensor:
@@ -295,7 +296,7 @@ class MediaGenerationMixin:
 
         Args:
             generation_mode: "text"; "image" or "audio" write one medium; "any" text in which the model opens media.
-            guidance_scale, num_flow_steps, flow_temperature, flow_seeds, velocity_threshold, on_chunk: See
+            guidance_scale, num_flow_steps, flow_temperature, flow_seeds, velocity_threshold, on_chunk, chunk_size: See
                 `WritingOptions`; in mode "text" guidance is that of the logits, and there are no others.
             num_steps: Also by what is written: {"text": 8, "image": 16, "audio": 4}.
 
@@ -306,9 +307,10 @@ class MediaGenerationMixin:
             ValueError: for a modality that this model does not write, or a value outside its range.
         """
         options = {"num_flow_steps": num_flow_steps, "flow_temperature": flow_temperature, "flow_seeds": flow_seeds}
+        options |= {"on_chunk": on_chunk, "chunk_size": chunk_size}
         options |= {} if velocity_threshold is None else {"velocity_threshold": velocity_threshold}
         depths = num_steps if isinstance(num_steps, dict) else None
-        writing = WritingOptions(generation_mode, guidance_scale, num_steps=depths, on_chunk=on_chunk, **options)
+        writing = WritingOptions(generation_mode, guidance_scale, num_steps=depths, **options)
         if generation_mode == "text":
             unused = [name for name, value in options.items() if value is not None]
             if unused:

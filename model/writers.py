@@ -165,8 +165,7 @@ def encode_targets(
         with torch.no_grad():
             latents, lengths = writer.codec.encode(values, targets.get(f"{writer.target_name}_mask"))
         check_counts(f"a written {name}", counts, lengths)
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"{writer.target_name} has latents that are NaN or infinite; check the {name} files")
+        check_finite(writer, latents)
         rows, columns = is_place.nonzero(as_tuple=True)
         places = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])
         found[name] = WrittenLatents(latents, rows, columns, places)
@@ -179,17 +178,25 @@ def put_codes(
     """Token ids with the codes of images in their places, where the head is "fsq"; these targets are taken out.
 
     Raises:
-        ValueError: For more or fewer images than places.
+        ValueError: For more or fewer images than places, or some that are not finite.
     """
     for name, writer in writers.items():
         if writer.head is not None or targets.get(writer.target_name) is None:
             continue
         is_place = input_ids == getattr(config, f"written_{name}_token_id")
+        images = targets.pop(writer.target_name)
+        check_finite(writer, images)  # NaN has a code, too
         with torch.no_grad():
-            codes = writer.codec.encode_ids(targets.pop(writer.target_name))  # (images, tokens)
+            codes = writer.codec.encode_ids(images)  # (images, tokens)
         check_counts(f"a written {name}", is_place.sum(dim=1).tolist(), [codes.shape[1]] * len(codes))
         input_ids = input_ids.masked_scatter(is_place, codes + config.image_code_offset)
     return input_ids
+
+
+def check_finite(writer: Writer, values: torch.Tensor) -> None:
+    """Raises ValueError for targets, or their latents, that are NaN or infinite."""
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{writer.target_name} has values that are NaN or infinite; check the {writer.name} files")
 
 
 def embed_latents(

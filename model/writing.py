@@ -5,8 +5,10 @@ it was asked for; then latents, of which each is made from the hidden state of t
 of it goes through one cache. With guidance, each row runs twice, the second time with a prompt that says nothing.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -20,6 +22,15 @@ from .writers import WRITTEN, Writer, take_targets
 from .writing_exits import VELOCITY_THRESHOLD, WritingWatch
 
 MODES = ("text", *WRITTEN, "any")
+CHUNK_SIZE = 16
+"""Latents from one `MediaChunk` to the next."""
+RANGES = {
+    "guidance_scale": (Real, 0, "a number"),
+    "flow_temperature": (Real, 0, "a number"),
+    "num_flow_steps": (Integral, 1, "a whole number"),
+    "chunk_size": (Integral, 1, "a whole number"),
+}
+"""Type and smallest value of options."""
 
 
 @dataclass
@@ -46,8 +57,8 @@ class WritingOptions:
             place of a medium takes no more core steps.
         num_steps: Core steps: of all places, or by what is written there: "text", "image", "audio".
         flow_seeds: One for each row, for the noise. Default: drawn from torch's global generator.
-        on_chunk: Called with each `MediaChunk`.
-        chunk_size: Latents from one chunk to the next.
+        on_chunk: Called with each `MediaChunk`: after `chunk_size` latents of a medium each, and when it is complete.
+        chunk_size: Latents from one chunk to the next. Default: 16.
 
     Raises:
         ValueError: for a value outside its range.
@@ -61,15 +72,17 @@ class WritingOptions:
     num_steps: int | dict[str, int] | None = None
     flow_seeds: list[int] | None = None
     on_chunk: Callable[[MediaChunk], None] | None = None
-    chunk_size: int = 16
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"generation_mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
-        for name, least in (("guidance_scale", 0), ("flow_temperature", 0), ("num_flow_steps", 1), ("chunk_size", 1)):
+        for name, (kind, least, what) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} is {value}; give at least {least}")
+            if value is not None and not (isinstance(value, kind) and least <= value < math.inf):
+                raise ValueError(f"{name} is {value}; give {what} of at least {least}")
+        if self.chunk_size is not None and self.on_chunk is None:
+            raise ValueError("chunk_size has no effect without on_chunk; leave it out, or say who is to see the chunks")
         if isinstance(self.num_steps, dict):
             unknown = sorted(self.num_steps.keys() - {"text", *WRITTEN})
             if unknown:
@@ -192,11 +205,13 @@ class MediaWriting:
     def _modes(self) -> list[str]:
         """What may be written. Raises ValueError where the model has no head for it."""
         wanted = list(self.writers) if self.writing.mode == "any" else [self.writing.mode]
+        heads = [name for name, writer in self.writers.items() if writer.head is not None]
         for name in wanted:
-            if name not in self.writers or self.writers[name].head is None:
+            if name not in heads:
+                codes = "; its images are tokens: generate text, and give it to decode_image_tokens"
                 raise ValueError(
-                    f"generation_mode {name!r} needs a flow head for it, which this model does not have; it writes "
-                    f"{', '.join(['text', *(name for name, it in self.writers.items() if it.head is not None)])}"
+                    f"generation_mode {self.writing.mode!r} needs a flow head for {name}, which this model does not "
+                    f"have; it writes {', '.join(['text', *heads])}{codes if name in self.writers else ''}"
                 )
         return wanted
 
@@ -391,9 +406,9 @@ class MediaWriting:
             guidance,
             without,
         )
-        latents = writer.codec.project(latents)
         if not torch.isfinite(latents).all():
             raise ValueError(f"the {name} head gave latents that are NaN or infinite; is the checkpoint sound?")
+        latents = writer.codec.project(latents)
         for row, latent in zip(rows.tolist(), latents, strict=True):
             self.rows[row].latents.append(latent)
             self._show(row, is_complete=False)
@@ -436,8 +451,8 @@ class MediaWriting:
 
     def _show(self, number: int, is_complete: bool) -> None:
         """Hands a chunk to the caller who wants to see it."""
-        row = self.rows[number]
-        if self.writing.on_chunk is None or (len(row.latents) % self.writing.chunk_size and not is_complete):
+        row, size = self.rows[number], self.writing.chunk_size or CHUNK_SIZE
+        if self.writing.on_chunk is None or (len(row.latents) % size and not is_complete):
             return
         medium = self.writers[row.modality].codec.decode_partly(torch.stack(row.latents))
         self.writing.on_chunk(MediaChunk(number, row.modality, medium, is_complete))

@@ -5,13 +5,16 @@ and a row in a batch is the row alone.
 from copy import deepcopy
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from model import RecurrentCache
-from model.recurrence import keyed_generator
+from model import MediaChunk, RecurrentCache
+from model.recurrence import default_state, keyed_generator
 from model.writers import disturb
+from model.writing import MediaGenerateOutput
+from tests.test_cache import visible_entry
 from tests.tiny_writing import (
     ASSISTANT,
     AUDIO_END,
@@ -229,7 +232,103 @@ def test_step_by_step_is_one_pass(model, name, scale):
     torch.testing.assert_close(latents, writer.codec.project(expected), **CLOSE)
 
 
-def test_rows_of_a_batch_are_the_rows_alone(model):
+def sound_goes_on(model) -> None:
+    """Until there are as many latents as a sound may have: its end is as likely as a further one."""
+    model.lm_head.weight.data[AUDIO_END] = model.lm_head.weight.data[WRITTEN_AUDIO]
+
+
+def after_chunks(model, chunks: list[tuple[torch.Tensor, int]], policy: str, kept: int | None) -> torch.Tensor:
+    """Hidden states after the last place of each chunk, (chunks, hidden), by a decoder that keeps what every place has
+    left at every step and applies the read rule. For one layer each in prelude, core and coda, and no positions.
+
+    Args:
+        chunks: (1, places, hidden) and core steps, each.
+    """
+    body, hidden = model.model, []
+    state, left = default_state(model.text_config), {"prelude": [], "core": [], "coda": []}
+    for embeds, depth in chunks:
+        e, own = layer_by_hand(body.prelude.layers[0], embeds, left["prelude"])
+        left["prelude"] += own
+        s, steps = state.expand_as(e), []
+        for step in range(depth):
+            visible = [visible_entry(entries, step, policy, kept) for entries in left["core"]]
+            s, own = layer_by_hand(body.core.layers[0], body.core.injection(s, e), visible)
+            steps.append(own)
+        left["core"] += zip(*steps, strict=True)
+        h, own = layer_by_hand(body.coda.layers[0], body.norm(s), left["coda"])
+        left["coda"] += own
+        hidden.append(body.norm(h)[:, -1])
+    return torch.cat(hidden)
+
+
+def layer_by_hand(layer, x: torch.Tensor, past: list) -> tuple[torch.Tensor, list]:
+    """A layer on a chunk, place by place; and the key and value that each has left."""
+    query, keys, values = layer.attention._project(layer.attention_norm_in(x))
+    own, mixed = list(zip(keys.split(1, 2), values.split(1, 2), strict=True)), []
+    for number, q in enumerate(query.split(1, 2)):
+        k, v = (torch.cat(part, 2) for part in zip(*past, *own[: number + 1], strict=True))
+        mixed.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v)
+    x = layer.attention_norm_out(x + layer.attention.o_proj(torch.cat(mixed, 2).transpose(1, 2).flatten(2)))
+    return layer.mlp_norm_out(x + layer.mlp(layer.mlp_norm_in(x))), own
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5], ids=["no guidance", "guidance"])
+@pytest.mark.parametrize(("policy", "kept"), [("full", None), ("ring", 2), ("ring", 3), ("last", None)])
+def test_each_policy_writes_by_its_read_rule(policy, kept, scale):
+    """An image and then a sound, at depths of their own, against a decoder that applies the rule."""
+    model = tiny_writer(scale=1.5, position_embedding="none", num_key_value_heads=4)
+    sound_goes_on(model)
+    inputs, start, depths = prompts(IMAGE_PROMPT), len(IMAGE_PROMPT), {"text": 2, "image": 5, "audio": 4}
+    script = Script(start, {0: IMAGE_START, NUM_PATCHES + 2: AUDIO_START})
+    with torch.no_grad():
+        outputs = model.generate(
+            **inputs,
+            pixel_values=PIXELS,
+            generation_mode="any",
+            guidance_scale=scale,
+            flow_seeds=[7],
+            num_steps=depths,
+            max_new_tokens=NUM_PATCHES + 2 + 8,
+            logits_processor=LogitsProcessorList([script]),
+            cache_policy=policy,
+            num_kept_steps=kept,
+        )
+        new, names = outputs.sequences[0, start:], dict.fromkeys((WRITTEN_IMAGE, IMAGE_END), "image")
+        names |= dict.fromkeys((WRITTEN_AUDIO, AUDIO_END), "audio")
+        steps = [depths[names.get(token, "text")] for token in new.tolist()]  # of the place before each
+        embeds, writers = model.model.embed_tokens(new), model.model.writers
+        for name, token in (("image", WRITTEN_IMAGE), ("audio", WRITTEN_AUDIO)):
+            embeds[new == token] = writers[name].embed(outputs.latents[name][0])
+        bare = torch.where(inputs["input_ids"] == 21, NULL, inputs["input_ids"])
+        guided, free = (
+            after_chunks(
+                model,
+                [(model.model.embed(prompt, {"pixel_values": PIXELS}), steps[0])]
+                + [(embed[None, None], depth) for embed, depth in zip(embeds, steps[1:], strict=False)],
+                policy,
+                kept,
+            )
+            for prompt in (inputs["input_ids"], bare)
+        )
+        for number, (name, token) in enumerate((("image", WRITTEN_IMAGE), ("audio", WRITTEN_AUDIO))):
+            writer, places = writers[name], torch.arange(len(outputs.latents[name][0]))
+            shape = writer.num_places, writer.codec.latent_size
+            noise = torch.randn(shape, generator=keyed_generator("sample", name, 7, number))[: len(places)]
+            expected = writer.head.sample(
+                writer.condition(guided[new == token], places),
+                noise,
+                num_steps=3,
+                guidance=torch.full((len(places),), scale),
+                without=writer.condition(free[new == token], places),
+            )
+            assert len(places) == writer.num_places
+            torch.testing.assert_close(outputs.latents[name][0], writer.codec.project(expected), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "policy", [{}, {"cache_policy": "ring", "num_kept_steps": 2}, {"cache_policy": "last"}], ids=str
+)
+def test_rows_of_a_batch_are_the_rows_alone(model, policy):
     """Free interleaving: an image, text, a sound; text, then a sound; an image at once. Depths by modality."""
     rows = [TEXT_PROMPT, IMAGE_PROMPT, [*TEXT_PROMPT[:3], ASSISTANT]]
     scripts = [
@@ -243,6 +342,7 @@ def test_rows_of_a_batch_are_the_rows_alone(model):
         "num_steps": {"text": 2, "image": 4, "audio": 3},
         "guidance_scale": 1.5,
         "do_sample": False,
+        **policy,
     }
     inputs = prompts(*rows)
     together = model.generate(
@@ -303,11 +403,41 @@ def test_what_was_written_is_read_from_the_cache(model):
     assert logits.argmax(-1).tolist()[:1] == outputs.sequences[0, start : start + 1].tolist()
 
 
-def test_chunks_show_what_is_there(model):
-    chunks = []
-    outputs = model.generate(
-        **prompts(TEXT_PROMPT), generation_mode="image", guidance_scale=1, flow_seeds=[1], on_chunk=chunks.append
-    )
+def chunks_of(model, rows: int = 1, **options) -> tuple[list[MediaChunk], MediaGenerateOutput]:
+    """What a caller sees while media are written, and what comes out in the end."""
+    chunks, inputs = [], prompts(*[TEXT_PROMPT] * rows)
+    seeds = list(range(rows))
+    outputs = model.generate(**inputs, guidance_scale=1, flow_seeds=seeds, on_chunk=chunks.append, **options)
+    return chunks, outputs
+
+
+def test_chunks_show_images_patch_by_patch(model):
+    """Two rows, after each second patch; what is not there yet is gray."""
+    chunks, outputs = chunks_of(model, rows=2, generation_mode="image", chunk_size=2)
+    assert [(it.row, it.modality, it.is_complete) for it in chunks] == [
+        (row, "image", is_complete) for is_complete in (False, False, True) for row in (0, 1)
+    ]
+    for number, chunk in enumerate(chunks):
+        whole = np.asarray(outputs.images[chunk.row])
+        there = 4 if number < 2 else 8  # rows of pixels: a half, all
+        assert (np.asarray(chunk.medium)[:there] == whole[:there]).all()
+        assert (np.asarray(chunk.medium)[there:] == 128).all()
+
+
+def test_chunks_let_sound_be_heard_as_it_grows(model):
+    """Each is what its latents alone would be; the last is the sound."""
+    sound_goes_on(model)
+    chunks, outputs = chunks_of(model, generation_mode="audio", chunk_size=3)
+    codec, latents = model.model.writers["audio"].codec, outputs.latents["audio"][0]
+    assert len(latents) == 6 and [chunk.is_complete for chunk in chunks] == [False, False, True]
+    for chunk, count in zip(chunks, (3, 6, 6), strict=True):
+        torch.testing.assert_close(chunk.medium, codec.decode(latents[:count]), **CLOSE)
+    assert len(chunks[0].medium) < len(chunks[1].medium)
+    assert torch.equal(chunks[-1].medium, outputs.audio[0])
+
+
+def test_without_a_size_chunks_come_every_16_latents(model):
+    chunks, outputs = chunks_of(model, generation_mode="image")
     assert [chunk.is_complete for chunk in chunks] == [True]
     assert chunks[0].medium.tobytes() == outputs.images[0].tobytes()
 
@@ -316,12 +446,21 @@ def test_chunks_show_what_is_there(model):
     ("options", "message"),
     [
         ({"generation_mode": "video"}, "generation_mode 'video' is unknown"),
-        ({"generation_mode": "image", "guidance_scale": -1.0}, "guidance_scale is -1.0; give at least 0"),
-        ({"generation_mode": "image", "num_flow_steps": 0}, "num_flow_steps is 0; give at least 1"),
+        ({"generation_mode": "image", "guidance_scale": -1.0}, "guidance_scale is -1.0; give a number of at least 0"),
+        ({"generation_mode": "image", "num_flow_steps": 0}, "num_flow_steps is 0; give a whole number of at least 1"),
         ({"generation_mode": "image", "flow_temperature": -0.5}, "flow_temperature is -0.5"),
         ({"generation_mode": "any", "num_steps": {"video": 3}}, "num_steps names 'video'"),
         ({"generation_mode": "image", "flow_seeds": [1, 2]}, "flow_seeds has 2 seeds for 1 rows"),
+        (
+            {"generation_mode": "image", "num_flow_steps": 2.5},
+            "num_flow_steps is 2.5; give a whole number of",
+        ),
+        ({"generation_mode": "image", "guidance_scale": float("inf")}, "guidance_scale is inf; give a number of"),
+        ({"generation_mode": "image", "guidance_scale": float("nan")}, "guidance_scale is nan; give a number of"),
+        ({"generation_mode": "image", "on_chunk": print, "chunk_size": 0}, "chunk_size is 0; give a whole number of"),
+        ({"generation_mode": "image", "chunk_size": 2}, "chunk_size has no effect without on_chunk"),
         ({"generation_mode": "text", "num_flow_steps": 4}, "num_flow_steps has no effect"),
+        ({"generation_mode": "text", "on_chunk": print}, "on_chunk has no effect"),
     ],
 )
 def test_options_out_of_range_are_named(model, options, message):
@@ -341,6 +480,15 @@ def test_a_model_without_a_head_for_it_says_what_it_writes(model):
     del model.model.writers["audio"]
     with pytest.raises(ValueError, match=r"'audio' needs a flow head .* it writes text, image"):
         model.generate(**prompts(TEXT_PROMPT), generation_mode="audio")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["image", "audio"])
+def test_latents_that_are_no_numbers_are_refused(model, name, value):
+    """Also those that the codec would cut to its range."""
+    model.model.writers[name].head.out_proj.bias.data[0] = value
+    with pytest.raises(ValueError, match=f"the {name} head gave latents that are NaN or infinite; is the checkpoint"):
+        model.generate(**prompts(TEXT_PROMPT), generation_mode=name, guidance_scale=1)
 
 
 @pytest.mark.parametrize(

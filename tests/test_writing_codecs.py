@@ -111,8 +111,25 @@ def test_codes_are_tokens(folder):
     start = row[0].tolist().index(IMAGE_START)
     with pytest.raises(ValueError, match="row 0 has 2 codes, but an image has 4"):
         model.decode_image_tokens(row[:, : start + 3])
-    with pytest.raises(ValueError, match="needs a flow head"):
+    with pytest.raises(ValueError, match=r"needs a flow head for image.* its images are tokens: generate text"):
         model.generate(row[:, :start], generation_mode="image")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda batch: batch.pop("image_targets"), "there are 8 places for a written image, but no image_targets"),
+        (lambda batch: batch["image_targets"].fill_(torch.nan), "image_targets has values that are NaN or infinite"),
+        (lambda batch: batch.update(image_targets=torch.zeros(2, 3, 12, 12)), r"expected \(images, 3, 8, 8\)"),
+    ],
+    ids=["missing", "nan", "size"],
+)
+def test_images_that_have_no_codes_are_refused(folder, change, message):
+    image = {"codec": "autoencoder", "codec_name_or_path": str(folder / "fsq"), "head": "fsq"}
+    model, batch = tiny_writer(image=image, code_offset=OFFSET, vocab_size=OFFSET + 15), writing_batch()
+    change(batch)
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
 
 
 @pytest.mark.parametrize(
