@@ -10,7 +10,7 @@ from PIL import Image
 from dataset_loading import DataConfig, SourceConfig, build_examples
 from evaluate import divide, main
 from evaluation import CHECKS, JudgeConfig, LabelledMedia, check_scene, load_judge, save_judge, train_judge
-from tests.tiny_artist import artist_processor, save_artist, tiny_artist
+from tests.tiny_artist import CODES, artist_processor, save_artist, tiny_artist, write_codes
 
 SOURCES = [
     {"kind": "generated", "task": "drawings", "num_rows": 40},
@@ -83,6 +83,30 @@ def test_what_is_written_is_checked_by_source_and_depth(run_folder, judge_folder
     assert "Drawn for drawings (4):" in out and "Played for tunes (4):" in out and "| read back |" in out
     for name in ("drawings", "tunes", "scenes"):
         assert (tmp_path / f"media_{name}.png").stat().st_size > 5000
+
+
+def test_images_that_are_tokens(tmp_path, monkeypatch, capsys):
+    """Against drawing them one by one, from the number of the example."""
+    write_codes(monkeypatch)
+    folder = save_artist(tmp_path / "run", CODES)
+    source = {"kind": "generated", "task": "drawings", "num_rows": 40, "direction": "text -> image"}
+    config = {"data": {"block_size": 256, "train": [source]}, "training": {"output_dir": "unused", "seed": 5}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    run(folder, tmp_path / "out", "--no-texts", "--batch-size", 1)
+    content = json.loads((tmp_path / "out" / "media.json").read_text())
+
+    model, processor = tiny_artist(image=CODES), artist_processor(CODES)
+    data, pictures = DataConfig(train=[SourceConfig(**source)], block_size=256), []
+    examples = build_examples(data.train[0], data, processor, 4, seed=5)
+    for seed, example in enumerate(examples):
+        ids = torch.tensor([example["prompt_ids"]])
+        torch.manual_seed(seed)
+        drawn = model.generate(ids, num_steps=3, do_sample=True, top_k=0, max_new_tokens=17)[:, ids.shape[1] :]
+        pictures += model.decode_image_tokens(drawn)
+    right = [check_scene(example["prompt"], picture) for example, picture in zip(examples, pictures, strict=True)]
+    found = content["rows"][1]["sources"]["drawings"]["checks"]
+    assert found == {name: sum(one[name] for one in right) / 4 for name in right[0]}
+    assert "Drawn for drawings (4):" in capsys.readouterr().out
 
 
 def test_without_media_none_are_written(run_folder, tmp_path, capsys, monkeypatch):

@@ -7,7 +7,9 @@ from PIL import Image
 
 from inference.generate import main
 from inference.media_files import contact_sheet
-from tests.tiny_artist import save_artist
+from tests.tiny_artist import artist_processor, save_artist, tiny_artist
+from tests.tiny_language_model import save_checkpoint
+from tests.tiny_reader import save_reader
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,34 @@ def test_what_cannot_be_written_is_one_line(checkpoint, options, message, capsys
     assert failure.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["image", "audio"])
+def test_what_a_model_has_no_head_for_is_one_line(tmp_path, mode, capsys):
+    out = {"image": "a.png", "audio": "a.wav"}[mode]
+    save_reader(tmp_path / "reader")
+    save_checkpoint(tmp_path / "text")
+    for name, message in (
+        (
+            "reader",
+            f"generation_mode '{mode}' needs a flow head for {mode}, which this model does not have; it writes text",
+        ),
+        ("text", f"--mode {mode} was given, but this model writes text alone: leave it out"),
+    ):
+        with pytest.raises(SystemExit) as failure:
+            write(str(tmp_path / name), "--mode", mode, "--out", tmp_path / out)
+        error = capsys.readouterr().err
+        assert failure.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / out).exists()
+
+
+def test_a_checkpoint_whose_latents_are_no_numbers_is_one_line(tmp_path, capsys):
+    model = tiny_artist()
+    model.model.writers["image"].head.out_proj.bias.data[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    artist_processor().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as failure:
+        write(str(tmp_path), "--mode", "image", "--out", tmp_path / "a.png")
+    error = capsys.readouterr().err
+    assert failure.value.code == 2 and "the image head gave latents that are NaN or infinite" in error
+    assert error.count("\n") == 1 and not (tmp_path / "a.png").exists()
