@@ -3,27 +3,35 @@
 from inference.logs import set_up_logging  # noqa: F401  first: it sets up what libraries say while they are imported
 
 # isort: split
+import copy
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
 
 from callbacks import add_callbacks
 from configs.finetuning import FinetuningConfig, load_finetuning_config
 from dataset_loading import Collator, build_datasets
+from dataset_loading.preferences import build_pairs, build_prompts
 from evaluation import METRICS, trainer_metrics
-from inference.loading import load_model, reads_media, tokenizer_of
+from inference.adapters import base_model
+from inference.checkpoints import find_checkpoint, reads_media
+from inference.loading import load_model, tokenizer_of
 from inference.shutdown import end_process
 from model import modality_names
+from model.chat import prepare_tokenizer
 from model.recurrence import draw_training_states, sample_depth
-from model.step_lora import add_step_lora
+from model.step_lora import StepLora, add_step_lora
 from pretrain import build_media_examples, run_training, set_up_output, share_cores, whole_weights
 from trainers import check_weights
+from trainers.dpo import PreferenceTrainer
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import lora_config, step_lora_targets
-from trainers.quantization import check_quantized_training, prepare_quantized_training
+from trainers.grpo import RolloutTrainer
+from trainers.quantization import is_quantized, prepare_quantized_training
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 
@@ -49,29 +57,34 @@ def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Tra
         ValueError: for a checkpoint that cannot be loaded, adapters that do not fit it, data that cannot be read, or
             options of training that do not fit.
     """
-    model, processor = load_base(run)
+    folder = find_checkpoint(run.model.path)
+    base = base_model(folder)
+    model, processor = load_base(run, folder)
     set_seed(run.training.seed)
-    model = add_adapters(run, model)
+    model, adapters = add_adapters(run, model)
+    beside = [base, *adapters] if run.has_adapters else []
     if resume_point is not None:
         check_weights(resume_point, model)
-    return BUILDERS[run.trainer](run, model, processor)
+        for part in beside:
+            part.load(resume_point)
+    trainer = BUILDERS[run.trainer](run, model, processor)
+    trainer.beside = beside
+    return trainer
 
 
-def load_base(run: FinetuningConfig) -> tuple[PreTrainedModel, Processor]:
-    """The checkpoint that is tuned, with its tokenizer or processor.
+def load_base(run: FinetuningConfig, folder: Path) -> tuple[PreTrainedModel, Processor]:
+    """The checkpoint that is tuned, with its tokenizer or processor, made ready for conversations.
 
     Raises:
         ValueError: it cannot be loaded, or not trained in this way.
     """
     options, args = run.model, run.training
-    has_adapters = not (run.peft is None and run.step_lora is None)
-    if run.quantization.load_in is not None:
-        check_quantized_training(args, has_adapters)
     dtype = options.dtype and getattr(torch, options.dtype)
     with whole_weights(args):
-        model, processor = load_model(options.path, args.device, dtype, run.quantization)
-    if run.quantization.load_in is not None:
-        model = prepare_quantized_training(model, args)
+        model, processor = load_model(folder, args.device, dtype, run.quantization)
+    prepare_tokenizer(tokenizer_of(processor), model.config.get_text_config().vocab_size)
+    if is_quantized(model):
+        model = prepare_quantized_training(model, args, run.has_adapters)
     config = model.config.get_text_config()
     if options.num_steps is not None:
         config.recurrence.mean_steps = options.num_steps
@@ -80,25 +93,27 @@ def load_base(run: FinetuningConfig) -> tuple[PreTrainedModel, Processor]:
     return model, processor
 
 
-def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> torch.nn.Module:
-    """The model with fresh adapters, which alone learn; as it is where the run has none.
+def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.nn.Module, list[StepLora]]:
+    """The model with fresh adapters, which alone learn, and those of them that are not PEFT's; the model as it is where
+    the run has none.
 
     Raises:
         ValueError: they are for layers that the model does not have.
     """
-    if run.step_lora is None and run.peft is None:
-        return model
+    if not run.has_adapters:
+        return model, []
     lora = run.peft and lora_config(run.peft, model)  # while all linear layers are those of the model
-    model.requires_grad_(False)
+    steps = []
     if run.step_lora is not None:
         options = run.step_lora
         targets = step_lora_targets(model, options)
-        steps = add_step_lora(model, targets, options.num_steps, options.rank, options.alpha)
+        steps = [add_step_lora(model, targets, options.num_steps, options.rank, options.alpha)]
+    model.requires_grad_(False)
     if lora is not None:
         model = get_peft_model(model, lora)
-    if run.step_lora is not None:
-        steps.requires_grad_(True)  # PEFT freezes all but its own
-    return model
+    for adapter in steps:
+        adapter.requires_grad_(True)  # PEFT freezes all but its own
+    return model, steps
 
 
 def build_recurrent_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
@@ -129,9 +144,47 @@ def build_recurrent_trainer(run: FinetuningConfig, model: torch.nn.Module, proce
     return trainer
 
 
+def build_preference_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
+    """The trainer of `dpo`: pairs of answers, of which one is better."""
+    args = run.training
+    train, validation = build_pairs(run.data, tokenizer_of(processor), args.seed)
+    args.choose_best_metric([f"eval_{source}_loss" for source in validation])
+    trainer = PreferenceTrainer(
+        model=model,
+        ref_model=None if isinstance(model, PeftModel) else copy.deepcopy(model).requires_grad_(False),
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=processor,
+        sample_depth=sample_depth,
+        draw_states=draw_training_states,
+    )
+    add_callbacks(trainer, run.callbacks, processor)
+    return trainer
+
+
+def build_rollout_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
+    """The trainer of `grpo`: prompts, to which the model writes answers that are rewarded."""
+    args = run.training
+    train, validation = build_prompts(run.data, args.seed)
+    args.choose_best_metric([f"eval_{source}_reward" for source in validation])
+    trainer = RolloutTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=processor,
+        sample_depth=sample_depth,
+    )
+    add_callbacks(trainer, run.callbacks, processor)
+    return trainer
+
+
 BUILDERS: dict[str, Callable[[FinetuningConfig, torch.nn.Module, Processor], Trainer]] = {
     "continued": build_recurrent_trainer,
     "sft": build_recurrent_trainer,
+    "dpo": build_preference_trainer,
+    "grpo": build_rollout_trainer,
 }
 
 

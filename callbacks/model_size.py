@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import unwrap_peft_model
 
 from .reporting import ReportingCallback
 
@@ -64,11 +65,13 @@ def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
 
 
 def size_table(model: PreTrainedModel) -> str:
-    """The sizes as a Markdown table, with a line of sums; of language models also how deep they are.
+    """The sizes as a Markdown table, with a line of sums; of language models also how deep they are. Adapters count to
+    the parts that they are in.
 
     "run" is how often a part runs for a token at the mean depth (those that read a medium: for a token of the medium);
     "executed" is run x parameters.
     """
+    model = unwrap_peft_model(model)
     parts = part_sizes(model)
     lines = ["| part | parameters | trainable | MB | run | executed |", "|---|---:|---:|---:|---:|---:|"]
     for name, part in parts.items():

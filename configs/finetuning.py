@@ -13,8 +13,10 @@ from callbacks import CallbacksConfig
 from dataset_loading.configuration import DataConfig
 from model.quantization import QuantizationConfig
 from trainers import RecurrentTrainingArguments
+from trainers.dpo import PreferenceArguments
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import ModelOptions, PeftOptions, StepLoraOptions
+from trainers.grpo import RolloutArguments
 from trainers.sft import SupervisedArguments
 
 from . import (
@@ -41,6 +43,19 @@ NOT_OPTIONS[SupervisedArguments] = {
     *("max_length", "truncation_mode", "pad_to_multiple_of"),
     *("packing", "packing_strategy", "padding_free", "eval_packing"),
     *("completion_only_loss", "assistant_only_loss", "router_aux_loss_coef"),
+}
+NOT_OPTIONS[PreferenceArguments] = {
+    *("model_init_kwargs", "trust_remote_code", "dataset_num_proc", "pad_token", "pad_to_multiple_of"),
+    *("truncation_mode", "padding_free", "precompute_ref_log_probs", "precompute_ref_batch_size", "use_weighting"),
+    *("modality_weights", "router_aux_loss_coef"),
+}
+NOT_OPTIONS[RolloutArguments] = {
+    *("model_init_kwargs", "trust_remote_code", "remove_unused_columns", "pad_to_multiple_of", "chat_template_kwargs"),
+    *("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching", "use_transformers_paged"),
+    *("transformers_continuous_batching_config", "max_tool_calling_iterations", "num_generations_eval"),
+    *("log_multimodal", "log_completions_hub_repo", "modality_weights", "router_aux_loss_coef"),
+    *("recurrence_logging_steps", "depth_gap_alarm", "token_correlation_alarm"),
+    *(name for name in RolloutArguments.__dataclass_fields__ if "vllm" in name),
 }
 SECTIONS = {
     "model": ModelOptions,
@@ -81,6 +96,11 @@ class FinetuningConfig(ResolvedConfig):
     log_level: str
     resolved: dict[str, Any] = field(repr=False)
     identity: ClassVar[tuple[str, ...]] = ("model.", "peft", "step_lora", "quantization.")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters learn, and not the weights of the model."""
+        return not (self.peft is None and self.step_lora is None)
 
     def defaults(self) -> dict[str, Any]:
         """What is resolved where nothing is given but the trainer and the checkpoint."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -27,13 +23,9 @@ from model import (
 )
 from model.quantization import QuantizationConfig, bits_and_bytes
 
-logger = logging.getLogger(__name__)
+from .adapters import add_adapters, base_of
+from .checkpoints import PROCESSOR, TOKENIZER, find_checkpoint, is_adapter, read_json, reads_media
 
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
-PROCESSOR = "processor_config.json"
 CONFIGS = {config.model_type: config for config in (MegaTransformerTextConfig, MegaTransformerConfig)}
 MODELS = {
     MegaTransformerTextConfig.model_type: MegaTransformerForCausalLM,
@@ -46,21 +38,25 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quantization: QuantizationConfig | None = None,
+    base: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """Load a model, ready for evaluation, and its tokenizer or, where it reads images or sound, its processor.
 
     Args:
-        path: a checkpoint folder, or a run folder; of a run folder its newest complete weights (`find_checkpoint`).
+        path: a checkpoint folder, or a run folder; of a run folder its newest complete weights (`find_checkpoint`). Of
+            an adapter also the model that it was trained on is loaded.
         device: where the model goes.
         dtype: of the weights; None keeps that of the checkpoint.
         quantization: how to round the weights; those of a checkpoint with rounded weights stay as they are.
+        base: of an adapter, the folder of its model; by default where that was in training.
 
     Raises:
         FileNotFoundError: no such folder, or no complete model in it.
         ValueError: the folder holds another kind of model, its weights do not fit its config, or a file is damaged; the
             weights cannot be rounded, or are already.
     """
-    folder = find_checkpoint(path)
+    tuned = find_checkpoint(path)
+    folder = base_of(tuned, base) if is_adapter(tuned) else tuned
     config = load_config(folder)
     is_quantized, options = getattr(config, "quantization_config", None) is not None, {}
     if quantization is not None and quantization.load_in is not None:
@@ -83,6 +79,10 @@ def load_model(
     except SafetensorError as error:
         raise ValueError(f"The weights in {folder} are damaged ({error}): use another checkpoint.") from error
     check_loading(folder, report)
+    if tuned != folder:
+        model = add_adapters(model, tuned, merge=not is_quantized)
+    if all((tuned / name).is_file() for name in TOKENIZER):
+        folder = tuned
     processor = load_processor(folder) if reads_media(config.model_type) else load_tokenizer(folder)
     num_tokens, vocab_size = len(tokenizer_of(processor)), config.get_text_config().vocab_size
     if num_tokens > vocab_size:
@@ -99,13 +99,13 @@ def check_quantization(folder: Path, config: PreTrainedConfig, quantization: Qua
     """Raise ValueError for weights that are rounded already, and for a head that cannot be."""
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"The weights in {folder} are quantised already, and cannot be again (to {quantization.load_in}): leave that "
-            "out, or use the checkpoint that they were made from."
+            f"The weights in {folder} are quantised already and cannot be quantised again, to {quantization.load_in}: "
+            "leave that out, or use the checkpoint that they were made from."
         )
     if config.get_text_config().tie_word_embeddings and "heads" not in quantization.keep_in_high_precision:
         raise ValueError(
-            "The head of this model is its embedding (tie_word_embeddings), which cannot be quantised: name heads among "
-            "the parts to keep in high precision."
+            "keep_in_high_precision has no heads, but the head of this model is its embedding (tie_word_embeddings), "
+            "which is never quantised: add heads."
         )
 
 
@@ -119,11 +119,6 @@ def keep_matrices_in_place(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def reads_media(model_type: str) -> bool:
-    """Whether models of this type come with a processor."""
-    return model_type == MegaTransformerConfig.model_type
 
 
 def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
@@ -180,95 +175,3 @@ def load_processor(folder: Path) -> ProcessorMixin:
     except Exception as error:  # neither do the libraries of its parts
         files = " or ".join((PROCESSOR, *TOKENIZER))
         raise ValueError(f"{files} in {folder} is damaged ({type(error).__name__}: {error}): use another.") from error
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The newest complete weights of a folder: its own, or those of a checkpoint-N in it with more steps, as there are
-    where a finished run went on. Warnings name what is incomplete, and weights of the folder that are not the newest.
-
-    Raises:
-        FileNotFoundError: the path does not exist, is no folder, or holds no complete model.
-    """
-    folder = Path(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist: give the folder of a run or of a checkpoint.")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is a file: give the folder of a run or of a checkpoint.")
-    named = ((CHECKPOINT_NAME.fullmatch(child.name), child) for child in folder.iterdir() if child.is_dir())
-    checkpoints = sorted((int(match[1]), child) for match, child in named if match)
-    own = [(trained_steps(folder), folder)] if has_weights(folder) else []
-    for _, candidate in sorted([*own, *checkpoints], key=lambda pair: pair[0], reverse=True):
-        reason = incompleteness(candidate)
-        if reason is None:
-            if own and candidate != folder:
-                logger.warning("%s is loaded, not the weights in %s itself", candidate, folder)
-            return candidate
-        if checkpoints:  # else the error below says it
-            logger.warning("%s is passed over: it %s", candidate, reason)
-    also = f", nor do its {len(checkpoints)} checkpoints" if checkpoints else " and no checkpoint-N folder"
-    raise FileNotFoundError(
-        f"{folder} holds no complete model (it {incompleteness(folder)}){also}: give the folder of a run or of a "
-        "checkpoint."
-    )
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether there are weights, complete or not."""
-    return any((folder / name).is_file() for name in (WEIGHTS, INDEX))
-
-
-def trained_steps(folder: Path) -> float:
-    """Optimizer steps behind the weights of a folder; infinite, newer than all, where no trainer_state.json says so."""
-    try:
-        return read_json(folder / "trainer_state.json")["global_step"]
-    except (OSError, ValueError, KeyError):
-        return math.inf
-
-
-def incompleteness(folder: Path) -> str | None:
-    """Why a folder is no complete checkpoint, as the end of a sentence that begins with "it"; None if it is one."""
-    for name in ("config.json", *TOKENIZER):
-        if not (folder / name).is_file():
-            return f"has no {name}"
-    if not has_weights(folder):
-        return f"has no {WEIGHTS}"
-    try:
-        for name in ("config.json", *TOKENIZER):
-            read_json(folder / name)
-        if reads_media(read_json(folder / "config.json").get("model_type")):
-            if not (folder / PROCESSOR).is_file():
-                return f"has no {PROCESSOR}"
-            read_json(folder / PROCESSOR)
-        files = weight_files(folder)
-    except ValueError as error:
-        return f"is damaged: {error}"
-    for name in files:
-        if not (folder / name).is_file():
-            return f"lacks the weights file {name}"
-        try:
-            with safe_open(folder / name, framework="pt"):  # reads the header and compares it with the file's size
-                pass
-        except SafetensorError as error:
-            return f"has a damaged {name} ({error})"
-    return None
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the files with weights; ValueError for an index that names none."""
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    files = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()) or not files:
-        raise ValueError(f"{folder / INDEX} has no weight_map from weights to files")
-    return sorted(set(files.values()))
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError names the file if it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
-    return content

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import unwrap_peft_model
@@ -23,6 +24,10 @@ REFUSALS = (ImportError, RuntimeError, TypeError)
 class CheckedTrainer(Trainer):
     """Optimizers, parameter groups, averages and compilation by our arguments, and checkpoints that have to fit.
 
+    `beside` are parts that are saved with each checkpoint, in files of their own: objects with `save(folder,
+    state_dict)`, which gets the state of the whole model where it has been gathered from the ranks, and `load(folder)`.
+    A model that has any, and is not PEFT's, does not learn itself and is not saved.
+
     Raises:
         ValueError: For options that the libraries refuse; nothing is written then.
     """
@@ -34,6 +39,7 @@ class CheckedTrainer(Trainer):
             super().__init__(*args, **kwargs)
         except REFUSALS as error:
             raise ValueError(f"training: {error}") from error
+        self.beside: list[Any] = []
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
         if self.average is not None:
             self.add_callback(self.average)
@@ -105,12 +111,37 @@ class CheckedTrainer(Trainer):
             self.average.save(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
 
+    @property
+    def learns_beside(self) -> bool:
+        """Whether the weights of the model itself stay as they are."""
+        return bool(self.beside) and not is_peft_model(self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Also what is saved beside the model."""
+        folder = output_dir or self.args.output_dir
+        if self.learns_beside:
+            self.processing_class.save_pretrained(folder)
+        else:
+            super()._save(folder, state_dict)
+        for part in self.beside:
+            part.save(folder, state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
-        check_weights(resume_from_checkpoint, model or self.model)
+        for part in self.beside:
+            part.load(resume_from_checkpoint)
         if self.average is not None:
             self.average.load(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.learns_beside:
+            check_weights(resume_from_checkpoint, model or self.model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """With what is saved beside it."""
+        for part in self.beside:
+            part.load(self.state.best_model_checkpoint)
+        if not self.learns_beside:
+            super()._load_best_model()
 
     def _send_telemetry(self) -> None:
         """TRL's trainers would tell the hub of each run."""

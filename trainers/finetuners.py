@@ -3,10 +3,14 @@
 from transformers import Trainer
 
 from .arguments import RecurrentTrainingArguments
+from .dpo import PreferenceArguments, PreferenceTrainer
+from .grpo import RolloutArguments, RolloutTrainer
 from .recurrent import RecurrentTrainer
 from .sft import SupervisedArguments, SupervisedTrainer
 
 FINETUNERS: dict[str, tuple[type[Trainer], type[RecurrentTrainingArguments]]] = {
     "continued": (RecurrentTrainer, RecurrentTrainingArguments),
     "sft": (SupervisedTrainer, SupervisedArguments),
+    "dpo": (PreferenceTrainer, PreferenceArguments),
+    "grpo": (RolloutTrainer, RolloutArguments),
 }

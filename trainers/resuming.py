@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from accelerate.utils import is_peft_model
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -14,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "step_lora.safetensors")
 CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
@@ -83,9 +86,10 @@ def damage(folder: Path) -> str | None:
     if not isinstance(state, dict) or "global_step" not in state:
         return f"has a damaged {TRAINER_STATE_NAME} (no global_step in it)"
     if not any(folder.glob("global_step*")):  # where DeepSpeed keeps all of it
-        for pattern, what in (("model*.safetensors", "weights"), ("optimizer*", "state of an optimizer")):
-            if not any(folder.glob(pattern)):
-                return f"has no {what} ({pattern})"
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+            return f"has no weights ({WEIGHTS[0]})"
+        if not any(folder.glob("optimizer*")):
+            return "has no state of an optimizer (optimizer*)"
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):  # reads the header and compares it with the file's size
@@ -98,22 +102,26 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def check_weights(checkpoint: str, model: PreTrainedModel) -> None:
-    """Compare names and shapes of a checkpoint's weights with those of the model, reading no weights.
+def check_weights(checkpoint: str, model: PreTrainedModel | PeftModel) -> None:
+    """Compare names and shapes of a checkpoint's weights with those of the model, of PEFT's with those of its adapter,
+    reading no weights.
 
     Raises:
         ValueError: if any is missing, unexpected or of another shape; `Trainer` only warns of the first two.
     """
+    is_adapter = is_peft_model(model)
     there = {}
-    for path in Path(checkpoint).glob("model*.safetensors"):
+    for path in Path(checkpoint).glob("adapter_model.safetensors" if is_adapter else "model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             there |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     if not there:
         return  # DeepSpeed may keep them in files of its own, which it compares itself
-    here = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    weights = get_peft_model_state_dict(model) if is_adapter else model.state_dict()
+    here = {name: list(weight.shape) for name, weight in weights.items()}
+    tied = {} if is_adapter else model.all_tied_weights_keys
     reshaped = [name for name in here if name in there and here[name] != there[name]]
     problems = {
-        "missing": here.keys() - there.keys() - model.all_tied_weights_keys.keys(),
+        "missing": here.keys() - there.keys() - tied.keys(),
         "unexpected": there.keys() - here.keys(),
         "of another shape": [f"{name} ({there[name]}, not {here[name]})" for name in reshaped],
     }
