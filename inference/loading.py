@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -60,9 +61,8 @@ def load_model(
     config = load_config(folder)
     is_quantized, options = getattr(config, "quantization_config", None) is not None, {}
     if quantization is not None and quantization.load_in is not None:
-        check_quantization(folder, config, quantization)
+        options = quantization_options(folder, config, quantization, dtype)
         is_quantized = True
-        options["quantization_config"] = bits_and_bytes(quantization, dtype or config.dtype or torch.float32)
     if is_quantized:
         options["device_map"] = {"": str(device)}  # rounded where the model is to be; left out, transformers chooses
     try:
@@ -95,24 +95,24 @@ def load_model(
     return model.to(device).eval(), processor
 
 
-def check_quantization(folder: Path, config: PreTrainedConfig, quantization: QuantizationConfig) -> None:
-    """Raise ValueError for weights that are rounded already, and for a head that cannot be."""
+def quantization_options(
+    folder: Path, config: PreTrainedConfig, quantization: QuantizationConfig, dtype: torch.dtype | None
+) -> dict[str, BitsAndBytesConfig]:
+    """The argument of `from_pretrained`; ValueError for weights that are quantised already, or cannot be."""
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"The weights in {folder} are quantised already and cannot be quantised again, to {quantization.load_in}: "
             "leave that out, or use the checkpoint that they were made from."
         )
-    if config.get_text_config().tie_word_embeddings and "heads" not in quantization.keep_in_high_precision:
-        raise ValueError(
-            "keep_in_high_precision has no heads, but the head of this model is its embedding (tie_word_embeddings), "
-            "which is never quantised: add heads."
-        )
+    with torch.device("meta"):
+        model = MODELS[config.model_type](config)
+    return {"quantization_config": bits_and_bytes(quantization, model, dtype or config.dtype or torch.float32)}
 
 
 def keep_matrices_in_place(model: PreTrainedModel) -> None:
     """Stop bitsandbytes from rearranging matrices of 4 bits when they are first used in evaluation, on CPUs with
-    bfloat16 instructions: it fails for widths that are no multiple of 64, rounds the scales once more, and what is
-    trained afterwards would get no gradient through them.
+    bfloat16 instructions: it fails for some widths, rounds the scales once more, and what is trained afterwards would
+    get no gradient through them.
     """
     from bitsandbytes.nn import Linear4bit  # slow to import
 

@@ -4,9 +4,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from transformers import BitsAndBytesConfig
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging
 
-# Patterns of module names. Of what is left, all plain linear maps are rounded; norms, embeddings and convolutions never.
+logger = logging.get_logger(__name__)
+
+BLOCK = 64  # weights of 4 bits that share a scale
+# Patterns of module names. Of what is not kept all linear maps are rounded; never norms, embeddings, convolutions.
 PARTS = {
     "injection": r"model\.core\.injection",
     "heads": "lm_head",
@@ -51,18 +57,53 @@ class QuantizationConfig:
             raise ValueError(f".keep_in_high_precision: {unknown[0]!r} is unknown; known parts: {', '.join(PARTS)}")
 
 
-def bits_and_bytes(config: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+def bits_and_bytes(config: QuantizationConfig, model: PreTrainedModel, dtype: torch.dtype) -> BitsAndBytesConfig:
     """What transformers wants to know.
 
     Args:
+        model: One like that which is loaded; its weights are not looked at.
         dtype: Of products with matrices of 4 bits.
+
+    Raises:
+        ValueError: for a head that cannot be quantised, and a model of which nothing can be.
     """
+    if model.config.get_text_config().tie_word_embeddings and "heads" not in config.keep_in_high_precision:
+        raise ValueError(
+            "keep_in_high_precision has no heads, but the head of this model is its embedding (tie_word_embeddings), "
+            "which is never quantised: add heads."
+        )
+    kept = [*ALWAYS_KEPT, *(PARTS[name] for name in config.keep_in_high_precision)]
+    if config.load_in == "4bit":
+        kept += uneven_layers(model, kept)
     return BitsAndBytesConfig(
         load_in_4bit=config.load_in == "4bit",
         load_in_8bit=config.load_in == "8bit",
         llm_int8_threshold=float(config.outlier_threshold),
-        llm_int8_skip_modules=[*ALWAYS_KEPT, *(PARTS[name] for name in config.keep_in_high_precision)],
+        llm_int8_skip_modules=kept,
         bnb_4bit_quant_type=config.quant_type,
         bnb_4bit_use_double_quant=config.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def uneven_layers(model: PreTrainedModel, kept: list[str]) -> list[str]:
+    """The linear layers whose rows are not made of whole blocks of weights with one scale. bitsandbytes 0.50 reads the
+    scales of such matrices at wrong places, on CPUs with AVX-512, so that they stay as they are everywhere.
+
+    Args:
+        kept: Patterns of those that stay for another reason.
+
+    Raises:
+        ValueError: if nothing else is left.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    widths = {name: module.in_features for name, module in linear.items() if should_convert_module(name, kept)}
+    uneven = [name for name, width in widths.items() if width % BLOCK]
+    if len(uneven) == len(widths):
+        raise ValueError(f"load_in 4bit: no layer that is to be quantised has a width that {BLOCK} divides; use 8bit.")
+    if uneven:
+        logger.warning(
+            f"{len(uneven)} of {len(widths)} layers stay as they are, not in 4 bits, since {BLOCK} does not divide "
+            f"their width: {uneven[0]} ..."
+        )
+    return uneven
