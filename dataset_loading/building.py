@@ -173,13 +173,13 @@ class _Builder:
         return MediaReader(self.processor)
 
     def read(self, source: SourceConfig, rows: HubDataset, augmenter: Augmenter | None = None) -> MediaDocuments:
-        _check_writers(source, self.reader)
+        _check_kinds(source, self.reader)
         return read_documents(source, rows, self.reader, self.config, self.bad_rows, augmenter)
 
     def augmenter(self, role: str, source: SourceConfig) -> Augmenter | None:
         """What changes the rows of a source, if anything does; generated media vary exactly as their tasks want it."""
         config = self.config
-        is_exact = source.kind == "generated" and source.is_media
+        is_exact = source.kind == "generated" and source.has_media
         if role != "train" or is_exact or not source.augment or config.augmentation == AugmentationConfig():
             return None
         sampling_rates = self.reader.sampling_rates if source.is_media else {}
@@ -202,7 +202,7 @@ class _Builder:
         augmenters = {source.label: augmenter for source in sources if (augmenter := self.augmenter("train", source))}
         reader = self.reader if any(source.is_media for source in sources) else None
         for source in sources if reader else ():
-            _check_writers(source, reader)
+            _check_kinds(source, reader)
         condition_drop = self.condition_drop("train") if reader else None
         return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters, condition_drop)
 
@@ -238,9 +238,16 @@ class _Builder:
         return dataset
 
 
-def _check_writers(source: SourceConfig, reader: MediaReader) -> None:
-    """Rows that ask for what the model does not write would all be bad, for one reason."""
-    if not source.is_media or source.messages_column is not None:
+def _check_kinds(source: SourceConfig, reader: MediaReader) -> None:
+    """Rows that have what the model does not read, or ask for what it does not write, would all be bad, for one
+    reason.
+    """
+    if source.has_media and not reader.kinds:
+        raise ValueError(
+            f"source {source.label!r} has media, but the model reads text only; use model_type: megatransformer, or "
+            "remove the source"
+        )
+    if not source.has_media or source.messages_column is not None:
         return
     written = {kind.removeprefix("written_") for kind in reader.written}
     for direction in source.directions:

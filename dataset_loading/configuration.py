@@ -46,8 +46,8 @@ class SourceConfig:
 
     kind: Literal["hub", "files", "generated", "imagefolder", "audiofolder", "webdataset", "chat"]
     """Where documents come from: `hub` (any name or folder for `datasets.load_dataset`), `files`, `generated`,
-    `imagefolder` and `audiofolder` (a folder with metadata.jsonl or .csv), `webdataset` (tar shards) or `chat` (JSON
-    files of messages)."""
+    `imagefolder` and `audiofolder` (a folder with metadata.jsonl or .csv), `webdataset` (tar shards) or `chat` (files
+    of messages)."""
     name: str | None = None
     """Name in logs and metrics (`eval_<name>_loss`); by default the task, the first file's stem (of a
     pattern, the folder it looks in) or the end of path."""
@@ -63,7 +63,7 @@ class SourceConfig:
     """hub, webdataset: read while training instead of downloading or indexing first; the run then needs `max_steps`."""
     paths: list[str] = field(default_factory=list)
     """files: paths and glob patterns ending in .txt (one document a file), .jsonl or .parquet; webdataset: in .tar;
-    chat: in .json or .jsonl."""
+    chat: in .json, .jsonl or .parquet."""
     task: str | None = None
     """generated: name of the task, such as `addition`; docs/data.md has them all."""
     num_rows: int = 10_000
@@ -80,12 +80,12 @@ class SourceConfig:
     prompt_column: str | None = None
     """Column of the prompt; needs answer_column."""
     answer_column: str | None = None
-    """Column of the answer; needs prompt_column, but with media, where it is text_column by default."""
+    """Column of the answer; needs prompt_column, but in conversations, where it is text_column by default."""
     separator: str = " "
     """Text between prompt and answer; tokenised together with the answer."""
     loss_on: Literal["all", "answer"] | None = None
-    """Which tokens are learned: the whole document, or the answer and the end token; by default the answer of documents
-    with media, the whole of others."""
+    """Which tokens are learned: the whole document, or the answer and the end token; by default what the assistant says
+    in conversations, the whole of others."""
     image_column: str | None = None
     """Column of the image, or of a list of images; imagefolder: by default `file_name`."""
     audio_column: str | None = None
@@ -100,18 +100,17 @@ class SourceConfig:
     or `text, image -> audio`; of several the rows take turns. By default the user shows all media, and the assistant
     says the text."""
     prompt: str | list[str] | None = None
-    """With media: what the user says after them, with {column} filled in from the row; or such a prompt for each
-    direction. By default nothing, the question of a generated task, or, where the text is given, the text itself."""
+    """What the user says, after media if there are any, with {column} filled in from the row; or such a prompt for each
+    direction. Rows of prompts and answers become conversations by it. By default, with media, nothing, the question of
+    a generated task, or, where the text is given, the text itself."""
 
     def __post_init__(self) -> None:
         self._check_kind()
         if self.is_media:
             self._check_media()
-        elif self.prompt is not None or self.direction is not None:
-            name = "direction" if self.prompt is None else "prompt"
+        if self.direction is not None and not self.has_media:
             raise ValueError(
-                f"{name} is {getattr(self, name)!r}, but the source has no media; set prompt_column, or image_column "
-                "or audio_column"
+                f"direction is {self.direction!r}, but the source has no media; set image_column or audio_column"
             )
         if self.loss_on is None:
             self.loss_on = "answer" if self.is_media else "all"
@@ -157,7 +156,7 @@ class SourceConfig:
         for name, instead in _TEXT_ONLY.items():
             if self._is_set(name):
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but a source with media does not read it; use {instead}"
+                    f"{name} is {getattr(self, name)!r}, but a source of conversations does not read it; use {instead}"
                 )
         if self.kind == "chat" and self.messages_column is None:
             self.messages_column = "messages"
@@ -197,11 +196,13 @@ class SourceConfig:
                 f"prompt has {len(self.prompt)} texts for {len(turns)} directions; give one for each, or one for all"
             )
         for direction, prompt in turns:
-            self._check_parts(direction)
-            if prompt is not None and "text" in direction.given and not template_columns(prompt):
+            if self.has_media:
+                self._check_parts(direction)
+            is_asked_alone = "text" in direction.given or not direction.given
+            if prompt is not None and is_asked_alone and not template_columns(prompt):
+                where = f" of direction {str(direction)!r}" if self.has_media else ""
                 raise ValueError(
-                    f"prompt is {prompt!r}, which all rows of direction {str(direction)!r} would ask; name a column, "
-                    "e.g. 'Show {text}'"
+                    f"prompt is {prompt!r}, which all rows{where} would ask; name a column, e.g. 'Show {{text}}'"
                 )
 
     def _check_parts(self, direction: Direction) -> None:
@@ -224,10 +225,15 @@ class SourceConfig:
     @property
     def is_media(self) -> bool:
         """Whether the rows are conversations, which may hold media, rather than texts."""
+        is_chat = self.kind == "chat" or self.messages_column is not None or self.prompt is not None
+        return is_chat or self.has_media or (self.kind == "generated" and get_task(self.task).is_chat)
+
+    @property
+    def has_media(self) -> bool:
+        """Whether each row shows a medium; messages may."""
         if self.kind == "generated":
             return self.task in MEDIA_TASKS
-        is_named = self.messages_column is not None or bool(self.media_columns)
-        return is_named or self.kind in ("imagefolder", "audiofolder", "webdataset", "chat")
+        return bool(self.media_columns) or self.kind in ("imagefolder", "audiofolder", "webdataset")
 
     @property
     def media_columns(self) -> dict[str, str]:
@@ -241,8 +247,8 @@ class SourceConfig:
         if self.direction is not None:
             given = self.direction if isinstance(self.direction, list) else [self.direction]
             return [parse_direction(text) for text in given]
-        if self.kind == "generated":
-            return [parse_direction(get_task(self.task).directions[0])]
+        if self.task in MEDIA_TASKS:
+            return [parse_direction(MEDIA_TASKS[self.task].directions[0])]
         shown = tuple(kind for kind in MEDIA if kind in self.media_columns.values())
         return [Direction(shown, ("text",))]
 

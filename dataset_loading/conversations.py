@@ -2,8 +2,9 @@
 
 A conversation is a list of {"role", "content"}; a content is a list of parts, {"type": "text", "text"} or
 {"type": kind, ...}, where the rest says where the medium is (`references.py`). The tokens are begin, and for each
-message the token of its role and its parts in order; after a message of the assistant comes end. A medium is one
-placeholder here: how many it becomes is known when it is read.
+message the token of its role and its parts in order; after a message of the assistant comes end. A role that the
+vocabulary has no token for is spelled in ordinary tokens. A medium is one placeholder here: how many it becomes is
+known when it is read.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +18,7 @@ from .documents import encode_texts
 from .references import UnusableRow, reference_to
 from .validation import reason_against
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 def answer_to(given: Sequence[dict], prompt: str, answer: str, shown: Sequence[dict] = ()) -> list[dict]:
@@ -142,11 +143,9 @@ def tokenize_conversations(
         placeholders: token ids by kind of medium.
         loss_on: "answer": what the assistant says and its end tokens; "all": everything but begin and media.
         written: kinds of media of which something is learned, either way.
-
-    Raises:
-        ValueError: the tokenizer lacks the token of a role.
     """
-    special = {role: special_id(tokenizer, f"<|{role}|>") for role in ROLES} | dict(placeholders)
+    special = {role: role_ids(tokenizer, role) for role in ROLES}
+    special |= {kind: [placeholder] for kind, placeholder in placeholders.items()}
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     texts: list[str] = []
     plans = [_plan(messages, texts) for messages in conversations]
@@ -162,8 +161,20 @@ def special_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     """
     index = tokenizer.backend_tokenizer.token_to_id(token)  # get_vocab() would copy the whole of it
     if index is None:
-        raise ValueError(f"the tokenizer has no token {token!r}, which conversations need; train or load it with media")
+        raise ValueError(f"the tokenizer has no token {token!r}, which media need; train or load it with media")
     return index
+
+
+def role_ids(tokenizer: PreTrainedTokenizerFast, role: str) -> list[int]:
+    """The token that begins messages of a role, or the tokens that spell it."""
+    token = f"<|{role}|>"
+    index = tokenizer.backend_tokenizer.token_to_id(token)
+    return encode_texts(tokenizer, [token])[0].tolist() if index is None else [index]
+
+
+def spelled_roles(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What begins messages of those roles that have no token: a text that contains it would begin a message."""
+    return [token for role in ROLES if tokenizer.backend_tokenizer.token_to_id(token := f"<|{role}|>") is None]
 
 
 def _plan(messages: Sequence[dict], texts: list[str]) -> list[tuple[str, list[int | str]]]:
@@ -189,7 +200,7 @@ def _plan(messages: Sequence[dict], texts: list[str]) -> list[tuple[str, list[in
 def _assemble(
     plan: list[tuple[str, list[int | str]]],
     ids: list[np.ndarray],
-    special: Mapping[str, int],
+    special: Mapping[str, list[int]],
     begin: int,
     end: int,
     loss_on: str,
@@ -203,10 +214,10 @@ def _assemble(
 
     for role, parts in plan:
         learned = loss_on == "all" or role == "assistant"
-        add([special[role]], loss_on == "all")
+        add(special[role], loss_on == "all")
         for part in parts:
             if isinstance(part, str):
-                add([special[part]], part in written)
+                add(special[part], part in written)
             else:
                 add(ids[part].tolist(), learned)
         if role == "assistant":

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from .configuration import SourceConfig
-from .conversations import last_answer, media_of, prompt_and_answer, special_id
+from .conversations import last_answer, media_of, prompt_and_answer, role_ids
 from .media_documents import MediaDocument, MediaDocuments
 from .media_reader import MediaReader
 from .media_rows import join_pieces, read_piece
-from .synthetic import get_task
+from .synthetic import MEDIA_TASKS
 
 
 class MediaExamples(Sequence):
@@ -41,8 +41,8 @@ class MediaExamples(Sequence):
         check: Callable[[str, Any], dict[str, bool]] | None = None,
     ):
         self.documents, self.reader, self.check = documents, reader, check
-        self.assistant = special_id(reader.tokenizer, "<|assistant|>")
-        self.attributes = get_task(source.task).attributes if source.kind == "generated" else None
+        self.assistant = role_ids(reader.tokenizer, "assistant")
+        self.attributes = MEDIA_TASKS[source.task].attributes if source.task in MEDIA_TASKS else None
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -69,7 +69,7 @@ class MediaExamples(Sequence):
         return {
             "input_ids": ids,
             "labels": row["labels"].tolist(),
-            "prompt_ids": ids[: len(ids) - ids[::-1].index(self.assistant)],
+            "prompt_ids": ids[: _end_of_last(self.assistant, ids)],
             "media": media,
             "targets": targets,
             "reference": self._reference(shown[-1], document) if shown else None,
@@ -92,6 +92,11 @@ class MediaExamples(Sequence):
     def _waveforms(self, document: MediaDocument) -> list[np.ndarray]:
         references = media_of(self.reader.with_kinds(json.loads(document.row["messages"])))
         return [self.reader.load(it, document.row) for it in references if it["type"] == "audio"]
+
+
+def _end_of_last(part: list[int], ids: list[int]) -> int:
+    """Where the last occurrence of `part` ends."""
+    return next(end for end in range(len(ids), 0, -1) if ids[end - len(part) : end] == part)
 
 
 def _take_last(media: dict[str, list], kind: str, number: int) -> list:

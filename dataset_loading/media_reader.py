@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-from .conversations import ROLES, special_id, tokenize_conversations
+from .conversations import ROLES, special_id, spelled_roles, text_of, tokenize_conversations
 from .references import place_of, read_medium
 from .synthetic import get_task
 
@@ -20,39 +20,42 @@ class MediaReader:
     """Sizes, tokens and tensors of media.
 
     Args:
-        processor: the run's; see `MegaTransformerProcessor`.
+        processor: the run's; see `MegaTransformerProcessor`. A tokenizer, where the model reads text alone: there are
+            no kinds of media then.
 
     Raises:
-        ValueError: it is a tokenizer, or its vocabulary lacks a token of media.
+        ValueError: its vocabulary lacks a token of media, or its chat template is not ours.
     """
 
-    def __init__(self, processor: ProcessorMixin):
-        if not isinstance(processor, ProcessorMixin):
-            raise ValueError(
-                f"a source has media, but the model reads text only ({type(processor).__name__}); "
-                "use model_type: megatransformer, or remove the source"
-            )
-        self.tokenizer, self.kinds = processor.tokenizer, processor.kinds
-        self.kinds_of_role = {role: processor.kinds_of_role(role) for role in ROLES}
+    def __init__(self, processor: PreTrainedTokenizerFast | ProcessorMixin):
+        if isinstance(processor, ProcessorMixin):
+            self.tokenizer, self.kinds = processor.tokenizer, processor.kinds
+            self.kinds_of_role = {role: processor.kinds_of_role(role) for role in ROLES}
+        else:
+            self.tokenizer, self.kinds = processor, {}
+            self.kinds_of_role = {role: {} for role in ROLES}
         self.written = [name for name, kind in self.kinds.items() if any(kind.learned)]
         self.modality_ids = {name: processor.modality_names.index(name) for name in self.kinds}
         self.tokens = {}
         for name, kind in self.kinds.items():
             tokens = kind.modality.token, kind.modality.start_token, kind.modality.end_token
             self.tokens[name] = [special_id(self.tokenizer, token) for token in tokens]
+        self._spelled_roles = spelled_roles(self.tokenizer)
         self._check_template(processor)
         self._is_placeholder = np.zeros(max(self.tokenizer.get_vocab().values()) + 1, dtype=bool)
         self._is_placeholder[list(self.placeholders.values())] = True
 
-    def _check_template(self, processor: ProcessorMixin) -> None:
-        """Rows are tokenised here, many at a time, and have to be what the processor makes of the same messages."""
-        probe = [{"role": role, "content": [{"type": "text", "text": f"{role} says"}]} for role in ROLES]
-        (ours,) = tokenize_conversations([probe], self.tokenizer, self.placeholders, "answer")
-        theirs = processor.encode_chat(probe)
-        if ours.tokens.tolist() != theirs["input_ids"].tolist():
+    def _check_template(self, processor: PreTrainedTokenizerFast | ProcessorMixin) -> None:
+        """Rows are tokenised here, many at a time, and have to be what the chat template makes of the same messages."""
+        if processor.chat_template is None:
+            return
+        probe = [{"role": role, "content": f"{role} says"} for role in ROLES]
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in probe]
+        (tokenized,) = tokenize_conversations([parts], self.tokenizer, self.placeholders, "answer")
+        ours, theirs = self.tokenizer.decode(tokenized.tokens), processor.apply_chat_template(probe, tokenize=False)
+        if ours != theirs:
             raise ValueError(
-                f"the chat template of the processor gives {self.tokenizer.decode(theirs['input_ids'])!r} where rows "
-                f"have {self.tokenizer.decode(ours.tokens)!r}; use the default template of MegaTransformerProcessor"
+                f"the chat template gives {theirs!r} where rows have {ours!r}; use the template of `model.chat`"
             )
 
     @property
@@ -87,6 +90,9 @@ class MediaReader:
             unknown = [kind for kind in types if kind not in ("text", *known)]
             if unknown:
                 return f"type {unknown[0]!r} is unknown; the model reads {', '.join(['text', *known])}"
+            spelled = next((token for token in self._spelled_roles if token in text_of(message)), None)
+            if spelled is not None:
+                return f"a text contains {spelled!r}, which would begin a message, as the vocabulary has no such token"
             shown = {known.get(kind, kind) for kind in types}
             if message["role"] == "assistant" and shown.isdisjoint(("text", *self.written)):
                 return f"the assistant shows type {types[0]!r}, which the model does not write, and says nothing"

@@ -165,7 +165,7 @@ def conversation_of(
     if (says_text or is_asked_itself) and (reason := reason_against(row, (column,))):
         raise UnusableRow(reason)
     question = row[column] if is_asked_itself else fill_template(prompt or "", row)
-    if asks_text and not question.strip():
+    if (asks_text or not direction.given) and not question.strip():
         raise UnusableRow(f"the prompt {prompt!r} is empty for it")
     given, shown = (
         [reference for kind in MEDIA if kind in side for reference in attached[kind]]
@@ -187,6 +187,10 @@ def _generated(source: SourceConfig, role: Role, config: DataConfig, seed: int, 
     turns = source.turns
     for number, row in enumerate(rows, start=1):
         direction, prompt = turns[(number - 1) % len(turns)]
+        if not source.has_media:
+            question = {"role": "user", "content": fill_template(prompt or "{prompt}", row)}
+            found.add(parse_messages([question, *task.replies(row)], {}, None), f"row {number}", row["difficulty"])
+            continue
         medium = {"type": task.modality, "task": task.name, "medium": row["medium"]}
         if "text" in direction.given:
             question = row["answer"] if prompt is None else fill_template(prompt, row)
@@ -353,7 +357,8 @@ def _are_parquet(source: SourceConfig) -> bool:
     suffixes = {path.suffix for path in expand_paths(source)}
     if ".txt" in suffixes or len(suffixes) > 1:
         raise ValueError(
-            f"source {source.label!r} has files {', '.join(sorted(suffixes))}; with media, all are .jsonl or .parquet"
+            f"source {source.label!r} has files {', '.join(sorted(suffixes))}; of conversations, all are .jsonl or "
+            ".parquet"
         )
     return suffixes == {".parquet"}
 

@@ -168,7 +168,11 @@ READERS = {
     ".csv": _read_csv,
     ".json": _read_json,
 }
-FORMATS = {"files": (".txt", ".jsonl", ".parquet"), "chat": (".json", ".jsonl"), "webdataset": (".tar",)}
+FORMATS = {
+    "files": (".txt", ".jsonl", ".parquet"),
+    "chat": (".json", ".jsonl", ".parquet"),
+    "webdataset": (".tar",),
+}
 """Of the kinds of source that have `paths`: what their files may be."""
 
 

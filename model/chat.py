@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-ROLES = ("user", "assistant", "system")
+ROLE_TOKENS = {role: f"<|{role}|>" for role in ("user", "assistant", "system", "tool")}
+"""What begins a message, by role: a token where the vocabulary has it, else these characters in ordinary tokens."""
 
 # One line, since every line break and blank would become tokens.
 CHAT_TEMPLATE = (
@@ -26,7 +27,10 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-"""begin, then of each message its role and its content, and end after what the assistant says; nothing in between."""
+"""begin, then of each message its role and its content, and end after what the assistant says; nothing in between.
+
+The assistant calls a tool by what it says; a message of the tool answers, after which the assistant speaks again.
+"""
 
 Outline = tuple[tuple[str, tuple[str, ...] | None], ...]
 """Of each message its role and the types of its parts, None if its content is a string."""
@@ -71,8 +75,8 @@ def outline_of(
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"message {number} is {_short(message)}; give a dict with role and content")
         role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise ValueError(f"message {number} has role {_short(role)}; choose one of {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in ROLE_TOKENS:
+            raise ValueError(f"message {number} has role {_short(role)}; choose one of {', '.join(ROLE_TOKENS)}")
         num_texts, num_media = len(texts), len(media)
         if isinstance(content, str):
             outline.append((role, None))
@@ -155,6 +159,80 @@ def messages_of(outline: Outline, texts: Iterable[str]) -> list[dict[str, Any]]:
         content = [{"type": kind, "text": next(rest)} if kind == "text" else {"type": kind} for kind in kinds]
         messages.append({"role": role, "content": content[0]["text"] if types is None else content})
     return messages
+
+
+def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Make a tokenizer that may never have seen conversations ready for them.
+
+    It gets `CHAT_TEMPLATE`, and `ROLE_TOKENS` at the end of its vocabulary as far as the model has rows of embeddings
+    that no token uses. Roles without a token are spelled. A tokenizer with a template of its own stays as it is.
+
+    Args:
+        vocab_size: rows of the model's embedding table.
+    """
+    if tokenizer.chat_template not in (None, CHAT_TEMPLATE):
+        return
+    tokenizer.chat_template = CHAT_TEMPLATE
+    known = tokenizer.get_vocab()
+    missing = [token for token in ROLE_TOKENS.values() if token not in known]
+    free = max(vocab_size - max(known.values()) - 1, 0)
+    if missing[:free]:
+        tokenizer.add_special_tokens({"extra_special_tokens": missing[:free]}, replace_extra_special_tokens=False)
+
+
+def encode_conversation(
+    tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool = False
+) -> list[int]:
+    """Token ids of a conversation without media, in which no text can pass for anything but text.
+
+    Args:
+        tokenizer: A fast one with a chat template.
+        add_generation_prompt: Ends with what lets the assistant speak.
+
+    Raises:
+        ValueError: as `outline_of` and `check_texts`.
+    """
+    outline, texts, _ = outline_of(messages, ())
+    check_texts(tokenizer, texts)
+    begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    pieces = render_outline(tokenizer.chat_template, outline, begin, end, add_generation_prompt)
+    ids: list[int] = []
+    for piece, _ in pieces:
+        is_text = isinstance(piece, int)
+        ids += encode_text(tokenizer, texts[piece]) if is_text else tokenizer.encode(piece, add_special_tokens=False)
+    return ids
+
+
+def check_texts(tokenizer: Any, texts: Iterable[str]) -> None:
+    """Refuse texts that would be read as the beginning of a message.
+
+    Raises:
+        ValueError: one contains a role that the vocabulary has no token for, and which is spelled for this reason.
+    """
+    spelled = [token for token in ROLE_TOKENS.values() if tokenizer.backend_tokenizer.token_to_id(token) is None]
+    for text in texts:
+        found = next((token for token in spelled if token in text), None)
+        if found is not None:
+            raise ValueError(
+                f"a message contains {found!r}, for which the vocabulary has no token, so that it would begin another "
+                "message; leave it out"
+            )
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text in which special tokens are text. The backend takes half the time of the tokenizer.
+
+    Raises:
+        ValueError: UTF-8 cannot hold it.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    except TypeError as error:
+        raise ValueError(f"{text[:80]!r} cannot be written as UTF-8; remove lone surrogates") from error
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,16 @@ import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
-from .chat import CHAT_TEMPLATE, ROLES, kinds_of_role, messages_of, outline_of, render_outline
+from .chat import (
+    CHAT_TEMPLATE,
+    ROLE_TOKENS,
+    check_texts,
+    encode_text,
+    kinds_of_role,
+    messages_of,
+    outline_of,
+    render_outline,
+)
 from .configuration_megatransformer import (
     MegaTransformerAudioConfig,
     MegaTransformerAudioWriterConfig,
@@ -37,8 +46,11 @@ def _tokens_of(modalities: Iterable[Modality]) -> list[str]:
     return [token for kind in modalities for token in (kind.start_token, kind.token, kind.end_token)]
 
 
-MEDIA_TOKENS = (*(f"<|{role}|>" for role in ROLES), *_tokens_of((MODALITIES["image"], MODALITIES["audio"])))
-"""What a vocabulary has after pad, begin and end if the run has media, in this order if trained by us."""
+_ROLES = tuple(ROLE_TOKENS[role] for role in ("user", "assistant", "system"))
+MEDIA_TOKENS = (*_ROLES, *_tokens_of((MODALITIES["image"], MODALITIES["audio"])))
+"""What a vocabulary has after pad, begin and end if the run has media, in this order if trained by us. That of tools
+comes with fine-tuning (`prepare_tokenizer`).
+"""
 NULL_TOKEN = "<|null|>"
 """Stands in the place of each token of a prompt that is left out for guidance without a classifier."""
 WRITTEN_TOKENS = (*(modality.token for modality in WRITTEN_MODALITIES), NULL_TOKEN)
@@ -109,7 +121,7 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     def _check_vocabulary(self) -> None:
         """An unknown token would silently be read as bytes."""
-        needed = [*(f"<|{role}|>" for role in ROLES), *_tokens_of(kind.modality for kind in self.kinds.values())]
+        needed = [*_ROLES, *_tokens_of(kind.modality for kind in self.kinds.values())]
         needed += [NULL_TOKEN] if self._written else []
         missing = [token for token in needed if token not in self.tokenizer.get_added_vocab()]
         if missing or not (self.tokenizer.bos_token and self.tokenizer.eos_token):
@@ -214,9 +226,9 @@ class MegaTransformerProcessor(ProcessorMixin):
         """One conversation to token ids, without padding.
 
         Args:
-            messages: [{"role": "user" | "assistant" | "system", "content": text or parts}]; a part is {"type": "text",
-                "text": ...} or {"type": KIND, KIND: medium}; "path" or "bytes" may stand in the place of the second
-                KIND.
+            messages: [{"role": "user" | "assistant" | "system" | "tool", "content": text or parts}]; a part is
+                {"type": "text", "text": ...} or {"type": KIND, KIND: medium}; "path" or "bytes" may stand in the place
+                of the second KIND.
             media: By kind, media of the parts that have none themselves. A tensor of floats counts as preprocessed.
             add_generation_prompt: Ends with the token that lets the assistant speak.
             continue_final_message: The last message stays open.
@@ -234,6 +246,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         """
         kinds = self.kinds
         outline, texts, parts = outline_of(messages, kinds, continue_final_message)
+        check_texts(self.tokenizer, texts)
         found = preprocess_parts(parts, media or {}, kinds)
         pieces = render_outline(
             self.chat_template if chat_template is None else chat_template,
@@ -247,24 +260,13 @@ class MegaTransformerProcessor(ProcessorMixin):
         ids, answer_mask = [], []
         for piece, is_answer in pieces:
             if isinstance(piece, int):
-                new = [(some := self._encode_text(texts[piece]), [True] * len(some))]
+                new = [(some := encode_text(self.tokenizer, texts[piece]), [True] * len(some))]
             else:
                 new = self._expand(self._encode_structure(piece), counts)
             for some, are_learned in new:
                 ids += some
                 answer_mask += [is_answer and is_learned for is_learned in are_learned]
         return {"input_ids": torch.tensor(ids), "answer_mask": torch.tensor(answer_mask), "media": found}
-
-    def _encode_text(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens are text. The backend takes half the time of the tokenizer."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        try:
-            return backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
-            raise ValueError(f"{text[:80]!r} cannot be written as UTF-8; remove lone surrogates") from error
 
     def _encode_structure(self, piece: str) -> list[int]:
         """Ids of what the template writes, which are few and recur."""

@@ -183,8 +183,8 @@ BAD_MESSAGES = {
     "empty": ([], "messages are an empty list"),
     "no message": (["hello"], "role of a message is 'hello'"),
     "unknown role": (
-        [QUESTION, {"role": "tool", "content": "x"}],
-        "role of a message is 'tool'; it must be one of system",
+        [QUESTION, {"role": "bot", "content": "x"}],
+        "role of a message is 'bot'; it must be one of system, user, assistant, tool",
     ),
     "no content": ([{"role": "user"}, ANSWER], "content of a message is NoneType"),
     "no type": ([{"role": "user", "content": [{"text": "x"}]}, ANSWER], "without a type"),
@@ -386,7 +386,7 @@ def test_a_cut_tar_is_named(tmp_path):
 def test_media_need_a_processor_and_a_model_that_reads_them(tmp_path):
     source = folder_with(tmp_path, "x.png", GOOD_PICTURE)
     with pytest.raises(
-        ValueError, match=r"a source has media, but the model reads text only .*model_type: megatransformer"
+        ValueError, match=r"source 'it' has media, but the model reads text only; use model_type: megatransformer"
     ):
         build(source, train_tokenizer([], 259))
     with pytest.raises(
@@ -397,7 +397,7 @@ def test_media_need_a_processor_and_a_model_that_reads_them(tmp_path):
 
 def test_a_chat_template_of_ones_own_is_refused(tmp_path):
     processor = tiny_processor(chat_template="{% for message in messages %}{{ message.content }}{% endfor %}")
-    with pytest.raises(ValueError, match="the chat template of the processor gives"):
+    with pytest.raises(ValueError, match="the chat template gives 'system says"):
         build(folder_with(tmp_path, "x.png", GOOD_PICTURE), processor)
 
 
@@ -408,7 +408,7 @@ def test_a_chat_template_of_ones_own_is_refused(tmp_path):
         ({"kind": "chat", "path": "x", "paths": ["y"]}, "path is 'x', but a source of kind chat does not read it"),
         ({"kind": "webdataset", "paths": ["a.tar"]}, "needs image_column or audio_column"),
         ({"kind": "imagefolder", "path": "x", "prompt_column": "q"}, r"use prompt: '\{column\}'"),
-        ({"kind": "files", "paths": ["a.txt"], "prompt": "x"}, "the source has no media"),
+        ({"kind": "files", "paths": ["a.jsonl"], "prompt": "x"}, "prompt is 'x', which all rows would ask"),
         ({"kind": "chat", "paths": ["a.json"], "prompt": "x"}, "messages_column is 'messages'"),
         ({"kind": "generated", "task": "scenes", "image_column": "x"}, "a source of kind generated does not read it"),
         ({"kind": "imagefolder", "path": "x", "audio_column": "file_name"}, "are both 'file_name'; name two columns"),

@@ -29,6 +29,15 @@ def test_answers_computed_by_hand():
     assert TASKS["chained_lookup"].check("b=3 a=b c=a ? c", "3")
     assert TASKS["addition"].check("38+45=", "38") and not TASKS["addition"].check("38+45=", "83")
     assert TASKS["addition"].check("99+1=", "001")
+    assert TASKS["subtraction"].check("83-45=", "83") and not TASKS["subtraction"].check("83-54=", "83")
+    assert TASKS["subtraction"].check("50-40=", "01") and not TASKS["subtraction"].check("50-40=", "010")
+    assert TASKS["reversal"].check("52817", "71825") and not TASKS["reversal"].check("52817", "7182")
+    assert TASKS["sorting"].check("52811", "11258") and not TASKS["sorting"].check("52811", "1258")
+    assert TASKS["calculator"].check("What is 2-3*4*5+7?", "-51") and not TASKS["calculator"].check("2-3*4", "-4")
+    for prompt, answer in (("Add 9 and 8.", "17"), ("Take 8 away from 31.", "23"), ("Is 40 or 9 larger?", "40")):
+        assert TASKS["instructions"].check(prompt, answer) and not TASKS["instructions"].check(prompt, f"0{answer}")
+    assert TASKS["instructions"].check("Read 130 backwards.", "031")
+    assert TASKS["instructions"].check("Put the digits of 130 in order.", "013")
     assert TASKS["cups"].check("bcbcbcVaa=", "3")  # 1 -> 2 -> 3
     assert TASKS["cups"].check("Zbd=", "5")  # 5 -> 3 -> 5
     story = "It is late. Ben has a red cup. Ben gives the cup to Ida. Leo takes the cup from Ida. Ida smiles."
@@ -45,7 +54,7 @@ def test_roles_share_no_instance():
     for first, second in product(range(100), repeat=2):
         both = {split_of(task.identity(f"{first}+{second}=")), split_of(task.identity(f"{second}+{first}="))}
         assert len(both) == 1
-    for name in ("chained_lookup", "cups", "stories"):
+    for name in ("chained_lookup", "cups", "stories", "reversal", "instructions", "calculator"):
         sets = [{TASKS[name].identity(row["prompt"]) for row in draw(name, role, 500, (1, 2))} for role in ROLES]
         assert len(set.union(*sets)) == sum(map(len, sets))
 
@@ -110,7 +119,7 @@ def test_rows_depend_on_seed_role_and_index_alone():
 
 def test_unknown_task_lists_the_known_ones():
     """T5."""
-    message = r"'lookup' is unknown; choose one of addition, chained_lookup, cups, drawings, melodies, mel"
+    message = r"'lookup' is unknown; choose one of addition, calculator, chained_lookup, cup"
     with pytest.raises(ValueError, match=message):
         get_task("lookup")
     with pytest.raises(ValueError, match=message):
@@ -150,3 +159,29 @@ def test_no_cup_is_the_answer_more_often_than_others_after_three_moves():
     rows = draw("cups", "train", 3000, (3, 8))
     counts = [sum(row["answer"] == cup for row in rows) for cup in "12345"]
     assert min(counts) > 500
+
+
+def test_results_of_the_calculator_are_those_of_python():
+    """The expressions consist of digits and operators alone, so that Python's own reading of them can be asked."""
+    for row in draw("calculator", "train", 300, (1, 5)):
+        expression = re.search(r"[\d*+-]+", row["prompt"])[0]
+        assert row["answer"] == str(eval(expression)) and len(re.findall(r"[*+-]", expression)) == row["difficulty"]
+
+
+def test_the_calculator_is_called_before_it_answers():
+    row = {"prompt": "Compute 12*3-4.", "answer": "32"}
+    assert TASKS["calculator"].replies(row) == [
+        {"role": "assistant", "content": "calculator(12*3-4)"},
+        {"role": "tool", "content": "32"},
+        {"role": "assistant", "content": "32"},
+    ]
+
+
+def test_instructions_ask_the_same_in_several_wordings_for_one_role():
+    task = TASKS["instructions"]
+    same = ["What is 31 plus 8?", "Add 31 and 8.", "How much are 31 and 8 together?"]
+    assert len({task.identity(prompt) for prompt in same}) == 1
+    assert len({task.identity(f"{verb} the digits of 31.") for verb in ("Sort", "Reverse")}) == 2
+    verbs = "What Add How Subtract Take Which Is Name Reverse Read Sort Put"
+    openings = {row["prompt"].split(" ")[0] for row in draw("instructions", "train", 300, (1, 2))}
+    assert openings == set(verbs.split())

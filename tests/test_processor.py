@@ -208,7 +208,7 @@ IMAGE_PART = {"type": "image", "image": picture(8, 8)}
         ("hello", "a conversation is 'hello'"),
         (["hello"], "message 0 is 'hello'; give a dict with role and content"),
         ([{"role": "user"}], "message 0 is {'role': 'user'}"),
-        ([{"role": "tool", "content": "a"}], "message 0 has role 'tool'; choose one of user, assistant, system"),
+        ([{"role": "bot", "content": "a"}], "message 0 has role 'bot'; choose one of user, assistant, system, tool"),
         ([{"role": ["user"], "content": "a"}], "message 0 has role ['user']"),
         ([{"role": "user", "content": None}], "message 0 has content None; give a string or a list of parts"),
         ([{"role": "user", "content": 7}], "message 0 has content 7"),
