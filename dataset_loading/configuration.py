@@ -30,6 +30,7 @@ _KINDS_OF_FIELD = {
     "streaming": ("hub", "webdataset"),
     "paths": ("files", "webdataset", "chat"),
     **dict.fromkeys(("task", "num_rows", "difficulty", "role", "seed"), ("generated",)),
+    "rejected_column": ("hub", "files", "chat"),
     **dict.fromkeys(("image_column", "audio_column"), ("hub", "files", "imagefolder", "audiofolder", "webdataset")),
     "messages_column": ("chat", "hub", "files"),
 }
@@ -81,6 +82,9 @@ class SourceConfig:
     """Column of the prompt; needs answer_column."""
     answer_column: str | None = None
     """Column of the answer; needs prompt_column, but in conversations, where it is text_column by default."""
+    rejected_column: str | None = None
+    """For learning from preferences: column of an answer that is worse than that of answer_column, or of a conversation
+    that ends with one, where messages_column has that with the better."""
     separator: str = " "
     """Text between prompt and answer; tokenised together with the answer."""
     loss_on: Literal["all", "answer"] | None = None
@@ -123,6 +127,8 @@ class SourceConfig:
             )
         if self.prompt_column is not None and self.prompt_column == self.answer_column:
             raise ValueError(f"prompt_column and answer_column are both {self.prompt_column!r}; name two columns")
+        if self.rejected_column in {self.prompt_column, self.answer_column, self.messages_column} - {None}:
+            raise ValueError(f"rejected_column is {self.rejected_column!r}, which is a column of something else too")
         if self.loss_on not in ("all", "answer"):
             raise ValueError(f"loss_on is {self.loss_on!r}, unknown; choose 'all' or 'answer'")
         if self.loss_on == "answer" and not self.has_answers:
