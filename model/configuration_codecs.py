@@ -67,7 +67,10 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
         fsq_levels: Values that each number of a code can have, at least 2 each; with "sphere" they are not read.
         latent_noise: Largest standard deviation of the noise on latents of a sphere, in training: the more, the less
             harm errors of those who write latents do, and the less detail is kept.
-        pixel_loss_weight: Factor on the mean absolute error of pixels.
+        pixel_loss: "absolute" is the mean absolute error of pixels, "logarithmic" the mean over images of the logarithm to
+            base 10 of their mean square error, which is what peak signal-to-noise ratios measure (Chen et al. 2022,
+            arXiv 2204.04676): images that are nearly right count as much as others.
+        pixel_loss_weight: Factor on it.
         gradient_loss_weight: Factor on that of the differences between neighbours.
     """
 
@@ -83,6 +86,7 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
     latent_size: int = interval(min=1)(default=16)
     fsq_levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
     latent_noise: float | int = interval(min=0.0)(default=0.1)
+    pixel_loss: Literal["absolute", "logarithmic"] = "absolute"
     pixel_loss_weight: float | int = interval(min=0.0)(default=1.0)
     gradient_loss_weight: float | int = interval(min=0.0)(default=0.3)
 

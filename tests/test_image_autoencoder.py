@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -77,6 +78,15 @@ def test_the_loss_is_the_error_of_pixels_and_of_their_differences():
     assert float(out.losses["pixels"]) == pytest.approx(abs(error).mean(), rel=1e-5)
     assert float(out.losses["gradients"]) == pytest.approx((down + across) / 2, rel=1e-5)
     assert float(out.loss) == pytest.approx(2 * abs(error).mean() + (down + across) / 4, rel=1e-5)
+
+
+def test_the_logarithm_of_the_error_is_what_a_ratio_of_signal_to_noise_measures():
+    model = tiny_autoencoder(pixel_loss="logarithmic", gradient_loss_weight=0.0)
+    images = pictures(3)
+    with torch.no_grad():
+        out = model(images)
+    decibels = [10 * np.log10(4 / float(np.square(error).mean())) for error in (out.reconstruction - images).numpy()]
+    assert float(out.loss) == pytest.approx(np.log10(4) - np.mean(decibels) / 10, rel=1e-5)
 
 
 def test_noise_is_added_in_training_alone():
