@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
 
 from callbacks import add_callbacks
+from configs import one_line_errors
 from configs.finetuning import FinetuningConfig, load_finetuning_config
 from dataset_loading import Collator, build_datasets
 from dataset_loading.preferences import build_pairs, build_prompts
@@ -32,6 +33,7 @@ from trainers.finetuners import FINETUNERS
 from trainers.finetuning import lora_config, step_lora_targets
 from trainers.grpo import RolloutTrainer
 from trainers.quantization import is_quantized, prepare_quantized_training
+from trainers.rewards import RewardError
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not threads_are_chosen:
         share_cores()
     set_up_output(run.log_level)
-    return run_training(run, build_trainer)
+    with one_line_errors((RewardError,)):  # the code of a user is tried when training begins
+        return run_training(run, build_trainer)
 
 
 def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Trainer:

@@ -125,23 +125,29 @@ def load_config(argv: Sequence[str] | None = None) -> RunConfig:
         return build_run(resolve(sys.argv[1:] if argv is None else argv))
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file and flags describe, without its training arguments (`training` is None).
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
+    """The run, of pretraining or of fine-tuning, that a YAML file and flags describe, without its training arguments
+    (`training` is None).
 
     Those look for the devices of the machine, and a run may be evaluated on another one than it was trained on.
 
     Raises:
         ValueError: for whatever is wrong, in one line.
     """
+    model = read_yaml(path).get("model")
+    if isinstance(model, dict) and "path" in model:
+        from .finetuning import load_finetuned_run  # it takes TRL, which nothing else needs
+
+        return load_finetuned_run(path, overrides)
     return build_run(resolve(["--config", str(path), *overrides]), skip=("training",))
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a ValueError or OSError into one line on stderr (of each machine's first rank) and exit code 2."""
+def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+    """Turn errors of these kinds into one line on stderr (of each machine's first rank) and exit code 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         logger.debug("Where it failed:", exc_info=True)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -353,7 +359,7 @@ def make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
     named += [(part, key) for part, key in codecs if isinstance(part, dict)]
     named += [(model, "path")]  # of fine-tuning
     for mapping, key in named:
-        if isinstance(name := mapping.get(key), str) and (path := folder / name).exists():
+        if isinstance(name := mapping.get(key), str) and name and (path := folder / name).exists():
             mapping[key] = os.path.normpath(path)
 
 

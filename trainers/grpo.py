@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from .arguments import RecurrentTrainingArguments
 from .checked import CheckedTrainer
@@ -95,6 +97,13 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
         self.text_config = self.model.config.get_text_config()
         self.is_recurrent = self.text_config.num_core_layers > 0
         self.depths: torch.LongTensor | None = None  # (rows,) of the completions in progress
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        """TRL's, whose order of an epoch would depend on the epochs before, which a resumed run has not seen."""
+        sampler = super()._get_train_sampler(dataset)
+        if self.shuffle_dataset:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.data_seed + epoch)
+        return sampler
 
     # ------------------------------------------------------------------------------------------------------- rollouts
 

@@ -1,0 +1,318 @@
+"""Learning by reward: what is written at a recorded depth is scored at that depth, and rewards are checked."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+
+import finetune
+from inference.loading import load_model
+from model.recurrence import sample_depth
+from tests.tiny_language_model import tiny_model, tiny_tokenizer
+from trainers import grpo
+from trainers.grpo import RolloutArguments, RolloutTrainer
+from trainers.rewards import RewardError, load_reward
+
+PROMPTS = ["the cat", "sat on the mat", "a", "the mat. the"]
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture
+def rewards(monkeypatch):
+    """A module of reward functions that can be named: `rewards.add(function)` returns its name."""
+    module = types.ModuleType("rewards_of_a_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def add(function):
+        function.__module__ = module.__name__
+        setattr(module, function.__name__, function)
+        return f"{module.__name__}:{function.__name__}"
+
+    module.add = add
+    return module
+
+
+def many_a(completions, **kwargs):
+    return [text.count("a") / 6 for text in completions]
+
+
+def build(folder, reward, model=None, adapters=True, prompts=PROMPTS, **overrides):
+    settings = {
+        "output_dir": str(folder),
+        "rewards": [reward],
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    rows = Dataset.from_dict({"prompt": prompts, "answer": [prompt[::-1] for prompt in prompts]})
+    lora = LoraConfig(r=4, target_modules=["qkv_proj", "down_proj"], init_lora_weights=False)  # B is not zero then
+    return RolloutTrainer(
+        model=model or tiny_model(),
+        args=RolloutArguments(**{**settings, **overrides}),
+        train_dataset=rows,
+        eval_dataset={"tiny": rows},
+        processing_class=TOKENIZER,
+        sample_depth=sample_depth,
+        peft_config=lora if adapters else None,
+    )
+
+
+def real_tokens(ids, mask):
+    return tuple(ids[mask.bool()].tolist())
+
+
+class Sampled:
+    """Log-probabilities with which `generate` has drawn each token, by the sequence."""
+
+    def __init__(self, model):
+        self.generate, self.log_probs = model.generate, {}
+        model.generate = self
+
+    def __call__(self, input_ids, attention_mask, **kwargs):
+        outputs = self.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            **kwargs,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        new = outputs.sequences[:, input_ids.shape[1] :]
+        drawn = torch.stack(outputs.logits, dim=1).log_softmax(-1).gather(-1, new[..., None])[..., 0]
+        for prompt, mask, tokens, values in zip(input_ids, attention_mask, new, drawn, strict=True):
+            self.log_probs[real_tokens(prompt, mask) + tuple(tokens.tolist())] = values
+        return outputs.sequences
+
+
+def test_what_was_written_is_scored_with_the_probabilities_it_was_drawn_with(tmp_path, rewards, monkeypatch):
+    """Also after TRL has shuffled and split it, and whatever exits and cache the checkpoint has by itself."""
+    model = tiny_model()
+    model.config.recurrence.exit_criterion, model.config.recurrence.exit_threshold = "latent_difference", 10.0
+    model.config.recurrence.cache_policy = "last"
+    model.generation_config.noise_level = 0.5
+    sampled = Sampled(model)
+    trainer = build(tmp_path, rewards.add(many_a), model=model, beta=0.1, num_iterations=2, max_steps=2)
+    compared, depths, order = [], [], []
+    score = RolloutTrainer._get_per_token_logps_and_entropies
+
+    def compare(self, scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        results = score(self, scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        is_policy = (
+            self.model.active_adapter == "default"
+            and not self.model.base_model.model.model.core.layers[0].attention.qkv_proj.disable_adapters
+        )
+        if is_policy and self.state.global_step == 0:
+            order.append(self.depths.tolist())
+            for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
+                drawn = sampled.log_probs[real_tokens(ids, mask)]
+                length = int(mask[-logits_to_keep:].sum())
+                compared.append((results[0][row, :length] - drawn[:length]).abs().max().item())
+                depths.append(int(self.depths[row]))
+        return results
+
+    monkeypatch.setattr(RolloutTrainer, "_get_per_token_logps_and_entropies", compare)
+    trainer.train()
+    assert len(compared) == 16 + 16  # of the policy before, and of the four micro-batches of the first update
+    assert max(compared) < 1e-4
+    assert len(set(depths)) > 2
+    assert order[0] != [depth for part in order[1:] for depth in part]  # shuffled
+
+
+def test_another_depth_has_other_probabilities(tmp_path, rewards):
+    """Without which the test above would say nothing."""
+    model = tiny_model(num_core_layers=2)
+    trainer = build(tmp_path, rewards.add(many_a), model=model)
+    ids = torch.randint(3, 300, (4, 9))
+    scored = []
+    for depth in (2, 3):
+        trainer.depths = torch.full((4,), depth)
+        scored.append(trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 5)[0])
+    assert (scored[0] - scored[1]).abs().max() > 1e-3
+
+
+def test_completions_of_a_prompt_share_a_depth_that_ranks_agree_on(tmp_path, rewards, monkeypatch):
+    trainer = build(tmp_path, rewards.add(many_a))
+    trainer.model.train()
+    whole = trainer._draw_depths(32).tolist()
+    assert all(len(set(whole[start : start + 4])) == 1 for start in range(0, 32, 4))
+    assert len(set(whole)) > 2
+    ranks = []
+    for rank in (0, 1):
+        monkeypatch.setattr(type(trainer.accelerator), "process_index", rank)
+        ranks += trainer._draw_depths(16).tolist()
+    assert ranks == whole
+    trainer.state.global_step = 1
+    assert trainer._draw_depths(16).tolist() != whole[16:]
+    monkeypatch.setattr(grpo, "is_deepspeed_zero3_enabled", lambda: True)
+    assert len(set(trainer._draw_depths(32).tolist())) == 1
+
+
+def test_evaluation_is_greedy_at_the_mean_depth(tmp_path, rewards):
+    """Its reward is that of what `generate` writes by itself; the metrics have the name of their source."""
+    seen = []
+
+    def collect(prompts, completions, answer, **kwargs):
+        seen.extend(zip(prompts, completions, answer, strict=True))
+        return [0.25] * len(prompts)
+
+    trainer = build(tmp_path, rewards.add(collect), adapters=False)
+    metrics = trainer.evaluate()
+    assert metrics["eval_tiny_reward"] == 0.25 and "eval_reward" not in metrics
+    assert metrics["eval_tiny_num_steps"] == 3
+    assert len(seen) == len(PROMPTS)
+    for prompt, completion, answer in seen:
+        ids = torch.tensor([[1, *TOKENIZER(prompt, add_special_tokens=False)["input_ids"]]])
+        written = trainer.model.generate(ids, num_steps=3, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
+        assert completion == TOKENIZER.decode(written, skip_special_tokens=True)
+        assert answer == prompt[::-1]
+
+
+@pytest.mark.parametrize("cores", [1, 0])
+def test_what_is_rewarded_becomes_frequent(tmp_path, rewards, cores):
+    """Also of a plain transformer, which has no depth."""
+    options = {"max_steps": 12, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "num_generations": 16}
+    options |= {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 1, "max_completion_length": 2}
+    model = tiny_model(num_core_layers=cores)
+    trainer = build(tmp_path, rewards.add(many_a), model=model, adapters=False, **options)
+    trainer.train()
+    history = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert sum(history[-3:]) > 5 * sum(history[:3])
+
+
+def test_resumed_equals_uninterrupted(tmp_path, rewards):
+    options = {"adapters": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    whole = build(tmp_path / "a", rewards.add(many_a), **options)
+    whole.train()
+    resumed = build(tmp_path / "b", rewards.add(many_a), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_the_reference_is_the_model_without_its_adapters(tmp_path, rewards):
+    trainer = build(tmp_path, rewards.add(many_a), beta=0.1)
+    assert list(trainer.model.peft_config) == ["default"]
+    assert trainer.ref_model is None
+
+
+def tuning(folder, base, reward):
+    """Flags of `finetune.py` for a run of two updates."""
+    source = {"kind": "generated", "task": "addition", "num_rows": 8, "difficulty": [1, 1]}
+    tree = {"trainer": "grpo", "model": {"path": str(base)}, "data": {"train": [source], "validation": [source]}}
+    tree["peft"] = {"target_modules": {"core": "all-linear"}}
+    tree["training"] = {"rewards": [reward], "num_generations": 2, "max_completion_length": 4, "max_steps": 2}
+    tree["training"] |= {"learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True}
+    config = folder / "tuning.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    return ["--config", str(config), "--training.output_dir", str(folder / "out")]
+
+
+def test_finetune_by_reward(tiny_run, tmp_path, rewards):
+    """From a YAML to adapters that change what the base computes."""
+
+    def length(completions, **kwargs):
+        return [float(len(text)) for text in completions]
+
+    assert finetune.main(tuning(tmp_path, tiny_run, rewards.add(length))) == 0
+    tuned, _ = load_model(tmp_path / "out")
+    base, _ = load_model(tiny_run)
+    ids = torch.randint(3, 200, (1, 8))
+    assert (tuned(ids).logits - base(ids).logits).abs().max() > 1e-6
+    metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert metrics["eval_addition_reward"] >= 0
+
+
+def test_a_reward_that_fails_in_training_is_one_line(tiny_run, tmp_path, rewards, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(tuning(tmp_path, tiny_run, rewards.add(raises)))
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert lines == ["error: reward 'rewards_of_a_test:raises' raised KeyError: 'answer'"]
+
+
+# ----------------------------------------------------------------------------------------------------------- rewards
+
+
+def raises(completions, **kwargs):
+    raise KeyError("answer")
+
+
+def too_few(completions, **kwargs):
+    return [1.0] * (len(completions) - 1)
+
+
+def no_list(completions, **kwargs):
+    return 1.0
+
+
+def endless(completions, **kwargs):
+    return [float("inf")] * len(completions)
+
+
+def words(completions, **kwargs):
+    return ["good"] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (raises, "raised KeyError: 'answer'"),
+        (too_few, "returned 15 values for 16 completions"),
+        (no_list, "returned 1.0; it must return a list"),
+        (endless, "returned inf; each value must be a finite number"),
+        (words, "returned 'good'; each value must be"),
+    ],
+)
+def test_rewards_that_fail_are_named(tmp_path, rewards, function, reason):
+    name = rewards.add(function)
+    with pytest.raises(RewardError, match=reason) as caught:
+        build(tmp_path, name).train()
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("exact_answer", "names no function"),
+        ("evaluation:", "names no function"),
+        ("no_such_module:f", "no_such_module cannot be imported"),
+        ("trainers.rewards:no_such", "has no function 'no_such', only .*load_reward"),
+        ("trainers.rewards:math", "has no function 'math'"),
+    ],
+)
+def test_rewards_that_cannot_be_found(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_reward(name)
+
+
+def test_none_is_a_reward_that_cannot_be_told(rewards):
+    def half(completions, **kwargs):
+        return [1, None]
+
+    assert load_reward(rewards.add(half))(prompts=["", ""], completions=["", ""]) == [1, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"rewards": []}, "rewards is empty"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1 rewards"),
+        ({"use_vllm": True}, "use_vllm is on, but it knows no recurrent depth"),
+        ({"gradient_accumulation_steps": 1, "num_generations": 3}, "divisible by num_generations"),
+    ],
+)
+def test_options_out_of_range(tmp_path, rewards, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        build(tmp_path, rewards.add(many_a), **options)
