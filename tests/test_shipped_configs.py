@@ -9,13 +9,15 @@ import torch
 from transformers import PreTrainedModel
 
 from configs import CODEC_CONFIGS, RunConfig, load_config
+from configs.finetuning import load_finetuning_config
 from model import MegaTransformerConfig, codec_media
 from pretrain import MODELS
 from tests.hub_encoders import local_encoders
 from trainers.parameter_groups import assign, freeze
 
 FOLDER = Path(__file__).parent.parent / "configs"
-FILES = sorted(FOLDER.glob("*.yaml"))
+TUNING_FILES = sorted(FOLDER.glob("finetune_*.yaml"))
+FILES = sorted(set(FOLDER.glob("*.yaml")) - set(TUNING_FILES))
 OTHER_SOURCES = "[{kind: files, paths: [/texts/*.txt]}]"
 
 
@@ -55,6 +57,13 @@ def test_the_files_are_found():
     assert {"image_autoencoder", "vocoder"} == {path.stem for path in FILES if is_codec(path)}
     names = {"recurrent_lm", "recurrent_lm_100m", "recurrent_lm_3b", "recurrent_vlm", "recurrent_vlm_base"}
     assert names <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", TUNING_FILES, ids=lambda path: path.stem)
+def test_files_of_fine_tuning_load(path):
+    """From a run into a run."""
+    run = load_finetuning_config(["--config", str(path)])
+    assert Path(run.model.path).parent.name == "runs" and run.training.output_dir == f"runs/{path.stem}"
 
 
 @every_file
