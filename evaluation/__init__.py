@@ -5,6 +5,7 @@ depth buys.
 from .answers import Writer, WrittenScores
 from .checks import CHECKS, check_notes, check_scene
 from .depth import DepthRow, ExactMatch, ModalityScores, depth_table
+from .feature_networks import FeatureNetwork
 from .frechet import frechet_distance, kernel_distance
 from .judges import Judge, JudgeConfig, LabelledMedia, load_judge, save_judge, train_judge
 from .media_report import media_markdown, save_media_table
@@ -21,6 +22,7 @@ __all__ = [
     "BackReader",
     "DepthRow",
     "ExactMatch",
+    "FeatureNetwork",
     "Judge",
     "JudgeConfig",
     "LabelledMedia",

@@ -50,6 +50,7 @@ def check_names(checks: Mapping[str, float]) -> list[str]:
 def header_of(scores: MediaScores) -> list[str]:
     """Names of the columns behind that of the depth."""
     judged = [f"{name} {what}" for name in scores.judged for what in ("judge", "Frechet", "KID")]
+    judged += [f"{name} {what}" for name in scores.distances for what in ("Frechet", "KID")]
     read_back = ["read back", "read back WER"] if scores.read_back else []
     return [*check_names(scores.checks), *judged, *read_back, *(["mean steps"] if scores.mean_steps else []), "ms"]
 
@@ -59,6 +60,8 @@ def cells(scores: MediaScores) -> list[str]:
     found = [percent(scores.checks[name]) for name in check_names(scores.checks)]
     for it in scores.judged.values():
         found += [percent(it.accuracy), distance(it.frechet_distance), distance(it.kernel_distance)]
+    for it in scores.distances.values():
+        found += [distance(it.frechet_distance), distance(it.kernel_distance)]
     if scores.read_back:
         found += [percent(scores.read_back.exact_match), percent(scores.read_back.word_error_rate)]
     return [*found, *([f"{scores.mean_steps:.2f}"] if scores.mean_steps else []), f"{scores.milliseconds:.1f}"]
@@ -69,6 +72,8 @@ def real_cells(checks: Mapping[str, float], scores: MediaScores) -> list[str]:
     found = [percent(checks[name]) for name in check_names(scores.checks)]
     for it in scores.judged.values():
         found += [percent(it.real_accuracy), distance(it.real_frechet_distance), distance(it.real_kernel_distance)]
+    for it in scores.distances.values():
+        found += [distance(it.real_frechet_distance), distance(it.real_kernel_distance)]
     return [*found, *["-"] * (len(header_of(scores)) - len(found))]
 
 

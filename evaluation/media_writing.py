@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .answers import Answer, Example, Writer, WrittenScores, to_model, written_scores
 from .depth import chunks, wait_for
+from .feature_networks import FeatureDistances, FeatureNetwork
 from .judges import Judge, JudgeScores, judge_media
 
 WRITTEN = "written_"
@@ -36,6 +37,8 @@ class MediaScores:
     """By what can be read exactly: share of media in which it is as asked for; empty where nothing can."""
     judged: dict[str, JudgeScores]
     """By the name of the judge."""
+    distances: dict[str, FeatureDistances]
+    """Of pictures, by the name of the network."""
     read_back: WrittenScores | None
     """What the model itself reads in its media against their prompts; None where it was not asked."""
     milliseconds: float
@@ -178,6 +181,7 @@ class WrittenMedia:
     kind: str = ""
     media: list[Medium | None] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    references: list[Medium] = field(default_factory=list)
     right: list[dict[str, bool]] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     seconds: float = 0.0
@@ -191,6 +195,7 @@ class MediaEvaluator:
         model: called through `generate`.
         writer: writes media.
         judges: by name; each judges all media of its kind.
+        networks: by name; each compares all pictures with their references.
         back_reader: lets the model read what it wrote; None: it does not.
         batch_size: media that are written at the same time.
     """
@@ -200,12 +205,14 @@ class MediaEvaluator:
         model: PreTrainedModel,
         writer: MediaWriter,
         judges: Mapping[str, Judge],
+        networks: Mapping[str, FeatureNetwork],
         back_reader: BackReader | None,
         batch_size: int,
     ) -> None:
         self.model = model
         self.writer = writer
         self.judges = judges
+        self.networks = networks
         self.back_reader = back_reader
         self.batch_size = batch_size
 
@@ -231,6 +238,7 @@ class MediaEvaluator:
         found.kind = medium_of(chunk)
         found.media += media
         found.prompts += [example["prompt"] for example in chunk]
+        found.references += [example["reference"] for example in chunk]
         found.right += [what_is_right(example, medium) for example, medium in zip(chunk, media, strict=True)]
         if steps is not None:
             found.steps += steps[steps > 0].tolist()
@@ -244,11 +252,14 @@ class MediaEvaluator:
             for label, judge in self.judges.items()
             if judge.config.medium == found.kind
         }
+        written = [medium for medium in found.media if medium is not None]
+        networks = self.networks if found.kind == "image" else {}
         return MediaScores(
             medium=found.kind,
             num_examples=len(found.media),
             checks=shares(found.right),
             judged={label: scores for label, scores in judged.items() if scores is not None},
+            distances={label: it.distances(found.references, written) for label, it in networks.items()},
             read_back=written_scores(found.answers) if found.answers else None,
             milliseconds=1000 * found.seconds / len(found.media),
             mean_steps=sum(found.steps) / len(found.steps) if found.steps else None,
@@ -293,6 +304,7 @@ def media_table(
     judges: Mapping[str, Judge] | None = None,
     back_reader: BackReader | None = None,
     batch_size: int = 8,
+    networks: Mapping[str, FeatureNetwork] | None = None,
 ) -> MediaTable:
     """Let a model write media at each depth; it is left in the mode (train or eval) it came in.
 
@@ -305,6 +317,7 @@ def media_table(
         judges: by name.
         back_reader: lets the model read what it wrote.
         batch_size: media that are written at the same time.
+        networks: by name; whose features of pictures are compared with those of references.
 
     Raises:
         ValueError: a source without rows, or with several kinds of media.
@@ -312,7 +325,7 @@ def media_table(
     empty = [name for name, rows in examples.items() if len(rows) == 0]
     if empty:
         raise ValueError(f"Source {empty[0]!r} has 0 rows to write media for: give it more data or a larger share.")
-    evaluator = MediaEvaluator(model, writer, judges or {}, back_reader, batch_size)
+    evaluator = MediaEvaluator(model, writer, judges or {}, networks or {}, back_reader, batch_size)
     real, samples = {}, {}
     for name, rows in examples.items():
         real[name] = shares([what_is_right(row, row["reference"]) for row in rows])

@@ -65,6 +65,17 @@ def test_training_depends_on_the_seed_alone_and_leaves_the_generator_as_it_was()
     assert not torch.equal(one.head.weight, third.head.weight)
 
 
+def test_features_are_kept_of_some_media_in_random_order(monkeypatch):
+    """Of files that are sorted by what they show, not the first alone."""
+    monkeypatch.setattr("evaluation.judges.MOST_FEATURES", 8)
+    train = labelled(picture, list(SHADES), 30)
+    judge = train_judge(PICTURES, train, labelled(picture, list(SHADES), 6, 50), 1)
+    every = judge.features(train.media)
+    kept = [(row - every).abs().sum(dim=1).argmin().item() for row in judge.real_features]
+    assert len(set(kept)) == 8 and kept != sorted(kept) and max(kept) > 15
+    assert len(judge.held_out_features) == 6
+
+
 def test_what_is_heard_does_not_depend_on_volume_and_is_around_the_middle(judges):
     judge, (samples, rate) = judges["height"], recording("high", 0)
     heard = judge.prepare((samples, rate))

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation import BackReader, MediaWriter, Writer, media_markdown, media_table, save_media_table
+from evaluation.feature_networks import FeatureDistances
 from evaluation.judges import JudgeConfig, JudgeScores
-from evaluation.media_report import contact_sheet, spectrogram
+from evaluation.media_report import contact_sheet, plot_source, spectrogram
 from evaluation.media_writing import MediaSample, medium_of
 from tests.tiny_processor import tiny_processor
 
@@ -67,9 +69,15 @@ def examples(kind, count, check):
     ]  # fmt: skip
 
 
-def table(depths=(4, 8), judges=None, options=None, back_reader=None, **sources):
-    model, writer = Painter(), Writer(tiny_processor(), 8)
-    found = media_table(model, list(depths), sources, MediaWriter(writer, options), judges, back_reader, batch_size=2)
+def cells_of(text):
+    """The columns of a table in Markdown, by their names."""
+    header, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    return dict(zip(header, map(list, zip(*lines, strict=True)), strict=True))
+
+
+def table(depths=(4, 8), judges=None, options=None, back_reader=None, networks=None, **sources):
+    model, writer = Painter(), MediaWriter(Writer(tiny_processor(), 8), options)
+    found = media_table(model, list(depths), sources, writer, judges, back_reader, 2, networks)
     assert model.training  # as it was
     return found, model
 
@@ -107,7 +115,7 @@ def test_exits_are_counted_where_there_are_any():
     """Steps 4 and 1, 1 of the places that were computed, in each full batch; 4 in the last."""
     found, _ = table(depths=[4], options={"exit_criterion": "latent_difference"}, pictures=examples("image", 3, None))
     assert found.rows[0].sources["pictures"].mean_steps == (4 + 1 + 1 + 4) / 4
-    assert "| mean steps |" in media_markdown(found)
+    assert cells_of(media_markdown(found))["mean steps"] == ["2.50", "-"]
 
 
 class Coder(Painter):
@@ -168,6 +176,23 @@ def test_judges_judge_media_of_their_kind():
     assert all(row.sources["sounds"].judged == {} for row in found.rows)
 
 
+class Compared:
+    """A network that says how many pictures it was given, and how bright the first are."""
+
+    def distances(self, references, written):
+        return FeatureDistances("abc", level(references[0]) / 10, None, len(written) / 10, level(written[0]) / 100)
+
+
+def test_networks_compare_pictures_with_their_references():
+    """The fourth is missing."""
+    found, _ = table(
+        networks={"net": Compared()}, pictures=examples("image", 5, None), sounds=examples("audio", 2, loud)
+    )
+    assert found.rows[0].sources["sounds"].distances == {}
+    cells = cells_of(media_markdown(found).split("\n\n")[1])
+    assert (cells["net Frechet"], cells["net KID"]) == (["15.000", "15.000", "-"], ["0.400", "0.400", "0.400"])
+
+
 def test_what_is_written_is_read_back():
     """The model reads p1 in every picture; the fourth has none."""
     reader = BackReader(Writer(tiny_processor(), 8), "what is it?")
@@ -219,7 +244,20 @@ def test_the_table_has_a_line_for_each_depth_and_one_for_real_media():
     assert shallow[:4] == ["4", "0.0 %", "0.0 %", "100.0 %"] and deep[:4] == ["8", "40.0 %", "40.0 %", "50.0 %"]
     judged = found.rows[1].sources["pictures"].judged["stub"]
     assert deep[4] == f"{judged.frechet_distance:.3f}" and real[4] == f"{judged.real_frechet_distance:.3f}"
+    assert deep[5] == f"{judged.kernel_distance:.3f}" and real[5] == f"{judged.real_kernel_distance:.3f}"
     assert real[:4] == ["real", "100.0 %", "100.0 %", "75.0 %"] and real[-3:] == ["-", "-", "-"]
+
+
+def test_curves_are_checks_judges_and_what_is_read_back_against_depth():
+    """Dotted: what real media reach."""
+    reader = BackReader(Writer(tiny_processor(), 8))
+    found, _ = table(judges={"stub": Stub()}, back_reader=reader, pictures=examples("image", 5, bright))
+    axes = Figure().subplots()
+    plot_source([row.sources["pictures"] for row in found.rows], [4, 8], found.real["pictures"], axes)
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines if line.get_linestyle() != ":"}
+    assert curves == {"all": [0, 0.4], "bright": [0, 0.4], "stub judge": [1, 0.5], "read back": [0.2, 0.2]}
+    assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [1, 1, 0.75]
+    assert all(list(line.get_xdata()) == [4, 8] for line in axes.lines if line.get_linestyle() != ":")
 
 
 def test_files_hold_all_of_it(tmp_path):
