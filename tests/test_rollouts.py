@@ -97,8 +97,8 @@ class Sampled:
 
 
 def test_what_was_written_is_scored_with_the_probabilities_it_was_drawn_with(tmp_path, rewards, monkeypatch):
-    """Also after TRL has shuffled and split it, and whatever exits and cache the checkpoint has by itself."""
-    model = tiny_model()
+    """Also after TRL has shuffled and split it, and whatever exits, cache and dropout the checkpoint has by itself."""
+    model = tiny_model(hidden_dropout=0.2)
     model.config.recurrence.exit_criterion, model.config.recurrence.exit_threshold = "latent_difference", 10.0
     model.config.recurrence.cache_policy = "last"
     model.generation_config.noise_level = 0.5

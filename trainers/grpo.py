@@ -40,6 +40,7 @@ class RolloutArguments(RecurrentTrainingArguments, GRPOConfig):
     remove_unused_columns: bool | None = False  # rewards read them
     learning_rate: float = 1e-5
     gradient_checkpointing: bool | None = None  # off, as everywhere; TRL turns it on
+    disable_dropout: bool = True  # or what scores a completion would not be what has written it
     num_generations_eval: int | None = 1  # greedily, all would be the same
     rewards: list[str] = field(
         default_factory=list,
@@ -118,12 +119,11 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, list | None]:
         """Writes each completion at its depth."""
-        options = EXACT | {"top_k": self.top_k if self.model.training else 1}
+        mode = "train" if self.model.training else "eval"
+        options = EXACT | {"top_k": self.top_k if mode == "train" else 1}
         if self.is_recurrent:
             self.depths = self._draw_depths(len(prompt_ids))
-            self._metrics["train" if self.model.training else "eval"]["num_steps"].append(
-                self.depths.float().mean().item()
-            )
+            self._metrics[mode]["num_steps"].append(self.depths.float().mean().item())
             options["num_steps"] = int(self.depths[0]) if is_deepspeed_zero3_enabled() else self.depths
         for name, value in options.items():
             setattr(self.generation_config, name, value)
