@@ -46,6 +46,7 @@ from model import (
     modality_names,
     set_token_ids,
 )
+from model.chat import ROLE_TOKENS, prepare_tokenizer
 from model.recurrence import draw_training_states, sample_depth
 from trainers import (
     RecurrentTrainingArguments,
@@ -174,8 +175,10 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
         run.data,
         seed=args.seed,
         resume_point=resume_point,
-        media_tokens=media_tokens(run.model) if reads_media else (),
+        media_tokens=special_tokens(run),
     )
+    if learns_from_chats(run) and not reads_media:  # a processor has its template
+        prepare_tokenizer(tokenizer, run.model.vocab_size)
     model = build_model(run, tokenizer, with_backbones=resume_point is None)
     processor = build_processor(model.config, tokenizer, **model.model.count_tokens()) if reads_media else tokenizer
     datasets = build_datasets(
@@ -204,6 +207,18 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
     return trainer
 
 
+def special_tokens(run: RunConfig) -> list[str]:
+    """What a vocabulary has besides pad, begin and end: tokens of media, or of the roles in conversations."""
+    if isinstance(run.model, MegaTransformerConfig):
+        return media_tokens(run.model)
+    return list(ROLE_TOKENS.values()) if learns_from_chats(run) else []
+
+
+def learns_from_chats(run: RunConfig) -> bool:
+    """Whether a train source has conversations."""
+    return any(source.is_media for source in run.data.train)
+
+
 def build_codec_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
     """Media, model and trainer of a run that trains a codec, all checked, nothing written.
 
@@ -216,6 +231,9 @@ def build_codec_trainer(run: RunConfig, resume_point: str | None = None) -> Trai
         model = MODELS[type(run.model)](run.model)
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     train_dataset, validation = build_codec_datasets(run.data, media, args.seed, batch_size)
+    if isinstance(model, MegaTransformerImageAutoencoder) and resume_point is None and model.num_component_images:
+        count = min(model.num_component_images, len(train_dataset))
+        model.begin_with_components(torch.stack([train_dataset[index] for index in range(count)]))
     score = PictureScores() if media.kind == "image" else SoundScores(media.sampling_rate, model.log_mel)
     args.choose_best_metric([f"eval_{source}_{name}" for source in validation for name in ("loss", *score.names)])
     if resume_point is not None:

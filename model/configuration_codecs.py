@@ -65,10 +65,12 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
             "fsq" latents are rounded, one code for each (Mentzer et al. 2023, arXiv 2309.15505).
         latent_size: Numbers in a latent; with "fsq" there are as many as levels.
         fsq_levels: Values that each number of a code can have, at least 2 each; with "sphere" they are not read.
+        num_component_images: Images of the training data whose patches have the principal components that the linear
+            path from images to images begins with; 0: it begins at random. With "fsq" it is not read.
         latent_noise: Largest standard deviation of the noise on latents of a sphere, in training: the more, the less
             harm errors of those who write latents do, and the less detail is kept.
-        pixel_loss: "absolute" is the mean absolute error of pixels, "logarithmic" the mean over images of the logarithm to
-            base 10 of their mean square error, which is what peak signal-to-noise ratios measure (Chen et al. 2022,
+        pixel_loss: "absolute" is the mean absolute error of pixels, "logarithmic" the mean over images of the logarithm
+            to base 10 of their mean square error, which is what peak signal-to-noise ratios measure (Chen et al. 2022,
             arXiv 2204.04676): images that are nearly right count as much as others.
         pixel_loss_weight: Factor on it.
         gradient_loss_weight: Factor on that of the differences between neighbours.
@@ -85,6 +87,7 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
     bottleneck: Literal["sphere", "fsq"] = "sphere"
     latent_size: int = interval(min=1)(default=16)
     fsq_levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
+    num_component_images: int = interval(min=0)(default=0)
     latent_noise: float | int = interval(min=0.0)(default=0.1)
     pixel_loss: Literal["absolute", "logarithmic"] = "absolute"
     pixel_loss_weight: float | int = interval(min=0.0)(default=1.0)
@@ -121,6 +124,11 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})")
         if not self.fsq_levels or min(self.fsq_levels) < 2:
             raise ValueError(f"fsq_levels is {self.fsq_levels}; give at least one number, each at least 2")
+        if self.num_component_images and self.latent_size > self.hidden_size:
+            raise ValueError(
+                f"latent_size ({self.latent_size}) must be at most hidden_size ({self.hidden_size}), which "
+                "num_component_images fills with components"
+            )
         if self.bottleneck == "sphere" and self.latent_size < 2:
             raise ValueError(f"latent_size ({self.latent_size}) must be at least 2: a sphere of one number is a sign")
 

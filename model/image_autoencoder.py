@@ -11,6 +11,9 @@ from .configuration_codecs import MegaTransformerImageAutoencoderConfig
 from .convnext import ConvNeXtBlock
 from .reconstruction import ReconstructionModel, ReconstructionOutput
 
+COMPONENTS_SIZE = 0.5
+"""Of the principal components of a patch together, beside the constant; see `begin_with_components`."""
+
 
 class ImageEncoder(nn.Module):
     """Patches to features, which convolutions compare with those of the patches around."""
@@ -152,6 +155,11 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         """Numbers in a latent."""
         return self.config.latent_size
 
+    @property
+    def num_component_images(self) -> int:
+        """Images that `begin_with_components` is to be given before training; 0: none."""
+        return self.config.num_component_images if self.config.bottleneck == "sphere" else 0
+
     def loss_weights(self) -> dict[str, float]:
         return {"pixels": self.config.pixel_loss_weight, "gradients": self.config.gradient_loss_weight}
 
@@ -182,6 +190,44 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
                 f"latents have shape {shape}, expected (images, tokens, {self.latent_size}), the tokens a square"
             )
         return self.decoder(latents)
+
+    @torch.no_grad()
+    def begin_with_components(self, images: torch.FloatTensor) -> None:
+        """Make of the whole a linear map, through the principal components of the patches of images.
+
+        What training then finds by itself it finds sooner: the components are the best that a linear map can do. Blocks
+        begin as the identity, and one number of a latent is constant, so that the sphere hardly bends the others.
+
+        Args:
+            images: (images, channels, side, side) in -1 .. 1; together they have at least latent_size patches.
+
+        Raises:
+            ValueError: for fewer patches.
+        """
+        patches = nn.functional.pixel_unshuffle(images.float(), self.config.patch_size).movedim(1, -1).flatten(0, -2)
+        count = min(self.latent_size - 1, patches.shape[1])
+        if len(patches) <= count:
+            raise ValueError(f"{len(patches)} patches do not have {count} principal components; take more images")
+        mean = patches.mean(dim=0)
+        variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+        variances, directions = variances[-count:].flip(0).clamp(min=1e-8), directions[:, -count:].flip(1)
+        # Those of small variance are amplified, by its fourth root; all together are half as large as the constant.
+        gains = variances**-0.25
+        gains *= COMPONENTS_SIZE / (gains.square() * variances).sum().sqrt()
+        radius = math.sqrt((1 + COMPONENTS_SIZE**2) / self.latent_size)  # by which latents on the sphere are too large
+
+        encoder, decoder = self.encoder, self.decoder
+        for block in (*encoder.blocks, *decoder.blocks):
+            nn.init.zeros_(block.down_proj.weight)
+        for layer in (encoder.head, decoder.embed, decoder.head):
+            nn.init.zeros_(layer.weight)
+        encoder.embed.weight[:count] = (directions * gains).T
+        encoder.embed.bias[:count] = -mean @ directions * gains
+        encoder.head.weight[:count, :count].fill_diagonal_(1)
+        encoder.head.bias[-1] = 1
+        decoder.embed.weight[:count, :count].fill_diagonal_(1)
+        decoder.head.weight[:, :count] = directions / gains * radius
+        decoder.head.bias.copy_(mean)
 
     def project(self, latents: torch.FloatTensor) -> torch.Tensor:
         """The nearest latents that `encode` could have given, (..., latent_size)."""

@@ -68,6 +68,26 @@ def test_other_sizes_go_as_well():
     assert model.decode(model.encode(pictures(2, side=32))).shape == (2, 3, 32, 32)
 
 
+def test_components_make_a_linear_map_of_it_bent_by_the_sphere():
+    """By numpy's decomposition: the components of a patch, scaled by how far it is from the middle of the sphere."""
+    model, images = tiny_autoencoder(latent_size=6), pictures(20)
+    model.begin_with_components(images)
+    patches = nn.functional.unfold(images, 4, stride=4).transpose(1, 2).reshape(-1, 48).numpy()
+    centred = patches - patches.mean(axis=0)
+    _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
+    variances, directions = sizes[:5] ** 2 / len(patches), directions[:5]
+    components = centred @ directions.T
+    amplified = components * variances**-0.25
+    squares = np.square(amplified).sum(axis=1, keepdims=True)
+    expected = components * np.sqrt(1.25 / (1 + 0.25 * squares / squares.mean())) @ directions + patches.mean(axis=0)
+    with torch.no_grad():
+        made = model.decode(model.encode(images))
+    found = nn.functional.unfold(made, 4, stride=4).transpose(1, 2).reshape(-1, 48).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    with pytest.raises(ValueError, match="1 patches do not have 5 principal components"):
+        model.begin_with_components(images[:1, :, :4, :4])
+
+
 def test_the_loss_is_the_error_of_pixels_and_of_their_differences():
     model = tiny_autoencoder(pixel_loss_weight=2.0, gradient_loss_weight=0.5)
     images = pictures(2)
