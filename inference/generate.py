@@ -23,17 +23,15 @@ from transformers import (
     set_seed,
 )
 
-from model.exit_criteria import EXIT_CRITERIA
 from model.quantization import QuantizationConfig
 
 from . import arguments
+from .decoding import add_decoding_arguments, check_depth, decoding_options
 from .devices import choose_device, device_report
 from .loading import load_model, tokenizer_of
 from .media_files import SUFFIXES, check_path, save_audio, save_images
 
 logger = logging.getLogger("inference.generate")  # __name__ is __main__ when run with -m
-
-SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
 
 
 def build_parser() -> arguments.OneLineParser:
@@ -73,34 +71,7 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument(
         "--flow-temperature", type=arguments.guidance, help="variance of a latent's noise; default: the model's"
     )
-    parser.add_argument(
-        "--num-steps", type=arguments.core_steps, help="times the core is applied per token; default: the model's"
-    )
-    parser.add_argument(
-        "--exit-criterion",
-        choices=["none", *EXIT_CRITERIA],
-        help="what ends a token's steps earlier; default: the model's",
-    )
-    parser.add_argument(
-        "--exit-threshold", type=float, help="value below which a token's steps end; default: the criterion's"
-    )
-    parser.add_argument("--max-new-tokens", type=arguments.new_tokens, default=100, help="most tokens to generate")
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--sample", action="store_true", help="draw each token (this is the default)")
-    choice.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
-    for name, kind, what in (
-        ("temperature", arguments.temperature, "divides the logits before a draw, above 0"),
-        ("top-k", arguments.top_tokens, "draw from this many likeliest tokens; 0: from all"),
-        ("top-p", arguments.nucleus, "draw from the likeliest tokens that together have this probability"),
-    ):
-        default = SAMPLING_DEFAULTS[name.replace("-", "_")]
-        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {default})")
-    parser.add_argument(
-        "--repetition-penalty", type=arguments.penalty, default=1.0, help="divides the logits of tokens already there"
-    )
-    parser.add_argument(
-        "--seed", type=arguments.seed, default=0, help="of the draws; the same seed gives the same text"
-    )
+    add_decoding_arguments(parser)
     parser.add_argument("--no-stream", action="store_true", help="write the text at once when it is finished")
     arguments.add_loading_arguments(parser)
     return parser
@@ -115,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     set_up_logging(args.log_level)
-    sampling = sampling_options(parser, args)
-    if args.exit_threshold is not None and args.exit_criterion in (None, "none"):
-        parser.error("--exit-threshold has no effect without --exit-criterion: name one, or leave it out.")
+    options = decoding_options(parser, args)
     check_mode(parser, args)
     logger.info("%s", device_report())
     try:
@@ -133,25 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         inputs = encode_question(processor, args.media, prompt) if args.media else encode_prompt(tokenizer, prompt)
         inputs = inputs.to(device, model.dtype)
         set_seed(args.seed)
-        options = dict(max_new_tokens=args.max_new_tokens, repetition_penalty=args.repetition_penalty, **sampling)
-        exits = {"exit_criterion": args.exit_criterion, "exit_threshold": args.exit_threshold}
-        options |= {name: value for name, value in exits.items() if value is not None}
         write_continuation(model, tokenizer, inputs, args.num_steps, stream=not args.no_stream, options=options)
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
     return 0
-
-
-def sampling_options(parser: arguments.OneLineParser, args: argparse.Namespace) -> dict:
-    """The arguments of `generate` that say how a token is chosen."""
-    given = {name: getattr(args, name) for name in SAMPLING_DEFAULTS if name in args}
-    if not args.greedy:
-        return {"do_sample": True, **SAMPLING_DEFAULTS, **given}
-    if given:
-        name = next(iter(given)).replace("_", "-")
-        parser.error(f"--{name} has no effect with --greedy: leave one of the two out.")
-    return {"do_sample": False}
 
 
 def check_mode(parser: arguments.OneLineParser, args: argparse.Namespace) -> None:
@@ -242,15 +197,6 @@ def write_media(
     else:
         paths = save_audio(output.audio, output.sampling_rate, path)
     sys.stdout.write("".join(f"{name}\n" for name in paths))
-
-
-def check_depth(model: PreTrainedModel, num_steps: int | None) -> None:
-    """Raise ValueError if a depth is asked of a model that has none."""
-    if num_steps is not None and model.config.get_text_config().num_core_layers == 0:
-        raise ValueError(
-            f"--num-steps {num_steps} was given, but this model has no core to repeat (num_core_layers is 0): "
-            "leave it out."
-        )
 
 
 def write_continuation(

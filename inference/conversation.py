@@ -1,0 +1,181 @@
+"""A conversation with a model: its history, what is shown with the next message, and the calls of tools."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
+
+from model.chat import ROLE_TOKENS, encode_conversation
+
+from .calculator import answer_call, called_expression
+from .decoding import check_depth
+from .loading import tokenizer_of
+
+logger = logging.getLogger(__name__)
+
+MAX_CALLS = 8
+"""Calls of tools in answer to one message."""
+
+
+class Conversation:
+    """Messages between a user, a model and a calculator, as `model.chat` has them.
+
+    Args:
+        processor: that of the model, or its tokenizer if it reads text alone; with a chat template.
+        options: arguments of `generate`, with `max_new_tokens`.
+        system: what the model is told before anything else.
+
+    Raises:
+        ValueError: there is no chat template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: PreTrainedTokenizerBase | ProcessorMixin,
+        options: dict[str, Any],
+        system: str | None = None,
+    ) -> None:
+        if processor.chat_template is None:
+            raise ValueError(
+                "this model has no chat template, as it has never seen conversations: fine-tune it on some with "
+                "finetune.py, or continue texts with inference.generate."
+            )
+        self.model, self.processor, self.options = model, processor, dict(options)
+        self.tokenizer = tokenizer_of(processor)
+        self.first = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[dict[str, Any]] = []
+        self.attached: list[dict[str, str]] = []
+
+    def set_steps(self, num_steps: int) -> None:
+        """Choose how often the core is applied from now on.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        check_depth(self.model, num_steps, name="/steps")
+        self.options["num_steps"] = num_steps
+
+    def attach(self, kind: str, path: str) -> None:
+        """Show a file of a kind, "image" or "audio", with the next message.
+
+        Raises:
+            ValueError: the model does not read such media, or not this one.
+        """
+        if not isinstance(self.processor, ProcessorMixin):
+            raise ValueError(f"/{kind} {path}: this model reads text alone.")
+        self.processor.load_medium(kind, path)
+        self.attached.append({"type": kind, "path": path})
+
+    def forget(self) -> None:
+        """Begin again, with nothing said or attached."""
+        self.messages, self.attached = [], []
+
+    def ask(self, text: str, streamer: TextStreamer | None = None) -> Iterator[dict[str, Any]]:
+        """Say something, with what is attached; gives each message of the assistant and of the tool that it calls.
+
+        Where the model cannot answer, or is interrupted, nothing has been said.
+
+        Raises:
+            ValueError: the message says nothing, or cannot be read.
+        """
+        before, attached = list(self.messages), self.attached
+        parts = [*attached, *([{"type": "text", "text": text}] if text else [])]
+        self.messages.append({"role": "user", "content": parts if attached else text})
+        self.attached = []
+        try:
+            for _ in range(MAX_CALLS):
+                message = self._add("assistant", self._answer(streamer))
+                yield message
+                expression = called_expression(message["content"])
+                if expression is None:
+                    return
+                yield self._add("tool", answer_call(expression))
+            logger.warning("the calculator was called %d times without an answer; ask again", MAX_CALLS)
+        except BaseException:
+            self.messages, self.attached = before, attached
+            raise
+
+    def _add(self, role: str, content: str) -> dict[str, Any]:
+        self.messages.append({"role": role, "content": content})
+        return self.messages[-1]
+
+    def _answer(self, streamer: TextStreamer | None) -> str:
+        inputs = self._inputs().to(self.model.device, self.model.dtype)
+        output = self.model.generate(
+            **inputs,
+            **self.options,
+            streamer=streamer,
+            eos_token_id=self._ends(),
+            pad_token_id=self.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+        )
+        new = output.sequences[0, inputs["input_ids"].shape[1] :]
+        text = self.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for token in ROLE_TOKENS.values():  # spelled, where the vocabulary has no such token
+            text = text.partition(token)[0]
+        if not text.strip():
+            raise ValueError("the model has nothing to say to that; ask in another way.")
+        return text
+
+    def _ends(self) -> list[int]:
+        """Tokens at which the model has said what it has to say: end, or whatever would begin the next message."""
+        known = self.tokenizer.get_vocab()
+        return [self.tokenizer.eos_token_id, *(known[token] for token in ROLE_TOKENS.values() if token in known)]
+
+    def _inputs(self) -> BatchFeature:
+        """What `generate` goes on from. What was said longest ago is forgotten where there is no more room."""
+        room = self.model.config.get_text_config().max_position_embeddings - self.options["max_new_tokens"]
+        inputs = self._encode()
+        while inputs["input_ids"].shape[1] > room and self._forget_first_exchange():
+            inputs = self._encode()
+        return inputs
+
+    def _encode(self) -> BatchFeature:
+        messages = [*self.first, *self.messages]
+        if isinstance(self.processor, ProcessorMixin):
+            return self.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        ids = torch.tensor([encode_conversation(self.tokenizer, messages, add_generation_prompt=True)])
+        return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def _forget_first_exchange(self) -> bool:
+        """Whether there was one before the last thing that the user said."""
+        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+        if len(asked) < 2:
+            return False
+        logger.warning("no more room: what was said first is forgotten")
+        del self.messages[: asked[1]]
+        return True
+
+    def save(self, path: Path) -> None:
+        """Append the conversation to a file as one line, which sources of kind `chat` read. Names of media files are
+        written relative to it.
+
+        Raises:
+            ValueError: nothing has been answered yet, or the name does not end in .jsonl.
+        """
+        if not self.messages:
+            raise ValueError("nothing has been said that could be saved.")
+        if path.suffix != ".jsonl":
+            raise ValueError(f"/save {path}: the name must end in .jsonl.")
+        messages = [
+            {**message, "content": _relative(message["content"], path.parent)}
+            for message in [*self.first, *self.messages]
+        ]
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
+def _relative(content: str | list[dict[str, str]], folder: Path) -> str | list[dict[str, str]]:
+    if isinstance(content, str):
+        return content
+    return [{**part, "path": os.path.relpath(part["path"], folder)} if "path" in part else part for part in content]

@@ -1,0 +1,75 @@
+"""How tokens are chosen and how deep each is computed: arguments that all commands which write text share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from model.exit_criteria import EXIT_CRITERIA
+
+from . import arguments
+
+SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Depth, exits, length and choice of tokens."""
+    parser.add_argument(
+        "--num-steps", type=arguments.core_steps, help="times the core is applied per token; default: the model's"
+    )
+    parser.add_argument(
+        "--exit-criterion",
+        choices=["none", *EXIT_CRITERIA],
+        help="what ends a token's steps earlier; default: the model's",
+    )
+    parser.add_argument(
+        "--exit-threshold", type=float, help="value below which a token's steps end; default: the criterion's"
+    )
+    parser.add_argument("--max-new-tokens", type=arguments.new_tokens, default=100, help="most tokens to generate")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--sample", action="store_true", help="draw each token (this is the default)")
+    choice.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
+    for name, kind, what in (
+        ("temperature", arguments.temperature, "divides the logits before a draw, above 0"),
+        ("top-k", arguments.top_tokens, "draw from this many likeliest tokens; 0: from all"),
+        ("top-p", arguments.nucleus, "draw from the likeliest tokens that together have this probability"),
+    ):
+        default = SAMPLING_DEFAULTS[name.replace("-", "_")]
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{what} (default: {default})")
+    parser.add_argument(
+        "--repetition-penalty", type=arguments.penalty, default=1.0, help="divides the logits of tokens already there"
+    )
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="of the draws; the same seed gives the same text"
+    )
+
+
+def decoding_options(parser: arguments.OneLineParser, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `generate` that they come to, but for the depth, which not every model has."""
+    if args.exit_threshold is not None and args.exit_criterion in (None, "none"):
+        parser.error("--exit-threshold has no effect without --exit-criterion: name one, or leave it out.")
+    options = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
+    exits = {"exit_criterion": args.exit_criterion, "exit_threshold": args.exit_threshold}
+    options |= {name: value for name, value in exits.items() if value is not None}
+    return options | sampling_options(parser, args)
+
+
+def sampling_options(parser: arguments.OneLineParser, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `generate` that say how a token is chosen."""
+    given = {name: getattr(args, name) for name in SAMPLING_DEFAULTS if name in args}
+    if not args.greedy:
+        return {"do_sample": True, **SAMPLING_DEFAULTS, **given}
+    if given:
+        name = next(iter(given)).replace("_", "-")
+        parser.error(f"--{name} has no effect with --greedy: leave one of the two out.")
+    return {"do_sample": False}
+
+
+def check_depth(model: PreTrainedModel, num_steps: int | None, name: str = "--num-steps") -> None:
+    """Raise ValueError if a depth is asked of a model that has none."""
+    if num_steps is not None and model.config.get_text_config().num_core_layers == 0:
+        raise ValueError(
+            f"{name} {num_steps} was given, but this model has no core to repeat (num_core_layers is 0): leave it out."
+        )
