@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_launch import REPOSITORY, free_port
+from tests.tiny_language_model import save_checkpoint
 from tests.tiny_processor import audio_file, image_file, picture, sound
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -60,6 +61,8 @@ def prepared(command: str, folder: Path) -> list[str]:
             name = Path(words[words.index("--config") + 1]).stem
             words += ["--training.output_dir", str(folder / "runs" / name)]
         words += FEW_STEPS
+        if "finetune.py" in words:
+            words += ["--model.path", str(folder / "runs" / "recurrent_lm")]
     if words[:2] == ["python", "evaluate.py"]:
         words += ["--limit", "4", "--max-new-tokens", "4"]
     return [str(Path(sys.executable).with_name(words[0])), *words[1:]]
@@ -79,7 +82,8 @@ def run(words: list[str], **kwargs) -> subprocess.CompletedProcess:
 
 
 def write_files(folder: Path) -> None:
-    """Texts, photos and recordings of one's own, as the README has them."""
+    """Texts, photos and recordings of one's own, as the README has them, and what `make quickstart-lm` leaves."""
+    save_checkpoint(folder / "runs" / "recurrent_lm")
     for name, content in FEW.items():
         (folder / name).write_text(content)
     names = ["a", *map(str, range(99))]
