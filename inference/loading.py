@@ -91,7 +91,7 @@ def load_model(
             "they do not belong together; use the checkpoint's own tokenizer."
         )
     if is_quantized:
-        keep_matrices_in_place(model)
+        choose_kernel(model)
     return model.to(device).eval(), processor
 
 
@@ -109,15 +109,14 @@ def quantization_options(
     return {"quantization_config": bits_and_bytes(quantization, model, dtype or config.dtype or torch.float32)}
 
 
-def keep_matrices_in_place(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from rearranging matrices of 4 bits when they are first used in evaluation, on CPUs with
-    bfloat16 instructions: it fails for some widths, rounds the scales once more, and what is trained afterwards would
-    get no gradient through them.
+def choose_kernel(model: PreTrainedModel) -> None:
+    """Leave bitsandbytes' fast kernel for 4 bits, on CPUs with bfloat16 instructions, to models of bfloat16, since it
+    computes in nothing else, and to matrices whose height it takes.
     """
     from bitsandbytes.nn import Linear4bit  # slow to import
 
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, Linear4bit) and (module.compute_dtype != torch.bfloat16 or module.out_features % 32):
             module.support_avx512bf16_for_cpu = False
 
 

@@ -179,7 +179,10 @@ def test_weights_of_bfloat16_are_computed_with_in_bfloat16(checkpoint):
     model, _ = load_model(checkpoint, dtype=torch.bfloat16, quantization=QuantizationConfig(load_in="4bit"))
     assert model.dtype == model.model.core.injection.proj.weight.dtype == torch.bfloat16
     assert model.model.core.layers[0].mlp.down_proj.compute_dtype == torch.bfloat16
-    assert logits_of(model, tiny_ids(1, 4)).dtype == torch.bfloat16
+    logits, ids = logits_of(model, tiny_ids(2, 5), num_steps=1), tiny_ids(2, 5)
+    expected = logits_of(round_model(tiny_base(), "4bit"), ids, num_steps=1)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - expected).norm() < 0.05 * expected.norm()
 
 
 # ------------------------------------------------------------------------------------------------------ generation

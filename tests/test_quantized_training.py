@@ -70,12 +70,18 @@ def test_adapters_have_the_gradient_of_the_rounded_model_also_after_an_evaluatio
 
 @pytest.mark.parametrize("bits", BITS)
 def test_what_is_not_rounded_is_float32_and_nothing_but_adapters_learns(checkpoint, bits):
-    """T7, of a checkpoint that is loaded in bfloat16."""
+    """T7, of a checkpoint that is loaded in bfloat16, also after an evaluation: the first layer's adapter gets its
+    gradient through all other layers.
+    """
     model = with_adapters(load(checkpoint, bits, torch.bfloat16))
     assert is_quantized(model) and not is_quantized(with_adapters(tiny_base()))
     assert {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()} == {torch.float32}
     assert sum(parameter.dtype in (torch.int8, torch.uint8) for parameter in model.parameters()) == 16
     assert all(("lora_" in name) == parameter.requires_grad for name, parameter in model.named_parameters())
+    with torch.no_grad():
+        model.eval()(input_ids=tiny_ids(1, 4))
+    found = gradients(model.train())
+    assert len(found) == 2 * (4 * 2 + 1) and all(gradient.any() for gradient in found.values())
 
 
 def test_only_adapters_beside_rounded_weights_become_float32(checkpoint):

@@ -5,6 +5,7 @@ al. 2023, arXiv 2305.14314).
 from __future__ import annotations
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -30,6 +31,11 @@ def prepare_quantized_training(model: PreTrainedModel, args: TrainingArguments, 
         )
     if args.torch_compile:
         raise ValueError("training.torch_compile: it is not possible with weights of 8 and 4 bits; leave it out")
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # In evaluation, on CPUs with bfloat16 instructions, it would arrange the weights for a kernel that has no
+            # gradient, and which training would use from then on.
+            module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(
         model=model,
         use_gradient_checkpointing=args.gradient_checkpointing,
