@@ -10,9 +10,9 @@ import dataclasses
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -25,6 +25,7 @@ from evaluation import (
     CHECKS,
     WRITTEN,
     BackReader,
+    FeatureNetwork,
     Judge,
     MediaTable,
     MediaWriter,
@@ -47,6 +48,7 @@ from model.quantization import QuantizationConfig
 
 logger = logging.getLogger("evaluate")
 
+T = TypeVar("T")
 DEFAULT_DEPTHS = [1, 2, 4, 8, 16]
 EXAMPLES_PER_SOURCE = 256
 
@@ -60,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(own)
-    if args.exit_threshold is not None and args.exit_criterion in (None, "none"):
-        parser.error("--exit-threshold has no effect without --exit-criterion: name one, or leave it out.")
+    for name in ("exit_threshold", "velocity_threshold"):
+        if getattr(args, name) is not None and args.exit_criterion in (None, "none"):
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} has no effect without --exit-criterion: name one, or leave it out.")
     set_up_logging(args.log_level)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # a bar in a file is noise
@@ -72,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args.device)
         dtype = args.dtype and getattr(torch, args.dtype)
         model, processor = load_model(checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
-        judges = load_judges(args.judge)
+        judges = load_named(args.judge, load_judge)
+        networks = load_named(args.feature_network, FeatureNetwork)
         texts = validation_texts(run, processor, args.limit)
         examples, prompts = divide(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
         depths = sorted(set(args.num_steps))
@@ -98,9 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = {"checkpoint": str(checkpoint), "data": dataclasses.asdict(run.data), "limit": args.limit}
         paths = save_depth_table(rows, output, about)
         if prompts and not args.no_media:
-            table = write_media(model, depths, prompts, writer, judges, args)
+            table = write_media(model, depths, prompts, writer, judges, networks, args)
             sys.stdout.write(f"\n{media_markdown(table)}")
             how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.judge]}
+            how["feature_networks"] = [str(path) for path in args.feature_network]
             paths += save_media_table(table, output, {**about, **how})
         sys.stdout.write("\nwritten to " + ", ".join(map(str, paths)) + "\n")
     except (ValueError, OSError) as error:
@@ -145,6 +151,14 @@ def add_media_arguments(parser: arguments.OneLineParser) -> None:
     parser.add_argument("--no-media", action="store_true", help="write neither pictures nor sounds")
     parser.add_argument("--judge", type=Path, nargs="+", default=[], help="folders that train_judge.py has written")
     parser.add_argument(
+        "--feature-network",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="networks by torch.jit.save, whose features of pictures, of -1 to 1, are compared with references'",
+    )
+    parser.add_argument(
         "--read-back",
         nargs="?",
         const="",
@@ -156,11 +170,18 @@ def add_media_arguments(parser: arguments.OneLineParser) -> None:
     parser.add_argument("--flow-temperature", type=arguments.guidance, help="default: the model's")
     parser.add_argument("--exit-criterion", choices=["none", *EXIT_CRITERIA], help="when places of media stop early")
     parser.add_argument("--exit-threshold", type=float, help="of the criterion; default: the model's")
+    parser.add_argument(
+        "--velocity-threshold",
+        type=float,
+        help="of what is written as pictures and sound, for which the criterion is the change of the velocity of the "
+        "flow head; default: that of `generate`",
+    )
 
 
 def generate_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `generate` that were named, for media."""
-    names = ("guidance_scale", "num_flow_steps", "flow_temperature", "exit_criterion", "exit_threshold")
+    names = ("guidance_scale", "num_flow_steps", "flow_temperature")
+    names += ("exit_criterion", "exit_threshold", "velocity_threshold")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
@@ -252,17 +273,17 @@ def validation_examples(
     }
 
 
-def load_judges(folders: Sequence[Path]) -> dict[str, Judge]:
-    """Judges by the names of their folders.
+def load_named(paths: Sequence[Path], load: Callable[[Path], T]) -> dict[str, T]:
+    """What is in folders or files, by their names.
 
     Raises:
-        ValueError: a folder holds none, or two have the same name.
+        ValueError: there is nothing in one of them, or two have the same name.
     """
-    names = [folder.name for folder in folders]
+    names = [path.name for path in paths]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise ValueError(f"two judges are called {twice[0]!r} as their folders are: rename one of these.")
-    return {folder.name: load_judge(folder) for folder in folders}
+        raise ValueError(f"two of {', '.join(map(str, paths))} are called {twice[0]!r}: rename one of these.")
+    return {path.name: load(path) for path in paths}
 
 
 def write_media(
@@ -271,12 +292,13 @@ def write_media(
     prompts: dict[str, Sequence[dict]],
     writer: Writer,
     judges: dict[str, Judge],
+    networks: dict[str, FeatureNetwork],
     args: argparse.Namespace,
 ) -> MediaTable:
     """The pictures and sounds that prompts ask for, at each depth."""
     reader = None if args.read_back is None else BackReader(writer, args.read_back)
     return media_table(
-        model, depths, prompts, MediaWriter(writer, generate_options(args)), judges, reader, args.batch_size
+        model, depths, prompts, MediaWriter(writer, generate_options(args)), judges, reader, args.batch_size, networks
     )
 
 

@@ -47,7 +47,10 @@ def run(folder, output, *flags):
 
 def test_what_is_written_is_checked_by_source_and_depth(run_folder, judge_folder, tmp_path, capsys):
     """Against one by one; the exact scores of texts are of those sources, and of those rows, that answer with text."""
+    network = torch.jit.script(torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten()))  # 12 features
+    torch.jit.save(network, tmp_path / "pixels.pt")
     flags = ["--judge", judge_folder, "--read-back", "--guidance-scale", 1.5, "--num-flow-steps", 3]
+    flags += ["--feature-network", tmp_path / "pixels.pt"]
     rows = run(run_folder, tmp_path, *flags)
     out = capsys.readouterr().out
     assert set(rows[0]["sources"]) == {"drawings", "tunes", "scenes", "addition"}
@@ -62,7 +65,8 @@ def test_what_is_written_is_checked_by_source_and_depth(run_folder, judge_folder
     assert set(deep["tunes"]["checks"]) == {"note1", "note2", "note3", "length", "all"}
     assert content["real"]["drawings"]["all"] == content["real"]["tunes"]["all"] == 1.0
     assert deep["drawings"]["judged"]["colours"]["digest"] == load_judge(judge_folder).digest
-    assert deep["tunes"]["judged"] == {}
+    assert deep["drawings"]["distances"]["pixels.pt"]["kernel_distance"] > 0
+    assert deep["tunes"]["judged"] == deep["tunes"]["distances"] == {}
     assert deep["drawings"]["read_back"]["num_examples"] == 4
 
     model, processor = tiny_artist(), artist_processor()
