@@ -137,8 +137,8 @@ class WrittenSamplesCallback(PeriodicCallback):
         real = size_by_part([target_latents(row, model) for row in rows])  # codes as tokens have no latents to compare
         for depth, samples in written.items():
             sizes = size_by_part([sample.latents for sample in samples if sample.latents is not None])
-            for part, size in sizes.items():
-                ratio, name = size / real[part], f"written_samples/{source}/latents_{part}_of_{_PARTS}"
+            for part in sorted(sizes.keys() & real.keys()):
+                ratio, name = sizes[part] / real[part], f"written_samples/{source}/latents_{part}_of_{_PARTS}"
                 yield name if depth is None else f"{name}_steps_{depth}", ratio
                 if not 1 / self.config.largest_drift < ratio < self.config.largest_drift:
                     logger.warning(

@@ -8,14 +8,15 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from transformers import TrainerState
 
 from callbacks import CallbacksConfig, MediaSamplesConfig, WrittenSamplesConfig, add_callbacks
-from callbacks.written_samples import grid_of, size_by_part
+from callbacks.written_samples import Sample, WrittenSamplesCallback, grid_of, size_by_part
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
 from model import modality_names
 from model.recurrence import draw_training_states, sample_depth
 from tests.test_callbacks import events, texts
-from tests.tiny_artist import artist_processor, tiny_artist
+from tests.tiny_artist import CODES, artist_processor, tiny_artist, write_codes
 from trainers import RecurrentTrainer, RecurrentTrainingArguments
 
 SOURCES = [
@@ -30,8 +31,8 @@ def examples():
     return {source.label: build_examples(source, DATA, artist_processor(), 4, seed=1) for source in SOURCES}
 
 
-def train(folder, config, examples, **options):
-    processor = artist_processor()
+def train(folder, config, examples, image=None, **options):
+    processor = artist_processor(image)
     arguments = RecurrentTrainingArguments(
         **{
             "output_dir": str(folder),
@@ -47,7 +48,7 @@ def train(folder, config, examples, **options):
     )
     torch.manual_seed(0)
     trainer = RecurrentTrainer(
-        tiny_artist(),
+        tiny_artist(image=image),
         arguments,
         train_dataset=build_datasets(DATA, processor, seed=1).train,
         data_collator=Collator(processor),
@@ -157,6 +158,34 @@ def test_latents_that_drift_raise_an_alarm(tmp_path, examples, caplog):
     assert not any("drifts" in record.getMessage() for record in caplog.records)
 
 
+def test_images_that_are_tokens(tmp_path, monkeypatch):
+    """Drawn at a temperature of 1, from a seed of their own; black where they are no image, as at first. Codes have no
+    size that could drift.
+    """
+    source = SourceConfig("generated", task="drawings", num_rows=30, direction="text -> image")
+    examples = {"drawings": build_examples(source, DATA, artist_processor(CODES), 2, seed=1)}
+    config = samples(num_steps=[2], every_steps=2)
+    train(tmp_path / "untrained", config, examples, image=CODES)
+    write_codes(monkeypatch)
+    trainer = train(tmp_path / "trained", config, examples, image=CODES)
+
+    grids = {}
+    for name in ("untrained", "trained"):
+        found = events(tmp_path / name)
+        event = found.Images("train/written_samples/drawings_image")[-1]
+        grids[name] = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
+        assert not any("latents" in name for name in found.Tags()["scalars"])
+    model = trainer.model.eval()
+    for line, example in enumerate(examples["drawings"]):
+        place = slice(34 * line, 34 * line + 32), slice(34, 66)
+        ids = torch.tensor([example["prompt_ids"]])
+        torch.manual_seed(line)
+        drawn = model.generate(ids, num_steps=2, do_sample=True, top_k=0, max_new_tokens=17)[:, ids.shape[1] :]
+        (picture,) = model.decode_image_tokens(drawn)
+        np.testing.assert_array_equal(grids["trained"][place], np.asarray(picture))
+        assert not grids["untrained"][place].any()
+
+
 def test_samples_do_not_disturb_the_training(run, tmp_path):
     without = train(tmp_path, CallbacksConfig(), None)
     for name, parameter in without.model.state_dict().items():
@@ -180,6 +209,28 @@ def test_grids_hold_cells_of_several_sizes():
     assert grid.shape == (2 * 4 + 2, 2 * 5 + 2, 3)
     assert (grid[:2, :5] == 10).all() and (grid[:4, 7:10] == 20).all() and (grid[6:8, 7:] == 10).all()
     assert (grid[6:, :5] == 0).all() and (grid[4:6] == 128).all() and (grid[2:4, :5] == 128).all()
+
+
+def drifts_of(example, target, factor):
+    """By name, of latents of which each number is `factor`, for a sound of three places; and the alarms."""
+    callback = WrittenSamplesCallback(WrittenSamplesConfig(), artist_processor(), {}, None)
+    rows = [{**example, "targets": {"written_audio": [target]}}]
+    written = {None: [Sample(None, torch.full((3, 64), factor))]}
+    return dict(callback.drifts("tunes", rows, written, tiny_artist(), TrainerState()))
+
+
+@pytest.mark.parametrize(("factor", "is_drift"), [(1.9, False), (2.1, True), (0.51, False), (-0.49, True)])
+def test_latents_drift_when_they_are_twice_or_half_as_large(examples, caplog, factor, is_drift):
+    with caplog.at_level(logging.WARNING, logger="callbacks.written_samples"):
+        ratios = drifts_of(examples["tunes"][1], torch.ones(16, 12), factor)
+    assert list(ratios.values()) == pytest.approx([abs(factor)] * 3)
+    assert len(caplog.records) == (3 if is_drift else 0)
+
+
+def test_parts_that_no_reference_has_are_not_compared(examples):
+    """The reference has two places."""
+    ratios = drifts_of(examples["tunes"][1], torch.ones(16, 8), 1.0)
+    assert list(ratios) == [f"written_samples/tunes/latents_{part}_of_3" for part in (1, 2)]
 
 
 def test_sizes_are_root_mean_squares_of_what_there_is():
