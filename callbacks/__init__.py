@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
-from .media_samples import MediaSamplesCallback, MediaSamplesConfig
+from .media_samples import MediaSamplesCallback, MediaSamplesConfig, tokenizer_of
 from .model_size import ModelSizeCallback, ModelSizeConfig, size_table
 from .non_finite import NonFiniteCallback, NonFiniteConfig
 from .reporting import Reporter
@@ -75,8 +75,7 @@ def add_callbacks(
     if config.model_size.enabled:
         trainer.add_callback(ModelSizeCallback(reporter))
     if config.samples.prompts:
-        tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
-        trainer.add_callback(SamplesCallback(config.samples, tokenizer, reporter))
+        trainer.add_callback(SamplesCallback(config.samples, tokenizer_of(processor), reporter))
     read, written = divide(examples or {})
     if read and config.media_samples.num_examples:
         trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, read, reporter))

@@ -1,4 +1,4 @@
-"""Answers that the model gives to pictures and sound during training, beside what it saw and heard."""
+"""Answers that the model gives during training, to questions and to media, beside what it saw and heard."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from .periodic import WritingCallback, aside, depths_of, verbatim
 from .reporting import Reporter
@@ -20,7 +27,7 @@ Example = Mapping[str, Any]
 
 @dataclass
 class MediaSamplesConfig:
-    """Answers to fixed examples of the validation sources with media."""
+    """Answers to fixed examples of the validation sources with media or other conversations."""
 
     num_examples: int = 2
     """Examples of each source, at least 0; 0: no samples."""
@@ -50,6 +57,7 @@ class MediaSamplesCallback(WritingCallback):
     them, once when training begins.
 
     Args:
+        processor: that of the model, or its tokenizer if it reads text alone.
         examples: by source, each with `prompt_ids`, `media` (tensors by kind), `prompt`, `answer`, and, for the player,
             `waveforms`, a function that gives them (float, (samples,), at the sampling rate of the processor).
     """
@@ -57,7 +65,7 @@ class MediaSamplesCallback(WritingCallback):
     def __init__(
         self,
         config: MediaSamplesConfig,
-        processor: ProcessorMixin,
+        processor: PreTrainedTokenizerBase | ProcessorMixin,
         examples: Mapping[str, Sequence[Example]],
         reporter: Reporter,
     ) -> None:
@@ -105,23 +113,30 @@ class MediaSamplesCallback(WritingCallback):
 
     def answer(self, model: PreTrainedModel, example: Example, depth: int | None) -> str:
         """By greedy decoding, special tokens left out. Examples go one by one: a few, and none is padded."""
-        inputs, tokenizer = inputs_of(example, model, self.processor, depth), self.processor.tokenizer
+        inputs, tokenizer = inputs_of(example, model, self.processor, depth), tokenizer_of(self.processor)
         with aside(model):
             output = model.generate(**inputs, max_new_tokens=self.config.max_new_tokens)
         new = output[0, inputs["input_ids"].shape[1] :]
         return tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def inputs_of(example: Example, model: PreTrainedModel, processor: ProcessorMixin, depth: int | None) -> dict[str, Any]:
+def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer in a processor, or the tokenizer itself."""
+    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+
+
+def inputs_of(
+    example: Example, model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin, depth: int | None
+) -> dict[str, Any]:
     """Arguments of `generate`: a prompt and its media, the likeliest tokens, and the depth."""
-    media = processor.collate_media(example["media"])
+    tokenizer, media = tokenizer_of(processor), example["media"] and processor.collate_media(example["media"])
     ids = torch.tensor([example["prompt_ids"]], device=model.device)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "do_sample": False,
-        "eos_token_id": processor.tokenizer.eos_token_id,
-        "pad_token_id": processor.tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
         **({} if depth is None else {"num_steps": depth}),
         **{
             name: value.to(model.device, model.dtype if value.is_floating_point() else None)

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from callbacks import CallbacksConfig, MediaSamplesConfig, add_callbacks
-from callbacks.media_samples import spectrogram
+from callbacks.media_samples import MediaSamplesCallback, spectrogram
 from callbacks.model_size import part_sizes
 from dataset_loading import Collator, DataConfig, SourceConfig, build_examples, get_task
 from dataset_loading.synthetic import generate_row
 from model.recurrence import draw_training_states, sample_depth
 from tests.test_callbacks import events, texts
+from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from tests.tiny_processor import picture, sound, tiny_processor
 from tests.tiny_reader import tiny_reader
 from trainers import RecurrentTrainer, RecurrentTrainingArguments
@@ -239,6 +240,18 @@ def test_a_model_without_a_core_answers_once(tmp_path):
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         MediaSamplesConfig(**options)
+
+
+def test_a_model_of_text_answers_questions():
+    """Against greedy decoding by hand."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    ids = tokenizer.encode("the cat")
+    callback = MediaSamplesCallback(MediaSamplesConfig(max_new_tokens=5), tokenizer, {}, None)
+    answered = callback.answer(model, {"prompt_ids": ids, "media": {}}, depth=2)
+    written = list(ids)
+    for _ in range(5):
+        written.append(model(torch.tensor([written]), num_steps=2).logits[0, -1].argmax().item())
+    assert answered == tokenizer.decode(written[len(ids) :], skip_special_tokens=True)
 
 
 def test_the_parts_that_read_media_have_sizes_of_their_own():

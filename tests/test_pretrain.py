@@ -23,6 +23,7 @@ from configs import load_config
 from dataset_loading import get_task
 from dataset_loading.synthetic import generate_row
 from inference.loading import load_model
+from model.chat import CHAT_TEMPLATE, ROLE_TOKENS
 from tests.tiny import tiny_ids
 from tests.tiny_processor import tiny_processor
 
@@ -376,3 +377,22 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     places = (tmp_path / "out", tmp_path / "out" / f"checkpoint-{best}")
     kept, saved = (load_file(place / "model.safetensors") for place in places)
     assert all(torch.equal(kept[name], saved[name]) for name in saved)
+
+
+def test_a_model_of_text_learns_from_conversations(tmp_path, caplog):
+    """The roles are tokens, the template is saved, and questions are answered while it learns."""
+    source = {"kind": "generated", "task": "calculator", "num_rows": 100}
+    config = write_config(
+        tmp_path,
+        model={"vocab_size": 263},
+        tokenizer={"vocab_size": 263},
+        data={"block_size": 96, "train": [source], "validation": [source | {"num_rows": 4}]},
+        callbacks={"media_samples": {"num_examples": 1, "num_steps": [2], "max_new_tokens": 3}, "samples": {}},
+        training={"max_steps": 2, "save_strategy": "no", "output_dir": str(tmp_path / "run")},
+    )
+    with caplog.at_level("INFO"):
+        assert pretrain.main(["--config", str(config)]) == 0
+    assert "step 2, samples/calculator_0, 2 steps" in caplog.text
+    _, tokenizer = load_model(tmp_path / "run")
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer.convert_tokens_to_ids(list(ROLE_TOKENS.values())) == [3, 4, 5, 6]
