@@ -109,7 +109,7 @@ def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.n
     steps = []
     if run.step_lora is not None:
         options = run.step_lora
-        targets = step_lora_targets(model, options)
+        targets = step_lora_targets(model, options.target_modules)
         steps = [add_step_lora(model, targets, options.num_steps, options.rank, options.alpha)]
     model.requires_grad_(False)
     if lora is not None:

@@ -12,11 +12,15 @@ from types import NoneType, UnionType
 from typing import Any, Literal
 
 import docstring_parser
+from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 
+from trainers import RecurrentTrainingArguments
 from trainers.arguments import MINIMUMS, MOMENTS
+from trainers.finetuners import FINETUNERS
+from trainers.finetuning import ModelOptions
 
-from . import CODEC_CONFIGS, MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, nested_class, options_of
+from . import CODEC_CONFIGS, MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, finetuning, nested_class, options_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
@@ -28,6 +32,9 @@ A run is one YAML with the sections below; what is left out has its default. Eve
 section: `--model.recurrence.mean_steps 8`. Several `--config` files may be given; later files and flags override
 earlier ones. What is wrong with a key, a type, a choice or a range is said in one line that names the key, before
 anything is built. The `config.yaml` of a run folder holds every option as it was resolved.
+
+`finetune.py` reads `data`, `callbacks` and the sections of [fine-tuning](#the-run-finetunepy): `model` is then another
+one, and `training` has the options of the trainer as well.
 """
 OF_TRAINING = """\
 The options that this project adds to `transformers.TrainingArguments`, or declares anew; all others are those of
@@ -36,6 +43,10 @@ The options that this project adds to `transformers.TrainingArguments`, or decla
 asked for, the loss of the first source by default. `max_steps` is at least 1, or -1 to count in `num_train_epochs`, and
 these inherited ones have a range here that transformers does not check:
 
+"""
+OF_TRL = """\
+With `trainer: {name}`: the options of [training](#training), and what `{theirs}` adds, but for what the other sections
+say. Declared here:
 """
 HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
 # How a validator of transformers words its range, and how we do.
@@ -57,17 +68,33 @@ def main() -> None:
 def render() -> str:
     """The page, in Markdown."""
     headings = headings_of_run()
-    parts = [INTRODUCTION, "## The run\n", HEAD + "".join(rows_of_run())]
+    parts = [
+        INTRODUCTION,
+        "## The run\n",
+        HEAD + "".join(rows_of_run(build_parser(next(iter(MODEL_CONFIGS.values()))))),
+    ]
     for cls, heading in headings.items():
-        level = "###" if "." in heading else "##"
+        if cls is ModelOptions:
+            rows = rows_of_run(finetuning.build_parser(finetuning.DEFAULT_TRAINER))
+            parts += ["## The run [finetune.py]\n", HEAD + "".join(rows)]
+        level = "###" if "." in heading.partition(" [")[0] else "##"
         parts += [f"{level} {heading}\n", about(cls), HEAD + "".join(rows_of(cls, headings))]
     return "\n".join(parts)
 
 
 def headings_of_run() -> dict[type, str]:
-    """The heading of each class: its keys in a YAML, and, of a codec, which stands alone, its model type."""
+    """The heading of each class: its keys in a YAML, and, where other classes have the same, what tells it from them,
+    which is the model type of a codec, and the trainer of training arguments.
+    """
+    marks = {cls: cls.model_type for cls in CODEC_CONFIGS} | {ModelOptions: "finetune.py"}
+    marks |= {cls: name for name, cls in tuning_arguments().items()}
     found = {cls: ", ".join(keys) for cls, keys in classes_of_run().items()}
-    return {cls: f"{keys} [{cls.model_type}]" if cls in CODEC_CONFIGS else keys for cls, keys in found.items()}
+    return {cls: f"{keys} [{marks[cls]}]" if cls in marks else keys for cls, keys in found.items()}
+
+
+def tuning_arguments() -> dict[str, type]:
+    """The training arguments of each trainer of fine-tuning that has its own."""
+    return {name: cls for name, (_, cls) in FINETUNERS.items() if cls is not RecurrentTrainingArguments}
 
 
 def classes_of_run() -> dict[type, list[str]]:
@@ -82,6 +109,11 @@ def classes_of_run() -> dict[type, list[str]]:
 
     for key, cls in [*(("model", cls) for cls in MODEL_CONFIGS.values()), *SECTIONS.items()]:
         add(cls, key)
+    for key, cls in finetuning.SECTIONS.items():
+        if cls not in SECTIONS.values():
+            add(cls, key)
+    for cls in tuning_arguments().values():
+        add(cls, "training")
     return found
 
 
@@ -95,6 +127,10 @@ def documented(cls: type) -> dict[str, Any]:
 
 def about(cls: type) -> str:
     """What stands under the heading of a class."""
+    if cls in tuning_arguments().values():
+        theirs = next(base for base in cls.__mro__ if base.__module__.startswith("trl."))
+        name = next(name for name, arguments in tuning_arguments().items() if arguments is cls)
+        return OF_TRL.format(name=name, theirs=f"trl.{theirs.__name__}")
     if not issubclass(cls, TrainingArguments):
         return f"{docstring_parser.parse(cls.__doc__).short_description}\n"
     inherited = {name: f"at least {least}" for name, least in MINIMUMS.items() if name not in documented(cls)}
@@ -106,10 +142,10 @@ def about(cls: type) -> str:
     return OF_TRAINING + "".join(lines)
 
 
-def rows_of_run() -> Iterator[str]:
+def rows_of_run(parser: ArgumentParser) -> Iterator[str]:
     """The keys outside of the sections."""
     meanings = descriptions(RunConfig)
-    for action in build_parser(next(iter(MODEL_CONFIGS.values())))._actions:
+    for action in parser._actions:
         if action.dest in meanings.keys() - {"model", *SECTIONS}:
             choices = Literal[tuple(action.metavar.strip("{}").split(","))]
             yield row(action.dest, type_in_words(choices), code(action.default), meanings[action.dest])
@@ -160,8 +196,13 @@ def type_in_words(hint: Any) -> str:
         if typing.get_origin(part) is Literal:
             words += [json.dumps(value) for value in typing.get_args(part)]
         elif not (part is int and float in parts):
-            words.append("null" if part is NoneType else part.__name__ if isinstance(part, type) else str(part))
+            words.append("null" if part is NoneType else name_of(part))
     return " or ".join(f"`{word}`" for word in words)
+
+
+def name_of(kind: Any) -> str:
+    """Of a class, or of a list of something."""
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def default_of(item: dataclasses.Field) -> str:

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 import configs
 from callbacks import CallbacksConfig
-from configs import load_run_config, reference
+from configs import finetuning, load_run_config, reference
 from dataset_loading.configuration import DataConfig, SourceConfig, TokenizerConfig
 from model import (
     MegaTransformerAudioConfig,
@@ -23,7 +23,12 @@ from model import (
     MegaTransformerVocoderConfig,
 )
 from trainers import RecurrentTrainingArguments
+from trainers.dpo import PreferenceArguments
+from trainers.finetuners import FINETUNERS
+from trainers.finetuning import ModelOptions
+from trainers.grpo import RolloutArguments
 from trainers.parameter_groups import ParameterGroup
+from trainers.sft import SupervisedArguments
 
 PAGE = reference.PAGE.read_text(encoding="utf-8")
 GENERATED = {"kind": "generated", "task": "stories"}
@@ -36,6 +41,9 @@ CODECS = {
     f"model [{model_type}]": ["--model.model_type", model_type, "--trainer", "reconstruction"]
     for model_type in ("megatransformer_image_autoencoder", "megatransformer_vocoder")
 }
+TUNING = ["--model.path", "some/run"]
+OF_TUNING = ["The run [finetune.py]", "model [finetune.py]", "peft", "peft.target_modules", "step_lora", "quantization"]
+OF_TRAINERS = {f"training [{name}]": name for name in FINETUNERS if name != "continued"}
 
 
 class Line(NamedTuple):
@@ -85,7 +93,8 @@ def tree_of_defaults() -> dict[str, Any]:
     """Every documented default, as the YAML that a user would write; one source, for its defaults too."""
     tree: dict[str, Any] = {}
     for line in LINES:
-        if line.group in LISTS or line.group in (*OF_MEDIA, *CODECS) or not line.default.startswith("`"):
+        others = {*LISTS, *OF_MEDIA, *CODECS, *OF_TUNING, *OF_TRAINERS}
+        if line.group in others or not line.default.startswith("`"):
             continue
         inner = tree
         for name in line.name.split(".")[:-1]:
@@ -117,6 +126,14 @@ def test_the_documented_defaults_are_those_of_the_classes(tmp_path: Path):
             assert run.resolved["training"][item.name] == plain, item.name
 
 
+def test_the_documented_defaults_of_fine_tuning_are_those_of_the_classes():
+    """As those of pretraining; a group that is named has the defaults of its class."""
+    tuned = finetuning.resolve([*TUNING, "--peft.rank", "8", "--step_lora.rank", "4"])
+    flat = configs.flatten(tuned) | {"model.path": ""}
+    documented = {line.name: line.default for line in LINES if line.group in OF_TUNING and line.default}
+    assert {name: yaml.safe_load(default.strip("`")) for name, default in documented.items()}.items() <= flat.items()
+
+
 def test_every_option_stands_there_once(tmp_path: Path):
     """Those that the loader resolves, flattened, and of training arguments those that differ from the inherited."""
     path = tmp_path / "run.yaml"
@@ -132,6 +149,8 @@ def test_every_option_stands_there_once(tmp_path: Path):
             del resolved["training"][name]
         expected |= {*configs.flatten(resolved), *(f"{group}.{key}" for group in SOURCES.split(", ") for key in source)}
     expected |= {f"training.parameter_groups.{item.name}" for item in dataclasses.fields(ParameterGroup)}
+    tuned = finetuning.resolve([*TUNING, "--peft.rank", "2", "--step_lora.rank", "2"])
+    expected |= configs.flatten({name: tuned[name] for name in ("model", "peft", "step_lora", "quantization")}).keys()
     assert len({(line.group, line.key) for line in LINES}) == len(LINES)
     groups = {part for line in LINES for part in line.group.partition(" [")[0].split(", ")}
     groups.add("model.text_config.model_type")
@@ -157,8 +176,11 @@ def test_choices_are_those_the_loader_takes():
         choices = set(re.findall(r'`"([^"]+)"`', line.type))
         given = CODECS.get(line.group, MEDIA if line.group in OF_MEDIA else [])
         given = [] if line.key == "model_type" else given
+        resolve = configs.resolve
+        if line.group in (*OF_TUNING, *OF_TRAINERS):
+            resolve, given = finetuning.resolve, TUNING
         with pytest.raises(ValueError, match="unknown") as error:
-            configs.resolve([*given, f"--{line.name}=nonsense"])
+            resolve([*given, f"--{line.name}=nonsense"])
         assert set(re.search(r"known: (.*)", str(error.value))[1].split(", ")) == choices
 
 
@@ -190,6 +212,10 @@ NEEDED = {
     },
     ParameterGroup: {"pattern": "*"},
     RecurrentTrainingArguments: {"output_dir": "unused", "use_cpu": True},
+    SupervisedArguments: {"output_dir": "unused", "use_cpu": True},
+    PreferenceArguments: {"output_dir": "unused", "use_cpu": True},
+    RolloutArguments: {"output_dir": "unused", "use_cpu": True, "rewards": ["some:reward"]},
+    ModelOptions: {"path": "some/run"},
 }
 
 

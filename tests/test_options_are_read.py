@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedConfig, TrainingArguments
 
 import configs
+from configs import finetuning
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +43,11 @@ READERS = {
     "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
     "ModalityWeights": ("trainers/modalities.py", "weights"),
     "ParameterGroup": ("trainers/parameter_groups.py", "group"),
+    "ModelOptions": ("finetune.py", r"options|run\.model"),
+    "PeftOptions": ("trainers/finetuning.py", "options"),
+    "TargetOptions": ("trainers/finetuning.py", "options"),
+    "StepLoraOptions": ("finetune.py", "options"),
+    "QuantizationConfig": ("model/quantization.py", "config"),
 }
 # Fields that transformers reads: it ties the weights, and its generation takes ids from them. Those of placeholders are
 # read by names made of the modality's.
@@ -94,7 +100,8 @@ def own_fields(cls: type) -> set[str]:
     return {item.name for item in dataclasses.fields(cls) if item.init} - inherited - READ_BY_TRANSFORMERS
 
 
-ALL = [found for cls in (*configs.MODEL_CONFIGS.values(), *configs.SECTIONS.values()) for found in classes_within(cls)]
+SECTIONS = (*configs.MODEL_CONFIGS.values(), *configs.SECTIONS.values(), *finetuning.SECTIONS.values())
+ALL = [found for cls in SECTIONS for found in classes_within(cls)]
 
 
 @pytest.mark.parametrize(("cls", "name"), dict(ALL).items(), ids=[cls.__name__ for cls in dict(ALL)])
@@ -111,6 +118,9 @@ def test_every_part_of_a_run_is_read() -> None:
     fields = [item.name for item in dataclasses.fields(configs.RunConfig)]
     files = [ROOT / "pretrain.py", ROOT / "configs/__init__.py"]
     assert unread(configs.RunConfig, fields, "run", files, "run") == set()
+    fields = [item.name for item in dataclasses.fields(finetuning.FinetuningConfig)]
+    files += [ROOT / "finetune.py"]
+    assert unread(finetuning.FinetuningConfig, fields, "run", files, "run|self") == set()
 
 
 def test_an_option_without_a_reader_is_found(tmp_path: Path) -> None:

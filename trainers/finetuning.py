@@ -1,6 +1,6 @@
 """What a fine-tuning run starts from, and which low-rank adapters it adds where."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -135,23 +135,30 @@ def find_targets(model: nn.Module, options: TargetOptions) -> list[str]:
     Raises:
         ValueError: no part is named, or a name matches nothing; says what there is.
     """
-    wanted = {item.name: getattr(options, item.name) for item in fields(options)}
-    wanted = {part: names for part, names in wanted.items() if names is not None}
-    if not wanted:
-        raise ValueError(f"peft.target_modules: no part is named; this model has {describe(linear_layers(model))}")
-    found = []
+    layers, found = linear_layers(model), []
+    wanted = {
+        "prelude": options.prelude,
+        "core": options.core,
+        "coda": options.coda,
+        "vision": options.vision,
+        "audio": options.audio,
+        "projectors": options.projectors,
+    }
     for part, names in wanted.items():
-        found += match(linear_layers(model), part, names, f"peft.target_modules.{part}")
+        if names is not None:
+            found += match(layers, part, names, f"peft.target_modules.{part}")
+    if not found:
+        raise ValueError(f"peft.target_modules: no part is named; this model has {describe(layers)}")
     return found
 
 
-def step_lora_targets(model: nn.Module, options: StepLoraOptions) -> list[str]:
-    """The linear layers of the core that the options name, as the core calls them.
+def step_lora_targets(model: nn.Module, names: str | list[str]) -> list[str]:
+    """The linear layers of the core that are named, or all of them, as the core calls them.
 
     Raises:
         ValueError: as `find_targets`.
     """
-    layers = match(linear_layers(model), "core", options.target_modules, "step_lora.target_modules")
+    layers = match(linear_layers(model), "core", names, "step_lora.target_modules")
     return [layer.removeprefix("model.core.") for layer in layers]
 
 
