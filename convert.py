@@ -50,7 +50,8 @@ def merge(adapter: Path, base: Path | None, output: Path) -> None:
         base: folder of the adapter's model; None: where it was in training.
 
     Raises:
-        ValueError: the folder holds no LoRA, or one of another base; or the output folder holds something.
+        ValueError: the folder holds no LoRA, or one of another base, or of a base that is saved in 8 or 4 bits; or the
+            output folder holds something.
     """
     folder = find_checkpoint(adapter)
     if not is_adapter(folder):
@@ -63,6 +64,11 @@ def merge(adapter: Path, base: Path | None, output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output: {output} is not empty; name another folder.")
     model, processor = load_model(folder, base=base)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"The base of {folder} is saved in 8 or 4 bits, in which most of what was learned would be lost: load the "
+            "adapter as it is."
+        )
     model.save_pretrained(output)
     processor.save_pretrained(output)
     sys.stdout.write(f"written to {output}\n")

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+import convert
 import finetune
 from inference.loading import load_model
 from model.quantization import QuantizationConfig
@@ -117,6 +118,19 @@ def test_a_run_beside_rounded_weights(tiny_run, tmp_path, bits):
     with torch.no_grad():
         logits, wanted = (model(tiny_ids(2, 6), num_steps=3).logits for model in (ours, expected))
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_base_that_is_saved_in_fewer_bits(tiny_run, tmp_path, capsys):
+    """It is prepared like one that is rounded when it is loaded; adapters cannot be merged into it."""
+    base, out = save_run(tmp_path / "base", tiny_run), tmp_path / "out"
+    load_model(base, quantization=QuantizationConfig(load_in="8bit"))[0].save_pretrained(base)
+    config = write_tuning_config(tmp_path, base, training={"save_strategy": "no", "max_steps": 1})
+    assert finetune.main(["--config", str(config), "--training.output_dir", str(out)]) == 0
+    assert is_quantized(load_model(out)[0])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        convert.main(["merge", str(out), "--output", str(tmp_path / "merged")])
+    assert "is saved in 8 or 4 bits, in which most of what was learned would be lost" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
