@@ -43,8 +43,8 @@ class QuantizationConfig:
     """4bit: whether the scales are rounded to 8 bits too, which saves 0.4 bits a weight."""
 
     outlier_threshold: float = 0.0
-    """8bit: a feature that is larger than this anywhere in the batch is not rounded; 0 rounds all, so that a row's
-    result depends on nothing but the row. Large pretrained models need 6."""
+    """8bit: a feature that is larger than this, at least 0, anywhere in the batch is not rounded; 0 rounds all, so that
+    a row's result depends on nothing but the row. Large pretrained models need 6."""
 
     keep_in_high_precision: list[Part] = field(default_factory=lambda: ["injection", "heads"])
     """Parts of the model whose matrices stay as they are in the checkpoint, as norms and embeddings always do."""

@@ -12,6 +12,7 @@ import yaml
 
 import configs
 from configs import RunConfig, check_optimizer, check_output_dir, load_config, load_run_config, one_line_errors
+from configs.finetuning import load_finetuning_config
 from model import MegaTransformerTextConfig, RecurrenceConfig
 from trainers import RecurrentTrainingArguments
 
@@ -506,7 +507,8 @@ def test_errors_of_files_are_one_line_and_errors_of_ours_are_not(capsys) -> None
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_loads(path: Path) -> None:
-    run = load("--config", str(path))
+    load_it = load_finetuning_config if path.stem.startswith("finetune") else load_config
+    run = load_it(["--config", str(path), *ON_CPU])
     assert run.training.output_dir == f"runs/{path.stem}" and run.training.max_steps > 0 and run.data.train
 
 

@@ -151,6 +151,8 @@ def test_every_option_stands_there_once(tmp_path: Path):
     expected |= {f"training.parameter_groups.{item.name}" for item in dataclasses.fields(ParameterGroup)}
     tuned = finetuning.resolve([*TUNING, "--peft.rank", "2", "--step_lora.rank", "2"])
     expected |= configs.flatten({name: tuned[name] for name in ("model", "peft", "step_lora", "quantization")}).keys()
+    for cls in (SupervisedArguments, PreferenceArguments, RolloutArguments):
+        expected |= {f"training.{name}" for name in cls.__annotations__ if name in configs.options_of(cls)}
     assert len({(line.group, line.key) for line in LINES}) == len(LINES)
     groups = {part for line in LINES for part in line.group.partition(" [")[0].split(", ")}
     groups.add("model.text_config.model_type")

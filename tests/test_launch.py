@@ -25,11 +25,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(*arguments, processes=2):
-    """Runs `deepspeed --num_accelerators N pretrain.py ARGUMENTS` on the CPU; returns the finished process."""
+def launch(*arguments, processes=2, script="pretrain.py"):
+    """Runs `deepspeed --num_accelerators N SCRIPT ARGUMENTS` on the CPU; returns the finished process."""
     command = [
         *(str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(processes)),
-        *("--master_port", str(free_port()), str(REPOSITORY / "pretrain.py"), *map(str, arguments)),
+        *("--master_port", str(free_port()), str(REPOSITORY / script), *map(str, arguments)),
     ]
     environment = {
         **os.environ,
@@ -40,9 +40,9 @@ def launch(*arguments, processes=2):
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
-def trained(folder, *arguments, processes=2):
+def trained(folder, *arguments, processes=2, script="pretrain.py"):
     """The losses of a run that must succeed."""
-    process = launch(*arguments, "--training.output_dir", folder, processes=processes)
+    process = launch(*arguments, "--training.output_dir", folder, processes=processes, script=script)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return losses(folder)
 

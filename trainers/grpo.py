@@ -35,6 +35,7 @@ class RolloutArguments(RecurrentTrainingArguments, GRPOConfig):
 
     Args:
         rewards: Import names of the reward functions; see `load_reward`.
+        disable_dropout: Whether there is none, so that a token is written with the probability that the loss computes.
     """
 
     remove_unused_columns: bool | None = False  # rewards read them

@@ -1,0 +1,42 @@
+"""Adapters through the launcher, on two ranks."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.test_launch import trained
+from tests.tiny_finetuning import write_tuning_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def tuned(folder, base, *flags, processes=2):
+    """The losses and adapters of a run; both kinds of them."""
+    folder.mkdir(exist_ok=True)
+    config = write_tuning_config(folder, base, peft={"dropout": 0.0}, step_lora={"num_steps": 2, "rank": 1})
+    found = trained(folder / "out", "--config", config, *flags, processes=processes, script="finetune.py")
+    lora, steps = (load_file(folder / "out" / f"{name}.safetensors") for name in ("adapter_model", "step_lora"))
+    return found, {**lora, **steps}
+
+
+def test_zero2_on_two_ranks_equals_two_ranks_without_it(tiny_run, tmp_path):
+    """Invariant 6; the files of adapters are whole, and are all that is saved."""
+    plain, expected = tuned(tmp_path / "plain", tiny_run)
+    found, weights = tuned(tmp_path / "zero2", tiny_run, "--training.deepspeed", "zero2")
+    assert found == pytest.approx(plain, abs=1e-4)
+    assert not list((tmp_path / "zero2" / "out").glob("model*"))
+    assert list((tmp_path / "zero2/out/checkpoint-2").glob("global_step2/*optim_states.pt"))  # DeepSpeed was there
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_resuming_on_two_ranks_with_zero2_continues_exactly(tiny_run, tmp_path):
+    flags = ("--training.deepspeed", "zero2")
+    whole, expected = tuned(tmp_path, tiny_run, *flags)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    found, weights = tuned(tmp_path, tiny_run, *flags, "--training.resume_from_checkpoint", "true")
+    assert found == whole
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
