@@ -12,8 +12,10 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from transformers import (
     BatchFeature,
     PreTrainedModel,
@@ -96,12 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, processor = load_model(args.checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
         tokenizer = tokenizer_of(processor)
         check_depth(model, args.num_steps)
+        set_seed(args.seed)
         if args.mode != "text":
             write_media(model, processor, args, prompt)
             return 0
         inputs = encode_question(processor, args.media, prompt) if args.media else encode_prompt(tokenizer, prompt)
         inputs = inputs.to(device, model.dtype)
-        set_seed(args.seed)
         write_continuation(model, tokenizer, inputs, args.num_steps, stream=not args.no_stream, options=options)
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
@@ -189,14 +191,31 @@ def write_media(
     inputs = encode_question(processor, args.media, prompt, args.count).to(model.device, model.dtype)
     names = ("guidance_scale", "num_flow_steps", "flow_temperature", "num_steps", "exit_criterion", "exit_threshold")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
-    seeds = [args.seed + number for number in range(args.count)]
-    output = model.generate(**inputs, generation_mode=args.mode, flow_seeds=seeds, do_sample=False, **options)
     paths = [path]
-    if args.mode == "image":
-        save_images(output.images, path)
+    if args.mode == "image" and getattr(model, "decode_image_tokens", None):
+        save_images(draw_codes(model, inputs, {"num_steps": args.num_steps} if args.num_steps else {}), path)
     else:
-        paths = save_audio(output.audio, output.sampling_rate, path)
+        seeds = [args.seed + number for number in range(args.count)]
+        output = model.generate(**inputs, generation_mode=args.mode, flow_seeds=seeds, do_sample=False, **options)
+        if args.mode == "image":
+            save_images(output.images, path)
+        else:
+            paths = save_audio(output.audio, output.sampling_rate, path)
     sys.stdout.write("".join(f"{name}\n" for name in paths))
+
+
+def draw_codes(model: PreTrainedModel, inputs: BatchFeature, options: dict[str, Any]) -> list[Image.Image]:
+    """The images of a model that writes them as tokens, one for each prompt, by plain `generate`.
+
+    Raises:
+        ValueError: a prompt was not answered with a whole image.
+    """
+    most = model.model.writers["image"].num_places + 1  # the start token
+    ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=most, **options)
+    images = model.decode_image_tokens(ids[:, inputs["input_ids"].shape[1] :])
+    if len(images) < len(ids):
+        raise ValueError(f"{len(ids) - len(images)} of {len(ids)} answers are no image; the model has to learn more")
+    return images
 
 
 def write_continuation(

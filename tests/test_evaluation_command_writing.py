@@ -138,6 +138,7 @@ def test_rows_are_divided_by_what_answers_them():
         (["--num-flow-steps", "0"], "argument --num-flow-steps: 0 is less than 1"),
         (["--guidance-scale", "-1"], "argument --guidance-scale: -1 is less than 0: give a number, 0 or more."),
         (["--exit-threshold", "0.1"], "--exit-threshold has no effect without --exit-criterion"),
+        (["--velocity-threshold", "0.1"], "--velocity-threshold has no effect without --exit-criterion"),
     ],
 )
 def test_bad_arguments_are_one_line(run_folder, tmp_path, capsys, argv, message):

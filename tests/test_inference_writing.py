@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from transformers import set_seed
 
 from inference.generate import main
 from inference.media_files import contact_sheet
-from tests.tiny_artist import artist_processor, save_artist, tiny_artist
+from tests.tiny_artist import CODES, artist_processor, save_artist, tiny_artist, write_codes
 from tests.tiny_language_model import save_checkpoint
 from tests.tiny_reader import save_reader
 
@@ -31,6 +32,24 @@ def test_a_picture_and_a_sheet_of_several(checkpoint, tmp_path, capsys):
     assert np.abs(sheet[:8, :8] - alone[:8, :8]).max() <= 2  # the first patch; small weights differ more and more later
     assert (sheet[32:34] == 255).all() and (sheet[34:, 34:] == 255).all()
     assert np.abs(sheet[:8, 34:42] - alone[:8, :8]).max() > 10
+
+
+def test_pictures_of_codes_are_drawn_as_well(tmp_path, monkeypatch):
+    """By a model whose pictures are tokens: those that decoding its own tokens gives."""
+    model, out = save_artist(tmp_path / "artist", CODES), tmp_path / "a.png"
+    with pytest.raises(SystemExit):  # it has learned nothing, and writes something else
+        write(str(model), "--mode", "image", "--out", out)
+    assert not out.exists()
+    write_codes(monkeypatch)
+    write(str(model), "--mode", "image", "--out", out, "--count", 2, "--seed", 3)
+    artist, processor = tiny_artist(image=CODES), artist_processor(CODES)
+    question = [{"role": "user", "content": "a red circle"}]
+    inputs = processor.apply_chat_template([question] * 2, add_generation_prompt=True, tokenize=True, return_dict=True)
+    set_seed(3)
+    ids = artist.generate(**inputs.convert_to_tensors("pt"), num_steps=2, do_sample=True, top_k=0, max_new_tokens=17)
+    expected = np.concatenate([np.asarray(image) for image in artist.decode_image_tokens(ids)], axis=1)
+    found = np.asarray(Image.open(out))
+    assert np.array_equal(found[:, [*range(32), *range(34, 66)]], expected)
 
 
 def test_sounds_in_numbered_files(checkpoint, tmp_path, capsys):
