@@ -19,14 +19,16 @@ PEFT = {
     "dropout": 0.0,
     "target_modules": dict.fromkeys(("core", "vision", "audio"), "all-linear") | {"projectors": ["down_proj"]},
 }
-TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "modality_weights": {"image": 2.0}}
+TRAINING = {name: TINY_MEDIA_RUN["training"][name] for name in ("max_steps", "per_device_train_batch_size")}
+TRAINING |= {"train_sampling_strategy": "sequential", "modality_weights": {"image": 2.0}}
+NO_SAMPLES = {"media_samples": {"num_examples": 0}}
 
 
 @pytest.fixture(scope="module")
 def media_base(tmp_path_factory) -> Path:
     """A checkpoint that reads pictures and sound."""
     folder = tmp_path_factory.mktemp("media")
-    config = write_media_config(folder, training={"max_steps": 1}, callbacks={"media_samples": {"num_examples": 0}})
+    config = write_media_config(folder, training={"max_steps": 1}, callbacks=NO_SAMPLES)
     assert pretrain.main(["--config", str(config), "--training.output_dir", str(folder / "out")]) == 0
     return folder / "out"
 
@@ -34,7 +36,9 @@ def media_base(tmp_path_factory) -> Path:
 def tune_media(folder: Path, base: Path, **sections) -> Path:
     data = {name: TINY_MEDIA_RUN["data"][name] for name in ("block_size", "packing", "train", "validation")}
     flags = ("--training.save_strategy", "no", "--training.gradient_accumulation_steps", "1")
-    return tune(folder, base, *flags, **{"data": data, "peft": PEFT, "training": TRAINING, **sections})
+    return tune(
+        folder, base, *flags, **{"data": data, "peft": PEFT, "training": TRAINING, "callbacks": NO_SAMPLES, **sections}
+    )
 
 
 def test_adapters_in_encoders_and_projectors_learn(media_base, tmp_path):
@@ -48,7 +52,8 @@ def test_adapters_in_encoders_and_projectors_learn(media_base, tmp_path):
     assert not any("projector.up_proj" in name or "prelude" in name for name in weights)
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     logged = {name for entry in history for name in entry}
-    assert {"loss_image", "loss_audio", "weight_share_image", "eval_scenes_loss"} <= logged
+    assert {"loss_image", "loss_audio", "weight_share_image"} <= logged
+    assert {"eval_scenes_loss", "eval_melodies_loss"} <= json.loads((folder / "eval_results.json").read_text()).keys()
     model, processor = load_model(folder)
     assert type(processor).__name__ == "MegaTransformerProcessor"
     base = load_model(media_base)[0].state_dict()

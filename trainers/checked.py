@@ -119,11 +119,11 @@ class CheckedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Also what is saved beside the model."""
         folder = output_dir or self.args.output_dir
-        if self.learns_beside:
-            self.processing_class.save_pretrained(folder)
-        else:
+        if not self.learns_beside:
             super()._save(folder, state_dict)
-        for part in self.beside:
+        elif self.args.should_save:
+            self.processing_class.save_pretrained(folder)
+        for part in self.beside if self.args.should_save else ():
             part.save(folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
