@@ -28,7 +28,11 @@ class StepDeltas(nn.Module):
         nn.init.kaiming_uniform_(self.down.view(-1, in_features), a=math.sqrt(5))  # as PEFT does
 
     def forward(self, x: torch.Tensor, step: int) -> torch.Tensor:
-        """`step` counts from 0."""
+        """`step` counts from 0. Behind the last step that has a delta: 0, through all weights, so that they have a
+        gradient whatever the depth; without one, optimizers leave weights alone, but under ZeRO they do not.
+        """
+        if step >= len(self.down):
+            return 0.0 * (self.down.sum() + self.up.sum())
         x = x.to(self.down.dtype)
         return nn.functional.linear(nn.functional.linear(x, self.down[step]), self.up[step])
 
@@ -57,7 +61,7 @@ class StepLora(nn.Module):
             layer.register_forward_hook(partial(self._add, deltas))
 
     def _add(self, deltas: StepDeltas, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        if self.step >= self.num_steps:
+        if self.step >= self.num_steps and not torch.is_grad_enabled():
             return output
         return output + (self.scale * deltas(args[0], self.step)).to(output.dtype)
 

@@ -73,6 +73,14 @@ def test_only_the_deltas_of_steps_with_gradient_learn():
         assert [bool(grad.abs().sum() > 0) for grad in deltas.up.grad] == [False, True, True]
 
 
+def test_a_depth_without_them_gives_zeros():
+    """And not none, with which the optimizers of PyTorch would do otherwise than those of DeepSpeed."""
+    model, steps = with_deltas()
+    ids = tiny_ids(2, 7)
+    model.train()(ids, labels=ids, num_steps=(3, 2)).loss.backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in steps.parameters())
+
+
 def test_recomputed_activations_see_their_own_step():
     """T8: activation checkpointing runs the core again, when the loop is over."""
     ids, gradients = tiny_ids(2, 7), []
