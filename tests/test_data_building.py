@@ -318,6 +318,7 @@ def test_nothing_is_written(tmp_path, monkeypatch):
 
 _IN_A_PROCESS = """
 import hashlib, sys
+import torch
 from dataset_loading import *
 
 files = SourceConfig("files", paths=[sys.argv[1]])
@@ -325,12 +326,13 @@ hub = SourceConfig("hub", name="hub", path=sys.argv[2], streaming=True)
 tasks = [SourceConfig("generated", task=name, num_rows=300) for name in TASKS]
 tokenizer = None
 for train in ([files, *tasks], [hub, files, *tasks]):
-    config = DataConfig(train=train, block_size=64, streaming_validation_rows=5)
+    config = DataConfig(train=train, block_size=128, streaming_validation_rows=5)
     tokenizer = tokenizer or build_tokenizer(TokenizerConfig(vocab_size=300), config, seed=7)
     built = build_datasets(config, tokenizer, seed=7)
     for rows in [built.train, *built.validation.values()]:
         rows = rows if isinstance(rows, StreamingDataset) else [rows[index] for index in range(len(rows))]
-        tokens = [row[name].tolist() for row in rows for name in sorted(row)]
+        values = [row[name] for row in rows for name in sorted(row)]
+        tokens = [value.tolist() if torch.is_tensor(value) else value for value in values]
         print(len(tokens), hashlib.sha256(repr(tokens).encode()).hexdigest())
 print(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())
 """

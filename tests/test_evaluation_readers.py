@@ -219,4 +219,4 @@ def test_every_check_belongs_to_a_task_and_knows_its_prompts():
         ((row, medium),) = rows_of(name, get_task(name).default_difficulty[0], 1)
         found = check(caption_of(row), medium)
         assert found["all"] and len(found) > 2
-        assert re.search("circle|square|triangle|[A-G][45]", caption_of(row))
+        assert re.search("circle|square|triangle|[A-G][45]|[V-Z][a-d]+=", caption_of(row))
