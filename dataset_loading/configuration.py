@@ -196,12 +196,12 @@ class SourceConfig:
         task.check_difficulty(given or task.default_difficulty)
 
     def _check_directions(self) -> None:
-        turns = self.turns
-        if isinstance(self.prompt, list) and len(self.prompt) != len(turns):
+        count = len(self.directions)
+        if isinstance(self.prompt, list) and len(self.prompt) != count:
             raise ValueError(
-                f"prompt has {len(self.prompt)} texts for {len(turns)} directions; give one for each, or one for all"
+                f"prompt has {len(self.prompt)} texts for {count} directions; give one for each, or one for all"
             )
-        for direction, prompt in turns:
+        for direction, prompt in self.turns:
             if self.has_media:
                 self._check_parts(direction)
             is_asked_alone = "text" in direction.given or not direction.given
@@ -263,7 +263,7 @@ class SourceConfig:
         """The directions with their prompts."""
         directions = self.directions
         prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt] * len(directions)
-        return list(zip(directions, prompts, strict=False))  # of different lengths: `_check_directions` says so
+        return list(zip(directions, prompts, strict=True))
 
     def media_columns_of(self, number: int) -> dict[str, str]:
         """Those of `media_columns` that row `number` (from 0) needs in its turn."""

@@ -22,14 +22,28 @@ NOTES_OF_CUPS = {"1": "C4", "2": "E4", "3": "G4", "4": "B4", "5": "D5"}
 _CUPS = Cups()
 
 
-class CupPictures(SceneTask):
+class _CupMedia:
+    """What the two share: their answers are questions of `cups`."""
+
+    default_difficulty = _CUPS.default_difficulty
+    max_difficulty = None
+
+    def attributes(self, answer: str) -> dict[str, str]:
+        """cup, the moves' end."""
+        return {"cup": next((cup for cup in PLACES if _CUPS.check(answer, cup)), "")}
+
+    def role_of(self, row: dict[str, str]) -> Role:
+        """That of the question as a text."""
+        return split_of(_CUPS.identity(row["answer"]))
+
+
+class CupPictures(_CupMedia, SceneTask):
     """Draw a red ball where the `difficulty` moves of `cups` bring it: the text that is given takes as many steps of
     thought as there are moves, and nothing else in the picture depends on them.
     """
 
     name = "cup_pictures"
     directions = ("text -> image",)
-    default_difficulty = _CUPS.default_difficulty
 
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
         asked = _CUPS.sample(rng, difficulty)
@@ -46,22 +60,12 @@ class CupPictures(SceneTask):
         cup = next((cup for cup, words in PLACES.items() if POSITIONS[words] == place), "")
         return _CUPS.check(answer, cup)
 
-    def attributes(self, answer: str) -> dict[str, str]:
-        """cup, the moves' end."""
-        return _attributes(answer)
 
-    def role_of(self, row: dict[str, str]) -> Role:
-        """That of the question as a text."""
-        return split_of(_CUPS.identity(row["answer"]))
-
-
-class CupTunes(Tunes):
+class CupTunes(_CupMedia, Tunes):
     """Play the note of the cup to which the `difficulty` moves of `cups` bring the ball."""
 
     name = "cup_tunes"
     directions = ("text -> audio",)
-    default_difficulty = _CUPS.default_difficulty
-    max_difficulty = None
 
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
         asked = _CUPS.sample(rng, difficulty)
@@ -71,15 +75,3 @@ class CupTunes(Tunes):
     def check(self, medium: str, prompt: str, answer: str) -> bool:
         notes = self.identity(prompt, medium)
         return _CUPS.check(answer, next((cup for cup, note in NOTES_OF_CUPS.items() if note == notes), ""))
-
-    def attributes(self, answer: str) -> dict[str, str]:
-        """cup, the moves' end."""
-        return _attributes(answer)
-
-    def role_of(self, row: dict[str, str]) -> Role:
-        """That of the question as a text."""
-        return split_of(_CUPS.identity(row["answer"]))
-
-
-def _attributes(question: str) -> dict[str, str]:
-    return {"cup": next((cup for cup in PLACES if _CUPS.check(question, cup)), "")}

@@ -221,7 +221,8 @@ class MediaEvaluator:
         found = WrittenMedia()
         for chunk in chunks(examples, self.batch_size):
             self.write(chunk, num_steps, found)
-        for sample, medium, right in zip(samples, found.media, found.right, strict=False):  # the first ones
+        count = len(samples)  # those of the first examples
+        for sample, medium, right in zip(samples, found.media[:count], found.right[:count], strict=True):
             sample.written[num_steps] = medium
             if right:
                 sample.is_right[num_steps] = right["all"]

@@ -495,3 +495,11 @@ def test_what_is_written_is_cut_mirrored_moved_and_made_louder_alone(tmp_path):
     quiet = (frames == frames.min()).all(dim=0).tolist().index(False)
     assert quiet > 1 and abs((frames.exp().sum() / start.exp().sum()).log()) < 0.5
     assert changed.lengths[0] >= len(changed[0]["input_ids"])
+
+
+@pytest.mark.parametrize("prompts", [["Draw {text}", "What?"], ["Draw {text}", "What?", "Draw {text}", "What?"]])
+def test_prompts_are_as_many_as_directions(prompts):
+    """Neither fewer, which would leave out directions, nor more."""
+    directions = ["text -> image", "image -> text", "text -> image"]
+    with pytest.raises(ValueError, match=f"prompt has {len(prompts)} texts for 3 directions; give one for each"):
+        SourceConfig("imagefolder", path="pictures", direction=directions, prompt=prompts)
