@@ -103,14 +103,19 @@ def table_of(model: PreTrainedModel, run: RunConfig, limit: int | None) -> str:
 
 
 def ways_of_pictures(model: PreTrainedModel, train: Dataset) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """The autoencoder, and as many principal components of train pictures as it has numbers."""
+    """The autoencoder, also with refined latents if it refines them, and as many principal components of train pictures
+    as it has numbers.
+    """
     num_numbers = model.num_tokens * model.latent_size
     pictures = torch.stack([train[number] for number in range(min(len(train), MOST_MEDIA_FOR_COMPONENTS))])
     components = PrincipalComponents(pictures, num_numbers)
-    return {
-        f"autoencoder, {num_numbers} of {pictures[0].numel()} numbers": lambda pixels: model(pixels).reconstruction,
-        f"{num_numbers} principal components": lambda pixels: components(pixels.cpu()),
-    }
+    name = f"autoencoder, {num_numbers} of {pictures[0].numel()} numbers"
+    ways = {name: lambda pixels: model(pixels).reconstruction}
+    if count := model.config.num_refinement_steps:
+        ways[f"{name}, refined in {count} steps"] = lambda pixels: model.decode(
+            model.refine(pixels, model.encode(pixels))
+        )
+    return ways | {f"{num_numbers} principal components": lambda pixels: components(pixels.cpu())}
 
 
 def ways_of_sound(model: MegaTransformerVocoder) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

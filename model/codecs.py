@@ -124,7 +124,8 @@ class AutoencoderCodec(Codec):
     def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
         """(images, channels, side, side) in -1 .. 1."""
         check_images(targets, self.autoencoder.config.num_channels, self.side)
-        latents = self.autoencoder.encode(targets.to(self.autoencoder.dtype))
+        pixels = targets.to(self.autoencoder.dtype)
+        latents = self.autoencoder.refine(pixels, self.autoencoder.encode(pixels))
         return latents.flatten(0, 1), [self.max_tokens] * len(targets)
 
     def encode_ids(self, targets: torch.Tensor) -> torch.LongTensor:

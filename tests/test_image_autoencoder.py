@@ -128,6 +128,36 @@ def test_noise_is_added_in_training_alone():
     assert torch.equal(quiet(images).reconstruction, quiet(images).reconstruction)
 
 
+def test_refined_latents_are_those_of_a_descent_by_hand():
+    """Of one image, by its own error: Adam's first two steps are known numbers of the gradients."""
+    model, images = tiny_autoencoder(num_refinement_steps=2), pictures(1)
+    latents = model.encode(images).detach()
+    position, first, second = latents.clone(), 0.0, 0.0
+    for step, rate in enumerate((0.03, 0.015), start=1):
+        position.requires_grad_()
+        error = (model.decode(model.project(position)) - images).square().mean().log10()
+        (gradient,) = torch.autograd.grad(error, position)
+        first, second = 0.8 * first + 0.2 * gradient, 0.99 * second + 0.01 * gradient.square()
+        slope = first / (1 - 0.8**step) / ((second / (1 - 0.99**step)).sqrt() + 1e-8)
+        position = position.detach() - rate * slope
+    torch.testing.assert_close(model.refine(images, latents), model.project(position), atol=1e-5, rtol=1e-4)
+
+
+def test_refined_latents_make_better_images_and_nothing_else():
+    model, images = tiny_autoencoder(num_refinement_steps=10), pictures(3)
+    with torch.inference_mode():
+        latents = model.encode(images)
+        refined = model.refine(images, latents)
+        errors = [(model.decode(found) - images).square().mean(dim=(1, 2, 3)) for found in (latents, refined)]
+    assert (errors[1] < 0.98 * errors[0]).all() and not refined.requires_grad
+    torch.testing.assert_close(refined.square().mean(dim=-1), torch.ones(3, 16), atol=1e-4, rtol=0)
+    alone = torch.cat([model.refine(image, model.encode(image)) for image in images.split(1)])
+    torch.testing.assert_close(alone, refined, atol=1e-4, rtol=1e-3)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    plain = tiny_autoencoder()
+    assert torch.equal(plain.refine(images, plain.encode(images)), plain.encode(images))
+
+
 def test_every_weight_gets_a_gradient_and_learns_pictures():
     model = tiny_autoencoder(latent_noise=0.0).train()
     images = pictures(4).round(decimals=1)
@@ -273,6 +303,7 @@ def test_saved_with_its_code_it_loads_anywhere(tmp_path, bottleneck):
         ({"latent_size": 1}, "a sphere of one number is a sign"),
         ({"bottleneck": "vq"}, "bottleneck"),
         ({"latent_noise": -1}, "latent_noise"),
+        ({"bottleneck": "fsq", "num_refinement_steps": 2}, "num_refinement_steps is 2, but rounded latents"),
     ],
 )
 def test_bad_settings_are_value_errors_that_name_them(options, message):

@@ -56,6 +56,22 @@ def test_frames_there_and_back():
     assert latents[2].view(4, 2).tolist() == frames[1, :, :2].tolist()
 
 
+def test_targets_are_refined_where_the_autoencoder_says_so(folder, tmp_path):
+    alone = MegaTransformerImageAutoencoder.from_pretrained(folder / "sphere").eval()
+    alone.config.num_refinement_steps = 3
+    alone.save_pretrained(tmp_path)
+    model = tiny_writer(image={"codec": "autoencoder", "codec_name_or_path": str(tmp_path)})
+    model.model.load_backbones()
+    pixels = writing_batch()["image_targets"]
+    latents, _ = model.model.writers["image"].codec.encode(pixels)
+    refined = alone.refine(pixels, alone.encode(pixels))
+    assert not torch.allclose(refined, alone.encode(pixels), atol=1e-3)
+    torch.testing.assert_close(latents.view(2, 4, 6), refined)
+    model.train()
+    model(**writing_batch(), num_steps=2).loss.backward()
+    assert all(weight.grad is None for weight in model.model.writers["image"].codec.parameters())
+
+
 def test_an_autoencoder_is_loaded_and_stays_as_it_is(folder, tmp_path):
     model = tiny_writer(image={"codec": "autoencoder", "codec_name_or_path": str(folder / "sphere")})
     model.model.load_backbones()
