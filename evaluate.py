@@ -176,12 +176,17 @@ def add_media_arguments(parser: arguments.OneLineParser) -> None:
         help="of what is written as pictures and sound, for which the criterion is the change of the velocity of the "
         "flow head; default: that of `generate`",
     )
+    parser.add_argument(
+        "--cache-policy",
+        choices=["full", "ring", "last"],
+        help="which steps of past places are read while media are written; default: the model's",
+    )
 
 
 def generate_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `generate` that were named, for media."""
     names = ("guidance_scale", "num_flow_steps", "flow_temperature")
-    names += ("exit_criterion", "exit_threshold", "velocity_threshold")
+    names += ("exit_criterion", "exit_threshold", "velocity_threshold", "cache_policy")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

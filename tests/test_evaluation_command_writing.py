@@ -89,6 +89,25 @@ def test_what_is_written_is_checked_by_source_and_depth(run_folder, judge_folder
         assert (tmp_path / f"media_{name}.png").stat().st_size > 5000
 
 
+def test_exits_read_the_last_steps_where_that_is_asked_for(run_folder, tmp_path):
+    options = {"exit_criterion": "latent_difference", "velocity_threshold": 0.9, "cache_policy": "last"}
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
+    drawings = "--data.validation", json.dumps([SOURCES[0]])
+    run(run_folder, tmp_path, "--no-texts", "--batch-size", 1, "--num-steps", 4, *flags, *drawings)
+    content = json.loads((tmp_path / "media.json").read_text())
+    assert content["generate"] == options
+
+    model, processor = tiny_artist(), artist_processor()
+    data = DataConfig(train=[SourceConfig(**SOURCES[0])], block_size=256)
+    steps = []
+    for seed, example in enumerate(build_examples(data.train[0], data, processor, 4, seed=5)):
+        prompt = torch.tensor([example["prompt_ids"]])
+        output = model.generate(prompt, num_steps=4, generation_mode="image", flow_seeds=[seed], **options)
+        steps += [float(step) for step in output.exit_steps.flatten() if step >= 0]
+    (found,) = content["rows"][0]["sources"].values()
+    assert found["mean_steps"] == pytest.approx(sum(steps) / len(steps))
+
+
 def test_images_that_are_tokens(tmp_path, monkeypatch, capsys):
     """Against drawing them one by one, from the number of the example."""
     write_codes(monkeypatch)
