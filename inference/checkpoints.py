@@ -8,12 +8,15 @@ import math
 import re
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from model import MegaTransformerConfig
 
 logger = logging.getLogger(__name__)
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,10 +35,15 @@ def find_checkpoint(path: str | Path) -> Path:
     """The newest complete weights of a folder: its own, or those of a checkpoint-N in it with more steps, as there are
     where a finished run went on. Warnings name what is incomplete, and weights of the folder that are not the newest.
 
+    Args:
+        path: The folder, or a model's name on the hub, owner/name, unless there is a local folder "owner".
+
     Raises:
-        FileNotFoundError: the path does not exist, is no folder, or holds no complete model.
+        FileNotFoundError: the path does not exist, is no folder, or holds no complete model; the hub does not give it.
     """
     folder = Path(path)
+    if not folder.parent.exists() and HUB_NAME.fullmatch(str(path)):
+        folder = fetch(str(path))
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist: give the folder of a run or of a checkpoint.")
     if not folder.is_dir():
@@ -56,6 +64,22 @@ def find_checkpoint(path: str | Path) -> Path:
         f"{folder} holds no complete model (it {incompleteness(folder)}){also}: give the folder of a run or of a "
         "checkpoint."
     )
+
+
+def fetch(name: str) -> Path:
+    """The folder in the cache of a model on the hub, downloaded if it is not there yet.
+
+    Raises:
+        FileNotFoundError: there is no such model, or no network.
+    """
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name} is no folder, and the hub does not give a model of that name ({reason}): give the folder of a run "
+            "or of a checkpoint, or a name on the hub."
+        ) from error
 
 
 def has_weights(folder: Path) -> bool:

@@ -213,6 +213,38 @@ def test_only_incomplete_checkpoints_are_an_error(original, tmp_path):
         find_checkpoint(tmp_path)
 
 
+@pytest.fixture
+def hub_cache(original, tmp_path, monkeypatch):
+    """Without a network: a folder as the hub's client leaves it, of the model someone/small."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    model = tmp_path / "hub" / "models--someone--small"
+    shutil.copytree(original, model / "snapshots" / revision)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return model / "snapshots" / revision
+
+
+def test_a_model_of_the_hub_by_its_name(hub_cache, original):
+    model, tokenizer = load_model("someone/small")
+    expected, _ = load_model(original)
+    assert find_checkpoint("someone/small") == hub_cache
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+    assert tokenizer.decode([5, 6]) == load_model(original)[1].decode([5, 6])
+
+
+def test_a_name_that_the_hub_does_not_have(hub_cache, tmp_path):
+    with pytest.raises(FileNotFoundError, match="someone/nothing is no folder, and the hub does not give a model"):
+        find_checkpoint("someone/nothing")
+    (tmp_path / "someone").mkdir()  # then it is meant to be a folder
+    with pytest.raises(FileNotFoundError, match="someone/small does not exist: give the folder"):
+        find_checkpoint("someone/small")
+
+
 def test_a_checkpoint_in_several_files(checkpoint):
     tiny_model().save_pretrained(checkpoint, max_shard_size="20KB")
     (checkpoint / "model.safetensors").unlink(missing_ok=True)
