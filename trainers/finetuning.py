@@ -24,7 +24,7 @@ class ModelOptions:
     """The checkpoint that is tuned."""
 
     path: str = ""
-    """Folder of a run or of a checkpoint; it has to be given."""
+    """Folder of a run or of a checkpoint, or a name on the Hugging Face hub; it has to be given."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights; by default that of the checkpoint. Adapters are float32."""
     num_steps: int | None = None
