@@ -132,9 +132,14 @@ class DepthEvaluator:
         self.writer = writer
 
     def batches(self, items: Iterable[Item]) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of at most `batch_size` items, in order, on the device."""
+        """Batches of at most `batch_size` items, in order, as `batch_of` makes them."""
         for chunk in chunks(items, self.batch_size):
-            yield to_model(self.collate(chunk), self.model)
+            yield self.batch_of(chunk)
+
+    def batch_of(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        """Items on the device, with the codes of images, where these are tokens."""
+        with_codes = getattr(self.model, "with_codes", dict)  # models of text alone have none
+        return with_codes(to_model(self.collate(items), self.model))
 
     def logits(self, batch: dict[str, torch.Tensor], num_steps: int | None) -> torch.Tensor:
         """(batch, sequence, vocabulary)."""
@@ -165,7 +170,7 @@ class DepthEvaluator:
         """The answers to examples with `input_ids`, `labels` (on the answer), `answer` and `difficulty`."""
         answers = []
         for chunk in chunks(examples, self.batch_size):  # read once: there may be media to decode
-            batch = to_model(self.collate([row_of(example) for example in chunk]), self.model)
+            batch = self.batch_of([row_of(example) for example in chunk])
             right = answers_right(self.logits(batch, num_steps), batch["labels"]).tolist()
             written = [None] * len(chunk)
             if self.writer is not None:

@@ -70,7 +70,7 @@ def token_scores(
         logits: (batch, sequence, vocabulary).
         labels: (batch, sequence), not shifted: the logits at t are scored against the label at t + 1; -100 is not
             scored.
-        byte_lengths: (vocabulary,) of `token_byte_lengths`, or None.
+        byte_lengths: (tokens,) of `token_byte_lengths`, or None; ids behind them, such as codes of images, have none.
 
     Returns:
         (batch, sequence - 1, 2): negative log-likelihood in nats, and 1; (batch, sequence - 1, 3) with the number of
@@ -83,7 +83,8 @@ def token_scores(
     scored = targets != -100
     scores = [nll.double(), scored.double()]
     if byte_lengths is not None:
-        lengths = byte_lengths.to(targets.device)[targets.clamp(min=0)]
+        lengths = F.pad(byte_lengths, (0, max(0, logits.shape[-1] - len(byte_lengths))))
+        lengths = lengths.to(targets.device)[targets.clamp(min=0)]
         scores.append((lengths * scored).double())
     return torch.stack(scores, dim=-1)
 

@@ -696,18 +696,14 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
         **kwargs,
     ) -> MegaTransformerCausalLMOutput:
         """Arguments of `MegaTransformerForCausalLM` and of `MegaTransformerModel`."""
-        targets = {"image_targets": image_targets}
-        if input_ids is not None and image_targets is not None:
-            coded = put_codes(self.model.writers, targets, input_ids, self.config)
-            labels = labels if labels is None else torch.where(labels == input_ids, coded, labels)
-            input_ids = coded
+        coded = self.with_codes({"input_ids": input_ids, "labels": labels, "image_targets": image_targets})
         media = {
             "pixel_values": pixel_values,
             "image_sizes": image_sizes,
             "input_features": input_features,
             "input_features_mask": input_features_mask,
             "mm_encoder_outputs": mm_encoder_outputs,
-            "image_targets": targets.get("image_targets"),
+            "image_targets": coded["image_targets"],
             "audio_targets": audio_targets,
             "audio_targets_mask": audio_targets_mask,
             "flow_seeds": flow_seeds,
@@ -715,15 +711,27 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
             **self.model.take_media(kwargs),
         }
         return super().forward(
-            input_ids=input_ids,
+            input_ids=coded["input_ids"],
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
+            labels=coded["labels"],
             media={name: value for name, value in media.items() if value is not None},
             **kwargs,
         )
+
+    def with_codes(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with codes where `input_ids` and `labels` hold places of images, and without these images, where the
+        head is "fsq"; others stay as they are. `forward` does it by itself: this is for who compares logits with labels.
+        """
+        ids, labels = batch.get("input_ids"), batch.get("labels")
+        if ids is None or batch.get("image_targets") is None:
+            return batch
+        targets = {"image_targets": batch["image_targets"]}
+        coded = put_codes(self.model.writers, targets, ids, self.config)
+        labels = labels if labels is None else torch.where(labels == ids, coded, labels)
+        return {**batch, "input_ids": coded, "labels": labels, "image_targets": targets.get("image_targets")}
 
     def _losses(self, logits: torch.Tensor | None, outputs: MegaTransformerModelOutput, *args: Any) -> dict[str, Any]:
         """As in the parent, and those of latents: L = L_text + sum over modalities of weight * mean |v - v*|^2."""

@@ -7,7 +7,7 @@ import torch
 import yaml
 from PIL import Image
 
-from dataset_loading import DataConfig, SourceConfig, build_examples
+from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
 from evaluate import divide, main
 from evaluation import CHECKS, JudgeConfig, LabelledMedia, check_scene, load_judge, save_judge, train_judge
 from tests.tiny_artist import CODES, artist_processor, save_artist, tiny_artist, write_codes
@@ -115,11 +115,16 @@ def test_images_that_are_tokens(tmp_path, monkeypatch, capsys):
     source = {"kind": "generated", "task": "drawings", "num_rows": 40, "direction": "text -> image"}
     config = {"data": {"block_size": 256, "train": [source]}, "training": {"output_dir": "unused", "seed": 5}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    run(folder, tmp_path / "out", "--no-texts", "--batch-size", 1)
+    deep = run(folder, tmp_path / "out", "--no-texts", "--batch-size", 1)[1]
     content = json.loads((tmp_path / "out" / "media.json").read_text())
 
     model, processor = tiny_artist(image=CODES), artist_processor(CODES)
     data, pictures = DataConfig(train=[SourceConfig(**source)], block_size=256), []
+    rows = build_datasets(data, processor, seed=5).validation["drawings"]
+    batch = Collator(processor)([rows[number] for number in range(len(rows))])
+    with torch.no_grad():
+        loss = model(**{name: value for name, value in batch.items() if name != "modality_ids"}, num_steps=3).loss
+    assert deep["modalities"]["written_image"]["losses"]["loss"] == pytest.approx(float(loss), rel=1e-4)
     examples = build_examples(data.train[0], data, processor, 4, seed=5)
     for seed, example in enumerate(examples):
         ids = torch.tensor([example["prompt_ids"]])

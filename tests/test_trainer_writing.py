@@ -8,7 +8,7 @@ from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets
 from model import MegaTransformerForConditionalGeneration, modality_names
 from model.recurrence import draw_training_states, sample_depth
 from tests.test_trainer import Interrupt, losses
-from tests.tiny_artist import artist_config, artist_processor
+from tests.tiny_artist import CODES, artist_config, artist_processor
 from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point
 from trainers.written import flow_seeds
 
@@ -25,9 +25,9 @@ def data():
     return build_datasets(config, artist_processor(), seed=3).train
 
 
-def model_of(seed: int = 0) -> MegaTransformerForConditionalGeneration:
+def model_of(seed: int = 0, **options) -> MegaTransformerForConditionalGeneration:
     """Its depth is not drawn by micro-batch."""
-    config = artist_config()
+    config = artist_config(**options)
     config.text_config.recurrence.step_distribution = "fixed"
     torch.manual_seed(seed)
     return MegaTransformerForConditionalGeneration(config)
@@ -85,6 +85,22 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path, data):
     assert losses(whole)[5] != losses(whole)[2] and figures(second) == figures(whole)
     for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_codes_are_what_logits_are_compared_with(tmp_path):
+    """Evaluation reads the loss from logits and labels: it is the loss that the model itself gives."""
+    config = DataConfig(train=SOURCES[:1], block_size=160, packing=False)
+    processor = artist_processor(CODES)
+    rows = build_datasets(config, processor, seed=3).train
+    model = model_of(image=CODES)
+    trainer = build(tmp_path, rows, model)
+    batch = Collator(processor)([rows[0], rows[1]])
+    loss, logits, labels = trainer.prediction_step(model.eval(), batch, prediction_loss_only=False)
+    codes = model.model.writers["image"].codec.encode_ids(batch["image_targets"]) + model.config.image_code_offset
+    assert torch.equal(labels[batch["labels"] == model.config.written_image_token_id], codes.flatten())
+    targets = labels[:, 1:].flatten()
+    found = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
+    torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)
 
 
 def test_seeds_belong_to_keys():

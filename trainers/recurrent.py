@@ -92,6 +92,11 @@ class RecurrentTrainer(CheckedTrainer):
         self.written.add(outputs.get("written_losses") or {})
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """As in `Trainer`; the labels that logits are compared with hold the codes of images, where these are tokens."""
+        with_codes = getattr(self.model, "with_codes", dict)  # models of text alone have none
+        return super().prediction_step(model, with_codes(self._prepare_inputs(inputs)), *args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of what was gathered since the last log of training."""
         if "loss" in logs:
