@@ -93,7 +93,7 @@ class RecurrentTrainer(CheckedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """As in `Trainer`; the labels that logits are compared with hold the codes of images, where these are tokens."""
+        """As in `Trainer`; labels hold the codes of images, where these are tokens."""
         with_codes = getattr(self.model, "with_codes", dict)  # models of text alone have none
         return super().prediction_step(model, with_codes(self._prepare_inputs(inputs)), *args, **kwargs)
 
