@@ -723,7 +723,7 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
 
     def with_codes(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with codes where `input_ids` and `labels` hold places of images, and without these images, where the
-        head is "fsq"; others stay as they are. `forward` does it by itself; who compares logits with labels asks for it.
+        head is "fsq"; others stay as they are. `forward` does it by itself; who compares logits with labels needs it.
         """
         ids, labels = batch.get("input_ids"), batch.get("labels")
         if ids is None or batch.get("image_targets") is None:
