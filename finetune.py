@@ -4,12 +4,14 @@ from inference.logs import set_up_logging  # noqa: F401  first: it sets up what 
 
 # isort: split
 import copy
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
 
 from callbacks import add_callbacks
@@ -19,7 +21,7 @@ from dataset_loading import Collator, build_datasets
 from dataset_loading.preferences import build_pairs, build_prompts
 from evaluation import METRICS, trainer_metrics
 from inference.adapters import base_model
-from inference.checkpoints import find_checkpoint, reads_media
+from inference.checkpoints import adapters_in, find_checkpoint, reads_media
 from inference.loading import load_model, tokenizer_of
 from inference.shutdown import end_process
 from model import modality_names
@@ -67,6 +69,7 @@ def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Tra
     model, adapters = add_adapters(run, model)
     beside = [base, *adapters] if run.has_adapters else []
     if resume_point is not None:
+        check_adapters(run, resume_point)
         check_weights(resume_point, model)
         for part in beside:
             part.load(resume_point)
@@ -87,7 +90,7 @@ def load_base(run: FinetuningConfig, folder: Path) -> tuple[PreTrainedModel, Pro
         model, processor = load_model(folder, args.device, dtype, run.quantization)
     prepare_tokenizer(tokenizer_of(processor), model.config.get_text_config().vocab_size)
     if is_quantized(model):
-        model = prepare_quantized_training(model, args, run.has_adapters)
+        model = prepare_quantized_training(model, args, has_lora=run.peft is not None)
     config = model.config.get_text_config()
     if options.num_steps is not None:
         config.recurrence.mean_steps = options.num_steps
@@ -109,14 +112,31 @@ def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.n
     steps = []
     if run.step_lora is not None:
         options = run.step_lora
-        targets = step_lora_targets(model, options.target_modules)
+        targets = step_lora_targets(model, options.target_modules, lora)
         steps = [add_step_lora(model, targets, options.num_steps, options.rank, options.alpha)]
     model.requires_grad_(False)
     if lora is not None:
         model = get_peft_model(model, lora)
     for adapter in steps:
         adapter.requires_grad_(True)  # PEFT freezes all but its own
+        if lora is not None:
+            switch = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+            # Off together with PEFT's, as in the pass of a reference: the model without any.
+            adapter.is_off = functools.partial(getattr, switch, "disable_adapters")
     return model, steps
+
+
+def check_adapters(run: FinetuningConfig, resume_point: str) -> None:
+    """Raises ValueError for a checkpoint with other kinds of adapters than those of the run."""
+    kinds = {"adapter_config.json": "peft", "step_lora.json": "step_lora"}
+    there = [kind for name, kind in kinds.items() if name in adapters_in(Path(resume_point))]
+    here = [kind for kind in kinds.values() if getattr(run, kind) is not None]
+    if there != here:
+        there, here = (" and ".join(names) or "no adapters" for names in (there, here))
+        raise ValueError(
+            f"training.resume_from_checkpoint: {resume_point} has {there}, but this run has {here}; give the same "
+            "sections, or another checkpoint"
+        )
 
 
 def build_recurrent_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
@@ -170,6 +190,18 @@ def build_rollout_trainer(run: FinetuningConfig, model: torch.nn.Module, process
     """The trainer of `grpo`: prompts, to which the model writes answers that are rewarded."""
     args = run.training
     train, validation = build_prompts(run.data, args.seed)
+    needed = args.generation_batch_size // args.num_generations
+    positions = model.config.get_text_config().max_position_embeddings
+    if len(train) < needed:
+        raise ValueError(
+            f"data.train: there are {len(train)} prompts, fewer than the {needed} of one update; add rows, or lower "
+            "training.per_device_train_batch_size"
+        )
+    if args.max_completion_length >= positions:
+        raise ValueError(
+            f"training.max_completion_length is {args.max_completion_length}, but with its prompt an answer has "
+            f"{positions} positions in this model; give less"
+        )
     args.choose_best_metric([f"eval_{source}_reward" for source in validation])
     trainer = RolloutTrainer(
         model=model,

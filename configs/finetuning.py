@@ -54,7 +54,7 @@ NOT_OPTIONS[RolloutArguments] = {
     *("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching", "use_transformers_paged"),
     *("transformers_continuous_batching_config", "max_tool_calling_iterations", "num_generations_eval"),
     *("log_multimodal", "log_completions_hub_repo", "modality_weights", "router_aux_loss_coef"),
-    *("recurrence_logging_steps", "depth_gap_alarm", "token_correlation_alarm"),
+    *("recurrence_logging_steps", "depth_gap_alarm", "token_correlation_alarm", "cast_lm_head_to_fp32"),
     *(name for name in RolloutArguments.__dataclass_fields__ if "vllm" in name),
 }
 SECTIONS = {

@@ -33,7 +33,7 @@ class Conversation:
         system: what the model is told before anything else.
 
     Raises:
-        ValueError: there is no chat template.
+        ValueError: there is no chat template, or no room beside an answer.
     """
 
     def __init__(
@@ -47,6 +47,12 @@ class Conversation:
             raise ValueError(
                 "this model has no chat template, as it has never seen conversations: fine-tune it on some with "
                 "finetune.py, or continue texts with inference.generate."
+            )
+        positions = model.config.get_text_config().max_position_embeddings
+        if options["max_new_tokens"] >= positions:
+            raise ValueError(
+                f"max_new_tokens is {options['max_new_tokens']}, but this model has {positions} positions for a "
+                "conversation with its answers; give less."
             )
         self.model, self.processor, self.options = model, processor, dict(options)
         self.tokenizer = tokenizer_of(processor)

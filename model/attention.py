@@ -227,6 +227,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
         heads = self.num_heads + 2 * self.num_key_value_heads
         self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
         self.o_proj = build_output_projection(self.num_heads * self.head_dim, config.hidden_size)
@@ -262,7 +263,7 @@ class Attention(nn.Module):
             key,
             value,
             inputs.mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **extra,
         )  # (batch, sequence, heads, head_dim)

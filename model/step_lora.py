@@ -6,7 +6,7 @@ have none. There is one core for all steps, so that these deltas cannot be merge
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class StepLora(nn.Module):
         self.options = {"num_steps": num_steps, "rank": rank, "alpha": alpha, "targets": list(targets)}
         self.num_steps, self.scale = num_steps, alpha / rank
         self.step = 0  # of the step in progress; the core sets it, again where activations are computed again
+        self.is_off: Callable[[], bool] = lambda: False  # who has a switch for other adapters puts it here
         self.deltas = nn.ModuleDict()
         for target in self.options["targets"]:
             layer = core.get_submodule(target)
@@ -61,7 +62,7 @@ class StepLora(nn.Module):
             layer.register_forward_hook(partial(self._add, deltas))
 
     def _add(self, deltas: StepDeltas, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        if self.step >= self.num_steps and not torch.is_grad_enabled():
+        if self.is_off() or (self.step >= self.num_steps and not torch.is_grad_enabled()):
             return output
         return output + (self.scale * deltas(args[0], self.step)).to(output.dtype)
 

@@ -201,6 +201,10 @@ def refusal(capsys, main, *argv: object) -> str:
         (["--peft.target_modules.core", "q_proj"], "'q_proj' matches nothing; the linear layers of core are proj, qkv"),
         (["--peft.target_modules.vision", "all-linear"], "vision has no linear layers; this model has prelude (qkv"),
         (["--step_lora.target_modules", "head"], "step_lora.target_modules: 'head' matches nothing"),
+        (
+            ["--step_lora.rank", "1", "--peft.use_dora", "true"],
+            "step_lora.target_modules: proj of the core has DoRA as well",
+        ),
         (["--training.packing", "true"], "unknown key training.packing"),
         (["--training.loss_type", "dtf"], "loss_type is 'dtf'; give one of nll, dft"),
     ],
@@ -209,6 +213,16 @@ def test_bad_options_are_one_line(flags, words, tiny_run, tmp_path, capsys):
     config = write_tuning_config(tmp_path, tiny_run)
     line = refusal(capsys, finetune.main, "--config", config, "--training.output_dir", tmp_path / "out", *flags)
     assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_with_other_adapters_is_not_gone_on_with(tuned, tiny_run, tmp_path, capsys):
+    flags = ["--training.output_dir", tmp_path / "out", "--training.resume_from_checkpoint", tuned / "checkpoint-2"]
+    config = write_tuning_config(tmp_path, tiny_run, peft=None)
+    words = "checkpoint-2 has peft, but this run has no adapters; give the same sections"
+    assert words in refusal(capsys, finetune.main, "--config", config, *flags)
+    line = refusal(capsys, finetune.main, "--config", config, "--step_lora.rank", 2, *flags)
+    assert "checkpoint-2 has peft, but this run has step_lora" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -95,6 +95,13 @@ def test_the_model_calls_the_calculator_and_goes_on_with_what_it_says(checkpoint
     assert [json.loads(line) for line in saved.read_text().splitlines()] == [{"messages": TALK}] * 2
 
 
+def test_an_answer_needs_room_beside_it(checkpoint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        chat.main([str(checkpoint), "--max-new-tokens", "256"])
+    assert stop.value.code == 2
+    assert "max_new_tokens is 256, but this model has 256 positions for a conversation" in capsys.readouterr().err
+
+
 def test_what_the_model_reads_is_what_was_said(checkpoint):
     """Token by token: begin, and for each message its role and its bytes; the depth is the one asked for."""
     model, tokenizer = load_model(checkpoint)

@@ -1,6 +1,7 @@
 """Learning from preferences: what pairs are made of, and the loss at one depth for policy and reference."""
 
 import json
+import logging
 import math
 import random
 
@@ -10,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import finetune
+from configs.finetuning import load_finetuning_config
 from dataset_loading.configuration import DataConfig, SourceConfig
 from dataset_loading.preferences import build_pairs, build_prompts, spoiled
 from dataset_loading.synthetic import get_task
@@ -33,7 +35,7 @@ def random_pairs(count=8, same=False):
     return Dataset.from_list([row | {"rejected_ids": row["chosen_ids"]} if same else row for row in rows])
 
 
-def build(folder, pairs, adapters=True, **overrides):
+def build(folder, pairs, adapters=True, model=None, **overrides):
     settings = {
         "output_dir": str(folder),
         "max_steps": 1,
@@ -48,7 +50,7 @@ def build(folder, pairs, adapters=True, **overrides):
     }
     lora = LoraConfig(r=4, target_modules=["qkv_proj", "down_proj"], init_lora_weights=False)  # B is not zero then
     return PreferenceTrainer(
-        model=tiny_model(),
+        model=model or tiny_model(),
         ref_model=None if adapters else tiny_model(seed=1),
         args=PreferenceArguments(**{**settings, **overrides}),
         train_dataset=pairs,
@@ -102,9 +104,10 @@ def test_the_loss_is_that_of_the_paper_at_one_depth(tmp_path, adapters):
     assert loss.item() == pytest.approx(sum(by_hand) / 4, abs=1e-5)
 
 
-def test_the_same_answer_twice_says_nothing(tmp_path):
-    """The two have the same depth and the same initial state."""
-    trainer = build(tmp_path, random_pairs(same=True), max_steps=2)
+@pytest.mark.parametrize("dropout", [{}, {"hidden_dropout": 0.3}, {"attention_dropout": 0.3}])
+def test_the_same_answer_twice_says_nothing(tmp_path, dropout):
+    """The two have the same depth and the same initial state, and no dropout."""
+    trainer = build(tmp_path, random_pairs(same=True), model=tiny_model(**dropout), max_steps=2)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == pytest.approx([math.log(2)] * 2, abs=1e-6)
@@ -127,11 +130,46 @@ def test_the_reference_is_the_model_without_its_adapters(tmp_path):
     assert list(trainer.model.peft_config) == ["default"]
 
 
+def test_the_reference_has_no_deltas_of_steps_either(tiny_run, tmp_path):
+    """PEFT's switch for its adapters is that of ours: without them, the model is the base to the last bit."""
+    sections = {"data": {"train": [ADDITION], "validation": [ADDITION]}, "step_lora": {"num_steps": 3}}
+    training = {"max_steps": 2, "learning_rate": 0.1, "save_strategy": "no"}
+    config = write_tuning_config(tmp_path, tiny_run, trainer="dpo", training=training, **sections)
+    trainer = finetune.build_trainer(
+        load_finetuning_config(["--config", str(config), "--training.output_dir", str(tmp_path / "out")])
+    )
+    trainer.train()
+    ids, (base, _) = torch.randint(3, 200, (2, 7)), load_model(tiny_run)
+    model = trainer.model.eval()
+    with torch.no_grad():
+        expected = base(ids, num_steps=4).logits
+        assert (model(input_ids=ids, num_steps=4).logits - expected).abs().max() > 1e-3
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids, num_steps=4).logits, expected)
+        assert trainer.beside[-1].deltas is not None
+        for deltas in trainer.beside[-1].deltas.values():
+            assert deltas.up.abs().max() > 0
+
+
+def test_pairs_without_room_for_an_answer_are_left_out(tmp_path, caplog):
+    pairs = random_pairs()
+    lengths = [len(ids) for ids in pairs["prompt_ids"]]
+    with caplog.at_level(logging.WARNING, logger="trainers.dpo"):
+        trainer = build(tmp_path, pairs, max_length=max(lengths))
+    too_long = lengths.count(max(lengths))
+    assert 0 < too_long < len(trainer.train_dataset) + too_long == len(pairs)
+    assert f"{too_long} of 8 pairs of train are left out" in caplog.text
+    with pytest.raises(ValueError, match="all 8 pairs of train have prompts of 2 tokens and more"):
+        build(tmp_path, pairs, max_length=2)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs is True, but the reference has to run"),
         ({"beta": 0}, "beta is 0; give a number above 0"),
+        ({"max_length": 0}, "max_length is 0; give at least 2"),
+        ({"loss_type": ["sigmoid", "foo"]}, "loss_type is 'foo'; give one of sigmoid, sigmoid_norm, hinge"),
         ({"f_divergence_type": "forward_kl", "loss_type": ["apo_zero"]}, "f_divergence_type"),
     ],
 )

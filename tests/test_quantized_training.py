@@ -38,7 +38,7 @@ def options(**changes):
 def load(checkpoint, bits, dtype=None, **changes):
     quantization = QuantizationConfig(load_in=bits, double_quant=False)
     model, _ = load_model(checkpoint, dtype=dtype, quantization=quantization)
-    return prepare_quantized_training(model, options(**changes), has_adapters=True)
+    return prepare_quantized_training(model, options(**changes), has_lora=True)
 
 
 def with_adapters(model) -> PeftModel:
@@ -134,7 +134,7 @@ def test_a_base_that_is_saved_in_fewer_bits(tiny_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "has_adapters", "message"),
+    ("changes", "has_lora", "message"),
     [
         ({}, False, "peft: weights of 8 and 4 bits do not learn"),
         (
@@ -145,7 +145,7 @@ def test_a_base_that_is_saved_in_fewer_bits(tiny_run, tmp_path, capsys):
         ({"torch_compile": True}, True, "training.torch_compile: it is not possible with weights of 8 and 4 bits"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(checkpoint, changes, has_adapters, message):
+def test_what_cannot_be_trained_is_refused(checkpoint, changes, has_lora, message):
     model, _ = load_model(checkpoint, quantization=QuantizationConfig(load_in="8bit"))
     with pytest.raises(ValueError, match=message):
-        prepare_quantized_training(model, options(**changes), has_adapters)
+        prepare_quantized_training(model, options(**changes), has_lora)

@@ -1,5 +1,6 @@
 """Learning by reward: what is written at a recorded depth is scored at that depth, and rewards are checked."""
 
+import copy
 import json
 import sys
 import types
@@ -12,6 +13,7 @@ from peft import LoraConfig
 
 import finetune
 from inference.loading import load_model
+from model.chat import encode_conversation, prepare_tokenizer
 from model.recurrence import sample_depth
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from trainers import grpo
@@ -98,7 +100,7 @@ class Sampled:
 
 def test_what_was_written_is_scored_with_the_probabilities_it_was_drawn_with(tmp_path, rewards, monkeypatch):
     """Also after TRL has shuffled and split it, and whatever exits, cache and dropout the checkpoint has by itself."""
-    model = tiny_model(hidden_dropout=0.2)
+    model = tiny_model(hidden_dropout=0.2, attention_dropout=0.2)
     model.config.recurrence.exit_criterion, model.config.recurrence.exit_threshold = "latent_difference", 10.0
     model.config.recurrence.cache_policy = "last"
     model.generation_config.noise_level = 0.5
@@ -207,6 +209,18 @@ def test_the_reference_is_the_model_without_its_adapters(tmp_path, rewards):
     assert trainer.ref_model is None
 
 
+def test_texts_in_messages_are_nothing_but_text(tmp_path, rewards):
+    """As in training on conversations, where no text can end a message."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    prepare_tokenizer(tokenizer, 320)
+    trainer = build(tmp_path, rewards.add(many_a))
+    trainer._tokenizer = tokenizer
+    messages = [{"role": "user", "content": "<|end|> hi"}]
+    (ids,), images, fields = trainer._tokenize_prompts([messages])
+    assert ids == encode_conversation(tokenizer, messages, add_generation_prompt=True)
+    assert tokenizer.eos_token_id not in ids[:-1] and (images, fields) == (None, {})
+
+
 def tuning(folder, base, reward):
     """Flags of `finetune.py` for a run of two updates."""
     source = {"kind": "generated", "task": "addition", "num_rows": 8, "difficulty": [1, 1]}
@@ -240,6 +254,20 @@ def test_a_reward_that_fails_in_training_is_one_line(tiny_run, tmp_path, rewards
     assert stopped.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert lines == ["error: reward 'rewards_of_a_test:raises' raised KeyError: 'answer'"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--training.per_device_train_batch_size", "64"], "there are 8 prompts, fewer than the 32 of one update"),
+        (["--training.max_completion_length", "5000"], "training.max_completion_length is 5000, but with its prompt"),
+        (["--training.cast_lm_head_to_fp32", "true"], "unknown key training.cast_lm_head_to_fp32"),
+    ],
+)
+def test_runs_that_could_not_learn_are_one_line(tiny_run, tmp_path, rewards, capsys, flags, words):
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main([*tuning(tmp_path, tiny_run, rewards.add(many_a)), *flags])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- rewards
@@ -309,6 +337,12 @@ def test_none_is_a_reward_that_cannot_be_told(rewards):
     [
         ({"rewards": []}, "rewards is empty"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1 rewards"),
+        ({"loss_type": "foo"}, "loss_type is 'foo'; give one of grpo, bnpo"),
+        ({"scale_rewards": "sum"}, "scale_rewards is 'sum'; give one of group, batch, none"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'"),
+        ({"multi_objective_aggregation": "max"}, "multi_objective_aggregation is 'max'"),
+        ({"temperature": 0}, "temperature is 0; give a number above 0"),
+        ({"max_completion_length": 0}, "max_completion_length is 0; give at least 1"),
         ({"use_vllm": True}, "use_vllm is on, but it knows no recurrent depth"),
         ({"gradient_accumulation_steps": 1, "num_generations": 3}, "divisible by num_generations"),
     ],

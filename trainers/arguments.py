@@ -45,6 +45,12 @@ FIXED = {
 }
 
 
+def check_choices(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises ValueError for a value of an option that is not among those known."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; give one of {', '.join(known)}")
+
+
 @dataclass
 class RecurrentTrainingArguments(TrainingArguments):
     """Training arguments; see `transformers.TrainingArguments` for the inherited ones.

@@ -1,18 +1,26 @@
 """Learning from preferences by TRL's DPO, for models whose depth varies."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from trl import DPOConfig, DPOTrainer
 
-from .arguments import RecurrentTrainingArguments
+from .arguments import RecurrentTrainingArguments, check_choices
 from .named_metrics import NamedMetrics
 from .quantization import make_trained_weights_float32
 from .recurrent import RecurrentTrainer
 
+logger = logging.getLogger(__name__)
+
+LOSSES = (
+    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+    *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft"),
+)
 # What TRL offers and variable depth forbids: the value there has to be, and what another would cause.
 FIXED = {
     "precompute_ref_log_probs": (False, "the reference has to run at the depth of each micro-batch"),
@@ -32,6 +40,10 @@ class PreferenceArguments(RecurrentTrainingArguments, DPOConfig):
         super()._check_ranges()
         if self.beta <= 0:
             raise ValueError(f"beta is {self.beta}; give a number above 0, e.g. 0.1")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; give at least 2, for a prompt and an answer, or null")
+        for name in [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type:
+            check_choices("loss_type", name, LOSSES)
         for name, (value, reason) in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} is {getattr(self, name)}, but {reason}; leave it out")
@@ -54,10 +66,29 @@ class PreferenceTrainer(RecurrentTrainer, NamedMetrics, DPOTrainer):
         super().__init__(*args, **kwargs)
         make_trained_weights_float32(self.model)
         forget_reference(self.model)
+        if self.args.disable_dropout:
+            disable_attention_dropout(self.model)
+            disable_attention_dropout(self.ref_model)
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As it is; TRL would tokenise texts, and tokenise them otherwise than pretraining does."""
-        return dataset
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: PreferenceArguments, name: str
+    ) -> Dataset:
+        """TRL would tokenise texts, and tokenise them otherwise than pretraining does. Pairs of which `max_length`
+        would leave nothing but the prompt teach nothing, and are left out.
+
+        Raises:
+            ValueError: none is left.
+        """
+        if args.max_length is None:
+            return dataset
+        kept = [number for number, ids in enumerate(dataset["prompt_ids"]) if len(ids) < args.max_length]
+        if len(kept) == len(dataset):
+            return dataset
+        longest = f"prompts of {args.max_length} tokens and more (training.max_length)"
+        if not kept:
+            raise ValueError(f"data: all {len(dataset)} pairs of {name} have {longest}; raise it")
+        logger.warning("%d of %d pairs of %s are left out: %s", len(dataset) - len(kept), len(dataset), name, longest)
+        return dataset.select(kept)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         """Adds depth and initial states of the pairs in training."""
@@ -74,6 +105,13 @@ class PreferenceTrainer(RecurrentTrainer, NamedMetrics, DPOTrainer):
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         chosen = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
         super()._probe_recurrence(model, {name: rows[:pairs] for name, rows in chosen.items()})
+
+
+def disable_attention_dropout(model: nn.Module | None) -> None:
+    """What TRL's `disable_dropout` does to other dropout: as long as the model is in memory, there is none."""
+    for module in model.modules() if model is not None else ():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
 
 
 def forget_reference(model: nn.Module) -> None:

@@ -152,13 +152,23 @@ def find_targets(model: nn.Module, options: TargetOptions) -> list[str]:
     return found
 
 
-def step_lora_targets(model: nn.Module, names: str | list[str]) -> list[str]:
+def step_lora_targets(model: nn.Module, names: str | list[str], lora: LoraConfig | None = None) -> list[str]:
     """The linear layers of the core that are named, or all of them, as the core calls them.
 
+    Args:
+        lora: What is added beside it.
+
     Raises:
-        ValueError: as `find_targets`.
+        ValueError: as `find_targets`; for layers with DoRA, which would scale the deltas of steps as well, but no more
+            when it is merged.
     """
     layers = match(linear_layers(model), "core", names, "step_lora.target_modules")
+    both = [layer for layer in layers if lora is not None and lora.use_dora and layer in lora.target_modules]
+    if both:
+        raise ValueError(
+            f"step_lora.target_modules: {last_name(both[0])} of the core has DoRA as well, which would scale the "
+            "deltas of steps; set peft.use_dora to false, or name other layers"
+        )
     return [layer.removeprefix("model.core.") for layer in layers]
 
 

@@ -11,9 +11,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from .arguments import RecurrentTrainingArguments
+from model.chat import encode_conversation
+
+from .arguments import RecurrentTrainingArguments, check_choices
 from .checked import CheckedTrainer
-from .dpo import forget_reference
+from .dpo import disable_attention_dropout, forget_reference
 from .named_metrics import NamedMetrics
 from .quantization import make_trained_weights_float32
 from .rewards import load_reward
@@ -24,6 +26,12 @@ EXACT = {
     "cache_policy": "full",
     "state_warm_start": False,
     "noise_level": 0.0,
+}
+CHOICES = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
 # What would write the completions without this model's depth.
 FOREIGN = ("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged")
@@ -64,6 +72,13 @@ class RolloutArguments(RecurrentTrainingArguments, GRPOConfig):
             raise ValueError(
                 f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards; give one each"
             )
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            check_choices(name, {True: "group", False: "none"}.get(value, value), known)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; give a number above 0: answers have to differ")
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length is {self.max_completion_length}; give at least 1")
         for name in FOREIGN:
             if getattr(self, name):
                 raise ValueError(f"{name} is on, but it knows no recurrent depth; leave it out")
@@ -95,6 +110,9 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
         super().__init__(*args, reward_funcs=rewards, **kwargs)
         make_trained_weights_float32(self.model)
         forget_reference(self.model)
+        if self.args.disable_dropout:
+            disable_attention_dropout(self.model)
+            disable_attention_dropout(self.ref_model)
         self.sample_depth = sample_depth
         self.text_config = self.model.config.get_text_config()
         self.is_recurrent = self.text_config.num_core_layers > 0
@@ -111,10 +129,11 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], list | None, dict[str, Any]]:
         """Texts as documents begin in training: the begin token in front, and special tokens written in them are text.
-        Messages go through the chat template.
+        Messages go through the chat template, with texts that are nothing else either.
         """
         if not isinstance(prompts[0], str):
-            return super()._tokenize_prompts(prompts)
+            ids = [encode_conversation(self._tokenizer, prompt, add_generation_prompt=True) for prompt in prompts]
+            return ids, None, {}
         ids = self._tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [[self._tokenizer.bos_token_id, *row] for row in ids], None, {}
 

@@ -16,14 +16,17 @@ def is_quantized(model: nn.Module) -> bool:
     return getattr(model, "is_quantized", False)  # transformers sets it on such models alone
 
 
-def prepare_quantized_training(model: PreTrainedModel, args: TrainingArguments, has_adapters: bool) -> PreTrainedModel:
+def prepare_quantized_training(model: PreTrainedModel, args: TrainingArguments, has_lora: bool) -> PreTrainedModel:
     """Freeze a model that is loaded in 8 or 4 bits, and make what is not rounded float32; before adapters are added.
 
     Raises:
-        ValueError: without adapters, under ZeRO-3, and with torch.compile.
+        ValueError: without adapters of PEFT, under ZeRO-3, and with torch.compile.
     """
-    if not has_adapters:
-        raise ValueError("peft: weights of 8 and 4 bits do not learn; add adapters, or load the base in more bits")
+    if not has_lora:
+        raise ValueError(
+            "peft: weights of 8 and 4 bits do not learn, and step_lora alone is not trained beside them; add adapters, "
+            "or load the base in more bits"
+        )
     if args.deepspeed and args.hf_deepspeed_config.is_zero3():
         raise ValueError(
             "training.deepspeed: ZeRO-3 does not divide weights of 8 and 4 bits among ranks; use zero2, where each "
