@@ -25,7 +25,7 @@ from inference.checkpoints import adapters_in, find_checkpoint, reads_media
 from inference.loading import load_model, tokenizer_of
 from inference.shutdown import end_process
 from model import modality_names
-from model.chat import prepare_tokenizer
+from model.chat import encode_conversation, prepare_tokenizer
 from model.recurrence import draw_training_states, sample_depth
 from model.step_lora import StepLora, add_step_lora
 from pretrain import build_media_examples, run_training, set_up_output, share_cores, whole_weights
@@ -210,6 +210,7 @@ def build_rollout_trainer(run: FinetuningConfig, model: torch.nn.Module, process
         eval_dataset=validation,
         processing_class=processor,
         sample_depth=sample_depth,
+        encode_messages=functools.partial(encode_conversation, add_generation_prompt=True),
     )
     add_callbacks(trainer, run.callbacks, processor)
     return trainer

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -68,6 +69,7 @@ def build(folder, reward, model=None, adapters=True, prompts=PROMPTS, **override
         eval_dataset={"tiny": rows},
         processing_class=TOKENIZER,
         sample_depth=sample_depth,
+        encode_messages=partial(encode_conversation, add_generation_prompt=True),
         peft_config=lora if adapters else None,
     )
 

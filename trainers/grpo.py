@@ -11,8 +11,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from model.chat import encode_conversation
-
 from .arguments import RecurrentTrainingArguments, check_choices
 from .checked import CheckedTrainer
 from .dpo import disable_attention_dropout, forget_reference
@@ -97,6 +95,7 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
 
     Args:
         sample_depth: (recurrence config, *key) -> (steps without gradient, steps with).
+        encode_messages: (tokenizer, messages) -> token ids, up to where the assistant begins to speak.
         kwargs: As for `trl.GRPOTrainer`, without `reward_funcs`, which the arguments name.
 
     Raises:
@@ -105,7 +104,13 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
 
     args: RolloutArguments
 
-    def __init__(self, *args: Any, sample_depth: Callable[..., tuple[int, int]], **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        sample_depth: Callable[..., tuple[int, int]],
+        encode_messages: Callable[[Any, list[dict[str, Any]]], list[int]],
+        **kwargs: Any,
+    ):
         rewards = [load_reward(name) for name in kwargs["args"].rewards]
         super().__init__(*args, reward_funcs=rewards, **kwargs)
         make_trained_weights_float32(self.model)
@@ -113,7 +118,7 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
         if self.args.disable_dropout:
             disable_attention_dropout(self.model)
             disable_attention_dropout(self.ref_model)
-        self.sample_depth = sample_depth
+        self.sample_depth, self.encode_messages = sample_depth, encode_messages
         self.text_config = self.model.config.get_text_config()
         self.is_recurrent = self.text_config.num_core_layers > 0
         self.depths: torch.LongTensor | None = None  # (rows,) of the completions in progress
@@ -132,8 +137,7 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
         Messages go through the chat template, with texts that are nothing else either.
         """
         if not isinstance(prompts[0], str):
-            ids = [encode_conversation(self._tokenizer, prompt, add_generation_prompt=True) for prompt in prompts]
-            return ids, None, {}
+            return [self.encode_messages(self._tokenizer, prompt) for prompt in prompts], None, {}
         ids = self._tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [[self._tokenizer.bos_token_id, *row] for row in ids], None, {}
 
