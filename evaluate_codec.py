@@ -111,7 +111,7 @@ def ways_of_pictures(model: PreTrainedModel, train: Dataset) -> dict[str, Callab
     components = PrincipalComponents(pictures, num_numbers)
     name = f"autoencoder, {num_numbers} of {pictures[0].numel()} numbers"
     ways = {name: lambda pixels: model(pixels).reconstruction}
-    if count := model.config.num_refinement_steps:
+    if count := model.num_refinement_steps:
         ways[f"{name}, refined in {count} steps"] = lambda pixels: model.decode(
             model.refine(pixels, model.encode(pixels))
         )

@@ -68,7 +68,8 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
         num_component_images: Images of the training data whose patches have the principal components that the linear
             path from images to images begins with; 0: it begins at random. With "fsq" it is not read.
         num_refinement_steps: Steps that improve the latents of a language model's targets, each through the decoder and
-            back; 0: they are as the encoder gives them. `evaluate_codec.py` shows what they give.
+            back; 0: they are as the encoder gives them. `evaluate_codec.py` shows what they give. With "fsq", whose
+            rounded latents have no gradient to follow, it is not read.
         latent_noise: Largest standard deviation of the noise on latents of a sphere, in training: the more, the less
             harm errors of those who write latents do, and the less detail is kept.
         pixel_loss: "absolute" is the mean absolute error of pixels, "logarithmic" the mean over images of the logarithm
@@ -131,11 +132,6 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
             raise ValueError(
                 f"latent_size ({self.latent_size}) must be at most hidden_size ({self.hidden_size}), which "
                 "num_component_images fills with components"
-            )
-        if self.num_refinement_steps and self.bottleneck == "fsq":
-            raise ValueError(
-                f"num_refinement_steps is {self.num_refinement_steps}, but rounded latents (bottleneck 'fsq') have no "
-                "gradient to follow; leave it at 0"
             )
         if self.bottleneck == "sphere" and self.latent_size < 2:
             raise ValueError(f"latent_size ({self.latent_size}) must be at least 2: a sphere of one number is a sign")

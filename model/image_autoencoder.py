@@ -164,6 +164,11 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         """Images that `begin_with_components` is to be given before training; 0: none."""
         return self.config.num_component_images if self.config.bottleneck == "sphere" else 0
 
+    @property
+    def num_refinement_steps(self) -> int:
+        """Steps of `refine`; 0: none."""
+        return self.config.num_refinement_steps if self.config.bottleneck == "sphere" else 0
+
     def loss_weights(self) -> dict[str, float]:
         return {"pixels": self.config.pixel_loss_weight, "gradients": self.config.gradient_loss_weight}
 
@@ -195,7 +200,7 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         Returns:
             (images, tokens, latent_size), on the sphere and without gradient.
         """
-        count = self.config.num_refinement_steps
+        count = self.num_refinement_steps
         if not count:
             return latents.detach()
         with torch.inference_mode(False), torch.enable_grad():

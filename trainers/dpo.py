@@ -17,6 +17,7 @@ from .recurrent import RecurrentTrainer
 
 logger = logging.getLogger(__name__)
 
+# What TRL knows, which looks only while it trains.
 LOSSES = (
     *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
     *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft"),

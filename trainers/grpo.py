@@ -25,6 +25,7 @@ EXACT = {
     "state_warm_start": False,
     "noise_level": 0.0,
 }
+# What TRL knows, which looks only while it trains.
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
