@@ -156,6 +156,7 @@ def test_refined_latents_make_better_images_and_nothing_else():
     assert all(parameter.grad is None for parameter in model.parameters())
     for options in ({}, {"num_refinement_steps": 10, "bottleneck": "fsq"}):  # codes have no gradient to follow
         plain = tiny_autoencoder(**options)
+        assert plain.num_refinement_steps == 0
         assert torch.equal(plain.refine(images, plain.encode(images)), plain.encode(images))
 
 
