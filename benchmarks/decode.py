@@ -98,14 +98,14 @@ def measure(
     for index in range(-args.warmup, args.rounds):
         for name, (model, options) in models.items():
             cache = copy.deepcopy(caches[name])
-            run = partial(continue_prompt, model, prompt, args.new_tokens, past_key_values=cache, **depth_of(options))
+            run = partial(continue_prompt, model, prompt, args.new_tokens, cache=cache, **depth_of(options))
             elapsed = timing.seconds_of(run, device)
             if index >= 0:
                 seconds[name].append(elapsed)
     held, peaks = {}, {}
     for name, (model, options) in models.items():
         cache = caches.pop(name)
-        run = partial(continue_prompt, model, prompt, 1, past_key_values=cache, **depth_of(options))
+        run = partial(continue_prompt, model, prompt, 1, cache=cache, **depth_of(options))
         peaks[name] = timing.peak_bytes(run, device)
         held[name] = cache_bytes(cache)
     return {"seconds": seconds, "cache_bytes": held, "peak_bytes": peaks}
@@ -116,7 +116,7 @@ def fill_cache(model: PreTrainedModel, context: torch.Tensor, options: dict[str,
     out = model.generate(
         context, attention_mask=torch.ones_like(context), max_new_tokens=1, return_dict_in_generate=True, **options
     )
-    return out.past_key_values  # what the last token leaves is never read, so it is not computed
+    return out.cache  # what the last token leaves is never read, so it is not computed
 
 
 def depth_of(options: dict[str, Any]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def agreement(
         kept = RecurrentCache(model.config, **cache)
         for i in range(ids.shape[1] - 1):
             with torch.no_grad():  # the first token is the prompt
-                out = model(ids[:, i : i + 1], past_key_values=kept, num_steps=full, **(exits if i else {}))
+                out = model(ids[:, i : i + 1], cache=kept, num_steps=full, **(exits if i else {}))
             counts = learned[:, i] & (i > 0)
             ours, theirs = out.logits[counts, -1].log_softmax(-1), expected[counts, i]
             same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
@@ -211,7 +211,7 @@ def time_runs(
         if (rows, num_steps) not in caches:
             caches[rows, num_steps] = RecurrentCache(model.config)
             with torch.no_grad():
-                model(ids[:rows, : PROMPT - 1], num_steps=num_steps, past_key_values=caches[rows, num_steps])
+                model(ids[:rows, : PROMPT - 1], num_steps=num_steps, cache=caches[rows, num_steps])
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(-args.warmup, args.rounds):
         for name, (rows, num_steps, exits) in runs.items():
@@ -235,7 +235,7 @@ def write(
         do_sample=False,
         max_new_tokens=ids.shape[1] - PROMPT,
         num_steps=num_steps,
-        past_key_values=cache,
+        cache=cache,
         return_dict_in_generate=True,
         logits_processor=[Dictation(ids)],
         **exits,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ class AttentionInputs:
     where: slice | torch.LongTensor | None = None  # the places of the tokens in the cache
     rows: torch.LongTensor | None = None  # the rows of the cache that the batch consists of; None: all of them
     build_of: Callable[[torch.LongTensor], "AttentionInputs"] | None = None  # for a block mask, which has no rows
+    hidden_states: list[torch.Tensor] | None = None  # where what was asked for is gathered
+    attentions: list[torch.Tensor] | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionInputs":
         """The same on another device. accelerate calls it where the layers of a model are spread over several."""
@@ -36,7 +38,8 @@ class AttentionInputs:
 
         rotary = self.rotary and tuple(map(move, self.rotary))
         where = self.where if isinstance(self.where, slice) else move(self.where)
-        return AttentionInputs(move(self.mask), rotary, move(self.position_bias), where, move(self.rows), self.build_of)
+        moved = {"mask": move(self.mask), "position_bias": move(self.position_bias), "rows": move(self.rows)}
+        return replace(self, rotary=rotary, where=where, **moved)
 
     def of(self, rows: torch.LongTensor) -> "AttentionInputs":
         """The same of some rows of the whole batch."""
@@ -44,7 +47,14 @@ class AttentionInputs:
             return self.build_of(rows)
         rotary = self.rotary and tuple(select_rows(part, rows) for part in self.rotary)
         mask, bias = select_rows(self.mask, rows), select_rows(self.position_bias, rows)
-        return AttentionInputs(mask, rotary, bias, self.where, rows)
+        return replace(self, mask=mask, rotary=rotary, position_bias=bias, rows=rows)
+
+    def record(self, probabilities: torch.Tensor) -> None:
+        """Gathers attention probabilities, (rows, heads, query, key), with 0 in the rows that are not here."""
+        if self.rows is not None:
+            whole = probabilities.new_zeros(len(self.attentions[0]), *probabilities.shape[1:])
+            probabilities = whole.index_copy(0, self.rows, probabilities)
+        self.attentions.append(probabilities)
 
 
 def select_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
@@ -104,7 +114,7 @@ def prepare_attention(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor,
-    past_key_values: RecurrentCache | None,
+    cache: RecurrentCache | None,
     rows: torch.LongTensor | None = None,
 ) -> AttentionInputs:
     """Builds the mask and the positional terms once for all layers of a forward pass.
@@ -116,28 +126,26 @@ def prepare_attention(
         rows: The rows of the cache that the batch consists of. Default: all.
     """
     alibi = config.position_embedding == "alibi"
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    is_static = past_key_values is not None and past_key_values.max_length is not None
+    past = cache.get_seq_length() if cache is not None else 0
+    is_static = cache is not None and cache.max_length is not None
     mask = create_causal_mask(
         config,
         inputs_embeds,
         attention_mask,
         # With a cache, transformers does not look for restarts of the positions; an empty one has nothing to say.
-        past_key_values if past or is_static else None,
+        cache if past or is_static else None,
         position_ids=position_ids,
         # ALiBi adds to the mask, and the room of a static cache that is not used yet must be hidden.
         allow_is_causal_skip=not (alibi or is_static),
     )
     mask = _as_added(mask, config, inputs_embeds)
-    where = (
-        past_key_values.places(inputs_embeds.shape[1], inputs_embeds.device) if past_key_values is not None else None
-    )
+    where = cache.places(inputs_embeds.shape[1], inputs_embeds.device) if cache is not None else None
     inputs = AttentionInputs(mask, where=where, rows=rows)
     if not isinstance(mask, torch.Tensor | None):
 
         def build_of(rows: torch.LongTensor) -> AttentionInputs:
             given = (select_rows(each, rows) for each in (inputs_embeds, attention_mask, position_ids))
-            return prepare_attention(config, *given, past_key_values, rows)
+            return prepare_attention(config, *given, cache, rows)
 
         inputs.build_of = build_of
     if config.position_embedding == "rope":
@@ -148,7 +156,7 @@ def prepare_attention(
 
     keys = _key_positions(attention_mask, position_ids, past)
     if is_static:  # positions of what is hidden do not matter
-        keys = nn.functional.pad(keys, (0, past_key_values.max_length - keys.shape[-1]))
+        keys = nn.functional.pad(keys, (0, cache.max_length - keys.shape[-1]))
     bias = alibi_bias(position_ids, keys, config.num_attention_heads).to(inputs_embeds.dtype)
     if not isinstance(mask, torch.Tensor):  # FlexAttention's block mask says who is seen; the bias goes beside it
         # Its kernel indexes the batch, it does not broadcast.
@@ -257,7 +265,7 @@ class Attention(nn.Module):
         extra = {} if inputs.position_bias is None else {"position_bias": inputs.position_bias}
         if self.config.attn_logit_softcapping is not None:
             extra["softcap"] = self.config.attn_logit_softcapping
-        out, _ = attend(
+        out, probabilities = attend(
             self,
             query,
             key,
@@ -267,6 +275,8 @@ class Attention(nn.Module):
             scaling=self.scaling,
             **extra,
         )  # (batch, sequence, heads, head_dim)
+        if inputs.attentions is not None:
+            inputs.record(probabilities)
         return self.o_proj(out.reshape(batch, sequence, -1))
 
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -52,13 +52,21 @@ class BlockStack(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, inputs: AttentionInputs, slots: list[CacheSlot] | None = None) -> torch.Tensor:
         """x: (batch, sequence, hidden) -> the same. `slots`: each layer's place in the cache."""
-        return run_layers(self.layers, x, inputs, slots)
+        return run_layers(self.layers, x, inputs, slots, inputs.hidden_states)
 
 
 def run_layers(
-    layers: nn.ModuleList, x: torch.Tensor, inputs: AttentionInputs, slots: list[CacheSlot] | None
+    layers: nn.ModuleList,
+    x: torch.Tensor,
+    inputs: AttentionInputs,
+    slots: list[CacheSlot] | None,
+    outputs: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """One block after the other, each with its slot of the cache, if there is one."""
+    """One block after the other, each with its slot of the cache, if there is one. Their outputs are gathered in
+    `outputs`, if that is given.
+    """
     for index, layer in enumerate(layers):
         x = layer(x, inputs, None if slots is None else slots[index])
+        if outputs is not None:
+            outputs.append(x)
     return x

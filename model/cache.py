@@ -217,6 +217,9 @@ class RecurrentCache(Cache):
         self.max_length, self.max_steps = max_length, max_steps
         self.length = 0  # tokens of finished chunks
         self.last_state: torch.Tensor | None = None  # of the last token, (batch, 1, hidden)
+        # (batch, capacity) on the CPU: the steps that each row took when it read a token, rows as they stood then.
+        self.row_steps: torch.LongTensor | None = None
+        self.prompt_length: int | None = None  # tokens read before the first new one; `generate` counts from there
 
     @property
     def core_layers(self) -> list[CacheLayer]:
@@ -300,6 +303,7 @@ class RecurrentCache(Cache):
         Args:
             row_steps: Steps taken, (batch,), on the CPU.
         """
+        self._keep_steps(row_steps, num_new_tokens)
         steps = row_steps.tolist()
         first, places = min(steps), self.num_steps
         if first >= places:
@@ -315,6 +319,15 @@ class RecurrentCache(Cache):
         for layer in self.core_layers:
             here = None if entries is None else entries.to(layer.device)
             layer.settle(first, here, slice(self.length, self.length + num_new_tokens))
+
+    def _keep_steps(self, row_steps: torch.LongTensor, num_new_tokens: int) -> None:
+        length = self.length + num_new_tokens
+        if self.row_steps is None or length > self.row_steps.shape[1]:
+            grown = row_steps.new_zeros(len(row_steps), -(-length // BLOCK) * BLOCK)
+            if self.row_steps is not None:
+                grown[:, : self.length] = self.row_steps[:, : self.length]
+            self.row_steps = grown
+        self.row_steps[:, self.length : length] = row_steps[:, None]
 
     def advance(self, num_new_tokens: int) -> None:
         """The chunk is finished: what comes next goes behind it."""
@@ -351,11 +364,13 @@ class RecurrentCache(Cache):
         """Each row `repeats` times."""
         super().batch_repeat_interleave(repeats)
         self._select_states(lambda state: state.repeat_interleave(repeats, dim=0))
+        self.row_steps = None if self.row_steps is None else self.row_steps.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """These rows only."""
         super().batch_select_indices(indices)
         self._select_states(lambda state: state[indices])
+        self.row_steps = None if self.row_steps is None else self.row_steps[indices.cpu()]
 
     def _select_states(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.last_state = None if self.last_state is None else select(self.last_state)
@@ -364,7 +379,7 @@ class RecurrentCache(Cache):
         """Forgets all tokens, and gives the memory back."""
         self.layers = [CacheLayer() for _ in self.layers]
         self.length = 0
-        self.last_state = None
+        self.last_state = self.row_steps = self.prompt_length = None
 
 
 def check_policy(policy: str, num_kept_steps: int | None) -> None:

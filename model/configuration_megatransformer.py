@@ -187,7 +187,10 @@ class MegaTransformerTextConfig(StrictConfig):
     model_type = "megatransformer_text"
     _auto_class = "AutoConfig"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values", "state", "states", "exit_steps", "token_losses", "written_losses"]
+    keys_to_ignore_at_inference = [
+        *("cache", "past_key_values"),  # its name from transformers 5.24 on, and before
+        *("state", "states", "exit_steps", "token_losses", "written_losses"),
+    ]
     is_causal = True
     sub_configs_defaults = {"recurrence": RecurrenceConfig}
 

@@ -2,65 +2,48 @@
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import distributed
 from transformers import GenerationConfig
 from transformers.generation import (
     GenerationMode,
     LogitsProcessorList,
-    SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .cache import RecurrentCache
 from .exit_criteria import check_exit_options
 from .fusion import check_counts, read_media
-from .recurrence import resolve_depth
+from .outputs import CACHE_NAME, with_parameters_of
+from .recurrence import Depth, resolve_depth
 from .writing import MediaChunk, WritingOptions, write_media
 
-OPTIONS = (
-    *("num_steps", "exit_criterion", "exit_threshold", "exit_first_step", "exit_every", "exit_in_prefill"),
-    *("exit_schedule", "state_warm_start", "noise_level", "noise_schedule", "cache_policy", "num_kept_steps"),
-)
-
-
-class ExitSteps:
-    """The core steps of each new token, collected while `generate` runs."""
-
-    def __init__(self):
-        self.taken: list[torch.Tensor] = []  # for each new token (rows,), on the CPU
-        self.generation_config: GenerationConfig | None = None
-
-    def of(self, outputs: ModelOutput) -> torch.LongTensor:
-        """(rows, new tokens), in the order of the sequences that were returned; 0 behind the end of a text."""
-        steps = torch.stack(self.taken, dim=1)
-        tokens = outputs.sequences[:, -steps.shape[1] :].cpu()
-        beams = getattr(outputs, "beam_indices", None)
-        if beams is not None:
-            steps = steps.gather(0, beams.cpu().clamp(min=0)[:, : steps.shape[1]])[:, : tokens.shape[1]]
-        return steps.masked_fill(self._is_behind_the_end(tokens), 0)
-
-    def _is_behind_the_end(self, tokens: torch.LongTensor) -> torch.Tensor:
-        end, pad = (getattr(self.generation_config, name, None) for name in ("_eos_token_tensor", "_pad_token_tensor"))
-        if end is None:
-            return torch.zeros_like(tokens, dtype=torch.bool)
-        ended = torch.isin(tokens, end.cpu())
-        behind = ended.cumsum(-1) > ended.long()
-        if pad is not None and pad not in end:  # a stop string or another criterion has ended the text
-            behind |= (tokens == pad.cpu()).flip(-1).cumprod(-1).flip(-1).bool()
-        return behind
+EXIT_OPTIONS = ("exit_criterion", "exit_threshold", "exit_first_step", "exit_every", "exit_in_prefill")
+NOISE_OPTIONS = ("noise_level", "noise_schedule")
+CACHE_OPTIONS = ("cache_policy", "num_kept_steps")
+DEFAULT_NEW_TOKENS = 20  # of transformers
+OWN_ARGUMENTS = ("depth_options", "num_cached_tokens")  # of `prepare_inputs_for_generation`
+OPTIONS = ("num_steps", *EXIT_OPTIONS, "exit_schedule", "state_warm_start", *NOISE_OPTIONS, *CACHE_OPTIONS)
 
 
 class RecurrentGenerationMixin:
     """Goes before `GenerationMixin`: depth, exits and cache by keyword, generation config, or `config.recurrence`."""
 
     @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> ModelOutput | torch.LongTensor:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> ModelOutput | torch.LongTensor:
         """transformers' `generate`, and:
 
         Args:
@@ -80,57 +63,103 @@ class RecurrentGenerationMixin:
         Raises:
             ValueError: for an option outside its range, or a combination that is not possible.
         """
-        steps = ExitSteps()
-        outputs = super().generate(*args, exit_steps=steps, **kwargs)
-        if isinstance(outputs, ModelOutput) and steps.taken:
-            outputs["exit_steps"] = steps.of(outputs)
+        config, options, kwargs = self._merge_options(generation_config, kwargs)
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        self._check_options(config, options, mode, kwargs.get("synced_gpus"))
+        cache = self._make_cache(inputs, config, options, kwargs)
+        is_assisted = mode == GenerationMode.ASSISTED_GENERATION
+        if is_assisted:
+            self._check_assistance(config, options, cache, kwargs)
+        config.suppress_tokens = [*(config.suppress_tokens or ()), *self.placeholder_ids] or None
+        num_prompt_tokens = prompt_length(inputs, kwargs, has_embeds=False)
+
+        if cache is not None:
+            cache.prompt_length = None
+            kwargs[CACHE_NAME] = cache
+        asked = self._arguments_of_forward(options)
+        if asked:  # under one name that the generation config does not have, since transformers puts others there
+            kwargs["depth_options"] = asked
+        outputs = super().generate(inputs, config, *args, **kwargs)
+        if isinstance(outputs, ModelOutput) and self.text_config.num_core_layers and "custom_generate" not in kwargs:
+            num_new_tokens = outputs.sequences.shape[1] - num_prompt_tokens
+            if cache is None or is_assisted:  # in which no row exits
+                steps = self._full_steps(options["num_steps"], outputs.sequences.shape[0], num_new_tokens)
+            else:
+                steps = steps_taken(cache, getattr(outputs, "beam_indices", None), num_new_tokens)
+            behind = is_behind_the_end(outputs.sequences[:, num_prompt_tokens:], config)
+            outputs["exit_steps"] = steps.masked_fill(behind, 0)
         return outputs
 
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict]:
-        """Each option: the keyword, then the generation config, then `config.recurrence`. A keyword that the generation
-        config has an entry for would land there, not in the arguments of the model, so it is taken out before.
+    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses transformers' continuous batching, whose pages have one place for each layer.
+
+        Raises:
+            ValueError: always.
         """
-        recurrence = self.text_config.recurrence
-        defaults = {  # those of depth and cache are looked up where they are used
-            "exit_criterion": recurrence.exit_criterion,
-            "exit_threshold": recurrence.exit_threshold,
-            "exit_first_step": recurrence.exit_first_step,
-            "exit_every": recurrence.exit_every,
-            "exit_in_prefill": recurrence.exit_in_prefill,
-            "state_warm_start": recurrence.state_warm_start,
-        }
+        raise ValueError(
+            "generate_batch (continuous batching) is not possible with this model: its pages hold one key and value "
+            "for each layer, and the core has some for each step; use generate, which takes batches with padding"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """Tokens that stand for something else and are never written as text."""
+        return []
+
+    def _merge_options(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[GenerationConfig, dict[str, Any], dict[str, Any]]:
+        """The generation config as transformers will merge it, our options, and the keywords that are neither. Each
+        option: the keyword, then the generation config, then that of the model, then `config.recurrence`.
+        """
         options = {name: kwargs.pop(name, None) for name in OPTIONS}
-        steps = kwargs.pop("exit_steps", None)
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+        config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        kwargs = config.update(**kwargs)
+        recurrence = self.text_config.recurrence
         for name, value in options.items():
             if value is None:
-                value = getattr(generation_config, name, None)
-            if value is None:
-                value = defaults.get(name)
-            setattr(generation_config, name, value)
-            if value is not None and name not in ("cache_policy", "num_kept_steps"):
-                model_kwargs[name] = value
-        if steps is not None:
-            steps.generation_config = generation_config
-            model_kwargs["exit_steps"] = steps
-        return generation_config, model_kwargs
+                options[name] = getattr(config, name, None)
+            if options[name] is None and name in (*EXIT_OPTIONS, "state_warm_start"):
+                options[name] = getattr(recurrence, name)
+        return config, options, kwargs
 
-    def _validate_generation_mode(self, mode: GenerationMode, config: GenerationConfig, mode_kwargs: dict) -> None:
-        """As the original, and: can tokens of this mode differ in depth?"""
-        super()._validate_generation_mode(mode, config, mode_kwargs)
-        asked = []
-        if config.exit_criterion == "schedule":
-            if config.exit_schedule is None:
+    def _arguments_of_forward(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Those options that `forward` or `prepare_inputs_for_generation` read, and that ask for something: libraries
+        which call `forward` in their own ways know none of them.
+        """
+        names = ["num_steps", *NOISE_OPTIONS]
+        if options["exit_criterion"] != "none":
+            names += [*EXIT_OPTIONS, "exit_schedule"]
+        if options["state_warm_start"]:
+            names.append("state_warm_start")
+        return {name: options[name] for name in names if options[name] is not None}
+
+    def _check_options(
+        self, config: GenerationConfig, options: dict[str, Any], mode: GenerationMode, synced_gpus: bool | None
+    ) -> None:
+        """Raises ValueError for options outside their range, or where tokens cannot differ in depth."""
+        if config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit drafts with the first layers, which say nothing before the core has run; leave "
+                "it out, or give a smaller model as assistant_model"
+            )
+        if synced_gpus is None:  # as transformers decides it
+            is_split = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
+            synced_gpus = is_split and distributed.is_initialized() and distributed.get_world_size() > 1
+        criterion, asked = options["exit_criterion"], []
+        if criterion == "schedule":
+            if options["exit_schedule"] is None:
                 raise ValueError("exit_criterion 'schedule' needs an exit_schedule: steps of each new token")
             asked.append("exit_criterion 'schedule'")
-        elif config.exit_criterion != "none":
-            check_exit_options(config.exit_criterion, config.exit_threshold, config.exit_first_step, config.exit_every)
-            asked.append(f"exit_criterion {config.exit_criterion!r}")
-        if mode_kwargs.get("synced_gpus") and isinstance(config.num_steps, torch.Tensor):
+        elif criterion != "none":
+            check_exit_options(criterion, options["exit_threshold"], options["exit_first_step"], options["exit_every"])
+            asked.append(f"exit_criterion {criterion!r}")
+        if synced_gpus and isinstance(options["num_steps"], torch.Tensor):
             asked.append("num_steps with a number per row")
-        asked += ["state_warm_start"] if config.state_warm_start else []
+        asked += ["state_warm_start"] if options["state_warm_start"] else []
         if not asked:
             return
         if self.text_config.num_core_layers == 0:
@@ -142,64 +171,82 @@ class RecurrentGenerationMixin:
                 f"{asked[0]} is not possible with assisted generation, which checks several tokens at one depth; "
                 "leave one of them out"
             )
-        if mode_kwargs.get("synced_gpus"):
+        if synced_gpus:
             raise ValueError(
                 f"{asked[0]} is not possible with synced_gpus (ZeRO-3, FSDP): ranks that take different numbers of "
                 "steps would wait for each other forever; leave it out, or gather the weights first"
             )
 
-    def _prepare_cache_for_generation(
+    def _make_cache(
         self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict,
-        mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """As the original, with a `RecurrentCache` in place of transformers' dynamic and static ones."""
-        refuse_empty_rows(model_kwargs.get("attention_mask"))
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic", "static"):
-                raise ValueError(
-                    f"cache_implementation {generation_config.cache_implementation!r} is not possible here; choose "
-                    "'dynamic' or 'static'"
-                )
-            room = {}
-            if generation_config.cache_implementation == "static":
-                room["max_length"] = max(max_cache_length, generation_config.max_cache_len or 0)
-                room["max_steps"] = resolve_depth(model_kwargs.get("num_steps"), self.text_config, batch_size).total
-                self._compile_for_generation(generation_config)
-            model_kwargs["past_key_values"] = RecurrentCache(
-                self.text_config, generation_config.cache_policy, generation_config.num_kept_steps, **room
-            )
-        else:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
-        if mode != GenerationMode.ASSISTED_GENERATION:
-            return
-        if model_kwargs.get("inputs_embeds") is not None:
-            # In transformers 5.23 it loses the prompt then, for Llama too, and says nothing.
-            raise ValueError("assisted generation is not possible with inputs_embeds; give input_ids alone")
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:  # transformers says that it needs one
-            return
-        model_kwargs["num_cached_tokens"] = cache.get_seq_length()
-        if cache.num_kept_steps is not None:
-            steps = resolve_depth(model_kwargs.get("num_steps"), self.text_config, batch_size).total
-            if cache.num_kept_steps < steps:
-                raise ValueError(
-                    f"assisted generation of {steps} steps is not possible with cache policy {cache.policy!r} of "
-                    f"{cache.num_kept_steps}: tokens checked together see more of each other than alone; use 'full'"
-                )
+        inputs: torch.Tensor | None,
+        config: GenerationConfig,
+        options: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> RecurrentCache | None:
+        """The cache that was given, by either name, or a new one; transformers' own have no slots for steps.
 
-    def _valid_auto_compile_criteria(self, *args: Any) -> bool:
-        """Never the whole forward pass, whose loop varies in length."""
-        return False
+        Raises:
+            ValueError: for a kind of cache that there is not here.
+        """
+        given = [
+            cache for cache in (kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if cache is not None
+        ]
+        if len(given) == 2:
+            raise ValueError("cache and past_key_values are two names of the same; give one of them")
+        if given or config.use_cache is False:
+            return given[0] if given else None
+        kind, config.cache_implementation = config.cache_implementation, None
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation {kind!r} is not possible here; choose 'dynamic' or 'static'")
+        room = {}
+        if kind == "static":
+            prompt = prompt_length(inputs, kwargs, has_embeds=True)
+            new = config.max_new_tokens or max((config.max_length or prompt + DEFAULT_NEW_TOKENS) - prompt, 0)
+            room["max_length"] = max(prompt + new, config.max_cache_len or 0)
+            room["max_steps"] = self._depth(options["num_steps"]).total
+            self._compile_for_generation(config)
+        return RecurrentCache(self.text_config, options["cache_policy"], options["num_kept_steps"], **room)
+
+    def _check_assistance(
+        self, config: GenerationConfig, options: dict[str, Any], cache: RecurrentCache | None, kwargs: dict[str, Any]
+    ) -> None:
+        """What assisted generation needs to know besides.
+
+        Raises:
+            ValueError: for what it cannot do.
+        """
+        if kwargs.get("inputs_embeds") is not None:
+            # transformers 5.23 and 5.24 lose the prompt then, for Llama too, and say nothing.
+            raise ValueError("assisted generation is not possible with inputs_embeds; give input_ids alone")
+        if cache is None:
+            raise ValueError("assisted generation is not possible with use_cache=False; leave one of them out")
+        if cache.max_length is not None:
+            raise ValueError("assisted generation is not possible with a static cache; leave cache_implementation out")
+        if cache.get_seq_length():
+            kwargs["num_cached_tokens"] = cache.get_seq_length()
+        steps = self._depth(options["num_steps"]).total
+        if cache.num_kept_steps is not None and cache.num_kept_steps < steps:
+            raise ValueError(
+                f"assisted generation of {steps} steps is not possible with cache policy {cache.policy!r} of "
+                f"{cache.num_kept_steps}: tokens checked together see more of each other than alone; use 'full'"
+            )
+
+    def _depth(self, num_steps: int | torch.Tensor | None) -> Depth:
+        """The depth, of as many rows as there are numbers."""
+        rows = len(num_steps) if isinstance(num_steps, torch.Tensor) and num_steps.ndim else 1
+        return resolve_depth(num_steps, self.text_config, rows)
+
+    def _full_steps(self, num_steps: int | torch.Tensor | None, num_rows: int, num_tokens: int) -> torch.LongTensor:
+        """(num_rows, num_tokens): what each token takes where none exits."""
+        depth = self._depth(num_steps)
+        rows = torch.tensor([depth.total]) if depth.rows is None else depth.rows
+        return rows.repeat_interleave(num_rows // len(rows))[:, None].repeat(1, num_tokens)
 
     def _compile_for_generation(self, generation_config: GenerationConfig) -> None:
         """Compiles the units, as transformers compiles its models: on GPUs, or where a `compile_config` asks for it."""
         wanted = generation_config.compile_config is not None or self.device.type == "cuda"
-        is_compiled = self.model.prelude._compiled_call_impl is not None
-        if wanted and not generation_config.disable_compile and not is_compiled:
+        if wanted and not generation_config.disable_compile and not self.model.units_are_compiled:
             config = generation_config.compile_config
             # Not its default, CUDA graphs: the state that a step returns is what the next one reads.
             self.model.compile_units(**({} if config is None else config.to_dict()))
@@ -208,49 +255,62 @@ class RecurrentGenerationMixin:
         self,
         input_ids: torch.LongTensor,
         *args: Any,
+        cache: RecurrentCache | None = None,
+        past_key_values: RecurrentCache | None = None,
         next_sequence_length: int | None = None,
         inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
+        is_first_iteration: bool | None = False,
         num_cached_tokens: int = 0,
-        exit_steps: ExitSteps | None = None,
-        exit_in_prefill: bool = False,
-        exit_schedule: Sequence[int] | Callable[[int], int] | None = None,
+        depth_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict:
         """As the original; the prompt takes all steps unless told otherwise, and a schedule is a number of steps.
 
         Args:
             num_cached_tokens: Where candidates are checked, tokens of the prompt that a cache held before: transformers
-                5.23 gives the whole prompt then, for Llama too, and the model would read them twice.
+                5.23 and 5.24 give the whole prompt then, for Llama too, and the model would read them twice.
+            depth_options: What `generate` was asked for, of `num_steps`, exits and noise.
+
+        Raises:
+            ValueError: for a row that is all padding.
         """
+        cache = past_key_values if cache is None else cache
+        if is_first_iteration:
+            refuse_empty_rows(kwargs.get("attention_mask"))
         if next_sequence_length is None and num_cached_tokens:
             next_sequence_length = input_ids.shape[1] - num_cached_tokens
-        index = len(exit_steps.taken) if exit_steps is not None else 0
+        kwargs.pop("state", None)  # transformers 5.23 takes an output of this name for a cache
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+            input_ids,
+            *args,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: cache},
+            **kwargs,
         )
         inputs.pop("tokenizer", None)  # for stop strings; transformers hands it on to every model
-        if inputs.get("exit_criterion") == "schedule":
-            inputs["exit_criterion"] = "none"
-            if index > 0 or exit_in_prefill:
-                inputs["num_steps"] = scheduled_steps(exit_schedule, index)
-        elif index == 0 and not exit_in_prefill:
-            inputs["exit_criterion"] = "none"
-        return inputs
+        if cache is not None and not is_first_iteration and cache.prompt_length is None:
+            cache.prompt_length = cache.get_seq_length()
+        if not depth_options:
+            return inputs
+        index = 0 if is_first_iteration else cache.get_seq_length() - cache.prompt_length + 1 if cache else None
+        return inputs | arguments_of_token(depth_options, index, len(input_ids))
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:
         """As the original; the pass without the prompt, by which guidance is taken, has the same depth."""
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                processor.model = functools.partial(self, num_steps=(model_kwargs or {}).get("num_steps"))
+                options = (model_kwargs or {}).get("depth_options") or {}
+                processor.model = functools.partial(self, num_steps=options.get("num_steps"))
         return processors
 
     def _get_candidate_generator(
         self, *, generation_config: GenerationConfig, model_kwargs: dict, assistant_model=None, **kwargs: Any
     ) -> Any:
         """As the original; the model that drafts has a depth of its own, from its generation config."""
-        ours = (*OPTIONS, "exit_steps", "num_cached_tokens")
-        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
         if assistant_model is not None:
             generation_config = copy.deepcopy(generation_config)
             for name in OPTIONS:
@@ -258,18 +318,6 @@ class RecurrentGenerationMixin:
         return super()._get_candidate_generator(
             generation_config=generation_config, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict, *args: Any, num_new_tokens: int = 1, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As the original, which takes an output named `state` for a cache: ours is none."""
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
-        )
-        model_kwargs.pop("state", None)
-        if model_kwargs.get("exit_steps") is not None and outputs.exit_steps is not None:
-            model_kwargs["exit_steps"].taken += [outputs.exit_steps] * num_new_tokens
-        return model_kwargs
 
 
 class MediaGenerationMixin:
@@ -280,6 +328,7 @@ class MediaGenerationMixin:
     @torch.no_grad()
     def generate(
         self,
+        inputs: torch.Tensor | None = None,
         *args: Any,
         generation_mode: str = "text",
         guidance_scale: float | None = None,
@@ -311,56 +360,50 @@ class MediaGenerationMixin:
         options |= {} if velocity_threshold is None else {"velocity_threshold": velocity_threshold}
         depths = num_steps if isinstance(num_steps, dict) else None
         writing = WritingOptions(generation_mode, guidance_scale, num_steps=depths, **options)
+        kwargs = self._read_media(inputs, kwargs)
         if generation_mode == "text":
             unused = [name for name, value in options.items() if value is not None]
             if unused:
                 raise ValueError(f"{unused[0]} has no effect in generation_mode 'text'; leave it out")
             steps = writing.steps_of("text") if depths else num_steps
-            return super().generate(*args, guidance_scale=guidance_scale, num_steps=steps, **kwargs)
+            return super().generate(inputs, *args, guidance_scale=guidance_scale, num_steps=steps, **kwargs)
         writing.num_steps = num_steps
         most = max(depths.values(), default=None) if depths else num_steps
         kwargs = {"return_dict_in_generate": True, **kwargs}
         if not {"max_new_tokens", "max_length", "generation_config"} & kwargs.keys():
             kwargs["max_new_tokens"] = self._room_for(generation_mode)
-        return super().generate(*args, num_steps=most, custom_generate=write_media, writing=writing, **kwargs)
+        loop = functools.partial(write_media, writing=writing)
+        return super().generate(inputs, *args, num_steps=most, custom_generate=loop, **kwargs)
 
     def _room_for(self, generation_mode: str) -> int:
         """New tokens where nobody says how many: those of one medium, or of one of each kind and as many of text."""
         places = {name: writer.num_places + 2 for name, writer in self.model.writers.items()}
         return 2 * sum(places.values()) if generation_mode == "any" else places.get(generation_mode, 1)
 
-    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
-        """As the original, which does not look at what is handed on to base classes, or to further modalities."""
-        names = {name for reader in self.model.readers.values() for name in reader.input_names} | {"writing"}
-        for method in (super().forward, super().prepare_inputs_for_generation):
-            names |= set(inspect.signature(method).parameters)
-        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in names})
-
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict, model_input_name: str | None, generation_config: Any
-    ) -> dict:
-        """Features of all media in `mm_encoder_outputs`, by modality, in place of the inputs of the readers."""
-        media = self.model.take_media(model_kwargs)
-        if media and model_kwargs.get("inputs_embeds") is not None:
+    def _read_media(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keywords with features of all media in `mm_encoder_outputs`, by modality, in place of the inputs of the
+        readers.
+        """
+        kwargs = dict(kwargs)
+        media = self.model.take_media(kwargs)
+        if media and kwargs.get("inputs_embeds") is not None:
             raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
         features = read_media(self.model.readers, media, run_all=self.model.must_run_alike)
-        outputs = dict(model_kwargs.pop("mm_encoder_outputs", None) or {})
+        outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
         for name, parts in features.items():
             if name in outputs:
                 raise ValueError(f"{name}: give its features (mm_encoder_outputs) or what to read, not both")
-            check_counts(name, self._count_places(name, inputs_tensor), [len(part) for part in parts])
+            check_counts(name, self._count_places(name, input_ids), [len(part) for part in parts])
             outputs[name] = BaseModelOutputWithPooling(pooler_output=parts)
-        if outputs:
-            model_kwargs["mm_encoder_outputs"] = outputs
-        return model_kwargs
+        return kwargs | ({"mm_encoder_outputs": outputs} if outputs else {})
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """As the original, and: a placeholder is no text."""
-        processors = super()._get_logits_processor(*args, **kwargs)
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """Tokens in whose places media stand."""
         names = [f"{name}_token_id" for name in self.model.readers]
         names += [f"written_{name}_token_id" for name in self.model.writers]
-        ids = [getattr(self.config, name) for name in names if getattr(self.config, name) is not None]
-        return LogitsProcessorList([SuppressTokensLogitsProcessor(ids, device=self.device), *processors])
+        return [getattr(self.config, name) for name in names if getattr(self.config, name) is not None]
 
     def _expand_multimodal_outputs(
         self, input_ids: torch.LongTensor, mm_encoder_output: dict, expand_size: int = 1, **kwargs: Any
@@ -378,6 +421,7 @@ class MediaGenerationMixin:
         """Placeholders of a modality in each row."""
         return (input_ids == getattr(self.config, f"{name}_token_id")).sum(dim=1).tolist()
 
+    @with_parameters_of(RecurrentGenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
@@ -400,11 +444,59 @@ class MediaGenerationMixin:
         return {**inputs, "mm_encoder_outputs": left}
 
 
+def prompt_length(inputs: torch.Tensor | None, kwargs: dict[str, Any], has_embeds: bool) -> int:
+    """The number of prompt tokens with which `sequences` will begin, or, with `has_embeds`, which the model will read;
+    without a prompt that is the begin token.
+    """
+    ids, embeds = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
+    if embeds is not None and (has_embeds or ids is None):
+        return embeds.shape[1] if has_embeds else 0
+    return 1 if ids is None else ids.shape[1]
+
+
+def steps_taken(cache: RecurrentCache, beam_indices: torch.LongTensor | None, num_new_tokens: int) -> torch.LongTensor:
+    """(rows, new tokens), in the order of the sequences that are returned; each token was read off the one before."""
+    if beam_indices is None:
+        return cache.row_steps[:, cache.length - num_new_tokens : cache.length]
+    first = cache.length if cache.prompt_length is None else cache.prompt_length
+    steps = cache.row_steps[:, first - 1 : cache.length]
+    return steps.gather(0, beam_indices.cpu().clamp(min=0)[:, : steps.shape[1]])[:, :num_new_tokens]
+
+
+def is_behind_the_end(tokens: torch.LongTensor, config: GenerationConfig) -> torch.Tensor:
+    """Which of the new tokens, (rows, new tokens), stand behind the end of their text, on the CPU."""
+    tokens = tokens.cpu()
+    if config.eos_token_id is None:
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    ended = torch.isin(tokens, torch.tensor(config.eos_token_id))
+    behind = ended.cumsum(-1) > ended.long()
+    pad = config.pad_token_id
+    if pad is not None and not torch.isin(pad, torch.tensor(config.eos_token_id)):
+        # A stop string or another criterion has ended the text.
+        behind |= (tokens == pad).flip(-1).cumprod(-1).flip(-1).bool()
+    return behind
+
+
 def refuse_empty_rows(attention_mask: torch.Tensor | None) -> None:
     """Raises ValueError for a row without a token. Part of one may be all padding, where a prompt is read in parts."""
     if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.any(-1).all():
         row = int((~attention_mask.any(-1)).nonzero()[0])
         raise ValueError(f"row {row} of the prompt is all padding (attention_mask); leave it out")
+
+
+def arguments_of_token(options: dict[str, Any], index: int | None, num_rows: int) -> dict[str, Any]:
+    """What `forward` is told about the depth of new token number `index`, counted from 0, which the prompt gives."""
+    arguments = dict(options)
+    schedule, in_prefill = arguments.pop("exit_schedule", None), arguments.pop("exit_in_prefill", False)
+    criterion = arguments.get("exit_criterion", "none")
+    if criterion == "schedule" or (index == 0 and not in_prefill):
+        arguments = {name: value for name, value in arguments.items() if name not in EXIT_OPTIONS}
+    if criterion == "schedule" and (index > 0 or in_prefill):
+        arguments["num_steps"] = scheduled_steps(schedule, index)
+    steps = arguments.get("num_steps")
+    if isinstance(steps, torch.Tensor) and steps.ndim and len(steps) < num_rows:  # several sequences of a prompt
+        arguments["num_steps"] = steps.repeat_interleave(num_rows // len(steps))
+    return arguments
 
 
 def scheduled_steps(schedule: Sequence[int] | Callable[[int], int], index: int) -> int:

@@ -2,9 +2,11 @@
 sound as well), and each with a head: MegaTransformerForCausalLM, MegaTransformerForConditionalGeneration.
 """
 
+import difflib
 import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +29,13 @@ from .fusion import Reader, embed_media, read_media
 from .generation_megatransformer import MediaGenerationMixin, RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
 from .modalities import MODALITIES, modality_configs
+from .outputs import (
+    CACHE_NAME,
+    MegaTransformerCausalLMOutput,
+    MegaTransformerModelOutput,
+    takes_past_key_values,
+    with_parameters_of,
+)
 from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
 from .state_noise import StateNoise
 from .writers import (
@@ -43,60 +52,31 @@ from .writers import (
 
 logger = logging.get_logger(__name__)
 
-
-@dataclass
-class MegaTransformerModelOutput(ModelOutput):
-    """Output of the base model.
-
-    Args:
-        last_hidden_state: (batch, sequence, hidden), after coda and final norm.
-        past_key_values: The cache, if one was asked for.
-        state: (batch, sequence, hidden), after the last core step and the final norm. None without a core.
-        states: s_0 .. s_r as the core left them, each (batch, sequence, hidden); only with `output_states=True`.
-        exit_steps: (batch,), core steps taken by each row, on the CPU. None without a core.
-        written: The latents of media that are written, for their losses.
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: RecurrentCache | None = None
-    state: torch.FloatTensor | None = None
-    states: tuple[torch.FloatTensor, ...] | None = None
-    exit_steps: torch.LongTensor | None = None
-    written: Written | None = None
+PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""Arguments of flash attention and of state-space models, by which collators say where packed documents begin."""
 
 
-@dataclass
-class MegaTransformerCausalLMOutput(ModelOutput):
-    """Output of the language model: `loss` (scalar, if labels were given), `logits` (batch, sequence, vocab), and the
-    base model's `past_key_values`, `state`, `states` and `exit_steps`.
-
-    `token_losses`, (batch, sequence), float32 without gradient: the loss of label i at place i, before its weight, 0
-    where there is no label. With `skip_logits` or `loss_weights`.
-
-    `written_losses`: by modality the sum of the losses of written latents, without weight and gradient, and their
-    number; with labels, where there are any. Their mean times its weight is part of `loss`.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: RecurrentCache | None = None
-    state: torch.FloatTensor | None = None
-    states: tuple[torch.FloatTensor, ...] | None = None
-    exit_steps: torch.LongTensor | None = None
-    token_losses: torch.FloatTensor | None = None
-    written_losses: dict[str, tuple[torch.FloatTensor, int]] | None = None
-
-
-def refuse_unknown(kwargs: dict) -> None:
-    """Libraries around the model pass arguments of their own to every model; those that ask for something are errors
-    here.
+def check_kwargs(kwargs: dict[str, Any], forward: Callable, position_ids: torch.Tensor | None) -> None:
+    """Libraries around the model pass arguments of their own to every model. Those that ask for nothing, and those that
+    say again where the packed documents of `position_ids` begin, are accepted.
 
     Raises:
-        ValueError: for an argument that is neither empty nor harmless. `**kwargs` would swallow a misspelt one.
+        ValueError: for any other, since `**kwargs` would swallow a misspelt one; and for documents that `position_ids`
+            do not begin.
     """
-    unknown = [name for name, value in kwargs.items() if value is not None and value is not False]
-    if unknown:
-        raise ValueError(f"forward does not know the argument {unknown[0]!r}; see its docstring for those it takes")
+    for name, value in kwargs.items():
+        if name in PACKING_NAMES and position_ids is not None:
+            continue
+        if value is None or value is False:
+            continue
+        if name in PACKING_NAMES:
+            raise ValueError(f"{name} says where packed documents begin, which here do position_ids; give them as well")
+        near = difflib.get_close_matches(name, inspect.signature(forward).parameters, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see its docstring for those it takes"
+        raise ValueError(f"forward does not know the argument {name!r}; {hint}")
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is not None and (position_ids.flatten()[starts[:-1].long()] != 0).any():
+        raise ValueError(f"cu_seq_lens_q has documents begin at {starts.tolist()}, where position_ids do not restart")
 
 
 def check_state(state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
@@ -143,7 +123,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         self.coda = BlockStack(config, config.num_coda_layers)
         self.norm = build_norm(config)
         self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.units_are_compiled = False, False
         self._drawn_state: tuple[tuple, torch.Tensor | None] = ((), None)
         self.post_init()
 
@@ -160,25 +140,29 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         """
         # One count of graphs for all three, since they share a wrapper of transformers: each needs one or two, for each
         # of training and evaluation, of a fixed and a varying length.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 32)
         for unit in (self.prelude, self.core, self.coda):
             if unit is not None:
                 unit.compile(**kwargs)
+        self.units_are_compiled = True
 
+    @takes_past_key_values
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_states: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         state_warm_start: bool = False,
-        noise: StateNoise | None = None,
+        state_noise: StateNoise | None = None,
         exit_watch: ExitWatch | None = None,
         **kwargs,
     ) -> MegaTransformerModelOutput:
@@ -188,20 +172,22 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             attention_mask: (batch, past + sequence) with 1 for real tokens and 0 for padding, or 4-D.
             position_ids: (batch, sequence). Default: counted over the real tokens. Without mask and cache, a restart at
                 0 begins a new document, and attention does not cross it.
-            past_key_values: Cache of the tokens before; it is extended in place.
+            cache: Cache of the tokens before; it is extended in place.
             inputs_embeds: (batch, sequence, hidden) instead of `input_ids`; already scaled, positions not yet added.
             num_steps: Core steps: an int, a pair (without gradient, with gradient), or (batch,). See `resolve_depth`.
             initial_state: s_0, broadcastable to (batch, sequence, hidden). Default: one fixed draw.
             output_states: Return s_0 .. s_r.
+            output_hidden_states: Return `hidden_states`. Default: what the config says.
+            output_attentions: Return `attentions`, which needs the eager backend. Default: what the config says.
             state_warm_start: A single new token behind a cache starts from the state in which the token before ended.
-            noise: Disturbs the state before each step.
+            state_noise: Disturbs the state before each step.
             exit_watch: Says which rows stop early, and after which step. Made by the model with the head.
 
         Raises:
-            ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, or a
-                depth that is none.
+            ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, a
+                depth that is none, or attentions that the backend does not give.
         """
-        refuse_unknown(kwargs)
+        check_kwargs(kwargs, self.forward, position_ids)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -209,48 +195,66 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         batch, sequence, _ = inputs_embeds.shape
         if use_cache is None:
             use_cache = self.config.use_cache and self.text_config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = RecurrentCache(self.text_config)
-        past = self._check_inputs(batch, sequence, attention_mask, past_key_values)
+        if use_cache and cache is None:
+            cache = RecurrentCache(self.text_config)
+        past = self._check_inputs(batch, sequence, attention_mask, cache)
         depth = resolve_depth(num_steps, self.text_config, batch, self.training)
         attention_mask, position_ids = self._place(inputs_embeds, past, attention_mask, position_ids)
         hidden = self._add_positions(inputs_embeds, position_ids)
-        if past_key_values is not None:
-            past_key_values.begin(hidden, depth.total)
-        inputs = prepare_attention(self.text_config, hidden, attention_mask, position_ids, past_key_values)
+        if cache is not None:
+            cache.begin(hidden, depth.total)
+        inputs = prepare_attention(self.text_config, hidden, attention_mask, position_ids, cache)
+        inputs.hidden_states = [hidden] if self._is_asked("output_hidden_states", output_hidden_states) else None
+        inputs.attentions = [] if self._is_asked("output_attentions", output_attentions) else None
 
-        slots = past_key_values.prelude_slots if past_key_values is not None else None
+        slots = cache.prelude_slots if cache is not None else None
         hidden = self.prelude(hidden, inputs=inputs, slots=slots)
         if self.core is None:
-            hidden, state, states, exit_steps = self._read(hidden, inputs, past_key_values), None, None, None
+            hidden, state, states, exit_steps = self._read(hidden, inputs, cache), None, None, None
         else:
             if initial_state is None and state_warm_start and sequence == 1 and past:
-                initial_state = past_key_values.last_state
+                initial_state = cache.last_state
             state = self._first_state(hidden, initial_state)
-            states = [state] if output_states else None
-            disturb = None if noise is None else functools.partial(self._disturb, noise, position_ids)
+            states = [state] if output_states or inputs.hidden_states is not None else None
+            disturb = None if state_noise is None else functools.partial(self._disturb, state_noise, position_ids)
             look = None
             if exit_watch is not None:
                 exit_watch.begin(state, tokens_of_chunk(attention_mask, sequence))
-                look = functools.partial(self._look, exit_watch, past_key_values)
-            state, exit_steps = iterate_core(
-                self.core, state, hidden, depth, inputs, past_key_values, states, disturb, look
-            )
-            if past_key_values is not None:
-                past_key_values.settle_steps(exit_steps, num_new_tokens=sequence)
+                look = functools.partial(self._look, exit_watch, cache)
+            state, exit_steps = iterate_core(self.core, state, hidden, depth, inputs, cache, states, disturb, look)
+            if cache is not None:
+                cache.settle_steps(exit_steps, num_new_tokens=sequence)
+            if inputs.hidden_states is not None:
+                inputs.hidden_states += states[1:]
             state = self.norm(state)
-            if past_key_values is not None and state_warm_start:
-                past_key_values.last_state = state[:, -1:].clone()
-            hidden = self._read_unless_seen(state, inputs, past_key_values, exit_steps, exit_watch)
-        if past_key_values is not None:
-            past_key_values.advance(sequence)
+            if cache is not None and state_warm_start:
+                cache.last_state = state[:, -1:].clone()
+            hidden = self._read_unless_seen(state, inputs, cache, exit_steps, exit_watch)
+        if cache is not None:
+            cache.advance(sequence)
+        if inputs.hidden_states is not None:
+            inputs.hidden_states[-1] = hidden
         return MegaTransformerModelOutput(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
+            hidden_states=None if inputs.hidden_states is None else tuple(inputs.hidden_states),
+            attentions=None if inputs.attentions is None else tuple(inputs.attentions),
             state=state,
             states=tuple(states) if output_states and states else None,
             exit_steps=exit_steps,
         )
+
+    def _is_asked(self, name: str, value: bool | None) -> bool:
+        """Whether an output is asked for, by argument, else by config.
+
+        Raises:
+            ValueError: for attentions, where the backend does not give them.
+        """
+        is_asked = getattr(self.config, name) if value is None else value
+        backend = self.text_config._attn_implementation
+        if is_asked and name == "output_attentions" and backend != "eager":
+            raise ValueError(f"output_attentions is not possible with {backend}; load with attn_implementation='eager'")
+        return is_asked
 
     def _place(
         self, embeds: torch.Tensor, past: int, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
@@ -283,42 +287,42 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         position_ids = position_ids if rows is None else select_rows(position_ids, rows)
         return self.core.layers[-1].mlp_norm_out(noise.mix(step, state, position_ids))
 
-    def _read(self, state, inputs: AttentionInputs, past_key_values) -> torch.Tensor:
+    def _read(self, state, inputs: AttentionInputs, cache) -> torch.Tensor:
         """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""
-        slots = past_key_values.coda_slots if past_key_values is not None else None
+        slots = cache.coda_slots if cache is not None else None
         return self.norm(self.coda(state, inputs=inputs, slots=slots))
 
-    def _look(self, watch: ExitWatch, past_key_values, step, state, rows, inputs) -> torch.Tensor | None:
+    def _look(self, watch: ExitWatch, cache, step, state, rows, inputs) -> torch.Tensor | None:
         """Which of the rows stop after `step` steps; None where it is not looked."""
         if not watch.is_due(step):
             return None
-        hidden = self._read(self.norm(state), inputs, past_key_values) if watch.criterion.reads_logits else None
+        inputs = replace(inputs, hidden_states=None, attentions=None)  # only the last reading is part of the output
+        hidden = self._read(self.norm(state), inputs, cache) if watch.criterion.reads_logits else None
         return watch.look(step, state, hidden, rows)
 
-    def _read_unless_seen(self, state, inputs, past_key_values, exit_steps, watch: ExitWatch | None) -> torch.Tensor:
+    def _read_unless_seen(self, state, inputs, cache, exit_steps, watch: ExitWatch | None) -> torch.Tensor:
         """The last readings, of which those made at a row's last look need not be made again."""
-        if watch is None or watch.hidden is None:
-            return self._read(state, inputs, past_key_values)
+        is_recorded = inputs.hidden_states is not None or inputs.attentions is not None
+        if watch is None or watch.hidden is None or is_recorded:
+            return self._read(state, inputs, cache)
         unseen = (watch.steps_at_look != exit_steps).nonzero().squeeze(1).to(state.device)
         if len(unseen):
-            watch.keep(self._read(state[unseen], inputs.of(unseen), past_key_values), unseen)
+            watch.keep(self._read(state[unseen], inputs.of(unseen), cache), unseen)
         return watch.hidden
 
-    def _check_inputs(self, batch: int, sequence: int, attention_mask, past_key_values) -> int:
+    def _check_inputs(self, batch: int, sequence: int, attention_mask, cache) -> int:
         """Number of tokens in the cache; raises for inputs that would fail late or broadcast silently."""
         if sequence == 0:
             raise ValueError("the input sequence is empty; it needs at least one token")
-        if past_key_values is not None and not hasattr(past_key_values, "settle_steps"):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; this model needs a RecurrentCache"
-            )
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if cache is not None and not hasattr(cache, "settle_steps"):
+            raise ValueError(f"cache is a {type(cache).__name__}; this model needs a RecurrentCache")
+        past = cache.get_seq_length() if cache is not None else 0
         if attention_mask is not None and attention_mask.ndim != 4 and attention_mask.shape != (batch, past + sequence):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, past + sequence) = "
                 f"({batch}, {past + sequence}) or a 4-D mask"
             )
-        if self.training and self.gradient_checkpointing and past_key_values is not None:
+        if self.training and self.gradient_checkpointing and cache is not None:
             raise ValueError(
                 "a cache is not possible with gradient checkpointing in training mode, which computes keys and values "
                 "again; call model.eval(), or pass use_cache=False"
@@ -373,13 +377,14 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_past_key_values
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         loss_weights: torch.FloatTensor | None = None,
@@ -387,6 +392,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_states: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
@@ -422,7 +429,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             noise_schedule: How the amount changes from step to step.
             media: Further arguments of a base model that reads images and sound.
         """
-        refuse_unknown(kwargs)
+        check_kwargs(kwargs, self.forward, position_ids)
         if labels is not None:
             num_items_in_batch = count_labels(labels, num_items_in_batch, loss_weights)
             use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
@@ -434,14 +441,16 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_steps=num_steps,
             initial_state=initial_state,
             output_states=output_states,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             state_warm_start=state_warm_start,
-            noise=StateNoise(self.text_config, noise_level, noise_schedule) if noise_level else None,
+            state_noise=StateNoise(self.text_config, noise_level, noise_schedule) if noise_level else None,
             exit_watch=watch,
             return_dict=True,
             **(media or {}),
@@ -456,7 +465,9 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             losses = self._losses(logits, outputs, labels, loss_weights, num_items_in_batch)
         return MegaTransformerCausalLMOutput(
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.cache},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             state=outputs.state,
             states=outputs.states,
             exit_steps=outputs.exit_steps,
@@ -517,7 +528,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
         input_ids: torch.LongTensor,
         media: dict[str, Any],
         mm_encoder_outputs: dict[str, ModelOutput] | None = None,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
     ) -> torch.Tensor:
         """(batch, sequence, hidden): the embeddings of the tokens, with features in the places of placeholders.
 
@@ -530,7 +541,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
         if mm_encoder_outputs:
             features = {name: output.pooler_output for name, output in mm_encoder_outputs.items()}
             return embed_media(embeds, input_ids, features, self.config, is_whole=False)
-        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        is_prefill = cache is None or cache.get_seq_length() == 0
         features = read_media(self.readers, media, run_all=is_prefill and self.must_run_alike)
         if not (features or is_prefill):
             return embeds
@@ -575,13 +586,14 @@ class MegaTransformerModel(MegaTransformerTextModel):
         """`get_features` of sound; see `MegaTransformerAudioModel` for the inputs."""
         return self.get_features("audio", input_features=input_features, input_features_mask=input_features_mask)
 
+    @takes_past_key_values
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, ModelOutput] | None = None,
         flow_seeds: torch.LongTensor | None = None,
@@ -612,7 +624,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
         media, targets, written = self.take_media(kwargs), take_targets(kwargs), None
         if input_ids is not None and inputs_embeds is None:
             input_ids = put_codes(self.writers, targets, input_ids, self.config)
-            inputs_embeds = self.embed(input_ids, media, mm_encoder_outputs, past_key_values)
+            inputs_embeds = self.embed(input_ids, media, mm_encoder_outputs, cache)
             latents = encode_targets(self.writers, targets, input_ids, self.config)
             written = Written(latents, self._flow_seeds(flow_seeds, len(input_ids)), num_written_in_batch or {})
             inputs_embeds = self.embed_written(inputs_embeds, written)
@@ -621,7 +633,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
         outputs = super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             return_dict=True,
             **kwargs,
@@ -675,12 +687,14 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
             raise AttributeError("decode_image_tokens")
         return functools.partial(images_of_codes, writer.codec, self.config.image_code_offset)
 
+    @with_parameters_of(MegaTransformerForCausalLM.forward)
+    @takes_past_key_values
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: RecurrentCache | None = None,
+        cache: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
@@ -714,7 +728,7 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
             input_ids=coded["input_ids"],
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             labels=coded["labels"],
             media={name: value for name, value in media.items() if value is not None},

@@ -268,7 +268,7 @@ def iterate_core(
     embeds: torch.Tensor,
     depth: Depth,
     inputs: AttentionInputs,
-    past_key_values: RecurrentCache | None = None,
+    cache: RecurrentCache | None = None,
     trajectory: list[torch.Tensor] | None = None,
     disturb: Callable[[int, torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None,
     look: Callable[[int, torch.Tensor, torch.Tensor | None, AttentionInputs], torch.Tensor | None] | None = None,
@@ -299,7 +299,7 @@ def iterate_core(
             # Truncation: backpropagation ends here. A leaf that requires a gradient makes the first step with gradient
             # look like the others, so that torch.compile needs one graph for them instead of two.
             here = here.detach().requires_grad_()
-        slots = past_key_values.core_slots(step) if past_key_values is not None else None
+        slots = cache.core_slots(step) if cache is not None else None
         with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):
             if disturb is not None:
                 here = disturb(step, here, rows)

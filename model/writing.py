@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .outputs import CACHE_NAME
 from .recurrence import keyed_generator
 from .writers import WRITTEN, Writer, take_targets
 from .writing_exits import VELOCITY_THRESHOLD, WritingWatch
@@ -185,8 +186,8 @@ class MediaWriting:
         self.rows = [Row(seed) for seed in seeds]
         self.options = {name: writing.of(self.writers[name]) for name in self.names}
         self.is_guided = any(options.guidance_scale != 1 for options in self.options.values())
-        self.inputs = model_kwargs
-        self.cache = model_kwargs.pop("past_key_values", None)
+        self.inputs = model_kwargs | (model_kwargs.pop("depth_options", None) or {})
+        self.cache = model_kwargs.pop(CACHE_NAME, None)
         if self.cache is None:
             raise ValueError("media are written through the cache: leave use_cache=False out")
         mask = model_kwargs.pop("attention_mask", None)
@@ -239,7 +240,7 @@ class MediaWriting:
     def _forward(self, mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
         outputs = self.model.model(
             attention_mask=mask,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             num_steps=self._num_steps(),
             exit_watch=self._watch(is_prompt="input_ids" in inputs),
@@ -487,7 +488,7 @@ class MediaWriting:
             sampling_rate=self.writers["audio"].config.sampling_rate if "audio" in self.names else None,
             segments=[row.segments for row in self.rows],
             latents=latents,
-            past_key_values=self.cache,
+            **{CACHE_NAME: self.cache},
             exit_steps=steps,
         )
 

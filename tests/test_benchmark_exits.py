@@ -29,7 +29,7 @@ def test_agreement_of_the_full_cache_is_whole_and_that_of_others_is_that_of_a_lo
         with torch.no_grad():
             full = model(text, num_steps=5).logits[0].double().softmax(-1)
             for i in range(length):
-                out = model(text[:, i : i + 1], past_key_values=cache, num_steps=5, **(options if i else {}))
+                out = model(text[:, i : i + 1], cache=cache, num_steps=5, **(options if i else {}))
                 p = out.logits[0, -1].double().softmax(-1)
                 if i and i + 1 < length and labels[row, i + 1] != -100:
                     same.append(bool(p.argmax() == full[i].argmax()))

@@ -173,7 +173,7 @@ def test_weights_and_moments_are_three_numbers_for_each_parameter():
 def test_no_side_fills_a_cache_in_training():
     args = train_step.build_parser().parse_args([*TINY, "--batch-size", "1", "--sequence-length", "4"])
     for trainee in train_step.build_trainees(args, CPU).values():
-        assert trainee.model(**trainee.draw_inputs()).past_key_values is None
+        assert trainee.model(**trainee.draw_inputs()).cache is None
 
 
 def test_ours_starts_each_step_from_a_new_state_as_in_training():
@@ -190,8 +190,8 @@ def test_cache_bytes_of_both_are_those_of_the_closed_form():
     ids = tiny_ids(2, 5)
     cache = RecurrentCache(ours.config)
     with torch.no_grad():
-        ours(ids, num_steps=3, past_key_values=cache)
-        theirs = llama(ids, use_cache=True).past_key_values
+        ours(ids, num_steps=3, cache=cache)
+        theirs = llama(ids, use_cache=True).cache
     token = 8 * 2 * 2 * 2 * 8 * 4  # passes, keys and values, rows, heads, width of a head, bytes
     assert decode.cache_bytes(theirs) == 5 * token
     assert decode.cache_bytes(cache) == BLOCK * token  # whole blocks
@@ -278,7 +278,7 @@ def test_decoding_behind_a_cache_gives_the_tokens_of_the_whole_prompt():
     prompt = tiny_ids(2, 7)
     for model, options in ((ours, {"num_steps": 3}), (llama, {})):
         cache = decode.fill_cache(model, prompt[:, :-1], options)
-        behind = decode.continue_prompt(model, prompt, 4, past_key_values=cache, **options)
+        behind = decode.continue_prompt(model, prompt, 4, cache=cache, **options)
         assert torch.equal(behind, decode.continue_prompt(model, prompt, 4, use_cache=False, **options))
 
 

@@ -34,7 +34,7 @@ def test_a_read_finds_what_the_rule_says(policy, kept):
     ids, depths = tiny_ids(1, 7), [3, 1, 5, 2, 6, 4, 6]
     cache, state = RecurrentCache(model.config, policy, kept), torch.full((1, 1, 32), 0.3)
     ours = [
-        logits_of(model, ids[:, i : i + 1], past_key_values=cache, num_steps=depth, initial_state=state)
+        logits_of(model, ids[:, i : i + 1], cache=cache, num_steps=depth, initial_state=state)
         for i, depth in enumerate(depths)
     ]
     layer, tokens, reference = model.model.core.layers[0], [], []  # tokens[token][step] = (key, value)
@@ -62,14 +62,14 @@ def test_rows_of_their_own_depth_equal_each_alone_also_later_through_the_cache(p
     mask = torch.ones(3, 9, dtype=torch.long)
     mask[1, :2] = 0
     cache = RecurrentCache(model.config, policy, kept)
-    first = logits_of(model, ids[:, :6], attention_mask=mask[:, :6], num_steps=depths, past_key_values=cache)
-    second = logits_of(model, ids[:, 6:], attention_mask=mask, num_steps=3, past_key_values=cache)
+    first = logits_of(model, ids[:, :6], attention_mask=mask[:, :6], num_steps=depths, cache=cache)
+    second = logits_of(model, ids[:, 6:], attention_mask=mask, num_steps=3, cache=cache)
     for row, depth in enumerate(depths.tolist()):
         alone, real = RecurrentCache(model.config, policy, kept), mask[row].bool()
         prompt = ids[row : row + 1, :6][:, real[:6]]
-        expected = logits_of(model, prompt, num_steps=depth, past_key_values=alone)
+        expected = logits_of(model, prompt, num_steps=depth, cache=alone)
         torch.testing.assert_close(first[row][real[:6]], expected[0], **CLOSE)
-        expected = logits_of(model, ids[row : row + 1, 6:], num_steps=3, past_key_values=alone)
+        expected = logits_of(model, ids[row : row + 1, 6:], num_steps=3, cache=alone)
         torch.testing.assert_close(second[row], expected[0], **CLOSE)
 
 
@@ -98,7 +98,7 @@ def test_a_ring_of_enough_steps_equals_no_cache(policy, kept):
     model, ids = tiny_model(scale=2.0, max_position_embeddings=256), tiny_ids(2, BLOCK + 20)
     cache, parts = RecurrentCache(model.config, policy, kept), []
     for part in ids.split([BLOCK - 2, 1, 1, 1, 19], dim=1):
-        parts.append(logits_of(model, part, num_steps=3, past_key_values=cache))
+        parts.append(logits_of(model, part, num_steps=3, cache=cache))
     torch.testing.assert_close(torch.cat(parts, dim=1), logits_of(model, ids, num_steps=3), **CLOSE)
 
 
@@ -106,7 +106,7 @@ def test_a_ring_of_enough_steps_equals_no_cache(policy, kept):
 def test_memory_is_that_of_its_formula(policy, kept):
     model, tokens = tiny_model(), BLOCK + 1  # 1 + 2 + 1 layers, 2 key/value heads of 8
     cache = RecurrentCache(model.config, policy, kept)
-    logits_of(tiny_model(max_position_embeddings=256), tiny_ids(3, tokens), num_steps=5, past_key_values=cache)
+    logits_of(tiny_model(max_position_embeddings=256), tiny_ids(3, tokens), num_steps=5, cache=cache)
     slots = 2 + 2 * {"full": 5, "ring": kept, "last": 1}[policy]
     assert cache.num_bytes == 2 * slots * 3 * 2 * (2 * BLOCK) * 8 * 4
     assert sum(len(layer.keys) for layer in cache.layers) == slots
@@ -128,7 +128,7 @@ def test_there_is_no_python_object_per_token(policy, kept, size):
     model = tiny_model(max_position_embeddings=512)
     cache, counts = RecurrentCache(model.config, policy, kept, **size), []
     for tokens in (3, 1, 2 * BLOCK):
-        logits_of(model, tiny_ids(2, tokens), num_steps=torch.tensor([5, 2]), past_key_values=cache)
+        logits_of(model, tiny_ids(2, tokens), num_steps=torch.tensor([5, 2]), cache=cache)
         counts.append(objects_in(cache, set()))
     slots = 2 + 2 * {"full": 5, "ring": kept, "last": 1}[policy]
     assert counts[0] == counts[1] == counts[2]
@@ -142,11 +142,11 @@ def test_rows_reordered_repeated_selected_and_tokens_cropped(policy, kept):
 
     def cache_of(prompt: torch.Tensor) -> RecurrentCache:
         cache = RecurrentCache(model.config, policy, kept)
-        logits_of(model, prompt, num_steps=3, past_key_values=cache)
+        logits_of(model, prompt, num_steps=3, cache=cache)
         return cache
 
     def next_logits(cache: RecurrentCache, rows: int) -> torch.Tensor:
-        return logits_of(model, tiny_ids(1, 2, seed=9).expand(rows, -1), num_steps=3, past_key_values=cache)
+        return logits_of(model, tiny_ids(1, 2, seed=9).expand(rows, -1), num_steps=3, cache=cache)
 
     for change, expected in (
         (lambda cache: cache.reorder_cache(torch.tensor([1, 1])), ids[[1, 1]]),
@@ -163,7 +163,7 @@ def test_rows_reordered_repeated_selected_and_tokens_cropped(policy, kept):
     cache = cache_of(ids)
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(logits_of(model, ids, past_key_values=cache), logits_of(model, ids), **CLOSE)
+    torch.testing.assert_close(logits_of(model, ids, cache=cache), logits_of(model, ids), **CLOSE)
 
 
 @pytest.mark.parametrize(("policy", "kept"), POLICIES)
@@ -171,12 +171,12 @@ def test_a_copy_goes_its_own_way(policy, kept):
     """As benchmarks and assisted decoding copy it; then with more steps and exits, which are settled in the copy."""
     model, ids = tiny_model(scale=2.0), tiny_ids(2, 8)
     cache = RecurrentCache(model.config, policy, kept)
-    logits_of(model, ids[:, :4], num_steps=3, past_key_values=cache)
+    logits_of(model, ids[:, :4], num_steps=3, cache=cache)
     copied = copy.deepcopy(cache)
     continued = []
     for each in (cache, copied, cache):
         for part, steps in zip(ids[:, 4:].split(2, dim=1), (torch.tensor([5, 2]), 4), strict=True):
-            continued.append(logits_of(model, part, num_steps=steps, past_key_values=each))
+            continued.append(logits_of(model, part, num_steps=steps, cache=each))
         cache.crop(-4) if each is cache else None
     for first, second, third in zip(continued[:2], continued[2:4], continued[4:], strict=True):
         assert torch.equal(first, second) and torch.equal(first, third)
@@ -190,12 +190,12 @@ def test_gradients_through_a_chunk_that_is_cached_are_those_without_cache(policy
     gradients = []
     for cache in (None, RecurrentCache(model.config, policy, kept, **size)):
         model.zero_grad()
-        options = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        options = {"use_cache": False} if cache is None else {"cache": cache}
         model(ids, labels=ids, num_steps=torch.tensor([4, 2]), **options).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for ours, expected in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
-    model(ids[:, :2], labels=ids[:, :2], num_steps=3, past_key_values=cache).loss.backward()
+    model(ids[:, :2], labels=ids[:, :2], num_steps=3, cache=cache).loss.backward()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_policy_of_the_keyword_then_of_the_generation_config_then_of_the_config(
 
     def policy_of(**kwargs) -> tuple:
         out = model.generate(tiny_ids(1, 3), max_new_tokens=2, return_dict_in_generate=True, **kwargs)
-        return out.past_key_values.policy, out.past_key_values.num_kept_steps
+        return out.cache.policy, out.cache.num_kept_steps
 
     assert policy_of() == ("ring", 2)
     model.generation_config.cache_policy = "last"

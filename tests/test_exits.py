@@ -161,19 +161,17 @@ def test_rows_that_exit_equal_each_alone_with_that_number_of_steps(model, name, 
     mask[2, :3] = 0
     exits = {"exit_criterion": name, "exit_threshold": THRESHOLDS[name], "num_steps": MOST}
     with torch.no_grad():
-        out = model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache, **exits)
+        out = model(ids[:, :6], attention_mask=mask[:, :6], cache=cache, **exits)
         kept = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=False, logits_to_keep=1, **exits).logits
-    later = [
-        logits_of(model, ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache) for i in (6, 7)
-    ]
+    later = [logits_of(model, ids[:, i : i + 1], attention_mask=mask[:, : i + 1], cache=cache) for i in (6, 7)]
     for row, steps in enumerate(out.exit_steps.tolist()):
         alone, real = RecurrentCache(model.config, policy), mask[row].bool()
         own = ids[row : row + 1][:, real]
-        expected = logits_of(model, own[:, :-2], num_steps=steps, past_key_values=alone)
+        expected = logits_of(model, own[:, :-2], num_steps=steps, cache=alone)
         torch.testing.assert_close(out.logits[row][real[:6]], expected[0], **CLOSE)
         torch.testing.assert_close(kept[row, 0], expected[0, -1], **CLOSE)
         for i, ours in enumerate(later):
-            expected = logits_of(model, own[:, i - 2 :][:, :1], past_key_values=alone)
+            expected = logits_of(model, own[:, i - 2 :][:, :1], cache=alone)
             torch.testing.assert_close(ours[row], expected[0], **CLOSE)
 
 
@@ -225,7 +223,7 @@ def by_hand(model, ids, new_tokens, num_steps=MOST, policy=None, choose=lambda l
     chunk = ids
     for _ in range(new_tokens):
         with torch.no_grad():
-            out = model(chunk, past_key_values=cache, num_steps=num_steps, **(exits if tokens else {}))
+            out = model(chunk, cache=cache, num_steps=num_steps, **(exits if tokens else {}))
         scores.append(out.logits[0, -1])
         steps.append(int(out.exit_steps[0]))
         tokens.append(int(choose(out.logits[0, -1])))
@@ -310,7 +308,7 @@ def test_a_schedule_gives_each_new_token_its_steps(model, schedule):
     assert out.exit_steps.tolist() == [[4, 3, 1, 2, 2, 2]]
     cache, tokens, chunk = RecurrentCache(model.config), [], ids
     for steps in (4, 3, 1, 2, 2, 2):
-        tokens.append(logits_of(model, chunk, num_steps=steps, past_key_values=cache)[0, -1].argmax())
+        tokens.append(logits_of(model, chunk, num_steps=steps, cache=cache)[0, -1].argmax())
         chunk = tokens[-1].view(1, 1)
     assert out.sequences[0, 5:].tolist() == torch.stack(tokens).tolist()
 
@@ -356,7 +354,7 @@ def test_warm_start_begins_where_the_token_before_ended(model):
     tokens, chunk, state = [], ids, None
     for _ in range(6):
         with torch.no_grad():
-            out = model(chunk, past_key_values=cache, num_steps=2, initial_state=state)
+            out = model(chunk, cache=cache, num_steps=2, initial_state=state)
         state = out.state[:, -1:]
         tokens.append(int(out.logits[0, -1].argmax()))
         chunk = torch.tensor([tokens[-1:]])
@@ -449,7 +447,7 @@ def test_noise_of_a_token_does_not_depend_on_its_batch_or_chunk(model):
     torch.testing.assert_close(ours, expected, **CLOSE)
     torch.testing.assert_close(logits_of(model, ids[:1], **noise), expected[:1], **CLOSE)
     cache = RecurrentCache(model.config)
-    parts = [logits_of(model, part, past_key_values=cache, **noise) for part in ids.split([4, 1, 1], dim=1)]
+    parts = [logits_of(model, part, cache=cache, **noise) for part in ids.split([4, 1, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, **CLOSE)
 
 

@@ -95,8 +95,8 @@ def test_sampling_is_seeded_and_the_same_with_and_without_cache(model):
 
 def test_continuing_from_a_returned_cache(model):
     ids, cache = tiny_ids(1, 5), RecurrentCache(model.config)
-    first = model.generate(ids, num_steps=3, max_new_tokens=4, do_sample=False, past_key_values=cache)
-    second = model.generate(first, num_steps=3, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    first = model.generate(ids, num_steps=3, max_new_tokens=4, do_sample=False, cache=cache)
+    second = model.generate(first, num_steps=3, max_new_tokens=4, do_sample=False, cache=cache)
     assert torch.equal(second, greedy_by_hand(model, ids, 8, 3))
 
 

@@ -59,7 +59,7 @@ def prefilled(model, chunks, policy: str) -> RecurrentCache:
     cache = RecurrentCache(model.config, "ring" if policy == "wide ring" else policy, **POLICIES[policy])
     for chunk in chunks:
         with torch.no_grad():
-            model(chunk, past_key_values=cache, num_steps=STEPS)
+            model(chunk, cache=cache, num_steps=STEPS)
     return cache
 
 
@@ -69,7 +69,7 @@ def by_hand(model, mode: str, policy: str, chunks) -> torch.Tensor:
     torch.manual_seed(11)
     for _ in range(NEW):
         with torch.no_grad():
-            logits = model(tokens[-1], past_key_values=cache, num_steps=STEPS).logits[:, -1]
+            logits = model(tokens[-1], cache=cache, num_steps=STEPS).logits[:, -1]
         draw = torch.multinomial(logits.softmax(-1), 1) if mode == "sampling" else logits.argmax(-1, keepdim=True)
         tokens.append(draw)
     return torch.cat(tokens[1:], dim=1)
@@ -96,7 +96,7 @@ def test_cell(models, position, mode, policy, beginning):
         rows = MODES[mode].get("num_beams", 1)
         cache.batch_repeat_interleave(rows)
         given = {name: value for name, value in options.items() if name not in ("cache_policy", "num_kept_steps")}
-        ours = new_tokens(model, prompt, past_key_values=cache, **given)
+        ours = new_tokens(model, prompt, cache=cache, **given)
     else:
         embeds = model.get_input_embeddings()(prompt)
         torch.manual_seed(11)
@@ -110,7 +110,7 @@ def test_cell(models, position, mode, policy, beginning):
     elif mode == "beam":
         cache = prefilled(model, chunks[:-1], policy)
         cache.batch_repeat_interleave(3)
-        given = {"past_key_values": cache} if len(chunks) > 1 else {}
+        given = {"cache": cache} if len(chunks) > 1 else {}
         for name in ("cache_policy", "num_kept_steps") if given else ():
             options.pop(name, None)
         expected = new_tokens(model, prompt, **given, **options)

@@ -67,7 +67,7 @@ def training_call(model, rows: int = 4, first: int = 0, num_steps=(1, 2)) -> dic
 def test_with_a_cache_equals_without(model, chunks):
     """A2, A3, R4."""
     ids, cache = tiny_ids(2, 12), RecurrentCache(model.config)
-    parts = [logits_of(model, part, num_steps=3, past_key_values=cache) for part in ids.split(chunks, dim=1)]
+    parts = [logits_of(model, part, num_steps=3, cache=cache) for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), logits_of(model, ids, num_steps=3), **CLOSE)
     assert cache.get_seq_length() == 12 and cache.num_steps == 3
 
@@ -101,9 +101,7 @@ def test_left_padding_with_a_cache_equals_the_row_alone(model):
     mask = (torch.arange(11) >= 3).long()[None]
     cache, parts = RecurrentCache(model.config), []
     for start, stop in [(0, 6), *((i, i + 1) for i in range(6, 11))]:
-        parts.append(
-            logits_of(model, padded[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, num_steps=2)
-        )
+        parts.append(logits_of(model, padded[:, start:stop], attention_mask=mask[:, :stop], cache=cache, num_steps=2))
     torch.testing.assert_close(torch.cat(parts, dim=1)[:, 3:], logits_of(model, ids, num_steps=2), **CLOSE)
 
 

@@ -63,7 +63,7 @@ def test_exits_reach_the_model_and_their_steps_are_logged(checkpoint, capsys):
     exits = {"exit_criterion": "latent_difference", "exit_threshold": 0.5}
     for _ in range(6):
         with torch.no_grad():
-            out = model(chunk, past_key_values=cache, num_steps=9, **(exits if steps else {}))
+            out = model(chunk, cache=cache, num_steps=9, **(exits if steps else {}))
         chunk = out.logits[:, -1:].argmax(-1)
         ids = torch.cat((ids, chunk), dim=1)
         steps.append(int(out.exit_steps[0]))

@@ -171,7 +171,7 @@ def test_a_cache_beside_gradient_checkpointing_is_refused():
     model = tiny_model().train()
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"a cache is not possible with gradient checkpointing .* call model.eval"):
-        model(tiny_ids(1, 4), past_key_values=RecurrentCache(model.config))
+        model(tiny_ids(1, 4), cache=RecurrentCache(model.config))
     assert model(tiny_ids(1, 4), labels=tiny_ids(1, 4)).loss.isfinite()
     assert logits_of(model.eval(), tiny_ids(1, 4)).isfinite().all()
 

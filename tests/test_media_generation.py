@@ -77,9 +77,9 @@ def test_cell(models, position, mode, beginning):
         cache = RecurrentCache(model.text_config)
         first = {"input_ids": inputs["input_ids"][:, :7], "mm_encoder_outputs": features_of(model, inputs, (1, 2))}
         with torch.no_grad():
-            model(**first, past_key_values=cache, num_steps=STEPS)
+            model(**first, cache=cache, num_steps=STEPS)
         cache.batch_repeat_interleave(MODES[mode].get("num_beams", 1))
-        options["past_key_values"] = cache
+        options["cache"] = cache
     tokens, logits = written(model, inputs, **options)
     assert torch.equal(tokens, expected[0])
     torch.testing.assert_close(logits, expected[1], atol=1e-4, rtol=1e-4)
@@ -145,5 +145,5 @@ def test_media_beside_embeddings_or_misspelt_are_refused(models):
 @pytest.mark.parametrize("mode", ["assisted", "prompt lookup"])
 def test_checking_tokens_together_needs_a_cache_that_grows(models, mode):
     model, draft = models["rope"]
-    with pytest.raises(ValueError, match="not supported with Static cache"):
+    with pytest.raises(ValueError, match="not possible with a static cache"):
         model.generate(**row_of(tiny_inputs(), 1), cache_implementation="static", **options_of(mode, draft))

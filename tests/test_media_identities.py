@@ -92,7 +92,7 @@ def test_with_a_cache_is_without(model, policy, chunks):
                 "attention_mask": mask[:, :stop],
                 "mm_encoder_outputs": features_between(model, inputs, start, stop),
             }
-        parts.append(logits_of(model, **part, past_key_values=cache, use_cache=True))
+        parts.append(logits_of(model, **part, cache=cache, use_cache=True))
         start = stop
     together = torch.cat(parts, dim=1)
     for logits, alone, count in zip(together, rows_alone(model), (5, 0, 3), strict=True):

@@ -210,7 +210,7 @@ def test_generation_with_every_cache_and_with_exits(quantized, bits, policy, kep
     cache, steps = RecurrentCache(model.config, policy, kept), []
     with torch.no_grad():
         for _ in range(8):
-            out = model(chunk, past_key_values=cache, num_steps=7, **(exits if steps else {}))
+            out = model(chunk, cache=cache, num_steps=7, **(exits if steps else {}))
             steps.append(int(out.exit_steps[0]))
             chunk = out.logits[:, -1:].argmax(-1)
             ids = torch.cat((ids, chunk), dim=1)

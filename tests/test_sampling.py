@@ -156,7 +156,7 @@ def test_processors_criteria_and_streamers_work_beside_exits(model):
     cache, chunk, tokens, steps = RecurrentCache(model.config), ids, [], []
     for _ in range(5):
         with torch.no_grad():
-            step = model(chunk, past_key_values=cache, num_steps=8, **(exits if tokens else {}))
+            step = model(chunk, cache=cache, num_steps=8, **(exits if tokens else {}))
         logits = step.logits[0, -1].clone()
         logits[banned] = -float("inf")
         tokens.append(int(logits.argmax()))

@@ -54,8 +54,8 @@ def test_fewer_steps_than_there_is_room_for(policy):
     grows, static = RecurrentCache(model.config, policy), RecurrentCache(model.config, policy, None, 9, 6)
     for part, steps in zip(ids.split([4, 1, 3, 1], dim=1), (3, 6, 2, 5), strict=True):
         with torch.no_grad():
-            expected = model(part, num_steps=6 if grows.length == 0 else steps, past_key_values=grows).logits
-            ours = model(part, num_steps=6 if static.length == 0 else steps, past_key_values=static).logits
+            expected = model(part, num_steps=6 if grows.length == 0 else steps, cache=grows).logits
+            ours = model(part, num_steps=6 if static.length == 0 else steps, cache=static).logits
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -95,21 +95,21 @@ def test_memory_is_that_of_its_formula(policy, kept, slots):
     model = model_of()
     cache = RecurrentCache(model.config, policy, kept, max_length=40, max_steps=5)
     for length in (4, 30):
-        model(tiny_ids(3, length), num_steps=5, past_key_values=cache)
+        model(tiny_ids(3, length), num_steps=5, cache=cache)
         assert cache.num_bytes == 2 * (2 + 2 * slots) * 3 * 2 * 40 * 8 * 4
 
 
 def test_more_than_there_is_room_for_is_refused():
     model = model_of()
     cache = RecurrentCache(model.config, max_length=6, max_steps=3)
-    model(tiny_ids(1, 4), num_steps=3, past_key_values=cache)
+    model(tiny_ids(1, 4), num_steps=3, cache=cache)
     with pytest.raises(
         ValueError, match=r"4 \+ 3 tokens are more than the static cache has room for, 6; make it larger"
     ):
-        model(tiny_ids(1, 3), num_steps=3, past_key_values=cache)
+        model(tiny_ids(1, 3), num_steps=3, cache=cache)
     with pytest.raises(
         ValueError, match=r"num_steps \(4\) is more than the static cache has room for, 3; make it larger"
     ):
-        model(tiny_ids(1, 1), num_steps=4, past_key_values=cache)
-    model(tiny_ids(1, 2), num_steps=3, past_key_values=cache)
+        model(tiny_ids(1, 1), num_steps=4, cache=cache)
+    model(tiny_ids(1, 2), num_steps=3, cache=cache)
     assert cache.length == 6

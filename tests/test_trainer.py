@@ -269,7 +269,7 @@ def test_token_correlation_and_state_change_in_closed_form():
 def test_evaluation_runs_at_the_mean_depth_without_a_cache(tmp_path):
     trainer = build(tmp_path)
     seen = []
-    trainer.model.register_forward_hook(lambda m, a, out: seen.append(out.past_key_values))
+    trainer.model.register_forward_hook(lambda m, a, out: seen.append(out.cache))
     loss = trainer.evaluate()["eval_loss"]
     batch = {name: torch.stack([row[name] for row in rows(8)]) for name in ("input_ids", "labels")}
     with torch.no_grad():

@@ -529,13 +529,13 @@ def test_a_place_that_exits_is_the_place_with_that_many_steps(model):
     embeds = model.model.embed_tokens(ids).detach()
     embeds[0, len(TEXT_PROMPT) + 1 :] = writer.embed(outputs.latents["image"][0])
     with torch.no_grad():
-        model.model(inputs_embeds=embeds[:, : len(TEXT_PROMPT)], past_key_values=cache, num_steps=8, use_cache=True)
+        model.model(inputs_embeds=embeds[:, : len(TEXT_PROMPT)], cache=cache, num_steps=8, use_cache=True)
         for place in range(NUM_PATCHES):
             position, velocities = len(TEXT_PROMPT) + place, []
             for depth in range(1, 9):
                 copy = deepcopy(cache)
                 part = embeds[:, position : position + 1]
-                hidden = model.model(inputs_embeds=part, past_key_values=copy, num_steps=depth, use_cache=True)
+                hidden = model.model(inputs_embeds=part, cache=copy, num_steps=depth, use_cache=True)
                 condition = writer.condition(hidden.last_hidden_state[:, -1], torch.tensor([place]))
                 velocities.append(writer.head.velocity(noise[place : place + 1], torch.zeros(1), condition))
                 if depth == steps[place + 1]:

@@ -1,0 +1,112 @@
+"""What the models return, and the name of the cache in it, which is `cache` from transformers 5.24 on and was
+`past_key_values` before: `forward` takes both, and outputs have both.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .writers import Written
+
+CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
+"""The name by which the installed transformers hands the cache to a model, and looks for it in outputs."""
+
+
+def takes_past_key_values(forward: Callable) -> Callable:
+    """Decorator of a method with an argument `cache`, which may also be called `past_key_values`.
+
+    The library's `deprecate_kwarg` would warn at each token where the library itself still uses the old name.
+
+    Raises:
+        ValueError: both are given.
+    """
+
+    @functools.wraps(forward)
+    def wrapper(self, *args: Any, **kwargs: Any) -> Any:
+        past_key_values = kwargs.pop("past_key_values", None)
+        if past_key_values is not None:
+            if kwargs.get("cache") is not None:
+                raise ValueError("cache and past_key_values are two names of the same; give one of them")
+            kwargs["cache"] = past_key_values
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+def with_parameters_of(base: Callable) -> Callable[[Callable], Callable]:
+    """Decorator of a method that hands its `**kwargs` on to `base`: its signature, in which transformers looks for what
+    a model takes, lists those parameters too.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        own = inspect.signature(method)
+        *named, rest = own.parameters.values()
+        further = [each for name, each in inspect.signature(base).parameters.items() if name not in own.parameters]
+        further = [each.replace(kind=each.KEYWORD_ONLY) for each in further if each.kind != each.VAR_KEYWORD]
+        method.__signature__ = own.replace(parameters=[*named, *further, rest])
+        return method
+
+    return decorate
+
+
+if CACHE_NAME == "cache":
+
+    class CacheByBothNames:
+        """`ModelOutput` has the old name itself."""
+
+else:
+
+    class CacheByBothNames:
+        """Adds the new name to outputs."""
+
+        @property
+        def cache(self) -> Any:
+            """The cache, if one was asked for."""
+            return self.past_key_values
+
+
+@dataclass
+class MegaTransformerModelOutput(CacheByBothNames, BaseModelOutputWithPast):
+    """Output of the base model: `last_hidden_state`, (batch, sequence, hidden), after coda and final norm; `cache`, if
+    one was asked for; and what follows.
+
+    Args:
+        hidden_states: The embedded input, the output of each prelude layer, s_1 .. s_r, and the output of each coda
+            layer, the last of them after the final norm; each (batch, sequence, hidden). With
+            `output_hidden_states=True`.
+        attentions: The attention probabilities of each executed layer, (batch, heads, sequence, keys), 0 in rows that
+            had stopped before. With `output_attentions=True`.
+        state: (batch, sequence, hidden), after the last core step and the final norm. None without a core.
+        states: s_0 .. s_r as the core left them, each (batch, sequence, hidden); only with `output_states=True`.
+        exit_steps: (batch,), core steps taken by each row, on the CPU. None without a core.
+        written: The latents of media that are written, for their losses.
+    """
+
+    state: torch.FloatTensor | None = None
+    states: tuple[torch.FloatTensor, ...] | None = None
+    exit_steps: torch.LongTensor | None = None
+    written: Written | None = None
+
+
+@dataclass
+class MegaTransformerCausalLMOutput(CacheByBothNames, CausalLMOutputWithPast):
+    """Output of the language model: `loss` (scalar, if labels were given), `logits` (batch, sequence, vocab), and the
+    base model's `cache`, `hidden_states`, `attentions`, `state`, `states` and `exit_steps`.
+
+    `token_losses`, (batch, sequence), float32 without gradient: the loss of label i at place i, before its weight, 0
+    where there is no label. With `skip_logits` or `loss_weights`.
+
+    `written_losses`: by modality the sum of the losses of written latents, without weight and gradient, and their
+    number; with labels, where there are any. Their mean times its weight is part of `loss`.
+    """
+
+    state: torch.FloatTensor | None = None
+    states: tuple[torch.FloatTensor, ...] | None = None
+    exit_steps: torch.LongTensor | None = None
+    token_losses: torch.FloatTensor | None = None
+    written_losses: dict[str, tuple[torch.FloatTensor, int]] | None = None
