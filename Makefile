@@ -44,13 +44,14 @@ define environment
 $(PYTHON) -m venv $(1)
 endef
 
+# A lock has all that its packages need: pip looks for nothing beside it.
 $(INSTALLED): requirements.lock
 	$(call environment,.venv)
-	.venv/bin/python $(INSTALL) -r requirements.lock
+	.venv/bin/python $(INSTALL) --no-deps -r requirements.lock
 	@touch $@
 
 $(INSTALLED_EXTRA): requirements-extra.lock $(INSTALLED)
-	.venv/bin/python $(INSTALL) -r requirements-extra.lock
+	.venv/bin/python $(INSTALL) --no-deps -r requirements-extra.lock
 	@touch $@
 
 # Its packages come first on the path, those of .venv after them.
