@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.import_utils import is_vision_available
 
 from .media import MAX_PIXELS, load_image
+from .processor_options import IDLE_IMAGE_OPTIONS, read_options
 
 if is_vision_available():
     from PIL import Image
@@ -115,10 +116,9 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         """A picture, a list of them, or a list of lists, to a batch (`pad`).
 
         Raises:
-            TypeError: for options, which belong to the processor itself.
+            TypeError, ValueError: for options that ask for something; they belong to the processor itself.
         """
-        if kwargs:
-            raise TypeError(f"{sorted(kwargs)[0]!r} is no option of a call; set it on the image processor")
+        read_options(kwargs, (), IDLE_IMAGE_OPTIONS, [self], "set it on the image processor")
         return BatchFeature(self.pad([self.preprocess_one(image) for image in flatten(images)]), return_tensors)
 
     def fetch_images(self, images: Any) -> Any:

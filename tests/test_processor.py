@@ -380,12 +380,6 @@ def test_placeholders_and_media_must_be_equally_many(processor, texts, images, r
 def test_what_a_call_cannot_do_is_refused(processor):
     with pytest.raises(ValueError, match="videos are not read"):
         processor(text="a", videos=[1])
-    with pytest.raises(TypeError, match="'paddding' is no option of this call; choose from add_special_tokens"):
-        processor(text="a", paddding=True)
-    with pytest.raises(TypeError, match="'tools' is no option"):
-        processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True, tools=[])
-    with pytest.raises(ValueError, match="truncation would cut media"):
-        processor(text="a", truncation=True)
     for text in ([7], 7, {"a": 1}):
         with pytest.raises(ValueError, match=r"text is \w+, and not a string or a list of strings"):
             processor(text=text)
