@@ -8,15 +8,15 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature,
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from .chat import (
-    CHAT_TEMPLATE,
     ROLE_TOKENS,
     check_texts,
-    encode_text,
+    guard,
     kinds_of_role,
     messages_of,
     outline_of,
     render_outline,
 )
+from .chat_guard import encode_text
 from .configuration_megatransformer import (
     MegaTransformerAudioConfig,
     MegaTransformerAudioWriterConfig,
@@ -85,6 +85,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         image_processor: Ours, or that of a pretrained backbone. None: no images are read.
         feature_extractor: The same for audio.
         chat_template: Default: `CHAT_TEMPLATE`. Texts are put in after it is rendered, so that it cannot look at them.
+            It is saved behind a guard, which keeps texts from becoming special tokens where the tokenizer renders it.
         num_image_tokens: Tokens of every image, where the image processor is not ours.
         num_audio_tokens: The same for audio.
         modality_configs: Configurations of further modalities, by their names in `MODALITIES`.
@@ -109,7 +110,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         image_writer: dict[str, Any] | None = None,
         audio_writer: dict[str, Any] | None = None,
     ):
-        super().__init__(tokenizer, chat_template=CHAT_TEMPLATE if chat_template is None else chat_template)
+        super().__init__(tokenizer, chat_template=guard(tokenizer, chat_template))
         self.auto_map = {"AutoProcessor": "processing_megatransformer.MegaTransformerProcessor"}
         self.image_processor, self.num_image_tokens = image_processor, num_image_tokens
         self.feature_extractor, self.num_audio_tokens = feature_extractor, num_audio_tokens
@@ -254,10 +255,11 @@ class MegaTransformerProcessor(ProcessorMixin):
         """
         kinds = self.kinds
         outline, texts, parts = outline_of(messages, kinds, continue_final_message)
-        check_texts(self.tokenizer, texts)
+        template = self.chat_template if chat_template is None else chat_template
+        check_texts(self.tokenizer, texts, template)
         found = preprocess_parts(parts, media or {}, kinds)
         pieces = render_outline(
-            self.chat_template if chat_template is None else chat_template,
+            template,
             outline,
             self.tokenizer.bos_token,
             self.tokenizer.eos_token,
