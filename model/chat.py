@@ -17,6 +17,7 @@ from .chat_guard import (
     split_at_marks,
     without_guard,
 )
+from .media_sources import own_part
 
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("user", "assistant", "system", "tool")}
 """What begins a message, by role: a token where the vocabulary has it, else these characters in ordinary tokens."""
@@ -111,7 +112,7 @@ def _outline_of_parts(
     parts: Any, number: int, kinds: dict[str, str], texts: list[str], media: list[dict[str, Any]]
 ) -> tuple[str, ...]:
     types: list[str] = []
-    for part in parts:
+    for part in map(own_part, parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             if not isinstance(part.get("text"), str):

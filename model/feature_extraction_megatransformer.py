@@ -12,6 +12,7 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.utils.import_utils import is_torchaudio_available
 
 from .media import MAX_SECONDS, load_audio
+from .media_sources import read_source
 from .processor_options import IDLE_AUDIO_OPTIONS, read_options
 
 if is_torchaudio_available():
@@ -134,7 +135,7 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
             return [self.fetch_audio(clip, sampling_rate) for clip in audio]
         if isinstance(audio, (np.ndarray, torch.Tensor)) and sampling_rate is not None:
             audio = (audio, sampling_rate)
-        return load_audio(audio, self.sampling_rate, self.max_seconds)
+        return load_audio(read_source(audio, "audio"), self.sampling_rate, self.max_seconds)
 
 
 @lru_cache(maxsize=16)

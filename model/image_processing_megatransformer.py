@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.import_utils import is_vision_available
 
 from .media import MAX_PIXELS, load_image
+from .media_sources import read_source
 from .processor_options import IDLE_IMAGE_OPTIONS, read_options
 
 if is_vision_available():
@@ -119,13 +120,14 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
             TypeError, ValueError: for options that ask for something; they belong to the processor itself.
         """
         read_options(kwargs, (), IDLE_IMAGE_OPTIONS, [self], "set it on the image processor")
-        return BatchFeature(self.pad([self.preprocess_one(image) for image in flatten(images)]), return_tensors)
+        pictures = [read_source(image, "image") for image in flatten(images)]
+        return BatchFeature(self.pad([self.preprocess_one(picture) for picture in pictures]), return_tensors)
 
     def fetch_images(self, images: Any) -> Any:
         """Pictures of the same nesting; transformers' own would download addresses."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
-        return load_image(images, self.max_pixels)
+        return load_image(read_source(images, "image"), self.max_pixels)
 
 
 def flatten(media: Any) -> list[Any]:

@@ -37,13 +37,14 @@ from .media_kinds import (
     WrittenImages,
     WrittenRecordings,
 )
+from .media_sources import source_of
 from .modalities import MODALITIES, Modality
 from .processor_inputs import as_list, deal_media, preprocess_parts, with_rate
 from .processor_options import (
+    CALL_OPTIONS,
+    CHAT_OPTIONS,
     IDLE_CALL_OPTIONS,
     IDLE_CHAT_OPTIONS,
-    PADDING_OPTIONS,
-    TEXT_OPTIONS,
     limit_of,
     read_options,
 )
@@ -190,7 +191,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         Raises:
             MediaError: it cannot be used; see `load_image` and `load_audio`.
         """
-        return self._kind(kind).load(source)
+        return self._kind(kind).load(source_of({"type": kind, kind: source}))
 
     def medium_size(self, kind: str, source: Any) -> Any:
         """(height, width) of an image, seconds of a recording, from the header; of further kinds, their tokens.
@@ -198,7 +199,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         Raises:
             MediaError: as far as the header tells.
         """
-        return self._kind(kind).size(source)
+        return self._kind(kind).size(source_of({"type": kind, kind: source}))
 
     def num_media_tokens(self, kind: str, size: Any) -> int:
         """Tokens that a medium of that size (`medium_size`) takes in a text, start and end included."""
@@ -231,17 +232,20 @@ class MegaTransformerProcessor(ProcessorMixin):
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         chat_template: str | None = None,
+        allow_fetch: bool = False,
     ) -> dict[str, Any]:
         """One conversation to token ids, without padding.
 
         Args:
             messages: [{"role": "user" | "assistant" | "system" | "tool", "content": text or parts}]; a part is
-                {"type": "text", "text": ...} or {"type": KIND, KIND: medium}; "path" or "bytes" may stand in the place
-                of the second KIND.
+                {"type": "text", "text": ...} or {"type": KIND, KIND: medium}; "path", "bytes", "url" or "base64" may
+                stand in the place of the second KIND. So are parts of OpenAI's format, "image_url" and "input_audio".
+                A medium that is a string is a path, a `data:` or `file://` URI, or base64 (`read_source`).
             media: By kind, media of the parts that have none themselves. A tensor of floats counts as preprocessed.
             add_generation_prompt: Ends with the token that lets the assistant speak.
             continue_final_message: The last message stays open.
             chat_template: In the place of the processor's own.
+            allow_fetch: Whether media at http and https addresses are fetched, wherever these lead.
 
         Returns:
             input_ids: int64 (tokens,).
@@ -257,7 +261,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         outline, texts, parts = outline_of(messages, kinds, continue_final_message)
         template = self.chat_template if chat_template is None else chat_template
         check_texts(self.tokenizer, texts, template)
-        found = preprocess_parts(parts, media or {}, kinds)
+        found = preprocess_parts(parts, media or {}, kinds, allow_fetch)
         pieces = render_outline(
             template,
             outline,
@@ -318,14 +322,14 @@ class MegaTransformerProcessor(ProcessorMixin):
             tokenize: Ids instead of text. In text, special tokens that a message contains cannot be told from others.
             return_dict: The batch instead of its ids.
             return_assistant_tokens_mask: The batch has `assistant_masks`, 1 for what the assistant says.
-            processor_kwargs, kwargs: Options of padding and truncation (`__call__`).
+            processor_kwargs, kwargs: Options of padding and truncation (`__call__`), and allow_fetch (`encode_chat`).
 
         Raises:
             ValueError: as `encode_chat`, and for an option that asks for what is not done, such as tools.
             TypeError: for an unknown option.
         """
         given = {"return_tensors": return_tensors, **(processor_kwargs or {}), **kwargs}
-        options = self._read_options(given, PADDING_OPTIONS, IDLE_CHAT_OPTIONS)
+        options = {"allow_fetch": False, **self._read_options(given, CHAT_OPTIONS, IDLE_CHAT_OPTIONS)}
         is_batch = isinstance(conversation, (list, tuple)) and any(isinstance(it, (list, tuple)) for it in conversation)
         conversations = conversation if is_batch else [conversation]
         open_end = {
@@ -336,7 +340,8 @@ class MegaTransformerProcessor(ProcessorMixin):
             outlines = [outline_of(messages, self.kinds, continue_final_message) for messages in conversations]
             written = [messages_of(outline, texts) for outline, texts, _ in outlines]
             return super().apply_chat_template(written if is_batch else written[0], chat_template, **open_end)
-        encoded = [self.encode_chat(messages, chat_template=chat_template, **open_end) for messages in conversations]
+        open_end |= {"chat_template": chat_template, "allow_fetch": bool(options.pop("allow_fetch"))}
+        encoded = [self.encode_chat(messages, **open_end) for messages in conversations]
         batch = self._batch(encoded, return_assistant_tokens_mask, **options)
         return batch if return_dict else batch["input_ids"]
 
@@ -358,9 +363,10 @@ class MegaTransformerProcessor(ProcessorMixin):
             videos: Not read.
             audio: As images (`media.load_audio`); arrays are at `sampling_rate`, by default ours.
             kwargs: Media of further modalities by name; return_tensors, padding, max_length, pad_to_multiple_of,
-                padding_side, return_attention_mask, truncation, add_special_tokens, sampling_rate, also within
-                `text_kwargs`, `audio_kwargs` or `common_kwargs`. Other options of transformers are accepted as far as
-                they ask for nothing (`processor_options`). Truncation cuts text at the tokenizer's `truncation_side`.
+                padding_side, return_attention_mask, truncation, add_special_tokens, sampling_rate, allow_fetch
+                (`encode_chat`), also within `text_kwargs`, `audio_kwargs` or `common_kwargs`. Other options of
+                transformers are accepted as far as they ask for nothing (`processor_options`). Truncation cuts text at
+                the tokenizer's `truncation_side`.
 
         Returns:
             input_ids first, then attention_mask and what the model takes for the media.
@@ -372,22 +378,23 @@ class MegaTransformerProcessor(ProcessorMixin):
         """
         if any(video is not None for video in flatten(videos)):
             raise ValueError("videos are not read; give their frames as images")
-        options = {"add_special_tokens": True, "sampling_rate": None, "return_tensors": None}
+        options = {"add_special_tokens": True, "allow_fetch": False, "sampling_rate": None, "return_tensors": None}
         further = {name: kwargs.pop(name, None) for name in self.kinds if name not in ("image", "audio")}
-        options |= self._read_options(kwargs, PADDING_OPTIONS + TEXT_OPTIONS, IDLE_CALL_OPTIONS)
+        options |= self._read_options(kwargs, CALL_OPTIONS, IDLE_CALL_OPTIONS)
         rate, add_special_tokens = options.pop("sampling_rate"), options.pop("add_special_tokens")
+        allow_fetch = bool(options.pop("allow_fetch"))
         audio = audio if rate is None else with_rate(audio, rate)
         media = {"image": list(images) if isinstance(images, tuple) else images, "audio": audio, **further}
         media = {name: as_list(it) for name, it in media.items() if it is not None}
         media = {name: it for name, it in media.items() if flatten(it)}
         if text is None:
-            found = {name: list(map(self._kind(name).preprocess, flatten(given))) for name, given in media.items()}
+            found = {name: [self._preprocess(name, it, allow_fetch) for it in flatten(media[name])] for name in media}
             return BatchFeature(self.collate_media(found), tensor_type=_tensor_type(options["return_tensors"]))
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
             raise ValueError(f"text is {type(text).__name__}, and not a string or a list of strings")
         rows = [self.tokenizer(sample, add_special_tokens=add_special_tokens)["input_ids"] for sample in texts]
-        return self._batch(self._with_media(rows, media), **options)
+        return self._batch(self._with_media(rows, media, allow_fetch), **options)
 
     def post_process_multimodal_output(
         self,
@@ -451,14 +458,19 @@ class MegaTransformerProcessor(ProcessorMixin):
         for clip, path in zip(clips, paths, strict=True):
             write_audio(path, clip, sampling_rate or self.audio_writer["sampling_rate"])
 
-    def _with_media(self, rows: list[list[int]], media: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    def _preprocess(self, name: str, medium: Any, allow_fetch: bool) -> torch.Tensor:
+        return self._kind(name).preprocess(source_of({"type": name, name: medium}, allow_fetch))
+
+    def _with_media(
+        self, rows: list[list[int]], media: dict[str, list[Any]], allow_fetch: bool
+    ) -> list[dict[str, Any]]:
         """Rows of ids with one placeholder for a medium, as `encode_chat` gives them."""
         encoded = [{"media": {}} for _ in rows]
         for name in dict.fromkeys([*self.kinds, *media]):
             kind = self._kind(name)
             counts = [row.count(getattr(self, f"{name}_token_id")) for row in rows]
             for sample, part in zip(encoded, deal_media(media.get(name, []), counts, kind.modality), strict=True):
-                sample["media"][name] = [kind.preprocess(medium) for medium in part]
+                sample["media"][name] = [self._preprocess(name, medium, allow_fetch) for medium in part]
         for sample, row in zip(encoded, rows, strict=True):
             counts = {name: map(self._kind(name).num_tokens, tensors) for name, tensors in sample["media"].items()}
             sample["input_ids"] = torch.tensor([token_id for some, _ in self._expand(row, counts) for token_id in some])

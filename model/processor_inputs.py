@@ -8,17 +8,23 @@ import torch
 
 from .image_processing_megatransformer import flatten
 from .media_kinds import MediaKind
+from .media_sources import source_of
 from .modalities import Modality
 
 
 def preprocess_parts(
-    parts: list[dict[str, Any]], media: dict[str, list[Any]], kinds: dict[str, MediaKind]
+    parts: list[dict[str, Any]],
+    media: dict[str, list[Any]],
+    kinds: dict[str, MediaKind],
+    allow_fetch: bool = False,
 ) -> dict[str, list[torch.Tensor]]:
     """The tensors of the parts of messages that are media, by kind.
 
     Args:
-        parts: {"type": KIND, and KIND, "path", "bytes" or "url": medium}, or without a medium.
+        parts: {"type": KIND, and KIND, "path", "bytes", "url" or "base64": medium}, or without a medium. An array of
+            samples may have its "sampling_rate" beside it.
         media: By kind, for parts without one, in order; a tensor of floats counts as preprocessed.
+        allow_fetch: As for `read_source`.
 
     Raises:
         ValueError: if there are more or fewer media than parts for them, and for media that cannot be read.
@@ -27,7 +33,9 @@ def preprocess_parts(
     found: dict[str, list[torch.Tensor]] = {}
     for part in parts:
         name = part["type"]
-        medium = next((part[key] for key in (name, "path", "bytes", "url") if part.get(key) is not None), None)
+        medium = source_of(part, allow_fetch)
+        if part.get("sampling_rate") is not None:
+            medium = with_rate(medium, part["sampling_rate"])
         is_tensor = False
         if medium is None:
             medium = next(waiting.get(name, iter(())), None)

@@ -4,8 +4,18 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-PADDING_OPTIONS = ("max_length", "pad_to_multiple_of", "padding", "padding_side", "return_attention_mask", "truncation")
-TEXT_OPTIONS = ("add_special_tokens", "sampling_rate")
+CHAT_OPTIONS = (
+    "allow_fetch",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding",
+    "padding_side",
+    "return_attention_mask",
+    "truncation",
+)
+"""What chat templates read, besides their own arguments."""
+CALL_OPTIONS = (*CHAT_OPTIONS, "add_special_tokens", "sampling_rate")
+"""What processors read."""
 
 IDLE_IMAGE_OPTIONS = {
     "data_format": ("channels_first",),
