@@ -177,7 +177,7 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
         resume_point=resume_point,
         media_tokens=special_tokens(run),
     )
-    if learns_from_chats(run) and not reads_media:  # a processor has its template
+    if not reads_media:  # a processor has its template
         prepare_tokenizer(tokenizer, run.model.vocab_size)
     model = build_model(run, tokenizer, with_backbones=resume_point is None)
     processor = build_processor(model.config, tokenizer, **model.model.count_tokens()) if reads_media else tokenizer

@@ -177,6 +177,12 @@ def spelled_roles(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [token for role in ROLES if tokenizer.backend_tokenizer.token_to_id(token := f"<|{role}|>") is None]
 
 
+def normalized(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    """A text as its tokens are made of it, in which what is spelled may be found that it does not have itself."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return text if normalizer is None else normalizer.normalize_str(text)
+
+
 def _plan(messages: Sequence[dict], texts: list[str]) -> list[tuple[str, list[int | str]]]:
     """For each message its role, and for each part the number of its text among `texts`, or the kind of the medium.
 

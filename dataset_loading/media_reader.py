@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-from .conversations import ROLES, special_id, spelled_roles, text_of, tokenize_conversations
+from .conversations import ROLES, normalized, special_id, spelled_roles, text_of, tokenize_conversations
 from .references import place_of, read_medium
 from .synthetic import get_task
 
@@ -52,7 +52,9 @@ class MediaReader:
         probe = [{"role": role, "content": f"{role} says"} for role in ROLES]
         parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in probe]
         (tokenized,) = tokenize_conversations([parts], self.tokenizer, self.placeholders, "answer")
-        ours, theirs = self.tokenizer.decode(tokenized.tokens), processor.apply_chat_template(probe, tokenize=False)
+        rendered = processor.apply_chat_template(probe, tokenize=False)
+        ids = self.tokenizer.encode(rendered, add_special_tokens=False)
+        ours, theirs = self.tokenizer.decode(tokenized.tokens), self.tokenizer.decode(ids)
         if ours != theirs:
             raise ValueError(
                 f"the chat template gives {theirs!r} where rows have {ours!r}; use the template of `model.chat`"
@@ -90,7 +92,8 @@ class MediaReader:
             unknown = [kind for kind in types if kind not in ("text", *known)]
             if unknown:
                 return f"type {unknown[0]!r} is unknown; the model reads {', '.join(['text', *known])}"
-            spelled = next((token for token in self._spelled_roles if token in text_of(message)), None)
+            text = normalized(self.tokenizer, text_of(message)) if self._spelled_roles else ""
+            spelled = next((token for token in self._spelled_roles if token in text), None)
             if spelled is not None:
                 return f"a text contains {spelled!r}, which would begin a message, as the vocabulary has no such token"
             shown = {known.get(kind, kind) for kind in types}

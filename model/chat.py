@@ -2,11 +2,22 @@
 
 import re
 from collections.abc import Collection, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count, pairwise
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from .chat_guard import (
+    control_tokens,
+    encode_text,
+    guard_template,
+    guard_tokenizer,
+    normalized,
+    split_at_marks,
+    without_guard,
+)
+from .media_sources import own_part
 
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("user", "assistant", "system", "tool")}
 """What begins a message, by role: a token where the vocabulary has it, else these characters in ordinary tokens."""
@@ -31,6 +42,11 @@ CHAT_TEMPLATE = (
 
 The assistant calls a tool by what it says; a message of the tool answers, after which the assistant speaks again.
 """
+
+_SPELLING_TEMPLATE = CHAT_TEMPLATE.replace("'<|' ~ message.role ~ '|>'", "spell(message.role)").replace(
+    "'<|assistant|>'", "spell('assistant')"
+)
+"""The same where a role has no token."""
 
 Outline = tuple[tuple[str, tuple[str, ...] | None], ...]
 """Of each message its role and the types of its parts, None if its content is a string."""
@@ -96,7 +112,7 @@ def _outline_of_parts(
     parts: Any, number: int, kinds: dict[str, str], texts: list[str], media: list[dict[str, Any]]
 ) -> tuple[str, ...]:
     types: list[str] = []
-    for part in parts:
+    for part in map(own_part, parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             if not isinstance(part.get("text"), str):
@@ -165,19 +181,62 @@ def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
     """Make a tokenizer that may never have seen conversations ready for them.
 
     It gets `CHAT_TEMPLATE`, and `ROLE_TOKENS` at the end of its vocabulary as far as the model has rows of embeddings
-    that no token uses. Roles without a token are spelled. A tokenizer with a template of its own stays as it is.
+    that no token uses. Roles without a token are spelled. A tokenizer with a template of its own keeps that and its
+    vocabulary. Either way the template and the normalizer keep texts from becoming special tokens (`chat_guard.py`),
+    also where what is saved is used without this code.
 
     Args:
         vocab_size: rows of the model's embedding table.
+
+    Raises:
+        ValueError: as `guard_tokenizer`.
     """
-    if tokenizer.chat_template not in (None, CHAT_TEMPLATE):
-        return
-    tokenizer.chat_template = CHAT_TEMPLATE
-    known = tokenizer.get_vocab()
-    missing = [token for token in ROLE_TOKENS.values() if token not in known]
-    free = max(vocab_size - max(known.values()) - 1, 0)
-    if missing[:free]:
-        tokenizer.add_special_tokens({"extra_special_tokens": missing[:free]}, replace_extra_special_tokens=False)
+    if _is_ours(tokenizer.chat_template):
+        known = tokenizer.get_vocab()
+        missing = [token for token in ROLE_TOKENS.values() if token not in known]
+        free = max(vocab_size - max(known.values()) - 1, 0)
+        special = [token for token in ROLE_TOKENS.values() if token in known or token in missing[:free]]
+        if not set(special) <= set(control_tokens(tokenizer)):
+            tokenizer.add_special_tokens({"extra_special_tokens": special}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = guard(tokenizer, tokenizer.chat_template)
+
+
+def guard(tokenizer: Any, template: str | dict[str, str] | None) -> str | dict[str, str]:
+    """Keep texts from passing for special tokens or roles: changes a tokenizer, as far as it has to be.
+
+    Args:
+        template: A chat template, or several by their names. None: `CHAT_TEMPLATE`.
+
+    Returns:
+        The same with a guard.
+
+    Raises:
+        ValueError: as `guard_tokenizer`.
+    """
+    if isinstance(template, dict):
+        return {name: guard(tokenizer, one) for name, one in template.items()}
+    guard_tokenizer(tokenizer)
+    if not _is_ours(template):
+        return guard_template(template, tokenizer)
+    special = set(control_tokens(tokenizer))
+    names = [token[2:-2] for token in sorted(special) if token.startswith("<|") and token.endswith("|>")]
+    types = [name for name in names if f"<|{name.removeprefix(WRITTEN_PREFIX)}_start|>" in special]
+    spelled = [role for role, token in ROLE_TOKENS.items() if token in spelled_roles(tokenizer)]
+    if not spelled:
+        return guard_template(CHAT_TEMPLATE, tokenizer, tuple(ROLE_TOKENS), types)
+    split_at_marks(tokenizer)
+    return guard_template(_SPELLING_TEMPLATE, tokenizer, tuple(ROLE_TOKENS), types, spelled)
+
+
+def _is_ours(template: str | dict[str, str] | None) -> bool:
+    if not isinstance(template, str):
+        return template is None
+    return without_guard(template) in (CHAT_TEMPLATE, _SPELLING_TEMPLATE)
+
+
+def spelled_roles(tokenizer: Any) -> list[str]:
+    """What begins messages of those roles that have no token."""
+    return [token for token in ROLE_TOKENS.values() if tokenizer.backend_tokenizer.token_to_id(token) is None]
 
 
 def encode_conversation(
@@ -193,7 +252,7 @@ def encode_conversation(
         ValueError: as `outline_of` and `check_texts`.
     """
     outline, texts, _ = outline_of(messages, ())
-    check_texts(tokenizer, texts)
+    check_texts(tokenizer, texts, tokenizer.chat_template)
     begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
     pieces = render_outline(tokenizer.chat_template, outline, begin, end, add_generation_prompt)
     ids: list[int] = []
@@ -203,36 +262,23 @@ def encode_conversation(
     return ids
 
 
-def check_texts(tokenizer: Any, texts: Iterable[str]) -> None:
+def check_texts(tokenizer: Any, texts: Iterable[str], template: str) -> None:
     """Refuse texts that would be read as the beginning of a message.
+
+    Args:
+        template: That of the conversation; one of its own begins messages otherwise than ours.
 
     Raises:
         ValueError: one contains a role that the vocabulary has no token for, and which is spelled for this reason.
     """
-    spelled = [token for token in ROLE_TOKENS.values() if tokenizer.backend_tokenizer.token_to_id(token) is None]
-    for text in texts:
+    spelled = spelled_roles(tokenizer) if _is_ours(template) else []
+    for text in map(partial(normalized, tokenizer), texts) if spelled else ():
         found = next((token for token in spelled if token in text), None)
         if found is not None:
             raise ValueError(
                 f"a message contains {found!r}, for which the vocabulary has no token, so that it would begin another "
                 "message; leave it out"
             )
-
-
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text in which special tokens are text. The backend takes half the time of the tokenizer.
-
-    Raises:
-        ValueError: UTF-8 cannot hold it.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    try:
-        return backend.encode(text, add_special_tokens=False).ids
-    except TypeError as error:
-        raise ValueError(f"{text[:80]!r} cannot be written as UTF-8; remove lone surrogates") from error
 
 
 def _short(value: Any) -> str:

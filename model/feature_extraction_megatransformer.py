@@ -12,6 +12,8 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.utils.import_utils import is_torchaudio_available
 
 from .media import MAX_SECONDS, load_audio
+from .media_sources import read_source
+from .processor_options import IDLE_AUDIO_OPTIONS, read_options
 
 if is_torchaudio_available():
     from torchaudio.functional import melscale_fbanks
@@ -121,10 +123,9 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
             sampling_rate: That of arrays which come without one; by default ours.
 
         Raises:
-            TypeError: for options, which belong to the extractor itself.
+            TypeError, ValueError: for options that ask for something; they belong to the extractor itself.
         """
-        if kwargs:
-            raise TypeError(f"{sorted(kwargs)[0]!r} is no option of a call; set it on the feature extractor")
+        read_options(kwargs, (), IDLE_AUDIO_OPTIONS, [self], "set it on the feature extractor")
         clips = self.fetch_audio(raw_speech if isinstance(raw_speech, list) else [raw_speech], sampling_rate)
         return BatchFeature(self.pad([self.preprocess_one(clip) for clip in clips]), return_tensors)
 
@@ -134,7 +135,7 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
             return [self.fetch_audio(clip, sampling_rate) for clip in audio]
         if isinstance(audio, (np.ndarray, torch.Tensor)) and sampling_rate is not None:
             audio = (audio, sampling_rate)
-        return load_audio(audio, self.sampling_rate, self.max_seconds)
+        return load_audio(read_source(audio, "audio"), self.sampling_rate, self.max_seconds)
 
 
 @lru_cache(maxsize=16)

@@ -10,6 +10,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.import_utils import is_vision_available
 
 from .media import MAX_PIXELS, load_image
+from .media_sources import read_source
+from .processor_options import IDLE_IMAGE_OPTIONS, read_options
 
 if is_vision_available():
     from PIL import Image
@@ -115,17 +117,17 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         """A picture, a list of them, or a list of lists, to a batch (`pad`).
 
         Raises:
-            TypeError: for options, which belong to the processor itself.
+            TypeError, ValueError: for options that ask for something; they belong to the processor itself.
         """
-        if kwargs:
-            raise TypeError(f"{sorted(kwargs)[0]!r} is no option of a call; set it on the image processor")
-        return BatchFeature(self.pad([self.preprocess_one(image) for image in flatten(images)]), return_tensors)
+        read_options(kwargs, (), IDLE_IMAGE_OPTIONS, [self], "set it on the image processor")
+        pictures = [read_source(image, "image") for image in flatten(images)]
+        return BatchFeature(self.pad([self.preprocess_one(picture) for picture in pictures]), return_tensors)
 
     def fetch_images(self, images: Any) -> Any:
         """Pictures of the same nesting; transformers' own would download addresses."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
-        return load_image(images, self.max_pixels)
+        return load_image(read_source(images, "image"), self.max_pixels)
 
 
 def flatten(media: Any) -> list[Any]:

@@ -328,10 +328,16 @@ def _file(source: Any, kind: str) -> str | io.BytesIO:
     if re.match(r"[a-z][a-z0-9+.-]+://|data:", path, re.IGNORECASE):
         raise MediaError(f"{path[:100]!r} is an address, and addresses are never fetched; download the {kind} before")
     if not os.path.isfile(path):
-        raise MediaError(f"{path!r} {'is no file' if os.path.exists(path) else 'does not exist'}; correct the path")
+        is_there = os.path.exists(path)
+        raise MediaError(f"{shortened(path)} {'is no file' if is_there else 'does not exist'}; correct the path")
     if not os.path.getsize(path):
-        raise MediaError(f"{path!r} has 0 bytes; remove it")
+        raise MediaError(f"{shortened(path)} has 0 bytes; remove it")
     return path
+
+
+def shortened(source: str) -> str:
+    """A string as it stands in an error: its beginning, if it is longer than names of files are."""
+    return repr(source if len(source) <= 300 else source[:100] + "...")
 
 
 def _name(source: Any) -> str:
@@ -339,7 +345,7 @@ def _name(source: Any) -> str:
     if isinstance(source, dict) and source.keys() & {"bytes", "path"}:
         source = source.get("path") or source.get("bytes")
     if isinstance(source, (str, Path)):
-        return repr(str(source))
+        return shortened(str(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"a file of {len(source)} bytes"
     return f"a {type(source).__name__}"

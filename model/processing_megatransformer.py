@@ -8,15 +8,15 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature,
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from .chat import (
-    CHAT_TEMPLATE,
     ROLE_TOKENS,
     check_texts,
-    encode_text,
+    guard,
     kinds_of_role,
     messages_of,
     outline_of,
     render_outline,
 )
+from .chat_guard import encode_text
 from .configuration_megatransformer import (
     MegaTransformerAudioConfig,
     MegaTransformerAudioWriterConfig,
@@ -37,8 +37,17 @@ from .media_kinds import (
     WrittenImages,
     WrittenRecordings,
 )
+from .media_sources import source_of
 from .modalities import MODALITIES, Modality
-from .processor_inputs import PADDING_OPTIONS, TEXT_OPTIONS, deal_media, preprocess_parts, read_options, with_rate
+from .processor_inputs import as_list, deal_media, preprocess_parts, with_rate
+from .processor_options import (
+    CALL_OPTIONS,
+    CHAT_OPTIONS,
+    IDLE_CALL_OPTIONS,
+    IDLE_CHAT_OPTIONS,
+    limit_of,
+    read_options,
+)
 from .writers import modality_names
 
 
@@ -77,6 +86,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         image_processor: Ours, or that of a pretrained backbone. None: no images are read.
         feature_extractor: The same for audio.
         chat_template: Default: `CHAT_TEMPLATE`. Texts are put in after it is rendered, so that it cannot look at them.
+            It is saved behind a guard, which keeps texts from becoming special tokens where the tokenizer renders it.
         num_image_tokens: Tokens of every image, where the image processor is not ours.
         num_audio_tokens: The same for audio.
         modality_configs: Configurations of further modalities, by their names in `MODALITIES`.
@@ -101,7 +111,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         image_writer: dict[str, Any] | None = None,
         audio_writer: dict[str, Any] | None = None,
     ):
-        super().__init__(tokenizer, chat_template=CHAT_TEMPLATE if chat_template is None else chat_template)
+        super().__init__(tokenizer, chat_template=guard(tokenizer, chat_template))
         self.auto_map = {"AutoProcessor": "processing_megatransformer.MegaTransformerProcessor"}
         self.image_processor, self.num_image_tokens = image_processor, num_image_tokens
         self.feature_extractor, self.num_audio_tokens = feature_extractor, num_audio_tokens
@@ -181,7 +191,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         Raises:
             MediaError: it cannot be used; see `load_image` and `load_audio`.
         """
-        return self._kind(kind).load(source)
+        return self._kind(kind).load(source_of({"type": kind, kind: source}))
 
     def medium_size(self, kind: str, source: Any) -> Any:
         """(height, width) of an image, seconds of a recording, from the header; of further kinds, their tokens.
@@ -189,7 +199,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         Raises:
             MediaError: as far as the header tells.
         """
-        return self._kind(kind).size(source)
+        return self._kind(kind).size(source_of({"type": kind, kind: source}))
 
     def num_media_tokens(self, kind: str, size: Any) -> int:
         """Tokens that a medium of that size (`medium_size`) takes in a text, start and end included."""
@@ -222,17 +232,20 @@ class MegaTransformerProcessor(ProcessorMixin):
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         chat_template: str | None = None,
+        allow_fetch: bool = False,
     ) -> dict[str, Any]:
         """One conversation to token ids, without padding.
 
         Args:
             messages: [{"role": "user" | "assistant" | "system" | "tool", "content": text or parts}]; a part is
-                {"type": "text", "text": ...} or {"type": KIND, KIND: medium}; "path" or "bytes" may stand in the place
-                of the second KIND.
+                {"type": "text", "text": ...} or {"type": KIND, KIND: medium}; "path", "bytes", "url" or "base64" may
+                stand in the place of the second KIND. So are parts of OpenAI's format, "image_url" and "input_audio".
+                A medium that is a string is a path, a `data:` or `file://` URI, or base64 (`read_source`).
             media: By kind, media of the parts that have none themselves. A tensor of floats counts as preprocessed.
             add_generation_prompt: Ends with the token that lets the assistant speak.
             continue_final_message: The last message stays open.
             chat_template: In the place of the processor's own.
+            allow_fetch: Whether media at http and https addresses are fetched, wherever these lead.
 
         Returns:
             input_ids: int64 (tokens,).
@@ -246,10 +259,11 @@ class MegaTransformerProcessor(ProcessorMixin):
         """
         kinds = self.kinds
         outline, texts, parts = outline_of(messages, kinds, continue_final_message)
-        check_texts(self.tokenizer, texts)
-        found = preprocess_parts(parts, media or {}, kinds)
+        template = self.chat_template if chat_template is None else chat_template
+        check_texts(self.tokenizer, texts, template)
+        found = preprocess_parts(parts, media or {}, kinds, allow_fetch)
         pieces = render_outline(
-            self.chat_template if chat_template is None else chat_template,
+            template,
             outline,
             self.tokenizer.bos_token,
             self.tokenizer.eos_token,
@@ -294,7 +308,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
         return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
         return_tensors: str | None = None,
@@ -308,18 +322,26 @@ class MegaTransformerProcessor(ProcessorMixin):
             tokenize: Ids instead of text. In text, special tokens that a message contains cannot be told from others.
             return_dict: The batch instead of its ids.
             return_assistant_tokens_mask: The batch has `assistant_masks`, 1 for what the assistant says.
-            processor_kwargs, kwargs: Options of padding (`__call__`).
+            processor_kwargs, kwargs: Options of padding and truncation (`__call__`), and allow_fetch (`encode_chat`).
+
+        Raises:
+            ValueError: as `encode_chat`, and for an option that asks for what is not done, such as tools.
+            TypeError: for an unknown option.
         """
+        given = {"return_tensors": return_tensors, **(processor_kwargs or {}), **kwargs}
+        options = {"allow_fetch": False, **self._read_options(given, CHAT_OPTIONS, IDLE_CHAT_OPTIONS)}
         is_batch = isinstance(conversation, (list, tuple)) and any(isinstance(it, (list, tuple)) for it in conversation)
         conversations = conversation if is_batch else [conversation]
-        open_end = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        open_end = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message in (True, "content"),
+        }
         if not tokenize:
             outlines = [outline_of(messages, self.kinds, continue_final_message) for messages in conversations]
             written = [messages_of(outline, texts) for outline, texts, _ in outlines]
             return super().apply_chat_template(written if is_batch else written[0], chat_template, **open_end)
-        given = {"return_tensors": return_tensors, **(processor_kwargs or {}), **kwargs}
-        options = read_options(given, PADDING_OPTIONS)
-        encoded = [self.encode_chat(messages, chat_template=chat_template, **open_end) for messages in conversations]
+        open_end |= {"chat_template": chat_template, "allow_fetch": bool(options.pop("allow_fetch"))}
+        encoded = [self.encode_chat(messages, **open_end) for messages in conversations]
         batch = self._batch(encoded, return_assistant_tokens_mask, **options)
         return batch if return_dict else batch["input_ids"]
 
@@ -336,38 +358,43 @@ class MegaTransformerProcessor(ProcessorMixin):
         """Texts with placeholders, and their media, to a batch.
 
         Args:
-            images: An image, a list of all, or a list of lists, one for each text (`media.load_image`).
+            images: An image, a list of all, or a list of lists (or None), one for each text (`media.load_image`).
             text: One or several; none: media alone.
             videos: Not read.
             audio: As images (`media.load_audio`); arrays are at `sampling_rate`, by default ours.
             kwargs: Media of further modalities by name; return_tensors, padding, max_length, pad_to_multiple_of,
-                padding_side, return_attention_mask, add_special_tokens, sampling_rate, also within `text_kwargs`,
-                `audio_kwargs` or `common_kwargs`.
+                padding_side, return_attention_mask, truncation, add_special_tokens, sampling_rate, allow_fetch
+                (`encode_chat`), also within `text_kwargs`, `audio_kwargs` or `common_kwargs`. Other options of
+                transformers are accepted as far as they ask for nothing (`processor_options`). Truncation cuts text at
+                the tokenizer's `truncation_side`.
 
         Returns:
             input_ids first, then attention_mask and what the model takes for the media.
 
         Raises:
-            ValueError: for placeholders and media that differ in number, and media that cannot be read.
+            ValueError: for placeholders and media that differ in number, media that cannot be read, truncation that
+                would cut a medium, and an option that asks for what is not done.
             TypeError: for an unknown option.
         """
-        if videos is not None:
+        if any(video is not None for video in flatten(videos)):
             raise ValueError("videos are not read; give their frames as images")
-        options = {"add_special_tokens": True, "sampling_rate": None, "return_tensors": None}
+        options = {"add_special_tokens": True, "allow_fetch": False, "sampling_rate": None, "return_tensors": None}
         further = {name: kwargs.pop(name, None) for name in self.kinds if name not in ("image", "audio")}
-        options |= read_options(kwargs, PADDING_OPTIONS + TEXT_OPTIONS)
+        options |= self._read_options(kwargs, CALL_OPTIONS, IDLE_CALL_OPTIONS)
         rate, add_special_tokens = options.pop("sampling_rate"), options.pop("add_special_tokens")
+        allow_fetch = bool(options.pop("allow_fetch"))
         audio = audio if rate is None else with_rate(audio, rate)
-        media = {"image": images, "audio": audio, **further}
-        media = {name: it if isinstance(it, list) else [it] for name, it in media.items() if it is not None}
+        media = {"image": list(images) if isinstance(images, tuple) else images, "audio": audio, **further}
+        media = {name: as_list(it) for name, it in media.items() if it is not None}
+        media = {name: it for name, it in media.items() if flatten(it)}
         if text is None:
-            found = {name: list(map(self._kind(name).preprocess, flatten(given))) for name, given in media.items()}
-            return BatchFeature(self.collate_media(found), tensor_type=options["return_tensors"])
+            found = {name: [self._preprocess(name, it, allow_fetch) for it in flatten(media[name])] for name in media}
+            return BatchFeature(self.collate_media(found), tensor_type=_tensor_type(options["return_tensors"]))
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
             raise ValueError(f"text is {type(text).__name__}, and not a string or a list of strings")
         rows = [self.tokenizer(sample, add_special_tokens=add_special_tokens)["input_ids"] for sample in texts]
-        return self._batch(self._with_media(rows, media), **options)
+        return self._batch(self._with_media(rows, media, allow_fetch), **options)
 
     def post_process_multimodal_output(
         self,
@@ -431,36 +458,78 @@ class MegaTransformerProcessor(ProcessorMixin):
         for clip, path in zip(clips, paths, strict=True):
             write_audio(path, clip, sampling_rate or self.audio_writer["sampling_rate"])
 
-    def _with_media(self, rows: list[list[int]], media: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    def _preprocess(self, name: str, medium: Any, allow_fetch: bool) -> torch.Tensor:
+        return self._kind(name).preprocess(source_of({"type": name, name: medium}, allow_fetch))
+
+    def _with_media(
+        self, rows: list[list[int]], media: dict[str, list[Any]], allow_fetch: bool
+    ) -> list[dict[str, Any]]:
         """Rows of ids with one placeholder for a medium, as `encode_chat` gives them."""
         encoded = [{"media": {}} for _ in rows]
         for name in dict.fromkeys([*self.kinds, *media]):
             kind = self._kind(name)
             counts = [row.count(getattr(self, f"{name}_token_id")) for row in rows]
             for sample, part in zip(encoded, deal_media(media.get(name, []), counts, kind.modality), strict=True):
-                sample["media"][name] = [kind.preprocess(medium) for medium in part]
+                sample["media"][name] = [self._preprocess(name, medium, allow_fetch) for medium in part]
         for sample, row in zip(encoded, rows, strict=True):
             counts = {name: map(self._kind(name).num_tokens, tensors) for name, tensors in sample["media"].items()}
             sample["input_ids"] = torch.tensor([token_id for some, _ in self._expand(row, counts) for token_id in some])
         return encoded
 
+    def _read_options(self, given: dict[str, Any], known: tuple[str, ...], idle: dict[str, tuple]) -> dict[str, Any]:
+        parts = [part for part in (self.image_processor, self.feature_extractor) if part is not None]
+        return read_options(given, known, idle, parts)
+
     def _batch(
-        self, encoded: list[dict[str, Any]], with_masks: bool = False, return_tensors: str | None = None, **padding: Any
+        self,
+        encoded: list[dict[str, Any]],
+        with_masks: bool = False,
+        return_tensors: str | None = None,
+        padding: bool | str | None = None,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        return_attention_mask: bool | None = None,
+        **options: Any,
     ) -> BatchFeature:
         """Encoded conversations to one batch."""
-        rows = {"input_ids": [sample["input_ids"].tolist() for sample in encoded]}
-        batch = dict(pad_without_fast_tokenizer_warning(self.tokenizer, rows, **{"padding": False, **padding}))
+        limit = limit_of(truncation, max_length, self.tokenizer.model_max_length)
+        kept = [self._cut(number, sample["input_ids"], limit) for number, sample in enumerate(encoded)]
+        rows = {"input_ids": [sample["input_ids"][part].tolist() for sample, part in zip(encoded, kept, strict=True)]}
+        options |= {"padding": padding or False, "max_length": max_length if padding == "max_length" else None}
+        batch = dict(pad_without_fast_tokenizer_warning(self.tokenizer, rows, **options))
         if with_masks:
-            answers = [iter(sample["answer_mask"].tolist()) for sample in encoded]
+            answers = [iter(sample["answer_mask"][part].tolist()) for sample, part in zip(encoded, kept, strict=True)]
             batch["assistant_masks"] = [
                 [int(real and next(answer)) for real in row]
                 for row, answer in zip(batch["attention_mask"], answers, strict=True)
             ]
+        if return_attention_mask is False:
+            del batch["attention_mask"]
         media: dict[str, list[torch.Tensor]] = {}
         for sample in encoded:
             for name, tensors in sample["media"].items():
                 media.setdefault(name, []).extend(tensors)
-        return BatchFeature({**batch, **self.collate_media(media)}, tensor_type=return_tensors)
+        return BatchFeature({**batch, **self.collate_media(media)}, tensor_type=_tensor_type(return_tensors))
+
+    def _cut(self, number: int, ids: torch.Tensor, limit: int | None) -> slice:
+        """What is left of a sample of at most that many tokens.
+
+        Raises:
+            ValueError: a medium would lose its place.
+        """
+        if limit is None or len(ids) <= limit:
+            return slice(None)
+        at_end = self.tokenizer.truncation_side == "right"
+        kept = slice(limit) if at_end else slice(len(ids) - limit, None)
+        lost = ids[limit:] if at_end else ids[: len(ids) - limit]
+        for kind in self.kinds.values():
+            tokens = self.tokenizer.convert_tokens_to_ids([kind.modality.token, kind.modality.end_token])
+            if torch.isin(lost, torch.tensor(tokens)).any():
+                raise ValueError(
+                    f"sample {number} has {len(ids)} tokens, and truncation to {limit} would cut media of type "
+                    f"{kind.modality.name!r}; raise max_length or shorten what stands around them"
+                )
+        return kept
 
 
 def build_processor(
@@ -534,6 +603,10 @@ def _audio_writer(config: MegaTransformerAudioWriterConfig) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------- what is given
+
+
+def _tensor_type(return_tensors: str | None) -> str | None:
+    return None if return_tensors == "auto" else return_tensors  # how transformers calls a processor's own default
 
 
 def _check_count(name: str, part: Any, own_class: type, count: int | None) -> None:

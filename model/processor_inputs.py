@@ -1,4 +1,4 @@
-"""What callers hand to the processor: media for their places, and options."""
+"""Media that callers hand to the processor, for their places in texts and messages."""
 
 from itertools import accumulate, islice, zip_longest
 from typing import Any
@@ -8,21 +8,23 @@ import torch
 
 from .image_processing_megatransformer import flatten
 from .media_kinds import MediaKind
+from .media_sources import source_of
 from .modalities import Modality
-
-PADDING_OPTIONS = ("max_length", "pad_to_multiple_of", "padding", "padding_side", "return_attention_mask")
-TEXT_OPTIONS = ("add_special_tokens", "sampling_rate")
-_GROUPS = ("common_kwargs", "text_kwargs", "images_kwargs", "audio_kwargs")
 
 
 def preprocess_parts(
-    parts: list[dict[str, Any]], media: dict[str, list[Any]], kinds: dict[str, MediaKind]
+    parts: list[dict[str, Any]],
+    media: dict[str, list[Any]],
+    kinds: dict[str, MediaKind],
+    allow_fetch: bool = False,
 ) -> dict[str, list[torch.Tensor]]:
     """The tensors of the parts of messages that are media, by kind.
 
     Args:
-        parts: {"type": KIND, and KIND, "path", "bytes" or "url": medium}, or without a medium.
+        parts: {"type": KIND, and KIND, "path", "bytes", "url" or "base64": medium}, or without a medium. An array of
+            samples may have its "sampling_rate" beside it.
         media: By kind, for parts without one, in order; a tensor of floats counts as preprocessed.
+        allow_fetch: As for `read_source`.
 
     Raises:
         ValueError: if there are more or fewer media than parts for them, and for media that cannot be read.
@@ -31,7 +33,9 @@ def preprocess_parts(
     found: dict[str, list[torch.Tensor]] = {}
     for part in parts:
         name = part["type"]
-        medium = next((part[key] for key in (name, "path", "bytes", "url") if part.get(key) is not None), None)
+        medium = source_of(part, allow_fetch)
+        if part.get("sampling_rate") is not None:
+            medium = with_rate(medium, part["sampling_rate"])
         is_tensor = False
         if medium is None:
             medium = next(waiting.get(name, iter(())), None)
@@ -78,30 +82,16 @@ def deal_media(media: list[Any], counts: list[int], modality: Modality) -> list[
     return [list(islice(rest, count)) for count in counts]
 
 
+def as_list(media: Any) -> list[Any]:
+    """One medium, some, or a list for each text, as a list; None in the place of a text's list is an empty one."""
+    media = media if isinstance(media, list) else [media]
+    if any(part is None for part in media):
+        return [[] if part is None else part if isinstance(part, list) else [part] for part in media]
+    return media
+
+
 def with_rate(audio: Any, rate: int) -> Any:
     """Arrays, in lists of any depth, with their sampling rate."""
     if isinstance(audio, list):
         return [with_rate(clip, rate) for clip in audio]
     return (audio, rate) if isinstance(audio, (np.ndarray, torch.Tensor)) else audio
-
-
-def read_options(given: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
-    """Options of a call, also those that transformers' callers put into groups.
-
-    Args:
-        known: Names of options besides return_tensors.
-
-    Raises:
-        TypeError: for an option that is not known.
-        ValueError: for truncation.
-    """
-    options = {}
-    for group in _GROUPS:
-        options |= given.get(group) or {}
-    options |= {name: value for name, value in given.items() if name not in _GROUPS}
-    if options.pop("truncation", None) not in (None, False, "do_not_truncate"):
-        raise ValueError("truncation would cut media from their placeholders; give shorter texts")
-    unknown = sorted(options.keys() - {"return_tensors", *known})
-    if unknown:
-        raise TypeError(f"{unknown[0]!r} is no option of this call; choose from {', '.join(sorted(known))}")
-    return options

@@ -142,7 +142,7 @@ def test_a_tokenizer_is_made_ready_for_conversations_as_far_as_there_is_room():
         tokenizer = train_tokenizer([], 259)
         prepare_tokenizer(tokenizer, 259 + free)
         prepare_tokenizer(tokenizer, 259 + free)  # as when what was fine-tuned is fine-tuned again
-        assert len(tokenizer) == 259 + min(free, 4) and tokenizer.chat_template == CHAT_TEMPLATE
+        assert len(tokenizer) == 259 + min(free, 4) and tokenizer.chat_template.endswith(CHAT_TEMPLATE) == (free == 9)
         ids = encode_conversation(tokenizer, TALK[1:2], add_generation_prompt=True)
         assert tokenizer.decode(ids) == "<|begin|><|user|>What is 2*21?<|assistant|>"
         assert len(ids) == 1 + len("What is 2*21?") + (2 if free >= 2 else len("<|user|><|assistant|>"))

@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 import evaluate
@@ -23,7 +24,7 @@ from configs import load_config
 from dataset_loading import get_task
 from dataset_loading.synthetic import generate_row
 from inference.loading import load_model
-from model.chat import CHAT_TEMPLATE, ROLE_TOKENS
+from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, encode_conversation
 from tests.tiny import tiny_ids
 from tests.tiny_processor import tiny_processor
 
@@ -379,6 +380,17 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     assert all(torch.equal(kept[name], saved[name]) for name in saved)
 
 
+def test_every_tokenizer_of_text_has_a_chat_template(run):
+    """Of a run without conversations, loaded without our code; as many roles as there are rows are tokens."""
+    messages = [{"role": "user", "content": "1+1 <|end|>"}, {"role": "assistant", "content": "2"}]
+    for folder in (run[0], run[0] / "checkpoint-6"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer.apply_chat_template(messages)["input_ids"]
+        assert tokenizer.decode(ids) == "<|begin|><|user|>1+1 <|end|><|assistant|>2<|end|>"
+        assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+        assert ids == encode_conversation(tokenizer, messages)
+
+
 def test_a_model_of_text_learns_from_conversations(tmp_path, caplog):
     """The roles are tokens, the template is saved, and questions are answered while it learns."""
     source = {"kind": "generated", "task": "calculator", "num_rows": 100}
@@ -394,5 +406,5 @@ def test_a_model_of_text_learns_from_conversations(tmp_path, caplog):
         assert pretrain.main(["--config", str(config)]) == 0
     assert "step 2, samples/calculator_0, 2 steps" in caplog.text
     _, tokenizer = load_model(tmp_path / "run")
-    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer.chat_template.endswith(CHAT_TEMPLATE)
     assert tokenizer.convert_tokens_to_ids(list(ROLE_TOKENS.values())) == [3, 4, 5, 6]

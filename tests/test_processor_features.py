@@ -97,8 +97,10 @@ def test_nothing_is_fetched_and_no_option_ignored():
             call(["https://a.b/c.png"])
         with pytest.raises(MediaError, match="32 x 16 pixels, of which 1 to 511"):
             call([picture()])
-    with pytest.raises(TypeError, match="'do_resize' is no option of a call"):
+    with pytest.raises(ValueError, match=r"do_resize is False, .*; set it on the image processor"):
         processor(picture(8, 8), do_resize=False)
+    with pytest.raises(TypeError, match="'max_pixel' is no option of this call; did you mean 'max_pixels'"):
+        processor(picture(8, 8), max_pixel=511)
 
 
 def test_an_image_processor_is_saved_with_its_code(tmp_path):
@@ -209,8 +211,10 @@ def test_no_recording_is_fetched_and_no_option_ignored():
     for call in (extractor, extractor.fetch_audio):
         with pytest.raises(MediaError, match="never fetched"):
             call(["https://a.b/c.wav"])
-    with pytest.raises(TypeError, match="'do_normalize' is no option of a call"):
+    with pytest.raises(TypeError, match="'do_normalize' is no option of this call; choose from return_tensors"):
         extractor(sound(), do_normalize=True)
+    with pytest.raises(ValueError, match=r"hop_length is 81, .*; set it on the feature extractor"):
+        extractor(sound(), hop_length=81)
 
 
 @pytest.mark.parametrize(

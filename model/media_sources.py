@@ -1,0 +1,187 @@
+"""Media as clients name them: `data:` URIs, base64, `file://`, and addresses where they may be fetched.
+
+Only the calls of processors read these. Rows of training data do not, and reach no more files than their paths do.
+"""
+
+import base64
+import binascii
+import os
+import re
+import time
+from collections.abc import Callable
+from http.client import HTTPException
+from typing import Any
+from urllib import request
+from urllib.error import URLError
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from .media import MediaError, shortened
+
+MAX_BYTES = 256 * 2**20
+"""Most characters of a `data:` URI or of base64, and most bytes that are fetched."""
+FETCH_SECONDS = 30.0
+"""Within which a medium is fetched as a whole."""
+
+_WORDS = {"image": "picture", "audio": "recording"}
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]{32,}")
+
+
+def read_source(source: Any, kind: str, allow_fetch: bool = False) -> Any:
+    """What `load_image` and `load_audio` take, of what a client gives in its place.
+
+    Args:
+        source: A path, a `file://` or `data:` URI, an address, or base64, if it is a string; else it stays as it is.
+        kind: "image" or "audio".
+        allow_fetch: Whether http and https are fetched: whatever this machine reaches, at most `MAX_BYTES`, within
+            `FETCH_SECONDS`.
+
+    Raises:
+        MediaError: it is none of these, of another kind, too large, or may not or cannot be fetched.
+    """
+    if not isinstance(source, str) or os.path.isfile(source):
+        return source
+    _check_length(source)
+    scheme = (re.match(r"([a-z][a-z0-9+.-]*):", source[:20], re.IGNORECASE) or [""])[0].lower()
+    if scheme == "data:":
+        return _read_data(source, kind)
+    if scheme == "file:":
+        return _read_file_uri(source)
+    if scheme in ("http:", "https:"):
+        if not allow_fetch:
+            raise MediaError(
+                f"{shortened(source)} is an address, which is never fetched unless allow_fetch=True is given; download "
+                f"the {_WORDS[kind]} before"
+            )
+        return _fetch(source)
+    return decode_base64(source, source) if _BASE64.fullmatch(source) else source
+
+
+def _check_length(source: str) -> None:
+    if len(source) > MAX_BYTES:
+        raise MediaError(
+            f"{shortened(source)} has {len(source)} characters, and at most {MAX_BYTES} are read; scale it down"
+        )
+
+
+def decode_base64(text: str, source: str) -> bytes:
+    """The bytes of base64, in which blanks and line breaks may stand.
+
+    Args:
+        source: What is shown of it in an error.
+
+    Raises:
+        MediaError: it is none.
+    """
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(f"{shortened(source)} is neither a file nor valid base64: {error}; encode it anew") from error
+
+
+def _read_data(source: str, kind: str) -> bytes:
+    head, comma, data = source.removeprefix(source[:5]).partition(",")
+    if not comma:
+        raise MediaError(f"{shortened(source)} has no comma before its data; give data:{kind}/...;base64,...")
+    media_type, *options = head.split(";")
+    declared = media_type.split("/")[0].strip().lower()
+    if declared not in ("", kind, "application"):
+        raise MediaError(f"{shortened(source)} is declared as {declared}, and not as {kind}; give a {_WORDS[kind]}")
+    if "base64" not in (option.strip().lower() for option in options):
+        return unquote_to_bytes(data)
+    return decode_base64(unquote_to_bytes(data).decode("latin-1") if "%" in data else data, source)
+
+
+def _read_file_uri(source: str) -> str:
+    parts = urlsplit(source)
+    if parts.netloc.lower() not in ("", "localhost"):
+        raise MediaError(f"{shortened(source)} is on host {parts.netloc!r:.80}; give file:///path on this machine")
+    return request.url2pathname(parts.path)
+
+
+def _fetch(source: str) -> bytes:
+    opener = request.OpenerDirector()  # the usual one would follow addresses to ftp
+    for handler in (
+        request.ProxyHandler,
+        request.HTTPHandler,
+        request.HTTPSHandler,
+        request.HTTPRedirectHandler,
+        request.HTTPErrorProcessor,
+        request.HTTPDefaultErrorHandler,
+        request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    ends, data = time.monotonic() + FETCH_SECONDS, bytearray()
+    try:
+        with opener.open(source, timeout=FETCH_SECONDS) as response:
+            while chunk := response.read1(2**20):
+                data += chunk
+                _check_fetched(source, len(data), ends)
+    except (HTTPException, URLError, OSError, ValueError) as error:
+        if isinstance(error, MediaError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise MediaError(f"{shortened(source)} cannot be fetched: {reason}; correct the address") from error
+    return bytes(data)
+
+
+def _check_fetched(source: str, size: int, ends: float) -> None:
+    if size > MAX_BYTES:
+        raise MediaError(f"{shortened(source)} has more than {MAX_BYTES} bytes; download it before, and scale it down")
+    if time.monotonic() > ends:
+        raise MediaError(f"{shortened(source)} takes more than {FETCH_SECONDS:g} seconds; download it before")
+
+
+# -------------------------------------------------------------------------------------------------- parts of messages
+
+
+def _of_image_url(part: dict) -> dict:
+    given = part.get("image_url")
+    return {"type": "image", "url": given.get("url") if isinstance(given, dict) else given}
+
+
+def _of_audio_url(part: dict) -> dict:
+    given = part.get("audio_url")
+    return {"type": "audio", "url": given.get("url") if isinstance(given, dict) else given}
+
+
+def _of_input_audio(part: dict) -> dict:
+    given = part.get("input_audio")
+    return {"type": "audio", "base64": given.get("data") if isinstance(given, dict) else given}
+
+
+def _of_text(part: dict) -> dict:
+    return {"type": "text", "text": part.get("text")}
+
+
+_FOREIGN: dict[str, Callable[[dict], dict]] = {
+    "audio_url": _of_audio_url,
+    "image_url": _of_image_url,
+    "input_audio": _of_input_audio,
+    "input_image": _of_image_url,
+    "input_text": _of_text,
+    "output_text": _of_text,
+}
+
+
+def own_part(part: Any) -> Any:
+    """A part of OpenAI's format, such as "image_url" and "input_audio", as a part of ours; others stay as they are."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return _FOREIGN[kind](part) if isinstance(kind, str) and kind in _FOREIGN else part
+
+
+def source_of(part: dict[str, Any], allow_fetch: bool = False) -> Any:
+    """The medium of a part, {"type": KIND, and KIND, "path", "bytes", "url" or "base64": medium}; None: it has none.
+
+    Raises:
+        MediaError: as `read_source`.
+    """
+    name = part["type"]
+    kind = name.removeprefix("written_")
+    key = next((key for key in (name, "path", "bytes", "url", "base64") if part.get(key) is not None), None)
+    if key is None or kind not in _WORDS:
+        return None if key is None else part[key]
+    medium = part[key]
+    if key == "base64" and isinstance(medium, str) and medium[:5].lower() != "data:":
+        _check_length(medium)
+        return decode_base64(medium, medium)
+    return read_source(medium, kind, allow_fetch)
