@@ -9,9 +9,8 @@ of ours has such a name.
 import ast
 import functools
 import importlib
-import inspect
 import re
-import textwrap
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PRIVATE = re.compile(r"_[A-Za-z]\w*(?<!__)")
 BY_STRING = ("getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller")
 OF_STRINGS = ("startswith", "endswith", "removeprefix", "removesuffix", "replace", "split", "partition", "rpartition")
-MADE_BY_PYTHON = ("_abc_impl", "_is_protocol", "_is_runtime_protocol")
+NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 KINDS = {ast.Load: "read", ast.Store: "set", ast.Del: "set"}
 
 
@@ -54,24 +53,34 @@ def path_of(cls: type) -> str:
 
 
 @functools.cache
-def assigned_in(source: str) -> frozenset[str]:
-    """Private names that are assigned to any object in a source."""
-    nodes = ast.walk(ast.parse(textwrap.dedent(source)))
-    return frozenset(
-        node.attr
-        for node in nodes
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_private(node.attr)
-    )
+def definitions_in(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module, by their qualified names; none where there is no source."""
+    path = getattr(sys.modules.get(module), "__file__", None) or ""
+    if not path.endswith(".py"):
+        return {}
+    found = {}
+
+    def collect(node: ast.AST, prefix: str) -> None:
+        for part in ast.iter_child_nodes(node):
+            name = f"{prefix}{part.name}" if isinstance(part, NAMED) else prefix
+            if isinstance(part, ast.ClassDef):
+                found[name] = part
+            inner = "." if isinstance(part, ast.ClassDef) else ".<locals>."
+            collect(part, f"{name}{inner}" if isinstance(part, NAMED) else prefix)
+
+    collect(ast.parse(Path(path).read_text(encoding="utf-8")), "")
+    return found
 
 
 @functools.cache
 def defined_by(cls: type) -> frozenset[str]:
     """Private names of a class alone: methods and attributes, those that its methods assign too."""
-    names = {name for name in (*vars(cls), *vars(cls).get("__annotations__", ())) if is_private(name)}
-    try:
-        return frozenset(names | assigned_in(inspect.getsource(cls)))
-    except (OSError, TypeError):  # written in C, or made while the program runs
-        return frozenset(names)
+    names = {*vars(cls), *vars(cls).get("__annotations__", ())}
+    definition = definitions_in(cls.__module__).get(cls.__qualname__)
+    for node in ast.walk(definition) if definition else ():
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return frozenset(filter(is_private, names))
 
 
 def library_owner(cls: type, name: str, after: type | None = None) -> type | None:
@@ -89,15 +98,22 @@ def classes_of(modules: list[ModuleType]) -> list[type]:
 # ---------------------------------------------------------------------------------------------------------- overrides
 
 
+def private_names_of(cls: type) -> list[str]:
+    """Private methods and attributes that the body of a class defines, not those that it is given while code runs."""
+    definition = definitions_in(cls.__module__)[cls.__qualname__]
+    names = {node.id for part in definition.body for node in ast.walk(part) if isinstance(node, ast.Name)}
+    names |= {part.name for part in definition.body if isinstance(part, ast.FunctionDef)}
+    return [name for name in vars(cls) if is_private(name) and name in names]
+
+
 def overrides(classes: list[type]) -> dict[Use, Any]:
     """Methods of ours in the place of a library's, and, as `set`, class attributes: those of mixins, too, in the
     classes that they are mixed into. The functions by use.
     """
     found = {}
     for ours in classes:
-        names = [name for name in vars(ours) if is_private(name) and name not in MADE_BY_PYTHON]
         mixed_into = [ours, *(cls for cls in classes if ours in cls.__mro__)]
-        for name in names:
+        for name in private_names_of(ours):
             value = vars(ours)[name]
             owner = next((it for cls in mixed_into if (it := library_owner(cls, name, after=ours))), None)
             if owner is not None:
@@ -241,7 +257,7 @@ def own_names_in(trees: list[ast.AST]) -> set[str]:
     """Private names that our code defines: functions, classes, variables, and attributes that `self` is given."""
     names = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if isinstance(node, NAMED):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)

@@ -39,7 +39,7 @@ TRAINER = "transformers.Trainer"
 GRPO = "trl.GRPOTrainer"
 
 # The most there may be of each kind; overrides are counted by the methods of ours.
-LIMITS: Mapping[str, int] = MappingProxyType({"override": 30, "call": 6, "read": 11, "set": 11, "test": 5})
+LIMITS: Mapping[str, int] = MappingProxyType({"override": 23, "call": 6, "read": 11, "set": 10, "test": 5})
 
 PRIVATE_NAMES = (
     # ------------------------------------------------------------------------------------------- overrides, generation
@@ -122,22 +122,6 @@ PRIVATE_NAMES = (
         ("attn_implementation",),
     ),
     # --------------------------------------------------------------------------------------------- overrides, trainers
-    PrivateName(TRAINER, "_validate_args", "override", "options are checked before a folder is made"),
-    PrivateName(
-        TRAINER,
-        "_run_epoch",
-        "override",
-        "sampler and dataset are told the epoch, after a resume as well",
-        ("epoch", "train_dataloader"),
-    ),
-    PrivateName(
-        TRAINER,
-        "_save_checkpoint",
-        "override",
-        "the average of the weights is written before the files that make a checkpoint complete",
-        ("model", "trial"),
-    ),
-    PrivateName(TRAINER, "_save", "override", "parts beside the model are saved with it", ("output_dir", "state_dict")),
     PrivateName(
         TRAINER,
         "_load_from_checkpoint",
@@ -146,11 +130,6 @@ PRIVATE_NAMES = (
         ("resume_from_checkpoint", "model"),
     ),
     PrivateName(TRAINER, "_load_best_model", "override", "parts beside the model are loaded with it"),
-    PrivateName(
-        TRAINER, "_set_signature_columns_if_needed", "override", "rows hold what the collator and the trainer take"
-    ),
-    PrivateName(TRAINER, "_get_train_sampler", "override", "groups by known lengths", ("train_dataset",)),
-    PrivateName(TRAINER, "_get_eval_sampler", "override", "groups by known lengths", ("eval_dataset",)),
     PrivateName(
         "trl.trainer.base_trainer._BaseTrainer", "_send_telemetry", "override", "TRL would tell the hub of each run"
     ),
@@ -222,7 +201,6 @@ PRIVATE_NAMES = (
     PrivateName(MODEL, "_supports_flex_attn", "set", "attention backends by name"),
     PrivateName(MODEL, "_supports_sdpa", "set", "attention backends by name"),
     PrivateName(MODEL, "_tied_weights_keys", "set", "the head is the embedding"),
-    PrivateName(TRAINER, "_signature_columns", "set", "rows hold what the collator and the trainer take"),
     # ----------------------------------------------------------------------------------------------------------- tests
     PrivateName("torch", "_dynamo", "test", "counts and forgets graphs", ("reset", "utils.counters")),
     PrivateName("torch.nn.Module", "_compiled_call_impl", "test", "forgets that a unit is compiled"),

@@ -45,7 +45,6 @@ class RolloutArguments(RecurrentTrainingArguments, GRPOConfig):
         disable_dropout: Whether there is none, so that a token is written with the probability that the loss computes.
     """
 
-    remove_unused_columns: bool | None = False  # rewards read them
     learning_rate: float = 1e-5
     gradient_checkpointing: bool | None = None  # off, as everywhere; TRL turns it on
     disable_dropout: bool = True  # or what scores a completion would not be what has written it
