@@ -66,8 +66,6 @@ class RecurrentTrainer(CheckedTrainer):
         step, micro_batch = self._position
         self._position = (self.state.global_step, micro_batch + 1 if step == self.state.global_step else 0)
         self.modalities.num_windows += self._position[1] == 0
-        if self._is_time_to_probe():
-            self._probe_recurrence(model, self._prepare_inputs(inputs))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
@@ -77,6 +75,8 @@ class RecurrentTrainer(CheckedTrainer):
         modality_ids, inputs = inputs.get("modality_ids"), inputs_of_model(inputs)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        if self._is_time_to_probe():
+            self._probe_recurrence(model, inputs)
         inputs["skip_logits"] = True
         if self.is_recurrent:
             inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
@@ -181,7 +181,6 @@ class RecurrentTrainer(CheckedTrainer):
     def _probe_recurrence(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Runs the next batch, on which the model has not been trained yet, at one step and at the mean depth."""
         model.eval()
-        inputs = inputs_of_model(inputs)
         with self.compute_loss_context_manager():
             shallow = model(**inputs, num_steps=1, skip_logits=True).loss
             mean_steps = self.text_config.recurrence.mean_steps
@@ -199,6 +198,7 @@ class RecurrentTrainer(CheckedTrainer):
         for name, value in zip(values, means, strict=True):
             self._gathered[name].append(value)
         self._raise_alarms(dict(zip(values, means, strict=True)))
+        model.train()
 
     def _raise_alarms(self, values: dict[str, float]) -> None:
         step, half = self.state.global_step, self.state.max_steps / 2
