@@ -1,10 +1,10 @@
 """Learning by reward: what is written at a recorded depth is scored at that depth, and rewards are checked."""
 
 import copy
+import functools
 import json
 import sys
 import types
-from functools import partial
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from trainers import grpo
 from trainers.grpo import RolloutArguments, RolloutTrainer
 from trainers.rewards import RewardError, load_reward
 
+CLOSE = {"atol": 1e-4, "rtol": 0}
 PROMPTS = ["the cat", "sat on the mat", "a", "the mat. the"]
 TOKENIZER = tiny_tokenizer()
 
@@ -69,7 +70,7 @@ def build(folder, reward, model=None, adapters=True, prompts=PROMPTS, **override
         eval_dataset={"tiny": rows},
         processing_class=TOKENIZER,
         sample_depth=sample_depth,
-        encode_messages=partial(encode_conversation, add_generation_prompt=True),
+        encode_messages=functools.partial(encode_conversation, add_generation_prompt=True),
         peft_config=lora if adapters else None,
     )
 
@@ -108,30 +109,29 @@ def test_what_was_written_is_scored_with_the_probabilities_it_was_drawn_with(tmp
     model.generation_config.noise_level = 0.5
     sampled = Sampled(model)
     trainer = build(tmp_path, rewards.add(many_a), model=model, beta=0.1, num_iterations=2, max_steps=2)
-    compared, depths, order = [], [], []
-    score = RolloutTrainer._get_per_token_logps_and_entropies
+    inner = trainer.model.base_model.model
+    score, passes = inner.forward, []
 
-    def compare(self, scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        results = score(self, scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        is_policy = (
-            self.model.active_adapter == "default"
-            and not self.model.base_model.model.model.core.layers[0].attention.qkv_proj.disable_adapters
-        )
-        if is_policy and self.state.global_step == 0:
-            order.append(self.depths.tolist())
-            for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
-                drawn = sampled.log_probs[real_tokens(ids, mask)]
-                length = int(mask[-logits_to_keep:].sum())
-                compared.append((results[0][row, :length] - drawn[:length]).abs().max().item())
-                depths.append(int(self.depths[row]))
-        return results
+    @functools.wraps(score)
+    def record(**kwargs):
+        outputs = score(**kwargs)
+        is_policy = not inner.model.core.layers[0].attention.qkv_proj.disable_adapters
+        if kwargs.get("labels") is not None and is_policy and trainer.state.global_step == 0:
+            passes.append((kwargs, outputs.log_probs))
+        return outputs
 
-    monkeypatch.setattr(RolloutTrainer, "_get_per_token_logps_and_entropies", compare)
+    monkeypatch.setattr(inner, "forward", record)
     trainer.train()
-    assert len(compared) == 16 + 16  # of the policy before, and of the four micro-batches of the first update
-    assert max(compared) < 1e-4
-    assert len(set(depths)) > 2
-    assert order[0] != [depth for part in order[1:] for depth in part]  # shuffled
+    assert len(passes) == 4 + 4  # of the policy before, and of the four micro-batches of the first update
+    for kwargs, log_probs in passes:
+        for ids, mask, labels, scored in zip(
+            kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"], log_probs, strict=True
+        ):
+            found = scored[labels[1:] != -100]  # of each token, what the one before says
+            torch.testing.assert_close(found, sampled.log_probs[real_tokens(ids, mask)][: len(found)], **CLOSE)
+    depths = [depth for kwargs, _ in passes for depth in kwargs["num_steps"].tolist()]
+    assert len(depths) == 32 and len(set(depths)) > 2
+    assert depths[:16] != depths[16:]  # shuffled
 
 
 def test_another_depth_has_other_probabilities(tmp_path, rewards):
@@ -140,15 +140,22 @@ def test_another_depth_has_other_probabilities(tmp_path, rewards):
     trainer = build(tmp_path, rewards.add(many_a), model=model)
     ids = torch.randint(3, 300, (4, 9))
     scored = []
-    for depth in (2, 3):
-        trainer.depths = torch.full((4,), depth)
-        scored.append(trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 5)[0])
-    assert (scored[0] - scored[1]).abs().max() > 1e-3
+    for depths in ([2, 2, 2, 2], [3, 2, 3, 2]):
+        with trainer.scoring_at(torch.tensor(depths)), torch.no_grad():
+            parts = [trainer.model(input_ids=part, labels=part).logits for part in ids.split(2)] * 2
+            again = [trainer.model(input_ids=part, labels=part).logits for part in ids.split(2)]
+        assert all(torch.equal(part, other) for part, other in zip(parts, again, strict=False))
+        scored.append(torch.cat(again))
+    changed = (scored[0] - scored[1]).abs().amax(dim=(1, 2))
+    assert changed[[0, 2]].min() > 1e-3 and changed[[1, 3]].max() == 0
+    logits = trainer.model(input_ids=ids, num_steps=3).logits
+    torch.testing.assert_close(logits[[0, 2]], scored[1][[0, 2]], **CLOSE)
 
 
 def test_completions_of_a_prompt_share_a_depth_that_ranks_agree_on(tmp_path, rewards, monkeypatch):
     trainer = build(tmp_path, rewards.add(many_a))
     trainer.model.train()
+    trainer._position = (0, 0)
     whole = trainer._draw_depths(32).tolist()
     assert all(len(set(whole[start : start + 4])) == 1 for start in range(0, 32, 4))
     assert len(set(whole)) > 2
@@ -157,7 +164,7 @@ def test_completions_of_a_prompt_share_a_depth_that_ranks_agree_on(tmp_path, rew
         monkeypatch.setattr(type(trainer.accelerator), "process_index", rank)
         ranks += trainer._draw_depths(16).tolist()
     assert ranks == whole
-    trainer.state.global_step = 1
+    trainer._position = (1, 0)
     assert trainer._draw_depths(16).tolist() != whole[16:]
     monkeypatch.setattr(grpo, "is_deepspeed_zero3_enabled", lambda: True)
     assert len(set(trainer._draw_depths(32).tolist())) == 1
@@ -216,7 +223,7 @@ def test_texts_in_messages_are_nothing_but_text(tmp_path, rewards):
     tokenizer = copy.deepcopy(TOKENIZER)
     prepare_tokenizer(tokenizer, 320)
     trainer = build(tmp_path, rewards.add(many_a))
-    trainer._tokenizer = tokenizer
+    trainer.processing_class = tokenizer
     messages = [{"role": "user", "content": "<|end|> hi"}]
     (ids,), images, fields = trainer._tokenize_prompts([messages])
     assert ids == encode_conversation(tokenizer, messages, add_generation_prompt=True)

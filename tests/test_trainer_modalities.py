@@ -6,7 +6,6 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import Trainer
 
 from model.recurrence import draw_training_states, sample_depth
 from tests.test_trainer import Interrupt, build, losses, rows
@@ -269,14 +268,22 @@ def test_dataset_and_sampler_know_the_epoch(tmp_path, strategy):
     assert first[:24] == whole[:24] and second[-24:] == whole[24:]
 
 
-def test_dataset_and_sampler_of_several_ranks_know_the_epoch(tmp_path, monkeypatch):
-    """accelerate tells the one or the other."""
-    trainer = build(tmp_path, dataset=Recorder())
-    sampler = LengthSampler(4, trainer.train_dataset.lengths, seed=0)
-    loader = DataLoader(trainer.train_dataset, batch_size=2, sampler=sampler)
-    monkeypatch.setattr(Trainer, "_run_epoch", lambda self, **kwargs: None)
-    trainer._run_epoch(epoch=3, train_dataloader=prepare_data_loader(loader, num_processes=2, process_index=1))
-    assert trainer.train_dataset.epoch == sampler.epoch == 3
+@pytest.mark.parametrize("is_set_later", [False, True])
+def test_dataset_and_sampler_of_several_ranks_know_the_epoch(tmp_path, is_set_later):
+    """accelerate tells the one or the other. An epoch of 16 rows, 2 ranks, 2 rows and 2 batches has 2 updates."""
+    trainer, dataset = build(tmp_path, dataset=Recorder(), gradient_accumulation_steps=2), Recorder(16)
+    sampler = LengthSampler(4, dataset.lengths, seed=0)
+    loader = DataLoader(dataset, batch_size=2, sampler=None if is_set_later else sampler)
+    loader = prepare_data_loader(loader, num_processes=2, process_index=1)
+    if is_set_later:
+        loader.set_sampler(sampler)
+    for step, epoch in [(0, 0), (6, 3), (7, 3), (8, 4)]:
+        trainer.state.global_step = step
+        trainer.callback_handler.train_dataloader = loader
+        trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+        assert dataset.epoch == sampler.epoch == epoch
+    order = list(sampler)
+    assert list(loader.batch_sampler) == [order[start : start + 2] for start in (2, 6, 10, 14)]
 
 
 def test_rows_of_similar_length_stand_together_and_none_is_read_to_know_it(tmp_path):
@@ -298,8 +305,10 @@ def test_rows_of_similar_length_stand_together_and_none_is_read_to_know_it(tmp_p
 def test_an_evaluation_groups_by_the_known_lengths_too(tmp_path):
     trainer = build(tmp_path, train_sampling_strategy="group_by_length", per_device_eval_batch_size=2)
     dataset = Recorder(16)
-    order = list(trainer._get_eval_sampler(dataset))
+    dataset.may_be_read = True
+    order = list(trainer.get_eval_dataloader(dataset).get_sampler())
     assert sorted(order) == list(range(16)) and order != sorted(order)
+    assert trainer.args.train_sampling_strategy == "group_by_length"
 
 
 class Stream(IterableDataset):

@@ -40,6 +40,7 @@ MOMENTS = ("adam_beta1", "adam_beta2")
 FIXED = {
     "label_names": (None, "the metrics need the labels that the model takes, which are called labels"),
     "eval_do_concat_batches": (True, "the metrics need the batches of an evaluation as one"),
+    "remove_unused_columns": (False, "rows hold what collator and trainer take, not the model alone"),
     "use_liger_kernel": (False, "Liger has no kernels for this model, and nothing would happen"),
     "label_smoothing_factor": (0, "transformers would not shift the labels, and train the model to repeat each token"),
 }
@@ -59,6 +60,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         report_to: Where metrics go; TensorBoard by default.
         resume_from_checkpoint: Checkpoint folder to go on from; true for the newest whole one of the output folder.
         logging_nan_inf_filter: Whether losses that are not finite are hidden from the logs; off, so that they are seen.
+        remove_unused_columns: Off: rows hold what collator and trainer take, not the model alone.
         recurrence_logging_steps: Every this many steps the loss of the next batch at one core step is compared with
             that at the mean depth, and state change per step and token correlation are logged. 0 turns it off.
         depth_gap_alarm: A warning is logged when, in the second half of training, the loss at one step is less than
@@ -76,6 +78,7 @@ class RecurrentTrainingArguments(TrainingArguments):
     report_to: str | list[str] | None = "tensorboard"
     resume_from_checkpoint: bool | str | None = None
     logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool | None = False
     recurrence_logging_steps: int = field(
         default=100,
         metadata={

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 FILE_NAME = "average.safetensors"
@@ -60,7 +61,7 @@ class WeightAverage(TrainerCallback):
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         weights = learned_weights(model)
         averages = list(self.average.values())
-        torch._foreach_lerp_(averages, [weights[name].float() for name in self.average], 1 - decay)
+        get_ema_multi_avg_fn(decay)(averages, [weights[name].float() for name in self.average], state.global_step)
 
     @torch.no_grad()
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:

@@ -1,14 +1,16 @@
 """`transformers.Trainer` with what options of ours describe, all of it built and checked before a folder is made."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import Trainer
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import unwrap_peft_model
 
 from .arguments import RecurrentTrainingArguments
@@ -39,16 +41,21 @@ class CheckedTrainer(Trainer):
             super().__init__(*args, **kwargs)
         except REFUSALS as error:
             raise ValueError(f"training: {error}") from error
+        if self.optimizer is None:
+            self.optimizer = self.checked_optimizer
         self.beside: list[Any] = []
+        self.add_callback(EpochCallback())
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
         if self.average is not None:
             self.add_callback(self.average)
         if any(group.freeze_steps for group in self.args.parameter_groups):
             self.add_callback(FreezeStepsCallback())
 
-    def _validate_args(self) -> None:
+    def create_accelerator_and_postprocess(self) -> None:
         """Also builds what options describe and `Trainer` builds when training begins, before it makes a folder."""
-        super()._validate_args()
+        super().create_accelerator_and_postprocess()
+        # As `Trainer` sets them a little later, which forgets what is built here.
+        self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = self.checked_optimizer = None
         freeze(self.model, self.args.freeze)
         assign(self.model, self.args.parameter_groups)
         self._check_deepspeed_settings()
@@ -68,11 +75,10 @@ class CheckedTrainer(Trainer):
                 unwrap_peft_model(self.model).base_model.compile_units(**self.args.compile_options)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # they take it over when they wrap the weights
             with naming("optim or optim_args"):
-                self.create_optimizer()
+                self.checked_optimizer = self.create_optimizer()
         with naming("lr_scheduler_type or lr_scheduler_kwargs"):
             unused = torch.optim.SGD(self.model.parameters())
             self.create_scheduler(max(self.args.max_steps, 1), unused)
-        self.lr_scheduler = None  # the real one knows how many steps there will be
 
     def _check_deepspeed_settings(self) -> None:
         """Raises ValueError where DeepSpeed would replace the optimizer or schedule that our groups belong to."""
@@ -96,35 +102,26 @@ class CheckedTrainer(Trainer):
             divide(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
         return optimizer
 
-    def _run_epoch(self, *, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
-        """Tells sampler and dataset which epoch begins. accelerate tells only the first of them that it finds, and none
-        where a run of several ranks is resumed within an epoch.
-        """
-        train_dataloader.set_epoch(epoch)
-        if hasattr(self.train_dataset, "set_epoch"):
-            self.train_dataset.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Also the average of the weights, before the files that make a checkpoint complete."""
-        if self.average is not None and self.args.should_save:
-            self.average.save(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
-        super()._save_checkpoint(model, trial)
-
     @property
     def learns_beside(self) -> bool:
         """Whether the weights of the model itself stay as they are."""
         return bool(self.beside) and not is_peft_model(self.model)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Also what is saved beside the model."""
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Also what is saved beside the model and, while it trains, the average of the weights. In a checkpoint all of
+        it stands before the files that make that complete.
+        """
         folder = output_dir or self.args.output_dir
+        if self.average is not None and self.is_in_train and self.args.should_save:
+            self.average.save(folder)
         if not self.learns_beside:
-            super()._save(folder, state_dict)
+            super().save_model(folder, *args, **kwargs)
         elif self.args.should_save:
             self.processing_class.save_pretrained(folder)
-        for part in self.beside if self.args.should_save else ():
-            part.save(folder, state_dict)
+        state_dict = self.accelerator.get_state_dict(self.model) if self.beside and self.is_fsdp_enabled else None
+        with whole_weights_of(self.beside):
+            for part in self.beside if self.args.should_save else ():
+                part.save(folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
@@ -148,6 +145,34 @@ class CheckedTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Theirs would write into a README how to load models of other kinds."""
+
+
+class EpochCallback(TrainerCallback):
+    """Tells sampler and dataset which epoch begins. accelerate tells only the first of them that it finds, and none
+    where a run of several ranks is resumed within an epoch. Of a stream, which has no sampler, it tells the dataset.
+    """
+
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: DataLoader | None = None, **kwargs: Any
+    ) -> None:
+        """Counts epochs as `Trainer` does."""
+        dataset = train_dataloader.dataset
+        if isinstance(dataset, IterableDataset):
+            return
+        epoch = state.global_step // math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        train_dataloader.set_epoch(epoch)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+
+
+def whole_weights_of(parts: Sequence[Any]) -> AbstractContextManager:
+    """A context in which the modules among `parts` have their whole weights, on all ranks of ZeRO-3 too."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    modules = (part for part in parts if isinstance(part, nn.Module))
+    return GatheredParameters([weight for module in modules for weight in module.parameters()])
 
 
 @contextmanager

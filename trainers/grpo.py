@@ -1,15 +1,16 @@
 """Reinforcement learning by TRL's GRPO, for models whose depth varies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
+from transformers import ProcessorMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler
 
 from .arguments import RecurrentTrainingArguments, check_choices
 from .checked import CheckedTrainer
@@ -45,7 +46,6 @@ class RolloutArguments(RecurrentTrainingArguments, GRPOConfig):
         disable_dropout: Whether there is none, so that a token is written with the probability that the loss computes.
     """
 
-    remove_unused_columns: bool | None = False  # rewards read them
     learning_rate: float = 1e-5
     gradient_checkpointing: bool | None = None  # off, as everywhere; TRL turns it on
     disable_dropout: bool = True  # or what scores a completion would not be what has written it
@@ -83,7 +83,7 @@ class RolloutArguments(RecurrentTrainingArguments, GRPOConfig):
                 raise ValueError(f"{name} is on, but it knows no recurrent depth; leave it out")
 
 
-class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
+class RolloutTrainer(CheckedTrainer, GRPOTrainer, NamedMetrics):
     """TRL's GRPO for models that take `num_steps`.
 
     Each completion has one depth, the same for all completions of a prompt, so that they are compared with each other
@@ -122,14 +122,30 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
         self.sample_depth, self.encode_messages = sample_depth, encode_messages
         self.text_config = self.model.config.get_text_config()
         self.is_recurrent = self.text_config.num_core_layers > 0
-        self.depths: torch.LongTensor | None = None  # (rows,) of the completions in progress
+        self._position = (-1, -1)  # (global step, micro-batch within it) of the training step in progress
+        self._num_steps: dict[bool, list[float]] = {True: [], False: []}  # mean depths in training and in evaluation
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+    def get_train_dataloader(self) -> DataLoader:
         """TRL's, whose order of an epoch would depend on the epochs before, which a resumed run has not seen."""
-        sampler = super()._get_train_sampler(dataset)
+        loader = super().get_train_dataloader()
         if self.shuffle_dataset:
+            sampler = loader.get_sampler()
             sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.data_seed + epoch)
-        return sampler
+        return loader
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch, which is counted from 0 in each step."""
+        step, micro_batch = self._position
+        self._position = (self.state.global_step, micro_batch + 1 if step == self.state.global_step else 0)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean depth."""
+        depths = self._num_steps[self.model.training]
+        if depths:
+            logs["num_steps" if self.model.training else "eval_num_steps"] = sum(depths) / len(depths)
+            depths.clear()
+        super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------- rollouts
 
@@ -137,22 +153,25 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
         """Texts as documents begin in training: the begin token in front, and special tokens written in them are text.
         Messages go through the chat template, with texts that are nothing else either.
         """
+        processor = self.processing_class
+        tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         if not isinstance(prompts[0], str):
-            return [self.encode_messages(self._tokenizer, prompt) for prompt in prompts], None, {}
-        ids = self._tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [[self._tokenizer.bos_token_id, *row] for row in ids], None, {}
+            return [self.encode_messages(tokenizer, prompt) for prompt in prompts], None, {}
+        ids = tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [[tokenizer.bos_token_id, *row] for row in ids], None, {}
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, list | None]:
-        """Writes each completion at its depth."""
-        mode = "train" if self.model.training else "eval"
-        options = EXACT | {"top_k": self.top_k if mode == "train" else 1}
-        if self.is_recurrent:
-            self.depths = self._draw_depths(len(prompt_ids))
-            self._metrics[mode]["num_steps"].append(self.depths.float().mean().item())
-            options["num_steps"] = int(self.depths[0]) if is_deepspeed_zero3_enabled() else self.depths
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Writes each completion at its depth, which is recorded beside it."""
+        options = EXACT | {"top_k": self.top_k if self.model.training else 1}
+        depths = self._draw_depths(len(inputs)) if self.is_recurrent else None
+        if depths is not None:
+            self._num_steps[self.model.training].append(depths.float().mean().item())
+            options["num_steps"] = int(depths[0]) if is_deepspeed_zero3_enabled() else depths
         for name, value in options.items():
             setattr(self.generation_config, name, value)
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with self.scoring_at(depths):
+            outputs = super()._generate_and_score_completions(inputs)
+        return outputs if depths is None else outputs | {"num_steps": depths}
 
     def _draw_depths(self, rows: int) -> torch.LongTensor:
         """(rows,) on the CPU: of the completions that this rank is about to write."""
@@ -163,37 +182,38 @@ class RolloutTrainer(CheckedTrainer, NamedMetrics, GRPOTrainer):
         prompts = [(first + row) // self.num_generations for row in range(rows)]
         if is_deepspeed_zero3_enabled():
             prompts = [0] * rows
-        key = (self.args.seed, self.state.global_step, self._step % self.args.gradient_accumulation_steps)
-        return torch.tensor([sum(self.sample_depth(recurrence, *key, prompt)) for prompt in prompts])
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Records the depths beside the completions."""
-        outputs = super()._generate_and_score_completions(inputs)
-        return outputs | {"num_steps": self.depths} if self.is_recurrent else outputs
+        return torch.tensor([sum(self.sample_depth(recurrence, self.args.seed, *self._position, it)) for it in prompts])
 
     # -------------------------------------------------------------------------------------------------------- scoring
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        self.depths = inputs.get("num_steps")
-        return super()._compute_loss(model, inputs)
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """At the depths at which the completions were written."""
+        with self.scoring_at(inputs.get("num_steps")):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: nn.Module,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Each row at its depth, in TRL's parts of `batch_size` rows."""
-        scorer = model
-        if self.is_recurrent:
-            parts = iter(self.depths.split(batch_size or len(input_ids)))
+    @contextmanager
+    def scoring_at(self, depths: torch.LongTensor | None) -> Iterator[None]:
+        """A context in which every pass with labels, of the policy and of the reference, runs each row at its depth.
+        TRL passes over all rows part by part, in their order, and then over all of them again.
 
-            def scorer(**inputs: Any) -> Any:
-                return model(**inputs, num_steps=next(parts))
+        Args:
+            depths: (rows,), None for a model without depth.
+        """
+        next_row = 0
 
-        return super()._get_per_token_logps_and_entropies(
-            scorer, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
-        )
+        def add_depths(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            nonlocal next_row
+            if kwargs.get("labels") is None:  # it writes, at the depths of the generation config
+                return None
+            first, next_row = next_row, next_row + len(kwargs["labels"])
+            part = depths[first:next_row]
+            next_row %= len(depths)
+            return args, {**kwargs, "num_steps": part}
+
+        models = [] if depths is None else [it for it in (self.model, self.ref_model) if it is not None]
+        hooks = [it.register_forward_pre_hook(add_depths, with_kwargs=True) for it in models]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

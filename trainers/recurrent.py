@@ -2,15 +2,16 @@
 depth is used.
 """
 
+import functools
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from .checked import CheckedTrainer
 from .modalities import ModalityLosses
@@ -65,8 +66,6 @@ class RecurrentTrainer(CheckedTrainer):
         step, micro_batch = self._position
         self._position = (self.state.global_step, micro_batch + 1 if step == self.state.global_step else 0)
         self.modalities.num_windows += self._position[1] == 0
-        if self._is_time_to_probe():
-            self._probe_recurrence(model, self._prepare_inputs(inputs))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
@@ -76,6 +75,8 @@ class RecurrentTrainer(CheckedTrainer):
         modality_ids, inputs = inputs.get("modality_ids"), inputs_of_model(inputs)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        if self._is_time_to_probe():
+            self._probe_recurrence(model, inputs)
         inputs["skip_logits"] = True
         if self.is_recurrent:
             inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
@@ -126,25 +127,29 @@ class RecurrentTrainer(CheckedTrainer):
             self.written.count(batches, lambda it: self.accelerator.reduce(it.to(device), "sum") if share else it)
         return batches, num_items
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+    def get_train_dataloader(self) -> DataLoader:
         """Groups by the lengths that a dataset knows; transformers would read all of it to find them out."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return self._length_sampler(dataset, rows) or super()._get_train_sampler(train_dataset)
+        return self._grouped(super().get_train_dataloader, self.train_dataset, rows)
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        rows = self.args.eval_batch_size * self.args.world_size
-        return self._length_sampler(eval_dataset, rows) or super()._get_eval_sampler(eval_dataset)
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """As in training."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        build = functools.partial(super().get_eval_dataloader, eval_dataset)
+        return self._grouped(build, dataset, self.args.eval_batch_size * self.args.world_size)
 
-    def _length_sampler(self, dataset: Dataset, batch_size: int) -> LengthSampler | None:
+    def _grouped(self, build: Callable[[], DataLoader], dataset: Dataset, rows: int) -> DataLoader:
+        """The loader that is built, with its batches made of `rows` rows of similar length, where that is asked for."""
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
-            return None
-        return LengthSampler(batch_size, dataset.lengths, self.args.data_seed)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Rows hold also what the collator and this trainer take."""
-        super()._set_signature_columns_if_needed()
-        self._signature_columns += ["position_ids", "media", "modality_ids"]
+            return build()
+        self.args.train_sampling_strategy = "sequential"
+        try:
+            loader = build()
+        finally:
+            self.args.train_sampling_strategy = "group_by_length"
+        loader.set_sampler(LengthSampler(rows, dataset.lengths, self.args.data_seed))
+        return loader
 
     # -------------------------------------------------------------------------------------------------- depth and state
 
@@ -176,7 +181,6 @@ class RecurrentTrainer(CheckedTrainer):
     def _probe_recurrence(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Runs the next batch, on which the model has not been trained yet, at one step and at the mean depth."""
         model.eval()
-        inputs = inputs_of_model(inputs)
         with self.compute_loss_context_manager():
             shallow = model(**inputs, num_steps=1, skip_logits=True).loss
             mean_steps = self.text_config.recurrence.mean_steps
@@ -194,6 +198,7 @@ class RecurrentTrainer(CheckedTrainer):
         for name, value in zip(values, means, strict=True):
             self._gathered[name].append(value)
         self._raise_alarms(dict(zip(values, means, strict=True)))
+        model.train()
 
     def _raise_alarms(self, values: dict[str, float]) -> None:
         step, half = self.state.global_step, self.state.max_steps / 2
