@@ -294,6 +294,7 @@ class MegaTransformerTextConfig(StrictConfig):
             "AutoConfig": "configuration_megatransformer.MegaTransformerTextConfig",
             "AutoModel": "modeling_megatransformer.MegaTransformerTextModel",
             "AutoModelForCausalLM": "modeling_megatransformer.MegaTransformerForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_megatransformer.MegaTransformerForSequenceClassification",
             **(kwargs.get("auto_map") or {}),
         }
         super().__post_init__(**kwargs)
@@ -678,6 +679,7 @@ class MegaTransformerConfig(StrictConfig):
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_megatransformer.MegaTransformerConfig",
             "AutoModel": "modeling_megatransformer.MegaTransformerModel",
+            "AutoModelForCausalLM": model,
             "AutoModelForImageTextToText": model,
             "AutoModelForMultimodalLM": model,
             "AutoProcessor": "processing_megatransformer.MegaTransformerProcessor",

@@ -27,16 +27,16 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """All weight initialisation. h: hidden_size, l: layers executed at the mean depth, l_P + mean_steps l_R + l_C.
 
-        | parameter                                         | distribution                                       |
-        |---------------------------------------------------|----------------------------------------------------|
-        | embedding, head, q/k/v, gate/up, injection, probe | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
-        | output projections of attention and feed-forward  | the same with std / sqrt(2 l)                      |
-        | learned positions                                 | the same with std * embedding_scale                |
-        | convolutions                                      | the same with std = sqrt(2 / inputs of an output)  |
-        | norms                                             | 1                                                  |
-        | biases, embedding of the padding token            | 0                                                  |
-        | last layers and modulations of a flow head        | 0                                                  |
-        | convolutions beside a residual path               | 0                                                  |
+        | parameter                                          | distribution                                       |
+        |----------------------------------------------------|----------------------------------------------------|
+        | embedding, heads, q/k/v, gate/up, injection, probe | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
+        | output projections of attention and feed-forward   | the same with std / sqrt(2 l)                      |
+        | learned positions                                  | the same with std * embedding_scale                |
+        | convolutions                                       | the same with std = sqrt(2 / inputs of an output)  |
+        | norms                                              | 1                                                  |
+        | biases, embedding of the padding token             | 0                                                  |
+        | last layers and modulations of a flow head         | 0                                                  |
+        | convolutions beside a residual path                | 0                                                  |
 
         Source: Takase et al. 2023, arXiv 2312.16903, with l counted as the paper of the architecture counts it (132 for
         its model). Both halves of a gated layer have std; its released code differs between training and inference

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, can_return_tuple, logging
@@ -486,6 +487,25 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         logits = self.lm_head(hidden)
         cap = self.text_config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class MegaTransformerForSequenceClassification(GenericForSequenceClassification, MegaTransformerPreTrainedModel):
+    """The text model with a linear head on the last token of a row that is no padding: `logits` (batch, num_labels).
+    `forward` takes the arguments of the text model, such as `num_steps`, and `labels`: classes (batch,), or numbers
+    where `num_labels` is 1.
+    """
+
+    config: MegaTransformerTextConfig
+    _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = False  # its loss is the mean over the rows of a batch
+
+    def __init__(self, config: MegaTransformerTextConfig):
+        # Not that of GenericForSequenceClassification, which finds no model that is not registered.
+        MegaTransformerPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MegaTransformerTextModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 class MegaTransformerModel(MegaTransformerTextModel):
