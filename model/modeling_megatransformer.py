@@ -130,9 +130,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
     def __init__(self, config: MegaTransformerTextConfig | MegaTransformerConfig):
         super().__init__(config)
         self.text_config = config.get_text_config()
-        self.text_config._attn_implementation = (
-            config._attn_implementation
-        )  # transformers does it by parts that are models
+        # transformers chooses the backend of parts that are models; this part is one with the whole.
+        self.text_config._attn_implementation = self.get_correct_attn_implementation(
+            self.text_config._attn_implementation or config._attn_implementation, is_init_check=True
+        )
         config = self.text_config
         self.embed_tokens = ScaledEmbedding(
             config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_scale
