@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conversion.refresh import refresh
+from callbacks import model_card, sources_of
+from configs import load_run_config
+from conversion.refresh import refresh, skeleton
 from inference import arguments
 from inference.checkpoints import find_checkpoint, is_adapter
 from inference.loading import load_model
@@ -32,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "merge":
             merge(args.adapter, args.base, args.output)
         else:
-            written = refresh(args.folder, args.output)
-            sys.stdout.write(f"{len(written)} files written to {args.output or args.folder}\n")
+            written, folder = refresh(args.folder, args.output), args.output or args.folder
+            if not (folder / "README.md").is_file():
+                model_card(folder, skeleton(folder)).save(folder / "README.md")
+            sys.stdout.write(f"{len(written)} files written to {folder}\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
@@ -85,6 +89,10 @@ def merge(adapter: Path, base: Path | None, output: Path) -> None:
         )
     model.save_pretrained(output)
     processor.save_pretrained(output)
+    runs = [path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.is_file()]
+    run = load_run_config(runs[0]) if runs else None
+    card = model_card(output, model, run and run.resolved, run and sources_of(run.data))
+    card.save(output / "README.md")
     sys.stdout.write(f"written to {output}\n")
 
 
