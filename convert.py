@@ -1,14 +1,20 @@
-"""Makes a checkpoint out of others: `python convert.py merge runs/finetune_lora --output runs/merged`."""
+"""Makes a checkpoint out of others (`python convert.py merge runs/finetune_lora --output runs/merged`), or out of one
+that older code has written (`python convert.py refresh runs/old`).
+"""
 
 from __future__ import annotations
 
-from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+from inference.logs import LOG_LEVELS, set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from callbacks import model_card, sources_of
+from configs import load_run_config
+from conversion.refresh import refresh, skeleton
 from inference import arguments
 from inference.checkpoints import find_checkpoint, is_adapter
 from inference.loading import load_model
@@ -25,7 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     set_up_logging(args.log_level)
     try:
-        merge(args.adapter, args.base, args.output)
+        if args.command == "merge":
+            merge(args.adapter, args.base, args.output)
+        else:
+            written, folder = refresh(args.folder, args.output), args.output or args.folder
+            if not (folder / "README.md").is_file():
+                model_card(folder, skeleton(folder)).save(folder / "README.md")
+            sys.stdout.write(f"{len(written)} files written to {folder}\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
@@ -34,12 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> arguments.OneLineParser:
     """The command line."""
     parser = arguments.OneLineParser(prog="convert.py", description="Make a checkpoint out of others.")
-    parser.add_argument(
-        "command", choices=["merge"], help="merge: add the LoRA of an adapter to the weights of its base"
-    )
-    parser.add_argument("adapter", type=Path, help="folder of a run of finetune.py, or of a checkpoint in it")
-    parser.add_argument("--base", type=Path, help="folder of its base; default: where it was in training")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the model; empty or new")
+    commands = parser.add_subparsers(dest="command", required=True)
+    again = {"conflict_handler": "resolve"}  # for --log-level
+    merging = commands.add_parser("merge", help="add the LoRA of an adapter to its base", **again)
+    merging.add_argument("adapter", type=Path, help="folder of a run of finetune.py, or of a checkpoint in it")
+    merging.add_argument("--base", type=Path, help="folder of its base; default: where it was in training")
+    merging.add_argument("--output", type=Path, required=True, help="folder for the model; empty or new")
+    refreshing = commands.add_parser("refresh", help="write today's code beside a checkpoint's weights", **again)
+    refreshing.add_argument("folder", type=Path, help="folder of the checkpoint")
+    refreshing.add_argument("output", type=Path, nargs="?", help="folder for it, empty or new; default: in place")
+    for command in (merging, refreshing):
+        # It may stand before the command as well, and is then not to be reset to its default.
+        command.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help="as before the command")
     return parser
 
 
@@ -71,6 +89,10 @@ def merge(adapter: Path, base: Path | None, output: Path) -> None:
         )
     model.save_pretrained(output)
     processor.save_pretrained(output)
+    runs = [path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.is_file()]
+    run = load_run_config(runs[0]) if runs else None
+    card = model_card(output, model, run and run.resolved, run and sources_of(run.data))
+    card.save(output / "README.md")
     sys.stdout.write(f"written to {output}\n")
 
 

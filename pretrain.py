@@ -15,7 +15,7 @@ from datasets import disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Trainer, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from callbacks import add_callbacks, add_codec_callbacks, size_table
+from callbacks import ModelCardWriter, add_callbacks, add_codec_callbacks, size_table, sources_of
 from configs import (
     CODEC_CONFIGS,
     ResolvedConfig,
@@ -103,8 +103,12 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
             if resume_point is not None:
                 check_optimizer(run, resume_point)
             trainer = build(run, resume_point)
+        card = ModelCardWriter(run.resolved, sources_of(run.data))
         trainer.add_callback(ConfigWriter(run))
+        trainer.add_callback(card)
         train(trainer, resume_point)
+        if trainer.is_world_process_zero():
+            card.write(trainer.args.output_dir, trainer.model, trainer.state)
     finally:
         # Left open, the group makes the launcher wait, or report a failure that was none.
         if torch.distributed.is_initialized():

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
+from callbacks import model_card, sources_of
 from configs import RunConfig
 from dataset_loading import Collator, build_datasets
 from evaluate import find_run_config, make_folder, read_run_config
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     share = train(model, loader, args)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    model_card(output, model, run.resolved, sources_of(run.data)).save(output / "README.md")
     shutil.copy(find_run_config(checkpoint), output / "config.yaml")
     sys.stdout.write(f"{share:.1%} of the decisions of the last updates were right; written to {output}\n")
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from .media_samples import MediaSamplesCallback, MediaSamplesConfig, tokenizer_of
+from .model_card import ModelCardWriter, model_card, sources_of
 from .model_size import ModelSizeCallback, ModelSizeConfig, size_table
 from .non_finite import NonFiniteCallback, NonFiniteConfig
 from .reporting import Reporter
@@ -19,6 +20,7 @@ from .written_samples import WrittenSamplesCallback, WrittenSamplesConfig, is_wr
 __all__ = [
     "CallbacksConfig",
     "MediaSamplesConfig",
+    "ModelCardWriter",
     "ModelSizeConfig",
     "NonFiniteConfig",
     "SamplesConfig",
@@ -26,7 +28,9 @@ __all__ = [
     "WrittenSamplesConfig",
     "add_callbacks",
     "add_codec_callbacks",
+    "model_card",
     "size_table",
+    "sources_of",
 ]
 
 

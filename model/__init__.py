@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
     AutoModelForTextToWaveform,
     AutoProcessor,
 )
@@ -33,6 +34,7 @@ from .modalities import MODALITIES, Modality
 from .modeling_megatransformer import (
     MegaTransformerForCausalLM,
     MegaTransformerForConditionalGeneration,
+    MegaTransformerForSequenceClassification,
     MegaTransformerModel,
     MegaTransformerTextModel,
 )
@@ -44,6 +46,7 @@ from .writing import MediaChunk, WritingOptions
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
 AutoModelForCausalLM.register(MegaTransformerTextConfig, MegaTransformerForCausalLM)
+AutoModelForSequenceClassification.register(MegaTransformerTextConfig, MegaTransformerForSequenceClassification)
 
 AutoConfig.register(MegaTransformerImageAutoencoderConfig.model_type, MegaTransformerImageAutoencoderConfig)
 AutoModel.register(MegaTransformerImageAutoencoderConfig, MegaTransformerImageAutoencoder)
@@ -52,6 +55,7 @@ AutoModel.register(MegaTransformerVocoderConfig, MegaTransformerVocoder)
 
 AutoConfig.register(MegaTransformerConfig.model_type, MegaTransformerConfig)
 AutoModel.register(MegaTransformerConfig, MegaTransformerModel)
+AutoModelForCausalLM.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
 AutoModelForMultimodalLM.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
 AutoModelForImageTextToText.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
 AutoModelForTextToWaveform.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
@@ -75,6 +79,7 @@ __all__ = [
     "MegaTransformerFeatureExtractor",
     "MegaTransformerForCausalLM",
     "MegaTransformerForConditionalGeneration",
+    "MegaTransformerForSequenceClassification",
     "MegaTransformerImageAutoencoder",
     "MegaTransformerImageAutoencoderConfig",
     "MegaTransformerImageProcessor",

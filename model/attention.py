@@ -109,6 +109,14 @@ def alibi_bias(query_positions: torch.Tensor, key_positions: torch.Tensor, num_h
     return alibi_slopes(num_heads).to(distance.device)[:, None, None] * distance.float()
 
 
+def check_backend(config: MegaTransformerTextConfig | EncoderConfig, backend: str | None) -> None:
+    """Raises ValueError for a backend of transformers that would leave out a term of the attention logits."""
+    if config.attn_logit_softcapping is not None and backend == "sdpa":
+        raise ValueError("attn_logit_softcapping is not possible with sdpa; use eager or flex_attention")
+    if config.is_causal and config.position_embedding == "alibi" and "flash" in (backend or ""):
+        raise ValueError(f"position_embedding 'alibi' is not possible with {backend}; use sdpa")
+
+
 def prepare_attention(
     config: MegaTransformerTextConfig,
     inputs_embeds: torch.Tensor,
@@ -125,6 +133,7 @@ def prepare_attention(
         position_ids: (batch, sequence). Without mask and cache, a restart begins a new document: none sees another.
         rows: The rows of the cache that the batch consists of. Default: all.
     """
+    check_backend(config, config._attn_implementation)  # it may have been set without a check, on the config
     alibi = config.position_embedding == "alibi"
     past = cache.get_seq_length() if cache is not None else 0
     is_static = cache is not None and cache.max_length is not None
@@ -178,6 +187,7 @@ def prepare_bidirectional_attention(
         is_real: (batch, sequence) of bool; None: all are.
         angles: (1 or batch, sequence, head_dim / 2), of `rotary_angles`.
     """
+    check_backend(config, config._attn_implementation)
     mask = create_bidirectional_mask(config, hidden, is_real)
     return AttentionInputs(_as_added(mask, config, hidden), rotary_tables(angles, hidden.dtype))
 

@@ -27,7 +27,9 @@ class Backbone(nn.Module):
         self.config, self.main_input_name = config, main_input_name
         if config.backbone_config is None:
             config.backbone_config = read_config(config.backbone, main_input_name).to_dict()
-        self.model = encoder_of(AutoModel.from_config(config_of(config)))
+        backend = config._attn_implementation
+        self.model = encoder_of(AutoModel.from_config(config_of(config), attn_implementation=backend))
+        config._attn_implementation = self.model.config._attn_implementation
         if self.model.main_input_name != main_input_name:
             raise ValueError(f"backbone {config.backbone!r} takes {self.model.main_input_name}, not {main_input_name}")
         self.output_size = self.model.config.hidden_size

@@ -233,7 +233,7 @@ def read_config(name: str, config_class: type[PreTrainedConfig]) -> dict[str, An
 
 def frozen(model_class: type, config_class: type, values: dict[str, Any]) -> nn.Module:
     """A model of that configuration that does not learn, without discriminators."""
-    return model_class(config_class(**{**values, "adversarial_weight": 0.0})).requires_grad_(False).eval()
+    return model_class(config_class.from_dict({**values, "adversarial_weight": 0.0})).requires_grad_(False).eval()
 
 
 def load_weights(model: nn.Module, name: str) -> None:

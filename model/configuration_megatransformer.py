@@ -1,11 +1,15 @@
 """Configurations of the models: typed, ranged, and strict about unknown keys.
 
-Every class raises ``ValueError`` for a wrong type, a value outside its range, an unknown choice or an unknown key,
-whether it is built through the Python API, from YAML, or from a nested ``config.json``.
+Every class raises ``ValueError`` for a wrong type, a value outside its range or an unknown choice, whether it is built
+through the Python API, from YAML, or from a nested ``config.json``. An unknown key is an error as well, except in a
+``config.json``, where other programs and later versions leave keys of their own: there it is named in a warning.
 """
 
+import dataclasses
+import difflib
 import functools
 import math
+import os
 import re
 from typing import Any, Literal
 
@@ -13,7 +17,10 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 from transformers.utils.type_validators import interval
+
+logger = logging.get_logger(__name__)
 
 # Keys that transformers itself hands to a config besides its fields: from files of other versions, or in
 # `from_pretrained`.
@@ -61,7 +68,7 @@ def checked(cls):
 
 
 class StrictConfig(PreTrainedConfig):
-    """A `PreTrainedConfig` that refuses keys it does not know.
+    """A `PreTrainedConfig` that refuses keys it does not know, and leaves out those of a file with a warning.
 
     Raises:
         ValueError: for a key that is neither a field of the class nor one of transformers' own.
@@ -70,9 +77,58 @@ class StrictConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = sorted(kwargs.keys() - KEYS_OF_TRANSFORMERS)
         if unknown:
-            own = sorted(set(self.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__))
-            raise ValueError(f"{type(self).__name__}: unknown key {unknown[0]!r}; known keys: {', '.join(own)}")
+            inherited = {item.name for item in dataclasses.fields(PreTrainedConfig)}
+            own = sorted({item.name for item in dataclasses.fields(self)} - inherited)
+            advice = " ".join((*self.nearest(unknown[0]), f"known keys: {', '.join(own)}"))
+            raise ValueError(f"{type(self).__name__}: unknown key {unknown[0]!r}; {advice}")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a `config.json`; as in transformers, `from_pretrained` comes through here.
+
+        Keys that no class knows, at the top or in a part, are named in one warning and left out, so that what is saved
+        again says only what the model does.
+        """
+        known, unknown = cls.split_unknown(config_dict)
+        if unknown:
+            logger.warning_once(
+                f"{cls.__name__}: the config has keys that are not known here and have no effect: {', '.join(unknown)}"
+            )
+        return super().from_dict(known, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """The config of a file, as `from_dict` reads it."""
+        return cls.from_dict(cls.get_config_dict(json_file)[0])
+
+    @classmethod
+    def split_unknown(cls, config_dict: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+        """The keys that are known, here and in the parts, and the dotted names of the others, with the nearest known
+        name where there is one.
+        """
+        names, known, unknown = cls.known_keys(config_dict), {}, []
+        for key, value in config_dict.items():
+            if key not in names:
+                unknown.append(" ".join((f"{prefix}{key}", *(f"({advice})" for advice in cls.nearest(key)))))
+                continue
+            part = cls.sub_configs.get(key)
+            if part is not None and isinstance(value, dict):
+                value, inner = part.split_unknown(value, f"{prefix}{key}.")
+                unknown += inner
+            known[key] = value
+        return known, unknown
+
+    @classmethod
+    def known_keys(cls, config_dict: dict[str, Any]) -> set[str]:
+        """The fields of the class and what transformers itself hands to every config."""
+        return {item.name for item in dataclasses.fields(cls)} | KEYS_OF_TRANSFORMERS
+
+    @classmethod
+    def nearest(cls, key: str) -> list[str]:
+        """Advice about a key that looks like a known one, or nothing."""
+        near = difflib.get_close_matches(key, sorted(cls.known_keys({})), n=1, cutoff=0.75)
+        return [f"did you mean {near[0]}?"] if near else []
 
 
 @checked
@@ -241,6 +297,7 @@ class MegaTransformerTextConfig(StrictConfig):
             "AutoConfig": "configuration_megatransformer.MegaTransformerTextConfig",
             "AutoModel": "modeling_megatransformer.MegaTransformerTextModel",
             "AutoModelForCausalLM": "modeling_megatransformer.MegaTransformerForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_megatransformer.MegaTransformerForSequenceClassification",
             **(kwargs.get("auto_map") or {}),
         }
         super().__post_init__(**kwargs)
@@ -625,6 +682,7 @@ class MegaTransformerConfig(StrictConfig):
         kwargs["auto_map"] = {
             "AutoConfig": "configuration_megatransformer.MegaTransformerConfig",
             "AutoModel": "modeling_megatransformer.MegaTransformerModel",
+            "AutoModelForCausalLM": model,
             "AutoModelForImageTextToText": model,
             "AutoModelForMultimodalLM": model,
             "AutoProcessor": "processing_megatransformer.MegaTransformerProcessor",
@@ -635,6 +693,21 @@ class MegaTransformerConfig(StrictConfig):
         for name, value in further.items():
             setattr(self, name, value)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+    @classmethod
+    def known_keys(cls, config_dict: dict[str, Any]) -> set[str]:
+        """Those of every config, and the ids of the placeholders of further modalities."""
+        further = {f"{name}_token_id" for name in config_dict.get("modality_configs") or {}}
+        return super().known_keys(config_dict) | further
+
+    @property
+    def num_steps(self) -> int | None:
+        """That of the text_config, which `from_pretrained(folder, num_steps=4)` sets as for a text model."""
+        return self.text_config.num_steps
+
+    @num_steps.setter
+    def num_steps(self, num_steps: int | None) -> None:
+        self.text_config.num_steps = num_steps
 
     @property
     def sampling_rate(self) -> int | None:

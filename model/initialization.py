@@ -7,8 +7,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .attention import Attention
+from .attention import Attention, check_backend
+from .backbones import Backbone
 from .embeddings import PositionEmbedding
+
+ENCODERS = ("vision_config", "audio_config")
+"""Parts with attention of their own, beside the text model."""
 
 
 class MegaTransformerPreTrainedModel(PreTrainedModel):
@@ -27,16 +31,16 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """All weight initialisation. h: hidden_size, l: layers executed at the mean depth, l_P + mean_steps l_R + l_C.
 
-        | parameter                                         | distribution                                       |
-        |---------------------------------------------------|----------------------------------------------------|
-        | embedding, head, q/k/v, gate/up, injection, probe | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
-        | output projections of attention and feed-forward  | the same with std / sqrt(2 l)                      |
-        | learned positions                                 | the same with std * embedding_scale                |
-        | convolutions                                      | the same with std = sqrt(2 / inputs of an output)  |
-        | norms                                             | 1                                                  |
-        | biases, embedding of the padding token            | 0                                                  |
-        | last layers and modulations of a flow head        | 0                                                  |
-        | convolutions beside a residual path               | 0                                                  |
+        | parameter                                          | distribution                                       |
+        |----------------------------------------------------|----------------------------------------------------|
+        | embedding, heads, q/k/v, gate/up, injection, probe | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
+        | output projections of attention and feed-forward   | the same with std / sqrt(2 l)                      |
+        | learned positions                                  | the same with std * embedding_scale                |
+        | convolutions                                       | the same with std = sqrt(2 / inputs of an output)  |
+        | norms                                              | 1                                                  |
+        | biases, embedding of the padding token             | 0                                                  |
+        | last layers and modulations of a flow head         | 0                                                  |
+        | convolutions beside a residual path                | 0                                                  |
 
         Source: Takase et al. 2023, arXiv 2312.16903, with l counted as the paper of the architecture counts it (132 for
         its model). Both halves of a gated layer have std; its released code differs between training and inference
@@ -76,15 +80,48 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
     def _init_normal(weight: torch.Tensor, std: float) -> None:
         init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
-        """Refuses backends that would leave out a term of the attention logits; picks eager where none was asked
-        for.
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in transformers, but refuses backends that would leave out a term of the attention logits, and takes eager
+        where none was asked for and sdpa would leave one out.
         """
         config = self.config.get_text_config()
-        if config.attn_logit_softcapping is not None and attn_implementation in (None, "sdpa"):
-            if attn_implementation == "sdpa":
-                raise ValueError("attn_logit_softcapping is not possible with sdpa; use eager or flex_attention")
-            attn_implementation = "eager"
-        if config.is_causal and config.position_embedding == "alibi" and "flash" in (attn_implementation or ""):
-            raise ValueError(f"position_embedding 'alibi' is not possible with {attn_implementation}; use sdpa")
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        if requested_attention is None and config.attn_logit_softcapping is not None:
+            requested_attention = "eager"
+        check_backend(config, requested_attention)
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
+    ) -> None:
+        """As in transformers: a backend for all parts, or a dict by part ("text_config", "vision_config",
+        "audio_config"). In a dict, "" is the text model's, unless "text_config" names another; parts that it leaves out
+        stay as they are.
+
+        Raises:
+            ValueError: for a part that the model does not have, or a backend that a part cannot use.
+        """
+        names = ("text_config", *(name for name in self.config.sub_configs if name in ENCODERS))
+        asked = attn_implementation
+        if not isinstance(asked, dict):
+            asked = dict.fromkeys(names, attn_implementation)
+        unknown = sorted(asked.keys() - {"", *names})
+        if unknown:
+            raise ValueError(
+                f"attn_implementation names {unknown[0]!r}; the parts with attention are {', '.join(names)}"
+            )
+        # transformers checks parts that are models. The text model is one with the whole, and a configuration without
+        # attention, or of a backbone, belongs to none.
+        by_part = {name: backend for name, backend in asked.items() if name in ENCODERS}
+        own = asked.get("text_config", asked.get(""))
+        if own is not None:
+            by_part[""] = own
+        for name in by_part.keys() & ENCODERS:
+            part = getattr(self.config, name)
+            if part is not None and part.backbone is not None:
+                part._attn_implementation = by_part[name]
+        super().set_attn_implementation(by_part, allow_all_kernels)
+        if own is not None:
+            self.config.get_text_config()._attn_implementation = self.config._attn_implementation
+        for module in self.modules():
+            if isinstance(module, Backbone):
+                module.model.set_attn_implementation(module.config._attn_implementation)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import ModelOutput, can_return_tuple, logging
@@ -109,9 +110,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
     def __init__(self, config: MegaTransformerTextConfig | MegaTransformerConfig):
         super().__init__(config)
         self.text_config = config.get_text_config()
-        self.text_config._attn_implementation = (
-            config._attn_implementation
-        )  # transformers does it by parts that are models
+        # transformers chooses the backend of parts that are models; this part is one with the whole.
+        self.text_config._attn_implementation = self.get_correct_attn_implementation(
+            self.text_config._attn_implementation or config._attn_implementation, is_init_check=True
+        )
         config = self.text_config
         self.embed_tokens = ScaledEmbedding(
             config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_scale
@@ -497,6 +499,25 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         logits = self.lm_head(hidden)
         cap = self.text_config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class MegaTransformerForSequenceClassification(GenericForSequenceClassification, MegaTransformerPreTrainedModel):
+    """The text model with a linear head on the last token of a row that is no padding: `logits` (batch, num_labels).
+    `forward` takes the arguments of the text model, such as `num_steps`, and `labels`: classes (batch,), or numbers
+    where `num_labels` is 1.
+    """
+
+    config: MegaTransformerTextConfig
+    _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = False  # its loss is the mean over the rows of a batch
+
+    def __init__(self, config: MegaTransformerTextConfig):
+        # Not that of GenericForSequenceClassification, which finds no model that is not registered.
+        MegaTransformerPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MegaTransformerTextModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 class MegaTransformerModel(MegaTransformerTextModel):

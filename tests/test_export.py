@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
-from model import MegaTransformerForCausalLM, MegaTransformerTextModel, build_processor
+from model import (
+    MegaTransformerForCausalLM,
+    MegaTransformerForConditionalGeneration,
+    MegaTransformerTextModel,
+    build_processor,
+)
 from tests.hub_encoders import save_tiny_encoders
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import tiny_classifier, tiny_ids, tiny_model
 from tests.tiny_media import tiny_media_model
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor
 from tests.tiny_reader import save_reader, tiny_reader
@@ -22,7 +27,7 @@ LOADER = """
 import json, os, sys, torch
 from transformers import (
     AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
-    AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer,
+    AutoModelForMultimodalLM, AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer,
 )
 folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
 found = {}
@@ -39,23 +44,32 @@ def outcome(model, head, inputs):
 causal, base = load(AutoModelForCausalLM, "text").eval(), load(AutoModel, "text").eval()
 found["text"] = {"class": type(load(AutoConfig, "text")).__name__, "out": outcome(causal, base, {"input_ids": ids})}
 causal.save_pretrained("again/text")  # exported again from the exported code
+classifier = load(AutoModelForSequenceClassification, "classifier").eval()
+with torch.no_grad():
+    found["classifier"] = classifier(ids, num_steps=3).logits
+classifier.save_pretrained("again/classifier")
+of_causal = AutoModelForSequenceClassification.from_pretrained(f"{folder}/text", num_labels=1, trust_remote_code=True)
+assert of_causal.score.weight.shape == (1, 32) and torch.equal(of_causal.model.norm.weight, base.norm.weight)
 
 messages = json.load(open(f"{folder}/messages.json"))
 for name in ("reader", "pretrained"):
     processor, tokenizer = load(AutoProcessor, name), load(AutoTokenizer, name)
     batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", padding=True)
-    model, other, base = (
-        load(auto, name).eval() for auto in (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModel)
+    model, other, base, causal = (
+        load(auto, name).eval()
+        for auto in (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModel, AutoModelForCausalLM)
     )
-    assert type(model) is type(other) and tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert type(model) is type(other) is type(causal) and tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     parts = [load(AutoImageProcessor, name), load(AutoFeatureExtractor, name)]
     assert [type(part) for part in parts] == [type(processor.image_processor), type(processor.feature_extractor)]
     with torch.no_grad():
         torch.testing.assert_close(other(**batch, num_steps=3).logits, model(**batch, num_steps=3).logits)
+    text = causal.generate(ids + 40, num_steps=3, max_new_tokens=5, do_sample=False)
     found[name] = {
         "class": type(load(AutoConfig, name)).__name__,
         "batch": dict(batch),
         "out": outcome(model, base, batch),
+        "text": text,
         "classes": [type(part).__name__ for part in (model, processor, *parts)],
         "template": tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False),
     }
@@ -72,6 +86,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     text = tiny_model(scale=2.0)
     text.save_pretrained(folder / "text")
+    tiny_classifier().save_pretrained(folder / "classifier")
     save_reader(folder / "reader")
     pretrained, processor = with_pretrained_encoders(tmp_path_factory.mktemp("backbones"))
     pretrained.save_pretrained(folder / "pretrained")
@@ -152,6 +167,25 @@ def test_text_model_elsewhere(exported, elsewhere):
     check_saved_again(again / "text", folder / "text")
 
 
+def test_classifier_elsewhere(exported, elsewhere):
+    with torch.no_grad():
+        logits = tiny_classifier()(tiny_ids(2, 6), num_steps=3).logits
+    torch.testing.assert_close(elsewhere[0]["classifier"], logits)
+    check_saved_again(elsewhere[2] / "classifier", exported[0] / "classifier")
+
+
+@pytest.mark.parametrize("name", ["reader", "pretrained"])
+def test_text_through_a_model_with_media(exported, elsewhere, name):
+    """AutoModelForCausalLM, registered and elsewhere, writes what the model that was saved writes."""
+    model = AutoModelForCausalLM.from_pretrained(exported[0] / name).eval()
+    assert type(model) is MegaTransformerForConditionalGeneration
+    ids = tiny_ids(2, 6) + 40  # behind the special tokens
+    expected = exported[1][name][0].generate(ids, num_steps=3, max_new_tokens=5, do_sample=False)
+    assert expected.shape[1] > 6
+    assert torch.equal(elsewhere[0][name]["text"], expected)
+    assert torch.equal(model.generate(ids, num_steps=3, max_new_tokens=5, do_sample=False), expected)
+
+
 @pytest.mark.parametrize("name", ["reader", "pretrained"])
 def test_model_with_media_and_its_processor_elsewhere(exported, elsewhere, name):
     """C7 for a model that reads images and sound, with encoders of ours and of others."""
@@ -173,10 +207,11 @@ def test_model_with_media_and_its_processor_elsewhere(exported, elsewhere, name)
 @pytest.mark.parametrize(
     ("name", "classes"),
     [
-        ("text", {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}),
+        ("text", {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}),
         (
             "reader",
-            {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoProcessor"},
+            {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor"}
+            | {"AutoModelForImageTextToText", "AutoModelForMultimodalLM"},
         ),
     ],
 )

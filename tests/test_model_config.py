@@ -3,17 +3,26 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoConfig
 
-from model import MegaTransformerConfig, MegaTransformerTextConfig, RecurrenceConfig
+from model import (
+    MegaTransformerConfig,
+    MegaTransformerImageAutoencoderConfig,
+    MegaTransformerTextConfig,
+    RecurrenceConfig,
+)
 from tests.tiny import tiny_config
+from tests.tiny_codecs import tiny_autoencoder
+from tests.tiny_media import tiny_media_config
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hidden_sise": 32}, "unknown key 'hidden_sise'; known keys: .*hidden_size"),
-        ({"recurrence": {"mean_stepz": 3}}, "RecurrenceConfig: unknown key 'mean_stepz'; known keys: .*mean_steps"),
+        ({"hidden_sise": 32}, "unknown key 'hidden_sise'; did you mean hidden_size\\? known keys: .*mlp"),
+        ({"num_label": 3}, "unknown key 'num_label'; did you mean num_labels\\?"),
+        ({"recurrence": {"mean_stepz": 3}}, "RecurrenceConfig: unknown key 'mean_stepz'; did you mean mean_steps"),
         ({"hidden_size": "wide"}, "MegaTransformerTextConfig.hidden_size: .*expected int, got str .*wide"),
         ({"recurrence": {"mean_steps": "many"}}, "RecurrenceConfig.mean_steps: .*expected int.*many"),
         ({"recurrence": {"mean_steps": 0}}, "RecurrenceConfig.mean_steps: .*greater or equal to 1.*0"),
@@ -42,7 +51,7 @@ def test_bad_settings_are_value_errors_that_name_them(settings, message):
 @pytest.mark.parametrize(
     ("part", "settings", "message"),
     [
-        ("vision_config", {"patch_sise": 4}, "unknown key 'patch_sise'; known keys: .*patch_size"),
+        ("vision_config", {"patch_sise": 4}, "unknown key 'patch_sise'; did you mean patch_size\\? known keys"),
         ("vision_config", {"stem": "deep"}, "stem: .*'patch', 'conv'.*deep"),
         ("vision_config", {"stem": "conv", "patch_size": 12}, r"patch_size \(12\) must be a power of 2"),
         ("vision_config", {"stem_depth": 2}, "stem_depth is 2, but stem 'patch' has no convolutions; use stem 'conv'"),
@@ -76,15 +85,88 @@ def test_whole_numbers_serve_as_floats():
     assert (config.rope_theta, config.recurrence.step_sigma) == (10000, 1)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_unknown_key_in_a_file_is_refused(tmp_path, nested):
-    tiny_config().save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
+# What others write into a config.json: Unsloth, older versions of transformers, and a version of ours to come.
+OF_OTHERS = {"unsloth_version": "2026.1", "use_bfloat16": False, "max_length": 20, "window": 128, "hidden_sise": 7}
+STANDARD = {
+    "problem_type": "regression",
+    "num_labels": 1,
+    "output_hidden_states": True,
+    "return_dict": False,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "compressed-tensors", "format": "dense"},
+    "_name_or_path": "somewhere/else",
+}
+
+
+def written(folder, config, **parts):
+    """The file of a config with further keys, at the top ("") and in its parts, by their dotted names."""
+    config.save_pretrained(folder)
+    path = folder / "config.json"
     content = json.loads(path.read_text())
-    (content["recurrence"] if nested else content)["surprise"] = 1
+    for name, keys in parts.items():
+        inner = content
+        for step in filter(None, name.split(".")):
+            inner = inner[step]
+        inner |= keys
     path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def warnings_of_configs(monkeypatch):
+    """The messages of the one logger of the configs."""
+    messages = []
+    monkeypatch.setattr("model.configuration_megatransformer.logger.warning_once", messages.append)
+    return messages
+
+
+def test_unknown_keys_of_a_file_are_left_out_with_one_warning(tmp_path, warnings_of_configs):
+    plain = tiny_media_config()
+    parts = {"": OF_OTHERS, "text_config": {"surprise": 1}, "text_config.recurrence": {"mean_stepz": 3}}
+    path = written(tmp_path, plain, **parts)
+    loaded = MegaTransformerConfig.from_pretrained(tmp_path)
+    (message,) = warnings_of_configs
+    names = [*OF_OTHERS, "text_config.surprise", "text_config.recurrence.mean_stepz (did you mean mean_steps?)"]
+    assert sorted(message.partition("no effect: ")[2].split(", ")) == sorted(names)
+    assert loaded.to_dict() | {"_name_or_path": ""} == plain.to_dict()
+    assert MegaTransformerConfig.from_json_file(path).to_dict() == plain.to_dict()
+    assert type(MegaTransformerTextConfig.from_pretrained(tmp_path)) is MegaTransformerTextConfig
+    loaded.save_pretrained(tmp_path)
+    warnings_of_configs.clear()
+    MegaTransformerConfig.from_pretrained(tmp_path)
+    assert warnings_of_configs == []
+
+
+@pytest.mark.parametrize("config", [tiny_config(), tiny_media_config()], ids=["text", "media"])
+def test_standard_keys_are_known_everywhere(tmp_path, warnings_of_configs, config):
+    written(tmp_path, config, **{"": STANDARD})
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert warnings_of_configs == []
+    built = type(config)(**STANDARD)
+    for standard in (loaded, built):
+        assert (standard.problem_type, standard.num_labels, standard.return_dict) == ("regression", 1, False)
+        assert standard.dtype is torch.bfloat16 and standard.output_hidden_states is True
+        assert standard.quantization_config == STANDARD["quantization_config"]
+    loaded.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == loaded.to_dict() and again.quantization_config == STANDARD["quantization_config"]
+
+
+def test_keys_of_a_codec_in_a_file(tmp_path, warnings_of_configs):
+    tiny_autoencoder().config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {"surprise": 1}
     with pytest.raises(ValueError, match="unknown key 'surprise'"):
-        MegaTransformerTextConfig.from_pretrained(tmp_path)
+        MegaTransformerImageAutoencoderConfig(**content)
+    assert MegaTransformerImageAutoencoderConfig.from_dict(content).patch_size == tiny_autoencoder().config.patch_size
+    assert len(warnings_of_configs) == 1
+
+
+@pytest.mark.parametrize("config", [tiny_config(), tiny_media_config()], ids=["text", "media"])
+def test_depth_at_loading(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path, num_steps=7)
+    assert (loaded.num_steps, loaded.get_text_config().num_steps) == (7, 7)
+    assert AutoConfig.from_pretrained(tmp_path).num_steps is None
 
 
 def test_round_trip_through_a_file(tmp_path):

@@ -2,7 +2,7 @@
 
 import torch
 
-from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
+from model import MegaTransformerForCausalLM, MegaTransformerForSequenceClassification, MegaTransformerTextConfig
 
 PAD, BEGIN, END = 0, 1, 2
 
@@ -37,6 +37,12 @@ def tiny_model(seed: int = 0, scale: float = 1.0, **overrides) -> MegaTransforme
             elif scale != 1:
                 parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
     return model
+
+
+def tiny_classifier(**overrides) -> MegaTransformerForSequenceClassification:
+    """A tiny classifier, of 3 classes unless told otherwise, in evaluation mode."""
+    torch.manual_seed(0)
+    return MegaTransformerForSequenceClassification(tiny_config(**{"num_labels": 3, **overrides})).eval()
 
 
 def tiny_ids(*shape: int, seed: int = 0, low: int = 3, high: int = 64) -> torch.Tensor:

@@ -144,7 +144,7 @@ class CheckedTrainer(Trainer):
         """TRL's trainers would tell the hub of each run."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Theirs would write into a README how to load models of other kinds."""
+        """Theirs would say how to load models of other kinds; the run's own card is written by a callback."""
 
 
 class EpochCallback(TrainerCallback):

@@ -1,0 +1,1 @@
+"""Checkpoints made of other checkpoints."""
