@@ -22,7 +22,7 @@ from configs import RunConfig
 from dataset_loading import Collator, build_datasets
 from evaluate import find_run_config, make_folder, read_run_config
 from inference import arguments
-from inference.devices import choose_device, device_report
+from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import find_checkpoint, load_model
 from model import MegaTransformerForCausalLM
 from model.exit_criteria import relative_change
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = find_checkpoint(args.checkpoint)
         run = read_run_config(checkpoint, [])
         model, tokenizer = load_model(checkpoint, choose_device(args.device))
+        choose_threads(model)
         if model.text_config.num_core_layers == 0:
             raise ValueError(f"{checkpoint} has no core (num_core_layers is 0), so there is nothing to exit from")
         output = make_folder(args.output or Path(args.checkpoint) / "exit_probe")

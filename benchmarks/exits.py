@@ -26,7 +26,7 @@ from benchmarks import timing
 from dataset_loading import Collator
 from evaluate import read_run_config, validation_texts
 from inference import arguments
-from inference.devices import choose_device
+from inference.devices import choose_device, choose_threads
 from inference.loading import find_checkpoint, load_model
 from model import RecurrentCache
 from model.exit_criteria import EXIT_CRITERIA
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = validation_texts(read_run_config(checkpoint, ["--data.packing", "false"]), tokenizer, args.limit)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    choose_threads(model, args.threads)
     model.eval()
     full = args.num_steps or model.config.num_steps or model.config.recurrence.mean_steps
     rows = [row for source in texts.values() for row in source]
@@ -100,7 +99,9 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("--new-tokens", type=timing.count, default=96, help="most tokens written in a timed round")
     parser.add_argument("--rounds", type=timing.count, default=11, help="timed rounds; in each, every run has its turn")
     parser.add_argument("--warmup", type=timing.count, default=1, help="rounds before them that do not count")
-    parser.add_argument("--threads", type=timing.count, help="threads of torch on the CPU; default: torch's")
+    parser.add_argument(
+        "--threads", type=timing.count, help="threads of torch on the CPU; default: by the size of the model"
+    )
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--output", type=timing.output_file, help="JSON file for the figures")
     return parser
