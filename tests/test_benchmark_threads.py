@@ -42,7 +42,22 @@ def test_a_core_is_busy_as_long_as_it_is_measured(monkeypatch):
 
 
 def test_the_table_has_a_line_for_each_number_of_threads(capsys):
-    argv = "--widths 32 64 --threads 1 2 --batch-size 1 --sequence-length 8 --rounds 1 --warmup 1".split()
+    argv = [
+        "--widths",
+        "32",
+        "64",
+        "--threads",
+        "1",
+        "2",
+        "--batch-size",
+        "1",
+        "--sequence-length",
+        "8",
+        "--rounds",
+        "1",
+        "--warmup",
+        "1",
+    ]
     assert threads.main(argv) == 0
     lines = re.findall(r"^\| (\d+) \| ([\d.]+) \| (\d) \| [\d.]+ \| ([\d.]+) ", capsys.readouterr().out, re.MULTILINE)
     assert [(width, number) for width, _, number, _ in lines] == [("32", "1"), ("32", "2"), ("64", "1"), ("64", "2")]

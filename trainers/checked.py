@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import unwrap_peft_model
 
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .muon import MuonBeside, matrices_of
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
-from .resuming import check_weights
+from .resuming import check_weights, forget_tied_weights
 
 # How libraries refuse an option or miss a package, other than by a ValueError.
 REFUSALS = (ImportError, RuntimeError, TypeError)
@@ -40,6 +40,8 @@ class CheckedTrainer(Trainer):
         except REFUSALS as error:
             raise ValueError(f"training: {error}") from error
         self.beside: list[Any] = []
+        if isinstance(self.model, PreTrainedModel):
+            self.model.register_load_state_dict_post_hook(forget_tied_weights)
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
         if self.average is not None:
             self.add_callback(self.average)
