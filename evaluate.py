@@ -170,10 +170,10 @@ def add_media_arguments(parser: arguments.OneLineParser) -> None:
     parser.add_argument("--num-flow-steps", type=arguments.flow_steps, help="default: the model's")
     parser.add_argument("--flow-temperature", type=arguments.guidance, help="default: the model's")
     parser.add_argument("--exit-criterion", choices=["none", *EXIT_CRITERIA], help="when places of media stop early")
-    parser.add_argument("--exit-threshold", type=float, help="of the criterion; default: the model's")
+    parser.add_argument("--exit-threshold", type=arguments.finite, help="of the criterion; default: the model's")
     parser.add_argument(
         "--velocity-threshold",
-        type=float,
+        type=arguments.finite,
         help="of what is written as pictures and sound, for which the criterion is the change of the velocity of the "
         "flow head; default: that of `generate`",
     )

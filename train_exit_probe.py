@@ -72,16 +72,18 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
     parser.add_argument("--output", type=Path, help="folder for model and probe; default: exit_probe in the given one")
     parser.add_argument("--num-steps", type=arguments.core_steps, help="full depth; default: the checkpoint's mean")
-    parser.add_argument("--epsilon", type=float, default=1e-4, help="nats: KL(full depth || exit) that counts as equal")
+    parser.add_argument(
+        "--epsilon", type=arguments.finite, default=1e-4, help="nats: KL(full depth || exit) that counts as equal"
+    )
     parser.add_argument(
         "--distance",
-        type=float,
+        type=arguments.finite,
         default=0.05,
         help="|s_full - s_i| / |s_full| that counts as equal, for the cache's sake",
     )
     parser.add_argument("--updates", type=arguments.new_tokens, default=300, help="of the probe")
     parser.add_argument("--batch-size", type=arguments.batch_rows, default=8, help="rows in an update")
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of AdamW, at its highest")
+    parser.add_argument("--learning-rate", type=arguments.finite, default=1e-2, help="of AdamW, at its highest")
     parser.add_argument("--seed", type=arguments.seed, default=0, help="of the probe's weights and the order of rows")
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     return parser

@@ -91,8 +91,12 @@ def build_parser() -> arguments.OneLineParser:
     parser = arguments.OneLineParser(prog="benchmarks.exits", description="What exits save on a trained checkpoint.")
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run")
     parser.add_argument("--criterion", choices=list(EXIT_CRITERIA), default="kl_divergence", help="of the exits")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="tried one by one")
-    parser.add_argument("--agreement", type=float, default=0.99, help="share of tokens that the chosen threshold keeps")
+    parser.add_argument(
+        "--thresholds", type=arguments.finite, nargs="+", default=list(THRESHOLDS), help="tried one by one"
+    )
+    parser.add_argument(
+        "--agreement", type=arguments.finite, default=0.99, help="share of tokens that the chosen threshold keeps"
+    )
     parser.add_argument("--num-steps", type=timing.count, help="full depth; default: the checkpoint's mean")
     parser.add_argument("--limit", type=timing.count, default=64, help="validation texts of each source")
     parser.add_argument("--rows", type=timing.count, default=64, help="texts decoded together for the agreement")

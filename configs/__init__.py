@@ -554,7 +554,8 @@ def build(cls: type, values: dict[str, Any], key: str) -> Any:
     values = dict(values)
     for name, hint in options_of(cls).items():
         value, nested = values.get(name), nested_class(hint)
-        if isinstance(value, float) and not math.isfinite(value):
+        numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, float)]
+        if not all(map(math.isfinite, numbers)):
             raise ValueError(f"{key}.{name}: {value} is not finite; give a number")
         choices = [item.value for part in typing.get_args(hint) if isinstance(part, enum.EnumMeta) for item in part]
         if choices and value is not None and value not in choices:

@@ -64,6 +64,11 @@ def number(text: str, why: str) -> float:
     return value
 
 
+def finite(text: str) -> float:
+    """Argument type of thresholds and rates."""
+    return number(text, "give a finite number.")
+
+
 def core_steps(text: str) -> int:
     """Argument type of --num-steps."""
     return whole_number(text, 1, "give the number of times the core is applied, 1 or more.")

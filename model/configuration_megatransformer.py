@@ -74,6 +74,13 @@ class StrictConfig(PreTrainedConfig):
             raise ValueError(f"{type(self).__name__}: unknown key {unknown[0]!r}; known keys: {', '.join(own)}")
         super().__post_init__(**kwargs)
 
+    def validate_finite_numbers(self) -> None:
+        """Raises ValueError for a number that is infinite or none."""
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; give a finite number")
+
 
 @checked
 class RecurrenceConfig(StrictConfig):

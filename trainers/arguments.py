@@ -1,6 +1,7 @@
 """`transformers.TrainingArguments` with the defaults of this project."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -140,6 +141,10 @@ class RecurrentTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def _check_ranges(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{type(self).__name__}.{item.name}: {value} is not finite; give a number")
         for name, least in MINIMUMS.items():
             value = getattr(self, name)
             if value is not None and value < least:
