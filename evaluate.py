@@ -40,7 +40,7 @@ from evaluation import (
     token_byte_lengths,
 )
 from inference import arguments
-from inference.devices import choose_device, device_report
+from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import find_checkpoint, load_model, tokenizer_of
 from model import modality_names
 from model.exit_criteria import EXIT_CRITERIA
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args.device)
         dtype = args.dtype and getattr(torch, args.dtype)
         model, processor = load_model(checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
+        choose_threads(model)
         judges = load_named(args.judge, load_judge)
         networks = load_named(args.feature_network, FeatureNetwork)
         texts = validation_texts(run, processor, args.limit)
@@ -169,10 +170,10 @@ def add_media_arguments(parser: arguments.OneLineParser) -> None:
     parser.add_argument("--num-flow-steps", type=arguments.flow_steps, help="default: the model's")
     parser.add_argument("--flow-temperature", type=arguments.guidance, help="default: the model's")
     parser.add_argument("--exit-criterion", choices=["none", *EXIT_CRITERIA], help="when places of media stop early")
-    parser.add_argument("--exit-threshold", type=float, help="of the criterion; default: the model's")
+    parser.add_argument("--exit-threshold", type=arguments.finite, help="of the criterion; default: the model's")
     parser.add_argument(
         "--velocity-threshold",
-        type=float,
+        type=arguments.finite,
         help="of what is written as pictures and sound, for which the criterion is the change of the velocity of the "
         "flow head; default: that of `generate`",
     )

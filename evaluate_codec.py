@@ -19,7 +19,7 @@ from evaluate import read_run_config, run_seed, split_overrides
 from evaluation.reconstruction import PictureScores, PrincipalComponents, SoundScores, reconstruction_scores
 from evaluation.report import format_table
 from inference import arguments
-from inference.devices import choose_device, device_report
+from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import check_loading
 from model import MegaTransformerVocoder, codec_media, waveform_of
 from pretrain import MODELS
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = read_run_config(args.checkpoint, overrides)
         model = load_codec(args.checkpoint, run).to(choose_device(args.device))
+        choose_threads(model)
         sys.stdout.write(table_of(model, run, args.limit))
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)

@@ -5,7 +5,6 @@ from inference.logs import set_up_logging  # noqa: F401  first: it sets up what 
 # isort: split
 import copy
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from model import modality_names
 from model.chat import encode_conversation, prepare_tokenizer
 from model.recurrence import draw_training_states, sample_depth
 from model.step_lora import StepLora, add_step_lora
-from pretrain import build_media_examples, run_training, set_up_output, share_cores, whole_weights
+from pretrain import build_media_examples, run_training, set_up_output, whole_weights
 from trainers import check_weights
 from trainers.dpo import PreferenceTrainer
 from trainers.finetuners import FINETUNERS
@@ -46,10 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 after one line on standard error, for bad input; nothing is written then.
     """
-    threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # asked before accelerate sets it
     run = load_finetuning_config(argv)
-    if not threads_are_chosen:
-        share_cores()
     set_up_output(run.log_level)
     with one_line_errors((RewardError,)):  # the code of a user is tried when training begins
         return run_training(run, build_trainer)

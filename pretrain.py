@@ -29,7 +29,7 @@ from dataset_loading import Collator, build_datasets, build_examples, build_toke
 from dataset_loading.codec_data import build_codec_datasets
 from evaluation import METRICS, trainer_metrics
 from evaluation.reconstruction import PictureScores, SoundScores, mean_scores
-from inference.devices import device_report
+from inference.devices import choose_threads, device_report
 from inference.shutdown import end_process
 from model import (
     MegaTransformerConfig,
@@ -72,10 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 after one line on standard error, for bad input; nothing is written then.
     """
-    threads_are_chosen = "OMP_NUM_THREADS" in os.environ  # asked before accelerate sets it
     run = load_config(argv)
-    if not threads_are_chosen:
-        share_cores()
     set_up_output(run.log_level)
     if run.is_dry_run:
         if os.environ.get("RANK", "0") == "0":
@@ -103,6 +100,7 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
             if resume_point is not None:
                 check_optimizer(run, resume_point)
             trainer = build(run, resume_point)
+        choose_threads(trainer.model)
         card = ModelCardWriter(run.resolved, sources_of(run.data))
         trainer.add_callback(ConfigWriter(run))
         trainer.add_callback(card)
@@ -138,16 +136,6 @@ def describe_run(run: RunConfig) -> str:
             return f"{size_table(model)}\n"
         needs = describe_needs(model, run.training, sample_depth, run.data.block_size, run.data.packing)
     return f"{size_table(model)}\n\n{needs}\n"
-
-
-def share_cores() -> None:
-    """Give each rank of this machine its share of the cores.
-
-    accelerate gives all of them to each, and on CPUs two ranks that both use both cores train at half the speed.
-    """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    if ranks > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 class ConfigWriter(TrainerCallback):

@@ -23,7 +23,7 @@ from configs import RunConfig
 from dataset_loading import Collator, build_datasets
 from evaluate import find_run_config, make_folder, read_run_config
 from inference import arguments
-from inference.devices import choose_device, device_report
+from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import find_checkpoint, load_model
 from model import MegaTransformerForCausalLM
 from model.exit_criteria import relative_change
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = find_checkpoint(args.checkpoint)
         run = read_run_config(checkpoint, [])
         model, tokenizer = load_model(checkpoint, choose_device(args.device))
+        choose_threads(model)
         if model.text_config.num_core_layers == 0:
             raise ValueError(f"{checkpoint} has no core (num_core_layers is 0), so there is nothing to exit from")
         output = make_folder(args.output or Path(args.checkpoint) / "exit_probe")
@@ -73,16 +74,18 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
     parser.add_argument("--output", type=Path, help="folder for model and probe; default: exit_probe in the given one")
     parser.add_argument("--num-steps", type=arguments.core_steps, help="full depth; default: the checkpoint's mean")
-    parser.add_argument("--epsilon", type=float, default=1e-4, help="nats: KL(full depth || exit) that counts as equal")
+    parser.add_argument(
+        "--epsilon", type=arguments.finite, default=1e-4, help="nats: KL(full depth || exit) that counts as equal"
+    )
     parser.add_argument(
         "--distance",
-        type=float,
+        type=arguments.finite,
         default=0.05,
         help="|s_full - s_i| / |s_full| that counts as equal, for the cache's sake",
     )
     parser.add_argument("--updates", type=arguments.new_tokens, default=300, help="of the probe")
     parser.add_argument("--batch-size", type=arguments.batch_rows, default=8, help="rows in an update")
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="of AdamW, at its highest")
+    parser.add_argument("--learning-rate", type=arguments.finite, default=1e-2, help="of AdamW, at its highest")
     parser.add_argument("--seed", type=arguments.seed, default=0, help="of the probe's weights and the order of rows")
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     return parser

@@ -15,14 +15,16 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 
 from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.media_sources import load_conversations
 from dataset_loading.references import read_medium
 from dataset_loading.validation import BadRows
 from evaluate import make_folder
-from evaluation import JudgeConfig, LabelledMedia, save_judge, train_judge
+from evaluation import Judge, JudgeConfig, LabelledMedia, save_judge, train_judge
 from inference import arguments
+from inference.devices import choose_threads
 from model import load_audio, load_image
 
 logger = logging.getLogger("train_judge")
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             held_out = labelled_media(args.validation, args)
         config = judge_config(train, args)
+        with torch.device("meta"):
+            choose_threads(Judge(config))
         judge = train_judge(config, train, held_out, args.epochs, seed=args.seed)
         about = {"data": str(args.data), "label_column": args.label_column, "validation": str(args.validation)}
         counts = {"num_train": len(train.media), "num_held_out": len(held_out.media), "seed": args.seed}

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from benchmarks import timing
 from inference.arguments import OneLineParser
-from inference.devices import choose_device
+from inference.devices import choose_device, choose_threads
 from model.cross_entropy import causal_loss, count_labels
 
 REFERENCE = "all logits"
@@ -36,10 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args.device)
     except ValueError as error:
         parser.error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     head = nn.Linear(args.hidden_size, args.vocab_size, bias=False, device=device)
+    choose_threads(head, args.threads)
     hidden = torch.randn(args.batch_size, args.sequence_length, args.hidden_size, device=device, requires_grad=True)
     labels = torch.randint(args.vocab_size, hidden.shape[:2], device=device)
     losses = {
@@ -65,7 +64,9 @@ def build_parser() -> OneLineParser:
         ("warmup", 1, "rounds before them that do not count"),
     ):
         parser.add_argument(f"--{flag}", type=timing.count, default=default, help=what)
-    parser.add_argument("--threads", type=timing.count, help="threads of torch on the CPU; default: torch's")
+    parser.add_argument(
+        "--threads", type=timing.count, help="threads of torch on the CPU; default: by the size of the model"
+    )
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     return parser
 

@@ -36,7 +36,7 @@ from configs import RunConfig, load_config
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_tokenizer, get_task
 from dataset_loading.synthetic import generate_row
 from inference.arguments import OneLineParser
-from inference.devices import choose_device, cpu_model
+from inference.devices import choose_device, choose_threads, cpu_model
 from model.processing_megatransformer import build_processor, media_tokens
 from model.recurrence import draw_training_states
 from pretrain import build_model
@@ -60,9 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     run = load_config(["--config", str(args.config), "--training.report_to", "none"])
-    if args.threads:
-        torch.set_num_threads(args.threads)
     model, processor = build(run, device)
+    choose_threads(model, args.threads)
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(name, source, run, model, processor, args) for name, source in sources(Path(folder), args)]
     sys.stdout.write(report(args, run, device, rows))
@@ -81,7 +80,9 @@ def build_parser() -> OneLineParser:
         ("workers", 1, "processes of the loader"),
     ):
         parser.add_argument(f"--{flag}", type=timing.count, default=default, help=what)
-    parser.add_argument("--threads", type=timing.count, help="threads of torch on the CPU; default: torch's")
+    parser.add_argument(
+        "--threads", type=timing.count, help="threads of torch on the CPU; default: by the size of the model"
+    )
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     return parser
 

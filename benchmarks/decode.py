@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import timing
 from inference.arguments import OneLineParser
-from inference.devices import choose_device
+from inference.devices import choose_device, choose_threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = build_models(args, device)
     except ValueError as error:
         parser.error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    choose_threads(models["pre norm"][0], args.threads)
     cells = [(batch, context) for context in args.contexts for batch in args.batch_sizes]
     results = {f"{batch} x {context}": measure(models, batch, context, args, device) for batch, context in cells}
     timing.save(args.output, args, cells=results)

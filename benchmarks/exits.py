@@ -26,7 +26,7 @@ from benchmarks import timing
 from dataset_loading import Collator
 from evaluate import read_run_config, validation_texts
 from inference import arguments
-from inference.devices import choose_device
+from inference.devices import choose_device, choose_threads
 from inference.loading import find_checkpoint, load_model
 from model import RecurrentCache
 from model.exit_criteria import EXIT_CRITERIA
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = validation_texts(read_run_config(checkpoint, ["--data.packing", "false"]), tokenizer, args.limit)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    choose_threads(model, args.threads)
     model.eval()
     full = args.num_steps or model.config.num_steps or model.config.recurrence.mean_steps
     rows = [row for source in texts.values() for row in source]
@@ -92,15 +91,21 @@ def build_parser() -> arguments.OneLineParser:
     parser = arguments.OneLineParser(prog="benchmarks.exits", description="What exits save on a trained checkpoint.")
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run")
     parser.add_argument("--criterion", choices=list(EXIT_CRITERIA), default="kl_divergence", help="of the exits")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="tried one by one")
-    parser.add_argument("--agreement", type=float, default=0.99, help="share of tokens that the chosen threshold keeps")
+    parser.add_argument(
+        "--thresholds", type=arguments.finite, nargs="+", default=list(THRESHOLDS), help="tried one by one"
+    )
+    parser.add_argument(
+        "--agreement", type=arguments.finite, default=0.99, help="share of tokens that the chosen threshold keeps"
+    )
     parser.add_argument("--num-steps", type=timing.count, help="full depth; default: the checkpoint's mean")
     parser.add_argument("--limit", type=timing.count, default=64, help="validation texts of each source")
     parser.add_argument("--rows", type=timing.count, default=64, help="texts decoded together for the agreement")
     parser.add_argument("--new-tokens", type=timing.count, default=96, help="most tokens written in a timed round")
     parser.add_argument("--rounds", type=timing.count, default=11, help="timed rounds; in each, every run has its turn")
     parser.add_argument("--warmup", type=timing.count, default=1, help="rounds before them that do not count")
-    parser.add_argument("--threads", type=timing.count, help="threads of torch on the CPU; default: torch's")
+    parser.add_argument(
+        "--threads", type=timing.count, help="threads of torch on the CPU; default: by the size of the model"
+    )
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--output", type=timing.output_file, help="JSON file for the figures")
     return parser

@@ -27,7 +27,7 @@ from configs import load_run_config
 from dataset_loading import Collator
 from evaluate import read_run_config, validation_texts
 from inference import arguments
-from inference.devices import choose_device
+from inference.devices import choose_device, choose_threads
 from inference.loading import find_checkpoint, load_model
 from model import MegaTransformerForCausalLM
 from model.quantization import PARTS, QuantizationConfig, bits_and_bytes
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = variants(checkpoint, device)
         whole = models["as trained"]
         model, tokenizer = load_model(checkpoint, device)
+        choose_threads(model)
         texts = validation_texts(read_run_config(checkpoint, ["--data.packing", "false"]), tokenizer, args.limit)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -60,7 +60,7 @@ def build_parser(name: str, description: str) -> OneLineParser:
         ("warmup", 2, "rounds before them that do not count"),
     ):
         parser.add_argument(f"--{flag}", type=count, default=default, help=what)
-    parser.add_argument("--threads", type=count, help="threads of torch on the CPU; default: torch's")
+    parser.add_argument("--threads", type=count, help="threads of torch on the CPU; default: by the size of the model")
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--output", type=output_file, help="JSON file for the seconds of every round")
     return parser

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import timing
 from inference.arguments import OneLineParser, whole_number
-from inference.devices import choose_device
+from inference.devices import choose_device, choose_threads
 from model import MegaTransformerForCausalLM
 from model.recurrence import draw_training_states
 
@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainees = build_trainees(args, device)
     except ValueError as error:
         parser.error(str(error))
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    choose_threads(trainees["pre norm"].model, args.threads)
     seconds = timing.interleave(trainees, args.rounds, args.warmup, device)
     held = {name: trainee.held_bytes() for name, trainee in trainees.items()}
     peaks = {name: timing.peak_bytes(trainee, device) for name, trainee in trainees.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -46,9 +47,9 @@ class SamplesConfig:
                 raise ValueError(f"samples.{name} is {getattr(self, name)}, must be at least 1.")
         if not self.num_steps or min(self.num_steps) < 1:
             raise ValueError(f"samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1.")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"samples.temperature is {self.temperature}, must be above 0; "
+                f"samples.temperature is {self.temperature}, must be above 0 and finite; "
                 "for the likeliest token set do_sample: false."
             )
         if self.seed < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,8 +50,8 @@ class WrittenSamplesConfig:
             raise ValueError(
                 f"written_samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1."
             )
-        if not self.largest_drift > 1:
-            raise ValueError(f"written_samples.largest_drift is {self.largest_drift}, must be above 1.")
+        if not 1 < self.largest_drift < math.inf:
+            raise ValueError(f"written_samples.largest_drift is {self.largest_drift}, must be above 1 and finite.")
 
 
 @dataclass

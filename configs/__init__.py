@@ -6,12 +6,14 @@ Later files and flags override earlier ones. Whatever is wrong is one line that 
 or written. Paths in a YAML file are relative to that file, paths in flags to the current folder.
 """
 
+import argparse
 import dataclasses
 import difflib
 import enum
 import functools
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -36,6 +38,7 @@ from model import (
     MegaTransformerTextConfig,
     MegaTransformerVocoderConfig,
 )
+from model.versions import VersionAction
 from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -226,7 +229,7 @@ def parse(
     try:
         values = parser.parse_args([flag for _, tree, flags in given for flag in (*emptied_lists(tree), *flags)])
     except ArgumentError as error:
-        raise ValueError(describe(str(error))) from error
+        raise ValueError(describe(str(error), schema)) from error
     tree = json.loads(parser.dump(values, format="json", skip_unset=False))
     del tree["local_rank"]
     make_paths_absolute(tree, Path.cwd())
@@ -273,15 +276,19 @@ def read_arguments(argv: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], l
     rest = list(argv)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
-        if flag in ("-h", "--help", "--print_config", "--dry_run", "--dry-run"):
+        if flag in ("-h", "--help", "--version", "--print_config") or (flag.endswith(".help") and not equals):
             yield "", {}, [flag + equals + value]
             continue
         if not flag.startswith("--"):
             raise ValueError(f"unexpected argument {flag!r}; options are written --section.name value")
+        if flag in ("--dry_run", "--dry-run") and not equals and (not rest or rest[0] not in ("true", "false")):
+            rest.insert(0, "true")
         if not equals and not rest:
             raise ValueError(f"{flag}: the value is missing")
         value = value if equals else rest.pop(0)
-        if flag == "--config":
+        if flag == "--print_completion":
+            yield "", {}, [f"{flag}={value}"]
+        elif flag == "--config":
             tree = read_yaml(value)
             make_paths_absolute(tree, Path(value).absolute().parent)
             yield f"{value}: ", tree, ["--config", json.dumps(without_absent_parts(tree), default=str)]
@@ -428,9 +435,10 @@ def closest(name: Any, known: Sequence[str]) -> str:
 @functools.cache
 def build_parser(config_class: type[PreTrainedConfig]) -> ArgumentParser:
     """The parser of all sections; its `--help` shows the docstrings of the fields."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = empty_parser(TRAINERS, "pretrain")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print what the run would need, and stop")
+    parser.add_argument(
+        "--dry_run", "--dry-run", type=bool, default=False, help="Print what the run would need, and stop"
+    )
     parser.add_argument("--model.model_type", default=config_class.model_type, help="Selects the class of `model`")
     for name, cls in {"model": config_class, **SECTIONS}.items():
         add_group(parser, cls, name)
@@ -444,7 +452,9 @@ def empty_parser(trainers: Iterable[str], trainer: str) -> ArgumentParser:
         trainers: names of those there are.
         trainer: the one that is taken where none is named.
     """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, add_print_completion_argument=True)
     parser = ArgumentParser(prog=Path(sys.argv[0]).name, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--version", action=VersionAction)
     parser.add_argument("--config", action="config", help="YAML file; may be given several times")
     parser.add_argument("--trainer", type=Literal[tuple(trainers)], default=trainer, help="Name of the trainer")
     parser.add_argument("--log_level", "--log-level", type=Literal["debug", "info", "warning", "error"], default="info")
@@ -453,18 +463,52 @@ def empty_parser(trainers: Iterable[str], trainer: str) -> ArgumentParser:
 
 
 def add_group(parser: ArgumentParser, cls: type, key: str) -> None:
-    """Add the options of a class, and those of each class in it as a group of its own."""
+    """Add the options of a class, and those of each class in it as a group of its own; each has a `--help` of its own,
+    such as `--training.help`.
+    """
     options = options_of(cls)
     single = {name: hint for name, hint in options.items() if typing.get_origin(hint) is not list}
     groups = {name: nested for name, hint in single.items() if (nested := nested_class(hint))}
     skip = {item.name for item in dataclasses.fields(cls)} - set(options) | set(groups)
     parser.add_class_arguments(cls, key, skip=skip, fail_untyped=False)
+    parser.add_argument(f"--{key}.help", action=SectionHelp, of=cls)
     for name, nested in groups.items():
         add_group(parser, nested, f"{key}.{name}")
 
 
-def describe(message: str) -> str:
+def sections_in(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys of the groups in a schema."""
+    for name, inner in schema.items():
+        if isinstance(inner, dict):
+            yield f"{prefix}{name}"
+            yield from sections_in(inner, f"{prefix}{name}.")
+
+
+class SectionHelp(argparse.Action):
+    """Shows the options of one section, those of the sections in it included, and ends the process.
+
+    Args:
+        of: The class of the section.
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, of: type, **kwargs: Any) -> None:
+        what = "Show the options of this section alone, and exit"
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=what)
+        self.of = of
+
+    def __call__(self, parser: ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Do so."""
+        key = self.option_strings[0].removeprefix("--").removesuffix(".help")
+        section = ArgumentParser(prog=parser.prog, usage=argparse.SUPPRESS, add_help=False)
+        add_group(section, self.of, key)
+        section.print_help()
+        parser.exit()
+
+
+def describe(message: str, schema: dict[str, Any]) -> str:
     """A message of jsonargparse in one line: key, what was expected, what was given."""
+    if unknown := re.match(r"unrecognized arguments: (\S+)\.help$", message):
+        return f"{unknown[1]}.help: there is no such section; {closest(unknown[1][2:], list(sections_in(schema)))}"
     key = ".".join(dict.fromkeys(re.findall(r'arser key "([^"]+)":', message)))
     expected = re.search(r"Subtypes: \[(.*)\]|Expected an? (.*?)\. Got value", message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
@@ -510,6 +554,9 @@ def build(cls: type, values: dict[str, Any], key: str) -> Any:
     values = dict(values)
     for name, hint in options_of(cls).items():
         value, nested = values.get(name), nested_class(hint)
+        numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, float)]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{key}.{name}: {value} is not finite; give a number")
         choices = [item.value for part in typing.get_args(hint) if isinstance(part, enum.EnumMeta) for item in part]
         if choices and value is not None and value not in choices:
             raise ValueError(f"{key}.{name}: {value!r} is unknown; {closest(value, choices)}")
@@ -521,9 +568,22 @@ def build(cls: type, values: dict[str, Any], key: str) -> Any:
             values[name] = build(nested, value, f"{key}.{name}")
     try:
         return cls(**values)
+    except torch.distributed.DistNetworkError as error:
+        raise ValueError(network_problem(str(error))) from error
     except (ValueError, TypeError, ImportError, OSError) as error:
         reason = str(error).removeprefix(cls.__name__)
         raise ValueError(f"{key}{reason}" if reason.startswith((".", ":")) else f"{key}: {reason}") from error
+
+
+def network_problem(message: str) -> str:
+    """Why the processes of a run do not find each other."""
+    port = os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in message:
+        return (
+            f"MASTER_PORT: {port} is in use, perhaps by another run; give another one, as in "
+            "`deepspeed --master_port 29501 pretrain.py`"
+        )
+    return f"MASTER_ADDR and MASTER_PORT: {os.environ.get('MASTER_ADDR')}:{port} does not answer: {message}"
 
 
 def find_deepspeed(value: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser
 
 from callbacks import CallbacksConfig
 from dataset_loading.configuration import DataConfig
@@ -152,7 +152,6 @@ def sections_of(trainer: str) -> dict[str, type]:
 @functools.cache
 def build_parser(trainer: str) -> ArgumentParser:
     """The parser of all sections; its `--help` shows the docstrings of the fields."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = empty_parser(FINETUNERS, DEFAULT_TRAINER)
     for name, cls in sections_of(trainer).items():
         add_group(parser, cls, name)

@@ -1,5 +1,6 @@
 """Options of `augmentation.py`; the docstring under a field is its `--help` text."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -86,7 +87,7 @@ class TextAugmentationConfig:
     def __post_init__(self) -> None:
         _check_between("word_drop", self.word_drop, 1)
         _check_between("span_corruption", self.span_corruption, 0.5)
-        if self.span_length < 1:
+        if not 1 <= self.span_length < math.inf:
             raise ValueError(f"span_length is {self.span_length}; give at least 1 token")
 
 

@@ -8,6 +8,8 @@ import math
 import re
 from typing import NoReturn
 
+from model.versions import VersionAction
+
 from .devices import DTYPES
 from .logs import LOG_LEVELS
 
@@ -17,6 +19,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.add_argument("--version", action=VersionAction)
         self.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="least severe message to show")
 
     def error(self, message: str) -> NoReturn:
@@ -59,6 +62,11 @@ def number(text: str, why: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not finite: {why}")
     return value
+
+
+def finite(text: str) -> float:
+    """Argument type of thresholds and rates."""
+    return number(text, "give a finite number.")
 
 
 def core_steps(text: str) -> int:

@@ -21,7 +21,7 @@ from model.quantization import QuantizationConfig
 from . import arguments
 from .conversation import Conversation
 from .decoding import add_decoding_arguments, check_depth, decoding_options
-from .devices import choose_device, device_report
+from .devices import choose_device, choose_threads, device_report
 from .loading import load_model
 
 logger = logging.getLogger("inference.chat")  # __name__ is __main__ when run with -m
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         device, dtype = choose_device(args.device), args.dtype and getattr(torch, args.dtype)
         model, processor = load_model(args.checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
+        choose_threads(model)
         check_depth(model, args.num_steps)
         if args.num_steps is not None:
             options["num_steps"] = args.num_steps

@@ -25,7 +25,9 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="what ends a token's steps earlier; default: the model's",
     )
     parser.add_argument(
-        "--exit-threshold", type=float, help="value below which a token's steps end; default: the criterion's"
+        "--exit-threshold",
+        type=arguments.finite,
+        help="value below which a token's steps end; default: the criterion's",
     )
     parser.add_argument("--max-new-tokens", type=arguments.new_tokens, default=100, help="most tokens to generate")
     choice = parser.add_mutually_exclusive_group()

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # What torch raises for a missing, mismatched or crashed driver, and for a build without CUDA.
 DEVICE_ERRORS = (RuntimeError, AssertionError, OSError)
 
 DTYPES = ("float32", "bfloat16", "float16")
+PARAMETERS_PER_THREAD = 1_000_000
+"""A model gets a thread for each so many. With fewer, a further thread gains little on an idle machine, and makes an
+update ten times as slow where others compute as well: docs/performance.md has the figures.
+"""
+MOST_THREADS = torch.get_num_threads()
+"""What torch begins with: OMP_NUM_THREADS, or the cores."""
 
 
 def attempt(what: str, query: Callable[[], str]) -> str:
@@ -36,9 +46,13 @@ def device_report() -> str:
 
 
 def describe_cpu() -> str:
-    """Model, cores and torch's threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"CPU: {cpu_model()}, {cores} cores usable, {torch.get_num_threads()} threads, {', '.join(DTYPES[:2])}"
+    """Model and cores."""
+    return f"CPU: {cpu_model()}, {usable_cores()} cores usable, {', '.join(DTYPES[:2])}"
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:
@@ -103,3 +117,31 @@ def choose_device(name: str | None) -> torch.device:
             f"Device {name!r} does not work here ({reason}): use --device cpu, or leave it out."
         ) from error
     return device
+
+
+def choose_threads(model: nn.Module, wanted: int | None = None) -> None:
+    """Set the number of torch's threads for a model, and log it: `wanted`, or what OMP_NUM_THREADS says, or else this
+    rank's share of the cores and, on a CPU, no more than the size of the model is worth.
+
+    Threads wait for each other at the end of each operation, and for a thread whose core is busy with something else
+    they wait long. Only the size decides, not the load of the moment: sums depend on the number of threads in their
+    last digits, and a run that goes on should repeat the uninterrupted one.
+
+    Args:
+        model: What is trained or applied; its parameters may be on any device.
+        wanted: At least 1.
+    """
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    reason = f"for {num_parameters / 1e6:.1f} million parameters on {usable_cores()} cores; OMP_NUM_THREADS changes it"
+    if wanted is not None:
+        threads, reason = wanted, "as asked for"
+    elif os.environ.get("OMP_NUM_THREADS"):
+        threads, reason = MOST_THREADS, "as OMP_NUM_THREADS says"
+    else:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        threads = MOST_THREADS if ranks == 1 else min(MOST_THREADS, usable_cores() // ranks)
+        if all(parameter.device.type in ("cpu", "meta") for parameter in model.parameters()):
+            threads = min(threads, num_parameters // PARAMETERS_PER_THREAD)
+        threads = max(1, threads)
+    torch.set_num_threads(threads)
+    logger.info("CPU threads: %d, %s", threads, reason)

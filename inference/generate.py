@@ -29,7 +29,7 @@ from model.quantization import QuantizationConfig
 
 from . import arguments
 from .decoding import add_decoding_arguments, check_depth, decoding_options
-from .devices import choose_device, device_report
+from .devices import choose_device, choose_threads, device_report
 from .loading import load_model, tokenizer_of
 from .media_files import SUFFIXES, check_path, save_audio, save_images
 
@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args.device)
         dtype = args.dtype and getattr(torch, args.dtype)
         model, processor = load_model(args.checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
+        choose_threads(model)
         tokenizer = tokenizer_of(processor)
         check_depth(model, args.num_steps)
         set_seed(args.seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 
 import transformers
@@ -12,6 +14,28 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 # On CPUs with bfloat16 instructions it warns, whenever it is imported, of a kernel that it would fetch from the hub.
 # The scripts import this file first, so that their errors stay one line.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+LAUNCHER_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+
+
+def check_launcher_numbers() -> None:
+    """Refuse what is no number where a launcher writes one.
+
+    Raises:
+        SystemExit: with code 2, after one line on standard error that names the first.
+    """
+    for name in LAUNCHER_NUMBERS:
+        value = os.environ.get(name, "0")
+        if not re.fullmatch(r"-?\d+", value):
+            sys.stderr.write(
+                f"error: {name} is {value!r} in the environment, where launchers write a whole number; unset it, or "
+                "start with `deepspeed` or `torchrun`\n"
+            )
+            raise SystemExit(2)
+
+
+check_launcher_numbers()  # some libraries read them while they are imported
 
 
 class ConsoleHandler(logging.StreamHandler):

@@ -130,6 +130,13 @@ class StrictConfig(PreTrainedConfig):
         near = difflib.get_close_matches(key, sorted(cls.known_keys({})), n=1, cutoff=0.75)
         return [f"did you mean {near[0]}?"] if near else []
 
+    def validate_finite_numbers(self) -> None:
+        """Raises ValueError for a number that is infinite or none."""
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; give a finite number")
+
 
 @checked
 class RecurrenceConfig(StrictConfig):

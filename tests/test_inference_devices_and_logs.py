@@ -1,11 +1,14 @@
 """E4: a device report that never crashes, and logging that is set up once."""
 
 import logging
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
+from inference import devices
 from inference.devices import best_device, choose_device, device_report
 from inference.logs import ConsoleHandler, set_up_logging
 
@@ -37,7 +40,7 @@ def test_report_names_cpu_memory_and_the_lack_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines = device_report().splitlines()
     assert lines[0].startswith(f"torch {torch.__version__}, Python 3.")
-    assert lines[1].startswith("CPU: ") and f" {torch.get_num_threads()} threads, float32, bfloat16" in lines[1]
+    assert lines[1].startswith("CPU: ") and lines[1].endswith(" cores usable, float32, bfloat16")
     assert lines[2].startswith("memory: ") and lines[2].endswith(" GiB") and float(lines[2].split()[1]) > 0.1
     assert lines[3].startswith("CUDA: none available")
 
@@ -128,3 +131,62 @@ def test_other_ranks_only_warn_and_say_who_they_are(root_logger, capsys):
 def test_an_unknown_level_is_an_error():
     with pytest.raises(ValueError, match="Log level 'loud' is not known: choose one of debug, info, warning, error"):
         set_up_logging("loud")
+
+
+@pytest.fixture
+def eight_cores(monkeypatch):
+    """A machine of eight cores and an environment that says nothing; the threads of this process come back."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(devices, "MOST_THREADS", 8)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    torch.set_num_threads(before)
+
+
+def threads_for(num_parameters, device="meta", wanted=None):
+    model = torch.nn.Linear(num_parameters // 1000, 1000, bias=False, device=device)
+    devices.choose_threads(model, wanted)
+    return torch.get_num_threads()
+
+
+@pytest.mark.usefixtures("eight_cores")
+@pytest.mark.parametrize(
+    ("num_parameters", "ranks", "threads"),
+    [
+        (1_000, 1, 1),  # never none
+        (1_999_000, 1, 1),
+        (2_000_000, 1, 2),
+        (5_000_000, 1, 5),
+        (90_000_000, 1, 8),  # no more than cores
+        (90_000_000, 2, 4),  # ranks share them
+        (90_000_000, 16, 1),
+        (1_000, 2, 1),
+    ],
+)
+def test_threads_are_those_that_a_model_is_worth(monkeypatch, num_parameters, ranks, threads):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE" if ranks % 2 else "LOCAL_SIZE", str(ranks))
+    assert threads_for(num_parameters) == threads
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_who_asks_for_threads_gets_them_and_the_log_says_why(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    assert threads_for(3_000_000) == 3
+    assert "CPU threads: 3, for 3.0 million parameters on 8 cores; OMP_NUM_THREADS changes it" in caplog.text
+    assert threads_for(1_000, wanted=6) == 6
+    assert "CPU threads: 6, as asked for" in caplog.text
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(devices, "MOST_THREADS", 7)  # torch has read it
+    assert threads_for(1_000) == 7
+    assert "CPU threads: 7, as OMP_NUM_THREADS says" in caplog.text
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_a_model_on_a_gpu_keeps_all_threads(monkeypatch):
+    """What is computed on the CPU then is not the model's."""
+    monkeypatch.setattr(
+        torch.nn.Linear, "parameters", lambda self: [SimpleNamespace(numel=lambda: 9, device=torch.device("cuda"))]
+    )
+    assert threads_for(1_000) == 8

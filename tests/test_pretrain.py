@@ -237,25 +237,6 @@ def test_models_are_built_whole_under_zero_3():
         assert not is_deepspeed_zero3_enabled()
 
 
-def test_ranks_share_the_cores_of_a_machine(monkeypatch):
-    """Of four cores, each of two ranks gets two; a rank alone keeps what it has."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    try:
-        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-        monkeypatch.delenv("LOCAL_SIZE", raising=False)
-        pretrain.share_cores()
-        assert torch.get_num_threads() == before
-        monkeypatch.setenv("LOCAL_SIZE", "2")
-        pretrain.share_cores()
-        assert torch.get_num_threads() == 2
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-        pretrain.share_cores()
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

@@ -1,12 +1,14 @@
 """`transformers.TrainingArguments` with the defaults of this project."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 
 from .modalities import ModalityWeights
@@ -142,10 +144,15 @@ class RecurrentTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def _check_ranges(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{type(self).__name__}.{item.name}: {value} is not finite; give a number")
         for name, least in MINIMUMS.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; give at least {least}")
+        self._check_report_to()
         for name in MOMENTS:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
@@ -162,6 +169,25 @@ class RecurrentTrainingArguments(TrainingArguments):
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
         if not -1 <= self.token_correlation_alarm <= 1:
             raise ValueError(f"token_correlation_alarm is {self.token_correlation_alarm}; a cosine lies from -1 to 1")
+
+    def _check_report_to(self) -> None:
+        """`Trainer` would refuse them after the data have been read."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        for name in names:
+            if name in ("all", "none") and len(names) == 1:
+                continue
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(["none", "all", *sorted(INTEGRATION_TO_CALLBACK)])
+                raise ValueError(f"{type(self).__name__}.report_to: {name!r} is unknown; known: {known}")
+            if name not in self._installed_integrations():
+                raise ValueError(
+                    f"{type(self).__name__}.report_to: {name!r} needs a package that is not installed; install it, or "
+                    "give another, such as tensorboard or none"
+                )
+
+    def _installed_integrations(self) -> list[str]:
+        """Names of where metrics can go from this machine."""
+        return [*get_available_reporting_integrations(), "flyte"]  # flyte is there where flyte runs
 
     def to_dict(self) -> dict:
         """As plain values, those of ours too."""

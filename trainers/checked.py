@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import unwrap_peft_model
 
@@ -17,7 +17,7 @@ from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .muon import MuonBeside, matrices_of
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
-from .resuming import check_weights
+from .resuming import check_weights, forget_tied_weights
 
 # How libraries refuse an option or miss a package, other than by a ValueError.
 REFUSALS = (ImportError, RuntimeError, TypeError)
@@ -45,6 +45,8 @@ class CheckedTrainer(Trainer):
             self.optimizer = self.checked_optimizer
         self.beside: list[Any] = []
         self.add_callback(EpochCallback())
+        if isinstance(self.model, PreTrainedModel):
+            self.model.register_load_state_dict_post_hook(forget_tied_weights)
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
         if self.average is not None:
             self.add_callback(self.average)

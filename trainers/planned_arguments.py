@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .arguments import RecurrentTrainingArguments
 
 
 class PlannedTrainingArguments(RecurrentTrainingArguments):
     """Checked like those of a run, but for what only the machine of the run can answer: whether its GPUs know bf16 and
-    TF32, and whether its processes find each other. No device, process group or DeepSpeed engine is set up.
+    TF32, what is installed there, and whether its processes find each other. No device, process group or DeepSpeed
+    engine is set up.
     """
 
     def __post_init__(self) -> None:
@@ -20,6 +22,10 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
         self.use_cpu, self.tf32 = True, None
         super().__post_init__()
         self.deepspeed = deepspeed
+
+    def _installed_integrations(self) -> list[str]:
+        """All: the machine of the run is another one."""
+        return list(INTEGRATION_TO_CALLBACK)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import is_peft_model
 from peft import PeftModel, get_peft_model_state_dict
@@ -128,6 +129,14 @@ def check_weights(checkpoint: str, model: PreTrainedModel | PeftModel) -> None:
     if any(problems.values()):
         listed = ", ".join(f"{problem} {shortened(names)}" for problem, names in problems.items())
         raise ValueError(f"training.resume_from_checkpoint: {checkpoint} does not fit the model: {listed}")
+
+
+def forget_tied_weights(model: PreTrainedModel, loaded: Any) -> None:
+    """A hook after `load_state_dict`: weights that a checkpoint lacks are not missing where they are tied to others
+    that it has; `Trainer` would warn of them.
+    """
+    missing, tied = set(loaded.missing_keys), model.all_tied_weights_keys
+    loaded.missing_keys[:] = [name for name in loaded.missing_keys if tied.get(name, name) in missing]
 
 
 def shortened(names: Iterable[str]) -> str:
