@@ -47,7 +47,8 @@ class CacheSlot:
         self._write(self.keys, key_states.detach(), where, rows)
         self._write(self.values, value_states.detach(), where, rows)
         keys, values = self._read(where, rows)
-        if key_states.requires_grad:  # what backpropagation needs must not be written over by later steps
+        if torch.is_grad_enabled() and (key_states.requires_grad or keys.requires_grad):
+            # What backpropagation needs must not be written over by later steps.
             keys, values = _instead(keys, key_states, where), _instead(values, value_states, where)
         return keys, values
 
@@ -112,6 +113,12 @@ class CacheLayer(CacheLayerMixin):
         shape = (self.num_steps, self.batch, 2, key_states.shape[1], self.capacity, key_states.shape[-1])
         self._set_buffer(key_states.new_zeros(shape))
 
+    def fill(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Begins with these, (batch, heads, tokens, head_dim) each, through which gradients flow, at every step."""
+        self.num_steps, self.batch, self.capacity = 1, len(key_states), key_states.shape[2]
+        self.slots, self.length = [CacheSlot(self)], key_states.shape[2]
+        self._set_buffer(torch.stack((key_states, value_states), dim=1)[None])
+
     def make_static(self, like: torch.Tensor, num_steps: int, capacity: int) -> None:
         """A buffer of this size for the batch, heads, type and device of `like`, (batch, heads, 0, head_dim)."""
         self.num_steps, self.batch, self.capacity, self.is_static = num_steps, len(like), capacity, True
@@ -121,8 +128,8 @@ class CacheLayer(CacheLayerMixin):
     def _set_buffer(self, buffer: torch.Tensor) -> None:
         self.buffer, self.keys, self.values = buffer, buffer[:, :, 0], buffer[:, :, 1]
         self.dtype, self.device, self.is_initialized = buffer.dtype, buffer.device, True
-        for slot, both in zip(self.slots, buffer, strict=True):
-            slot.show(both)
+        for step, slot in enumerate(self.slots):
+            slot.show(buffer[step])
 
     def settle(self, first: int, entries: torch.LongTensor | None, new: slice) -> None:
         """Writes the new tokens' entries at step `first` and deeper.
@@ -220,6 +227,35 @@ class RecurrentCache(Cache):
         # (batch, capacity) on the CPU: the steps that each row took when it read a token, rows as they stood then.
         self.row_steps: torch.LongTensor | None = None
         self.prompt_length: int | None = None  # tokens read before the first new one; `generate` counts from there
+
+    @classmethod
+    def of_prefix(cls, config: MegaTransformerTextConfig, prefix: Cache) -> "RecurrentCache":
+        """A cache that begins with keys and values of each layer, as prefix tuning learns them; those of a layer of the
+        core are read at every step. An empty one gives an empty one.
+
+        Raises:
+            ValueError: for keys and values of other layers or heads.
+        """
+        cache = cls(config)
+        wanted = (config.num_key_value_heads, config.head_dim)
+        shapes = [layer.keys.shape for layer in prefix.layers if layer.is_initialized]
+        if not shapes:
+            return cache
+        if len(shapes) != len(cache.layers) or any((shape[1], shape[3]) != wanted for shape in shapes):
+            raise ValueError(
+                f"cache is a {type(prefix).__name__} with keys of shapes {sorted(set(map(tuple, shapes)))} in "
+                f"{len(shapes)} layers; this model needs a RecurrentCache, or a prefix of (batch, {wanted[0]}, tokens, "
+                f"{wanted[1]}) in each of {len(cache.layers)} layers"
+            )
+        for layer, given in zip(cache.layers, prefix.layers, strict=True):
+            layer.fill(given.keys, given.values)
+        cache.length = prefix.get_seq_length()
+        return cache
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that a cache of static size has room for; -1: there is no largest length. PEFT asks for it."""
+        return -1 if self.max_length is None else self.max_length
 
     @property
     def core_layers(self) -> list[CacheLayer]:

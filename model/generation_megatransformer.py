@@ -29,7 +29,7 @@ EXIT_OPTIONS = ("exit_criterion", "exit_threshold", "exit_first_step", "exit_eve
 NOISE_OPTIONS = ("noise_level", "noise_schedule")
 CACHE_OPTIONS = ("cache_policy", "num_kept_steps")
 DEFAULT_NEW_TOKENS = 20  # of transformers
-OWN_ARGUMENTS = ("depth_options", "num_cached_tokens")  # of `prepare_inputs_for_generation`
+OWN_ARGUMENTS = ("num_steps", "depth_options", "num_cached_tokens")  # of `prepare_inputs_for_generation`
 OPTIONS = ("num_steps", *EXIT_OPTIONS, "exit_schedule", "state_warm_start", *NOISE_OPTIONS, *CACHE_OPTIONS)
 
 
@@ -77,7 +77,9 @@ class RecurrentGenerationMixin:
             cache.prompt_length = None
             kwargs[CACHE_NAME] = cache
         asked = self._arguments_of_forward(options)
-        if asked:  # under one name that the generation config does not have, since transformers puts others there
+        if asked.keys() == {"num_steps"} and not hasattr(config, "num_steps"):
+            kwargs |= asked  # by the name that `forward` has too, so that libraries which hand it on know it
+        elif asked:  # by one name that no generation config has, since transformers would put others there
             kwargs["depth_options"] = asked
         outputs = super().generate(inputs, config, *args, **kwargs)
         if isinstance(outputs, ModelOutput) and self.text_config.num_core_layers and "custom_generate" not in kwargs:
@@ -85,6 +87,7 @@ class RecurrentGenerationMixin:
             if cache is None or is_assisted:  # in which no row exits
                 steps = self._full_steps(options["num_steps"], outputs.sequences.shape[0], num_new_tokens)
             else:
+                cache = outputs[CACHE_NAME]  # PEFT's prefix tuning has put another in its place
                 steps = steps_taken(cache, getattr(outputs, "beam_indices", None), num_new_tokens)
             behind = is_behind_the_end(outputs.sequences[:, num_prompt_tokens:], config)
             outputs["exit_steps"] = steps.masked_fill(behind, 0)
@@ -135,7 +138,7 @@ class RecurrentGenerationMixin:
             names += [*EXIT_OPTIONS, "exit_schedule"]
         if options["state_warm_start"]:
             names.append("state_warm_start")
-        return {name: options[name] for name in names if options[name] is not None}
+        return {name: options[name] for name in names if options[name] is not None and options[name] is not False}
 
     def _check_options(
         self, config: GenerationConfig, options: dict[str, Any], mode: GenerationMode, synced_gpus: bool | None
@@ -194,8 +197,10 @@ class RecurrentGenerationMixin:
         ]
         if len(given) == 2:
             raise ValueError("cache and past_key_values are two names of the same; give one of them")
-        if given or config.use_cache is False:
-            return given[0] if given else None
+        if given:
+            return given[0] if hasattr(given[0], "row_steps") else RecurrentCache.of_prefix(self.text_config, given[0])
+        if config.use_cache is False:
+            return None
         kind, config.cache_implementation = config.cache_implementation, None
         if kind not in (None, "dynamic", "static"):
             raise ValueError(f"cache_implementation {kind!r} is not possible here; choose 'dynamic' or 'static'")
@@ -290,11 +295,14 @@ class RecurrentGenerationMixin:
             **kwargs,
         )
         inputs.pop("tokenizer", None)  # for stop strings; transformers hands it on to every model
+        inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)  # where PEFT looks for it, under each version
         if cache is not None and not is_first_iteration and cache.prompt_length is None:
             cache.prompt_length = cache.get_seq_length()
         if not depth_options:
             return inputs
-        index = 0 if is_first_iteration else cache.get_seq_length() - cache.prompt_length + 1 if cache else None
+        index = 0
+        if cache is not None and not is_first_iteration:
+            index = cache.get_seq_length() - cache.prompt_length + 1
         return inputs | arguments_of_token(depth_options, index, len(input_ids))
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:
@@ -302,8 +310,8 @@ class RecurrentGenerationMixin:
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                options = (model_kwargs or {}).get("depth_options") or {}
-                processor.model = functools.partial(self, num_steps=options.get("num_steps"))
+                given = (model_kwargs or {}) | ((model_kwargs or {}).get("depth_options") or {})
+                processor.model = functools.partial(self, num_steps=given.get("num_steps"))
         return processors
 
     def _get_candidate_generator(
@@ -484,7 +492,7 @@ def refuse_empty_rows(attention_mask: torch.Tensor | None) -> None:
         raise ValueError(f"row {row} of the prompt is all padding (attention_mask); leave it out")
 
 
-def arguments_of_token(options: dict[str, Any], index: int | None, num_rows: int) -> dict[str, Any]:
+def arguments_of_token(options: dict[str, Any], index: int, num_rows: int) -> dict[str, Any]:
     """What `forward` is told about the depth of new token number `index`, counted from 0, which the prompt gives."""
     arguments = dict(options)
     schedule, in_prefill = arguments.pop("exit_schedule", None), arguments.pop("exit_in_prefill", False)

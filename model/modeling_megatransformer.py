@@ -199,6 +199,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             use_cache = self.config.use_cache and self.text_config.use_cache and not self.training
         if use_cache and cache is None:
             cache = RecurrentCache(self.text_config)
+        if cache is not None and not hasattr(cache, "row_steps"):
+            cache = RecurrentCache.of_prefix(self.text_config, cache)
         past = self._check_inputs(batch, sequence, attention_mask, cache)
         depth = resolve_depth(num_steps, self.text_config, batch, self.training)
         attention_mask, position_ids = self._place(inputs_embeds, past, attention_mask, position_ids)
@@ -316,8 +318,6 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         """Number of tokens in the cache; raises for inputs that would fail late or broadcast silently."""
         if sequence == 0:
             raise ValueError("the input sequence is empty; it needs at least one token")
-        if cache is not None and not hasattr(cache, "settle_steps"):
-            raise ValueError(f"cache is a {type(cache).__name__}; this model needs a RecurrentCache")
         past = cache.get_seq_length() if cache is not None else 0
         if attention_mask is not None and attention_mask.ndim != 4 and attention_mask.shape != (batch, past + sequence):
             raise ValueError(

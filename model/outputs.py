@@ -35,6 +35,11 @@ def takes_past_key_values(forward: Callable) -> Callable:
             kwargs["cache"] = past_key_values
         return forward(self, *args, **kwargs)
 
+    # transformers 5.23 looks in the signature for what it hands on.
+    own = inspect.signature(forward)
+    *named, rest = own.parameters.values()
+    old = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None)
+    wrapper.__signature__ = own.replace(parameters=[*named, old, rest])
     return wrapper
 
 
