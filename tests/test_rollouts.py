@@ -140,16 +140,16 @@ def test_another_depth_has_other_probabilities(tmp_path, rewards):
     trainer = build(tmp_path, rewards.add(many_a), model=model)
     ids = torch.randint(3, 300, (4, 9))
     scored = []
-    for depths in ([2, 2, 2, 2], [3, 2, 3, 2]):
+    for depths in ([2, 2, 2, 2], [3, 2, 2, 3]):
         with trainer.scoring_at(torch.tensor(depths)), torch.no_grad():
             parts = [trainer.model(input_ids=part, labels=part).logits for part in ids.split(2)] * 2
             again = [trainer.model(input_ids=part, labels=part).logits for part in ids.split(2)]
         assert all(torch.equal(part, other) for part, other in zip(parts, again, strict=False))
         scored.append(torch.cat(again))
     changed = (scored[0] - scored[1]).abs().amax(dim=(1, 2))
-    assert changed[[0, 2]].min() > 1e-3 and changed[[1, 3]].max() == 0
+    assert changed[[0, 3]].min() > 1e-3 and changed[[1, 2]].max() == 0
     logits = trainer.model(input_ids=ids, num_steps=3).logits
-    torch.testing.assert_close(logits[[0, 2]], scored[1][[0, 2]], **CLOSE)
+    torch.testing.assert_close(logits[[0, 3]], scored[1][[0, 3]], **CLOSE)
 
 
 def test_completions_of_a_prompt_share_a_depth_that_ranks_agree_on(tmp_path, rewards, monkeypatch):
