@@ -74,7 +74,10 @@ class Reader(nn.Module):
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         features, is_real = self.encoder(**inputs)  # (media, tokens, width), (media, tokens) or None
         if is_real is None:
-            return self.projector(features.flatten(0, 1)), [features.shape[1]] * len(features)
+            features, tokens = self.projector(features.flatten(0, 1)), features.shape[1]
+            # A program of torch.export serves any number of media: to it they are one.
+            is_one = torch.compiler.is_exporting()
+            return features, [features.shape[0]] if is_one else [tokens] * (features.shape[0] // tokens)
         return self.projector(features[is_real]), is_real.sum(dim=1).tolist()
 
     def read(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -136,7 +139,8 @@ def embed_media(
                 raise ValueError(f"there are features of {name}, but config.{name}_token_id, their place, is not set")
             continue
         is_place = input_ids == token_id  # (batch, sequence)
-        check_counts(name, is_place.sum(dim=1).tolist(), [len(part) for part in given], is_whole)
+        if not torch.compiler.is_exporting():  # whose programs have no numbers to compare
+            check_counts(name, is_place.sum(dim=1).tolist(), [len(part) for part in given], is_whole)
         if given:
             # Also where there is nothing to put: its gradient, which is 0, is what other ranks wait for.
             embeds = embeds.masked_scatter(is_place.unsqueeze(-1), torch.cat(given).to(embeds))

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -280,6 +281,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 
     def _fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """`default_state` on the device and in the type of `hidden`, drawn once."""
+        if torch.compiler.is_exporting():
+            # A program has no generators, and nothing that is traced may be kept: another thread is not traced.
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(default_state, self.text_config).result().to(hidden)
         recurrence = self.text_config.recurrence
         key = (recurrence.state_init, recurrence.state_scale, recurrence.state_seed, hidden.device, hidden.dtype)
         if self._drawn_state[0] != key:
@@ -339,7 +344,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 f"expected (batch, sequence) = ({batch}, {sequence})"
             )
         table = self.text_config.max_position_embeddings
-        if self.text_config.position_embedding in ("learned", "sinusoidal") and position_ids.max() >= table:
+        has_table = self.text_config.position_embedding in ("learned", "sinusoidal")
+        if has_table and not torch.compiler.is_exporting() and position_ids.max() >= table:
             raise ValueError(
                 f"{int(position_ids.max()) + 1} positions are more than the {table} of the "
                 f"{self.text_config.position_embedding} table (max_position_embeddings); shorten the input, or use "
@@ -647,7 +653,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
             input_ids = put_codes(self.writers, targets, input_ids, self.config)
             inputs_embeds = self.embed(input_ids, media, mm_encoder_outputs, cache)
             latents = encode_targets(self.writers, targets, input_ids, self.config)
-            written = Written(latents, self._flow_seeds(flow_seeds, len(input_ids)), num_written_in_batch or {})
+            written = Written(latents, self._flow_seeds(flow_seeds, input_ids.shape[0]), num_written_in_batch or {})
             inputs_embeds = self.embed_written(inputs_embeds, written)
         elif mm_encoder_outputs or any(value is not None for value in (media | targets).values()):
             raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")

@@ -291,8 +291,11 @@ def iterate_core(
         s_r, (batch, sequence, hidden), and the steps taken, (batch,) on the CPU.
     """
     grad_enabled = torch.is_grad_enabled()
-    row_steps = [depth.total] * len(state) if depth.rows is None else depth.rows.tolist()
-    going = list(range(len(state)))
+    all_go = (
+        depth.rows is None and look is None
+    )  # no row is asked for, so that torch.export may leave their number open
+    row_steps = depth.rows.tolist() if depth.rows is not None else [] if all_go else [depth.total] * len(state)
+    going = list(range(len(row_steps)))
     rows, here, embeds_here, inputs_here = None, state, embeds, inputs  # those that go on
     for step in range(depth.total):
         if grad_enabled and step == depth.no_grad and not here.requires_grad:
@@ -308,6 +311,8 @@ def iterate_core(
             )
         if trajectory is not None:
             trajectory.append(_put(state, rows, here))
+        if all_go:
+            continue
 
         if look is not None and step + 1 < depth.total:
             stops = look(step + 1, here, rows, inputs_here)
@@ -322,7 +327,8 @@ def iterate_core(
             kept = torch.tensor(stays, device=state.device)
             rows = kept if rows is None else rows.index_select(0, kept)
             here, embeds_here, inputs_here = here.index_select(0, kept), embeds.index_select(0, rows), inputs.of(rows)
-    return _put(state, rows, here), torch.tensor(row_steps)
+    steps = torch.full(state.shape[:1], depth.total) if all_go else torch.tensor(row_steps)
+    return _put(state, rows, here), steps
 
 
 def _put(state: torch.Tensor, rows: torch.LongTensor | None, here: torch.Tensor) -> torch.Tensor:

@@ -110,13 +110,16 @@ class MegaTransformerVisionModel(MegaTransformerPreTrainedModel):
 
     def _check_sizes(self, pixels: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor | None:
         """The sizes, or None if all images are as large as the tensor."""
-        unit, whole = self.config.token_size, torch.tensor(pixels.shape[-2:], device=pixels.device)
-        if pixels.ndim != 4 or pixels.shape[1] != self.config.num_channels or (whole % unit).any():
+        unit = self.config.token_size
+        if pixels.ndim != 4 or pixels.shape[1] != self.config.num_channels or any(n % unit for n in pixels.shape[-2:]):
             raise ValueError(
                 f"pixel_values has shape {tuple(pixels.shape)}, expected (images, {self.config.num_channels}, height, "
                 f"width), both multiples of patch_size * pixel_shuffle = {unit}"
             )
-        if sizes is None or (sizes == whole).all():
+        if sizes is None:
+            return None
+        whole = torch.tensor(pixels.shape[-2:], device=pixels.device)
+        if (sizes == whole).all():
             return None
         if sizes.shape != (len(pixels), 2) or (sizes % unit).any() or (sizes < unit).any() or (sizes > whole).any():
             raise ValueError(
