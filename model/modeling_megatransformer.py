@@ -385,6 +385,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -410,6 +411,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         **kwargs,
     ) -> MegaTransformerCausalLMOutput:
         """Arguments of the base model, and:
+            shift_labels: (batch, sequence), in place of labels: position i predicts label i. Trainers that spread a
+                sequence over ranks give them, since the last position of a part predicts the first token of the next.
 
         Args:
             labels: (batch, sequence), -100 where there is no loss. They are shifted inside: position i predicts label i
@@ -428,12 +431,14 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             exit_every: Steps from a look to the next.
             state_warm_start: See the base model.
             noise_level: Amount of noise mixed into the state before each step; see `StateNoise`.
+        is_shifted = shift_labels is not None
+        labels = shift_labels if is_shifted else labels
             noise_schedule: How the amount changes from step to step.
             media: Further arguments of a base model that reads images and sound.
         """
         check_kwargs(kwargs, self.forward, position_ids)
         if labels is not None:
-            num_items_in_batch = count_labels(labels, num_items_in_batch, loss_weights)
+            num_items_in_batch = count_labels(labels, num_items_in_batch, loss_weights, is_shifted)
             use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
         watch = None
         if exit_criterion != "none":
@@ -464,7 +469,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             logits = self._logits(slice_logits_to_keep(hidden, logits_to_keep))
         losses = {}
         if labels is not None:
-            losses = self._losses(logits, outputs, labels, loss_weights, num_items_in_batch)
+            losses = self._losses(logits, outputs, labels, loss_weights, num_items_in_batch, is_shifted)
         return MegaTransformerCausalLMOutput(
             logits=logits,
             **{CACHE_NAME: outputs.cache},
@@ -481,6 +486,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         logits: torch.Tensor | None,
         outputs: MegaTransformerModelOutput,
         labels: torch.Tensor,
+        is_shifted: bool,
         weights: torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
     ) -> dict[str, Any]:
@@ -490,9 +496,12 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         vocab_size = self.text_config.vocab_size
         if logits is None or weights is not None:
             hidden = outputs.last_hidden_state
-            loss, of_tokens = causal_loss(self._logits, hidden, labels, vocab_size, num_items_in_batch, weights)
+            loss, of_tokens = causal_loss(
+                self._logits, hidden, labels, vocab_size, num_items_in_batch, weights, is_shifted
+            )
             return {"loss": loss, "token_losses": of_tokens}
-        return {"loss": self.loss_function(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch)}
+        shifted = labels if is_shifted else None
+        return {"loss": self.loss_function(logits, labels, vocab_size, num_items_in_batch, shift_labels=shifted)}
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., vocab)."""
@@ -783,3 +792,5 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
             count = written.num_in_batch.get(name, len(of_latents))
             losses["loss"] = losses["loss"] + writer.config.loss_weight * of_latents.sum() / count
         return {**losses, "written_losses": of_modalities or None}
+        if kwargs.get("shift_labels") is not None and coded["image_targets"] is not image_targets:
+            raise ValueError("shift_labels does not know the codes of images that are written; give labels")

@@ -180,6 +180,29 @@ def test_the_loss_in_chunks_is_that_of_capped_logits_in_float32(monkeypatch, dty
     torch.testing.assert_close(loss, -log_p.gather(-1, ids[:, 1:, None]).mean(), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"skip_logits": True}, {"loss_weights": True}])
+def test_a_sequence_in_parts_with_labels_shifted_before_has_the_loss_of_the_whole(options):
+    """As trainers do it that spread sequences over ranks: the last place of a part predicts the first token of the
+    next. Two documents, so that parts can stand alone; -log p by hand.
+    """
+    model, ids = tiny_model(scale=3.0), tiny_ids(2, 6)
+    weights = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) if "loss_weights" in options else None
+    options = {**options, "loss_weights": weights} if "loss_weights" in options else options
+    shifted = torch.cat((ids[:, 1:], torch.tensor([[-100], [7]])), dim=1)
+    log_p = logits_of(model, ids).log_softmax(-1)
+    losses = -log_p.gather(-1, shifted.clamp(min=0)[..., None])[..., 0] * (shifted != -100)
+    factors = torch.ones(2, 6) if weights is None else weights
+    expected = (losses * factors).sum() / (factors * (shifted != -100)).sum()
+    with torch.no_grad():
+        out = model(ids, labels=torch.zeros_like(ids), shift_labels=shifted, **options)
+        torch.testing.assert_close(out.loss, expected)
+        torch.testing.assert_close(model(ids, shift_labels=shifted, **options).loss, expected)
+        summed = model(ids, shift_labels=shifted, num_items_in_batch=torch.tensor(4), **options).loss
+    torch.testing.assert_close(summed, (losses * factors).sum() / 4)
+    if options:
+        torch.testing.assert_close(out.token_losses, losses)
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 def test_a_mask_for_each_row_equals_the_rows_alone(position):
     """4-D masks of numbers, taken as they are: causal, and without the first two places of the second row; of a whole
