@@ -180,14 +180,14 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             initial_state: s_0, broadcastable to (batch, sequence, hidden). Default: one fixed draw.
             output_states: Return s_0 .. s_r.
             output_hidden_states: Return `hidden_states`. Default: what the config says.
-            output_attentions: Return `attentions`, which needs the eager backend. Default: what the config says.
+            output_attentions: Return `attentions`, which are then computed eagerly. Default: what the config says.
             state_warm_start: A single new token behind a cache starts from the state in which the token before ended.
             state_noise: Disturbs the state before each step.
             exit_watch: Says which rows stop early, and after which step. Made by the model with the head.
 
         Raises:
-            ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, a
-                depth that is none, or attentions that the backend does not give.
+            ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, or a
+                depth that is none.
         """
         check_kwargs(kwargs, self.forward, position_ids)
         if (input_ids is None) == (inputs_embeds is None):
@@ -207,9 +207,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         hidden = self._add_positions(inputs_embeds, position_ids)
         if cache is not None:
             cache.begin(hidden, depth.total)
-        inputs = prepare_attention(self.text_config, hidden, attention_mask, position_ids, cache)
-        inputs.hidden_states = [hidden] if self._is_asked("output_hidden_states", output_hidden_states) else None
-        inputs.attentions = [] if self._is_asked("output_attentions", output_attentions) else None
+        asked = self._asked(output_hidden_states, output_attentions)
+        attentions = [] if asked["output_attentions"] else None
+        inputs = prepare_attention(self.text_config, hidden, attention_mask, position_ids, cache, attentions=attentions)
+        inputs.hidden_states = [hidden] if asked["output_hidden_states"] else None
 
         slots = cache.prelude_slots if cache is not None else None
         hidden = self.prelude(hidden, inputs=inputs, slots=slots)
@@ -248,17 +249,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             exit_steps=exit_steps,
         )
 
-    def _is_asked(self, name: str, value: bool | None) -> bool:
-        """Whether an output is asked for, by argument, else by config.
-
-        Raises:
-            ValueError: for attentions, where the backend does not give them.
-        """
-        is_asked = getattr(self.config, name) if value is None else value
-        backend = self.text_config._attn_implementation
-        if is_asked and name == "output_attentions" and backend != "eager":
-            raise ValueError(f"output_attentions is not possible with {backend}; load with attn_implementation='eager'")
-        return is_asked
+    def _asked(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
+        """Which outputs are asked for, by argument, else by config."""
+        given = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        return {name: bool(getattr(self.config, name) if value is None else value) for name, value in given.items()}
 
     def _place(
         self, embeds: torch.Tensor, past: int, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
@@ -300,7 +294,9 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         """Which of the rows stop after `step` steps; None where it is not looked."""
         if not watch.is_due(step):
             return None
-        inputs = replace(inputs, hidden_states=None, attentions=None)  # only the last reading is part of the output
+        # Only the last reading is part of the output; the mask is already that of the backend that gives attentions.
+        attentions = None if inputs.attentions is None else list(inputs.attentions)
+        inputs = replace(inputs, hidden_states=None, attentions=attentions)
         hidden = self._read(self.norm(state), inputs, cache) if watch.criterion.reads_logits else None
         return watch.look(step, state, hidden, rows)
 

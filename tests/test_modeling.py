@@ -203,6 +203,39 @@ def test_a_sequence_in_parts_with_labels_shifted_before_has_the_loss_of_the_whol
         torch.testing.assert_close(out.token_losses, losses)
 
 
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_attentions_are_given_whatever_the_backend(position):
+    """Computed eagerly for this call: the output stays what the backend gives, and the probabilities are what mixes the
+    values of the first layer.
+    """
+    model = tiny_model(scale=3.0, position_embedding=position)
+    assert model.config._attn_implementation == "sdpa"
+    ids, mixed = tiny_ids(2, 6), []
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    first = model.model.prelude.layers[0].attention
+    first.o_proj.register_forward_hook(lambda module, args, output: mixed.append((args[0], first.values)))
+    project = first._project
+
+    def remember(hidden):
+        query, key, first.values = project(hidden)
+        return query, key, first.values
+
+    first._project = remember
+    real = mask.bool()
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, output_attentions=True, num_steps=3)
+        plain = model(ids, attention_mask=mask, num_steps=3).logits
+    torch.testing.assert_close(plain[real], out.logits[real], atol=1e-4, rtol=1e-4)
+    assert len(out.attentions) == 1 + 3 * 2 + 1
+    for probabilities in out.attentions:
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4, 6))
+        assert not probabilities[0].triu(1).any() and not probabilities[1, :, 2:].triu(3).any()
+        assert not probabilities[1, :, 2:, :2].any()
+    into, values = mixed[0]
+    by_hand = torch.einsum("bhqk,bhkd->bqhd", out.attentions[0], values.repeat_interleave(2, dim=1)).flatten(2)
+    torch.testing.assert_close(by_hand[real], into[real], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 def test_a_mask_for_each_row_equals_the_rows_alone(position):
     """4-D masks of numbers, taken as they are: causal, and without the first two places of the second row; of a whole
@@ -251,7 +284,6 @@ def test_a_batch_without_labels_has_loss_and_gradients_of_zero(skip_logits, num_
         ({"input_ids": tiny_ids(2, 5), "num_steps": torch.tensor([1, 0])}, r"every row, got \[1, 0\]"),
         ({}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": tiny_ids(1, 5), "num_stepz": 3}, "does not know the argument 'num_stepz'"),
-        ({"input_ids": tiny_ids(1, 5), "output_attentions": True}, "output_attentions is not possible with sdpa"),
     ],
 )
 def test_bad_input_is_refused_at_the_door(arguments, message):
