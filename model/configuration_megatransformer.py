@@ -717,6 +717,15 @@ class MegaTransformerConfig(StrictConfig):
         self.text_config.num_steps = num_steps
 
     @property
+    @property
+    def vocab_size(self) -> int:
+        """That of the language model. Libraries ask for it here too."""
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value
+
     def sampling_rate(self) -> int | None:
         """Of the sound that is written. Pipelines ask for it."""
         return None if self.audio_writer_config is None else self.audio_writer_config.sampling_rate
