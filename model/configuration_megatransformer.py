@@ -253,6 +253,7 @@ class MegaTransformerTextConfig(StrictConfig):
     keys_to_ignore_at_inference = [
         *("cache", "past_key_values"),  # its name from transformers 5.24 on, and before
         *("state", "states", "exit_steps", "token_losses", "written_losses"),
+        *("image_outputs", "audio_outputs"),
     ]
     is_causal = True
     sub_configs_defaults = {"recurrence": RecurrenceConfig}
@@ -717,7 +718,6 @@ class MegaTransformerConfig(StrictConfig):
         self.text_config.num_steps = num_steps
 
     @property
-    @property
     def vocab_size(self) -> int:
         """That of the language model. Libraries ask for it here too."""
         return self.text_config.vocab_size
@@ -726,6 +726,7 @@ class MegaTransformerConfig(StrictConfig):
     def vocab_size(self, value: int) -> None:
         self.text_config.vocab_size = value
 
+    @property
     def sampling_rate(self) -> int | None:
         """Of the sound that is written. Pipelines ask for it."""
         return None if self.audio_writer_config is None else self.audio_writer_config.sampling_rate
