@@ -1,5 +1,6 @@
 """Grouped-query attention with RoPE or ALiBi; the backends are those of transformers' attention registry."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -124,6 +125,7 @@ def prepare_attention(
     position_ids: torch.Tensor,
     cache: RecurrentCache | None,
     rows: torch.LongTensor | None = None,
+    attentions: list[torch.Tensor] | None = None,
 ) -> AttentionInputs:
     """Builds the mask and the positional terms once for all layers of a forward pass.
 
@@ -132,8 +134,10 @@ def prepare_attention(
         attention_mask: (batch, past + sequence) with 1 for real tokens, a 4-D mask which is taken as it is, or None.
         position_ids: (batch, sequence). Without mask and cache, a restart begins a new document: none sees another.
         rows: The rows of the cache that the batch consists of. Default: all.
+        attentions: Where the attention probabilities of each layer are gathered, for which they are computed eagerly.
     """
     check_backend(config, config._attn_implementation)  # it may have been set without a check, on the config
+    config = config if attentions is None else in_eager(config)
     alibi = config.position_embedding == "alibi"
     past = cache.get_seq_length() if cache is not None else 0
     is_static = cache is not None and cache.max_length is not None
@@ -149,7 +153,7 @@ def prepare_attention(
     )
     mask = _as_added(mask, config, inputs_embeds)
     where = cache.places(inputs_embeds.shape[1], inputs_embeds.device) if cache is not None else None
-    inputs = AttentionInputs(mask, where=where, rows=rows)
+    inputs = AttentionInputs(mask, where=where, rows=rows, attentions=attentions)
     if not isinstance(mask, torch.Tensor | None):
 
         def build_of(rows: torch.LongTensor) -> AttentionInputs:
@@ -178,7 +182,12 @@ def prepare_attention(
 
 
 def prepare_bidirectional_attention(
-    config: EncoderConfig, hidden: torch.Tensor, is_real: torch.Tensor | None, angles: torch.Tensor
+    config: EncoderConfig,
+    hidden: torch.Tensor,
+    is_real: torch.Tensor | None,
+    angles: torch.Tensor,
+    hidden_states: list[torch.Tensor] | None = None,
+    attentions: list[torch.Tensor] | None = None,
 ) -> AttentionInputs:
     """Mask and rotations for an encoder, in which all tokens see each other, but none sees padding.
 
@@ -186,10 +195,23 @@ def prepare_bidirectional_attention(
         hidden: (batch, sequence, hidden).
         is_real: (batch, sequence) of bool; None: all are.
         angles: (1 or batch, sequence, head_dim / 2), of `rotary_angles`.
+        hidden_states: Where the outputs of the layers are gathered, behind `hidden`.
+        attentions: Where their attention probabilities are gathered, for which they are computed eagerly.
     """
     check_backend(config, config._attn_implementation)
-    mask = create_bidirectional_mask(config, hidden, is_real)
-    return AttentionInputs(_as_added(mask, config, hidden), rotary_tables(angles, hidden.dtype))
+    config = config if attentions is None else in_eager(config)
+    if hidden_states is not None:
+        hidden_states.append(hidden)
+    mask = _as_added(create_bidirectional_mask(config, hidden, is_real), config, hidden)
+    rotary = rotary_tables(angles, hidden.dtype)
+    return AttentionInputs(mask, rotary, hidden_states=hidden_states, attentions=attentions)
+
+
+def in_eager(config: MegaTransformerTextConfig | EncoderConfig) -> MegaTransformerTextConfig | EncoderConfig:
+    """The configuration with the one backend that gives attention probabilities."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    return config
 
 
 def _as_added(mask: torch.Tensor | None, config: MegaTransformerTextConfig | EncoderConfig, embeds: torch.Tensor):
@@ -269,9 +291,8 @@ class Attention(nn.Module):
         if slot is not None:
             key, value = slot.update(key, value, inputs.where, inputs.rows)
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        backend = self.config._attn_implementation if inputs.attentions is None else "eager"
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         extra = {} if inputs.position_bias is None else {"position_bias": inputs.position_bias}
         if self.config.attn_logit_softcapping is not None:
             extra["softcap"] = self.config.attn_logit_softcapping

@@ -60,12 +60,20 @@ class MegaTransformerAudioModel(MegaTransformerPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_features: torch.FloatTensor, input_features_mask: torch.Tensor | None = None
+        self,
+        input_features: torch.FloatTensor,
+        input_features_mask: torch.Tensor | None = None,
+        hidden_states: list[torch.Tensor] | None = None,
+        attentions: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             input_features: (clips, mel bins, frames), zero behind the end of a clip.
             input_features_mask: (clips, frames), 1 for real frames, which come first. Default: all are real.
+            hidden_states: If given, what enters the first layer and the output of each are appended, the last of them
+                after the norm; each (clips, tokens, hidden).
+            attentions: If given, the attention probabilities of each layer are appended, (clips, heads, tokens,
+                tokens).
 
         Returns:
             (clips, tokens, output_size); and (clips, tokens) of bool, whether they are before the end of their clip, or
@@ -79,8 +87,11 @@ class MegaTransformerAudioModel(MegaTransformerPreTrainedModel):
         is_real = None if lengths is None else is_before_end(lengths, hidden.shape[1])
         places = torch.arange(hidden.shape[1], device=hidden.device)[None]
         angles = rotary_angles(places, self.config.head_dim, self.config.rope_theta)
-        inputs = prepare_bidirectional_attention(self.config, hidden, is_real, angles)
-        return self.norm(self.layers(hidden, inputs=inputs)), is_real
+        inputs = prepare_bidirectional_attention(self.config, hidden, is_real, angles, hidden_states, attentions)
+        hidden = self.norm(self.layers(hidden, inputs=inputs))
+        if hidden_states is not None:
+            hidden_states[-1] = hidden
+        return hidden, is_real
 
     def _check_lengths(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
         """Frames of each clip, (clips,), or None if all are real."""

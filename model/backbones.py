@@ -57,10 +57,24 @@ class Backbone(nn.Module):
         self.model.train(mode and not self.config.freeze_backbone)
         return self
 
-    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Features (media, tokens, output_size), all real: such models take inputs of one size."""
+    def forward(
+        self,
+        hidden_states: list[torch.Tensor] | None = None,
+        attentions: list[torch.Tensor] | None = None,
+        **inputs: torch.Tensor,
+    ) -> tuple[torch.Tensor, None]:
+        """Features (media, tokens, output_size), all real: such models take inputs of one size. `hidden_states` and
+        `attentions` are those of our encoders.
+        """
+        asked = {} if hidden_states is None else {"output_hidden_states": True}
+        asked |= {} if attentions is None else {"output_attentions": True}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
-            return self.model(inputs[self.main_input_name]).last_hidden_state, None
+            outputs = self.model(inputs[self.main_input_name], **asked)
+        if hidden_states is not None:
+            hidden_states += [*outputs.hidden_states[:-1], outputs.last_hidden_state]
+        if attentions is not None:
+            attentions += outputs.attentions
+        return outputs.last_hidden_state, None
 
 
 def read_config(name: str, main_input_name: str) -> PreTrainedConfig:

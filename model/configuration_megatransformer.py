@@ -253,6 +253,7 @@ class MegaTransformerTextConfig(StrictConfig):
     keys_to_ignore_at_inference = [
         *("cache", "past_key_values"),  # its name from transformers 5.24 on, and before
         *("state", "states", "exit_steps", "token_losses", "written_losses"),
+        *("image_outputs", "audio_outputs"),
     ]
     is_causal = True
     sub_configs_defaults = {"recurrence": RecurrenceConfig}
@@ -715,6 +716,15 @@ class MegaTransformerConfig(StrictConfig):
     @num_steps.setter
     def num_steps(self, num_steps: int | None) -> None:
         self.text_config.num_steps = num_steps
+
+    @property
+    def vocab_size(self) -> int:
+        """That of the language model. Libraries ask for it here too."""
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value
 
     @property
     def sampling_rate(self) -> int | None:

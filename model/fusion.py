@@ -1,11 +1,12 @@
 """Features of media onto their placeholders: read once, scattered once, counts compared."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig, MegaTransformerTextConfig
 from .modalities import MODALITIES
@@ -64,15 +65,18 @@ class Reader(nn.Module):
         inputs = self.modality.dummy_inputs(self.encoder.config)
         return {name: value.to(self.some_weight.device) for name, value in inputs.items()}
 
-    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """The features of all media, (tokens, hidden), and how many tokens each medium has.
+    def forward(
+        self, layers: dict[str, list[torch.Tensor]] | None = None, **inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The features of all media, (tokens, hidden), and how many tokens each medium has. `layers` are the lists in
+        which an encoder gathers what its layers give.
 
         One tensor, since ZeRO-3 gathers the weights of a module once for each that it returns, and ranks with more
         media than others would wait for them. Processors give float32, whatever the type of the weights.
         """
         dtype = self.some_weight.dtype
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        features, is_real = self.encoder(**inputs)  # (media, tokens, width), (media, tokens) or None
+        features, is_real = self.encoder(**inputs, **(layers or {}))  # (media, tokens, width), (media, tokens) or None
         if is_real is None:
             features, tokens = self.projector(features.flatten(0, 1)), features.shape[1]
             # A program of torch.export serves any number of media: to it they are one.
@@ -80,18 +84,37 @@ class Reader(nn.Module):
             return features, [features.shape[0]] if is_one else [tokens] * (features.shape[0] // tokens)
         return self.projector(features[is_real]), is_real.sum(dim=1).tolist()
 
-    def read(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The features of each medium, (tokens, hidden)."""
-        features, lengths = self(**inputs)
-        return features.split(lengths)
+    def read(
+        self, output_hidden_states: bool = False, output_attentions: bool = False, **inputs: torch.Tensor
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered. Of an
+        encoder that shows its layers also `last_hidden_state`, except in training, where nobody would read it; and
+        what is asked for.
+        """
+        layers: dict[str, list[torch.Tensor]] = {}
+        if self.modality.shows_layers and (output_hidden_states or not self.training):
+            layers["hidden_states"] = []
+        if self.modality.shows_layers and output_attentions:
+            layers["attentions"] = []
+        features, lengths = self(layers, **inputs)
+        hidden_states = layers.get("hidden_states")
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states[-1] if hidden_states else None,
+            pooler_output=features.split(lengths),
+            hidden_states=tuple(hidden_states) if output_hidden_states and hidden_states else None,
+            attentions=tuple(layers["attentions"]) if "attentions" in layers else None,
+        )
 
 
-def read_media(readers: nn.ModuleDict, media: dict[str, Any], run_all: bool) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Features by modality, of those that there are.
+def read_media(
+    readers: nn.ModuleDict, media: dict[str, Any], run_all: bool, **asked: bool
+) -> dict[str, BaseModelOutputWithPooling]:
+    """What readers read, by modality; see `Reader.read`.
 
     Args:
         media: Inputs of all readers by name.
         run_all: Whether readers without input read something, of which nothing is kept but the gradient, which is 0.
+        asked: `output_hidden_states`, `output_attentions`.
 
     Raises:
         ValueError: For what no reader takes, or what is no input without another.
@@ -101,21 +124,22 @@ def read_media(readers: nn.ModuleDict, media: dict[str, Any], run_all: bool) -> 
     if unknown:
         kinds = ", ".join(["text", *readers])
         raise ValueError(f"{unknown[0]} was given, but this model reads {kinds}; leave it out, or take another model")
-    features = {}
+    outputs = {}
     for name, reader in readers.items():
         inputs = {key: media[key] for key in reader.input_names if media.get(key) is not None}
         if reader.input_names[0] in inputs:
-            features[name] = reader.read(**inputs)
+            outputs[name] = reader.read(**inputs, **asked)
         elif inputs:
             raise ValueError(f"{next(iter(inputs))} was given without {reader.input_names[0]}, which it describes")
         elif run_all:
-            features[name] = tuple(part[:0] for part in reader.read(**reader.dummy_inputs()))
-    return features
+            parts = reader.read(**reader.dummy_inputs()).pooler_output
+            outputs[name] = BaseModelOutputWithPooling(pooler_output=tuple(part[:0] for part in parts))
+    return outputs
 
 
 def embed_media(
     embeds: torch.Tensor,
-    input_ids: torch.LongTensor,
+    is_token: Callable[[int], torch.Tensor],
     features: dict[str, Iterable[torch.Tensor]],
     config: MegaTransformerConfig,
     is_whole: bool = True,
@@ -124,7 +148,7 @@ def embed_media(
 
     Args:
         embeds: (batch, sequence, hidden).
-        input_ids: (batch, sequence).
+        is_token: From the id of a token, (batch, sequence) of bool, where it stands.
         features: By modality, of each medium, (tokens, hidden), in the order of the placeholders, row by row.
         is_whole: Whether each of the features is that of a whole medium, which lies in one row.
 
@@ -138,7 +162,7 @@ def embed_media(
             if given:
                 raise ValueError(f"there are features of {name}, but config.{name}_token_id, their place, is not set")
             continue
-        is_place = input_ids == token_id  # (batch, sequence)
+        is_place = is_token(token_id)  # (batch, sequence)
         if not torch.compiler.is_exporting():  # whose programs have no numbers to compare
             check_counts(name, is_place.sum(dim=1).tolist(), [len(part) for part in given], is_whole)
         if given:

@@ -396,14 +396,14 @@ class MediaGenerationMixin:
         media = self.model.take_media(kwargs)
         if media and kwargs.get("inputs_embeds") is not None:
             raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
-        features = read_media(self.model.readers, media, run_all=self.model.must_run_alike)
+        encoded = read_media(self.model.readers, media, run_all=self.model.must_run_alike)
         outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        for name, parts in features.items():
+        for name, output in encoded.items():
             if name in outputs:
                 raise ValueError(f"{name}: give its features (mm_encoder_outputs) or what to read, not both")
-            check_counts(name, self._count_places(name, input_ids), [len(part) for part in parts])
-            outputs[name] = BaseModelOutputWithPooling(pooler_output=parts)
+            check_counts(name, self._count_places(name, input_ids), [len(part) for part in output.pooler_output])
+            outputs[name] = output
         return kwargs | ({"mm_encoder_outputs": outputs} if outputs else {})
 
     @property

@@ -28,6 +28,8 @@ class Modality(ABC):
     """Of the encoder's configuration."""
     input_names: tuple[str, ...]
     """Arguments of the encoder's `forward`, the medium itself first."""
+    shows_layers: bool = False
+    """Whether `forward` also takes lists, `hidden_states` and `attentions`, to which it appends those of its layers."""
 
     @property
     def token(self) -> str:
@@ -75,6 +77,7 @@ class ImageModality(Modality):
     name = "image"
     config_class = MegaTransformerVisionConfig
     input_names = ("pixel_values", "image_sizes")
+    shows_layers = True
 
     def build_encoder(self, config: MegaTransformerVisionConfig) -> nn.Module:
         return MegaTransformerVisionModel(config) if config.backbone is None else Backbone(config, self.input_names[0])
@@ -92,6 +95,7 @@ class AudioModality(Modality):
     name = "audio"
     config_class = MegaTransformerAudioConfig
     input_names = ("input_features", "input_features_mask")
+    shows_layers = True
 
     def build_encoder(self, config: MegaTransformerAudioConfig) -> nn.Module:
         return MegaTransformerAudioModel(config) if config.backbone is None else Backbone(config, self.input_names[0])

@@ -181,14 +181,14 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             initial_state: s_0, broadcastable to (batch, sequence, hidden). Default: one fixed draw.
             output_states: Return s_0 .. s_r.
             output_hidden_states: Return `hidden_states`. Default: what the config says.
-            output_attentions: Return `attentions`, which needs the eager backend. Default: what the config says.
+            output_attentions: Return `attentions`, which are then computed eagerly. Default: what the config says.
             state_warm_start: A single new token behind a cache starts from the state in which the token before ended.
             state_noise: Disturbs the state before each step.
             exit_watch: Says which rows stop early, and after which step. Made by the model with the head.
 
         Raises:
-            ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, a
-                depth that is none, or attentions that the backend does not give.
+            ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, or a
+                depth that is none.
         """
         check_kwargs(kwargs, self.forward, position_ids)
         if (input_ids is None) == (inputs_embeds is None):
@@ -208,9 +208,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         hidden = self._add_positions(inputs_embeds, position_ids)
         if cache is not None:
             cache.begin(hidden, depth.total)
-        inputs = prepare_attention(self.text_config, hidden, attention_mask, position_ids, cache)
-        inputs.hidden_states = [hidden] if self._is_asked("output_hidden_states", output_hidden_states) else None
-        inputs.attentions = [] if self._is_asked("output_attentions", output_attentions) else None
+        asked = self._asked(output_hidden_states, output_attentions)
+        attentions = [] if asked["output_attentions"] else None
+        inputs = prepare_attention(self.text_config, hidden, attention_mask, position_ids, cache, attentions=attentions)
+        inputs.hidden_states = [hidden] if asked["output_hidden_states"] else None
 
         slots = cache.prelude_slots if cache is not None else None
         hidden = self.prelude(hidden, inputs=inputs, slots=slots)
@@ -249,17 +250,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             exit_steps=exit_steps,
         )
 
-    def _is_asked(self, name: str, value: bool | None) -> bool:
-        """Whether an output is asked for, by argument, else by config.
-
-        Raises:
-            ValueError: for attentions, where the backend does not give them.
-        """
-        is_asked = getattr(self.config, name) if value is None else value
-        backend = self.text_config._attn_implementation
-        if is_asked and name == "output_attentions" and backend != "eager":
-            raise ValueError(f"output_attentions is not possible with {backend}; load with attn_implementation='eager'")
-        return is_asked
+    def _asked(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
+        """Which outputs are asked for, by argument, else by config."""
+        given = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        return {name: bool(getattr(self.config, name) if value is None else value) for name, value in given.items()}
 
     def _place(
         self, embeds: torch.Tensor, past: int, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
@@ -305,7 +299,9 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         """Which of the rows stop after `step` steps; None where it is not looked."""
         if not watch.is_due(step):
             return None
-        inputs = replace(inputs, hidden_states=None, attentions=None)  # only the last reading is part of the output
+        # Only the last reading is part of the output; the mask is already that of the backend that gives attentions.
+        attentions = None if inputs.attentions is None else list(inputs.attentions)
+        inputs = replace(inputs, hidden_states=None, attentions=attentions)
         hidden = self._read(self.norm(state), inputs, cache) if watch.criterion.reads_logits else None
         return watch.look(step, state, hidden, rows)
 
@@ -395,6 +391,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         cache: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         loss_weights: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
@@ -420,6 +417,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         Args:
             labels: (batch, sequence), -100 where there is no loss. They are shifted inside: position i predicts label i
                 + 1.
+            shift_labels: (batch, sequence), in place of labels: position i predicts label i. Trainers that spread a
+                sequence over ranks give them, since the last position of a part predicts the first token of the next.
             loss_weights: (batch, sequence), what the loss of each label is multiplied by. Default: 1.
             logits_to_keep: Number of last positions whose logits are computed (0: all), or their indices.
             skip_logits: With labels: compute the loss a chunk of tokens at a time, and return no logits, since all of
@@ -438,8 +437,10 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             media: Further arguments of a base model that reads images and sound.
         """
         check_kwargs(kwargs, self.forward, position_ids)
+        is_shifted = shift_labels is not None
+        labels = shift_labels if is_shifted else labels
         if labels is not None:
-            num_items_in_batch = count_labels(labels, num_items_in_batch, loss_weights)
+            num_items_in_batch = count_labels(labels, num_items_in_batch, loss_weights, is_shifted)
             use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
         watch = None
         if exit_criterion != "none":
@@ -470,7 +471,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             logits = self._logits(slice_logits_to_keep(hidden, logits_to_keep))
         losses = {}
         if labels is not None:
-            losses = self._losses(logits, outputs, labels, loss_weights, num_items_in_batch)
+            losses = self._losses(logits, outputs, labels, loss_weights, num_items_in_batch, is_shifted)
         return MegaTransformerCausalLMOutput(
             logits=logits,
             **{CACHE_NAME: outputs.cache},
@@ -479,6 +480,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             state=outputs.state,
             states=outputs.states,
             exit_steps=outputs.exit_steps,
+            image_outputs=outputs.image_outputs,
+            audio_outputs=outputs.audio_outputs,
             **losses,
         )
 
@@ -489,6 +492,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         labels: torch.Tensor,
         weights: torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
+        is_shifted: bool,
     ) -> dict[str, Any]:
         """`loss`, and `token_losses`: in chunks where there are no logits, or weights; else transformers' own function,
         which gives the loss alone.
@@ -496,9 +500,12 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         vocab_size = self.text_config.vocab_size
         if logits is None or weights is not None:
             hidden = outputs.last_hidden_state
-            loss, of_tokens = causal_loss(self._logits, hidden, labels, vocab_size, num_items_in_batch, weights)
+            loss, of_tokens = causal_loss(
+                self._logits, hidden, labels, vocab_size, num_items_in_batch, weights, is_shifted
+            )
             return {"loss": loss, "token_losses": of_tokens}
-        return {"loss": self.loss_function(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch)}
+        shifted = labels if is_shifted else None
+        return {"loss": self.loss_function(logits, labels, vocab_size, num_items_in_batch, shift_labels=shifted)}
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., vocab)."""
@@ -552,27 +559,38 @@ class MegaTransformerModel(MegaTransformerTextModel):
 
     def embed(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None,
         media: dict[str, Any],
         mm_encoder_outputs: dict[str, ModelOutput] | None = None,
         cache: RecurrentCache | None = None,
-    ) -> torch.Tensor:
-        """(batch, sequence, hidden): the embeddings of the tokens, with features in the places of placeholders.
+        inputs_embeds: torch.Tensor | None = None,
+        **asked: bool,
+    ) -> tuple[torch.Tensor, dict[str, ModelOutput]]:
+        """(batch, sequence, hidden): the embeddings of the tokens, with features in the places of placeholders; and
+        what readers gave, by modality.
 
         Args:
             media: Inputs of the readers by name, as `forward` has them; those that are None, or missing, are not there.
-            mm_encoder_outputs: Features by modality that have been read already, in place of `media`; see
-                `get_features`.
+            mm_encoder_outputs: What has been read already, by modality, in place of `media`; see `get_features`.
+            inputs_embeds: Embeddings of tokens, in place of `input_ids`; placeholders are those that have the embedding
+                of one.
+            asked: `output_hidden_states`, `output_attentions`.
         """
-        embeds = self.embed_tokens(input_ids)
-        if mm_encoder_outputs:
-            features = {name: output.pooler_output for name, output in mm_encoder_outputs.items()}
-            return embed_media(embeds, input_ids, features, self.config, is_whole=False)
         is_prefill = cache is None or cache.get_seq_length() == 0
-        features = read_media(self.readers, media, run_all=is_prefill and self.must_run_alike)
-        if not (features or is_prefill):
-            return embeds
-        return embed_media(embeds, input_ids, features, self.config)
+        outputs = mm_encoder_outputs
+        if not outputs:
+            outputs = read_media(self.readers, media, run_all=is_prefill and self.must_run_alike, **asked)
+
+        def is_token(token_id: int) -> torch.Tensor:
+            if input_ids is not None:
+                return input_ids == token_id
+            return (inputs_embeds == self.embed_tokens(torch.tensor(token_id, device=inputs_embeds.device))).all(-1)
+
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if outputs or (is_prefill and input_ids is not None):
+            features = {name: output.pooler_output for name, output in outputs.items()}
+            embeds = embed_media(embeds, is_token, features, self.config, is_whole=not mm_encoder_outputs)
+        return embeds, outputs
 
     @property
     def must_run_alike(self) -> bool:
@@ -593,25 +611,42 @@ class MegaTransformerModel(MegaTransformerTextModel):
     def count_tokens(self) -> dict[str, int]:
         """`num_image_tokens`, `num_audio_tokens`: how many each has, where a pretrained encoder gives all the same."""
         return {
-            f"num_{name}_tokens": len(reader.read(**reader.dummy_inputs())[0])
+            f"num_{name}_tokens": len(reader.read(**reader.dummy_inputs()).pooler_output[0])
             for name, reader in self.readers.items()
             if isinstance(reader.encoder, Backbone)
         }
 
-    def get_features(self, name: str, **inputs: torch.Tensor | None) -> BaseModelOutputWithPooling:
-        """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered."""
-        given = {key: value for key, value in inputs.items() if value is not None}
-        return BaseModelOutputWithPooling(pooler_output=self.readers[name].read(**given))
+    @can_return_tuple
+    def get_features(
+        self,
+        name: str,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **inputs: torch.Tensor | None,
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered. Of our
+        encoders, and pretrained ones, also `last_hidden_state`, in front of the projector, and by request
+        `hidden_states` and `attentions`.
 
-    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs):
+        Raises:
+            ValueError: If this model does not read that modality.
+        """
+        if name not in self.readers:
+            raise ValueError(f"this model does not read {name}; it reads {', '.join(self.input_modalities)}")
+        asked = self._asked(output_hidden_states, output_attentions)
+        given = {key: value for key, value in inputs.items() if value is not None}
+        return self.readers[name].read(**asked, **given)
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **asked: bool):
         """`get_features` of images; see `MegaTransformerVisionModel` for the inputs."""
-        return self.get_features("image", pixel_values=pixel_values, image_sizes=image_sizes)
+        return self.get_features("image", pixel_values=pixel_values, image_sizes=image_sizes, **asked)
 
     def get_audio_features(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **asked: bool
     ):
         """`get_features` of sound; see `MegaTransformerAudioModel` for the inputs."""
-        return self.get_features("audio", input_features=input_features, input_features_mask=input_features_mask)
+        inputs = {"input_features": input_features, "input_features_mask": input_features_mask}
+        return self.get_features("audio", **inputs, **asked)
 
     @takes_past_key_values
     @can_return_tuple
@@ -625,6 +660,8 @@ class MegaTransformerModel(MegaTransformerTextModel):
         mm_encoder_outputs: dict[str, ModelOutput] | None = None,
         flow_seeds: torch.LongTensor | None = None,
         num_written_in_batch: dict[str, int | torch.Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> MegaTransformerModelOutput:
         """Arguments of the text model, and:
@@ -643,30 +680,45 @@ class MegaTransformerModel(MegaTransformerTextModel):
                 losses. Default: drawn in training, else 0.
             num_written_in_batch: By modality, the written latents of an accumulation window on all ranks, by which the
                 trainer has the sum of their losses divided. Default: those of this batch.
+            output_hidden_states: Also those of the encoders, in `image_outputs` and `audio_outputs`.
+            output_attentions: The same of attentions.
             kwargs: The inputs above, those of further modalities, and what the text model takes besides.
 
         Raises:
             ValueError: if there are more or fewer placeholders than features.
         """
         media, targets, written = self.take_media(kwargs), take_targets(kwargs), None
-        if input_ids is not None and inputs_embeds is None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
+        asked = self._asked(output_hidden_states, output_attentions)
+        if input_ids is not None:
             input_ids = put_codes(self.writers, targets, input_ids, self.config)
-            inputs_embeds = self.embed(input_ids, media, mm_encoder_outputs, cache)
+        elif any(value is not None for value in targets.values()):
+            raise ValueError("images and sound that are written need input_ids with their places, and no inputs_embeds")
+        embeds, encoded = self.embed(input_ids, media, mm_encoder_outputs, cache, inputs_embeds, **asked)
+        if input_ids is not None:
             latents = encode_targets(self.writers, targets, input_ids, self.config)
             written = Written(latents, self._flow_seeds(flow_seeds, input_ids.shape[0]), num_written_in_batch or {})
-            inputs_embeds = self.embed_written(inputs_embeds, written)
-        elif mm_encoder_outputs or any(value is not None for value in (media | targets).values()):
-            raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
+            embeds = self.embed_written(embeds, written)
         outputs = super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             return_dict=True,
+            **asked,
             **kwargs,
         )
         outputs.written = written
+        if not self.training or any(asked.values()):  # a trainer would only carry them around
+            self._add_encoded(outputs, encoded)
         return outputs
+
+    def _add_encoded(self, outputs: MegaTransformerModelOutput, encoded: dict[str, ModelOutput]) -> None:
+        """Adds what the encoders of images and sound gave, where there were any."""
+        for name in ("image", "audio"):
+            if name in encoded and any(len(part) for part in encoded[name].pooler_output):
+                outputs[f"{name}_outputs"] = encoded[name]
 
     def embed_written(self, embeds: torch.Tensor, written: Written) -> torch.Tensor:
         """The embeddings with those of latents in their places, with noise in training."""
@@ -698,6 +750,14 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
     def input_modalities(self) -> tuple[str, ...]:
         """What it reads, by name. Pipelines ask for it."""
         return self.model.input_modalities
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        """`get_image_features` of the base model."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_audio_features(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        """`get_audio_features` of the base model."""
+        return self.model.get_audio_features(*args, **kwargs)
 
     @property
     def output_modalities(self) -> tuple[str, ...]:
@@ -738,6 +798,8 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
     ) -> MegaTransformerCausalLMOutput:
         """Arguments of `MegaTransformerForCausalLM` and of `MegaTransformerModel`."""
         coded = self.with_codes({"input_ids": input_ids, "labels": labels, "image_targets": image_targets})
+        if kwargs.get("shift_labels") is not None and coded["image_targets"] is not image_targets:
+            raise ValueError("shift_labels does not know the codes of images that are written; give labels")
         media = {
             "pixel_values": pixel_values,
             "image_sizes": image_sizes,

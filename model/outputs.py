@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from .writers import Written
 
@@ -89,19 +89,25 @@ class MegaTransformerModelOutput(CacheByBothNames, BaseModelOutputWithPast):
         state: (batch, sequence, hidden), after the last core step and the final norm. None without a core.
         states: s_0 .. s_r as the core left them, each (batch, sequence, hidden); only with `output_states=True`.
         exit_steps: (batch,), core steps taken by each row, on the CPU. None without a core.
+        image_outputs: What the encoder of images gave, as `get_image_features` returns it; not in training, unless
+            hidden states or attentions are asked for. None where there were no images.
+        audio_outputs: The same of sound.
         written: The latents of media that are written, for their losses.
     """
 
     state: torch.FloatTensor | None = None
     states: tuple[torch.FloatTensor, ...] | None = None
     exit_steps: torch.LongTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    audio_outputs: BaseModelOutputWithPooling | None = None
     written: Written | None = None
 
 
 @dataclass
 class MegaTransformerCausalLMOutput(CacheByBothNames, CausalLMOutputWithPast):
     """Output of the language model: `loss` (scalar, if labels were given), `logits` (batch, sequence, vocab), and the
-    base model's `cache`, `hidden_states`, `attentions`, `state`, `states` and `exit_steps`.
+    base model's `cache`, `hidden_states`, `attentions`, `state`, `states`, `exit_steps`, `image_outputs` and
+    `audio_outputs`.
 
     `token_losses`, (batch, sequence), float32 without gradient: the loss of label i at place i, before its weight, 0
     where there is no label. With `skip_logits` or `loss_weights`.
@@ -113,5 +119,7 @@ class MegaTransformerCausalLMOutput(CacheByBothNames, CausalLMOutputWithPast):
     state: torch.FloatTensor | None = None
     states: tuple[torch.FloatTensor, ...] | None = None
     exit_steps: torch.LongTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    audio_outputs: BaseModelOutputWithPooling | None = None
     token_losses: torch.FloatTensor | None = None
     written_losses: dict[str, tuple[torch.FloatTensor, int]] | None = None

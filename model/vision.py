@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from .attention import AttentionInputs, prepare_bidirectional_attention, rotary_angles
+from .attention import prepare_bidirectional_attention, rotary_angles
 from .blocks import BlockStack, build_norm
 from .configuration_megatransformer import MegaTransformerVisionConfig
 from .initialization import MegaTransformerPreTrainedModel
@@ -81,12 +81,20 @@ class MegaTransformerVisionModel(MegaTransformerPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, pixel_values: torch.FloatTensor, image_sizes: torch.LongTensor | None = None
+        self,
+        pixel_values: torch.FloatTensor,
+        image_sizes: torch.LongTensor | None = None,
+        hidden_states: list[torch.Tensor] | None = None,
+        attentions: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             pixel_values: (images, channels, height, width), zero beyond the size of an image.
             image_sizes: (images, 2), height and width of each. Default: all are as large as the tensor.
+            hidden_states: If given, the embedded patches and the output of each layer are appended, the last of them
+                after the norm; each (images, patches, hidden).
+            attentions: If given, the attention probabilities of each layer are appended, (images, heads, patches,
+                patches).
 
         Returns:
             (images, tokens, output_size), row by row; and (images, tokens) of bool, whether they are inside of their
@@ -102,7 +110,11 @@ class MegaTransformerVisionModel(MegaTransformerPreTrainedModel):
         is_real = None
         if image_sizes is not None:
             is_real = is_inside(image_sizes // self.config.patch_size, rows, columns).flatten(1)
-        hidden = self.norm(self.layers(hidden, inputs=self._prepare(hidden, is_real, rows, columns)))
+        angles = self._angles(rows, columns, hidden.device)
+        inputs = prepare_bidirectional_attention(self.config, hidden, is_real, angles, hidden_states, attentions)
+        hidden = self.norm(self.layers(hidden, inputs=inputs))
+        if hidden_states is not None:
+            hidden_states[-1] = hidden
         side = self.config.pixel_shuffle
         if is_real is not None:
             is_real = is_real.view(-1, rows, columns)[:, ::side, ::side].flatten(1)
@@ -128,15 +140,15 @@ class MegaTransformerVisionModel(MegaTransformerPreTrainedModel):
             )
         return sizes
 
-    def _prepare(self, hidden: torch.Tensor, is_real: torch.Tensor | None, rows: int, columns: int) -> AttentionInputs:
-        """Mask, and rotations of which half of the pairs turn with the row and half with the column."""
-        places = torch.arange(rows * columns, device=hidden.device)[None]
+    def _angles(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+        """Angles of rotations of which half of the pairs turn with the row and half with the column."""
+        places = torch.arange(rows * columns, device=device)[None]
         config = self.config
         angles = [
             rotary_angles(positions, config.head_dim // 2, config.rope_theta)
             for positions in (places // columns, places % columns)
         ]
-        return prepare_bidirectional_attention(config, hidden, is_real, torch.cat(angles, dim=-1))
+        return torch.cat(angles, dim=-1)
 
 
 def shuffle_pixels(hidden: torch.Tensor, rows: int, columns: int, side: int) -> torch.Tensor:

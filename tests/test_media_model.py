@@ -145,8 +145,53 @@ def test_counts_are_compared_and_the_sample_is_named():
         model(**{name: value for name, value in inputs.items() if name != "input_features"})
     with pytest.raises(ValueError, match="image_sizes was given without pixel_values"):
         model(inputs["input_ids"], image_sizes=inputs["image_sizes"])
-    with pytest.raises(ValueError, match="need input_ids"):
+    with pytest.raises(ValueError, match="0 placeholders in 1 samples, 12 features of 3 media"):
         model(inputs_embeds=draw(1, 4, 32), pixel_values=inputs["pixel_values"])
+
+
+def test_placeholders_are_known_by_their_embeddings():
+    """As learned prompts need it, which are embeddings in front of those of the tokens."""
+    model, inputs = tiny_media_model(scale=2.0), tiny_inputs()
+    ids = inputs.pop("input_ids")
+    embeds = model.model.embed_tokens(ids)
+    expected = logits_of(model, input_ids=ids, **inputs)
+    torch.testing.assert_close(logits_of(model, inputs_embeds=embeds, **inputs), expected)
+    prompt = draw(1, 2, 32).expand(len(ids), -1, -1)
+    with_prompt = logits_of(model, inputs_embeds=torch.cat((prompt, embeds), dim=1), **inputs)
+    whole, _ = model.model.embed(ids, inputs)
+    torch.testing.assert_close(with_prompt, logits_of(model, inputs_embeds=torch.cat((prompt, whole), dim=1)))
+
+
+@pytest.mark.parametrize(("name", "places"), [("image", 16), ("audio", 3)])
+def test_encoders_show_their_layers(name, places):
+    """What hooks see: the input of each block, and the output of the norm; attention sees no padding."""
+    model, inputs = tiny_media_model(scale=2.0), tiny_inputs()
+    reader, seen = model.model.readers[name], []
+    for block in reader.encoder.layers.layers:
+        block.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    reader.encoder.norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    given = {key: inputs[key] for key in reader.input_names if key in inputs}
+    read = getattr(model, f"get_{name}_features")
+    with torch.no_grad():
+        out = read(**given, output_hidden_states=True, output_attentions=True)
+        assert all(torch.equal(*each) for each in zip(out.hidden_states, seen, strict=True))
+        assert torch.equal(out.last_hidden_state, seen[-1]) and out.last_hidden_state.shape[1:] == (places, 24)
+        assert len(out.attentions) == len(seen) - 1
+        for probabilities in out.attentions:
+            torch.testing.assert_close(probabilities.sum(-1), torch.ones(probabilities.shape[:-1]))
+        plain = read(**given)
+        assert plain.hidden_states is None and plain.attentions is None
+        for one, other in zip(plain.pooler_output, out.pooler_output, strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+        if name == "image":
+            small = inputs["image_sizes"].prod(dim=1).argmin()
+            tokens = int(inputs["image_sizes"][small].prod()) // 16
+            assert out.attentions[0][small].gt(0).any(dim=(0, 1)).sum() == tokens
+        whole = model(**inputs, output_hidden_states=True)
+        assert torch.equal(whole[f"{name}_outputs"].last_hidden_state, plain.last_hidden_state)
+        assert len(whole[f"{name}_outputs"].hidden_states) == len(out.hidden_states)
+        assert f"{name}_outputs" in model(**inputs) and f"{name}_outputs" not in model.train()(**inputs)
+        assert f"{name}_outputs" not in model.eval()(tiny_ids(1, 4, high=60))
 
 
 def test_counts_that_fit():
@@ -265,7 +310,7 @@ def test_another_modality_is_one_file_and_an_entry_in_the_config(monkeypatch):
     with torch.no_grad():
         out = model(**inputs, colours=colours)
         media = {name: value for name, value in inputs.items() if name != "input_ids"}
-        embeds = model.model.embed(inputs["input_ids"], {**media, "colours": colours})
+        embeds, _ = model.model.embed(inputs["input_ids"], {**media, "colours": colours})
         torch.testing.assert_close(embeds[2, 3:5], reader.projector(nn.Linear.forward(reader.encoder, colours[0])))
         assert (out.logits[2] - model(**inputs, colours=-colours).logits[2]).abs().max() > 1e-4
     written = model.generate(**inputs, colours=colours, max_new_tokens=3, do_sample=False, prefill_chunk_size=4)
@@ -280,6 +325,9 @@ def test_parts_that_are_not_there():
     assert model.input_modalities == ("text", "image")
     with pytest.raises(ValueError, match="input_features was given, but this model reads text, image"):
         model(tiny_ids(1, 4, high=60), input_features=draw(1, 8, 4))
+    with pytest.raises(ValueError, match="does not read audio; it reads text, image"):
+        model.get_audio_features(draw(1, 8, 4))
+    assert model.config.vocab_size == model.config.text_config.vocab_size == 64
     with pytest.raises(ValueError, match=r"audio_token_id \(64\) is outside"):
         tiny_media_config(parts={"audio_token_id": 64})
     with pytest.raises(ValueError, match="also the id of another token"):

@@ -180,6 +180,62 @@ def test_the_loss_in_chunks_is_that_of_capped_logits_in_float32(monkeypatch, dty
     torch.testing.assert_close(loss, -log_p.gather(-1, ids[:, 1:, None]).mean(), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"skip_logits": True}, {"loss_weights": True}])
+def test_a_sequence_in_parts_with_labels_shifted_before_has_the_loss_of_the_whole(options):
+    """As trainers do it that spread sequences over ranks: the last place of a part predicts the first token of the
+    next. Two documents, so that parts can stand alone; -log p by hand.
+    """
+    model, ids = tiny_model(scale=3.0), tiny_ids(2, 6)
+    weights = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) if "loss_weights" in options else None
+    options = {**options, "loss_weights": weights} if "loss_weights" in options else options
+    shifted = torch.cat((ids[:, 1:], torch.tensor([[-100], [7]])), dim=1)
+    log_p = logits_of(model, ids).log_softmax(-1)
+    losses = -log_p.gather(-1, shifted.clamp(min=0)[..., None])[..., 0] * (shifted != -100)
+    factors = torch.ones(2, 6) if weights is None else weights
+    expected = (losses * factors).sum() / (factors * (shifted != -100)).sum()
+    with torch.no_grad():
+        out = model(ids, labels=torch.zeros_like(ids), shift_labels=shifted, **options)
+        torch.testing.assert_close(out.loss, expected)
+        torch.testing.assert_close(model(ids, shift_labels=shifted, **options).loss, expected)
+        summed = model(ids, shift_labels=shifted, num_items_in_batch=torch.tensor(4), **options).loss
+    torch.testing.assert_close(summed, (losses * factors).sum() / 4)
+    if options:
+        torch.testing.assert_close(out.token_losses, losses)
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_attentions_are_given_whatever_the_backend(position):
+    """Computed eagerly for this call: the output stays what the backend gives, and the probabilities are what mixes the
+    values of the first layer.
+    """
+    model = tiny_model(scale=3.0, position_embedding=position)
+    assert model.config._attn_implementation == "sdpa"
+    ids, mixed = tiny_ids(2, 6), []
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    first = model.model.prelude.layers[0].attention
+    first.o_proj.register_forward_hook(lambda module, args, output: mixed.append((args[0], first.values)))
+    project = first._project
+
+    def remember(hidden):
+        query, key, first.values = project(hidden)
+        return query, key, first.values
+
+    first._project = remember
+    real = mask.bool()
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, output_attentions=True, num_steps=3)
+        plain = model(ids, attention_mask=mask, num_steps=3).logits
+    torch.testing.assert_close(plain[real], out.logits[real], atol=1e-4, rtol=1e-4)
+    assert len(out.attentions) == 1 + 3 * 2 + 1
+    for probabilities in out.attentions:
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4, 6))
+        assert not probabilities[0].triu(1).any() and not probabilities[1, :, 2:].triu(3).any()
+        assert not probabilities[1, :, 2:, :2].any()
+    into, values = mixed[0]
+    by_hand = torch.einsum("bhqk,bhkd->bqhd", out.attentions[0], values.repeat_interleave(2, dim=1)).flatten(2)
+    torch.testing.assert_close(by_hand[real], into[real], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 def test_a_mask_for_each_row_equals_the_rows_alone(position):
     """4-D masks of numbers, taken as they are: causal, and without the first two places of the second row; of a whole
@@ -228,7 +284,6 @@ def test_a_batch_without_labels_has_loss_and_gradients_of_zero(skip_logits, num_
         ({"input_ids": tiny_ids(2, 5), "num_steps": torch.tensor([1, 0])}, r"every row, got \[1, 0\]"),
         ({}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": tiny_ids(1, 5), "num_stepz": 3}, "does not know the argument 'num_stepz'"),
-        ({"input_ids": tiny_ids(1, 5), "output_attentions": True}, "output_attentions is not possible with sdpa"),
     ],
 )
 def test_bad_input_is_refused_at_the_door(arguments, message):

@@ -67,7 +67,7 @@ def test_no_loss_sees_its_target_or_what_follows(model, name):
     written = model.model(**{key: it for key, it in batch.items() if key != "labels"}, num_steps=STEPS).written
     found = written.latents[name]
     found.latents = found.latents.clone().requires_grad_()
-    embeds = model.model.embed(batch["input_ids"], {"pixel_values": batch["pixel_values"]}).detach()
+    embeds = model.model.embed(batch["input_ids"], {"pixel_values": batch["pixel_values"]})[0].detach()
     hidden = model.model(
         inputs_embeds=model.model.embed_written(embeds, written),
         attention_mask=batch["attention_mask"],
@@ -303,7 +303,7 @@ def test_each_policy_writes_by_its_read_rule(policy, kept, scale):
         guided, free = (
             after_chunks(
                 model,
-                [(model.model.embed(prompt, {"pixel_values": PIXELS}), steps[0])]
+                [(model.model.embed(prompt, {"pixel_values": PIXELS})[0], steps[0])]
                 + [(embed[None, None], depth) for embed, depth in zip(embeds, steps[1:], strict=False)],
                 policy,
                 kept,

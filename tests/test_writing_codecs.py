@@ -120,6 +120,8 @@ def test_codes_are_tokens(folder):
     given["labels"] = batch["labels"].masked_scatter(places, codes)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).loss, model(**given).loss)
+        with pytest.raises(ValueError, match="shift_labels does not know the codes of images"):
+            model(**batch, shift_labels=batch["labels"])
     row = given["input_ids"][1:2]
     (picture,) = model.decode_image_tokens(row)
     expected = codec.decode_ids(codes[1:] - OFFSET)[0]
