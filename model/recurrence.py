@@ -291,8 +291,10 @@ def iterate_core(
         s_r, (batch, sequence, hidden), and the steps taken, (batch,) on the CPU.
     """
     grad_enabled = torch.is_grad_enabled()
-    row_steps = [depth.total] * len(state) if depth.rows is None else depth.rows.tolist()
-    going = list(range(len(state)))
+    row_steps, going = None, []  # of rows that may leave; else nothing here depends on how many rows there are
+    if depth.rows is not None or look is not None:
+        row_steps = [depth.total] * len(state) if depth.rows is None else depth.rows.tolist()
+        going = list(range(len(state)))
     rows, here, embeds_here, inputs_here = None, state, embeds, inputs  # those that go on
     for step in range(depth.total):
         if grad_enabled and step == depth.no_grad and not here.requires_grad:
@@ -308,6 +310,8 @@ def iterate_core(
             )
         if trajectory is not None:
             trajectory.append(_put(state, rows, here))
+        if row_steps is None:
+            continue
 
         if look is not None and step + 1 < depth.total:
             stops = look(step + 1, here, rows, inputs_here)
@@ -322,6 +326,8 @@ def iterate_core(
             kept = torch.tensor(stays, device=state.device)
             rows = kept if rows is None else rows.index_select(0, kept)
             here, embeds_here, inputs_here = here.index_select(0, kept), embeds.index_select(0, rows), inputs.of(rows)
+    if row_steps is None:
+        return here, torch.full(here.shape[:1], depth.total)
     return _put(state, rows, here), torch.tensor(row_steps)
 
 
