@@ -57,7 +57,9 @@ def check_learnt(trainer: Trainer, expected: tuple[float, dict[str, torch.Tensor
     loss, weights = expected
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
     for name, weight in trainer.model.named_parameters():
-        torch.testing.assert_close(weight.detach(), weights[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            weight.detach(), weights[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def documents_of(tokenizer) -> list[list[int]]:

@@ -61,7 +61,9 @@ def updated(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def check_weights(model, expected: dict[str, torch.Tensor]) -> None:
     for name, weight in model.named_parameters():
         if name in expected:
-            torch.testing.assert_close(weight.detach(), expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                weight.detach(), expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def conversation(question: str, answer: str) -> list[dict]:
