@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on saved folders of tiny models, with tasks of our own: what it measures is what the model says."""
+"""lm-evaluation-harness on saved folders of tiny models, with tasks made here: what it measures is what they say."""
 
 import json
 from pathlib import Path
