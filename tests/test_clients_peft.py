@@ -104,7 +104,7 @@ def test_gradients_are_those_of_finite_differences(method):
 
 @pytest.mark.parametrize("policy", ["full", "ring", "last"])
 def test_a_prefix_is_read_as_tokens_that_took_one_step(policy):
-    """Keys and values that a shallow pass has left, in a cache of transformers, against the cache that they are from."""
+    """Keys and values that a shallow pass has left, in a cache of transformers, against that cache itself."""
     model = tiny_model(scale=2.0, recurrence={"cache_policy": policy, "num_kept_steps": 2})
     before, after = tiny_ids(2, 5), tiny_ids(2, 4, seed=1)
     with torch.no_grad():
