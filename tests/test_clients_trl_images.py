@@ -112,7 +112,7 @@ def test_an_image_that_would_be_cut_is_refused(tmp_path):
         train_dataset=Dataset.from_dict({"images": [pictures()[:1]], "messages": [conversation("what?", "noise")]}),
         processing_class=tiny_processor(),
     )
-    with pytest.raises(ValueError, match=r"8|truncat|cut"):
+    with pytest.raises(ValueError, match="truncation to 8 would cut media of type 'image'"):
         trainer.train()
 
 
