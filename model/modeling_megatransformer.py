@@ -127,6 +127,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
         self.gradient_checkpointing, self.units_are_compiled = False, False
         self._drawn_state: tuple[tuple, torch.Tensor | None] = ((), None)
+        self._state_to_export = default_state(self.text_config)  # since a trace cannot draw
         self.post_init()
 
     def add_exit_probe(self) -> ExitProbe:
@@ -283,6 +284,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         recurrence = self.text_config.recurrence
         key = (recurrence.state_init, recurrence.state_scale, recurrence.state_seed, hidden.device, hidden.dtype)
         if self._drawn_state[0] != key:
+            if torch.compiler.is_exporting():
+                return self._state_to_export.to(hidden)
             self._drawn_state = (key, default_state(self.text_config).to(hidden))
         return self._drawn_state[1]
 
@@ -339,6 +342,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 f"expected (batch, sequence) = ({batch}, {sequence})"
             )
         table = self.text_config.max_position_embeddings
+        if torch.compiler.is_exporting():  # values are not known in a trace
+            return
         if self.text_config.position_embedding in ("learned", "sinusoidal") and position_ids.max() >= table:
             raise ValueError(
                 f"{int(position_ids.max()) + 1} positions are more than the {table} of the "

@@ -145,7 +145,8 @@ def draw_state(config: MegaTransformerTextConfig, shape: tuple[int, ...], genera
         Float32 tensor of `shape` on the generator's device.
     """
     kind = config.recurrence.state_init
-    state = torch.empty(shape, device=generator.device)
+    # Float32 whatever the default type is, which `from_pretrained` changes while it makes a model.
+    state = torch.empty(shape, dtype=torch.float32, device=generator.device)
     if kind == "zero":
         state.zero_()
     elif kind == "like-init":

@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-import lm_eval
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
 from PIL import Image
 
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
@@ -33,6 +31,9 @@ def write_rows(folder: Path, rows: list[dict]) -> dict:
 
 def evaluate(task: dict, model: str, arguments: dict, **options) -> list[dict]:
     """What was recorded of each row, in order."""
+    import lm_eval  # here, since the fast tests are collected without it
+    from lm_eval.tasks import TaskManager
+
     results = lm_eval.simple_evaluate(
         model=model,
         model_args={"trust_remote_code": True, **arguments},

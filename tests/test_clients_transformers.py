@@ -2,7 +2,6 @@
 
 import deepspeed
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -162,6 +161,8 @@ def test_torch_export_keeps_batch_and_length_open(position, depth):
 
 def test_onnx(tmp_path):
     """At one depth, without a cache."""
+    import onnxruntime  # here, since the fast tests are collected without it
+
     model = model_of_numbers(scale=2.0)
     program = torch.onnx.export(Logits(model, 4), (tiny_ids(2, 6),), dynamic_shapes=OPEN, dynamo=True, verbose=False)
     program.save(tmp_path / "model.onnx")

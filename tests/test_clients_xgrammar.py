@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-import xgrammar
-from xgrammar.contrib.hf import LogitsProcessor
+from transformers import LogitsProcessor
 
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from tests.tiny_processor import picture, tiny_processor
@@ -21,9 +20,14 @@ SCHEMA = {
 }
 
 
-def compile_schema(tokenizer, vocab_size: int) -> xgrammar.CompiledGrammar:
+def processor_of_schema(tokenizer, vocab_size: int) -> LogitsProcessor:
+    """Of one call of `generate`."""
+    import xgrammar  # here, since the fast tests are collected without it
+    from xgrammar.contrib.hf import LogitsProcessor
+
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
-    return xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(SCHEMA), any_whitespace=False)
+    compiler = xgrammar.GrammarCompiler(info)
+    return LogitsProcessor(compiler.compile_json_schema(json.dumps(SCHEMA), any_whitespace=False))
 
 
 def check_obeys(texts: list[str]) -> None:
@@ -49,8 +53,8 @@ def test_what_is_written_obeys_the_grammar(how):
     free = model.generate(**batch, max_new_tokens=60, **how)
     with pytest.raises(json.JSONDecodeError):
         check_obeys(tokenizer.batch_decode(free[:, length:], skip_special_tokens=True))
-    grammar = compile_schema(tokenizer, model.config.vocab_size)
-    ids = model.generate(**batch, max_new_tokens=60, logits_processor=[LogitsProcessor(grammar)], **how)
+    grammar = processor_of_schema(tokenizer, model.config.vocab_size)
+    ids = model.generate(**batch, max_new_tokens=60, logits_processor=[grammar], **how)
     assert (ids[:, length:] == tokenizer.eos_token_id).any(-1).all()
     check_obeys(tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True))
 
@@ -59,7 +63,7 @@ def test_what_is_written_about_an_image_obeys_the_grammar():
     """Where placeholders are forbidden besides."""
     model, processor = tiny_reader(scale=1.0), tiny_processor()
     inputs = processor(images=picture(), text="<|image|>what is it?", return_tensors="pt")
-    grammar = compile_schema(processor.tokenizer, model.config.get_text_config().vocab_size)
-    ids = model.generate(**inputs, max_new_tokens=60, do_sample=True, logits_processor=[LogitsProcessor(grammar)])
+    grammar = processor_of_schema(processor.tokenizer, model.config.get_text_config().vocab_size)
+    ids = model.generate(**inputs, max_new_tokens=60, do_sample=True, logits_processor=[grammar])
     assert torch.equal(ids[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     check_obeys([processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)])
