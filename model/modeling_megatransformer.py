@@ -6,7 +6,6 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -128,6 +127,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
         self.gradient_checkpointing, self.units_are_compiled = False, False
         self._drawn_state: tuple[tuple, torch.Tensor | None] = ((), None)
+        self._state_to_export = default_state(self.text_config)  # since a trace cannot draw
         self.post_init()
 
     def add_exit_probe(self) -> ExitProbe:
@@ -275,13 +275,11 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 
     def _fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """`default_state` on the device and in the type of `hidden`, drawn once."""
-        if torch.compiler.is_exporting():
-            # A program has no generators, and nothing that is traced may be kept: another thread is not traced.
-            with ThreadPoolExecutor(1) as thread:
-                return thread.submit(default_state, self.text_config).result().to(hidden)
         recurrence = self.text_config.recurrence
         key = (recurrence.state_init, recurrence.state_scale, recurrence.state_seed, hidden.device, hidden.dtype)
         if self._drawn_state[0] != key:
+            if torch.compiler.is_exporting():
+                return self._state_to_export.to(hidden)
             self._drawn_state = (key, default_state(self.text_config).to(hidden))
         return self._drawn_state[1]
 

@@ -145,7 +145,8 @@ def draw_state(config: MegaTransformerTextConfig, shape: tuple[int, ...], genera
         Float32 tensor of `shape` on the generator's device.
     """
     kind = config.recurrence.state_init
-    state = torch.empty(shape, device=generator.device)
+    # Float32 whatever the default type is, which `from_pretrained` changes while it makes a model.
+    state = torch.empty(shape, dtype=torch.float32, device=generator.device)
     if kind == "zero":
         state.zero_()
     elif kind == "like-init":
@@ -291,11 +292,10 @@ def iterate_core(
         s_r, (batch, sequence, hidden), and the steps taken, (batch,) on the CPU.
     """
     grad_enabled = torch.is_grad_enabled()
-    all_go = (
-        depth.rows is None and look is None
-    )  # no row is asked for, so that torch.export may leave their number open
-    row_steps = depth.rows.tolist() if depth.rows is not None else [] if all_go else [depth.total] * len(state)
-    going = list(range(len(row_steps)))
+    row_steps, going = None, []  # of rows that may leave; else nothing here depends on how many rows there are
+    if depth.rows is not None or look is not None:
+        row_steps = [depth.total] * len(state) if depth.rows is None else depth.rows.tolist()
+        going = list(range(len(state)))
     rows, here, embeds_here, inputs_here = None, state, embeds, inputs  # those that go on
     for step in range(depth.total):
         if grad_enabled and step == depth.no_grad and not here.requires_grad:
@@ -311,7 +311,7 @@ def iterate_core(
             )
         if trajectory is not None:
             trajectory.append(_put(state, rows, here))
-        if all_go:
+        if row_steps is None:
             continue
 
         if look is not None and step + 1 < depth.total:
@@ -327,8 +327,9 @@ def iterate_core(
             kept = torch.tensor(stays, device=state.device)
             rows = kept if rows is None else rows.index_select(0, kept)
             here, embeds_here, inputs_here = here.index_select(0, kept), embeds.index_select(0, rows), inputs.of(rows)
-    steps = torch.full(state.shape[:1], depth.total) if all_go else torch.tensor(row_steps)
-    return _put(state, rows, here), steps
+    if row_steps is None:
+        return here, torch.full(here.shape[:1], depth.total)
+    return _put(state, rows, here), torch.tensor(row_steps)
 
 
 def _put(state: torch.Tensor, rows: torch.LongTensor | None, here: torch.Tensor) -> torch.Tensor:
