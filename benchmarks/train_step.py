@@ -140,7 +140,7 @@ def compile_model(model: PreTrainedModel) -> None:
     With `fullgraph`, a break in a graph, or more graphs than torch allows, is an error instead of an eager call that
     the table would show as compiled.
     """
-    torch._dynamo.config.recompile_limit = 32  # counts the graphs of all models here together; meant for those of one
+    torch.compiler.config.recompile_limit = 32  # counts the graphs of all models here together; meant for those of one
     if isinstance(model, MegaTransformerForCausalLM):
         model.model.compile_units(fullgraph=True)
     else:

@@ -27,7 +27,8 @@ class OneLineParser(argparse.ArgumentParser):
         _, is_unknown, unknown = message.partition("unrecognized arguments: ")
         if is_unknown:
             flag = re.split("[ =]", unknown)[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            known = re.findall(r"--[a-z][a-z0-9-]*", self.format_usage())
+            near = difflib.get_close_matches(flag, known, n=1)
             fix = f"did you mean {near[0]}?" if near else "see --help for those there are."
             message = f"unknown argument {flag!r}: {fix}"
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

@@ -39,37 +39,10 @@ TRAINER = "transformers.Trainer"
 GRPO = "trl.GRPOTrainer"
 
 # The most there may be of each kind; overrides are counted by the methods of ours.
-LIMITS: Mapping[str, int] = MappingProxyType({"override": 19, "call": 4, "read": 8, "set": 10, "test": 4})
+LIMITS: Mapping[str, int] = MappingProxyType({"override": 10, "call": 4, "read": 3, "set": 10, "test": 4})
 
 PRIVATE_NAMES = (
     # ------------------------------------------------------------------------------------------- overrides, generation
-    PrivateName(
-        GENERATION,
-        "_prepare_generation_config",
-        "override",
-        "options of depth and exits become entries of the generation config or arguments of the model",
-        ("generation_config", "kwargs"),
-    ),
-    PrivateName(
-        GENERATION,
-        "_validate_generation_mode",
-        "override",
-        "refuses modes whose tokens cannot differ in depth",
-        ("generation_mode", "generation_config", "generation_mode_kwargs"),
-    ),
-    PrivateName(
-        GENERATION,
-        "_prepare_cache_for_generation",
-        "override",
-        "the cache has slots for the steps of the core",
-        ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),
-    ),
-    PrivateName(
-        GENERATION,
-        "_valid_auto_compile_criteria",
-        "override",
-        "the whole forward pass is never compiled, since its loop varies in length",
-    ),
     PrivateName(
         GENERATION,
         "_get_logits_processor",
@@ -86,27 +59,6 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         GENERATION,
-        "_update_model_kwargs_for_generation",
-        "override",
-        "takes the steps of each new token from the outputs",
-        ("outputs", "model_kwargs", "num_new_tokens"),
-    ),
-    PrivateName(
-        GENERATION,
-        "_validate_model_kwargs",
-        "override",
-        "accepts media and features as arguments of `generate`",
-        ("model_kwargs",),
-    ),
-    PrivateName(
-        GENERATION,
-        "_maybe_prepare_encoder_kwargs_for_generation",
-        "override",
-        "media are read once, before the prompt",
-        ("inputs_tensor", "model_kwargs", "model_input_name", "generation_config"),
-    ),
-    PrivateName(
-        GENERATION,
         "_expand_multimodal_outputs",
         "override",
         "features are repeated with the rows that they belong to",
@@ -114,13 +66,6 @@ PRIVATE_NAMES = (
     ),
     # ------------------------------------------------------------------------------------------------ overrides, model
     PrivateName(MODEL, "_init_weights", "override", "the table of initialisation", ("module",)),
-    PrivateName(
-        MODEL,
-        "_check_and_adjust_attn_implementation",
-        "override",
-        "an attention backend that the model's options exclude is refused with the reason",
-        ("attn_implementation",),
-    ),
     # --------------------------------------------------------------------------------------------- overrides, trainers
     PrivateName(
         TRAINER,
@@ -161,18 +106,7 @@ PRIVATE_NAMES = (
         "the name of the attention backend, as transformers' own models read it",
     ),
     PrivateName(MODEL, "_keys_to_ignore_on_save", "read", "deltas of steps are no part of the model's file"),
-    PrivateName("torch.nn.Module", "_compiled_call_impl", "read", "whether a unit is compiled already"),
-    PrivateName(
-        "torch",
-        "_dynamo",
-        "read",
-        "graphs of all units are counted together, so that the limit has to be higher",
-        ("config.recompile_limit",),
-    ),
-    PrivateName(GENERATION, "_eos_token_tensor", "read", "the ends of a text, as `generate` has resolved them"),
-    PrivateName(GENERATION, "_pad_token_tensor", "read", "what stands behind the end of a text"),
     PrivateName("argparse.ArgumentParser", "_actions", "read", "the options of a parser, for their table"),
-    PrivateName("argparse.ArgumentParser", "_option_string_actions", "read", "known flags, to name the nearest one"),
     # ------------------------------------------------------------------------------------------------------------ sets
     PrivateName(
         "transformers.PreTrainedConfig", "_attn_implementation", "set", "the part has the backend of the whole"
