@@ -114,13 +114,6 @@ PRIVATE_NAMES = (
     ),
     # ------------------------------------------------------------------------------------------------ overrides, model
     PrivateName(MODEL, "_init_weights", "override", "the table of initialisation", ("module",)),
-    PrivateName(
-        MODEL,
-        "_check_and_adjust_attn_implementation",
-        "override",
-        "an attention backend that the model's options exclude is refused with the reason",
-        ("attn_implementation",),
-    ),
     # --------------------------------------------------------------------------------------------- overrides, trainers
     PrivateName(
         TRAINER,
