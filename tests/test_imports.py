@@ -109,7 +109,8 @@ def test_configs_takes_only_configuration_classes_and_registries() -> None:
     tree = ast.parse((ROOT / "configs/__init__.py").read_text())
     names = [name for _, _, module, names in imports_of(tree) if module.split(".")[0] in MAY_IMPORT for name in names]
     assert (
-        names and [name for name in names if not re.search(r"(Config|Arguments|Action)$", name) and not name.isupper()] == []
+        names
+        and [name for name in names if not re.search(r"(Config|Arguments|Action)$", name) and not name.isupper()] == []
     )
 
 
