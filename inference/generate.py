@@ -10,9 +10,10 @@ from .logs import set_up_logging  # first: it sets up what libraries say while t
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from PIL import Image
@@ -32,8 +33,12 @@ from .decoding import add_decoding_arguments, check_depth, decoding_options
 from .devices import choose_device, choose_threads, device_report
 from .loading import load_model, tokenizer_of
 from .media_files import SUFFIXES, check_path, save_audio, save_images
+from .prompts import check_media, encode_prompt, encode_question, read_prompts, write_answers
 
 logger = logging.getLogger("inference.generate")  # __name__ is __main__ when run with -m
+
+BATCH_SIZE = 8
+"""Prompts of a file that are continued together."""
 
 
 def build_parser() -> arguments.OneLineParser:
@@ -47,6 +52,14 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument(
         "--prompt", help="text to continue; default: standard input. With images or sound: what is asked about them"
     )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='many prompts, one JSON object a line: {"prompt": TEXT}, with "image", "images" or "audio" if they are '
+        'about files; each is written with its "text", a line each',
+    )
+    parser.add_argument("--batch-size", type=arguments.batch_rows, help="prompts of --prompts at a time (default: 8)")
     for kind in ("image", "audio"):
         parser.add_argument(
             f"--{kind}",
@@ -61,7 +74,8 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="file of the image or sound; several images are a sheet, several sounds numbered files",
+        help="file of the image or sound; several images are a sheet, several sounds numbered files. Of --prompts: "
+        "file of the lines; default: standard output",
     )
     parser.add_argument("--count", type=arguments.media_count, default=1, help="how many images or sounds to write")
     parser.add_argument(
@@ -92,29 +106,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_mode(parser, args)
     logger.info("%s", device_report())
     try:
-        prompt = (args.prompt or "") if args.media else read_prompt(args.prompt)
+        if args.prompts is not None:
+            prompts = read_prompts(args.prompts)
+        else:
+            prompt = (args.prompt or "") if args.media else read_prompt(args.prompt)
         device = choose_device(args.device)
         dtype = args.dtype and getattr(torch, args.dtype)
         model, processor = load_model(args.checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
         choose_threads(model)
         tokenizer = tokenizer_of(processor)
         check_depth(model, args.num_steps)
+        if args.num_steps is not None:
+            options["num_steps"] = args.num_steps
+        if args.prompts is not None:
+            check_media(args.prompts, processor, prompts)
+            with open_output(args.out) as out:
+                write_answers(model, processor, prompts, args.batch_size or BATCH_SIZE, args.seed, options, out)
+            return 0
         set_seed(args.seed)
         if args.mode != "text":
             write_media(model, processor, args, prompt)
             return 0
-        inputs = encode_question(processor, args.media, prompt) if args.media else encode_prompt(tokenizer, prompt)
+        inputs = encode_question(processor, (args.media, prompt)) if args.media else encode_prompt(tokenizer, prompt)
         inputs = inputs.to(device, model.dtype)
-        write_continuation(model, tokenizer, inputs, args.num_steps, stream=not args.no_stream, options=options)
+        write_continuation(model, tokenizer, inputs, stream=not args.no_stream, options=options)
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
     return 0
 
 
+@contextmanager
+def open_output(path: Path | None) -> Iterator[TextIO]:
+    """The file at a path, or standard output."""
+    if path is None:
+        yield sys.stdout
+    else:
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+
+
 def check_mode(parser: arguments.OneLineParser, args: argparse.Namespace) -> None:
-    """Refuse options of media for text, and media without a file."""
-    of_media = ("out", "guidance_scale", "num_flow_steps", "flow_temperature")
+    """Refuse options of media for text, and media without a file; options of one prompt for many, and the reverse."""
+    if args.prompts is not None:
+        given = [name for name in ("prompt", "media") if getattr(args, name)] + ["mode"] * (args.mode != "text")
+        if given:
+            flag = args.media[0][0] if given[0] == "media" else given[0]
+            parser.error(f"--{flag} has no effect with --prompts, whose lines say it: leave one of the two out.")
+    elif args.batch_size is not None:
+        parser.error("--batch-size has no effect without --prompts: leave it out.")
+    of_media = ("guidance_scale", "num_flow_steps", "flow_temperature", *(["out"] if args.prompts is None else []))
     given = next((name for name in of_media if getattr(args, name) is not None), None)
     if args.mode == "text" and (given or args.count > 1):
         parser.error(f"--{(given or 'count').replace('_', '-')} has no effect with --mode text: leave it out.")
@@ -140,44 +181,6 @@ def read_prompt(given: str | None) -> str:
     return prompt
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchFeature:
-    """`input_ids` and `attention_mask`, (1, sequence), of a document that begins with the prompt: the begin token, if
-    there is one, in front.
-
-    As in training, special tokens that are written in the text are text.
-    """
-    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    if tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    return BatchFeature({"input_ids": [ids], "attention_mask": [[1] * len(ids)]}, tensor_type="pt")
-
-
-def encode_question(
-    processor: PreTrainedTokenizerBase | ProcessorMixin, media: Sequence[tuple[str, str]], prompt: str, count: int = 1
-) -> BatchFeature:
-    """What the model takes for a user's message of media and a text, after which the assistant speaks.
-
-    Args:
-        media: (kind, path) each, in order.
-        count: How many rows of the same.
-
-    Raises:
-        ValueError: the model reads no media, or not of this kind, or one of them cannot be read.
-    """
-    if not isinstance(processor, ProcessorMixin):
-        raise ValueError(f"--{media[0][0]} {media[0][1]} was given, but this model reads text alone: leave it out.")
-    content = [{"type": kind, "path": path} for kind, path in media]
-    if prompt:
-        content.append({"type": "text", "text": prompt})
-    return processor.apply_chat_template(
-        [[{"role": "user", "content": content}]] * count,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-
-
 def write_media(
     model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin, args: argparse.Namespace, prompt: str
 ) -> None:
@@ -189,7 +192,7 @@ def write_media(
     path = check_path(args.out, args.mode)
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(f"--mode {args.mode} was given, but this model writes text alone: leave it out.")
-    inputs = encode_question(processor, args.media, prompt, args.count).to(model.device, model.dtype)
+    inputs = encode_question(processor, *[(args.media, prompt)] * args.count).to(model.device, model.dtype)
     names = ("guidance_scale", "num_flow_steps", "flow_temperature", "num_steps", "exit_criterion", "exit_threshold")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     paths = [path]
@@ -223,9 +226,8 @@ def write_continuation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: Mapping[str, torch.Tensor],
-    num_steps: int | None,
     stream: bool,
-    options: dict,
+    options: Mapping[str, Any],
 ) -> None:
     """Generate and write the text after the prompt to standard output, word by word or at once.
 
@@ -233,13 +235,10 @@ def write_continuation(
 
     Args:
         inputs: arguments of the model for the prompt, one row.
-        num_steps: core steps per token, or None for the model's own.
         stream: write while generating.
         options: further arguments of `generate`.
     """
     decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    if num_steps is not None:
-        options = {**options, "num_steps": num_steps}
     output = model.generate(
         **inputs,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,20 +1,35 @@
 """From YAML files and flags to configuration classes, and what is said about those that are wrong."""
 
 import json
+import math
 import os
 import re
+import socket
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import yaml
 
 import configs
-from configs import RunConfig, check_optimizer, check_output_dir, load_config, load_run_config, one_line_errors
+from configs import (
+    RunConfig,
+    check_optimizer,
+    check_output_dir,
+    load_config,
+    load_run_config,
+    one_line_errors,
+    options_of,
+)
 from configs.finetuning import load_finetuning_config
-from model import MegaTransformerTextConfig, RecurrenceConfig
-from trainers import RecurrentTrainingArguments
+from configs.reference import classes_of_run
+from inference import logs
+from model import MegaTransformerTextConfig, RecurrenceConfig, versions
+from trainers import RecurrentTrainingArguments, arguments
 
 ROOT = Path(__file__).parent.parent
 ON_CPU = ["--training.use_cpu", "true", "--training.report_to", "none"]
@@ -254,7 +269,7 @@ def test_only_the_first_rank_of_a_machine_speaks(capsys, monkeypatch: pytest.Mon
 
 
 def test_a_message_of_another_form_is_passed_on() -> None:
-    assert configs.describe("something else went wrong") == "something else went wrong"
+    assert configs.describe("something else went wrong", {}) == "something else went wrong"
 
 
 # ------------------------------------------------------------ values and order
@@ -580,3 +595,203 @@ def test_the_launcher_reports_one_line_and_the_scripts_exit_code(empty_folder: P
     assert result.stderr.count("unknown key training.learning_rat ('1'); did you mean learning_rate?") == 1
     assert "Traceback" not in result.stderr
     assert list(empty_folder.iterdir()) == []
+
+
+# ------------------------------------------------------------ help, versions, completion, the launcher
+
+
+@pytest.fixture
+def ended(capsys: pytest.CaptureFixture):
+    """Loads what answers and ends with exit code 0; returns what it printed."""
+
+    def load(*argv: str, loader=load_config) -> str:
+        with pytest.raises(SystemExit) as end:
+            loader(argv)
+        assert end.value.code == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return load
+
+
+def test_help_of_a_section_has_its_options_and_no_others(ended, yaml_file) -> None:
+    """Every option of the whole help that begins with the section's key, and nothing else; the class is the model's."""
+    path = yaml_file("model: {model_type: megatransformer, vision_config: {}}")
+    for given, section in (
+        ((), "training"),
+        ((), "model"),
+        ((), "model.recurrence"),
+        ((), "callbacks.samples"),
+        (("--config", path), "model.vision_config"),
+    ):
+        whole, part = (
+            set(re.findall(r"^  (--[\w.]+)", ended(*given, flag), flags=re.MULTILINE))
+            for flag in ("--help", f"--{section}.help")
+        )
+        assert part == {flag for flag in whole if f"{flag}.".startswith(f"--{section}.")} - {"--model.model_type"}
+        assert len(part) > 3
+    tuned = ended("--trainer", "dpo", "--training.help", loader=load_finetuning_config)
+    assert "--training.beta " in tuned and "--data." not in tuned
+
+
+def test_help_of_no_section_names_the_nearest(refused) -> None:
+    message = refused("--model.recurence.help")
+    assert "--model.recurence.help: there is no such section; did you mean model.recurrence?" in message
+
+
+def test_the_version_is_that_of_checkout_and_libraries(ended) -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    for loader in (load_config, load_finetuning_config):
+        words = ended("--version", loader=loader).split()
+        assert words[0] == "MegaTransformer" and words[-4:-2] == ["torch", f"{torch.__version__},"]
+        assert words[-2:] == ["transformers", transformers.__version__]
+        found = words[1].removesuffix(",").removesuffix("+")
+        assert words[1:4] == ["of", "unknown", "commit,"] if not commit else commit.startswith(found)
+
+
+def test_the_version_outside_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "__file__", "/nowhere/versions.py")
+    assert versions.commit() == "of unknown commit"
+    monkeypatch.setenv("PATH", "")
+    assert versions.commit() == "of unknown commit"
+
+
+def test_the_schema_of_a_file_is_printed_for_editors(ended) -> None:
+    """jsonargparse's; a shell's needs shtab, and comes the same way."""
+    configs.build_parser.cache_clear()
+    schema = json.loads(ended("--print_completion", "jsonschema"))
+    configs.build_parser.cache_clear()  # printing leaves a parser that parses nothing
+    assert {"model", "training", "data"} <= set(schema["properties"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_dry"),
+    [
+        (["--dry-run"], True),
+        (["--dry_run"], True),
+        (["--dry_run", "true"], True),
+        (["--dry-run=true"], True),
+        (["--dry-run", "--training.seed", "3"], True),
+        (["--dry-run", "false"], False),
+        (["--dry_run=false"], False),
+        ([], False),
+    ],
+)
+def test_a_dry_run_with_and_without_a_value(flags: list[str], is_dry: bool) -> None:
+    run = load(*flags)
+    assert run.is_dry_run is is_dry
+    assert ("dry_run" in run.resolved) is is_dry
+
+
+def test_a_dry_run_is_dry_or_not(refused) -> None:
+    assert "dry_run: expected bool, got maybe" in refused("--dry_run=maybe")
+    assert "unexpected argument 'maybe'" in refused("--dry_run", "maybe")
+
+
+@pytest.mark.parametrize(
+    ("report_to", "fragments"),
+    [
+        ("foo", ("training.report_to: 'foo' is unknown", "tensorboard")),
+        ("[tensorboard, foo]", ("training.report_to: 'foo' is unknown",)),
+        ("[none, tensorboard]", ("training.report_to: 'none'",)),
+        ("dvclive", ("training.report_to: 'dvclive' needs a package that is not installed",)),
+    ],
+)
+def test_metrics_go_where_there_is_something(refused, monkeypatch, report_to: str, fragments: tuple[str]) -> None:
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    message = refused("--training.report_to", report_to)
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_a_plan_reports_to_what_is_installed_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", list)
+    assert load_config(["--dry-run", "--training.report_to", "wandb"]).training.report_to == ["wandb"]
+    for report_to in ("all", "none"):
+        run = load_config(["--training.use_cpu", "true", "--training.report_to", report_to])
+        assert ("tensorboard" in run.training.report_to) is (report_to == "all")
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"])
+def test_a_rank_that_is_no_number_is_one_line(monkeypatch, capsys, name: str) -> None:
+    """Before libraries are imported that read it."""
+    logs.check_launcher_numbers()
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(SystemExit) as end:
+        logs.check_launcher_numbers()
+    assert end.value.code == 2
+    assert re.fullmatch(f"error: {name} is 'x' in the environment, [^\n]*unset it, [^\n]*\n", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate.py", "-m inference.generate"])
+def test_a_rank_that_is_no_number_ends_a_command(script: str) -> None:
+    command = [sys.executable, *script.split(), "--help"]
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "LOCAL_RANK": "x"}, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert re.fullmatch("error: LOCAL_RANK is 'x' [^\n]*\n", ended.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [[], ["--training.deepspeed", "zero0"]])
+def test_a_port_in_use_is_one_line(yaml_file, deepspeed: list[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "pretrain.py", "--config", "configs/recurrent_lm.yaml", *deepspeed]
+        environment = {**os.environ, **ranks, **address}
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and f"MASTER_PORT: {port} is in use" in lines[0] and "--master_port" in lines[0]
+    assert "Traceback" not in ended.stderr
+
+
+# ------------------------------------------------------------ numbers that are none
+
+
+def float_options() -> dict[str, type]:
+    """Each key of a run that takes a number with a point, and the class it stands in; of lists the class alone."""
+    found = {}
+    for cls, keys in classes_of_run().items():
+        for name, hint in options_of(cls).items():
+            if float in (hint, *typing.get_args(hint)) and typing.get_origin(hint) is not list:
+                found[f"{keys[0]}.{name}"] = cls
+    return found
+
+
+NEEDED = {"SourceConfig": {"kind": "files", "paths": ["a"]}, "ParameterGroup": {"pattern": "*"}}
+NEEDED |= {"RolloutArguments": {"rewards": ["evaluation.rewards:exact_answer"]}}
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_no_class_takes_a_number_that_is_none(value: float) -> None:
+    """Whatever the range of an option, if it has one."""
+    assert len(float_options()) > 100
+    for key, cls in float_options().items():
+        name = key.rpartition(".")[2]
+        with pytest.raises(ValueError, match=rf"{name}.*({value}|{str(value).lstrip('-')})"):
+            cls(**NEEDED.get(cls.__name__, {}), **{name: value})
+
+
+@pytest.mark.parametrize("text", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "key", ["training.learning_rate", "training.depth_gap_alarm", "model.rope_theta", "model.recurrence.exit_threshold"]
+)
+def test_flag_and_file_refuse_the_same_numbers(refused, yaml_file, key: str, text: str) -> None:
+    *outer, name = key.split(".")
+    nested = f"{name}: {text}"
+    for section in reversed(outer):
+        nested = f"{section}: {{{nested}}}"
+    for given in ((f"--{key}", text), (f"--{key}={text}",), ("--config", yaml_file(nested))):
+        message = refused(*given)
+        assert key in message and text.lstrip("-.") in message.lower()
+
+
+def test_numbers_in_lists_are_checked(refused) -> None:
+    message = refused("--data.augmentation.audio.speed", "[.inf, 1.0]")
+    assert "data.augmentation.audio.speed: [inf, 1.0] is not finite" in message

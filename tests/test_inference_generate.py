@@ -129,7 +129,7 @@ def test_characters_split_over_tokens_come_whole(capsys):
                 streamer.put(part)
             streamer.end()
 
-    write_continuation(Speaker(), tokenizer, {"input_ids": torch.tensor([[1, 5]])}, None, stream=True, options={})
+    write_continuation(Speaker(), tokenizer, {"input_ids": torch.tensor([[1, 5]])}, stream=True, options={})
     assert capsys.readouterr().out == text + "\n"
 
 

@@ -1,0 +1,219 @@
+"""Prompts: as tensors, and many of them from a file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
+
+from .loading import tokenizer_of
+
+logger = logging.getLogger("inference.generate")
+
+MEDIA_KEYS = {"image": "image", "images": "image", "audio": "audio"}
+"""The keys of a line that name files, and the modality of each."""
+KEYS = ("prompt", *MEDIA_KEYS)
+MOST_LISTED = 5
+"""Lines that an error describes one by one."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a file of prompts.
+
+    Args:
+        line: Its number, from 1.
+        given: The line as it stands there.
+        text: What is continued or, where there are media, asked about them.
+        media: (modality, path) each, in the order of the line.
+    """
+
+    line: int
+    given: Mapping[str, Any]
+    text: str
+    media: tuple[tuple[str, str], ...]
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, *prompts: str) -> BatchFeature:
+    """`input_ids` and `attention_mask`, (prompts, sequence), of documents that begin with the prompts: the begin token,
+    if there is one, in front, and padding before it.
+
+    As in training, special tokens that are written in the text are text.
+    """
+    rows = tokenizer(list(prompts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        rows = [[tokenizer.bos_token_id, *ids] for ids in rows]
+    longest = max(map(len, rows))
+    pads = [longest - len(ids) for ids in rows]
+    ids = [[tokenizer.pad_token_id] * pad + ids for pad, ids in zip(pads, rows, strict=True)]
+    masks = [[0] * pad + [1] * (longest - pad) for pad in pads]
+    return BatchFeature({"input_ids": ids, "attention_mask": masks}, tensor_type="pt")
+
+
+def encode_question(
+    processor: PreTrainedTokenizerBase | ProcessorMixin, *questions: tuple[Sequence[tuple[str, str]], str]
+) -> BatchFeature:
+    """What the model takes for messages of users, each of media and a text, after which the assistant speaks.
+
+    Args:
+        questions: (media, text) each; media are (modality, path) each, in order.
+
+    Raises:
+        ValueError: the model reads no media, or not of this kind, or one of them cannot be read.
+    """
+    if not isinstance(processor, ProcessorMixin):
+        kind, path = next(item for media, _ in questions for item in media)
+        raise ValueError(f"--{kind} {path} was given, but this model reads text alone: leave it out.")
+    conversations = []
+    for media, text in questions:
+        content = [{"type": kind, "path": path} for kind, path in media]
+        conversations.append([{"role": "user", "content": content + [{"type": "text", "text": text}] * bool(text)}])
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file of JSON lines such as `{"prompt": "The wind"}` or `{"prompt": "What is this?", "image":
+    "a.png"}`; `images` and `audio` may be lists. Paths are relative to the file; empty lines are passed over.
+
+    Raises:
+        ValueError: names the lines that are none, or says that there are no others.
+        OSError: the file cannot be read.
+    """
+    prompts, bad = [], {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(read_line(number, line, path.absolute().parent))
+        except ValueError as error:  # also what is not UTF-8
+            bad[number] = str(error)
+    refuse(path, bad, len(prompts) + len(bad))
+    if not prompts:
+        raise ValueError(f'--prompts {path} is empty: write lines such as {{"prompt": "The wind"}} into it.')
+    return prompts
+
+
+def read_line(number: int, line: bytes, folder: Path) -> Prompt:
+    """One line.
+
+    Raises:
+        ValueError: why it is none.
+    """
+    given = json.loads(line.decode("utf-8"))
+    if not isinstance(given, dict):
+        raise ValueError(f'{str(given)[:40]!r} is no object such as {{"prompt": "The wind"}}')
+    for name in given.keys() - set(KEYS):
+        near = difflib.get_close_matches(name, KEYS, n=1)
+        raise ValueError(f"unknown key {name!r}; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(KEYS)}")
+    media = tuple(
+        (MEDIA_KEYS[key], str(folder / path)) for key in given if key != "prompt" for path in paths_of(given, key)
+    )
+    text = given.get("prompt", "")
+    if not isinstance(text, str) or not (text.strip() or media):
+        raise ValueError(f"prompt is {text!r}; give a text")
+    for _, file in media:
+        if not os.path.isfile(file):
+            raise ValueError(f"{file} is no file; correct the path")
+    return Prompt(number, given, text, media)
+
+
+def paths_of(given: Mapping[str, Any], key: str) -> list[str]:
+    """The paths under a key; ValueError for something else."""
+    paths = given[key] if isinstance(given[key], list) else [given[key]]
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(f"{key} is {given[key]!r}; give a path, or a list of paths")
+    return paths
+
+
+def refuse(path: Path, bad: Mapping[int, str], count: int) -> None:
+    """Raise ValueError if there are bad lines, with their number and the first of them."""
+    if bad:
+        listed = [f"line {number}: {' '.join(reason.split())}" for number, reason in list(bad.items())[:MOST_LISTED]]
+        more = ["..."] * (len(bad) > MOST_LISTED)
+        raise ValueError(f"--prompts {path}: {len(bad)} of {count} lines cannot be used: {'; '.join(listed + more)}")
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
+def check_media(path: Path, processor: PreTrainedTokenizerBase | ProcessorMixin, prompts: Sequence[Prompt]) -> None:
+    """See to it that the model can read the media of all prompts, before it answers the first.
+
+    Raises:
+        ValueError: names the lines whose media it cannot.
+    """
+    bad = {}
+    for prompt in prompts:
+        if prompt.media:
+            try:
+                encode_question(processor, (prompt.media, prompt.text))
+            except (ValueError, OSError) as error:
+                bad[prompt.line] = str(error)
+    refuse(path, bad, len(prompts))
+
+
+def write_answers(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    seed: int,
+    options: Mapping[str, Any],
+    out: TextIO,
+) -> None:
+    """Write each prompt with the `text` after it, a JSON object a line, in the order of the prompts.
+
+    Args:
+        batch_size: The most prompts that are continued together; those with media and those without never are.
+        seed: Of the draws of a batch; a prompt in a batch of its own is continued as without a file.
+        options: Of `generate`.
+        out: Where they are written, as soon as they are known.
+    """
+    tokenizer, num_written = tokenizer_of(processor), 0
+    for batch in batches(prompts, batch_size):
+        set_seed(seed)
+        if batch[0].media:
+            inputs = encode_question(processor, *((prompt.media, prompt.text) for prompt in batch))
+        else:
+            inputs = encode_prompt(tokenizer, *(prompt.text for prompt in batch))
+        ids = model.generate(
+            **inputs.to(model.device, model.dtype),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **options,
+        )
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for prompt, text in zip(batch, texts, strict=True):
+            out.write(json.dumps({**prompt.given, "text": text}, ensure_ascii=False) + "\n")
+        out.flush()
+        num_written += len(batch)
+        logger.info("%d of %d prompts are answered", num_written, len(prompts))
+
+
+def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[Prompt]]:
+    """Prompts that follow each other and all have media, or all have none."""
+    for _, group in groupby(prompts, key=lambda prompt: bool(prompt.media)):
+        same = list(group)
+        yield from (same[start : start + batch_size] for start in range(0, len(same), batch_size))
