@@ -122,6 +122,10 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         super().set_attn_implementation(by_part, allow_all_kernels)
         if own is not None:
             self.config.get_text_config()._attn_implementation = self.config._attn_implementation
+        if not isinstance(attn_implementation, dict):  # parts without attention say the same as the whole
+            for name in self.config.sub_configs.keys() - ENCODERS:
+                if getattr(self.config, name) is not None:
+                    getattr(self.config, name)._attn_implementation = self.config._attn_implementation
         for module in self.modules():
             if isinstance(module, Backbone):
                 module.model.set_attn_implementation(module.config._attn_implementation)

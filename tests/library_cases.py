@@ -15,6 +15,7 @@ import torch
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 from transformers_tests import test_modeling_common, test_training_mixin
@@ -26,6 +27,7 @@ from model import (
     MegaTransformerConfig,
     MegaTransformerForCausalLM,
     MegaTransformerForConditionalGeneration,
+    MegaTransformerForSequenceClassification,
     MegaTransformerTextConfig,
     MegaTransformerTextModel,
 )
@@ -35,6 +37,7 @@ from model.modeling_megatransformer import MegaTransformerModel
 MODEL_MAPPING_NAMES["megatransformer_text"] = "MegaTransformerTextModel"
 MODEL_MAPPING_NAMES["megatransformer"] = "MegaTransformerModel"
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["megatransformer_text"] = "MegaTransformerForCausalLM"
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["megatransformer_text"] = "MegaTransformerForSequenceClassification"
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["megatransformer"] = "MegaTransformerForConditionalGeneration"
 
 STEPS = 2
@@ -126,7 +129,11 @@ class ReaderTester(ModelTester):
 
 
 class TextCase(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
-    all_model_classes = (MegaTransformerTextModel, MegaTransformerForCausalLM)
+    all_model_classes = (
+        MegaTransformerTextModel,
+        MegaTransformerForCausalLM,
+        MegaTransformerForSequenceClassification,
+    )
     test_can_init_all_missing_weights_before_2023 = True  # which a file without a copyright line is taken for
     text: dict[str, Any] = {}
     model_tester = None
@@ -160,6 +167,7 @@ class ImageTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, un
     _is_composite = True
     test_can_init_all_missing_weights_before_2023 = True
     has_audio = False
+    additional_model_inputs = ["pixel_values", "input_features"]
     model_tester = None
 
     def setUp(self):
