@@ -389,7 +389,6 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         cache: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         loss_weights: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
@@ -434,6 +433,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             noise_schedule: How the amount changes from step to step.
             media: Further arguments of a base model that reads images and sound.
         """
+        # No parameter: `Trainer` takes all with "label" in their names for labels, and needs each of them to evaluate.
+        shift_labels = kwargs.pop("shift_labels", None)
         check_kwargs(kwargs, self.forward, position_ids)
         is_shifted = shift_labels is not None
         labels = shift_labels if is_shifted else labels

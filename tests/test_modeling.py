@@ -3,7 +3,9 @@
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.utils.generic import find_labels
 
+from model import MegaTransformerForCausalLM, MegaTransformerForConditionalGeneration
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
 POSITIONS = ["rope", "alibi", "learned", "sinusoidal", "none"]
@@ -394,3 +396,9 @@ def test_alibi_bias_is_minus_the_slope_times_the_distance():
 
     bias = alibi_bias(torch.tensor([[5, 6]]), torch.tensor([[2, 6]]), num_heads=8)
     assert bias[0, 0].tolist() == [[-1.5, 0.5], [-2.0, 0.0]] and bias[0, 1, 1].tolist() == [-1.0, 0.0]
+
+
+def test_trainers_find_the_labels_and_nothing_else():
+    """`Trainer` evaluates where all that it takes for labels is given."""
+    for model in (MegaTransformerForCausalLM, MegaTransformerForConditionalGeneration):
+        assert find_labels(model) == ["labels"]

@@ -26,7 +26,9 @@ from dataset_loading.synthetic import generate_row
 from inference.loading import load_model
 from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, encode_conversation
 from tests.tiny import tiny_ids
+from tests.tiny_language_model import tiny_model
 from tests.tiny_processor import tiny_processor
+from trainers.resuming import forget_tied_weights
 
 TINY_RUN = {
     "model": {
@@ -128,9 +130,9 @@ def test_resolved_yaml_alone_repeats_the_run(run, tmp_path):
     assert before == after
 
 
-def test_resume_from_checkpoint_continues_exactly(run, tmp_path):
+def test_resume_from_checkpoint_continues_exactly(run, tmp_path, caplog):
     """Half a run, then `--training.resume_from_checkpoint true`, equals the whole run bitwise; a newer checkpoint that
-    was cut off is passed over.
+    was cut off is passed over. Of tied weights, which are saved once, none is said to be missing.
     """
     folder, config = run
     out = tmp_path / "out"
@@ -142,8 +144,24 @@ def test_resume_from_checkpoint_continues_exactly(run, tmp_path):
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
     pretrain.main([*flags, "--training.resume_from_checkpoint", "true"])
     assert losses(out) == losses(folder)
+    assert "checkpoint-6 is passed over" in caplog.text and "missing keys" not in caplog.text
     ours, whole = (load_model(place)[0].state_dict() for place in (out, folder))
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_tied_weights_are_missing_where_both_are():
+    """Against torch's own report, without the hook."""
+    model = tiny_model()
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+    whole = {name: weight for name, weight in model.state_dict().items() if name != "model.norm.weight"}
+    without_head = {name: weight for name, weight in whole.items() if name != "lm_head.weight"}
+    without_both = {name: weight for name, weight in without_head.items() if name != "model.embed_tokens.weight"}
+    states = (whole, without_head, without_both)
+    before = [set(model.load_state_dict(state, strict=False).missing_keys) for state in states]
+    model.register_load_state_dict_post_hook(forget_tied_weights)
+    after = [set(model.load_state_dict(state, strict=False).missing_keys) for state in states]
+    assert before[1] == {"model.norm.weight", "lm_head.weight"} and len(before[2]) == 3
+    assert after == [before[0], before[0], before[2]]
 
 
 LOADER = """
