@@ -35,6 +35,7 @@ from .outputs import (
     MegaTransformerCausalLMOutput,
     MegaTransformerModelOutput,
     takes_past_key_values,
+    with_parameters,
     with_parameters_of,
 )
 from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
@@ -175,7 +176,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             attention_mask: (batch, past + sequence) with 1 for real tokens and 0 for padding, or 4-D.
             position_ids: (batch, sequence). Default: counted over the real tokens. Without mask and cache, a restart at
                 0 begins a new document, and attention does not cross it.
-            cache: Cache of the tokens before; it is extended in place.
+            cache: Cache of the tokens before; it is extended in place. One of transformers, such as prefix tuning has,
+                is copied: go on with that of the output.
             inputs_embeds: (batch, sequence, hidden) instead of `input_ids`; already scaled, positions not yet added.
             num_steps: Core steps: an int, a pair (without gradient, with gradient), or (batch,). See `resolve_depth`.
             initial_state: s_0, broadcastable to (batch, sequence, hidden). Default: one fixed draw.
@@ -379,6 +381,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @with_parameters("depth_options")  # which `generate` hands on, and PEFT has its own function to prepare inputs
     @takes_past_key_values
     @can_return_tuple
     def forward(

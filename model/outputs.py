@@ -35,12 +35,15 @@ def takes_past_key_values(forward: Callable) -> Callable:
             kwargs["cache"] = past_key_values
         return forward(self, *args, **kwargs)
 
-    # transformers 5.23 looks in the signature for what it hands on.
-    own = inspect.signature(forward)
-    *named, rest = own.parameters.values()
-    old = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None)
-    wrapper.__signature__ = own.replace(parameters=[*named, old, rest])
-    return wrapper
+    return with_parameters("past_key_values")(wrapper)
+
+
+def with_parameters(*names: str) -> Callable[[Callable], Callable]:
+    """Decorator of a method with `**kwargs`: its signature, in which transformers looks for what `generate` may be
+    given, lists these as well.
+    """
+    further = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    return functools.partial(_list_parameters, further)
 
 
 def with_parameters_of(base: Callable) -> Callable[[Callable], Callable]:
@@ -49,14 +52,18 @@ def with_parameters_of(base: Callable) -> Callable[[Callable], Callable]:
     """
 
     def decorate(method: Callable) -> Callable:
-        own = inspect.signature(method)
-        *named, rest = own.parameters.values()
-        further = [each for name, each in inspect.signature(base).parameters.items() if name not in own.parameters]
-        further = [each.replace(kind=each.KEYWORD_ONLY) for each in further if each.kind != each.VAR_KEYWORD]
-        method.__signature__ = own.replace(parameters=[*named, *further, rest])
-        return method
+        own, theirs = inspect.signature(method).parameters, inspect.signature(base).parameters
+        further = [each for name, each in theirs.items() if name not in own and each.kind != each.VAR_KEYWORD]
+        return _list_parameters([each.replace(kind=each.KEYWORD_ONLY) for each in further], method)
 
     return decorate
+
+
+def _list_parameters(further: list[inspect.Parameter], method: Callable) -> Callable:
+    own = inspect.signature(method)
+    *named, rest = own.parameters.values()
+    method.__signature__ = own.replace(parameters=[*named, *further, rest])
+    return method
 
 
 if CACHE_NAME == "cache":
