@@ -21,13 +21,20 @@ def tuned(folder, base, *flags, processes=2):
     return found, {**lora, **steps}
 
 
-def test_zero2_on_two_ranks_equals_two_ranks_without_it(tiny_run, tmp_path):
+@pytest.fixture(scope="module")
+def plain(tiny_run, tmp_path_factory):
+    """Two ranks without DeepSpeed."""
+    return tuned(tmp_path_factory.mktemp("plain"), tiny_run)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_zero_on_two_ranks_equals_two_ranks_without_it(stage, plain, tiny_run, tmp_path):
     """Invariant 6; the files of adapters are whole, and are all that is saved."""
-    plain, expected = tuned(tmp_path / "plain", tiny_run)
-    found, weights = tuned(tmp_path / "zero2", tiny_run, "--training.deepspeed", "zero2")
-    assert found == pytest.approx(plain, abs=1e-4)
-    assert not list((tmp_path / "zero2" / "out").glob("model*"))
-    assert list((tmp_path / "zero2/out/checkpoint-2").glob("global_step2/*optim_states.pt"))  # DeepSpeed was there
+    losses, expected = plain
+    found, weights = tuned(tmp_path, tiny_run, "--training.deepspeed", stage)
+    assert found == pytest.approx(losses, abs=1e-4)
+    assert not list((tmp_path / "out").glob("model*"))
+    assert list((tmp_path / "out/checkpoint-2").glob("global_step2/*optim_states.pt"))  # DeepSpeed was there
     assert weights.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3)

@@ -171,10 +171,10 @@ def whole_weights_of(parts: Sequence[Any]) -> AbstractContextManager:
     """A context in which the modules among `parts` have their whole weights, on all ranks of ZeRO-3 too."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed  # only where it runs
 
     modules = (part for part in parts if isinstance(part, nn.Module))
-    return GatheredParameters([weight for module in modules for weight in module.parameters()])
+    return deepspeed.zero.GatheredParameters([weight for module in modules for weight in module.parameters()])
 
 
 @contextmanager
