@@ -417,8 +417,6 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         Args:
             labels: (batch, sequence), -100 where there is no loss. They are shifted inside: position i predicts label i
                 + 1.
-            shift_labels: (batch, sequence), in place of labels: position i predicts label i. Trainers that spread a
-                sequence over ranks give them, since the last position of a part predicts the first token of the next.
             loss_weights: (batch, sequence), what the loss of each label is multiplied by. Default: 1.
             logits_to_keep: Number of last positions whose logits are computed (0: all), or their indices.
             skip_logits: With labels: compute the loss a chunk of tokens at a time, and return no logits, since all of
@@ -435,6 +433,9 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             noise_level: Amount of noise mixed into the state before each step; see `StateNoise`.
             noise_schedule: How the amount changes from step to step.
             media: Further arguments of a base model that reads images and sound.
+            kwargs: `shift_labels`, (batch, sequence), in place of labels: position i predicts label i. Trainers that
+                spread a sequence over ranks give them, since the last position of a part predicts the first token of
+                the next.
         """
         # No parameter: `Trainer` takes all with "label" in their names for labels, and needs each of them to evaluate.
         shift_labels = kwargs.pop("shift_labels", None)

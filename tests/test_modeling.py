@@ -203,6 +203,7 @@ def test_a_sequence_in_parts_with_labels_shifted_before_has_the_loss_of_the_whol
     torch.testing.assert_close(summed, (losses * factors).sum() / 4)
     if options:
         torch.testing.assert_close(out.token_losses, losses)
+    assert find_labels(type(model)) == ["labels"]  # all of which Trainer wants to see before it evaluates a loss
 
 
 @pytest.mark.parametrize("position", ["rope", "alibi"])
