@@ -720,7 +720,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
     def _add_encoded(self, outputs: MegaTransformerModelOutput, encoded: dict[str, ModelOutput]) -> None:
         """Adds what the encoders of images and sound gave, where there were any."""
         for name in ("image", "audio"):
-            if name in encoded and any(len(part) for part in encoded[name].pooler_output):
+            if name in encoded and any(part.numel() for part in encoded[name].pooler_output):
                 outputs[f"{name}_outputs"] = encoded[name]
 
     def embed_written(self, embeds: torch.Tensor, written: Written) -> torch.Tensor:
