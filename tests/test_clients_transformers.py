@@ -116,7 +116,7 @@ def test_deepspeed_inference(text_folder):
 
 def test_torch_compile_of_the_whole_model():
     """What users do who know no better; `compile_units` is the way that needs no new graph for a new depth."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model, ids = model_of_numbers(scale=2.0), tiny_ids(2, 6)
     compiled = torch.compile(model, backend="aot_eager")
     for depth in (2, 5):
@@ -127,7 +127,7 @@ def test_torch_compile_of_the_whole_model():
                 atol=1e-5,
                 rtol=1e-5,
             )
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 # --------------------------------------------------------------------------------------------------------------- export
