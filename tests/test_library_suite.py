@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from tests.library_suite import EXCEPTIONS, failures, fetch_testers, run_pip, run_suite, summary
+from tests.library_suite import EXCEPTIONS, ROOT, exceptions_table, failures, fetch_testers, run_pip, run_suite, summary
 
 
 @pytest.mark.slow
@@ -28,6 +28,7 @@ def test_the_tests_of_transformers_fail_only_where_they_cannot_apply():
 def test_few_tests_of_transformers_cannot_apply_and_each_has_a_reason():
     assert len(EXCEPTIONS) <= 8
     assert all(each.models and each.reason.endswith(".") for each in EXCEPTIONS.values())
+    assert exceptions_table() in (ROOT / "docs/ecosystem.md").read_text(encoding="utf-8")
 
 
 def test_where_there_is_no_index_the_reason_is_one_line():
