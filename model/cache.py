@@ -231,7 +231,7 @@ class RecurrentCache(Cache):
     @classmethod
     def of_prefix(cls, config: MegaTransformerTextConfig, prefix: Cache) -> "RecurrentCache":
         """A cache that begins with keys and values of each layer, as prefix tuning learns them; those of a layer of the
-        core are read at every step. An empty one gives an empty one.
+        core are read at every step.
 
         Raises:
             ValueError: for keys and values of other layers or heads.
@@ -239,8 +239,6 @@ class RecurrentCache(Cache):
         cache = cls(config)
         wanted = (config.num_key_value_heads, config.head_dim)
         shapes = [layer.keys.shape for layer in prefix.layers if layer.is_initialized]
-        if not shapes:
-            return cache
         if len(shapes) != len(cache.layers) or any((shape[1], shape[3]) != wanted for shape in shapes):
             raise ValueError(
                 f"cache is a {type(prefix).__name__} with keys of shapes {sorted(set(map(tuple, shapes)))} in "

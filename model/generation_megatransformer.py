@@ -122,11 +122,17 @@ class RecurrentGenerationMixin:
         config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         kwargs = config.update(**kwargs)
         recurrence = self.text_config.recurrence
+        defaults = {  # those of depth and cache are looked up where they are used
+            "exit_criterion": recurrence.exit_criterion,
+            "exit_threshold": recurrence.exit_threshold,
+            "exit_first_step": recurrence.exit_first_step,
+            "exit_every": recurrence.exit_every,
+            "exit_in_prefill": recurrence.exit_in_prefill,
+            "state_warm_start": recurrence.state_warm_start,
+        }
         for name, value in options.items():
-            if value is None:
-                options[name] = getattr(config, name, None)
-            if options[name] is None and name in (*EXIT_OPTIONS, "state_warm_start"):
-                options[name] = getattr(recurrence, name)
+            value = getattr(config, name, None) if value is None else value
+            options[name] = defaults.get(name) if value is None else value
         return config, options, kwargs
 
     def _arguments_of_forward(self, options: dict[str, Any]) -> dict[str, Any]:

@@ -319,9 +319,12 @@ def test_plain_model_refuses_steps():
 
 
 def test_foreign_cache_is_refused():
-    """R5: one that holds keys of other shapes; an empty one asks for nothing."""
+    """R5: an empty one too, which is not extended in place as its owner expects."""
     model, foreign = tiny_model(), DynamicCache()
-    assert torch.equal(model(tiny_ids(1, 4), cache=DynamicCache()).logits, model(tiny_ids(1, 4)).logits)
+    with pytest.raises(
+        ValueError, match=r"DynamicCache with keys of shapes .* in 0 layers; this model needs a Recurrent"
+    ):
+        model(tiny_ids(1, 4), cache=foreign)
     foreign.update(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8), 0)
     with pytest.raises(ValueError, match=r"DynamicCache with keys of shapes \[\(1, 3, 2, 8\)\] in 1 layers"):
         model(tiny_ids(1, 4), cache=foreign)
