@@ -665,6 +665,21 @@ def test_the_schema_of_a_file_is_printed_for_editors(ended) -> None:
     assert {"model", "training", "data"} <= set(schema["properties"])
 
 
+@pytest.mark.slow
+def test_bash_completes_options_behind_the_launcher() -> None:
+    """As the README has it, in a real shell."""
+    script = subprocess.run(
+        [sys.executable, "pretrain.py", "--print_completion", "shtab-bash"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert script.returncode == 0, script.stderr
+    for word, expected in (("--training.lear", ["--training.learning_rate"]), ("--model.qk_n", ["--model.qk_norm"])):
+        line = f"deepspeed pretrain.py {word}"
+        ask = f"COMP_WORDS=({line}) COMP_CWORD=2 COMP_LINE='{line}' COMP_POINT={len(line)}"
+        ask += f"; _shtab_pretrain_py deepspeed {word} pretrain.py; echo ${{COMPREPLY[@]}}"
+        shell = subprocess.run(["bash", "-c", f"{script.stdout}\n{ask}"], capture_output=True, text=True)
+        assert shell.stdout.split() == expected, shell.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "is_dry"),
     [
