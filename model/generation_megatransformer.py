@@ -70,6 +70,7 @@ class RecurrentGenerationMixin:
         is_assisted = mode == GenerationMode.ASSISTED_GENERATION
         if is_assisted:
             self._check_assistance(config, options, cache, kwargs)
+        refuse_empty_rows(inputs, config, kwargs)
         config.suppress_tokens = [*(config.suppress_tokens or ()), *self.placeholder_ids] or None
         num_prompt_tokens = prompt_length(inputs, kwargs, has_embeds=False)
 
@@ -281,13 +282,8 @@ class RecurrentGenerationMixin:
             num_cached_tokens: Where candidates are checked, tokens of the prompt that a cache held before: transformers
                 5.23 and 5.24 give the whole prompt then, for Llama too, and the model would read them twice.
             depth_options: What `generate` was asked for, of `num_steps`, exits and noise.
-
-        Raises:
-            ValueError: for a row that is all padding.
         """
         cache = past_key_values if cache is None else cache
-        if is_first_iteration:
-            refuse_empty_rows(kwargs.get("attention_mask"))
         if next_sequence_length is None and num_cached_tokens:
             next_sequence_length = input_ids.shape[1] - num_cached_tokens
         kwargs.pop("state", None)  # transformers 5.23 takes an output of this name for a cache
@@ -491,10 +487,18 @@ def is_behind_the_end(tokens: torch.LongTensor, config: GenerationConfig) -> tor
     return behind
 
 
-def refuse_empty_rows(attention_mask: torch.Tensor | None) -> None:
-    """Raises ValueError for a row without a token. Part of one may be all padding, where a prompt is read in parts."""
-    if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.any(-1).all():
-        row = int((~attention_mask.any(-1)).nonzero()[0])
+def refuse_empty_rows(inputs: torch.Tensor | None, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for a row without a token, by the mask, or by padding where transformers makes one of that."""
+    mask, ids, pad = (
+        kwargs.get("attention_mask"),
+        kwargs.get("input_ids") if inputs is None else inputs,
+        config.pad_token_id,
+    )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if mask is None and ids is not None and pad is not None and pad not in ends:
+        mask = ids != pad
+    if mask is not None and mask.ndim == 2 and mask.shape[1] and not mask.any(-1).all():
+        row = int((~mask.any(-1)).nonzero()[0])
         raise ValueError(f"row {row} of the prompt is all padding (attention_mask); leave it out")
 
 

@@ -436,7 +436,7 @@ def test_a_filter_that_hides_nan_is_refused(tmp_path):
             r"samples.num_steps is \[4, 0\], must hold at least one depth, each at",
         ),
         (lambda: SamplesConfig(num_steps=[]), r"samples.num_steps is \[\], must hold at least one depth"),
-        (lambda: SamplesConfig(temperature=0), "samples.temperature is 0, must be above 0; .* set do_sample: false"),
+        (lambda: SamplesConfig(temperature=0), "samples.temperature is 0, must be above 0 .* set do_sample: false"),
         (lambda: SamplesConfig(seed=-1), "samples.seed is -1, must be at least 0"),
         (lambda: NonFiniteConfig(action="panic"), "non_finite.action is 'panic', must be one of stop, skip, warn"),
         (lambda: NonFiniteConfig(keep_batches=0), "non_finite.keep_batches is 0, must be at least 1"),

@@ -42,8 +42,7 @@ def test_static_equals_dynamic(position, mode, policy):
 
 
 def test_assisted_generation_is_refused():
-    """By transformers, which crops the cache there."""
-    with pytest.raises(ValueError, match="not supported with Static cache"):
+    with pytest.raises(ValueError, match="not possible with a static cache"):
         generated(model_of(), tiny_ids(1, 6), cache_implementation="static", prompt_lookup_num_tokens=3)
 
 

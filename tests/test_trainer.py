@@ -370,7 +370,7 @@ REFUSED = {
     "scheduler that needs arguments": ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs: .*min_lr"),
     "package of the optimizer": ({"optim": "galore_adamw"}, "training.optim or optim_args: .*install `galore_torch`"),
     "optimizer's arguments": ({"optim": "sgd", "optim_args": "momentum=big"}, "optim_args: .*'big'"),
-    "package of the report": ({"report_to": "wandb"}, "training: .*wandb to be installed"),
+    "package of the report": ({"report_to": "wandb"}, "report_to: 'wandb' needs a package that is not installed"),
     "accelerator": ({"accelerator_config": {"gradient_accumulation_kwargs": {"bogus": 1}}}, "training: .*'bogus'"),
     "compiler": ({"torch_compile_backend": "bogus"}, "torch_compile_mode: .*'bogus'"),
 }
