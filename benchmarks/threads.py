@@ -1,4 +1,4 @@
-"""What a second thread gains on an idle machine, and costs on a busy one: training steps by width and threads.
+"""Training steps by width and threads: the gain of a second thread on an idle machine, and its cost on a busy one.
 
 python -m benchmarks.threads
 python -m benchmarks.threads --busy
@@ -134,7 +134,7 @@ def rows_of(width: int, num_parameters: int, seconds: dict[int, list[float]]) ->
 
 
 def setting(args: argparse.Namespace) -> str:
-    """What was measured where, in one line."""
+    """A line that says what was measured, and on which machine."""
     policy, load = os.environ.get("OMP_WAIT_POLICY", "not set"), "one of them busy" if args.busy else "none kept busy"
     return (
         f"Training steps of {args.batch_size} x {args.sequence_length} tokens; {cpu_model()}, {usable_cores()} cores, "

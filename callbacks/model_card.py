@@ -161,7 +161,7 @@ def model_card(
 
 
 def card_data(folder: Path, config: PreTrainedConfig, resolved: Mapping[str, Any]) -> ModelCardData:
-    """What the hub reads of a card: kind of model and names of data sets."""
+    """The part of a card that the hub reads: kind of model and names of data sets."""
     train = (resolved.get("data") or {}).get("train") or []
     names = [source["path"] for source in train if source["kind"] == "hub" and not os.path.isabs(source["path"])]
     tasks = {"megatransformer_text": "text-generation", "megatransformer": "any-to-any"}
@@ -179,7 +179,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def description(folder: Path, model: nn.Module, resolved: Mapping[str, Any]) -> str:
-    """What the model is, in a sentence or two."""
+    """A sentence or two on the model: what it reads and writes, and its size."""
     if is_adapter(folder):
         count = sum(parameter_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
         return f"Low-rank adapters of {count:,} parameters for the model in `{resolved['model']['path']}`."

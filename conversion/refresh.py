@@ -150,7 +150,7 @@ def code_of(folder: Path) -> set[str]:
 
 
 def save_without_weights(model: PreTrainedModel, folder: Path, output: Path) -> None:
-    """What `save_pretrained` writes of a model and its processor, but for weights and tokenizer, which stay."""
+    """Writes what `save_pretrained` does of a model and its processor, but no weights and no tokenizer, which stay."""
     model.config.save_pretrained(output)
     custom_object_save(model, output)
     if (folder / PROCESSOR).is_file():

@@ -22,7 +22,7 @@ PARAMETERS_PER_THREAD = 1_000_000
 update ten times as slow where others compute as well: docs/performance.md has the figures.
 """
 MOST_THREADS = torch.get_num_threads()
-"""What torch begins with: OMP_NUM_THREADS, or the cores."""
+"""The number with which torch begins: OMP_NUM_THREADS, or the cores."""
 
 
 def attempt(what: str, query: Callable[[], str]) -> str:

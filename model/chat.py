@@ -46,7 +46,7 @@ The assistant calls a tool by what it says; a message of the tool answers, after
 _SPELLING_TEMPLATE = CHAT_TEMPLATE.replace("'<|' ~ message.role ~ '|>'", "spell(message.role)").replace(
     "'<|assistant|>'", "spell('assistant')"
 )
-"""The same where a role has no token."""
+"""The beginning of a message whose role has no token."""
 
 Outline = tuple[tuple[str, tuple[str, ...] | None], ...]
 """Of each message its role and the types of its parts, None if its content is a string."""

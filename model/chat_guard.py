@@ -1,4 +1,4 @@
-"""What keeps texts of users from becoming control tokens, also where a saved tokenizer is used without this code.
+"""The guard that keeps texts of users from becoming control tokens, also where a tokenizer is used without this code.
 
 A tokenizer finds its special tokens in a rendered conversation by their spelling, whoever wrote it. Two things that are
 saved with it stand against that. The chat template begins with a guard, which puts a mark into whatever could begin a
