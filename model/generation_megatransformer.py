@@ -286,7 +286,6 @@ class RecurrentGenerationMixin:
         cache = past_key_values if cache is None else cache
         if next_sequence_length is None and num_cached_tokens:
             next_sequence_length = input_ids.shape[1] - num_cached_tokens
-        kwargs.pop("state", None)  # transformers 5.23 takes an output of this name for a cache
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             *args,
@@ -328,6 +327,14 @@ class RecurrentGenerationMixin:
         return super()._get_candidate_generator(
             generation_config=generation_config, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As the original, which in transformers 5.23 takes an output named `state` for a cache: ours is none."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        model_kwargs.pop("state", None)
+        return model_kwargs
 
 
 class MediaGenerationMixin:

@@ -7,6 +7,7 @@ import torch
 
 from model import RecurrentCache
 from model.cache import BLOCK
+from model.outputs import CACHE_NAME
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
 POLICIES = [("full", None), ("ring", 2), ("ring", 3), ("last", None)]
@@ -218,7 +219,7 @@ def test_policy_of_the_keyword_then_of_the_generation_config_then_of_the_config(
 
     def policy_of(**kwargs) -> tuple:
         out = model.generate(tiny_ids(1, 3), max_new_tokens=2, return_dict_in_generate=True, **kwargs)
-        return out.cache.policy, out.cache.num_kept_steps
+        return out[CACHE_NAME].policy, out[CACHE_NAME].num_kept_steps
 
     assert policy_of() == ("ring", 2)
     model.generation_config.cache_policy = "last"

@@ -140,7 +140,7 @@ def test_generate_hands_on_nothing_of_its_own_where_nothing_is_asked(asked):
     model.prepare_inputs_for_generation = prepare
     model.generate(tiny_ids(1, 4), max_new_tokens=3, do_sample=False, **asked)
     libraries = {"attention_mask", "position_ids", "next_sequence_length", "is_first_iteration", "use_cache"}
-    libraries |= {"cache", "past_key_values", "logits_to_keep", "state"}
+    libraries |= {"cache", "past_key_values", "logits_to_keep"}
     assert names - libraries == asked.keys() & {"num_steps"}
 
 
