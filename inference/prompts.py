@@ -64,7 +64,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, *prompts: str) -> BatchFea
 def encode_question(
     processor: PreTrainedTokenizerBase | ProcessorMixin, *questions: tuple[Sequence[tuple[str, str]], str]
 ) -> BatchFeature:
-    """What the model takes for messages of users, each of media and a text, after which the assistant speaks.
+    """The inputs of the model for messages of users, each of media and a text, after which the assistant speaks.
 
     Args:
         questions: (media, text) each; media are (modality, path) each, in order.

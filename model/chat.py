@@ -235,7 +235,7 @@ def _is_ours(template: str | dict[str, str] | None) -> bool:
 
 
 def spelled_roles(tokenizer: Any) -> list[str]:
-    """What begins messages of those roles that have no token."""
+    """The beginnings of messages whose roles have no token."""
     return [token for token in ROLE_TOKENS.values() if tokenizer.backend_tokenizer.token_to_id(token) is None]
 
 

@@ -109,7 +109,7 @@ class Reader(nn.Module):
 def read_media(
     readers: nn.ModuleDict, media: dict[str, Any], run_all: bool, **asked: bool
 ) -> dict[str, BaseModelOutputWithPooling]:
-    """What readers read, by modality; see `Reader.read`.
+    """Reads media, by modality; see `Reader.read`.
 
     Args:
         media: Inputs of all readers by name.

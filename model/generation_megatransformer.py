@@ -223,7 +223,7 @@ class RecurrentGenerationMixin:
     def _check_assistance(
         self, config: GenerationConfig, options: dict[str, Any], cache: RecurrentCache | None, kwargs: dict[str, Any]
     ) -> None:
-        """What assisted generation needs to know besides.
+        """Checks that drafts can be verified, and counts the tokens that the cache holds before.
 
         Raises:
             ValueError: for what it cannot do.
@@ -331,7 +331,7 @@ class RecurrentGenerationMixin:
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """As the original, which in transformers 5.23 takes an output named `state` for a cache: ours is none."""
+        """Takes out what transformers 5.23 put in: it holds an output named `state` for a cache, and ours is none."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         model_kwargs.pop("state", None)
         return model_kwargs
@@ -510,7 +510,7 @@ def refuse_empty_rows(inputs: torch.Tensor | None, config: GenerationConfig, kwa
 
 
 def arguments_of_token(options: dict[str, Any], index: int, num_rows: int) -> dict[str, Any]:
-    """What `forward` is told about the depth of new token number `index`, counted from 0, which the prompt gives."""
+    """The arguments of `forward` for new token number `index`, counted from 0, which is read off the prompt."""
     arguments = dict(options)
     schedule, in_prefill = arguments.pop("exit_schedule", None), arguments.pop("exit_in_prefill", False)
     criterion = arguments.get("exit_criterion", "none")

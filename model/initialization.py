@@ -81,8 +81,8 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in transformers, but refuses backends that would leave out a term of the attention logits, and takes eager
-        where none was asked for and sdpa would leave one out.
+        """Chooses the backend as transformers does, but refuses those that would leave out a term of the attention
+        logits, and takes eager where none was asked for and sdpa would leave one out.
         """
         config = self.config.get_text_config()
         if requested_attention is None and config.attn_logit_softcapping is not None:
@@ -93,7 +93,7 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
     ) -> None:
-        """As in transformers: a backend for all parts, or a dict by part ("text_config", "vision_config",
+        """Sets, as in transformers, a backend for all parts, or a dict by part ("text_config", "vision_config",
         "audio_config"). In a dict, "" is the text model's, unless "text_config" names another; parts that it leaves out
         stay as they are.
 

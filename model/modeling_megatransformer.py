@@ -128,7 +128,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
         self.gradient_checkpointing, self.units_are_compiled = False, False
         self._drawn_state: tuple[tuple, torch.Tensor | None] = ((), None)
-        self._state_to_export = default_state(self.text_config)  # since a trace cannot draw
+        self._state_to_export = self._state_key(), default_state(self.text_config)  # since a trace cannot draw
         self.post_init()
 
     def add_exit_probe(self) -> ExitProbe:
@@ -277,13 +277,23 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 
     def _fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """`default_state` on the device and in the type of `hidden`, drawn once."""
-        recurrence = self.text_config.recurrence
-        key = (recurrence.state_init, recurrence.state_scale, recurrence.state_seed, hidden.device, hidden.dtype)
+        key = (*self._state_key(), hidden.device, hidden.dtype)
         if self._drawn_state[0] != key:
             if torch.compiler.is_exporting():
-                return self._state_to_export.to(hidden)
+                drawn, state = self._state_to_export
+                if drawn != self._state_key():
+                    raise ValueError(
+                        f"state_init, state_scale and state_seed were {drawn} when the model was made, and are now "
+                        f"{self._state_key()}: run it once before torch.export, which cannot draw another state"
+                    )
+                return state.to(hidden)
             self._drawn_state = (key, default_state(self.text_config).to(hidden))
         return self._drawn_state[1]
+
+    def _state_key(self) -> tuple[str, float, int]:
+        """The options on which `default_state` depends."""
+        recurrence = self.text_config.recurrence
+        return recurrence.state_init, recurrence.state_scale, recurrence.state_seed
 
     def _disturb(self, noise: StateNoise, position_ids, step, state, rows) -> torch.Tensor:
         """The state with noise, normed as the core leaves its states."""

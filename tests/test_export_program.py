@@ -51,6 +51,19 @@ def test_a_program_serves_other_batches_and_lengths(options):
 
 
 @torch.no_grad()
+def test_another_initial_state_than_was_drawn_is_refused_until_it_is():
+    model = tiny_model(num_steps=3, use_cache=False)
+    before = model(**padded(2, 7)).logits
+    model = tiny_model(num_steps=3, use_cache=False)
+    model.config.recurrence.state_seed = 7
+    with pytest.raises(ValueError, match=r"now \('like-init', 1.0, 7\): run it once before torch.export"):
+        program_of(model, padded(2, 7))
+    drawn = model(**padded(2, 7)).logits
+    assert not torch.allclose(drawn, before)
+    torch.testing.assert_close(program_of(model, padded(2, 7))(**padded(2, 7)).logits, drawn)
+
+
+@torch.no_grad()
 def test_a_program_reads_images_and_sound():
     """In each row an image of 4 tokens and a clip of 3."""
 
