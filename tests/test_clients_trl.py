@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from tests.tiny_language_model import tiny_model, tiny_tokenizer
+from tests.tiny_language_model import one_update, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -19,23 +19,9 @@ RATE = 0.5
 
 
 def options(folder, **others) -> dict:
-    """One update of plain gradient descent on all rows, so that the gradient can be read off the weights."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": len(TEXTS),
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "optim": "sgd",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        **others,
-    }
+    """One update on all rows."""
+    settings = {"per_device_train_batch_size": len(TEXTS), **others}
+    return one_update(folder, RATE, **settings)
 
 
 def nll(model, ids: list[int]) -> torch.Tensor:

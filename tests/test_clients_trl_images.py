@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch.nn import functional
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from tests.tiny_language_model import one_update
 from tests.tiny_processor import picture, tiny_processor
 from tests.tiny_reader import tiny_reader
 
@@ -23,22 +24,8 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 def options(folder, **others) -> dict:
-    """One update of plain gradient descent, so that the gradient can be read off the weights."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "optim": "sgd",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        **others,
-    }
+    """One update."""
+    return one_update(folder, RATE, **others)
 
 
 def pictures() -> list:

@@ -57,3 +57,22 @@ def save_checkpoint(folder: Path, **options) -> Path:
     tiny_model(**options).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def one_update(folder, rate: float, **others) -> dict:
+    """Training arguments of one update of plain gradient descent, so that the gradient can be read off the weights."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        **others,
+    }
