@@ -284,8 +284,8 @@ def change_yaml(content: bytes, rng: Random) -> bytes:
     tree = change_tree(tree, rng)
     try:
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode("utf-8", "surrogatepass")
-    except yaml.YAMLError:
-        return _json(tree, rng)
+    except (yaml.YAMLError, ValueError):  # a number of very many digits
+        return insert_word(content, rng)
 
 
 def change_template(content: bytes, rng: Random) -> bytes:

@@ -1,4 +1,4 @@
-"""What a fuzzer damages: small inputs of every kind that are right, and the functions through which commands read them."""
+"""What a fuzzer damages: small inputs of every kind that are right, and the functions by which commands read them."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def chat_samples() -> Iterator[Sample]:
     yield source_sample("chat", "lines", media | {"a.jsonl": as_lines(rows)}, ("a.jsonl",), paths=["a.jsonl"], **text)
     whole = json.dumps(rows).encode()
     yield source_sample("chat", "list", media | {"a.json": whole}, ("a.json",), paths=["a.json"], **text)
-    beside = [{"talk": shown[:0] + [{"role": "user", "content": "What?"}, shown[1]], "images": ["deep/0.png"]}] * 3
+    beside = [{"talk": [TALK[1], shown[1]], "images": ["deep/0.png"]}] * 3
     columns = {"kind": "files", "messages_column": "talk", "image_column": "images"}
     yield source_sample(
         "chat", "beside", media | {"a.jsonl": as_lines(beside)}, ("a.jsonl",), paths=["a.jsonl"], **columns
