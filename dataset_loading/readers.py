@@ -4,7 +4,7 @@ import csv
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from .configuration import SourceConfig
+from .references import is_within
 
 CHECKED_AT_ONCE = 1000
 """Rows of a table that are in memory at the same time."""
@@ -178,9 +179,24 @@ FORMATS = {
 
 def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
     try:
+        builder = datasets.load_dataset_builder(source.path, name=source.config_name)
+        _check_data_files(source, builder.config.data_files or {})
         return datasets.load_dataset(
             source.path, name=source.config_name, split=source.split, streaming=source.streaming
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]
         raise ValueError(f"source {source.label!r}: {source.path!r} cannot be loaded: {reason}") from error
+
+
+def _check_data_files(source: SourceConfig, files: Mapping[str, Sequence[str]]) -> None:
+    """A dataset says itself where its files are, which might be anywhere on this machine or elsewhere.
+
+    Raises:
+        ValueError: one is not in its folder or repository, or is no regular file.
+    """
+    is_folder = os.path.isdir(source.path)
+    for name in (name.rpartition("::")[2] for names in files.values() for name in names):
+        is_own = is_within(name, source.path) and os.path.isfile(name) if is_folder else name.startswith("hf://")
+        if not is_own:
+            raise ValueError(f"its file {name!r} is no regular file inside of it; put it there")
