@@ -4,11 +4,14 @@ Nothing is decoded here, and of files only a digest is taken; `media_documents.p
 """
 
 import json
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import pyarrow as pa
@@ -19,14 +22,17 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
+from .bounded import MAX_ROW_BYTES
 from .configuration import DataConfig, SourceConfig
 from .conversations import answer_to, parse_messages
 from .directions import MEDIA
 from .readers import CHECKED_AT_ONCE, READERS, expand_paths, load_hub
-from .references import ArrowRow, Reference, UnusableRow, fingerprint, reference_to
+from .references import ArrowRow, Reference, UnusableRow, fingerprint, is_within, reference_to
 from .synthetic import Role, generate_rows, get_task
 from .templates import fill_template, template_columns
 from .validation import BadRows, reason_against
+
+logger = logging.getLogger(__name__)
 
 FEATURES = Features({"messages": Value("large_string"), "where": Value("string"), "difficulty": Value("int64")})
 """Columns of conversations: messages as JSON (see `conversations.py`), "" of a row that cannot be used; where the row
@@ -228,8 +234,8 @@ class _Found:
 
 # ------------------------------------------------------------------------------------------- rows that name their files
 
-# A row with where it is, the reason against it, and the folder that its names of files are relative to.
-_Rows = Iterator[tuple[str, dict[str, object], str | None, Path]]
+# A row with where it is, the reason against it, and the folder that its names of files are relative to, if any are.
+_Rows = Iterator[tuple[str, dict[str, object], str | None, Path | None]]
 
 
 def _of_rows(source: SourceConfig, rows: _Rows, bad_rows: BadRows, limit: int | None) -> Dataset:
@@ -242,7 +248,9 @@ def _of_rows(source: SourceConfig, rows: _Rows, bad_rows: BadRows, limit: int | 
     return found.dataset()
 
 
-def _of_row(source: SourceConfig, row: dict[str, object], reason: str | None, folder: Path, number: int) -> list[dict]:
+def _of_row(
+    source: SourceConfig, row: dict[str, object], reason: str | None, folder: Path | None, number: int
+) -> list[dict]:
     if reason is not None:
         raise UnusableRow(reason)
     columns = source.media_columns_of(number)
@@ -250,7 +258,7 @@ def _of_row(source: SourceConfig, row: dict[str, object], reason: str | None, fo
     return conversation_of(source, row, attached, folder, number)
 
 
-def _named_media(kind: str, column: str, row: dict[str, object], folder: Path) -> list[dict]:
+def _named_media(kind: str, column: str, row: dict[str, object], folder: Path | None) -> list[dict]:
     if column not in row:
         raise UnusableRow(f"no column {column!r} (has {', '.join(map(repr, row)) or 'none'})")
     values = row[column] if isinstance(row[column], list) else [row[column]]
@@ -273,14 +281,55 @@ def _read_folder(source: SourceConfig) -> _Rows:
     if not folder.is_dir():
         raise ValueError(f"source {source.label!r}: {source.path!r} is no folder; correct the path")
     metadata = sorted(path for name in _METADATA for path in folder.rglob(name))
+    named = _NamedMedia(source)
     for path in metadata:
+        if not (path.is_file() and is_within(str(path), str(folder))):
+            raise ValueError(f"source {source.label!r}: {str(path)!r} is no regular file of the folder; replace it")
         for where, row, reason in READERS[path.suffix](path, tuple(needed_columns(source))):
+            named.add(path, where, row)
             yield where, row, reason, path.parent
     if metadata:
+        named.report()
         return
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in _SUFFIXES[source.kind]:
             yield str(path), {"file_name": str(path.relative_to(folder)), "label": path.parent.name}, None, folder
+
+
+class _NamedMedia:
+    """The files that metadata name, of which each is to be shown as often as one of them says."""
+
+    def __init__(self, source: SourceConfig):
+        self.source = source
+        self.first: dict[str, tuple[Path, str]] = {}
+        self.again: list[tuple[str, str]] = []
+
+    def add(self, metadata: Path, where: str, row: dict[str, object]) -> None:
+        """Takes a row.
+
+        Raises:
+            ValueError: another file of metadata names one of its media too.
+        """
+        for column in self.source.media_columns:
+            values = row.get(column) if isinstance(row.get(column), list) else [row.get(column)]
+            for name in (value for value in values if isinstance(value, str)):
+                path = os.path.normpath(os.path.join(metadata.parent, name))
+                first, first_where = self.first.setdefault(path, (metadata, where))
+                if first != metadata:
+                    raise ValueError(
+                        f"source {self.source.label!r}: {str(first)!r} and {str(metadata)!r} both name {path!r}, which "
+                        "would be learned twice as often; remove one of them, or leave each file in one"
+                    )
+                if first_where != where:
+                    self.again.append((where, first_where))
+
+    def report(self) -> None:
+        """Says how many rows name what another one of the same file names, as several texts of one picture do."""
+        if self.again:
+            logger.warning(
+                "%s: %d rows name a file that a row before them names too, the first of them %s, as %s; all are used",
+                *(self.source.label, len(self.again), *self.again[0]),
+            )
 
 
 def _read_tars(source: SourceConfig) -> _Rows:
@@ -305,38 +354,89 @@ def _read_tar(source: SourceConfig, path: Path) -> _Rows:
     """
     for key, members in _samples(path):
         row, reason = {"__key__": key}, None
-        for extension, offset, size, content in members:
-            kind = source.media_columns.get(extension)
-            if kind is not None:
-                row[extension] = Reference(type=kind, path=str(path), offset=offset, size=size)
-            elif content is not None:
-                found, problem = _decode_member(extension, content)
-                row, reason = row | found, reason or problem
-        yield f"{path} {key}", row, reason, path.parent
+        for member in members:
+            found, problem = _columns_of(member, source, path)
+            twice = next((column for column in found if column in row), None)
+            problem = problem or (twice and f"column {twice!r} is there twice")
+            row, reason = row | found, reason or problem
+        yield f"{path} {key}", row, reason, None
 
 
-def _samples(path: Path) -> Iterator[tuple[str, list[tuple[str, int, int, bytes | None]]]]:
-    """The members of a tar by key: extension, offset, size, and, of text and JSON, the content."""
+@dataclass
+class _Member:
+    """A member of a tar."""
+
+    extension: str
+    offset: int
+    size: int
+    is_plain: bool
+    """Neither a link nor sparse, so that its bytes are those in the tar."""
+    content: bytes | None
+    """Of text and JSON."""
+
+
+def _columns_of(member: _Member, source: SourceConfig, path: Path) -> tuple[dict[str, object], str | None]:
+    """The columns that a member gives, and the reason against its row."""
+    kind = source.media_columns.get(member.extension)
+    if not member.is_plain:
+        return {}, f"member {member.extension!r} is a link or sparse, and only plain members are read; write it anew"
+    if kind is not None:
+        return {member.extension: Reference(type=kind, path=str(path), offset=member.offset, size=member.size)}, None
+    if member.content is None:
+        too_long = f"member {member.extension!r} has {member.size} bytes, and of text at most {MAX_ROW_BYTES} are read"
+        return {}, too_long if _is_text_member(member.extension) else None
+    return _decode_member(member.extension, member.content)
+
+
+def _samples(path: Path) -> Iterator[tuple[str, list[_Member]]]:
+    """The members of a tar by key."""
     key, members = None, []
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                folder, slash, name = member.name.rpartition("/")
+        with path.open("rb") as file, tarfile.open(fileobj=_BoundedReads(file), mode="r:") as tar:
+            end = -1
+            for entry in tar:
+                if entry.offset_data <= end or entry.size < 0:
+                    raise tarfile.ReadError(f"the header of {entry.name!r} leads backwards")
+                end = entry.offset_data
+                folder, slash, name = entry.name.rpartition("/")
                 stem, _, extension = name.partition(".")
-                if not member.isfile() or not stem or not extension:
+                if not (entry.isfile() or entry.islnk() or entry.issym()) or not stem or not extension:
                     continue
                 if folder + slash + stem != key and members:
                     yield key, members
                     members = []
                 key = folder + slash + stem
-                is_text = extension.rpartition(".")[2] in ("txt", "text", "json", "cls", "caption", "transcript")
-                content = tar.extractfile(member).read() if is_text else None
-                members.append((extension, member.offset_data, member.size, content))
+                members.append(_member(tar, entry, extension))
                 tar.members.clear()  # or it would keep the headers of all, which are more than a worker can hold
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is not a whole, uncompressed tar: {error}; write it again") from error
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{str(path)!r} is not a whole, uncompressed tar: {reason}; write it again") from error
     if members:
         yield key, members
+
+
+def _member(tar: tarfile.TarFile, entry: tarfile.TarInfo, extension: str) -> _Member:
+    is_plain = entry.isfile() and not entry.issparse()
+    is_read = is_plain and _is_text_member(extension) and entry.size <= MAX_ROW_BYTES
+    content = tar.extractfile(entry).read() if is_read else None
+    return _Member(extension, entry.offset_data, entry.size, is_plain, content)
+
+
+def _is_text_member(extension: str) -> bool:
+    return extension.rpartition(".")[2] in ("txt", "text", "json", "cls", "caption", "transcript")
+
+
+class _BoundedReads:
+    """A file of which no header makes anybody read very much at once."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= 2 * MAX_ROW_BYTES:
+            raise tarfile.ReadError(f"a header asks for {size} bytes")
+        return self._file.read(size)
 
 
 def _decode_member(extension: str, content: bytes) -> tuple[dict[str, object], str | None]:
