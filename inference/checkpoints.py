@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from model import MegaTransformerConfig
+from model.backbones import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,6 @@ TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 PROCESSOR = "processor_config.json"
 LARGEST_JSON = 64 * 2**20
 """Bytes of the largest JSON file that is read: tokenizers of a quarter of a million tokens have about 30 MB."""
-LONGEST_REASON = 300
-"""Characters of what a library says that are repeated."""
 # The files of adapters, PEFT's and ours: what they are, and their weights.
 ADAPTERS = {"adapter_config.json": "adapter_model.safetensors", "step_lora.json": "step_lora.safetensors"}
 
@@ -192,6 +190,4 @@ def blamed_on(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        reason = textwrap.shorten(" ".join(str(error).split()), LONGEST_REASON, placeholder=" ...")
-        raise ValueError(f"{what} ({kind}{reason}): {advice}") from error
+        raise ValueError(f"{what} ({reason_of(error)}): {advice}") from error
