@@ -26,7 +26,7 @@ from model import (
 )
 from model.feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from model.image_processing_megatransformer import MegaTransformerImageProcessor
-from model.quantization import QuantizationConfig, bits_and_bytes
+from model.quantization import QuantizationConfig, bits_and_bytes, keep_scales
 from model.weight_files import build_skeleton, check_finite, check_fit, declared_weights, refuse_weights
 
 from .adapters import add_adapters, base_of
@@ -185,13 +185,15 @@ def quantization_options(
 
 def choose_kernel(model: PreTrainedModel) -> None:
     """Leave bitsandbytes' fast kernel for 4 bits, on CPUs with bfloat16 instructions, to models of bfloat16, since it
-    computes in nothing else, and to matrices whose height it takes.
+    computes in nothing else, and to matrices whose height it takes. See to it that what is saved is what was loaded.
     """
     from bitsandbytes.nn import Linear4bit  # slow to import
 
     for module in model.modules():
-        if isinstance(module, Linear4bit) and (module.compute_dtype != torch.bfloat16 or module.out_features % 32):
-            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, Linear4bit):
+            if module.compute_dtype != torch.bfloat16 or module.out_features % 32:
+                module.support_avx512bf16_for_cpu = False
+            keep_scales(module)
 
 
 def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
@@ -224,9 +226,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def refuse_foreign_code(content: Any) -> None:
-    """Raise ValueError if the content of a config.json asks, anywhere, for weights in a format or for kernels whose code
-    is elsewhere.
-    """
+    """Raise ValueError if a config.json asks, anywhere in it, for weights in a format or for kernels from elsewhere."""
     parts = content if isinstance(content, list) else content.values() if isinstance(content, dict) else ()
     for part in parts:
         refuse_foreign_code(part)
