@@ -7,6 +7,7 @@ import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
+from .backbones import reason_of
 from .chat import (
     ROLE_TOKENS,
     check_texts,
@@ -150,6 +151,7 @@ class MegaTransformerProcessor(ProcessorMixin):
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """As in `ProcessorMixin`, with the parts that not every processor has loaded."""
         config, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None would ask on standard input
         for name, auto_class in (("image_processor", AutoImageProcessor), ("feature_extractor", AutoFeatureExtractor)):
             if config.get(name) is not None:
                 config[name] = auto_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -565,7 +567,7 @@ def build_processor(
 
 def _build_image_processor(config: MegaTransformerVisionConfig) -> Any:
     if config.backbone is not None:
-        return AutoImageProcessor.from_pretrained(config.backbone)
+        return _part_of(AutoImageProcessor, config.backbone)
     if config.num_channels != 3:
         raise ValueError(f"num_channels is {config.num_channels}, but images are read as RGB; give 3")
     side = config.image_size
@@ -579,7 +581,7 @@ def _build_image_processor(config: MegaTransformerVisionConfig) -> Any:
 
 def _build_feature_extractor(config: MegaTransformerAudioConfig) -> Any:
     if config.backbone is not None:
-        return AutoFeatureExtractor.from_pretrained(config.backbone)
+        return _part_of(AutoFeatureExtractor, config.backbone)
     return MegaTransformerFeatureExtractor(
         feature_size=config.num_mel_bins,
         sampling_rate=config.sampling_rate,
@@ -588,6 +590,14 @@ def _build_feature_extractor(config: MegaTransformerAudioConfig) -> Any:
         subsampling=config.subsampling,
         max_seconds=config.max_seconds,
     )
+
+
+def _part_of(auto_class: type, backbone: str) -> Any:
+    """The processor of media that a pretrained encoder brings along, without code of its own."""
+    try:
+        return auto_class.from_pretrained(backbone, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the processor of backbone {backbone!r} cannot be loaded: {reason_of(error)}") from error
 
 
 def _image_writer(config: MegaTransformerImageWriterConfig) -> dict[str, Any]:
