@@ -22,6 +22,7 @@ from model import (
     MegaTransformerForConditionalGeneration,
     MegaTransformerTextConfig,
 )
+from model.chat import check_template
 from model.quantization import QuantizationConfig, bits_and_bytes
 
 from .adapters import add_adapters, base_of
@@ -54,7 +55,7 @@ def load_model(
     Raises:
         FileNotFoundError: no such folder, or no complete model in it.
         ValueError: the folder holds another kind of model, its weights do not fit its config, or a file is damaged; the
-            weights cannot be rounded, or are already.
+            weights cannot be rounded, or are already; its chat template does not end.
     """
     tuned = find_checkpoint(path)
     folder = base_of(tuned, base) if is_adapter(tuned) else tuned
@@ -90,6 +91,7 @@ def load_model(
             f"The tokenizer in {folder} has {num_tokens} tokens, the model only {vocab_size}: "
             "they do not belong together; use the checkpoint's own tokenizer."
         )
+    check_template(processor)
     if is_quantized:
         choose_kernel(model)
     return model.to(device).eval(), processor
