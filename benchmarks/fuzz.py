@@ -4,8 +4,8 @@ python -m benchmarks.fuzz --inputs 3000 --seed 0
 python -m benchmarks.fuzz --keep fuzzed            # crashing inputs as folders
 python -m benchmarks.fuzz --replay fuzzed/yaml-0-17
 
-Refused is what ends in a `ValueError` or an `OSError`, or in exit code 2, as commands turn both into one line. A crash is
-a signal, any other exception, more than 10 seconds, or more than 1 GiB above the parent. Linux only.
+Refused is what ends in a `ValueError` or an `OSError`, or in exit code 2: commands make one line of each. A crash is a
+signal, any other exception, more than 10 seconds, or more than 1 GiB above the parent. For Linux.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ import torch
 import transformers
 
 from benchmarks.fuzz_mutations import mutate
-from benchmarks.fuzz_samples import Sample, build_samples
+from benchmarks.fuzz_samples import ODD_FILES, Sample, build_samples, make_odd
 from benchmarks.timing import count, markdown_table
 from inference import arguments
 from inference.devices import usable_cores
 
 WEIGHTS = {"media": 6, "metadata": 5, "chat": 5, "yaml": 2, "tar": 3, "parquet": 3, "checkpoints": 3}
 """How many inputs of each kind there are, relatively."""
+ODD_SHARE = 0.02
+"""Of the inputs, those where a link or what is no file stands in the place of a file."""
 MOST_SECONDS = 10.0
 MOST_BYTES = 2**30
 LARGEST_FILE = 2**28
@@ -60,18 +62,23 @@ class Input:
         number: Which of the inputs of a seed.
         sample: What was damaged.
         name: The file.
-        content: What is in it now.
+        content: What is in it now, or which of `ODD_FILES` stands in its place.
     """
 
     number: int
     sample: Sample
     name: str
-    content: bytes
+    content: bytes | str
 
     def write(self, folder: Path) -> None:
         """All files of it."""
         self.sample.write(folder)
-        (folder / self.name).write_bytes(self.content)
+        path = folder / self.name
+        if isinstance(self.content, bytes):
+            path.write_bytes(self.content)
+        else:
+            path.unlink()
+            make_odd(path, self.content)
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,9 @@ def draw_inputs(samples: Sequence[Sample], number: int, seed: int, kinds: Sequen
         kind = rng.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
         sample = rng.choice(of_kind[kind])
         name = rng.choice(sample.damaged)
-        yield Input(index, sample, name, mutate(sample.files[name], Path(name).suffix, rng))
+        is_odd = rng.random() < ODD_SHARE
+        content = rng.choice(ODD_FILES) if is_odd else mutate(sample.files[name], Path(name).suffix, rng)
+        yield Input(index, sample, name, content)
 
 
 def keep(folder: Path | None, seed: int, tried: Input, outcome: Outcome) -> None:
@@ -158,17 +167,20 @@ def keep(folder: Path | None, seed: int, tried: Input, outcome: Outcome) -> None
     place = folder / f"{tried.sample.kind}-{seed}-{tried.number}"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    (place / "content").write_bytes(tried.content)
+    is_odd = isinstance(tried.content, str)
+    if not is_odd:
+        (place / "content").write_bytes(tried.content)
     (place / "report.txt").write_text(outcome.report, encoding="utf-8", errors="backslashreplace")
     about = {"kind": tried.sample.kind, "sample": tried.sample.name, "file": tried.name, "number": tried.number}
-    (place / "input.json").write_text(json.dumps(about | {"verdict": outcome.verdict}, indent=2) + "\n")
+    about |= {"odd": tried.content if is_odd else None, "verdict": outcome.verdict}
+    (place / "input.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def read_kept(place: Path, samples: Iterable[Sample]) -> Input:
     """The input in a folder that `keep` wrote."""
     about = json.loads((place / "input.json").read_text())
     sample = next(it for it in samples if (it.kind, it.name) == (about["kind"], about["sample"]))
-    return Input(about["number"], sample, about["file"], (place / "content").read_bytes())
+    return Input(about["number"], sample, about["file"], about["odd"] or (place / "content").read_bytes())
 
 
 # --------------------------------------------------------------------------------------------------------------- forks

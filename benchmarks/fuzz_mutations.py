@@ -19,6 +19,7 @@ import yaml
 Mutation = Callable[[bytes, Random], bytes]
 
 DEEP = 20_000
+MOST_PLACES = 5_000
 NUMBERS = (
     0,
     1,
@@ -67,13 +68,13 @@ YAML_LINES = (
         "? [a, b]\n: c",
     ),
     *("a: !!python/object/apply:os.getpid []", "a: !!binary '####'", "a: !!set {b, c}", "a: !!omap [a]", "!!int x: 1"),
-    *("a: !!timestamp 9999-99-99", "a: !!float x", "a: !x y", "---", "...", "%YAML 9.9", "\tа: 1", "? {a: 1}\n: b"),
+    *("a: !!timestamp 9999-99-99", "a: !!float x", "a: !x y", "---", "...", "%YAML 9.9", "\ta: 1", "? {a: 1}\n: b"),
     *("[" * DEEP, "{a: " * DEEP, "- " * DEEP, "a: " + "9" * 5000, "a: 1e999999999", "a: 0x" + "f" * 5000, "a: 1:2:3:4"),
     *("model: {hidden_size: 0}", "data: {train: [{kind: generated, task: addition, num_rows: 99999999999999}]}"),
     *("training: {deepspeed: /dev/zero}", "tokenizer: {path: /dev/zero}", "model: {path: ''}", "1: 2", "null: 3"),
 )
 TEMPLATES = (
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9) %}x{% endfor %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in 'abc' %}x{% endfor %}{% endfor %}{% endfor %}",
     *("{{ ''.__class__.__mro__ }}", "{{ messages[99].content.x.y }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"),
     *(
         "{{ 'x' * 999999999 }}",
@@ -227,9 +228,15 @@ def change_tree(tree: Any, rng: Random) -> Any:
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
-    keys = tree.keys() if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
-    own = [(tree, key) for key in keys]
-    return own + [place for key in keys for place in _places(tree[key])]
+    """Holder and key of the first values, as many as there are within a bound: trees of YAML may hold themselves."""
+    places: list[tuple[Any, Any]] = []
+    holders = [tree]
+    while holders and len(places) < MOST_PLACES:
+        holder = holders.pop(0)
+        keys = holder.keys() if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
+        places += [(holder, key) for key in keys]
+        holders += [holder[key] for key in keys]
+    return places
 
 
 def change_json(content: bytes, rng: Random) -> bytes:
@@ -271,7 +278,7 @@ def change_yaml(content: bytes, rng: Random) -> bytes:
     tree = change_tree(tree, rng)
     try:
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode("utf-8", "surrogatepass")
-    except (yaml.YAMLError, ValueError):  # a number of very many digits
+    except (yaml.YAMLError, ValueError, RecursionError):  # a number of very many digits
         return insert_word(content, rng)
 
 

@@ -51,6 +51,20 @@ CODE = "*.py"
 """Goes with every saved model, and is never run."""
 
 
+ODD_FILES = ("zero", "pipe", "folder", "loop", "away")
+"""Names of what is no file of a folder."""
+
+
+def make_odd(path: Path, name: str) -> None:
+    """Make one of `ODD_FILES`."""
+    if name == "pipe":
+        os.mkfifo(path)
+    elif name == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"zero": "/dev/zero", "loop": path.name, "away": "/etc/hostname"}[name])
+
+
 @dataclass(frozen=True)
 class Sample:
     """An input that is right.
@@ -70,15 +84,13 @@ class Sample:
     read: Callable[[Path], None]
 
     def write(self, folder: Path) -> None:
-        """The files, and beside them links and files that are none, which names may lead to."""
+        """The files, and beside those of data what names may lead to: links, and files that are none."""
         folder.mkdir(parents=True)
         for name, content in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-        os.mkfifo(folder / "pipe.png")
-        (folder / "folder.png").mkdir()
-        for name, target in (("zero.png", "/dev/zero"), ("loop.png", "loop.png"), ("away.png", "/etc/hostname")):
-            (folder / name).symlink_to(target)
+        for name in ODD_FILES if self.kind in ("metadata", "chat", "tar", "parquet") else ():
+            make_odd(folder / f"{name}.png", name)
 
 
 def build_samples() -> list[Sample]:
