@@ -155,17 +155,21 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _plain_values(array: pa.Array) -> Iterator[object]:
-    """The values of a column one by one, texts as bytes; in place of one that is not UTF-8 deep inside, the error."""
+    """The values of a column, texts as bytes; in place of one that is not UTF-8 deep inside, the error."""
     if pa.types.is_dictionary(array.type):
-        texts, indices = array.dictionary.cast(pa.large_binary()), array.indices
+        texts, indices = array.dictionary, array.indices
         size = pc.sum(pc.take(pc.binary_length(texts), indices)).as_py() or 0
-        is_small = size <= MAX_ROW_BYTES  # and not one long text, a thousand times
-        array = pc.take(texts, indices) if is_small else pa.DictionaryArray.from_arrays(indices, texts)
-    for value in array:
-        try:
-            yield value.as_py()
-        except UnicodeDecodeError as error:
-            yield error
+        if size <= MAX_ROW_BYTES:  # and not one long text, a thousand times
+            return iter(pc.take(texts, indices).cast(pa.large_binary()).to_pylist())
+        array = pa.DictionaryArray.from_arrays(indices, texts.cast(pa.large_binary()))
+    return map(_value_or_error, array)
+
+
+def _value_or_error(scalar: pa.Scalar) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _batches_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
