@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
@@ -17,16 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 from transformers.utils.import_utils import is_torchaudio_available, is_vision_available
 
 if is_vision_available():
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 if is_torchaudio_available():
     from torchaudio.transforms import Resample
 try:
     import soundfile
 except (ImportError, OSError):  # OSError: the package without its C library
     soundfile = None
+
+logger = logging.get_logger(__name__)
 
 MAX_PIXELS = 64_000_000
 """Largest picture that is decoded: 200 MB as RGB."""
@@ -38,6 +42,17 @@ SAMPLING_RATES = (100, 1_000_000)
 MAX_AMPLITUDE = 1000.0
 """Samples lie within -1 .. 1, or were forgotten to be scaled; larger ones overflow as power."""
 _EXIF_ORIENTATION = 0x0112
+_XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""What makes a picture upright, by its orientation."""
 
 
 class MediaError(ValueError):
@@ -48,7 +63,9 @@ class MediaError(ValueError):
 
 
 def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> "Image.Image":
-    """A picture as 8-bit RGB, upright (EXIF), on white where it is transparent, the first frame of an animation.
+    """A picture as 8-bit RGB, upright, on white where it is transparent, the first frame of an animation.
+
+    Where it says how it lies, in EXIF or else in XMP, it is turned by that, and says nothing of it any more.
 
     Args:
         source: PIL image; array or tensor (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, uint8 or float in
@@ -62,7 +79,10 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> "Image.Image":
         return _image_from_array(source)
     with _opened_image(source, max_pixels) as image:
         image.load()
-        return _as_rgb(image if _orientation(image) == 1 else ImageOps.exif_transpose(image))
+        turn = _TURNS.get(_orientation(image))
+        upright = _as_rgb(image if turn is None else image.transpose(Image.Transpose[turn]))
+        upright.info = {}  # or it would be turned again wherever it goes
+        return upright
 
 
 def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -74,6 +94,12 @@ def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _image_from_array(source).size[::-1]
     with _opened_image(source, max_pixels) as image:
+        if image.format == "TIFF":  # turned by Pillow: by its own tag before it is decoded, by XMP while it is
+            if "xmp" in image.info:
+                image.load()
+            return image.size[::-1]
+        if image.format == "PNG" and _says_more_behind(image):
+            image.load()
         return image.size if _orientation(image) in (5, 6, 7, 8) else image.size[::-1]
 
 
@@ -100,9 +126,67 @@ def _opened_image(source: Any, max_pixels: int) -> "Iterator[Image.Image]":
         raise _unreadable("picture", source, error) from error
 
 
+def _says_more_behind(image: "Image.Image") -> bool:
+    """Whether a PNG that is open has texts or EXIF behind its pixels, which Pillow reads when it decodes them."""
+    file = getattr(image, "fp", None)
+    if file is None:  # decoded already
+        return False
+    place, is_behind, found = file.tell(), False, False
+    file.seek(8)
+    while not found and len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        is_behind |= kind == b"IDAT"
+        found = is_behind and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+        file.seek(length + 4, os.SEEK_CUR)
+    file.seek(place)
+    return found
+
+
 def _orientation(image: "Image.Image") -> int:
-    """How the picture is to be turned, 1 .. 8 as in EXIF. Where its header has none, `getexif` may decode it first."""
-    return image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+    """How the picture is to be turned, 1 .. 8 as in EXIF, which comes before XMP where both say it. EXIF that is
+    damaged says nothing.
+    """
+    try:
+        orientation = _exif_of(image).get(_EXIF_ORIENTATION)
+    except (SyntaxError, ValueError, KeyError, TypeError, IndexError, EOFError, struct.error) as error:
+        name = shortened(str(getattr(image, "filename", "") or f"a picture of {image.width} x {image.height} pixels"))
+        logger.warning_once(f"{name} has damaged EXIF ({error}), which is not read; only XMP may turn it upright")
+        orientation = None
+    if orientation in range(1, 9):
+        return orientation
+    found = _XMP_ORIENTATION.search(_xmp_of(image.info))
+    return int(found[1]) if found else 1
+
+
+def _exif_of(image: "Image.Image") -> "Image.Exif":
+    info = image.info
+    if "exif" not in info and "Raw profile type exif" not in info:
+        profile = _raw_profile(info, "Raw profile type APP1")
+        if profile.startswith(b"Exif"):
+            exif = Image.Exif()
+            exif.load(profile)
+            return exif
+    # By the class of all pictures: that of PNG would decode it to look behind its pixels.
+    return Image.Image.getexif(image)
+
+
+def _xmp_of(info: dict[str, Any]) -> bytes:
+    """XMP, without the zeros that UTF-16 has."""
+    for name in ("XML:com.adobe.xmp", "xmp"):
+        value = info.get(name)
+        if isinstance(value, (str, bytes)) and value:
+            return (value.encode() if isinstance(value, str) else value).replace(b"\0", b"")
+    try:
+        return _raw_profile(info, "Raw profile type xmp") + _raw_profile(info, "Raw profile type APP1")
+    except ValueError:  # no hexadecimal numbers: damaged, as is then said of EXIF
+        return b""
+
+
+def _raw_profile(info: dict[str, Any], name: str) -> bytes:
+    """What ImageMagick puts into a text of a PNG: an empty line, the kind, the number of bytes, and these as
+    hexadecimal numbers.
+    """
+    return bytes.fromhex("".join(str(info.get(name, "")).split("\n")[3:]))
 
 
 def _as_rgb(image: "Image.Image") -> "Image.Image":
