@@ -47,9 +47,7 @@ def list_items(path: Path) -> Iterator[object]:
         NoListError: it is something else.
         ValueError: it is no JSON, or an item is longer than `MAX_ROW_BYTES` characters.
     """
-    with path.open("rb") as raw:
-        encoding = json.detect_encoding(raw.read(4))
-    with path.open(encoding=encoding) as file:
+    with path.open(encoding="utf-8-sig") as file:
         reader = _ItemReader(file)
         if reader.next_sign() != "[":
             raise NoListError(f"holds {type(reader.take_value()).__name__}, not a list")

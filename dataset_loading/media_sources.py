@@ -30,6 +30,7 @@ from .readers import CHECKED_AT_ONCE, READERS, expand_paths, load_hub
 from .references import ArrowRow, Reference, UnusableRow, fingerprint, is_within, reference_to
 from .synthetic import Role, generate_rows, get_task
 from .templates import fill_template, template_columns
+from .text_files import decode_text
 from .validation import BadRows, reason_against
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,9 @@ def load_conversations(
         rows = _of_rows(source, _ROWS[source.kind](source), bad_rows, limit)
     rows = _usable(source, rows, config.preprocessing_workers, bad_rows) if len(rows) else rows
     if len(rows) == 0:
-        skipped = bad_rows.counts.get(source.label, 0)
-        raise ValueError(f"source {source.label!r} has no usable rows ({skipped} bad ones); check its path and columns")
+        raise ValueError(
+            f"source {source.label!r} has no usable rows: {bad_rows.reasons_of(source.label) or 'it has none'}"
+        )
     return rows
 
 
@@ -441,7 +443,7 @@ class _BoundedReads:
 
 def _decode_member(extension: str, content: bytes) -> tuple[dict[str, object], str | None]:
     try:
-        text = content.decode("utf-8")
+        text = decode_text(content)
         if not extension.endswith("json"):
             return {extension: text}, None
         value = json.loads(text)

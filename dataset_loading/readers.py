@@ -1,5 +1,6 @@
 """Files by name and format, and datasets of the hub, as they are: nothing is checked but that they can be read."""
 
+import codecs
 import csv
 import glob
 import json
@@ -25,11 +26,13 @@ from .bounded import (
 )
 from .configuration import SourceConfig
 from .references import is_within
+from .text_files import check_encoding, decode_text
 
 PARQUET_ERRORS = (OSError, ValueError, TypeError, KeyError, MemoryError, OverflowError, pa.ArrowException)
 """What pyarrow raises of damaged files."""
 CHECKED_AT_ONCE = 1000
 """Rows of a table that are in memory at the same time."""
+_BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
 
 
 def expand_paths(source: SourceConfig) -> list[Path]:
@@ -74,13 +77,13 @@ def _decode(raw: bytes, most: int = MAX_ROW_BYTES) -> tuple[str, str | None]:
     if len(raw) > most:
         return "", too_long(most)
     try:
-        return raw.decode("utf-8"), None
-    except UnicodeDecodeError as error:
-        return "", f"not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start})"
+        return decode_text(raw), None
+    except ValueError as error:
+        return "", str(error)
 
 
 def _read_txt(path: Path, columns: tuple[str, ...]) -> Rows:
-    """The whole file is one row; its bytes are kept as they are, line ends included."""
+    """The whole file is one row; its bytes are kept as they are, line ends included, but for a byte-order mark."""
     if len(columns) != 1:
         raise ValueError(
             f"{str(path)!r} is plain text and has no columns {', '.join(columns)}; use .jsonl or .parquet for answers"
@@ -93,11 +96,16 @@ def _read_txt(path: Path, columns: tuple[str, ...]) -> Rows:
 
 def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Rows:
     """One row a line, read one by one so that a damaged line costs itself only; blank lines are no rows."""
+    check_encoding(path, whole=False)
+    is_checked = False
     with path.open("rb") as lines:
         for number, raw in enumerate(bounded_lines(lines), start=1):
-            if not raw.strip():
+            if not raw.strip(_BLANK):
                 continue
             where, (line, reason) = f"{path} line {number}", _decode(raw.rstrip(b"\r\n"))
+            if reason is not None and not is_checked:
+                check_encoding(path)
+                is_checked = True
             row: object = {}
             if reason is None:
                 try:
@@ -155,17 +163,21 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _plain_values(array: pa.Array) -> Iterator[object]:
-    """The values of a column one by one, texts as bytes; in place of one that is not UTF-8 deep inside, the error."""
+    """The values of a column, texts as bytes; in place of one that is not UTF-8 deep inside, the error."""
     if pa.types.is_dictionary(array.type):
-        texts, indices = array.dictionary.cast(pa.large_binary()), array.indices
+        texts, indices = array.dictionary, array.indices
         size = pc.sum(pc.take(pc.binary_length(texts), indices)).as_py() or 0
-        is_small = size <= MAX_ROW_BYTES  # and not one long text, a thousand times
-        array = pc.take(texts, indices) if is_small else pa.DictionaryArray.from_arrays(indices, texts)
-    for value in array:
-        try:
-            yield value.as_py()
-        except UnicodeDecodeError as error:
-            yield error
+        if size <= MAX_ROW_BYTES:  # and not one long text, a thousand times
+            return iter(pc.take(texts, indices).cast(pa.large_binary()).to_pylist())
+        array = pa.DictionaryArray.from_arrays(indices, texts.cast(pa.large_binary()))
+    return map(_value_or_error, array)
+
+
+def _value_or_error(scalar: pa.Scalar) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _batches_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
@@ -177,6 +189,7 @@ def _batches_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> 
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> Rows:
     """One row a line, all values text; the first line names the columns."""
+    check_encoding(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.DictReader(map(_checked_line, bounded_lines(lines)))
         try:
@@ -197,8 +210,9 @@ def _read_json(path: Path, columns: tuple[str, ...]) -> Rows:
     """One row an item of the list that the file is.
 
     Raises:
-        ValueError: it is no JSON, or not a list.
+        ValueError: it is no JSON, in another encoding than UTF-8, or not a list.
     """
+    check_encoding(path, whole=False)
     items = list_items(path)
     for number in count(1):
         try:
@@ -228,6 +242,7 @@ FORMATS = {
     "webdataset": (".tar",),
 }
 """Of the kinds of source that have `paths`: what their files may be."""
+_TEXT_FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 
 
 def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
@@ -238,7 +253,11 @@ def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
             source.path, name=source.config_name, split=source.split, streaming=source.streaming
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:500]
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:500]
+        for path in sorted(
+            path for path in Path(source.path).rglob("*") if path.suffix in _TEXT_FORMATS and path.is_file()
+        ):
+            check_encoding(path)
         raise ValueError(f"source {source.label!r}: {source.path!r} cannot be loaded: {reason}") from error
 
 

@@ -43,8 +43,9 @@ def load_rows(
         return generate_rows(task, difficulty, role, seeds, num_rows, config.preprocessing_workers)
     rows = _read_files(source, bad_rows) if source.kind == "files" else _read_hub(source, bad_rows, limit)
     if len(rows) == 0:
-        skipped = bad_rows.counts.get(source.label, 0)
-        raise ValueError(f"source {source.label!r} has no usable rows ({skipped} bad ones); check its path and columns")
+        raise ValueError(
+            f"source {source.label!r} has no usable rows: {bad_rows.reasons_of(source.label) or 'it has none'}"
+        )
     return rows
 
 

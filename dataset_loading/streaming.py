@@ -95,6 +95,7 @@ class StreamingDataset(IterableDataset):
                 self._accept(source, list(rows), bad_rows)
             yield from self._rows(bad_rows, flush=not self.packing)
         yield from self._rows(bad_rows, flush=True)
+        bad_rows.report()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, and the documents that wait for a full row."""

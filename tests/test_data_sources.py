@@ -156,8 +156,8 @@ def test_a_txt_file_that_is_not_utf8_is_a_bad_row(tmp_path):
         ("table.csv", "format of '{path}' is unknown; use one of .txt, .jsonl, .parquet"),
         ("broken.parquet", "'{path}' is not a parquet file"),
         ("other.parquet", "'{path}' has no column 'text', only body; correct it"),
-        ("empty.jsonl", "source 'empty' has no usable rows (0 bad ones)"),
-        ("blank.txt", "source 'blank' has no usable rows (1 bad ones)"),
+        ("empty.jsonl", "source 'empty' has no usable rows: it has none"),
+        ("blank.txt", "source 'blank' has no usable rows: 1 x column 'text' is empty"),
     ],
 )
 def test_errors_name_the_path(tmp_path, name, message):
