@@ -282,7 +282,7 @@ def test_options_out_of_range(options, message):
         QuantizationConfig(load_in="4bit", **options)
 
 
-# ----------------------------------------------------------------------------------------------- saved after it was used
+# ---------------------------------------------------------------------------------------------- saved after it was used
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
