@@ -305,6 +305,7 @@ def save_whole(folder, step):
     save_file({"weight": torch.ones(100)}, folder / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"numbers": torch.ones(100)}, folder / name)
+    (folder / "config.json").write_text("{}")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
 
 
@@ -360,8 +361,12 @@ def test_damaged_checkpoints_are_no_resume_point(tmp_path, caplog, name):
 
 def test_deepspeed_keeps_weights_and_optimizer_in_files_of_its_own(tmp_path):
     """ZeRO-3 that does not gather the weights on saving leaves no model.safetensors."""
-    (tmp_path / "checkpoint-3" / "global_step3").mkdir(parents=True)
-    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
+    folder = tmp_path / "checkpoint-3"
+    (folder / "global_step3").mkdir(parents=True)
+    for name in ("rng_state_0.pth", "global_step3/mp_rank_00_model_states.pt"):
+        torch.save({"numbers": torch.ones(100)}, folder / name)
+    (folder / "latest").write_text("global_step3")
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
     assert resume_point("true", tmp_path) == str(tmp_path / "checkpoint-3")
 
 

@@ -1,8 +1,10 @@
 """`transformers.Trainer` with what options of ours describe, all of it built and checked before a folder is made."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,10 @@ from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .muon import MuonBeside, matrices_of
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
-from .resuming import check_weights, forget_tied_weights
+from .resuming import check_weights, damage, forget_tied_weights
+from .rotation import CHECKPOINT_NAME, CheckpointKeeper
+
+logger = logging.getLogger(__name__)
 
 # How libraries refuse an option or miss a package, other than by a ValueError.
 REFUSALS = (ImportError, RuntimeError, TypeError)
@@ -44,6 +49,7 @@ class CheckedTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = self.checked_optimizer
         self.beside: list[Any] = []
+        self.keeper = CheckpointKeeper()
         self.add_callback(EpochCallback())
         if isinstance(self.model, PreTrainedModel):
             self.model.register_load_state_dict_post_hook(forget_tied_weights)
@@ -104,6 +110,12 @@ class CheckedTrainer(Trainer):
             divide(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
         return optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """With each checkpoint finished after all callbacks that write into it."""
+        self.pop_callback(self.keeper)
+        self.add_callback(self.keeper)
+        return super().train(*args, **kwargs)
+
     @property
     def learns_beside(self) -> bool:
         """Whether the weights of the model itself stay as they are."""
@@ -111,9 +123,11 @@ class CheckedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Also what is saved beside the model and, while it trains, the average of the weights. In a checkpoint all of
-        it stands before the files that make that complete.
+        it stands before the manifest that makes that complete.
         """
         folder = output_dir or self.args.output_dir
+        if self.is_in_train and CHECKPOINT_NAME.fullmatch(Path(folder).name):
+            self.keeper.begin(Path(folder), self.args)
         if self.average is not None and self.is_in_train and self.args.should_save:
             self.average.save(folder)
         if not self.learns_beside:
@@ -136,7 +150,15 @@ class CheckedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """With what is saved beside it."""
+        """With what is saved beside it. Where it is damaged by now, the weights stay as they are."""
+        reason = damage(Path(self.state.best_model_checkpoint))
+        if reason is not None:
+            logger.warning(
+                "%s, the best checkpoint, %s: the weights of the last step are kept instead",
+                self.state.best_model_checkpoint,
+                reason,
+            )
+            return
         for part in self.beside:
             part.load(self.state.best_model_checkpoint)
         if not self.learns_beside:

@@ -3,22 +3,23 @@
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import manifest
+from .rotation import checkpoints_in
+from .saved_tensors import DEEPSPEED_FOLDERS, corrupt, not_finite, unreadable
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "step_lora.safetensors")
-CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def find_resume_point(args: TrainingArguments) -> str | None:
@@ -48,9 +49,8 @@ def newest_checkpoint(folder: Path) -> Path:
     Raises:
         ValueError: if there is none.
     """
-    matches = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    checkpoints = sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
-    for _, checkpoint in checkpoints:
+    checkpoints = checkpoints_in(folder)
+    for checkpoint in reversed(checkpoints):
         reason = damage(checkpoint)
         if reason is None:
             return checkpoint
@@ -76,31 +76,74 @@ def named_checkpoint(folder: Path) -> Path:
 def damage(folder: Path) -> str | None:
     """Why training cannot go on from a folder, as the end of a sentence that begins with it; None if it can.
 
-    Cheap enough for large files: those that were cut off while they were written lack their end.
+    All files are compared with the manifest of the checkpoint. One that was saved by older code has none: there, the
+    files that such a checkpoint has are looked for, and their own checksums compared, where they have any.
     """
+    try:
+        return (
+            manifest.fault(folder)
+            or faulty_state(folder)
+            or missing_part(folder)
+            or unreadable(folder)
+            or (None if manifest.exists(folder) else faulty_without_manifest(folder))
+        )
+    except OSError as error:
+        return f"cannot be read ({error})"
+
+
+def faulty_state(folder: Path) -> str | None:
+    """As `damage`, of the trainer's state alone."""
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except OSError:
         return f"has no {TRAINER_STATE_NAME}, the last file of a checkpoint"
     except ValueError as error:
         return f"has a damaged {TRAINER_STATE_NAME} ({error})"
-    if not isinstance(state, dict) or "global_step" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
         return f"has a damaged {TRAINER_STATE_NAME} (no global_step in it)"
-    if not any(folder.glob("global_step*")):  # where DeepSpeed keeps all of it
-        if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-            return f"has no weights ({WEIGHTS[0]})"
-        if not any(folder.glob("optimizer*")):
-            return "has no state of an optimizer (optimizer*)"
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):  # reads the header and compares it with the file's size
-                pass
-        except SafetensorError as error:
-            return f"has a damaged {path.name} ({error})"
-    for path in sorted(folder.glob("*.pt*")):  # .pt and .pth, zip archives
-        if not zipfile.is_zipfile(path):
-            return f"has a damaged {path.name}"
     return None
+
+
+def missing_part(folder: Path) -> str | None:
+    """As `damage`, of the weights and of the state of the optimizer, by the names of files."""
+    own = sorted(path for path in folder.glob(DEEPSPEED_FOLDERS) if path.is_dir())
+    if own:  # where DeepSpeed keeps all of it
+        return faulty_latest(folder)
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        return f"has no weights ({WEIGHTS[0]})"
+    if not any(folder.glob("optimizer*")):
+        return "has no state of an optimizer (optimizer*)"
+    return None
+
+
+def faulty_latest(folder: Path) -> str | None:
+    """As `damage`, of the file that tells DeepSpeed which folder to read."""
+    path = folder / "latest"
+    try:
+        name = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        return f"has no {path.name} that can be read ({error}), from which DeepSpeed goes on"
+    if not (re.fullmatch(r"global_step\d+", name) and (folder / name).is_dir()):
+        return f"has a damaged {path.name} (there is no {shortened_text(name)} in the folder)"
+    if not any((folder / name).glob("*_states.pt")):
+        return f"has no states in {name}"
+    return None
+
+
+def faulty_without_manifest(folder: Path) -> str | None:
+    """As `damage`, of a checkpoint that has no manifest: what else belongs to it, and what is in it."""
+    is_deepspeeds = any(folder.glob(DEEPSPEED_FOLDERS))
+    for pattern in ("rng_state*.pth",) if is_deepspeeds else ("rng_state*.pth", "scheduler.pt"):
+        if not any(folder.glob(pattern)):
+            return f"has no {pattern}"
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"has a damaged {path.name} ({error})"
+    if (folder / "model.safetensors").exists() and not (folder / "config.json").exists():
+        return "has no config.json"
+    return corrupt(folder) or not_finite(folder)
 
 
 def check_weights(checkpoint: str, model: PreTrainedModel | PeftModel) -> None:
@@ -137,6 +180,11 @@ def forget_tied_weights(model: PreTrainedModel, loaded: Any) -> None:
     """
     missing, tied = set(loaded.missing_keys), model.all_tied_weights_keys
     loaded.missing_keys[:] = [name for name in loaded.missing_keys if tied.get(name, name) in missing]
+
+
+def shortened_text(text: str) -> str:
+    """The beginning of a text that may be anything, as Python would write it."""
+    return repr(text[:40])
 
 
 def shortened(names: Iterable[str]) -> str:
