@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from tests.test_trainer import build, resume_point, save_whole
 from trainers import manifest
@@ -131,20 +132,17 @@ def test_without_a_manifest_all_parts_are_looked_for(run):
         shutil.rmtree(broken)
 
 
-# ---------------------------------------------------------------------------------------------------- not finite, hostile
+# ------------------------------------------------------------------------------------------------- not finite, hostile
 
 
 def test_a_checkpoint_with_weights_that_are_not_finite_is_none(tmp_path, caplog):
     """It is kept to be looked at, no run goes on from it, and it pushes out no whole one."""
 
-    class Poison(CheckpointKeeper):
+    class Poison(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 3:
                 with torch.no_grad():
                     next(iter(model.parameters()))[0, 0] = float("nan")
-
-        def on_save(self, *args, **kwargs):
-            pass
 
     trainer = build(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2)
     trainer.add_callback(Poison())
