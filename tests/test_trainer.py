@@ -311,8 +311,7 @@ def save_whole(folder, step):
 
 def test_where_to_resume(tmp_path):
     assert resume_point(None, tmp_path) is None and resume_point("false", tmp_path) is None
-    with pytest.raises(ValueError, match="holds no checkpoint; leave the option out"):
-        resume_point("true", tmp_path)
+    assert resume_point("true", tmp_path) is None
     with pytest.raises(ValueError, match="no-such-folder is no folder"):
         resume_point("no-such-folder", tmp_path)
     for step in (5, 10):
@@ -321,9 +320,11 @@ def test_where_to_resume(tmp_path):
     for wanted in ("true", True):
         assert resume_point(wanted, tmp_path) == str(tmp_path / "checkpoint-10")
     assert resume_point(str(tmp_path / "checkpoint-5"), "elsewhere") == str(tmp_path / "checkpoint-5")
-    assert resume_point("true", tmp_path, max_steps=11) == str(tmp_path / "checkpoint-10")
-    with pytest.raises(ValueError, match=r"checkpoint-10 is of step 10, and training\.max_steps is 10: nothing"):
-        resume_point("true", tmp_path, max_steps=10)
+    for steps in (10, 11):  # the end of the run may be missing
+        assert resume_point("true", tmp_path, max_steps=steps) == str(tmp_path / "checkpoint-10")
+    for wanted, steps in (("true", 9), (str(tmp_path / "checkpoint-10"), 10)):
+        with pytest.raises(ValueError, match=f"checkpoint-10 is of step 10, and the run has {steps} steps: nothing is"):
+            resume_point(wanted, tmp_path, max_steps=steps)
 
 
 def cut(path):
@@ -355,8 +356,7 @@ def test_damaged_checkpoints_are_no_resume_point(tmp_path, caplog, name):
         resume_point(str(tmp_path / "checkpoint-10"), tmp_path)
     assert f"checkpoint-10 {reason}" in str(error.value) and "give a checkpoint-N folder" in str(error.value)
     shutil.rmtree(tmp_path / "checkpoint-9")
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        resume_point("true", tmp_path)
+    assert resume_point("true", tmp_path) is None
 
 
 def test_deepspeed_keeps_weights_and_optimizer_in_files_of_its_own(tmp_path):

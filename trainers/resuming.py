@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from . import manifest
@@ -23,40 +23,81 @@ WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "step_lora.safeten
 
 
 def find_resume_point(args: TrainingArguments) -> str | None:
-    """The checkpoint folder that `training.resume_from_checkpoint` names: a path, "true" for the newest whole one of
-    the output folder, or None to start afresh.
+    """The checkpoint folder that `training.resume_from_checkpoint` names: a path, or "true" for the newest whole one of
+    the output folder. None to start afresh, also where that folder has none yet, as after a kill before the first.
 
     Raises:
-        ValueError: if there is no such checkpoint, if it is damaged, or if it has no steps left to train.
+        ValueError: if there is no such checkpoint, if it is damaged, or if `max_steps` leaves it nothing to train; the
+            newest may have all of its steps, after which the end of the run may still be missing.
     """
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
     is_newest = str(wanted).lower() == "true"
     checkpoint = newest_checkpoint(Path(args.output_dir)) if is_newest else named_checkpoint(Path(wanted))
-    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-    if 0 < args.max_steps <= step:  # the trainer would take one more
-        raise ValueError(
-            f"training.resume_from_checkpoint: {checkpoint} is of step {step}, and training.max_steps is "
-            f"{args.max_steps}: nothing is left to train; raise max_steps, or take the checkpoint as it is"
-        )
-    return str(checkpoint)
+    if checkpoint is not None and args.max_steps > 0:
+        check_steps_left(str(checkpoint), args.max_steps, may_be_complete=is_newest)
+    return None if checkpoint is None else str(checkpoint)
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of a run; a warning names those that are passed over.
+def check_steps_left(checkpoint: str, max_steps: int, may_be_complete: bool) -> None:
+    """Refuse to go on from where nothing is left to train.
+
+    Args:
+        max_steps: Those of the whole run.
+        may_be_complete: Whether a checkpoint of the last step is let through.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if so.
     """
-    checkpoints = checkpoints_in(folder)
-    for checkpoint in reversed(checkpoints):
+    step = step_of(checkpoint)
+    if step > max_steps or (step == max_steps and not may_be_complete):
+        raise ValueError(
+            f"training.resume_from_checkpoint: {checkpoint} is of step {step}, and the run has {max_steps} steps: "
+            "nothing is left to train; raise training.max_steps or num_train_epochs, or take the checkpoint as it is"
+        )
+
+
+def step_of(folder: str | Path) -> int:
+    """Optimizer steps behind a whole checkpoint."""
+    return json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+
+
+def holds_checkpoints(folder: Path) -> str | None:
+    """The name of a checkpoint in the folder of a run that is whole or was; None where a kill left parts of one only,
+    or nothing.
+    """
+    found = (path for path in checkpoints_in(folder) if (path / TRAINER_STATE_NAME).is_file())
+    return next((path.name for path in found if not manifest.is_unfinished(path)), None)
+
+
+def is_finished(folder: Path, args: TrainingArguments) -> bool:
+    """Whether a run has come to its end in a folder: the state of the last step is written after all else."""
+    try:
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        step, epoch = state["global_step"], state["epoch"] or 0
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or no whole one
+        return False
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        return False
+    return step >= args.max_steps if args.max_steps > 0 else epoch >= args.num_train_epochs
+
+
+def save_state_of(state: TrainerState, folder: str | Path) -> None:
+    """Write the state of a run into its folder; nobody ever reads half of it."""
+    beside = Path(folder, f".{TRAINER_STATE_NAME}")
+    state.save_to_json(str(beside))
+    beside.replace(Path(folder, TRAINER_STATE_NAME))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None if there is none yet. Warnings name those that are passed over."""
+    for checkpoint in reversed(checkpoints_in(folder)):
         reason = damage(checkpoint)
         if reason is None:
             return checkpoint
         logger.warning("%s is passed over: it %s", checkpoint, reason)
-    kind = "whole checkpoint" if checkpoints else "checkpoint"
-    raise ValueError(f"training.resume_from_checkpoint: {folder} holds no {kind}; leave the option out to start")
+    return None
 
 
 def named_checkpoint(folder: Path) -> Path:

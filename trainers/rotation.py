@@ -67,8 +67,8 @@ def rotate(newest: Path, limit: int | None, best: str | None = None) -> None:
     for path in newest.parent.glob(f"{DELETED}{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(path, ignore_errors=True)
     kept = {newest.name, Path(best).name if best else newest.name}
-    last_step = step_of(newest)
-    checkpoints = [path for path in checkpoints_in(newest.parent) if step_of(path) <= last_step]
+    last_step = number_of(newest)
+    checkpoints = [path for path in checkpoints_in(newest.parent) if number_of(path) <= last_step]
     whole = [path for path in checkpoints if looks_whole(path)]
     for path in checkpoints:
         if path.name not in kept and path not in whole and (limit or is_unfinished(path)):
@@ -96,9 +96,9 @@ def discard(folder: Path) -> None:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The folders of checkpoints in that of a run, whole or not, by their steps."""
     paths = (path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir())
-    return sorted((path for path in paths if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in paths if CHECKPOINT_NAME.fullmatch(path.name)), key=number_of)
 
 
-def step_of(folder: Path) -> int:
+def number_of(folder: Path) -> int:
     """The step in the name of a checkpoint."""
     return int(CHECKPOINT_NAME.fullmatch(folder.name)[1])
