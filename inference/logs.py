@@ -12,7 +12,7 @@ from .shutdown import say_errors
 sys.excepthook = say_errors  # from here on: what is imported next takes seconds
 
 # isort: split
-import transformers
+import transformers  # noqa: E402  behind that
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
