@@ -8,7 +8,6 @@ or written. Paths in a YAML file are relative to that file, paths in flags to th
 
 import argparse
 import dataclasses
-import difflib
 import enum
 import functools
 import json
@@ -41,9 +40,11 @@ from model import (
 from model.versions import VersionAction
 from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
 
+from .advice import closest
+from .deepspeed_files import find_deepspeed
+
 logger = logging.getLogger(__name__)
 
-DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
 CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
 MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     cls.model_type: cls for cls in (MegaTransformerTextConfig, MegaTransformerConfig, *CODEC_CONFIGS)
@@ -76,13 +77,21 @@ class ResolvedConfig:
         """What is resolved where nothing is given but what selects the classes."""
         raise NotImplementedError
 
+    def reread(self, path: str | Path) -> dict[str, Any]:
+        """Every option of a run of this kind as plain values, as a resolved YAML of earlier code says; options that are
+        younger than that have their defaults.
+
+        Raises:
+            ValueError: for what is no such file.
+        """
+        raise NotImplementedError
+
     def save(self, path: str | Path) -> None:
         """Write the resolved YAML, which alone repeats the run; nobody ever reads half of it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = yaml.dump(self.resolved, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(to_yaml(self.resolved), encoding="utf-8")
         beside.replace(path)
 
 
@@ -116,6 +125,10 @@ class RunConfig(ResolvedConfig):
     def defaults(self) -> dict[str, Any]:
         """What is resolved where nothing is given but the class of the model."""
         return resolve(["--model.model_type", self.model.model_type])
+
+    def reread(self, path: str | Path) -> dict[str, Any]:
+        """As said there."""
+        return resolve(["--config", str(path)])
 
 
 def load_config(argv: Sequence[str] | None = None) -> RunConfig:
@@ -171,19 +184,6 @@ def check_output_dir(run: ResolvedConfig) -> None:
         raise ValueError(f"training.output_dir: {name!r} is no folder that can be written; choose another")
     if difference := first_difference(folder, run, run.identity):
         raise ValueError(f"training.output_dir: {name} holds another model: {difference}; choose another output_dir")
-
-
-def check_optimizer(run: ResolvedConfig, checkpoint: str | Path) -> None:
-    """Refuse to go on from a checkpoint with another optimizer than that of its run, whose state would not fit.
-
-    Raises:
-        ValueError: for another optimizer, or other arguments of it.
-    """
-    if difference := first_difference(Path(checkpoint).absolute().parent, run, ("training.optim",)):
-        raise ValueError(
-            f"training.resume_from_checkpoint: {checkpoint} has the state of another optimizer: {difference}; go on "
-            "with the same one"
-        )
 
 
 def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...]) -> str | None:
@@ -329,6 +329,11 @@ for cls in (StrictLoader, StrictDumper):
     )
 
 
+def to_yaml(tree: dict[str, Any]) -> str:
+    """What `read_yaml` reads."""
+    return yaml.dump(tree, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The content of a configuration file.
 
@@ -426,13 +431,6 @@ def check_keys(tree: Any, schema: dict[str, Any] | list | None, origin: str, key
             known = [*schema, "config"] if not (key or origin) else list(schema)
             raise ValueError(f"{origin}unknown key {inner} ({value!r}); {closest(name, known)}")
         check_keys(value, schema[name], origin, inner)
-
-
-def closest(name: Any, known: Sequence[str]) -> str:
-    """Advice about an unknown name."""
-    near = difflib.get_close_matches(str(name), known, n=1)
-    listed = f"known: {', '.join(known)}" if len(known) <= 20 else "--help lists the known ones"
-    return f"did you mean {near[0]}? {listed}" if near else listed
 
 
 @functools.cache
@@ -587,28 +585,6 @@ def network_problem(message: str) -> str:
             "`deepspeed --master_port 29501 pretrain.py`"
         )
     return f"MASTER_ADDR and MASTER_PORT: {os.environ.get('MASTER_ADDR')}:{port} does not answer: {message}"
-
-
-def find_deepspeed(value: Any) -> Any:
-    """The path of a DeepSpeed JSON that is given as a path or as a name in `configs/deepspeed/`."""
-    if not isinstance(value, str):
-        return value
-    for path in (Path(value), DEEPSPEED_FOLDER / value, DEEPSPEED_FOLDER / f"{value}.json"):
-        if path.is_file():
-            check_deepspeed_file(path)
-            return str(path)
-    known = ", ".join(sorted(path.stem for path in DEEPSPEED_FOLDER.glob("*.json")))
-    raise ValueError(f"training.deepspeed: {value} does not exist; give a path or one of {known}")
-
-
-def check_deepspeed_file(path: Path) -> None:
-    """Raises ValueError for a file that holds no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"training.deepspeed: {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"training.deepspeed: {path} holds a {type(content).__name__}, not an object")
 
 
 def check_trainer(model: PreTrainedConfig, trainer: str) -> None:

@@ -60,7 +60,10 @@ class RecurrentTrainingArguments(TrainingArguments):
 
     Args:
         report_to: Where metrics go; TensorBoard by default.
-        resume_from_checkpoint: Checkpoint folder to go on from; true for the newest whole one of the output folder.
+        resume_from_checkpoint: Checkpoint folder to go on from; true for the newest whole one of the output folder, and
+            for a start where there is none yet, so that the same command may be given again and again.
+        allow_changes: Whether a run that goes on may have another learning rate, weight decay, other arguments of the
+            optimizer or another schedule than its checkpoint; they are then those of this run.
         logging_nan_inf_filter: Whether losses that are not finite are hidden from the logs; off, so that they are seen.
         remove_unused_columns: Off: rows hold what collator and trainer take, not the model alone.
         recurrence_logging_steps: Every this many steps the loss of the next batch at one core step is compared with
@@ -79,6 +82,7 @@ class RecurrentTrainingArguments(TrainingArguments):
 
     report_to: str | list[str] | None = "tensorboard"
     resume_from_checkpoint: bool | str | None = None
+    allow_changes: bool = False
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool | None = False
     recurrence_logging_steps: int = field(
