@@ -10,6 +10,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,11 @@ from datasets import Audio, Features, Image, List, Value
 from peft import LoraConfig, get_peft_model
 from PIL import ImageFile
 from PIL.PngImagePlugin import PngInfo
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 import evaluate_codec
-from configs import check_optimizer, load_config, load_run_config
+from configs import RunConfig, load_config, load_run_config
+from configs.resuming import check_options
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets
 from dataset_loading.codec_data import build_codec_datasets
 from dataset_loading.preferences import build_pairs, build_prompts
@@ -34,16 +36,18 @@ from inference.adapters import base_model
 from inference.conversation import Conversation
 from inference.loading import load_model, tokenizer_of
 from inference.prompts import check_media, encode_prompt, encode_question, read_prompts
-from model import codec_media
+from model import MegaTransformerForConditionalGeneration, codec_media
 from model.chat import prepare_tokenizer
 from model.step_lora import add_step_lora
 from pretrain import describe_run
-from tests.tiny_artist import artist_processor, tiny_artist
+from tests.hub_encoders import siglip2
+from tests.tiny_artist import artist_config, artist_processor, tiny_artist
 from tests.tiny_codecs import tiny_autoencoder
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
+from tests.tiny_media import tiny_media_config
 from tests.tiny_media_run import TINY_MEDIA_RUN
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor
-from trainers import check_weights, find_resume_point
+from trainers import check_weights, find_resume_point, manifest
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = SourceConfig("generated", task="addition", num_rows=3)
@@ -427,9 +431,14 @@ def checkpoint_samples() -> Iterator[Sample]:
     )
     codec = saved(lambda folder: tiny_autoencoder().save_pretrained(folder))
     yield Sample("checkpoints", "codec", codec, ("config.json", weights), load_codec)
-    run = saved(save_run)
-    ours = [name for name in run if name.startswith("checkpoint-2/")]
-    yield Sample("checkpoints", "resume", run, (*ours, "checkpoint-2/trainer_state.json"), resume)
+    yield Sample("checkpoints", "written codec", codec, ("config.json", weights), build_writer)
+    encoder = saved(lambda folder: siglip2(side=16, width=8, inner=8, layers=1, heads=1).save_pretrained(folder))
+    yield Sample("checkpoints", "backbone", encoder, ("config.json",), build_reader)
+    for name, is_whole in (("resume", True), ("resume without manifest", False)):
+        run = saved(partial(save_run, has_manifests=is_whole))
+        ours = [name for name in run if name.startswith("checkpoint-2/")]
+        known = ["checkpoint-2/manifest.json", "checkpoint-2/config.yaml"] if is_whole else []
+        yield Sample("checkpoints", name, run, (*ours, "checkpoint-2/trainer_state.json", *known), resume)
 
 
 def saved(save: Callable[[Path], object]) -> dict[str, bytes]:
@@ -475,10 +484,13 @@ def save_step_lora(folder: Path) -> None:
     base_model(folder / "base").save(folder)
 
 
-def save_run(folder: Path) -> None:
+def save_run(folder: Path, has_manifests: bool) -> None:
     """Two checkpoints of a run."""
     for step in (1, 2):
         save_training(folder / f"checkpoint-{step}", step)
+        if has_manifests:
+            RUN.save(folder / f"checkpoint-{step}" / "config.yaml")
+            manifest.complete(folder / f"checkpoint-{step}")
 
 
 def save_training(folder: Path, step: int) -> None:
@@ -543,14 +555,42 @@ def load_codec(folder: Path) -> None:
     evaluate_codec.load_codec(folder, SimpleNamespace(model=tiny_autoencoder().config))
 
 
+def build_writer(folder: Path) -> None:
+    """A model that is to write with a codec of its own, as `pretrain.py` builds it."""
+    config = artist_config(
+        {"image_size": 16, "patch_size": 4, "codec": "autoencoder", "codec_name_or_path": str(folder)}
+    )
+    MegaTransformerForConditionalGeneration(config).model.load_backbones()
+
+
+def build_reader(folder: Path) -> None:
+    """A model that is to see with an encoder of others."""
+    vision = {"backbone": str(folder), "image_size": 16}
+    MegaTransformerForConditionalGeneration(tiny_media_config(parts={"vision_config": vision}))
+
+
 def resume(folder: Path) -> None:
     """Where a run goes on, and whether it can."""
     args = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(folder), max_steps=9)
     point = find_resume_point(args)
-    check_optimizer(SimpleNamespace(resolved={}), point)
+    if point is None:
+        return
+    check_options(RUN, Path(point))
     check_weights(point, tiny_model())
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.load(Path(point, name), weights_only=True)
+    TrainerState.load_from_json(str(Path(point, "trainer_state.json")))
 
 
+def small_run() -> RunConfig:
+    """One to which checkpoints are compared."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, "run.yaml")
+        path.write_text(yaml.safe_dump(TINY_MEDIA_RUN), encoding="utf-8")
+        return load_config(["--config", str(path), "--training.output_dir", "runs/small"])
+
+
+RUN = small_run()
 PROCESSOR = tiny_processor()
 CHATTING = tiny_tokenizer()
 prepare_tokenizer(CHATTING, 320)
