@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from .file_names import in_other_form
 from .synthetic import get_task
 
 _CHUNK = 2**20
@@ -55,6 +56,8 @@ def reference_to(kind: str, value: object, folder: Path | None) -> dict:
     if folder is not None and (os.path.isabs(name) or name.split(os.sep)[0] == ".."):
         raise UnusableRow(f"{value!r} leads out of the folder {str(folder)!r}; move the file into it")
     path = name if folder is None else os.path.join(folder, name)
+    if not os.path.isfile(path):
+        path = in_other_form(str(folder or ""), name) or path
     if not os.path.isfile(path):
         raise UnusableRow(f"no file {path!r}; correct its name")
     return {"type": kind, "path": path}
