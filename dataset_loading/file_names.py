@@ -28,6 +28,6 @@ def in_other_form(folder: str, name: str) -> str | None:
 def _names(folder: str) -> dict[str, list[str]]:
     """The names in a folder by their composed form."""
     names: dict[str, list[str]] = {}
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+    for name in os.listdir(folder) if os.access(folder, os.R_OK) and os.path.isdir(folder) else ():
         names.setdefault(normalize("NFC", name), []).append(name)
     return names

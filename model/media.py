@@ -9,7 +9,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from functools import lru_cache
@@ -33,7 +33,13 @@ except (ImportError, OSError):  # OSError: the package without its C library
 logger = logging.get_logger(__name__)
 
 MAX_PIXELS = 64_000_000
-"""Largest picture that is decoded: 200 MB as RGB."""
+"""Largest picture that is decoded, where that takes eight bytes of memory for each pixel: 512 MB. Where it takes more,
+the largest has as many pixels fewer."""
+MAX_FILE_BYTES = 2**28
+"""Largest file of a picture, which some decoders read as a whole."""
+_BYTES_PER_PIXEL = 8
+_BYTES_PER_PIXEL_OF = {"WEBP": 17, "JPEG2000": 25, "AVIF": 17}
+"""Of decoders that hold a picture more than once. Measured."""
 MAX_SECONDS = 30.0
 """What is read of a recording."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -41,6 +47,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000",
 SAMPLING_RATES = (100, 1_000_000)
 MAX_AMPLITUDE = 1000.0
 """Samples lie within -1 .. 1, or were forgotten to be scaled; larger ones overflow as power."""
+_STRIP = 2**20
+_TILE_WIDTH, _TILE_LENGTH, _BITS_PER_SAMPLE = 322, 323, 258
 _EXIF_ORIENTATION = 0x0112
 _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
 _TURNS = {
@@ -80,9 +88,11 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> "Image.Image":
     with _opened_image(source, max_pixels) as image:
         image.load()
         turn = _TURNS.get(_orientation(image))
-        upright = _as_rgb(image if turn is None else image.transpose(Image.Transpose[turn]))
-        upright.info = {}  # or it would be turned again wherever it goes
-        return upright
+        upright = _as_rgb(image)
+    del image  # before there is a third of them
+    upright = upright if turn is None else upright.transpose(Image.Transpose[turn])
+    upright.info = {}  # or it would be turned again wherever it goes
+    return upright
 
 
 def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -112,11 +122,7 @@ def _opened_image(source: Any, max_pixels: int) -> "Iterator[Image.Image]":
         is_open = isinstance(source, Image.Image)
         file = nullcontext(source) if is_open else Image.open(_file(source, "picture"), formats=IMAGE_FORMATS)
         with file as image:
-            if not 0 < image.width * image.height <= max_pixels:
-                raise MediaError(
-                    f"{_name(source)} has {image.width} x {image.height} pixels, of which 1 to {max_pixels} can be "
-                    "read; scale the picture down"
-                )
+            _check_pixels(source, image, max_pixels)
             yield image
     except MediaError:
         raise
@@ -124,6 +130,42 @@ def _opened_image(source: Any, max_pixels: int) -> "Iterator[Image.Image]":
         raise _unreadable("picture", source, f"it is none of {', '.join(IMAGE_FORMATS)}") from error
     except Exception as error:  # Pillow raises whatever its decoders run into
         raise _unreadable("picture", source, error) from error
+
+
+def _check_pixels(source: Any, image: "Image.Image", max_pixels: int) -> None:
+    width, height = image.size
+    most = max_pixels * _BYTES_PER_PIXEL // _bytes_per_pixel(image)
+    if not 0 < width * height <= most:
+        as_format = f" as {image.format}" if most < max_pixels else ""
+        raise MediaError(
+            f"{_name(source)} has {width} x {height} pixels, of which 1 to {most} can be read{as_format}; scale the "
+            "picture down"
+        )
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > most:
+        raise MediaError(f"{_name(source)} has tiles of more than {most} pixels; write it in smaller ones")
+
+
+def _bytes_per_pixel(image: "Image.Image") -> int:
+    """The most memory that decoding takes, and making it RGB after that."""
+    if image.format == "TIFF":  # a strip may be all of it
+        return max(_BYTES_PER_PIXEL, 4 + sum(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) // 8)
+    if image.format in ("JPEG", "MPO") and not _is_one_scan(image):  # its coefficients are held, of two bytes
+        return max(_BYTES_PER_PIXEL, 4 + 2 * len(image.getbands()))
+    return _BYTES_PER_PIXEL_OF.get(image.format, _BYTES_PER_PIXEL)
+
+
+def _is_one_scan(image: "Image.Image") -> bool:
+    """Whether the first scan of a JPEG that is open, behind the header of which Pillow stands, has all components."""
+    file, count = getattr(image, "fp", None), len(image.getbands())
+    if file is None:  # decoded already
+        return True
+    if "progressive" in image.info:
+        return False
+    file.seek(-(4 + 2 * count), os.SEEK_CUR)
+    found = file.read(1)
+    file.seek(3 + 2 * count, os.SEEK_CUR)
+    return found == bytes([count])
 
 
 def _says_more_behind(image: "Image.Image") -> bool:
@@ -191,14 +233,30 @@ def _raw_profile(info: dict[str, Any], name: str) -> bytes:
 
 def _as_rgb(image: "Image.Image") -> "Image.Image":
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    if image.mode[0] in "IF":  # Pillow's own conversion cuts all above 255 off
-        values = np.asarray(image)
-        return _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
-    return image.convert("RGB")
+        return _in_strips(_on_white, image)
+    return _in_strips(_from_numbers, image) if image.mode[0] in "IF" else image.convert("RGB")
+
+
+def _in_strips(convert: "Callable[[Image.Image], Image.Image]", image: "Image.Image") -> "Image.Image":
+    """RGB of a picture, of which what is between them never has the whole size."""
+    rgb, rows = Image.new("RGB", image.size), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        rgb.paste(convert(image.crop(box)), box)
+    return rgb
+
+
+def _on_white(image: "Image.Image") -> "Image.Image":
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _from_numbers(image: "Image.Image") -> "Image.Image":
+    """Of integers and floats: Pillow's own conversion cuts all above 255 off."""
+    values = np.asarray(image)
+    return _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
 
 
 def _image_from_array(source: np.ndarray | torch.Tensor) -> "Image.Image":
@@ -405,6 +463,7 @@ def _file(source: Any, kind: str) -> str | io.BytesIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
             raise MediaError(f"the {kind} has 0 bytes; remove it")
+        _check_file_size(source, kind, len(source))
         return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         raise MediaError(f"a {kind} cannot be read from {type(source).__name__}; give a path, bytes or an array")
@@ -416,7 +475,15 @@ def _file(source: Any, kind: str) -> str | io.BytesIO:
         raise MediaError(f"{shortened(path)} {'is no file' if is_there else 'does not exist'}; correct the path")
     if not os.path.getsize(path):
         raise MediaError(f"{shortened(path)} has 0 bytes; remove it")
+    _check_file_size(source, kind, os.path.getsize(path))
     return path
+
+
+def _check_file_size(source: Any, kind: str, size: int) -> None:
+    if kind == "picture" and size > MAX_FILE_BYTES:
+        raise MediaError(
+            f"{_name(source)} has {size} bytes, of which a picture may have {MAX_FILE_BYTES}; scale it down"
+        )
 
 
 def shortened(source: str) -> str:
