@@ -56,6 +56,8 @@ def parse_messages(
         if isinstance(message, dict) and (reason := reason_against_message(message, loss_on == "all" or is_answer)):
             raise UnusableRow(_sharegpt_reason(message) or reason)
     waiting = {kind: list(references) for kind, references in attached.items()}
+    for kind, references in attached.items():
+        value = _with_places(value, kind, len(references)) if references else value
     messages = [_parse_message(message, waiting, folder) for message in value]
     first = next((message for message in messages if message["role"] == "user"), None)
     for kind, references in waiting.items():
@@ -73,6 +75,45 @@ def parse_messages(
 
 def _name(value: object) -> str:
     return "an empty list" if value == [] else type(value).__name__
+
+
+def _with_places(messages: list, kind: str, count: int) -> list:
+    """Messages in which a mark such as "<image>" in a text, as LLaVA writes it, is a part.
+
+    Raises:
+        UnusableRow: there are more or fewer marks than media.
+    """
+    mark = f"<{kind}>"
+    placed = [_with_parts(message, mark, kind) if isinstance(message, dict) else message for message in messages]
+    found = sum(_count_parts(message, kind) for message in placed) - sum(
+        _count_parts(message, kind) for message in messages
+    )
+    if found not in (0, count):
+        raise UnusableRow(f"{count} media of type {kind!r}, but {found} marks {mark!r} in the texts for them")
+    return placed if found else messages
+
+
+def _count_parts(message: object, kind: str) -> int:
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else ()
+    return sum(isinstance(part, dict) and part.get("type") == kind for part in parts)
+
+
+def _with_parts(message: dict, mark: str, kind: str) -> dict:
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}] if mark in content else content
+    if not isinstance(content, list):
+        return message
+    parts: list = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            parts.append(part)
+            continue
+        for number, piece in enumerate(text.split(mark)):
+            parts += [{"type": kind}] * (number > 0) + [{"type": "text", "text": piece}] * bool(piece)
+    return {**message, "content": parts}
 
 
 def _sharegpt_reason(message: dict) -> str | None:

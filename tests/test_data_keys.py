@@ -7,13 +7,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from dataset_loading import DataConfig, SourceConfig, message_keys
 from dataset_loading.preferences import build_pairs
 from model import message_keys as model_keys
 from model.chat import encode_conversation
 from tests.test_data_chat import build, chat_tokenizer
-from tests.tiny_processor import tiny_processor
+from tests.tiny_processor import image_file, picture, tiny_processor
 
 ASKED, SAID = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 CALL = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
@@ -186,3 +187,34 @@ def test_the_keys_of_others_are_named(tmp_path):
         build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_bad_rows=0)
     with pytest.raises(ValueError, match="'from' and 'value', as ShareGPT writes it; rename them to role and content"):
         build(SourceConfig("chat", paths=[path], messages_column="conversations"), chat_tokenizer(), max_bad_rows=0)
+
+
+def test_marks_in_a_text_are_where_its_images_stand(tmp_path):
+    """As LLaVA writes them."""
+    for number in range(2):
+        (tmp_path / f"p{number}.png").write_bytes(image_file(picture(seed=number)))
+    answer = {"role": "assistant", "content": "noise"}
+    first = [{"role": "user", "content": "hello"}, SAID, {"role": "user", "content": "<image>\nwhat is it?"}, answer]
+    second = [{"role": "user", "content": "Compare <image> with <image>."}, answer]
+    rows = [
+        {"images": ["p0.png"], "messages": first},
+        {"images": ["p1.png", "p0.png"], "messages": second},
+        {"images": ["p0.png"], "messages": second},
+    ]
+    path, processor = write(tmp_path, rows), tiny_processor()
+    source = SourceConfig("files", paths=[path], image_column="images", messages_column="messages")
+    built = build(source, processor, block_size=256).train
+    parts = [
+        [{"type": "image", "path": str(tmp_path / name)} for name in names]
+        for names in (["p0.png"], ["p1.png", "p0.png"])
+    ]
+    first[2] = {"role": "user", "content": [*parts[0], {"type": "text", "text": "\nwhat is it?"}]}
+    text = [{"type": "text", "text": it} for it in ("Compare ", " with ", ".")]
+    second[0] = {"role": "user", "content": [text[0], parts[1][0], text[1], parts[1][1], text[2]]}
+    assert len(built) == 2
+    for row, messages in zip([built[0], built[1]], [first, second], strict=True):
+        expected = processor.encode_chat(messages)
+        assert row["input_ids"].tolist() == expected["input_ids"].tolist()
+        assert all(map(torch.equal, row["media"]["image"], expected["media"]["image"]))
+    with pytest.raises(ValueError, match="line 3: 1 media of type 'image', but 2 marks '<image>' in the texts"):
+        build(source, processor, block_size=256, max_bad_rows=0)
