@@ -35,8 +35,8 @@ logger = logging.get_logger(__name__)
 MAX_PIXELS = 64_000_000
 """Largest picture that is decoded, where that takes eight bytes of memory for each pixel: 512 MB. Where it takes more,
 the largest has as many pixels fewer."""
-MAX_FILE_BYTES = 2**28
-"""Largest file of a picture, which some decoders read as a whole."""
+MAX_FILE_BYTES = 2**27
+"""Largest file of a picture, which some decoders read as a whole, and of which texts are copied."""
 _BYTES_PER_PIXEL = 8
 _BYTES_PER_PIXEL_OF = {"WEBP": 17, "JPEG2000": 25, "AVIF": 17}
 """Of decoders that hold a picture more than once. Measured."""
@@ -44,10 +44,12 @@ MAX_SECONDS = 30.0
 """What is read of a recording."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Pillow knows more, some of which start other programs (EPS)."""
+AUDIO_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "RF64", "W64")
+"""libsndfile knows more, some of which nobody has written for decades."""
 SAMPLING_RATES = (100, 1_000_000)
 MAX_AMPLITUDE = 1000.0
 """Samples lie within -1 .. 1, or were forgotten to be scaled; larger ones overflow as power."""
-_STRIP = 2**20
+_STRIP = _MAX_PLAIN = 2**20
 _TILE_WIDTH, _TILE_LENGTH, _BITS_PER_SAMPLE = 322, 323, 258
 _EXIF_ORIENTATION = 0x0112
 _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
@@ -135,6 +137,8 @@ def _opened_image(source: Any, max_pixels: int) -> "Iterator[Image.Image]":
 def _check_pixels(source: Any, image: "Image.Image", max_pixels: int) -> None:
     width, height = image.size
     most = max_pixels * _BYTES_PER_PIXEL // _bytes_per_pixel(image)
+    if any(tile[0] == "ppm_plain" for tile in getattr(image, "tile", ())):  # numbers as text, which take minutes
+        most = min(most, _MAX_PLAIN)
     if not 0 < width * height <= most:
         as_format = f" as {image.format}" if most < max_pixels else ""
         raise MediaError(
@@ -401,7 +405,9 @@ def _opened_audio(source: Any) -> "Iterator[soundfile.SoundFile]":
     if soundfile is None:
         raise ImportError("recordings are read by soundfile, which is not installed; pip install soundfile")
     try:
-        with soundfile.SoundFile(_file(source, "recording")) as file:
+        with _stream(_file(source, "recording")) as stream, soundfile.SoundFile(stream) as file:
+            if file.format not in AUDIO_FORMATS:
+                raise MediaError(f"{_name(source)} is {file.format}, none of {', '.join(AUDIO_FORMATS)}; convert it")
             _check_rate(source, file.samplerate)
             _check_size(source, file)
             yield file
@@ -409,6 +415,11 @@ def _opened_audio(source: Any) -> "Iterator[soundfile.SoundFile]":
         raise _unreadable("recording", source, error.error_string) from error
     except TypeError as error:  # a .raw file, which has no header
         raise _unreadable("recording", source, error) from error
+
+
+def _stream(file: str | io.BytesIO) -> io.BufferedIOBase:
+    """A file without its name, by which libsndfile would look for further files of the same name."""
+    return open(file, "rb") if isinstance(file, str) else file
 
 
 def _check_size(source: Any, file: "soundfile.SoundFile") -> None:
