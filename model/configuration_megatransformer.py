@@ -42,6 +42,8 @@ KEYS_OF_TRANSFORMERS = {
     "transformers_version",
 }
 
+MOST_LABELS = 1_000_000
+
 
 def checked(cls):
     """Class decorator: `@strict` of huggingface_hub, with every failed check raised as a one-line `ValueError`.
@@ -81,6 +83,7 @@ class StrictConfig(PreTrainedConfig):
             own = sorted({item.name for item in dataclasses.fields(self)} - inherited)
             advice = " ".join((*self.nearest(unknown[0]), f"known keys: {', '.join(own)}"))
             raise ValueError(f"{type(self).__name__}: unknown key {unknown[0]!r}; {advice}")
+        check_num_labels(kwargs)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -136,6 +139,13 @@ class StrictConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} is {value}; give a finite number")
+
+
+def check_num_labels(values: dict[str, Any]) -> None:
+    """Raises ValueError for a number of labels for which transformers could not make as many names."""
+    count = values.get("num_labels")
+    if count is not None and not (isinstance(count, int) and 0 <= count <= MOST_LABELS):
+        raise ValueError(f"num_labels is {count!r:.60}; give a whole number of at most {MOST_LABELS}")
 
 
 @checked
@@ -338,6 +348,14 @@ class MegaTransformerTextConfig(StrictConfig):
         check_positive(
             self, "attn_logit_softcapping", "final_logit_softcapping", "embedding_scale", "initializer_range"
         )
+
+    def validate_special_tokens(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(0 <= token < self.vocab_size for token in ids):
+                raise ValueError(f"{name} ({value!s:.60}) is outside the vocabulary (vocab_size {self.vocab_size})")
 
 
 class EncoderConfig(StrictConfig):
@@ -743,6 +761,14 @@ class MegaTransformerConfig(StrictConfig):
                 )
             if list(ids.values()).count(value) > 1:
                 raise ValueError(f"{name} ({value}) is also the id of another token; each needs its own")
+        for name in ("structure_token_ids", "image_code_offset"):
+            values = getattr(self, name)
+            values = [] if values is None else values if isinstance(values, list) else [values]
+            outside = [value for value in values if not 0 <= value < self.text_config.vocab_size]
+            if outside:
+                raise ValueError(
+                    f"{name} has {outside[0]}, outside the vocabulary of text_config ({self.text_config.vocab_size})"
+                )
 
 
 def check_heads(config: MegaTransformerTextConfig | EncoderConfig) -> None:
