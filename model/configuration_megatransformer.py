@@ -43,6 +43,8 @@ KEYS_OF_TRANSFORMERS = {
 }
 
 MOST_LABELS = 1_000_000
+MOST_STEPS = 10_000
+"""Core steps of a token: a hundred times as many as are of any use."""
 
 
 def checked(cls):
@@ -184,16 +186,16 @@ class RecurrenceConfig(StrictConfig):
     model_type = "megatransformer_recurrence"
     base_config_key = "recurrence"
 
-    mean_steps: int = interval(min=1)(default=8)
-    backprop_steps: int = interval(min=1)(default=4)
+    mean_steps: int = interval(min=1, max=MOST_STEPS)(default=8)
+    backprop_steps: int = interval(min=1, max=MOST_STEPS)(default=4)
     step_distribution: Literal["lognormal-poisson", "poisson", "uniform", "fixed"] = "lognormal-poisson"
     step_sigma: float | int = interval(min=0.0)(default=0.5)
     state_init: Literal["like-init", "normal", "embed", "unit", "zero"] = "like-init"
     state_scale: float | int = interval(min=0.0)(default=1.0)
-    state_seed: int = interval(min=0)(default=0)
+    state_seed: int = interval(min=0, max=2**63 - 1)(default=0)
     injection: Literal["concat", "add", "gate"] = "concat"
     cache_policy: Literal["full", "ring", "last"] = "full"
-    num_kept_steps: int = interval(min=1)(default=4)
+    num_kept_steps: int = interval(min=1, max=MOST_STEPS)(default=4)
     exit_criterion: Literal[
         "none",
         "kl_divergence",
@@ -343,8 +345,8 @@ class MegaTransformerTextConfig(StrictConfig):
             raise ValueError(
                 "num_prelude_layers, num_core_layers and num_coda_layers are all 0; the model needs a layer"
             )
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps ({self.num_steps}) must be at least 1")
+        if self.num_steps is not None and not 1 <= self.num_steps <= MOST_STEPS:
+            raise ValueError(f"num_steps ({self.num_steps}) must be at least 1 and at most {MOST_STEPS}")
         check_positive(
             self, "attn_logit_softcapping", "final_logit_softcapping", "embedding_scale", "initializer_range"
         )
