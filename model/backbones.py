@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .configuration_megatransformer import EncoderConfig
+from .configuration_megatransformer import EncoderConfig, check_num_labels
 
 PARTS = {"pixel_values": "vision_config", "input_features": "audio_config"}
 """Where the configuration of the encoder stands in that of a model with several parts, by its main input."""
@@ -112,6 +112,7 @@ def config_of(config: EncoderConfig) -> PreTrainedConfig:
     name = options.get("model_type")
     if not isinstance(name, str) or name not in CONFIG_MAPPING:
         raise ValueError(f"backbone_config has model_type {repr(name)[:60]}, which transformers does not have")
+    check_num_labels(options)
     return AutoConfig.for_model(**options)
 
 
