@@ -21,6 +21,7 @@ from evaluation.report import format_table
 from inference import arguments
 from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import check_loading
+from inference.terminal import write_result
 from model import MegaTransformerVocoder, codec_media, waveform_of
 from pretrain import MODELS
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = read_run_config(args.checkpoint, overrides)
         model = load_codec(args.checkpoint, run).to(choose_device(args.device))
         choose_threads(model)
-        sys.stdout.write(table_of(model, run, args.limit))
+        write_result(table_of(model, run, args.limit))
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))

@@ -37,6 +37,9 @@ _KINDS_OF_FIELD = {
 # Fields that only documents without media read, and what does the same for those with media.
 _TEXT_ONLY = {"prompt_column": "prompt: '{column}'", "separator": "prompt"}
 
+MAX_GENERATED_ROWS = 10**8
+"""Of a generated source, whose rows are all in memory."""
+
 # Folders that are called so are called by the folder above.
 _NAMES_OF_SPLITS = ("train", "validation", "valid", "val", "test", "data")
 
@@ -186,6 +189,8 @@ class SourceConfig:
         task = get_task(self.task)
         if self.num_rows < 1:
             raise ValueError(f"num_rows is {self.num_rows}, but a source needs rows; give at least 1")
+        if self.num_rows > MAX_GENERATED_ROWS:
+            raise ValueError(f"num_rows is {self.num_rows}, more than memory holds; give at most {MAX_GENERATED_ROWS}")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; give a number that is not negative")
         if self.role not in (None, "train", "validation", "test"):

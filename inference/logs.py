@@ -9,6 +9,8 @@ import sys
 
 import transformers
 
+from model.terminal import visible
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # On CPUs with bfloat16 instructions it warns, whenever it is imported, of a kernel that it would fetch from the hub.
@@ -43,6 +45,10 @@ class ConsoleHandler(logging.StreamHandler):
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As there, without characters that command a terminal."""
+        return visible(super().format(record))
 
 
 def set_up_logging(level: str = "info", rank: int = 0) -> None:
