@@ -52,10 +52,7 @@ class Conversation:
                 "this model has no chat template, as it has never seen conversations: fine-tune it on some with "
                 "finetune.py, or continue texts with inference.generate."
             )
-        limit, positions = (
-            prompt_limit(model, max_prompt_tokens),
-            model.config.get_text_config().max_position_embeddings,
-        )
+        limit, positions = prompt_limit(model, max_prompt_tokens), prompt_limit(model, None)
         if options["max_new_tokens"] >= positions:
             raise ValueError(
                 f"max_new_tokens is {options['max_new_tokens']}, but this model has {positions} positions for a "

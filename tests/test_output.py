@@ -62,9 +62,9 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, name):
     (tmp_path / name).write_text("before")
-    with full_disk(1000), pytest.raises(ValueError, match=rf"{tmp_path / name} cannot be written: .*\w"):
-        with whole_file(tmp_path / name) as path:
-            WRITERS[name](path)
+    refusal = pytest.raises(ValueError, match=rf"{tmp_path / name} cannot be written: .*\w")
+    with full_disk(1000), refusal, whole_file(tmp_path / name) as path:
+        WRITERS[name](path)
     assert names_in(tmp_path) == [name] and (tmp_path / name).read_text() == "before"
     with whole_file(tmp_path / name) as path:
         WRITERS[name](path)
@@ -93,9 +93,9 @@ def test_what_is_no_ordinary_file_is_written_as_it_is(tmp_path):
     assert os.read(reading, 10) == b"all" and (tmp_path / "real.txt").read_text() == "all"
     os.close(reading)
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link.txt").is_symlink()
-    with pytest.raises(ValueError, match="/dev/full cannot be written: No space left on device"):
-        with whole_file(Path("/dev/full")) as path:
-            path.write_text("all")
+    refusal = pytest.raises(ValueError, match="/dev/full cannot be written: No space left on device")
+    with refusal, whole_file(Path("/dev/full")) as path:
+        path.write_text("all")
 
 
 def test_places_where_no_file_can_be(tmp_path):
@@ -121,10 +121,10 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path, others):
         if name != ".":
             (folder / name).write_text("kept")
     before = names_in(tmp_path)
-    with full_disk(1000), pytest.raises(ValueError, match=f"{folder} cannot be written: File too large"):
-        with whole_folder(folder) as made:
-            (made / "a.txt").write_text("a")
-            (made / "b.txt").write_text("b" * 2000)
+    refusal = pytest.raises(ValueError, match=f"{folder} cannot be written: File too large")
+    with full_disk(1000), refusal, whole_folder(folder) as made:
+        (made / "a.txt").write_text("a")
+        (made / "b.txt").write_text("b" * 2000)
     assert names_in(tmp_path) == before
     with whole_folder(folder) as made:
         (made / "a.txt").write_text("a")

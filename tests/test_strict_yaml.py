@@ -98,7 +98,7 @@ BOMB_IN_A_LINE = "[&a [x,x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a],
     [
         (["--data.train", BOMB_IN_A_LINE + "]"], "--data.train: line 1: there are more than 20000 values"),
         (["--data.train", "[" * 50_000], "--data.train: line 1: there are more than 32 lists"),
-        (["--data.train", "[{kind: generated, task: copy, num_rows: 9" + "9" * 30 + "}]"], "more than 64 bits"),
+        (["--data.train", "[{kind: generated, task: addition, num_rows: 9" + "9" * 30 + "}]"], "more than 64 bits"),
         (["--training.seed=" + "9" * 5000], "--training.seed: line 1: 9999"),
         (["--training.lr_scheduler_kwargs", "!!set {a}"], "'set' are not read"),
         (["--training.lr_scheduler_kwargs", "{a: 1, a: 2}"], "key 'a' is there twice"),
@@ -114,7 +114,7 @@ def test_values_on_the_command_line_are_refused_in_one_line(load, argv, reason, 
 
 def test_more_generated_rows_than_memory_holds_are_refused(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("data: {train: [{kind: generated, task: modular_sum, num_rows: 100000001}]}\n")
+    path.write_text("data: {train: [{kind: generated, task: addition, num_rows: 100000001}]}\n")
     with pytest.raises(ValueError, match=r"num_rows is 100000001, more than memory holds; give at most 100000000"):
         load_run_config(path)
 
