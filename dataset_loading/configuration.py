@@ -37,6 +37,8 @@ _KINDS_OF_FIELD = {
 # Fields that only documents without media read, and what does the same for those with media.
 _TEXT_ONLY = {"prompt_column": "prompt: '{column}'", "separator": "prompt"}
 
+MAX_WORKERS = 1024
+"""Processes that read data."""
 MAX_GENERATED_ROWS = 10**8
 """Of a generated source, whose rows are all in memory."""
 
@@ -337,6 +339,8 @@ class DataConfig:
             )
         if not 0 <= self.condition_drop < 1:
             raise ValueError(f"condition_drop is {self.condition_drop}; give at least 0 and less than 1, e.g. 0.1")
+        if self.preprocessing_workers > MAX_WORKERS:
+            raise ValueError(f"preprocessing_workers is {self.preprocessing_workers}; give at most {MAX_WORKERS}")
         smallest = {"block_size": 2, "max_bad_rows": 0, "preprocessing_workers": 1, "streaming_validation_rows": 1}
         for name, least in smallest.items():
             if getattr(self, name) < least:
