@@ -109,12 +109,16 @@ def test_a_template_that_changes_what_is_said_is_refused(template, reason):
         render_outline(template, (("user", None), ("assistant", None)), "", "")
 
 
-def test_a_template_that_only_ends_as_ours_does_is_not_trusted():
+def test_a_template_that_only_ends_as_ours_does_is_not_trusted(monkeypatch):
+    def in_child(*args):
+        raise ValueError("in a child")
+
+    monkeypatch.setattr("model.chat_rendering._attempt_in_child", in_child)
     tokenizer = tiny_tokenizer()
     prepare_tokenizer(tokenizer, 320)
     expected = encode_conversation(tokenizer, MESSAGES)
-    tokenizer.chat_template = "{{ 'a' * 10**10 }}{# guarded #}" + CHAT_TEMPLATE
-    with pytest.raises(UnboundedTemplateError):
+    tokenizer.chat_template = "{{ 'a' * 10 }}{# guarded #}" + CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="in a child"):
         encode_conversation(tokenizer, MESSAGES)
     prepare_tokenizer(tokenizer, 320)  # what stands before is made anew
     assert encode_conversation(tokenizer, MESSAGES) == expected
@@ -157,7 +161,7 @@ def test_training_data_is_not_encoded_by_a_template_that_fails():
     tokenizer = tiny_tokenizer()
     prepare_tokenizer(tokenizer, 320)
     tokenizer.chat_template = "{{ raise_exception('not these roles') }}"
-    with pytest.raises(ValueError, match="the chat template fails .*not these roles"):
+    with pytest.raises(ValueError, match=r"the chat template fails .*not these roles"):
         MediaReader(tokenizer)
 
 
