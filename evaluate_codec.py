@@ -22,6 +22,7 @@ from inference import arguments
 from inference.checkpoints import blamed_on, check_files, weight_files
 from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import check_loading
+from inference.terminal import write_result
 from model import MegaTransformerVocoder, codec_media, waveform_of
 from model.weight_files import build_skeleton, check_finite, check_fit, declared_weights
 from pretrain import MODELS
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = read_run_config(args.checkpoint, overrides)
         model = load_codec(args.checkpoint, run).to(choose_device(args.device))
         choose_threads(model)
-        sys.stdout.write(table_of(model, run, args.limit))
+        write_result(table_of(model, run, args.limit))
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))

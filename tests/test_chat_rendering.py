@@ -7,8 +7,10 @@ import shutil
 import time
 
 import pytest
+from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dataset_loading.media_reader import MediaReader
 from inference import chat, generate
 from inference.conversation import Conversation
 from model.chat import CHAT_TEMPLATE, encode_conversation, prepare_tokenizer, render_outline
@@ -107,12 +109,16 @@ def test_a_template_that_changes_what_is_said_is_refused(template, reason):
         render_outline(template, (("user", None), ("assistant", None)), "", "")
 
 
-def test_a_template_that_only_ends_as_ours_does_is_not_trusted():
+def test_a_template_that_only_ends_as_ours_does_is_not_trusted(monkeypatch):
+    def in_child(*args):
+        raise ValueError("in a child")
+
+    monkeypatch.setattr("model.chat_rendering._attempt_in_child", in_child)
     tokenizer = tiny_tokenizer()
     prepare_tokenizer(tokenizer, 320)
     expected = encode_conversation(tokenizer, MESSAGES)
-    tokenizer.chat_template = "{{ 'a' * 10**10 }}{# guarded #}" + CHAT_TEMPLATE
-    with pytest.raises(UnboundedTemplateError):
+    tokenizer.chat_template = "{{ 'a' * 10 }}{# guarded #}" + CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="in a child"):
         encode_conversation(tokenizer, MESSAGES)
     prepare_tokenizer(tokenizer, 320)  # what stands before is made anew
     assert encode_conversation(tokenizer, MESSAGES) == expected
@@ -138,8 +144,6 @@ def test_preparing_a_tokenizer_refuses_a_template_that_takes_too_much_and_none_t
     ],
 )
 def test_a_processor_refuses_a_template_that_places_media_wrongly(template, reason):
-    from PIL import Image
-
     processor = tiny_processor(chat_template=template)
     parts = [{"type": "text", "text": "a"}, {"type": "image", "image": Image.new("RGB", (16, 16))}]
     with pytest.raises(ValueError, match=reason):
@@ -151,6 +155,14 @@ def test_a_processor_writes_text_by_a_template_of_others_within_bounds():
     assert processor.apply_chat_template(MESSAGES) == "[user] a[assistant] b"
     with pytest.raises(UnboundedTemplateError):
         processor.apply_chat_template(MESSAGES, chat_template="endless")
+
+
+def test_training_data_is_not_encoded_by_a_template_that_fails():
+    tokenizer = tiny_tokenizer()
+    prepare_tokenizer(tokenizer, 320)
+    tokenizer.chat_template = "{{ raise_exception('not these roles') }}"
+    with pytest.raises(ValueError, match=r"the chat template fails .*not these roles"):
+        MediaReader(tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
