@@ -10,7 +10,7 @@ from typing import Any
 from trainers import RecurrentTrainingArguments
 from trainers.resuming import TRAINER_STATE_NAME, find_resume_point, holds_checkpoints, is_finished
 
-from . import ResolvedConfig, check_output_dir, read_yaml, to_yaml
+from . import OPTIONAL_SECTIONS, ResolvedConfig, check_output_dir, read_yaml, to_yaml
 from .deepspeed_files import deepspeed_content
 
 logger = logging.getLogger(__name__)
@@ -226,8 +226,10 @@ def differences(run: ResolvedConfig, path: Path) -> Iterator[Difference]:
     except ValueError:  # keys that are gone since, or of a run of another kind: as it is, in which they are named
         there = read_yaml(path)
     there, here = with_deepspeed_content(there), with_deepspeed_content(run.resolved)
+    has_adapters = any(run.resolved.get(part) for part in OPTIONAL_SECTIONS)
     for item in compare(there, here):
-        if not any(fnmatchcase(item.key, pattern) for pattern in FREE):
+        is_base = has_adapters and item.key == "model.path"  # its weights are compared when the adapter is loaded
+        if not (is_base or any(fnmatchcase(item.key, pattern) for pattern in FREE)):
             yield item
 
 

@@ -171,6 +171,8 @@ class RecurrentTrainingArguments(TrainingArguments):
             raise ValueError(f"ema_decay is {self.ema_decay}; give a number from 0 to below 1")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
+        if self.max_steps == -1 and self.num_train_epochs == 0:
+            raise ValueError("num_train_epochs is 0: there is nothing to train; give more than 0, or max_steps")
         if not -1 <= self.token_correlation_alarm <= 1:
             raise ValueError(f"token_correlation_alarm is {self.token_correlation_alarm}; a cosine lies from -1 to 1")
 
