@@ -31,7 +31,7 @@ from dataset_loading.codec_data import build_codec_datasets
 from evaluation import METRICS, trainer_metrics
 from evaluation.reconstruction import PictureScores, SoundScores, mean_scores
 from inference.devices import choose_threads, device_report
-from inference.shutdown import end_process
+from inference.shutdown import run_to_the_end
 from model import (
     MegaTransformerConfig,
     MegaTransformerForCausalLM,
@@ -58,6 +58,7 @@ from trainers import (
 from trainers.ranks import decide
 from trainers.resuming import TRAINER_STATE_NAME, save_state_of
 from trainers.run_lock import RunLock
+from trainers.signals import StopCallback, StopRequest, watch_launcher
 
 logger = logging.getLogger("pretrain")
 
@@ -92,10 +93,17 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         build: run and checkpoint to go on from -> trainer.
 
     Raises:
-        SystemExit: as `main`.
+        SystemExit: as `main`, and with 143 or 130 after SIGTERM or Ctrl-C.
     """
     logger.info("%s", device_report())
+    with StopRequest() as request:
+        return build_and_train(run, build, request)
+
+
+def build_and_train(run: ResolvedConfig, build: Callable[..., Trainer], request: StopRequest) -> int:
+    """As `run_training`, until there is a signal."""
     args, lock = run.training, RunLock(run.training.output_dir)
+    watch_launcher()
     try:
         with one_line_errors():
             args.check_launcher()
@@ -110,6 +118,7 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         trainer.config_text = config_text(run)
         trainer.add_callback(ConfigWriter(run))
         trainer.add_callback(card)
+        trainer.stop = StopCallback(request)
         train(trainer, start.checkpoint, card)
     finally:
         # Left open, the group makes the launcher wait, or report a failure that was none.
@@ -316,10 +325,11 @@ def train(trainer: Trainer, resume_point: str | None, card: ModelCardWriter) -> 
     Raises:
         ValueError: for data that gave no row.
     """
-    trainer.train(resume_from_checkpoint=resume_point)
-    if trainer.state.global_step == 0:
-        raise ValueError("data.train: not one row came of it, and nothing was trained; look at its sources")
-    trainer.save_model()
+    with trainer.stop.request.deferred():
+        trainer.train(resume_from_checkpoint=resume_point)
+        if trainer.state.global_step == 0:
+            raise ValueError("data.train: not one row came of it, and nothing was trained; look at its sources")
+        trainer.save_model()
     state = copy.copy(trainer.state)
     state.log_history = list(state.log_history)  # the evaluation below has a file of its own
     metrics = trainer.evaluate()
@@ -331,4 +341,4 @@ def train(trainer: Trainer, resume_point: str | None, card: ModelCardWriter) -> 
 
 
 if __name__ == "__main__":
-    end_process(main())
+    run_to_the_end(main)

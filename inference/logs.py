@@ -7,14 +7,18 @@ import os
 import re
 import sys
 
-import transformers
+from .shutdown import say_errors
+
+sys.excepthook = say_errors  # from here on: what is imported next takes seconds
+
+# isort: split
+import transformers  # noqa: E402  behind that
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # On CPUs with bfloat16 instructions it warns, whenever it is imported, of a kernel that it would fetch from the hub.
 # The scripts import this file first, so that their errors stay one line.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
 
 LAUNCHER_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 

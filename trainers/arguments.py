@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 
+from .build_locks import warn_of_build_locks
 from .modalities import ModalityWeights
 from .parameter_groups import ParameterGroup
 
@@ -145,6 +146,8 @@ class RecurrentTrainingArguments(TrainingArguments):
             self.data_seed = self.seed  # accelerate would take whatever the global generator was last seeded with
         if self.greater_is_better is None:
             self.greater_is_better = False  # transformers takes all metrics but losses to be better when greater
+        if self.deepspeed:
+            warn_of_build_locks()  # what comes builds already
         super().__post_init__()
 
     def _check_ranges(self) -> None:

@@ -23,6 +23,7 @@ from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
 from .resumed import OptionsOfRun
 from .resuming import check_weights, damage, forget_tied_weights, nothing_left, read_state
 from .rotation import CHECKPOINT_NAME, CheckpointKeeper
+from .signals import StopCallback, StopRequest, sheltered
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class CheckedTrainer(Trainer):
             self.optimizer = self.checked_optimizer
         self.beside: list[Any] = []
         self.keeper = CheckpointKeeper()
+        self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
         self.add_callback(EpochCallback())
         if isinstance(self.model, PreTrainedModel):
@@ -121,8 +123,9 @@ class CheckedTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """From a checkpoint, if one is given; one of the last step is only brought to the end of the run."""
-        self.pop_callback(self.keeper)
-        self.add_callback(self.keeper)  # last, as others write into checkpoints too
+        for callback in (self.keeper, self.stop):  # last, as others write into checkpoints too
+            self.pop_callback(callback)
+            self.add_callback(callback)
         self.resume_point = resume_from_checkpoint
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.state.num_train_epochs = self.num_train_epochs
@@ -142,6 +145,14 @@ class CheckedTrainer(Trainer):
             return (self.num_train_epochs, *others)
         logger.info("%s is of step %d, the last: only what comes after it is left to do", self.resume_point, step)
         return (0, *others)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """With workers that leave signals to this process."""
+        return sheltered(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As for training."""
+        return sheltered(super().get_eval_dataloader(*args, **kwargs))
 
     @property
     def learns_beside(self) -> bool:
