@@ -24,6 +24,7 @@ from .resumed import OptionsOfRun
 from .resuming import check_weights, damage, forget_tied_weights, nothing_left, read_state
 from .rotation import CHECKPOINT_NAME, CheckpointKeeper
 from .signals import StopCallback, StopRequest, sheltered
+from .stalls import StallCallback
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class CheckedTrainer(Trainer):
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
         self.add_callback(EpochCallback())
+        if self.args.stall_seconds:
+            self.add_callback(StallCallback(self.args.stall_seconds))
         if isinstance(self.model, PreTrainedModel):
             self.model.register_load_state_dict_post_hook(forget_tied_weights)
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
