@@ -57,7 +57,7 @@ from trainers import (
     get_trainer_class,
 )
 from trainers.ranks import decide
-from trainers.resuming import TRAINER_STATE_NAME, check_steps_left, save_state_of, step_of
+from trainers.resuming import TRAINER_STATE_NAME, save_state_of
 from trainers.run_lock import RunLock
 from trainers.signals import StopCallback, StopRequest, watch_launcher
 
@@ -113,7 +113,6 @@ def build_and_train(run: ResolvedConfig, build: Callable[..., Trainer], request:
                 logger.info("%s holds the finished run: nothing is left to do", args.output_dir)
                 return 0
             trainer = build(run, start.checkpoint)
-            check_steps(trainer, start)
             decide(lock.take, args)
         choose_threads(trainer.model)
         card = ModelCardWriter(run.resolved, sources_of(run.data))
@@ -142,27 +141,6 @@ def begin(run: ResolvedConfig, lock: RunLock) -> Start:
     if start.checkpoint is None and start.may_be_complete:
         logger.warning("%s holds no whole checkpoint to go on from: the run begins anew", run.training.output_dir)
     return start
-
-
-def check_steps(trainer: Trainer, start: Start) -> None:
-    """Say what is left of a run, if it is not all of it.
-
-    Raises:
-        ValueError: for a run without steps, and a checkpoint that was named and has all of them.
-    """
-    num_steps = trainer.count_steps()
-    if num_steps == 0:
-        raise ValueError(
-            f"training.num_train_epochs is {trainer.args.num_train_epochs}: there is nothing to train; give more than "
-            "0, or training.max_steps"
-        )
-    if start.checkpoint is None:
-        return
-    check_steps_left(start.checkpoint, num_steps, start.may_be_complete)
-    if step_of(start.checkpoint) == num_steps:
-        logger.info(
-            "%s is of the last step, %d: no step is left, only what comes after them", start.checkpoint, num_steps
-        )
 
 
 def set_up_output(log_level: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from trainers import RecurrentTrainingArguments
 from trainers.resuming import TRAINER_STATE_NAME, find_resume_point, holds_checkpoints, is_finished
 
-from . import ResolvedConfig, check_output_dir, read_yaml, to_yaml
+from . import OPTIONAL_SECTIONS, ResolvedConfig, check_output_dir, read_yaml, to_yaml
 from .deepspeed_files import deepspeed_content
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ FREE = {
     "training.include_num_input_tokens_seen": "which figures there are",
     "training.recurrence_logging_steps": "which figures there are; the loss at one step is computed aside",
     "training.*_alarm": "when to warn",
+    "training.stall_seconds": "when to warn",
     "training.num_completions_to_print": "what is said while it trains",
     "training.eval_*": "when and how to evaluate, which changes no weight",
     "training.per_device_eval_batch_size": "when and how to evaluate, which changes no weight",
@@ -226,8 +227,10 @@ def differences(run: ResolvedConfig, path: Path) -> Iterator[Difference]:
     except ValueError:  # keys that are gone since, or of a run of another kind: as it is, in which they are named
         there = read_yaml(path)
     there, here = with_deepspeed_content(there), with_deepspeed_content(run.resolved)
+    has_adapters = any(run.resolved.get(part) for part in OPTIONAL_SECTIONS)
     for item in compare(there, here):
-        if not any(fnmatchcase(item.key, pattern) for pattern in FREE):
+        is_base = has_adapters and item.key == "model.path"  # its weights are compared when the adapter is loaded
+        if not (is_base or any(fnmatchcase(item.key, pattern) for pattern in FREE)):
             yield item
 
 

@@ -330,7 +330,7 @@ def test_a_refused_resume_writes_nothing(run, tmp_path, capsys):
     line = refused(capsys, *flags, "--training.output_dir", folder, "--training.optim", "sgd")
     assert "training.optim is 'adamw_torch_fused' there and 'sgd' here; give the same, or begin anew" in line
     line = refused(capsys, *flags, *elsewhere, "--training.max_steps", "3")
-    assert "checkpoint-3 is of step 3, and the run has 3 steps: nothing is left to train" in line
+    assert "checkpoint-3 is of step 3, and training.max_steps is 3: nothing is left to train" in line
     line = refused(capsys, *flags[:3], folder, *elsewhere)
     assert "has no state of an optimizer (optimizer*); give a checkpoint-N folder" in line
     assert content(folder) == before and not (tmp_path / "out").exists()

@@ -174,11 +174,9 @@ def test_nothing_left_is_one_end_and_no_step(tmp_path, caplog, steps):
     assert any(not torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
 
 
-def test_steps_of_a_run_are_counted_by_its_epochs(tmp_path):
-    """32 rows, 4 of them in a batch, 2 batches in an update."""
-    counts = [
-        build(tmp_path, max_steps=-1, num_train_epochs=epochs, gradient_accumulation_steps=2).count_steps()
-        for epochs in (0, 0.3, 1, 2.5)
-    ]
-    assert counts == [0, 2, 4, 10]
-    assert build(tmp_path, max_steps=7).count_steps() == 7
+def test_a_checkpoint_behind_the_end_is_refused(tmp_path):
+    """By epochs, whose steps are known when the data are: 8 of them, and half as many in half an epoch."""
+    checkpoint = begun(tmp_path, steps=5, max_steps=8)
+    with pytest.raises(ValueError, match=r"checkpoint-5 is of step 5, and training\.num_train_epochs is 0\.5: nothing"):
+        gone_on(checkpoint, max_steps=-1, num_train_epochs=0.5)
+    assert gone_on(checkpoint, max_steps=-1, num_train_epochs=0.75).state.global_step == 6

@@ -323,8 +323,16 @@ def test_where_to_resume(tmp_path):
     for steps in (10, 11):  # the end of the run may be missing
         assert resume_point("true", tmp_path, max_steps=steps) == str(tmp_path / "checkpoint-10")
     for wanted, steps in (("true", 9), (str(tmp_path / "checkpoint-10"), 10)):
-        with pytest.raises(ValueError, match=f"checkpoint-10 is of step 10, and the run has {steps} steps: nothing is"):
+        with pytest.raises(
+            ValueError, match=f"checkpoint-10 is of step 10, and training.max_steps is {steps}: nothing"
+        ):
             resume_point(wanted, tmp_path, max_steps=steps)
+    state = {"global_step": 10, "epoch": 2.0}
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"checkpoint-10 is of step 10, and training\.num_train_epochs is 2: nothing"):
+        resume_point(str(tmp_path / "checkpoint-10"), tmp_path, num_train_epochs=2)
+    for epochs in (2, 2.5):
+        assert resume_point("true", tmp_path, num_train_epochs=epochs) == str(tmp_path / "checkpoint-10")
 
 
 def cut(path):

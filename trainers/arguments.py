@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 
+from .build_locks import warn_of_build_locks
 from .modalities import ModalityWeights
 from .parameter_groups import ParameterGroup
 
@@ -30,6 +31,7 @@ MINIMUMS = {
     "save_total_limit": 1,
     "eval_accumulation_steps": 1,
     "dataloader_num_workers": 0,
+    "stall_seconds": 0,
     "dataloader_prefetch_factor": 1,
     "adam_epsilon": 0,
     "seed": 0,
@@ -78,6 +80,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         muon_learning_rate: At least 0. Muon then trains the matrices inside the layers, at this rate; the rest is
             trained by `optim` at `learning_rate`.
         ema_decay: At least 0, below 1. The run then leaves the exponential moving average of its weights behind.
+        stall_seconds: At least 0. A run in which nothing happens for so long says what it waits for.
     """
 
     report_to: str | list[str] | None = "tensorboard"
@@ -132,6 +135,14 @@ class RecurrentTrainingArguments(TrainingArguments):
         },
     )
 
+    stall_seconds: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds without a step or a batch of an evaluation after which a warning says what the run waits "
+            "for, such as a worker that hangs; 0 turns it off."
+        },
+    )
+
     def __post_init__(self) -> None:
         self._check_ranges()
         # The trainer compiles the units of the model; transformers would compile the whole model, whose loop varies in
@@ -145,6 +156,8 @@ class RecurrentTrainingArguments(TrainingArguments):
             self.data_seed = self.seed  # accelerate would take whatever the global generator was last seeded with
         if self.greater_is_better is None:
             self.greater_is_better = False  # transformers takes all metrics but losses to be better when greater
+        if self.deepspeed:
+            warn_of_build_locks()  # what comes builds already
         super().__post_init__()
 
     def _check_ranges(self) -> None:
@@ -171,6 +184,8 @@ class RecurrentTrainingArguments(TrainingArguments):
             raise ValueError(f"ema_decay is {self.ema_decay}; give a number from 0 to below 1")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
+        if self.max_steps == -1 and self.num_train_epochs == 0:
+            raise ValueError("num_train_epochs is 0: there is nothing to train; give more than 0, or max_steps")
         if not -1 <= self.token_correlation_alarm <= 1:
             raise ValueError(f"token_correlation_alarm is {self.token_correlation_alarm}; a cosine lies from -1 to 1")
 

@@ -21,9 +21,10 @@ from .averaging import WeightAverage
 from .muon import MuonBeside, matrices_of
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze, parameters_of_norms
 from .resumed import OptionsOfRun
-from .resuming import check_weights, damage, forget_tied_weights, step_of
+from .resuming import check_weights, damage, forget_tied_weights, nothing_left, read_state
 from .rotation import CHECKPOINT_NAME, CheckpointKeeper
 from .signals import StopCallback, StopRequest, sheltered
+from .stalls import StallCallback
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class CheckedTrainer(Trainer):
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
         self.add_callback(EpochCallback())
+        if self.args.stall_seconds:
+            self.add_callback(StallCallback(self.args.stall_seconds))
         if isinstance(self.model, PreTrainedModel):
             self.model.register_load_state_dict_post_hook(forget_tied_weights)
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
@@ -150,18 +153,20 @@ class CheckedTrainer(Trainer):
         self.state.num_train_epochs = self.num_train_epochs
         return output
 
-    def count_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return super().set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-
     def set_initial_training_values(self, args: RecurrentTrainingArguments, dataloader: DataLoader) -> tuple:
-        """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more."""
+        """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more.
+
+        Raises:
+            ValueError: for a checkpoint of a step that the run does not have.
+        """
         self.num_train_epochs, *others = super().set_initial_training_values(args, dataloader)
-        max_steps = others[-1]
-        is_complete = self.resume_point is not None and step_of(self.resume_point) >= max_steps
-        return (0 if is_complete else self.num_train_epochs, *others)
+        step, max_steps = 0 if self.resume_point is None else read_state(self.resume_point)["global_step"], others[-1]
+        if step > max_steps:
+            raise ValueError(f"training.resume_from_checkpoint: {nothing_left(self.resume_point, step, args)}")
+        if step < max_steps:
+            return (self.num_train_epochs, *others)
+        logger.info("%s is of step %d, the last: only what comes after it is left to do", self.resume_point, step)
+        return (0, *others)
 
     def get_train_dataloader(self) -> DataLoader:
         """With workers that leave signals to this process."""

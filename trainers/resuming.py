@@ -35,32 +35,33 @@ def find_resume_point(args: TrainingArguments) -> str | None:
         return None
     is_newest = str(wanted).lower() == "true"
     checkpoint = newest_checkpoint(Path(args.output_dir)) if is_newest else named_checkpoint(Path(wanted))
-    if checkpoint is not None and args.max_steps > 0:
-        check_steps_left(str(checkpoint), args.max_steps, may_be_complete=is_newest)
-    return None if checkpoint is None else str(checkpoint)
+    if checkpoint is None:
+        return None
+    state = read_state(checkpoint)
+    if (has_all_steps(state, args) and not is_newest) or 0 < args.max_steps < state["global_step"]:
+        raise ValueError(f"training.resume_from_checkpoint: {nothing_left(checkpoint, state['global_step'], args)}")
+    return str(checkpoint)
 
 
-def check_steps_left(checkpoint: str, max_steps: int, may_be_complete: bool) -> None:
-    """Refuse to go on from where nothing is left to train.
-
-    Args:
-        max_steps: Those of the whole run.
-        may_be_complete: Whether a checkpoint of the last step is let through.
-
-    Raises:
-        ValueError: if so.
-    """
-    step = step_of(checkpoint)
-    if step > max_steps or (step == max_steps and not may_be_complete):
-        raise ValueError(
-            f"training.resume_from_checkpoint: {checkpoint} is of step {step}, and the run has {max_steps} steps: "
-            "nothing is left to train; raise training.max_steps or num_train_epochs, or take the checkpoint as it is"
-        )
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """The state of the trainer in a whole checkpoint."""
+    return json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
 
 
-def step_of(folder: str | Path) -> int:
-    """Optimizer steps behind a whole checkpoint."""
-    return json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+def has_all_steps(state: dict[str, Any], args: TrainingArguments) -> bool:
+    """Whether a state is of the last step of a run, or of one behind it."""
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return (state.get("epoch") or 0) >= args.num_train_epochs
+
+
+def nothing_left(checkpoint: str | Path, step: int, args: TrainingArguments) -> str:
+    """A sentence for a checkpoint from which there is nothing to train."""
+    length = ("max_steps", args.max_steps) if args.max_steps > 0 else ("num_train_epochs", args.num_train_epochs)
+    return (
+        f"{checkpoint} is of step {step}, and training.{length[0]} is {length[1]:g}: nothing is left to train; raise "
+        f"{length[0]}, or take the checkpoint as it is"
+    )
 
 
 def holds_checkpoints(folder: Path) -> str | None:
@@ -74,13 +75,10 @@ def holds_checkpoints(folder: Path) -> str | None:
 def is_finished(folder: Path, args: TrainingArguments) -> bool:
     """Whether a run has come to its end in a folder: the state of the last step is written after all else."""
     try:
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        step, epoch = state["global_step"], state["epoch"] or 0
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or no whole one
+        is_complete = has_all_steps(read_state(folder), args)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or no whole one
         return False
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        return False
-    return step >= args.max_steps if args.max_steps > 0 else epoch >= args.num_train_epochs
+    return is_complete and any(any(folder.glob(pattern)) for pattern in WEIGHTS)
 
 
 def save_state_of(state: TrainerState, folder: str | Path) -> None:

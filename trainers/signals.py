@@ -122,12 +122,12 @@ class StopCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave, if that was what the checkpoint is for.
+        """Leave, if that was what the checkpoint is for, or there was a signal meanwhile.
 
         Raises:
             SystemExit: so that nothing of what comes at the end of a run is done.
         """
-        if not control.should_training_stop or self.request.number is None:
+        if not self.is_agreed():
             return
         if state.is_world_process_zero:
             logger.warning(
