@@ -35,7 +35,7 @@ from dataset_loading.preferences import build_pairs, build_prompts
 from inference.adapters import base_model
 from inference.conversation import Conversation
 from inference.loading import load_model, tokenizer_of
-from inference.prompts import check_media, encode_prompt, encode_question, read_prompts
+from inference.prompts import check_prompts, encode_prompt, encode_question, read_prompts
 from model import MegaTransformerForConditionalGeneration, codec_media
 from model.chat import prepare_tokenizer
 from model.step_lora import add_step_lora
@@ -302,7 +302,7 @@ def read_pairs(folder: Path, **columns: str) -> None:
 def read_prompt_file(folder: Path) -> None:
     """The prompts of `inference.generate`."""
     prompts = read_prompts(folder / "a.jsonl")
-    check_media(folder / "a.jsonl", PROCESSOR, prompts)
+    check_prompts(folder / "a.jsonl", PROCESSOR, prompts, limit=256)
 
 
 def tar_samples() -> Iterator[Sample]:
