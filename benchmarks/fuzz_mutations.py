@@ -158,7 +158,7 @@ def set_number(content: bytes, rng: Random) -> bytes:
 def truncate(content: bytes, rng: Random) -> bytes:
     """The end is missing, or zero."""
     at = rng.choice((0, 1, rng.randrange(len(content) + 1), max(0, len(content) - rng.randint(1, 9))))
-    return content[:at] + bytes(len(content) - at) * (rng.random() < 0.3)
+    return content[:at] + bytes(max(0, len(content) - at)) * (rng.random() < 0.3)
 
 
 def move_chunk(content: bytes, rng: Random) -> bytes:

@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -489,7 +489,7 @@ def save_run(folder: Path, has_manifests: bool) -> None:
     for step in (1, 2):
         save_training(folder / f"checkpoint-{step}", step)
         if has_manifests:
-            RUN.save(folder / f"checkpoint-{step}" / "config.yaml")
+            small_run().save(folder / f"checkpoint-{step}" / "config.yaml")
             manifest.complete(folder / f"checkpoint-{step}")
 
 
@@ -575,13 +575,14 @@ def resume(folder: Path) -> None:
     point = find_resume_point(args)
     if point is None:
         return
-    check_options(RUN, Path(point))
+    check_options(small_run(), Path(point))
     check_weights(point, tiny_model())
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.load(Path(point, name), weights_only=True)
     TrainerState.load_from_json(str(Path(point, "trainer_state.json")))
 
 
+@cache
 def small_run() -> RunConfig:
     """One to which checkpoints are compared."""
     with tempfile.TemporaryDirectory() as name:
@@ -590,7 +591,6 @@ def small_run() -> RunConfig:
         return load_config(["--config", str(path), "--training.output_dir", "runs/small"])
 
 
-RUN = small_run()
 PROCESSOR = tiny_processor()
 CHATTING = tiny_tokenizer()
 prepare_tokenizer(CHATTING, 320)
