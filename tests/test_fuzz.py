@@ -32,7 +32,7 @@ READERS = {
     "refused": refuse,
     "exit 2": lambda folder: os._exit(fuzz.REFUSED),
     "exception": fail,
-    "SIGSEGV": lambda folder: os.kill(os.getpid(), signal.SIGSEGV),
+    "SIGKILL": lambda folder: os.kill(os.getpid(), signal.SIGKILL),
     "time": lambda folder: signal.pause(),
     "memory": allocate,
 }
@@ -78,7 +78,7 @@ def test_anything_can_be_damaged(suffix):
     """Also what was damaged before, or never was of the format."""
     rng = Random(0)
     for content in (b"", b"\0", b"[[[", b'{"a": {"b": [1, 2.5, null]}}', rng.randbytes(999)):
-        for _ in range(60):
+        for _ in range(15):
             damaged = mutate(content, suffix, rng)
             assert isinstance(damaged, bytes) and len(damaged) < 2**26
 
