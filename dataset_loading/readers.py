@@ -28,6 +28,7 @@ from .configuration import SourceConfig
 from .references import is_within
 from .text_files import check_encoding, decode_text
 
+
 PARQUET_ERRORS = (OSError, ValueError, TypeError, KeyError, MemoryError, OverflowError, pa.ArrowException)
 """What pyarrow raises of damaged files."""
 CHECKED_AT_ONCE = 1000
@@ -35,13 +36,19 @@ CHECKED_AT_ONCE = 1000
 _BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
 
 
+def one_line(error: object) -> str:
+    """What a library says, which may have several lines and any length."""
+    return " ".join(str(error).split())[:500]
+
+
 def expand_paths(source: SourceConfig) -> list[Path]:
-    """The files that `source.paths` names, patterns expanded, each once, in the order of the config, then of the names.
+    """The files that `source.paths` names, patterns expanded, each once, whatever names it has, in the order of the
+    config, then of the names.
 
     Raises:
         ValueError: a path or pattern names no file, or a file of an unknown format.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in source.paths:
         matches = _matches(Path(path))
         if os.path.isdir(path):
@@ -50,14 +57,14 @@ def expand_paths(source: SourceConfig) -> list[Path]:
             )
         if not matches:
             raise ValueError(f"source {source.label!r}: no file {path!r} (from {os.getcwd()}); correct the path")
-        found |= dict.fromkeys(matches)
+        found |= {path.resolve(): path for path in matches if path.resolve() not in found}
     known = FORMATS[source.kind]
-    for path in found:
+    for path in found.values():
         if path.suffix not in known:
             raise ValueError(
                 f"source {source.label!r}: format of {str(path)!r} is unknown; use one of {', '.join(known)}"
             )
-    return list(found)
+    return list(found.values())
 
 
 def _matches(path: Path) -> list[Path]:
@@ -157,7 +164,10 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         names = [table.schema.column(number).path for number in range(len(table.schema))]
         table = pq.ParquetFile(path, read_dictionary=names)
     except PARQUET_ERRORS as error:
-        raise ValueError(f"{str(path)!r} is not a parquet file: {error}; correct the path or write it again") from error
+        reason = one_line(error)
+        raise ValueError(
+            f"{str(path)!r} is not a parquet file: {reason}; correct the path or write it again"
+        ) from error
     check_compression(str(path), table)
     return table
 
@@ -184,7 +194,7 @@ def _batches_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> 
     try:
         yield from table.iter_batches(batch_size=CHECKED_AT_ONCE, columns=list(columns))
     except PARQUET_ERRORS as error:
-        raise ValueError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}; write it again") from error
+        raise ValueError(f"{str(path)!r} is damaged: {one_line(error)}; write it again") from error
 
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> Rows:
@@ -253,7 +263,7 @@ def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
             source.path, name=source.config_name, split=source.split, streaming=source.streaming
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:500]
+        reason = one_line(f"{error} {error.__cause__ or ''}")
         for path in sorted(
             path for path in Path(source.path).rglob("*") if path.suffix in _TEXT_FORMATS and path.is_file()
         ):
