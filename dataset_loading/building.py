@@ -188,8 +188,10 @@ class _Builder:
         is_exact = source.kind == "generated" and source.has_media
         if role != "train" or is_exact or not source.augment or config.augmentation == AugmentationConfig():
             return None
-        sampling_rates = self.reader.sampling_rates if source.is_media else {}
-        return Augmenter(config.augmentation, self.tokenizer, sampling_rates)
+        sampling_rates, max_samples = (
+            (self.reader.sampling_rates, self.reader.max_samples) if source.is_media else ({}, {})
+        )
+        return Augmenter(config.augmentation, self.tokenizer, sampling_rates, max_samples)
 
     def condition_drop(self, role: str) -> ConditionDrop | None:
         """What hides prompts of media that are written, if anything does."""

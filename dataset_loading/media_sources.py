@@ -26,6 +26,7 @@ from .bounded import MAX_ROW_BYTES
 from .configuration import DataConfig, SourceConfig
 from .conversations import answer_to, parse_messages
 from .directions import MEDIA
+from .message_keys import checked_columns, reason_against_columns
 from .readers import CHECKED_AT_ONCE, PARQUET_ERRORS, READERS, expand_paths, load_hub, one_line, open_parquet
 from .references import ArrowRow, Reference, UnusableRow, fingerprint, is_within, reference_to
 from .synthetic import Role, generate_rows, get_task
@@ -156,6 +157,18 @@ def needed_columns(source: SourceConfig) -> list[str]:
     return list(dict.fromkeys(columns))
 
 
+def used_columns(source: SourceConfig) -> list[str]:
+    """The columns that are read for a source, or by another pass over it."""
+    rejected = [] if source.rejected_column is None else [source.rejected_column]
+    return [*needed_columns(source), *rejected]
+
+
+def _table_columns(source: SourceConfig, found: list[str]) -> list[str]:
+    """The needed columns, and those that tell whether a row may be learned from by them."""
+    checked = checked_columns(used_columns(source), source.messages_column is not None)
+    return list(dict.fromkeys([*needed_columns(source), *sorted(checked.intersection(found))]))
+
+
 def conversation_of(
     source: SourceConfig, row: dict[str, object], attached: dict[str, list[dict]], folder: Path | None, number: int
 ) -> list[dict]:
@@ -169,10 +182,14 @@ def conversation_of(
     Raises:
         UnusableRow: a column is missing, empty or of a wrong type.
     """
+    if reason := reason_against_columns(row, used_columns(source), source.messages_column is not None):
+        raise UnusableRow(reason)
     if source.messages_column is not None:
         if source.messages_column not in row:
-            raise UnusableRow(f"no column {source.messages_column!r} (has {', '.join(map(repr, row)) or 'none'})")
-        return parse_messages(row[source.messages_column], attached, folder)
+            hint = "; set messages_column: conversations" if "conversations" in row else ""
+            has = ", ".join(map(repr, row)) or "none"
+            raise UnusableRow(f"no column {source.messages_column!r} (has {has}){hint}")
+        return parse_messages(row[source.messages_column], attached, folder, source.loss_on)
     direction, prompt = source.turns[number % len(source.turns)]
     for column, kind in source.media_columns_of(number).items():
         if not attached[kind]:
@@ -294,9 +311,31 @@ def _read_folder(source: SourceConfig) -> _Rows:
     if metadata:
         named.report()
         return
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in _SUFFIXES[source.kind]:
-            yield str(path), {"file_name": str(path.relative_to(folder)), "label": path.parent.name}, None, folder
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES[source.kind])
+    _check_without_metadata(source, folder, files)
+    for path in files:
+        yield str(path), {"file_name": str(path.relative_to(folder)), "label": path.parent.name}, None, folder
+
+
+def _check_without_metadata(source: SourceConfig, folder: Path, files: list[Path]) -> None:
+    """What would be the same reason against each row is said once."""
+    missing = [column for column in needed_columns(source) if column not in ("file_name", "label")]
+    if files and not missing:
+        return
+    tables = [
+        path for path in folder.rglob("*") if path.suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+    ]
+    near = f", though {str(min(tables).relative_to(folder))!r}, which is not read" if tables else ""
+    names = f"{', '.join(_METADATA[:-1])} or {_METADATA[-1]}"
+    if missing:
+        raise ValueError(
+            f"source {source.label!r}: {str(folder)!r} has no {names}{near}, so that its rows have file_name and label "
+            f"alone, and no column {missing[0]!r}; write metadata, or set answer_column: label"
+        )
+    raise ValueError(
+        f"source {source.label!r}: {str(folder)!r} has no {names}{near}, and no file that is one of "
+        f"{', '.join(sorted(_SUFFIXES[source.kind]))}; correct the path"
+    )
 
 
 class _NamedMedia:
@@ -496,7 +535,7 @@ def _raw_table(source: SourceConfig, rows: Dataset) -> Dataset:
         ValueError: one is missing.
     """
     _check_columns(source, rows.column_names)
-    return rows.select_columns(list(dict.fromkeys(needed_columns(source)))).with_format("arrow")
+    return rows.select_columns(_table_columns(source, rows.column_names)).with_format("arrow")
 
 
 def _check_columns(source: SourceConfig, found: list[str]) -> None:

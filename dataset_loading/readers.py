@@ -25,9 +25,10 @@ from .bounded import (
     too_long,
 )
 from .configuration import SourceConfig
+from .file_names import in_other_form
+from .message_keys import KEPT_COLUMNS
 from .references import is_within
 from .text_files import check_encoding, decode_text
-
 
 PARQUET_ERRORS = (OSError, ValueError, TypeError, KeyError, MemoryError, OverflowError, pa.ArrowException)
 """What pyarrow raises of damaged files."""
@@ -68,9 +69,13 @@ def expand_paths(source: SourceConfig) -> list[Path]:
 
 
 def _matches(path: Path) -> list[Path]:
-    """The files of a path or pattern. What exists is taken by its name, even if that has brackets or stars in it."""
+    """The files of a path or pattern. What exists is taken by its name, even if that has brackets or stars in it, or
+    another Unicode form.
+    """
     if path.is_file():
         return [path]
+    if other := in_other_form("", str(path)):
+        return [Path(other)]
     folder = next((parent for parent in path.parents if parent.is_dir()), Path())
     names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)
     return sorted(match for name in names if (match := folder / name).is_file())
@@ -136,7 +141,8 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Rows:
         raise ValueError(
             f"{str(path)!r} has no column {missing[0]!r}, only {', '.join(table.schema_arrow.names)}; correct it"
         )
-    number = 0
+    number, wanted = 0, dict.fromkeys(columns)
+    columns = (*columns, *(name for name in table.schema_arrow.names if name in KEPT_COLUMNS and name not in wanted))
     for batch in _batches_of(table, path, columns):
         arrays = [_plain_values(batch.column(column)) for column in columns]
         for values in zip(*arrays, strict=True):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from .file_names import in_other_form
 from .synthetic import get_task
 
 MAX_MEDIUM_BYTES = 2**28
@@ -70,6 +71,8 @@ def reference_to(kind: str, value: object, folder: Path | None) -> Reference:
     if folder is None:
         raise UnusableRow(f"{value!r:.80} names a file, and the row lies in no folder; put the medium itself there")
     path = os.path.join(folder, os.path.normpath(value))
+    if not os.path.exists(path):
+        path = in_other_form(str(folder), os.path.normpath(value)) or path
     if not is_within(path, str(folder)):
         raise UnusableRow(f"{value!r} leads out of the folder {str(folder)!r}; move the file into it")
     if not os.path.isfile(path):

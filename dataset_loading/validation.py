@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # bad rows quoted in the error; the log has all of them
 _REASONS_SHOWN = 10
-_VALUES = re.compile(r"""'[^']*'|"[^"]*"|\d+(?:\.\d+)?""")
+_VALUES = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S+|\d+(?:\.\d+)?""")
 
 
 class BadRows:

@@ -274,7 +274,7 @@ def test_documents_longer_than_a_row_are_bad_rows(tmp_path, caplog):
     stream = build([SourceConfig(**hub(tmp_path / "data"), streaming=True, name="it")], block_size=35).train
     with caplog.at_level(logging.WARNING):
         assert 0 < len(texts_of(stream)) < NUM_ROWS
-    assert "tokens, more than data.block_size 35" in caplog.text
+    assert "of them of media, more than data.block_size 35" in caplog.text
 
 
 def test_a_column_that_a_stream_lacks_is_named(tmp_path):

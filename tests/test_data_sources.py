@@ -194,7 +194,7 @@ def test_hub_reads_a_local_folder_by_split_and_column(tmp_path, own_cache):
     rows, bad_rows = load(SourceConfig(**source, split="test"), max_bad_rows=1)
     assert rows.to_list() == [{"text": "test 0"}]
     assert bad_rows.counts == {"dataset": 1}
-    with pytest.raises(ValueError, match="row 2: column 'text' is empty"):
+    with pytest.raises(ValueError, match="row 2: column 'body' is empty"):
         load(SourceConfig(**source, split="test"))
     with pytest.raises(ValueError, match="source 'dataset' has no column 'text', only body, n"):
         load(SourceConfig("hub", path=str(folder)))
