@@ -58,7 +58,8 @@ def expand_paths(source: SourceConfig) -> list[Path]:
             )
         if not matches:
             raise ValueError(f"source {source.label!r}: no file {path!r} (from {os.getcwd()}); correct the path")
-        found |= {path.resolve(): path for path in matches if path.resolve() not in found}
+        for match in matches:
+            found.setdefault(match.resolve(), match)
     known = FORMATS[source.kind]
     for path in found.values():
         if path.suffix not in known:
@@ -143,8 +144,7 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Rows:
         )
     number, wanted = 0, dict.fromkeys(columns)
     columns = (*columns, *(name for name in table.schema_arrow.names if name in KEPT_COLUMNS and name not in wanted))
-    for batch in _batches_of(table, path, columns):
-        arrays = [_plain_values(batch.column(column)) for column in columns]
+    for arrays in _values_of(table, path, columns):
         for values in zip(*arrays, strict=True):
             number += 1
             row, reason = {}, None
@@ -152,8 +152,8 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Rows:
                 if isinstance(value, bytes):
                     value, problem = _decode(value)
                     reason = reason or (problem and f"column {column!r} is {problem}")
-                elif isinstance(value, UnicodeDecodeError):
-                    value, reason = None, reason or f"column {column!r} is not UTF-8 ({value.reason})"
+                elif isinstance(value, Exception):
+                    value, reason = None, reason or f"column {column!r} is damaged: {one_line(value)}"
                 row[column] = value
             yield f"{path} row {number}", row, reason
 
@@ -179,7 +179,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _plain_values(array: pa.Array) -> Iterator[object]:
-    """The values of a column, texts as bytes; in place of one that is not UTF-8 deep inside, the error."""
+    """The values of a column, texts as bytes; in place of one that is not UTF-8 deep inside, or damaged, the error."""
     if pa.types.is_dictionary(array.type):
         texts, indices = array.dictionary, array.indices
         size = pc.sum(pc.take(pc.binary_length(texts), indices)).as_py() or 0
@@ -192,13 +192,15 @@ def _plain_values(array: pa.Array) -> Iterator[object]:
 def _value_or_error(scalar: pa.Scalar) -> object:
     try:
         return scalar.as_py()
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, pa.ArrowException) as error:
         return error
 
 
-def _batches_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+def _values_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> Iterator[list[Iterator[object]]]:
+    """The values of the columns, for some rows after others."""
     try:
-        yield from table.iter_batches(batch_size=CHECKED_AT_ONCE, columns=list(columns))
+        for batch in table.iter_batches(batch_size=CHECKED_AT_ONCE, columns=list(columns)):
+            yield [_plain_values(batch.column(column)) for column in columns]
     except PARQUET_ERRORS as error:
         raise ValueError(f"{str(path)!r} is damaged: {one_line(error)}; write it again") from error
 
