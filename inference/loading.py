@@ -138,6 +138,11 @@ def check_processor(
 ) -> None:
     """Raises ValueError for a tokenizer or processor that makes what the model has no place for."""
     tokenizer, vocab_size = tokenizer_of(processor), config.get_text_config().vocab_size
+    names, length = tokenizer.model_input_names, tokenizer.model_max_length
+    if not isinstance(names, list) or "input_ids" not in names:
+        raise ValueError(f"{folder / TOKENIZER[0]} is wrong: model_input_names is {repr(names)[:60]}; take it out")
+    if not isinstance(length, (int, float)) or not length > 0:
+        raise ValueError(f"{folder / TOKENIZER[0]} is wrong: model_max_length is {repr(length)[:60]}; take it out")
     num_tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
     if num_tokens > vocab_size:
         raise ValueError(

@@ -23,6 +23,8 @@ LARGEST_TABLE = 2**26
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of a number, by the name of its type in a header."""
 OTHERS = {"F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ROUNDED = ("U8", "I8")
+"""Types of what rounded weights are stored as."""
 COMPANIONS = ("SCB", "weight_format")
 """Names of what stands beside weights of 8 bits; that of 4 bits begins with the name of its weight."""
 MOST_LISTED, LONGEST_NAME = 3, 80
@@ -136,7 +138,9 @@ def check_fit(folder: Path, model: PreTrainedModel, declared: Mapping[str, Decla
     refuse_weights(folder, "has unexpected", unexpected)
     different = {name for name in both if not _has_shape_of(found[name], expected[name], is_rounded)}
     refuse_weights(folder, "has of another shape", different)
-    wrong = {name for name in both if not _has_type_of(found[name], expected[name], is_rounded)}
+    # Beside rounded weights stand scales and tables, whose names are no weights of the model.
+    typed = found.keys() if is_rounded else both
+    wrong = {name for name in typed if not _has_type_of(found[name], expected.get(name), is_rounded)}
     refuse_weights(folder, "has no floating-point numbers in", wrong)
 
 
@@ -164,16 +168,18 @@ def _has_shape_of(weight: DeclaredWeight, expected: torch.Tensor, is_rounded: bo
     return weight.shape == tuple(expected.shape)
 
 
-def _has_type_of(weight: DeclaredWeight, expected: torch.Tensor, is_rounded: bool) -> bool:
-    return is_rounded or not expected.is_floating_point() or weight.dtype in FLOATS
+def _has_type_of(weight: DeclaredWeight, expected: torch.Tensor | None, is_rounded: bool) -> bool:
+    if is_rounded and weight.dtype in ROUNDED:
+        return True
+    return weight.dtype in FLOATS or (expected is not None and not expected.is_floating_point())
 
 
 def check_finite(folder: Path, model: nn.Module) -> None:
     """Raises ValueError for a weight that is infinite or no number, which makes all that follows no number either."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            # The sum takes no memory, and is not finite if a number is not; it alone may overflow.
-            if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            # The sum takes no memory, and is not finite if a number is not; it may overflow by itself.
+            if tensor.is_floating_point() and not tensor.sum().isfinite():
                 wrong = tensor.numel() - int(tensor.isfinite().sum())
                 if wrong:
                     raise ValueError(

@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load, save_file
 
 import convert
+import finetune
 from inference import chat, generate
 from inference.loading import load_model
 from model import MegaTransformerForCausalLM, MegaTransformerForConditionalGeneration
+from model.weight_files import check_finite
 from tests.tiny_artist import save_artist
+from tests.tiny_finetuning import write_tuning_config
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -250,6 +253,25 @@ def test_wrong_weights_are_one_line_of_every_command(checkpoint, tmp_path, capfd
     assert not (tmp_path / "refreshed").exists()
 
 
+def test_a_sum_of_weights_may_overflow(tmp_path):
+    """In float16 it ends at 65504; each of them is far below."""
+    model = tiny_model(tie_word_embeddings=False).half()
+    model.lm_head.weight.data.fill_(1000.0)
+    assert model.lm_head.weight.sum().isinf()
+    check_finite(tmp_path, model)
+
+
+def test_finetuning_refuses_it_too(checkpoint, tmp_path, capfd):
+    edit(checkpoint / "config.json", "num_core_layers", value=10**7)
+    config = write_tuning_config(tmp_path, checkpoint, training={"output_dir": str(tmp_path / "run")})
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(["--config", str(config)])
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert caught.value.code == 2 and "describes a model with more" in line
+    assert not list(tmp_path.glob("run/*.safetensors"))
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 
@@ -334,6 +356,15 @@ def test_a_tokenizer_whose_ids_lie_beyond_the_model(checkpoint):
     content["model"]["vocab"][last] = 5000
     path.write_text(json.dumps(content))
     assert "has 5001 tokens, the model only 320" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model_input_names", []), ("model_input_names", ["x"]), ("model_max_length", "long"), ("model_max_length", -1)],
+)
+def test_a_tokenizer_config_with_what_cannot_be(checkpoint, name, value):
+    edit(checkpoint / "tokenizer_config.json", name, value=value)
+    assert f"tokenizer_config.json is wrong: {name} is {value!r}" in refusal(checkpoint)
 
 
 @pytest.mark.parametrize(
