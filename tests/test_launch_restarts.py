@@ -1,4 +1,4 @@
-"""Runs that go on through the DeepSpeed launcher, with ZeRO on two ranks: other rates, more steps, the end made up for."""
+"""Runs that go on through the DeepSpeed launcher, on two ranks: other rates, more steps, the end made up for."""
 
 import json
 import shutil
@@ -56,7 +56,9 @@ def test_more_steps_and_other_rates(tmp_path, kind):
     changed = (*more, "--training.learning_rate", "1e-4", "--training.weight_decay", "0.5")
     process = launch(*changed, "--training.output_dir", out)
     lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert process.returncode == 2 and len(lines) == 1 and "training.learning_rate is 0.003 there and 0.0001" in lines[0]
+    assert (
+        process.returncode == 2 and len(lines) == 1 and "training.learning_rate is 0.003 there and 0.0001" in lines[0]
+    )
     trained(out, *changed, "--training.allow_changes", "true")
     expected = {step: 1e-4 * (9 - step) / 8 for step in (7, 8)}
     assert {step: rates(out)[step] for step in (7, 8)} == pytest.approx(expected)
@@ -84,5 +86,7 @@ def test_the_same_command_on_two_ranks_begins_ends_and_stays(tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     before = content(out)
     process = launch(*flags, "--training.output_dir", out)
-    assert process.returncode == 0 and "holds the finished run: nothing is left to do" in process.stderr + process.stdout
+    assert (
+        process.returncode == 0 and "holds the finished run: nothing is left to do" in process.stderr + process.stdout
+    )
     assert content(out) == before
