@@ -2,12 +2,14 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
+
+from trainers.recorder import Recorder
 
 from . import strict_yaml
 from .advice import closest as closest_of
@@ -87,59 +89,6 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if names.count(name) > 1:
             raise ValueError(f"key {name!r} is there twice, join the two")
     return dict(pairs)
-
-
-class Recorder(dict):
-    """A mapping that remembers which keys it was asked for, and the defaults that were given with them.
-
-    DeepSpeed looks for each key that it knows, and has no list of them.
-    """
-
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        super().__init__({name: Recorder(it) if isinstance(it, dict) else it for name, it in content.items()})
-        self.asked: dict[str, Any] = {}
-        self.history: list[str] = []
-
-    def note(self, name: str, default: Any = None) -> None:
-        """Remember that somebody looks for a key."""
-        self.asked.setdefault(name, default)
-        self.history.append(name)
-
-    @property
-    def last_asked(self) -> str | None:
-        """The key that was looked for last, of those that are there."""
-        return next((name for name in reversed(self.history) if dict.__contains__(self, name)), None)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.note(name, default)
-        return super().get(name, default)
-
-    def __getitem__(self, name: str) -> Any:
-        self.note(name)
-        return super().__getitem__(name)
-
-    def __contains__(self, name: str) -> bool:
-        self.note(name)
-        return super().__contains__(name)
-
-    def keys(self) -> Any:
-        return RecordedKeys(self)
-
-
-class RecordedKeys:
-    """The keys of a `Recorder`, which remembers those that are looked for here too."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.recorder
-
-    def __iter__(self) -> Any:
-        return iter(self.recorder)
-
-    def __len__(self) -> int:
-        return len(self.recorder)
 
 
 def check_deepspeed(content: dict[str, Any], where: str) -> None:

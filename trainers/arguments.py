@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import SaveStrategy
 
 from .build_locks import warn_of_build_locks
+from .keywords import check_fsdp, check_keywords, recorded_fsdp
 from .modalities import ModalityWeights
 from .parameter_groups import ParameterGroup
 
@@ -158,7 +159,12 @@ class RecurrentTrainingArguments(TrainingArguments):
             self.greater_is_better = False  # transformers takes all metrics but losses to be better when greater
         if self.deepspeed:
             warn_of_build_locks()  # what comes builds already
+        self.fsdp_config = recorded_fsdp(self.fsdp_config, bool(self.fsdp))
         super().__post_init__()
+        self.fsdp_config = check_fsdp(self.fsdp_config)
+        if self.deepspeed and self.hf_deepspeed_config.mismatches:
+            found = "; ".join(line.removeprefix("- ds ") for line in self.hf_deepspeed_config.mismatches)
+            raise ValueError(f"deepspeed: its file says otherwise than the arguments: {found}; write auto there")
 
     def _check_ranges(self) -> None:
         for item in fields(self):
@@ -170,6 +176,7 @@ class RecurrentTrainingArguments(TrainingArguments):
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; give at least {least}")
         self._check_report_to()
+        check_keywords(self)
         for name in MOMENTS:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")

@@ -133,16 +133,6 @@ class CheckedTrainer(Trainer):
         self.options_of_run.remember(optimizer)
         return optimizer
 
-    def _by_decay(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-        """Two groups of parameters, of which the first decays as the optimizer does; one if none does not."""
-        names = set(self.get_decay_parameter_names(self.model))
-        decaying = {parameter for name, parameter in self.model.named_parameters() if name in names}
-        groups = [
-            {"params": [parameter for parameter in parameters if parameter in decaying]},
-            {"params": [parameter for parameter in parameters if parameter not in decaying], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
-
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """From a checkpoint, if one is given; one of the last step is only brought to the end of the run."""
         for callback in (self.keeper, self.stop):  # last, as others write into checkpoints too
@@ -175,6 +165,16 @@ class CheckedTrainer(Trainer):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As for training."""
         return sheltered(super().get_eval_dataloader(*args, **kwargs))
+
+    def _by_decay(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+        """Two groups of parameters, of which the first decays as the optimizer does; one if none does not."""
+        names = set(self.get_decay_parameter_names(self.model))
+        decaying = {parameter for name, parameter in self.model.named_parameters() if name in names}
+        groups = [
+            {"params": [parameter for parameter in parameters if parameter in decaying]},
+            {"params": [parameter for parameter in parameters if parameter not in decaying], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
 
     @property
     def learns_beside(self) -> bool:
