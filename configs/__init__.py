@@ -341,9 +341,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: for a file that is missing, no YAML or no mapping, or names a key twice.
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=StrictLoader)
+        tree = yaml.load(Path(path).read_bytes(), Loader=StrictLoader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
+    except yaml.reader.ReaderError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--config {path}: not UTF-8 text: {reason}; save it as UTF-8") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):

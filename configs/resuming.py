@@ -35,6 +35,7 @@ FREE = {
     "training.include_num_input_tokens_seen": "which figures there are",
     "training.recurrence_logging_steps": "which figures there are; the loss at one step is computed aside",
     "training.*_alarm": "when to warn",
+    "training.stall_seconds": "when to warn",
     "training.num_completions_to_print": "what is said while it trains",
     "training.eval_*": "when and how to evaluate, which changes no weight",
     "training.per_device_eval_batch_size": "when and how to evaluate, which changes no weight",

@@ -24,7 +24,7 @@ from .media_reader import MediaReader, UnreadableMedium
 from .media_rows import join_pieces, read_pieces
 from .media_sources import STORED_MEDIA, conversation_of_stream
 from .references import fingerprint
-from .sources import columns_of
+from .sources import columns_of, reason_against_text
 from .splits import Split, digest
 from .validation import BadRows, reason_against
 
@@ -95,6 +95,7 @@ class StreamingDataset(IterableDataset):
                 self._accept(source, list(rows), bad_rows)
             yield from self._rows(bad_rows, flush=not self.packing)
         yield from self._rows(bad_rows, flush=True)
+        bad_rows.report()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, and the documents that wait for a full row."""
@@ -268,7 +269,8 @@ def _encode_text(
     forbidden: set[bytes],
 ) -> dict[str, object]:
     result = _NOTHING | {"source": source.label, "row": index + 1}
-    reason = reason_against(row, tuple(columns))
+    is_raw = tuple(columns) == tuple(columns_of(source))
+    reason = reason_against_text(source, row) if is_raw else reason_against(row, tuple(columns))
     if reason is not None:
         return result | {"problem": reason}
     texts = {name: row[column] for column, name in columns.items()}

@@ -101,7 +101,7 @@ def typed_lines() -> Iterator[str]:
             import readline  # noqa: F401  input() uses it once it is imported
     while True:
         try:
-            yield input("> " if is_terminal else "").strip()
+            yield input("> " if is_terminal else "").removeprefix("\ufeff").strip()  # a byte-order mark
         except UnicodeDecodeError as error:
             sys.stderr.write(f"the line is not UTF-8 ({error.reason}); it is passed over\n")
         except (EOFError, KeyboardInterrupt):

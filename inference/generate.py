@@ -170,7 +170,7 @@ def read_prompt(given: str | None) -> str:
         ValueError: it is empty, or not UTF-8.
     """
     try:
-        prompt = sys.stdin.read().removesuffix("\n") if given is None else given
+        prompt = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n") if given is None else given
         prompt.encode("utf-8")  # what an argument has that is not UTF-8 came as surrogates
     except UnicodeError as error:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import logging
@@ -101,7 +102,9 @@ def read_prompts(path: Path) -> list[Prompt]:
         OSError: the file cannot be read.
     """
     prompts, bad = [], {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    check_encoding(path, raw)
+    for number, line in enumerate(raw.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -112,6 +115,27 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise ValueError(f'--prompts {path} is empty: write lines such as {{"prompt": "The wind"}} into it.')
     return prompts
+
+
+def check_encoding(path: Path, raw: bytes) -> None:
+    """Refuse a file that is not UTF-8 at all, whose lines would each be refused by themselves.
+
+    Raises:
+        ValueError: names the encoding and the fix.
+    """
+    wide = (
+        raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or raw.count(0) > len(raw) / 3
+    )
+    if wide:
+        raise ValueError(f"--prompts {path} is UTF-16 or UTF-32; save it as UTF-8.")
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"--prompts {path} is not UTF-8 (byte 0x{raw[error.start]:02x} in line {line}), perhaps Latin-1; save "
+            "it as UTF-8."
+        ) from error
 
 
 def read_line(number: int, line: bytes, folder: Path) -> Prompt:

@@ -18,6 +18,7 @@ from .chat_guard import (
     without_guard,
 )
 from .media_sources import own_part
+from .message_keys import reason_against_message
 
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("user", "assistant", "system", "tool")}
 """What begins a message, by role: a token where the vocabulary has it, else these characters in ordinary tokens."""
@@ -93,6 +94,8 @@ def outline_of(
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLE_TOKENS:
             raise ValueError(f"message {number} has role {_short(role)}; choose one of {', '.join(ROLE_TOKENS)}")
+        if reason := reason_against_message(message, role == "assistant"):
+            raise ValueError(f"message {number} ({role}) {reason}")
         num_texts, num_media = len(texts), len(media)
         if isinstance(content, str):
             outline.append((role, None))

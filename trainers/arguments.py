@@ -32,6 +32,7 @@ MINIMUMS = {
     "save_total_limit": 1,
     "eval_accumulation_steps": 1,
     "dataloader_num_workers": 0,
+    "stall_seconds": 0,
     "dataloader_prefetch_factor": 1,
     "adam_epsilon": 0,
     "seed": 0,
@@ -80,6 +81,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         muon_learning_rate: At least 0. Muon then trains the matrices inside the layers, at this rate; the rest is
             trained by `optim` at `learning_rate`.
         ema_decay: At least 0, below 1. The run then leaves the exponential moving average of its weights behind.
+        stall_seconds: At least 0. A run in which nothing happens for so long says what it waits for.
     """
 
     report_to: str | list[str] | None = "tensorboard"
@@ -131,6 +133,14 @@ class RecurrentTrainingArguments(TrainingArguments):
         metadata={
             "help": "Where given, what the run leaves behind is the exponential moving average of its weights: 0.995 "
             "to 0.999 for short runs, 0.9999 for long ones. Not with DeepSpeed or FSDP."
+        },
+    )
+
+    stall_seconds: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds without a step or a batch of an evaluation after which a warning says what the run waits "
+            "for, such as a worker that hangs; 0 turns it off."
         },
     )
 

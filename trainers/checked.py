@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DummyOptim, is_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -19,11 +19,12 @@ from transformers.trainer_utils import unwrap_peft_model
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .muon import MuonBeside, matrices_of
-from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
+from .parameter_groups import FreezeStepsCallback, assign, divide, freeze, parameters_of_norms
 from .resumed import OptionsOfRun
 from .resuming import check_weights, damage, forget_tied_weights, nothing_left, read_state
 from .rotation import CHECKPOINT_NAME, CheckpointKeeper
 from .signals import StopCallback, StopRequest, sheltered
+from .stalls import StallCallback
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class CheckedTrainer(Trainer):
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
         self.add_callback(EpochCallback())
+        if self.args.stall_seconds:
+            self.add_callback(StallCallback(self.args.stall_seconds))
         if isinstance(self.model, PreTrainedModel):
             self.model.register_load_state_dict_post_hook(forget_tied_weights)
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
@@ -109,8 +112,17 @@ class CheckedTrainer(Trainer):
                     f"{name!r} out of {self.args.deepspeed}"
                 )
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Also without those of norms whose names `Trainer` does not know."""
+        norms = parameters_of_norms(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in norms]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """With Muon and the groups of the arguments."""
+        """With Muon and the groups of the arguments. DeepSpeed's own gets the parameters that do not decay as a group
+        of theirs.
+        """
+        if isinstance(self.optimizer, DummyOptim):
+            self.optimizer.params = self._by_decay(self.optimizer.params)
         if self.optimizer is not None:
             return self.optimizer
         optimizer, model = super().create_optimizer(model), model or self.model
@@ -153,6 +165,16 @@ class CheckedTrainer(Trainer):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As for training."""
         return sheltered(super().get_eval_dataloader(*args, **kwargs))
+
+    def _by_decay(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+        """Two groups of parameters, of which the first decays as the optimizer does; one if none does not."""
+        names = set(self.get_decay_parameter_names(self.model))
+        decaying = {parameter for name, parameter in self.model.named_parameters() if name in names}
+        groups = [
+            {"params": [parameter for parameter in parameters if parameter in decaying]},
+            {"params": [parameter for parameter in parameters if parameter not in decaying], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
 
     @property
     def learns_beside(self) -> bool:
