@@ -2,7 +2,7 @@
 
 python -m benchmarks.fuzz --inputs 3000 --seed 0
 python -m benchmarks.fuzz --keep fuzzed            # crashing inputs as folders
-python -m benchmarks.fuzz --replay fuzzed/yaml-0-17
+python -m benchmarks.fuzz --replay fuzzed/*
 
 Refused is what ends in a `ValueError` or an `OSError`, or in exit code 2: commands make one line of each. A crash is a
 signal, any other exception, more than 10 seconds, or more than 1 GiB above the parent. For Linux.
@@ -114,10 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     samples = build_samples()
     with tempfile.TemporaryDirectory() as scratch:
         warm_up(samples, Path(scratch))
-        if args.replay is not None:
-            outcome = next(try_inputs([read_kept(args.replay, samples)], Path(scratch), 1))[1]
-            sys.stdout.write(f"{outcome.verdict}, {describe(outcome)}\n{outcome.report}\n")
-            return int(outcome.is_crash)
+        if args.replay:
+            return replay([read_kept(place, samples) for place in args.replay], Path(scratch))
         start, outcomes = time.perf_counter(), {}
         inputs = draw_inputs(samples, args.inputs, args.seed, args.kinds)
         for tried, outcome in try_inputs(inputs, Path(scratch), args.workers):
@@ -130,6 +128,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(outcome.is_crash for _, outcome in outcomes.values()))
 
 
+def replay(inputs: Sequence[Input], scratch: Path) -> int:
+    """What comes of inputs, with their tracebacks, to standard output; 1 if any crashes."""
+    has_crashed = False
+    for tried, outcome in try_inputs(inputs, scratch, 1):
+        what = f"{tried.sample.kind} {tried.number}: {outcome.verdict}, {describe(outcome)}\n{outcome.report}\n"
+        sys.stdout.buffer.write(what.encode("utf-8", "backslashreplace"))
+        sys.stdout.flush()
+        has_crashed |= outcome.is_crash
+    return int(has_crashed)
+
+
 def build_parser() -> arguments.OneLineParser:
     parser = arguments.OneLineParser(prog="benchmarks.fuzz", description="Read damaged inputs, and count the crashes.")
     parser.add_argument("--inputs", type=count, default=3000, help="how many")
@@ -139,7 +148,9 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("--kinds", choices=list(WEIGHTS), nargs="+", default=list(WEIGHTS), help="of what is damaged")
     parser.add_argument("--workers", type=count, default=usable_cores(), help="forks at a time")
     parser.add_argument("--keep", type=Path, help="folder in which each input that crashes is kept as a folder")
-    parser.add_argument("--replay", type=Path, help="such a folder: that input alone, with its traceback")
+    parser.add_argument(
+        "--replay", type=Path, nargs="+", help="such folders: those inputs alone, with their tracebacks"
+    )
     parser.set_defaults(log_level="error")
     return parser
 
