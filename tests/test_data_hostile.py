@@ -150,7 +150,7 @@ def test_a_table_names_files_of_its_folder(folder, kind):
 def test_a_column_that_holds_no_media_is_named(folder, type_, cells):
     """Numbers would be open files, and texts in place of bytes names of any file."""
     struct_table(folder / "t.parquet", cells, type_)
-    with pytest.raises(ValueError, match="column 'image' holds .*, neither bytes of media nor names of files"):
+    with pytest.raises(ValueError, match=r"column 'image' holds .*, neither bytes of media nor names of files"):
         load("files", paths=[str(folder / "t.parquet")], image_column="image")
 
 
@@ -362,7 +362,7 @@ def test_a_file_is_read_once_by_whatever_names_and_a_copy_is_said(folder, caplog
 
 @pytest.mark.slow
 def test_lines_without_an_end_cost_no_more_than_their_beginning(folder):
-    """300 MB of zeros, and of objects that become 24 times as large in memory."""
+    """300 MB of zeros, and of objects that become 27 times as large in memory."""
     path = folder / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"text": "before"}' + b" " * 5000 + b"\n")
