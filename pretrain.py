@@ -32,6 +32,7 @@ from evaluation import METRICS, trainer_metrics
 from evaluation.reconstruction import PictureScores, SoundScores, mean_scores
 from inference.devices import choose_threads, device_report
 from inference.shutdown import run_to_the_end
+from inference.terminal import write_result
 from model import (
     MegaTransformerConfig,
     MegaTransformerForCausalLM,
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_output(run.log_level)
     if run.is_dry_run:
         if os.environ.get("RANK", "0") == "0":
-            sys.stdout.write(describe_run(run))
+            write_result(describe_run(run))
         return 0
     build = build_codec_trainer if isinstance(run.model, CODEC_CONFIGS) else build_trainer
     return run_training(run, build)

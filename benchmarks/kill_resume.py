@@ -226,7 +226,7 @@ def plan(number: int, events: Sequence[Counter]) -> Iterator[Kill]:
             yield from between[2 * index : 2 * index + late[index]]
     for part in range(counts[AFTER]):
         rank = part % len(events)
-        total = max(events[rank]["end"], 1)
+        total = events[rank]["end"]
         yield Kill(AFTER, "end", 1 + (total - 1) * part // max(counts[AFTER] - 1, 1), rank)
 
 
@@ -245,7 +245,7 @@ def same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 def table(outcomes: dict[str, Outcome]) -> str:
     """Markdown."""
-    header = ["", *SHARES, "went on by hand", "weights", "s"]
+    header = ["", *SHARES, "would have needed a hand", "weights", "s"]
     rows = [
         [
             name,
@@ -398,6 +398,7 @@ class Witness:
         around(trainer.keeper, "begin", self.on_begin)
         output = real(trainer, *args, **kwargs)
         self.is_at_end = True
+        self.note("end")
         return output
 
     def on_begin(self, real: Callable, folder: Path, args: Any) -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from trainers.recorder import Recorder
 
+from . import strict_yaml
 from .advice import closest as closest_of
 
 DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
@@ -67,7 +68,7 @@ def deepspeed_content(value: Any) -> Any:
         return value
     path = path_of(value)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_doubles)
+        content = json.loads(strict_yaml.read_text(path), object_pairs_hook=without_doubles)
     except ValueError as error:  # of the encoding too
         raise ValueError(f"training.deepspeed: {path} is not valid JSON: {error}") from error
     except RecursionError as error:

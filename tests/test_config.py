@@ -201,7 +201,7 @@ BAD_FILES = {
         "twice",
     ),
     "range": ("model: {recurrence: {step_sigma: -1.0}}", "model.recurrence.step_sigma", "-1.0"),
-    "unreadable bytes": ("model: {norm: \udcff}", "bad.yaml: not UTF-8 text", "save it as UTF-8"),
+    "unreadable bytes": ("model: {norm: \udcff}", "not UTF-8"),
 }
 
 
