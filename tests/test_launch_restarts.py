@@ -27,7 +27,7 @@ OWN_OPTIMIZER = {
         "params": {
             "warmup_min_lr": 0,
             "warmup_max_lr": "auto",
-            "warmup_num_steps": 0,
+            "warmup_num_steps": "auto",
             "warmup_type": "linear",
             "total_num_steps": "auto",
         },

@@ -1,5 +1,6 @@
 """`transformers.Trainer` with what options of ours describe, all of it built and checked before a folder is made."""
 
+import copy
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .muon import MuonBeside, matrices_of
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze, parameters_of_norms
-from .resumed import OptionsOfRun
+from .resumed import OptionsOfRun, ResumeError
 from .resuming import check_weights, damage, forget_tied_weights, nothing_left, read_state
 from .rotation import CHECKPOINT_NAME, CheckpointKeeper
 from .signals import StopCallback, StopRequest, sheltered
@@ -102,7 +103,13 @@ class CheckedTrainer(Trainer):
             self.create_scheduler(max(self.args.max_steps, 1), unused)
 
     def _check_deepspeed_settings(self) -> None:
-        """Raises ValueError where DeepSpeed would replace the optimizer or schedule that our groups belong to."""
+        """Raises ValueError where DeepSpeed's file contradicts the arguments, which `Trainer` would say when training
+        begins, or would replace the optimizer or schedule that our groups belong to.
+        """
+        if self.is_deepspeed_enabled and self.args.max_steps > 0:
+            config = copy.deepcopy(self.args.hf_deepspeed_config)
+            with naming("deepspeed"):
+                config.trainer_config_finalize(self.args, self.model, self.args.max_steps)
         if not (self.is_deepspeed_enabled and self.args.parameter_groups):
             return
         for name in ("optimizer", "scheduler"):
@@ -147,12 +154,12 @@ class CheckedTrainer(Trainer):
         """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more.
 
         Raises:
-            ValueError: for a checkpoint of a step that the run does not have.
+            ResumeError: for a checkpoint of a step that the run does not have.
         """
         self.num_train_epochs, *others = super().set_initial_training_values(args, dataloader)
         step, max_steps = 0 if self.resume_point is None else read_state(self.resume_point)["global_step"], others[-1]
         if step > max_steps:
-            raise ValueError(f"training.resume_from_checkpoint: {nothing_left(self.resume_point, step, args)}")
+            raise ResumeError(f"training.resume_from_checkpoint: {nothing_left(self.resume_point, step, args)}")
         if step < max_steps:
             return (self.num_train_epochs, *others)
         logger.info("%s is of step %d, the last: only what comes after it is left to do", self.resume_point, step)
