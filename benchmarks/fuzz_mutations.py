@@ -358,8 +358,8 @@ def change_tar(content: bytes, rng: Random) -> bytes:
     """A member has another name, type, size, order or content, written as a whole tar."""
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            members = [(info, tar.extractfile(info).read()) for info in tar if info.isfile()]
-    except (tarfile.TarError, OSError, ValueError, OverflowError, AttributeError):
+            members = [(info, tar.extractfile(info).read()) for info in tar if info.isreg() and not info.sparse]
+    except (tarfile.TarError, OSError, ValueError, OverflowError, AttributeError, MemoryError):
         members = []
     if not members:
         return flip_bits(content, rng)
@@ -388,9 +388,11 @@ def change_tar(content: bytes, rng: Random) -> bytes:
     else:
         odd = {"caption": odd_value(rng), "png": odd_value(rng), "__key__": odd_value(rng)}
         members.append((tarfile.TarInfo(f"some.folder/{rng.randrange(3)}.json"), _json(odd, rng)))
-    return _write_tar(
-        [(info, data) if number == at else pair for number, pair in enumerate(members)], at, declared, rng
-    )
+    members = [(info, data) if number == at else pair for number, pair in enumerate(members)]
+    try:
+        return _write_tar(members, at, declared, rng)
+    except (ValueError, OverflowError):  # not every header can be written
+        return flip_bits(content, rng)
 
 
 def _write_tar(members: list, at: int, declared: int | None, rng: Random) -> bytes:
