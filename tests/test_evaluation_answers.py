@@ -99,14 +99,14 @@ def test_chrf_is_that_of_the_definition():
 
 
 SACREBLEU = [
-    ([('a red ring', 'a red rung'), ('two stars', 'two squares')], 0.381619),
-    ([('ab', 'ac')], 0.250000),
-    ([('red', 'red ring')], 0.702364),
-    ([('a', 'b')], 0.000000),
-    ([('C4 E4 G4', 'C4 E4 A4'), ('A4', 'A4')], 0.395833),
-    ([('', 'x'), ('a red ring', 'a red star')], 0.264484),
-    ([('große Straße', 'grosse Straße'), ('中文', '中')], 0.575819),
-    ([('a small red circle left of a large blue square', 'a red small circle to the left of one blue square')], 0.567917),
+    ([("a red ring", "a red rung"), ("two stars", "two squares")], 0.381619),
+    ([("ab", "ac")], 0.250000),
+    ([("red", "red ring")], 0.702364),
+    ([("a", "b")], 0.000000),
+    ([("C4 E4 G4", "C4 E4 A4"), ("A4", "A4")], 0.395833),
+    ([("", "x"), ("a red ring", "a red star")], 0.264484),
+    ([("große Straße", "grosse Straße"), ("中文", "中")], 0.575819),
+    ([("a small red circle left of a blue square", "a red small circle to the left of one square")], 0.518337),
 ]
 
 

@@ -151,8 +151,8 @@ class RecurrentTrainingArguments(TrainingArguments):
         """Raises ValueError for what the device would leave out without a word."""
         if self.fp16 and self.use_cpu:
             raise ValueError(
-                f"{type(self).__name__}.fp16: it is on, but on a CPU the run would be in float32 all the same; set bf16 "
-                "to true instead"
+                f"{type(self).__name__}.fp16: it is on, but on a CPU the run would be in float32 all the same; set "
+                "bf16 to true instead"
             )
 
     def _check_ranges(self) -> None:
