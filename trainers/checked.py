@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import unwrap_peft_model
+from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
@@ -209,6 +209,21 @@ class CheckedTrainer(Trainer):
             for part in self.beside if self.args.should_save else ():
                 part.save(folder, state_dict)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """While it trains, of the average of the weights, which is what the run leaves behind."""
+        with self.average.applied(self.model) if self.average is not None and self.is_in_train else nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Of all rows: `dataloader_drop_last` is for training."""
+        with keeping_last(self.args):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Of all rows."""
+        with keeping_last(self.args):
+            return super().get_test_dataloader(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
         for part in self.beside:
@@ -220,7 +235,7 @@ class CheckedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """With what is saved beside it. Where it is damaged by now, the weights stay as they are."""
+        """With what is saved beside it, and with its average. Where it is damaged by now, the weights stay as they are."""
         reason = damage(Path(self.state.best_model_checkpoint))
         if reason is not None:
             logger.warning(
@@ -229,6 +244,8 @@ class CheckedTrainer(Trainer):
                 reason,
             )
             return
+        if self.average is not None:
+            self.average.load(self.state.best_model_checkpoint)
         for part in self.beside:
             part.load(self.state.best_model_checkpoint)
         if not self.learns_beside:
@@ -267,6 +284,16 @@ def whole_weights_of(parts: Sequence[Any]) -> AbstractContextManager:
 
     modules = (part for part in parts if isinstance(part, nn.Module))
     return deepspeed.zero.GatheredParameters([weight for module in modules for weight in module.parameters()])
+
+
+@contextmanager
+def keeping_last(args: RecurrentTrainingArguments) -> Iterator[None]:
+    """A context in which loaders keep a last batch that is smaller."""
+    drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drop_last
 
 
 @contextmanager
