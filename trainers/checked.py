@@ -169,10 +169,6 @@ class CheckedTrainer(Trainer):
         """With workers that leave signals to this process."""
         return sheltered(super().get_train_dataloader())
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As for training."""
-        return sheltered(super().get_eval_dataloader(*args, **kwargs))
-
     def _by_decay(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
         """Two groups of parameters, of which the first decays as the optimizer does; one if none does not."""
         names = set(self.get_decay_parameter_names(self.model))
@@ -217,12 +213,12 @@ class CheckedTrainer(Trainer):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Of all rows: `dataloader_drop_last` is for training."""
         with keeping_last(self.args):
-            return super().get_eval_dataloader(*args, **kwargs)
+            return sheltered(super().get_eval_dataloader(*args, **kwargs))
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Of all rows."""
         with keeping_last(self.args):
-            return super().get_test_dataloader(*args, **kwargs)
+            return sheltered(super().get_test_dataloader(*args, **kwargs))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
@@ -235,7 +231,7 @@ class CheckedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """With what is saved beside it, and with its average. Where it is damaged by now, the weights stay as they are."""
+        """With what is saved beside it and its average. Where it is damaged by now, the weights stay as they are."""
         reason = damage(Path(self.state.best_model_checkpoint))
         if reason is not None:
             logger.warning(
