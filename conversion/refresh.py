@@ -36,6 +36,7 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     )
 }
 PROCESSOR = "processor_config.json"
+MANIFEST = "manifest.json"  # of the files as training saved them; a refreshed checkpoint has none
 
 
 def refresh(folder: Path, output: Path | None = None) -> list[str]:
@@ -68,10 +69,11 @@ def refresh(folder: Path, output: Path | None = None) -> list[str]:
         written = sorted(path.name for path in made.iterdir())
         if output is not None:
             for path in folder.iterdir():
-                if path.is_file() and path.name not in {*written, *old_code}:
+                if path.is_file() and path.name not in {*written, *old_code, MANIFEST}:
                     shutil.copy2(path, made)
             made.replace(output)
             return written
+        (folder / MANIFEST).unlink(missing_ok=True)
         for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):  # last, as it names the others
             path.replace(folder / path.name)
         for name in old_code - set(written):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 MAX_ROW_BYTES = 2**24
 """Most bytes of a line, of an item of a list, of a cell, and of a member of text: a row is read as a whole. As JSON the
-worst of them becomes objects of 24 times its size."""
+worst of them becomes objects of 27 times its size."""
 MAX_TEXT_FILE_BYTES = 2**30
 """Most bytes of a file of plain text, which is one document."""
 MAX_CHUNK_BYTES = 2**28

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from .configuration import DataConfig, SourceConfig
 from .conversations import answer_to, parse_messages
 from .directions import MEDIA
 from .message_keys import checked_columns, reason_against_columns
-from .readers import CHECKED_AT_ONCE, READERS, expand_paths, load_hub
+from .readers import CHECKED_AT_ONCE, PARQUET_ERRORS, READERS, expand_paths, load_hub, one_line, open_parquet
 from .references import ArrowRow, Reference, UnusableRow, fingerprint, is_within, reference_to
 from .synthetic import Role, generate_rows, get_task
 from .templates import fill_template, template_columns
@@ -42,6 +42,7 @@ is from; difficulty of generated ones."""
 STORED_MEDIA = List({"bytes": Value("binary"), "path": Value("string")})
 """Of a column of media that come with their row."""
 
+_CONVERTED_AT_ONCE = 100  # rows of parquet with media
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SUFFIXES = {"imagefolder": set(ImageFolder.EXTENSIONS), "audiofolder": set(AudioFolder.EXTENSIONS)}
 
@@ -63,7 +64,7 @@ def load_conversations(
     if source.kind == "hub":
         rows = _of_table(source, _raw_table(source, load_hub(source)), None, _folder_of(source), bad_rows, limit)
     elif source.kind == "files" and _are_parquet(source):
-        tables = [(path, Dataset.from_parquet(str(path))) for path in expand_paths(source)]
+        tables = [(path, _parquet_table(path)) for path in expand_paths(source)]
         parts = [
             _of_table(source, _raw_table(source, table), path, path.parent, bad_rows, limit) for path, table in tables
         ]
@@ -450,8 +451,9 @@ def _samples(path: Path) -> Iterator[tuple[str, list[_Member]]]:
                 members.append(_member(tar, entry, extension))
                 tar.members.clear()  # or it would keep the headers of all, which are more than a worker can hold
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{str(path)!r} is not a whole, uncompressed tar: {reason}; write it again") from error
+        raise ValueError(
+            f"{str(path)!r} is not a whole, uncompressed tar: {one_line(error)}; write it again"
+        ) from error
     if members:
         yield key, members
 
@@ -513,6 +515,19 @@ def _are_parquet(source: SourceConfig) -> bool:
     return suffixes == {".parquet"}
 
 
+def _parquet_table(path: Path) -> Dataset:
+    """A table on the disk.
+
+    Raises:
+        ValueError: it is damaged, or would fill the memory.
+    """
+    open_parquet(path)
+    try:
+        return Dataset.from_parquet(str(path), batch_size=_CONVERTED_AT_ONCE)
+    except PARQUET_ERRORS as error:
+        raise ValueError(f"{str(path)!r} is damaged: {one_line(error.__cause__ or error)}; write it again") from error
+
+
 def _raw_table(source: SourceConfig, rows: Dataset) -> Dataset:
     """The needed columns, undecoded.
 
@@ -541,10 +556,10 @@ def _of_table(
     for start in range(0, len(table), CHECKED_AT_ONCE):
         batch = table[start : start + CHECKED_AT_ONCE]
         media = {column: _stored_media(column, batch[column]) for column in source.media_columns}
-        for offset, row in enumerate(batch.select(texts).to_pylist()):
+        for offset, row in enumerate(_plain_rows(batch.select(texts))):
             where, messages = f"{path or ''} row {start + offset + 1}".strip(), None
-            row = _with_label_names(row, names)
             try:
+                row = _with_label_names(_checked(row), names)
                 attached = {
                     kind: _attached(source, kind, column, media[column][offset], folder)
                     for column, kind in source.media_columns_of(start + offset).items()
@@ -555,6 +570,21 @@ def _of_table(
             found.add(messages, where)
     stored = table.select_columns(list(source.media_columns)).with_format(None)
     return concatenate_datasets([found.dataset(), stored], axis=1) if source.media_columns else found.dataset()
+
+
+def _plain_rows(batch: pa.Table) -> list[dict[str, object] | UnicodeDecodeError]:
+    """The rows of a table, and in place of one that is not UTF-8 the error."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        parts = [batch.slice(number, 1) for number in range(len(batch))] if len(batch) > 1 else []
+        return [row for part in parts for row in _plain_rows(part)] or [error]
+
+
+def _checked(row: dict[str, object] | UnicodeDecodeError) -> dict[str, object]:
+    if isinstance(row, UnicodeDecodeError):
+        raise UnusableRow(f"a text is not UTF-8 ({row.reason} at position {row.start})")
+    return row
 
 
 def _label_names(features: Mapping[str, object]) -> dict[str, list[str]]:
@@ -677,8 +707,24 @@ def _usable(source: SourceConfig, rows: Dataset, workers: int, bad_rows: BadRows
     for where, problem in zip(rows["where"], found["problem"], strict=True):
         if problem:
             bad_rows.add(source.label, where, problem)
+    _report_repeated(source, rows["where"], found["digest"])
     rows = rows.add_column("digest", found["digest"])
     return rows.select([number for number, digest in enumerate(found["digest"]) if digest])
+
+
+def _report_repeated(source: SourceConfig, places: Iterable[str], digests: Iterable[bytes]) -> None:
+    """Says how many rows are others again, as those of a file and its copy are."""
+    seen: dict[bytes, str] = {}
+    again = [
+        (where, first)
+        for where, mark in zip(places, digests, strict=True)
+        if mark and (first := seen.setdefault(mark, where)) != where
+    ]
+    if again:
+        logger.warning(
+            "%s: %d rows have the text and the media of a row before them, the first of them %s, as %s; all are used",
+            *(source.label, len(again), *again[0]),
+        )
 
 
 def _digest_batch(batch: pa.Table) -> dict[str, list]:

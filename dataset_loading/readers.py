@@ -30,20 +30,29 @@ from .message_keys import KEPT_COLUMNS
 from .references import is_within
 from .text_files import check_encoding, decode_text
 
-PARQUET_ERRORS = (OSError, ValueError, TypeError, KeyError, MemoryError, OverflowError, pa.ArrowException)
-"""What pyarrow raises of damaged files."""
+PARQUET_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError),
+    *(pa.ArrowException, datasets.exceptions.DatasetsError),
+)
+"""What pyarrow and datasets raise of damaged files, and of what they say about their columns."""
 CHECKED_AT_ONCE = 1000
 """Rows of a table that are in memory at the same time."""
 _BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
 
 
+def one_line(error: object) -> str:
+    """What a library says, which may have several lines and any length."""
+    return " ".join(str(error).split())[:500]
+
+
 def expand_paths(source: SourceConfig) -> list[Path]:
-    """The files that `source.paths` names, patterns expanded, each once, in the order of the config, then of the names.
+    """The files that `source.paths` names, patterns expanded, each once, whatever names it has, in the order of the
+    config, then of the names.
 
     Raises:
         ValueError: a path or pattern names no file, or a file of an unknown format.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in source.paths:
         matches = _matches(Path(path))
         if os.path.isdir(path):
@@ -52,14 +61,15 @@ def expand_paths(source: SourceConfig) -> list[Path]:
             )
         if not matches:
             raise ValueError(f"source {source.label!r}: no file {path!r} (from {os.getcwd()}); correct the path")
-        found |= dict.fromkeys(matches)
+        for match in matches:
+            found.setdefault(match.resolve(), match)
     known = FORMATS[source.kind]
-    for path in found:
+    for path in found.values():
         if path.suffix not in known:
             raise ValueError(
                 f"source {source.label!r}: format of {str(path)!r} is unknown; use one of {', '.join(known)}"
             )
-    return list(found)
+    return list(found.values())
 
 
 def _matches(path: Path) -> list[Path]:
@@ -137,8 +147,7 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Rows:
         )
     number, wanted = 0, dict.fromkeys(columns)
     columns = (*columns, *(name for name in table.schema_arrow.names if name in KEPT_COLUMNS and name not in wanted))
-    for batch in _batches_of(table, path, columns):
-        arrays = [_plain_values(batch.column(column)) for column in columns]
+    for arrays in _values_of(table, path, columns):
         for values in zip(*arrays, strict=True):
             number += 1
             row, reason = {}, None
@@ -146,8 +155,8 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Rows:
                 if isinstance(value, bytes):
                     value, problem = _decode(value)
                     reason = reason or (problem and f"column {column!r} is {problem}")
-                elif isinstance(value, UnicodeDecodeError):
-                    value, reason = None, reason or f"column {column!r} is not UTF-8 ({value.reason})"
+                elif isinstance(value, Exception):
+                    value, reason = None, reason or f"column {column!r} is damaged: {one_line(value)}"
                 row[column] = value
             yield f"{path} row {number}", row, reason
 
@@ -164,13 +173,16 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         names = [table.schema.column(number).path for number in range(len(table.schema))]
         table = pq.ParquetFile(path, read_dictionary=names)
     except PARQUET_ERRORS as error:
-        raise ValueError(f"{str(path)!r} is not a parquet file: {error}; correct the path or write it again") from error
+        reason = one_line(error)
+        raise ValueError(
+            f"{str(path)!r} is not a parquet file: {reason}; correct the path or write it again"
+        ) from error
     check_compression(str(path), table)
     return table
 
 
 def _plain_values(array: pa.Array) -> Iterator[object]:
-    """The values of a column, texts as bytes; in place of one that is not UTF-8 deep inside, the error."""
+    """The values of a column, texts as bytes; in place of one that is not UTF-8 deep inside, or damaged, the error."""
     if pa.types.is_dictionary(array.type):
         texts, indices = array.dictionary, array.indices
         size = pc.sum(pc.take(pc.binary_length(texts), indices)).as_py() or 0
@@ -183,15 +195,17 @@ def _plain_values(array: pa.Array) -> Iterator[object]:
 def _value_or_error(scalar: pa.Scalar) -> object:
     try:
         return scalar.as_py()
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, pa.ArrowException) as error:
         return error
 
 
-def _batches_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+def _values_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> Iterator[list[Iterator[object]]]:
+    """The values of the columns, for some rows after others."""
     try:
-        yield from table.iter_batches(batch_size=CHECKED_AT_ONCE, columns=list(columns))
+        for batch in table.iter_batches(batch_size=CHECKED_AT_ONCE, columns=list(columns)):
+            yield [_plain_values(batch.column(column)) for column in columns]
     except PARQUET_ERRORS as error:
-        raise ValueError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}; write it again") from error
+        raise ValueError(f"{str(path)!r} is damaged: {one_line(error)}; write it again") from error
 
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> Rows:
@@ -259,8 +273,8 @@ def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
         return datasets.load_dataset(
             source.path, name=source.config_name, split=source.split, streaming=source.streaming
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:500]
+    except PARQUET_ERRORS as error:
+        reason = one_line(f"{error} {error.__cause__ or ''}")
         for path in sorted(
             path for path in Path(source.path).rglob("*") if path.suffix in _TEXT_FORMATS and path.is_file()
         ):

@@ -49,6 +49,12 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="value below which a token's steps end; default: the criterion's",
     )
     parser.add_argument("--max-new-tokens", type=arguments.new_tokens, default=100, help="most tokens to generate")
+    parser.add_argument(
+        "--max-prompt-tokens",
+        type=arguments.prompt_tokens,
+        help="most tokens of a prompt or conversation; default: as many as the model has positions (in a conversation "
+        "less --max-new-tokens)",
+    )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--sample", action="store_true", help="draw each token (this is the default)")
     choice.add_argument("--greedy", action="store_true", help="take the likeliest token each time")

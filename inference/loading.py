@@ -24,6 +24,7 @@ from model import (
     MegaTransformerProcessor,
     MegaTransformerTextConfig,
 )
+from model.chat import check_template
 from model.feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from model.image_processing_megatransformer import MegaTransformerImageProcessor
 from model.quantization import QuantizationConfig, bits_and_bytes, keep_scales
@@ -76,7 +77,7 @@ def load_model(
     Raises:
         FileNotFoundError: no such folder, or no complete model in it.
         ValueError: the folder holds another kind of model, its weights do not fit its config, or a file is damaged; the
-            weights cannot be rounded, or are already.
+            weights cannot be rounded, or are already; its chat template does not end.
     """
     tuned = find_checkpoint(path)
     folder = base_of(tuned, base) if is_adapter(tuned) else tuned
@@ -112,6 +113,7 @@ def load_model(
         folder = tuned
     processor = load_processor(folder) if reads_media(config.model_type) else load_tokenizer(folder)
     check_processor(folder, processor, config)
+    check_template(processor)
     if is_quantized:
         choose_kernel(model)
     return model.to(device).eval(), processor

@@ -1,5 +1,7 @@
 """Pretrained encoders of others, by name or folder, in the place of ours."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from textwrap import shorten
 
 import torch
@@ -32,8 +34,9 @@ class Backbone(nn.Module):
         if config.backbone_config is None:
             config.backbone_config = read_config(config.backbone, main_input_name).to_dict()
         backend = config._attn_implementation
-        model = AutoModel.from_config(config_of(config), attn_implementation=backend, trust_remote_code=False)
-        self.model = encoder_of(model)
+        with loading(f"backbone {config.backbone!r}"):
+            model = AutoModel.from_config(config_of(config), attn_implementation=backend, trust_remote_code=False)
+            self.model = encoder_of(model)
         config._attn_implementation = self.model.config._attn_implementation
         if self.model.main_input_name != main_input_name:
             raise ValueError(f"backbone {config.backbone!r} takes {self.model.main_input_name}, not {main_input_name}")
@@ -44,15 +47,16 @@ class Backbone(nn.Module):
         """Fetches the pretrained weights.
 
         Raises:
-            ValueError: If some are missing.
+            ValueError: If some are missing, or damaged.
         """
-        model, report = AutoModel.from_pretrained(
-            self.config.backbone,
-            config=config_of(self.config),
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with loading(f"backbone {self.config.backbone!r}"):
+            model, report = AutoModel.from_pretrained(
+                self.config.backbone,
+                config=config_of(self.config),
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
         if report["missing_keys"] or report["mismatched_keys"]:
             missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
             raise ValueError(
@@ -91,15 +95,20 @@ def read_config(name: str, main_input_name: str) -> PreTrainedConfig:
     `trust_remote_code` would have transformers ask on standard input.
 
     Raises:
-        ValueError: there is no such model, or it needs code of its own.
+        ValueError: there is no such model, it is damaged, or it needs code of its own.
     """
-    try:
+    with loading(f"backbone {name!r}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"backbone {name!r} cannot be loaded: {reason_of(error)}; give a name or folder that can"
-        ) from error
     return getattr(config, PARTS[main_input_name], config)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns whatever libraries raise about files of a model, which is of all kinds, into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} cannot be loaded: {reason_of(error)}; give a name or folder that can") from error
 
 
 def config_of(config: EncoderConfig) -> PreTrainedConfig:

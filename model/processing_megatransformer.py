@@ -15,9 +15,11 @@ from .chat import (
     kinds_of_role,
     messages_of,
     outline_of,
+    render_messages,
     render_outline,
 )
 from .chat_guard import encode_text
+from .chat_rendering import template_of
 from .configuration_megatransformer import (
     MegaTransformerAudioConfig,
     MegaTransformerAudioWriterConfig,
@@ -261,7 +263,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         """
         kinds = self.kinds
         outline, texts, parts = outline_of(messages, kinds, continue_final_message)
-        template = self.chat_template if chat_template is None else chat_template
+        template = template_of(self.chat_template, chat_template)
         check_texts(self.tokenizer, texts, template)
         found = preprocess_parts(parts, media or {}, kinds, allow_fetch)
         pieces = render_outline(
@@ -282,6 +284,8 @@ class MegaTransformerProcessor(ProcessorMixin):
             for some, are_learned in new:
                 ids += some
                 answer_mask += [is_answer and is_learned for is_learned in are_learned]
+        if left_out := [name for name, rest in counts.items() if next(rest, None) is not None]:
+            raise ValueError(f"the chat template leaves out the {left_out[0]} of a message; correct it")
         return {"input_ids": torch.tensor(ids), "answer_mask": torch.tensor(answer_mask), "media": found}
 
     def _encode_structure(self, piece: str) -> list[int]:
@@ -300,7 +304,9 @@ class MegaTransformerProcessor(ProcessorMixin):
             if token_id not in names:
                 yield [token_id], [True]
                 continue
-            kind, count = kinds[names[token_id]], next(counts[names[token_id]])
+            if (count := next(counts[names[token_id]], None)) is None:
+                raise ValueError(f"the chat template writes more places for {names[token_id]} than messages have")
+            kind = kinds[names[token_id]]
             start, end = self.tokenizer.convert_tokens_to_ids([kind.modality.start_token, kind.modality.end_token])
             at_start, in_places, at_end = kind.learned
             yield [start, *[token_id] * count, end], [at_start, *[in_places] * count, at_end]
@@ -341,7 +347,9 @@ class MegaTransformerProcessor(ProcessorMixin):
         if not tokenize:
             outlines = [outline_of(messages, self.kinds, continue_final_message) for messages in conversations]
             written = [messages_of(outline, texts) for outline, texts, _ in outlines]
-            return super().apply_chat_template(written if is_batch else written[0], chat_template, **open_end)
+            template, tokens = template_of(self.chat_template, chat_template), self.tokenizer.special_tokens_map
+            rendered = [render_messages(template, one, **open_end, **tokens)[0] for one in written]
+            return rendered if is_batch else rendered[0]
         open_end |= {"chat_template": chat_template, "allow_fetch": bool(options.pop("allow_fetch"))}
         encoded = [self.encode_chat(messages, **open_end) for messages in conversations]
         batch = self._batch(encoded, return_assistant_tokens_mask, **options)
