@@ -55,12 +55,16 @@ class MediaReader:
         probe = [{"role": role, "content": f"{role} says"} for role in ROLES]
         parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in probe]
         (tokenized,) = tokenize_conversations([parts], self.tokenizer, self.placeholders, "answer")
-        rendered = processor.apply_chat_template(probe, tokenize=False)
+        try:
+            rendered = processor.apply_chat_template(probe, tokenize=False)
+        except Exception as error:  # whatever the operations of a template raise
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            raise ValueError(f"the chat template fails ({reason}); use the template of `model.chat`") from error
         ids = self.tokenizer.encode(rendered, add_special_tokens=False)
         ours, theirs = self.tokenizer.decode(tokenized.tokens), self.tokenizer.decode(ids)
         if ours != theirs:
             raise ValueError(
-                f"the chat template gives {theirs!r} where rows have {ours!r}; use the template of `model.chat`"
+                f"the chat template gives {theirs[:300]!r} where rows have {ours!r}; use the template of `model.chat`"
             )
 
     @property

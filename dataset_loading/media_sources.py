@@ -524,7 +524,7 @@ def _parquet_table(path: Path) -> Dataset:
     open_parquet(path)
     try:
         return Dataset.from_parquet(str(path), batch_size=_CONVERTED_AT_ONCE)
-    except (datasets.exceptions.DatasetsError, *PARQUET_ERRORS) as error:
+    except PARQUET_ERRORS as error:
         raise ValueError(f"{str(path)!r} is damaged: {one_line(error.__cause__ or error)}; write it again") from error
 
 

@@ -30,8 +30,11 @@ from .message_keys import KEPT_COLUMNS
 from .references import is_within
 from .text_files import check_encoding, decode_text
 
-PARQUET_ERRORS = (OSError, ValueError, TypeError, KeyError, MemoryError, OverflowError, pa.ArrowException)
-"""What pyarrow raises of damaged files."""
+PARQUET_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError),
+    *(pa.ArrowException, datasets.exceptions.DatasetsError),
+)
+"""What pyarrow and datasets raise of damaged files, and of what they say about their columns."""
 CHECKED_AT_ONCE = 1000
 """Rows of a table that are in memory at the same time."""
 _BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
@@ -270,7 +273,7 @@ def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
         return datasets.load_dataset(
             source.path, name=source.config_name, split=source.split, streaming=source.streaming
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except PARQUET_ERRORS as error:
         reason = one_line(f"{error} {error.__cause__ or ''}")
         for path in sorted(
             path for path in Path(source.path).rglob("*") if path.suffix in _TEXT_FORMATS and path.is_file()

@@ -87,15 +87,25 @@ class StreamingDataset(IterableDataset):
         self.epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        is_whole, is_empty, bad_rows = self._start is None, True, BadRows(self.max_bad_rows)
+        for row in self._pass(bad_rows):
+            is_empty = False
+            yield row
+        bad_rows.report()
+        worker = get_worker_info()
+        if is_whole and is_empty and (worker is None or worker.num_workers == 1):  # one of several may have no share
+            found = sum(bad_rows.counts.values())
+            raise ValueError(f"the train sources give no row to learn from ({found} bad ones); check what they name")
+
+    def _pass(self, bad_rows: BadRows) -> Iterator[dict[str, Any]]:
         self._begin_pass()
-        bad_rows, stream = BadRows(self.max_bad_rows), iter(self.stream)
+        stream = iter(self.stream)
         yield from self._rows(bad_rows, flush=not self.packing)
         while arrived := list(islice(stream, _ARRIVE_AT_ONCE)):
             for source, rows in groupby(arrived, itemgetter("source")):
                 self._accept(source, list(rows), bad_rows)
             yield from self._rows(bad_rows, flush=not self.packing)
         yield from self._rows(bad_rows, flush=True)
-        bad_rows.report()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, and the documents that wait for a full row."""

@@ -288,6 +288,9 @@ class Attention(nn.Module):
         query, key, value = self._project(hidden)
         if inputs.rotary is not None:
             query, key = apply_rotary(query, *inputs.rotary), apply_rotary(key, *inputs.rotary)
+        # Under autocast the product is half precise, and biases, norms and rotations are not; backends, and a cache,
+        # want one type.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         if slot is not None:
             key, value = slot.update(key, value, inputs.where, inputs.rows)
 

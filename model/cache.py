@@ -1,6 +1,7 @@
 """Key/value cache of a recurrent-depth model: a buffer per layer, and in those of the core a slot per step."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -13,17 +14,17 @@ BLOCK = 128  # tokens by which a buffer grows
 class CacheSlot:
     """Keys and values of one layer at one step: a view of its layer's buffer, (batch, 2, key/value heads, capacity,
     head_dim), written in place.
+
+    It is made for one forward pass. A layer that kept its slots would be part of a cycle, since they know their layer,
+    and the memory of a cache that is dropped would wait for Python's collector.
     """
 
-    def __init__(self, layer: "CacheLayer"):
-        self.layer = layer
-        self.both: torch.Tensor | None = None
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
+    def __init__(self, layer: "CacheLayer", step: int):
+        self.layer, self.step = layer, step
+        self._show()
 
-    def show(self, both: torch.Tensor) -> None:
-        """From now on a view of this."""
-        self.both, self.keys, self.values = both, both[:, 0], both[:, 1]
+    def _show(self) -> None:
+        self.both, self.keys, self.values = self.layer.views[self.step] if self.layer.views else (None, None, None)
 
     def update(
         self,
@@ -43,22 +44,25 @@ class CacheSlot:
             that one compiled graph serves every length. The mask hides what is not written yet.
         """
         if self.both is None:
-            self.layer.lazy_initialization(key_states, value_states)
+            if not self.layer.is_initialized:
+                self.layer.lazy_initialization(key_states, value_states)
+            self._show()
         self._write(self.keys, key_states.detach(), where, rows)
         self._write(self.values, value_states.detach(), where, rows)
-        keys, values = self._read(where, rows)
+        keys, values = (part.to(key_states.dtype) for part in self._read(where, rows))
         if torch.is_grad_enabled() and (key_states.requires_grad or keys.requires_grad):
             # What backpropagation needs must not be written over by later steps.
             keys, values = _instead(keys, key_states, where), _instead(values, value_states, where)
         return keys, values
 
     def _write(self, buffer: torch.Tensor, states: torch.Tensor, where, rows: torch.LongTensor | None) -> None:
-        if rows is None and not isinstance(where, slice):
-            buffer.index_copy_(2, where, states.to(buffer.dtype))
-        elif isinstance(where, slice):
+        states = states.to(buffer.dtype)  # autocast may have changed since the buffer was made
+        if isinstance(where, slice):
             buffer[slice(None) if rows is None else rows, :, where] = states
+        elif rows is None:
+            buffer.index_copy_(2, where, states)
         else:
-            buffer[rows] = buffer[rows].index_copy(2, where, states.to(buffer.dtype))
+            buffer[rows] = buffer[rows].index_copy(2, where, states)
 
     def _read(self, where: slice | torch.LongTensor, rows: torch.LongTensor | None) -> tuple[torch.Tensor, ...]:
         last = where.stop if isinstance(where, slice) else None
@@ -79,6 +83,8 @@ class CacheLayer(CacheLayerMixin):
 
     It is made by the first keys, on their device and of their type, with the room that was reserved. A buffer that is
     too short grows: by whole blocks of tokens, and step by step. Of static size, it is made at once, for good.
+
+    `views` are the buffer of each step, and its keys and values, for the slots.
     """
 
     is_sliding = False
@@ -89,14 +95,23 @@ class CacheLayer(CacheLayerMixin):
         self.length = 0
         self.num_steps, self.batch, self.capacity = 0, 0, 0  # reserved
         self.buffer: torch.Tensor | None = None
-        self.slots: list[CacheSlot] = []
+        self.views: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.is_static = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views, which a copy would hold as buffers of their own."""
+        views = {"views": [], "keys": None, "values": None}
+        return self.__dict__ | views
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.is_initialized:
+            self._set_buffer(self.buffer)
 
     def reserve(self, num_steps: int, batch: int, length: int) -> None:
         """Room for so many steps, rows and tokens. A step not taken before begins with what the deepest one holds."""
         self.num_steps, self.batch = max(num_steps, self.num_steps), batch
         self.capacity = max(-(-length // BLOCK) * BLOCK, self.capacity)
-        self.slots += [CacheSlot(self) for _ in range(len(self.slots), self.num_steps)]
         if self.is_initialized and (self.num_steps, self.capacity) != (len(self.buffer), self.buffer.shape[-2]):
             self._grow()
 
@@ -116,20 +131,19 @@ class CacheLayer(CacheLayerMixin):
     def fill(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Begins with these, (batch, heads, tokens, head_dim) each, through which gradients flow, at every step."""
         self.num_steps, self.batch, self.capacity = 1, len(key_states), key_states.shape[2]
-        self.slots, self.length = [CacheSlot(self)], key_states.shape[2]
+        self.length = key_states.shape[2]
         self._set_buffer(torch.stack((key_states, value_states), dim=1)[None])
 
     def make_static(self, like: torch.Tensor, num_steps: int, capacity: int) -> None:
         """A buffer of this size for the batch, heads, type and device of `like`, (batch, heads, 0, head_dim)."""
         self.num_steps, self.batch, self.capacity, self.is_static = num_steps, len(like), capacity, True
-        self.slots = [CacheSlot(self) for _ in range(num_steps)]
         self.lazy_initialization(like, like)
 
     def _set_buffer(self, buffer: torch.Tensor) -> None:
         self.buffer, self.keys, self.values = buffer, buffer[:, :, 0], buffer[:, :, 1]
         self.dtype, self.device, self.is_initialized = buffer.dtype, buffer.device, True
-        for step, slot in enumerate(self.slots):
-            slot.show(buffer[step])
+        steps = (buffer[step] for step in range(len(buffer)))
+        self.views = [(both, both[:, 0], both[:, 1]) for both in steps]
 
     def settle(self, first: int, entries: torch.LongTensor | None, new: slice) -> None:
         """Writes the new tokens' entries at step `first` and deeper.
@@ -263,17 +277,17 @@ class RecurrentCache(Cache):
     @property
     def prelude_slots(self) -> list[CacheSlot]:
         """A slot for each layer of the prelude."""
-        return [layer.slots[0] for layer in self.layers[: self.num_prelude_layers]]
+        return [CacheSlot(layer, 0) for layer in self.layers[: self.num_prelude_layers]]
 
     @property
     def coda_slots(self) -> list[CacheSlot]:
         """A slot for each layer of the coda."""
-        return [layer.slots[0] for layer in self.layers[self.num_prelude_layers + self.num_core_layers :]]
+        return [CacheSlot(layer, 0) for layer in self.layers[self.num_prelude_layers + self.num_core_layers :]]
 
     def core_slots(self, step: int) -> list[CacheSlot]:
         """A slot for each layer of the core at `step` (counted from 0)."""
         place = step if self.num_kept_steps is None else step % self.num_kept_steps
-        return [layer.slots[place] for layer in self.core_layers]
+        return [CacheSlot(layer, place) for layer in self.core_layers]
 
     @property
     def num_steps(self) -> int:
@@ -315,7 +329,9 @@ class RecurrentCache(Cache):
             raise ValueError(
                 f"num_steps ({num_steps}) is more than the static cache has room for, {self.max_steps}; make it larger"
             )
-        like = embeds.new_empty(len(embeds), self.num_key_value_heads, 0, self.head_dim)
+        device = embeds.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
+        like = embeds.new_empty(len(embeds), self.num_key_value_heads, 0, self.head_dim, dtype=dtype)
         for layer, slots in zip(self.layers, self._slots_by_layer(self.max_steps), strict=True):
             if not layer.is_initialized:
                 layer.make_static(like, slots, self.max_length)

@@ -268,9 +268,13 @@ class ExitWatch:
         self.before, self.rows = now, rows
         return self.criterion.stops(now.value, self.threshold)
 
+    def read(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """What a criterion compares, of some rows of the batch, or of all. hidden: (rows, hidden) -> (rows, vocab)."""
+        return self.head(hidden)
+
     def keep(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         """Remembers what was read of some rows, or of all. hidden: (rows, sequence, hidden) -> logits (rows, vocab)."""
-        logits = self.head(hidden[:, -1])
+        logits = self.read(hidden[:, -1], rows)
         if rows is None:
             self.hidden, self.logits = hidden, logits
         else:

@@ -78,14 +78,10 @@ class WritingWatch(ExitWatch):
             raise ValueError("exit_criterion 'probe' judges text alone; name another to write media")
         if not velocity_threshold > 0:
             raise ValueError(f"velocity_threshold is {velocity_threshold}; give a number above 0")
-        super().__init__(criterion, threshold, first_step, every, self._look_at)
+        super().__init__(criterion, threshold, first_step, every, logits)
         self.criterion = VelocityOrText(EXIT_CRITERIA[criterion], vocab_size, velocity_threshold)
-        self.logits_of, self.velocities_of = logits, velocities
-        self._rows: torch.Tensor | None = None
+        self.velocities_of = velocities
 
-    def keep(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        self._rows = rows
-        return super().keep(hidden, rows)
-
-    def _look_at(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.cat((self.logits_of(hidden).float(), self.velocities_of(hidden, self._rows)), dim=-1)
+    def read(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """(rows, vocab + size): logits, and behind them velocities."""
+        return torch.cat((super().read(hidden, rows).float(), self.velocities_of(hidden, rows)), dim=-1)

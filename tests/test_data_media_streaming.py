@@ -253,7 +253,7 @@ def test_the_first_rows_of_a_stream_are_its_validation(tmp_path, kind):
     assert texts == TEXTS[3:5]
     validation = SourceConfig(**webdataset(tmp_path / "more"), name="more")
     source = SourceConfig(**webdataset(tmp_path / "same"), streaming=True, name="it")
-    with pytest.raises(StopIteration):
+    with pytest.raises(ValueError, match="no row to learn from"):
         next(iter(build([source], validation=[validation]).train))
 
 
