@@ -21,8 +21,8 @@ FORMS = {
     "ring": {"cache": {"policy": "ring", "num_kept_steps": 2}, "num_steps": ROWS},
     "last": {"cache": {"policy": "last"}, "num_steps": ROWS},
     "static": {"cache": {"max_length": 16, "max_steps": 5}, "num_steps": ROWS},
-    "noise": {"noise_level": 1.0, "num_steps": ROWS},
-    "warm start": {"state_warm_start": True, "num_steps": ROWS},
+    "noise": {"noise_level": 1.0},
+    "warm start": {"state_warm_start": True},
 }
 
 
@@ -37,31 +37,32 @@ def half(model: torch.nn.Module, dtype: torch.dtype, autocast: bool, run: Callab
 
 
 def logits_in_chunks(model: torch.nn.Module, cache: dict[str, Any], **options: Any) -> torch.Tensor:
-    """Logits of three rows, (3, 9, vocab): a padded prompt in two chunks, and two tokens one by one."""
-    ids, mask = tiny_ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    """Logits of three rows, (3, 7, vocab): a padded prompt in two chunks, and a token."""
+    ids, mask = tiny_ids(3, 7), torch.ones(3, 7, dtype=torch.long)
     mask[1, :2] = 0
     cache, end, parts = RecurrentCache(model.config, **cache), 0, []
-    for part in ids.split([4, 3, 1, 1], dim=1):
+    for part in ids.split([4, 2, 1], dim=1):
         end += part.shape[1]
         parts.append(model(part, attention_mask=mask[:, :end], cache=cache, **options).logits)
     return torch.cat(parts, dim=1).float()
 
 
 @pytest.mark.parametrize(
-    ("position", "dtype", "autocast"),
-    [(position, torch.bfloat16, True) for position in POSITIONS]
-    + [("rope", torch.float16, True), ("rope", torch.bfloat16, False), ("alibi", torch.float16, False)],
+    ("form", "position", "dtype", "autocast"),
+    [(form, "rope", torch.bfloat16, True) for form in FORMS]
+    + [("rows", position, torch.bfloat16, True) for position in POSITIONS[1:]]
+    + [("rows", "rope", torch.float16, True), ("rows", "rope", torch.bfloat16, False)]
+    + [("rows", "alibi", torch.float16, False)],
 )
-def test_half_precision_gives_the_logits_of_float32(position, dtype, autocast):
+def test_half_precision_gives_the_logits_of_float32(form, position, dtype, autocast):
     """Of rows of their own depth, through caches of each policy and of static size."""
     model = tiny_model(position_embedding=position, qk_norm=position == "rope")
-    for form, given in FORMS.items():
-        options = {"num_steps": 4, "cache": {}, **given}
-        expected = half(model, torch.float32, False, lambda: logits_in_chunks(model, **options))  # noqa: B023
-        ours = half(model, dtype, autocast, lambda: logits_in_chunks(model, **options))  # noqa: B023
-        real = torch.ones(3, 9, dtype=torch.bool)
-        real[1, :2] = False
-        torch.testing.assert_close(ours[real], expected[real], **CLOSE, msg=lambda text: f"{form}: {text}")  # noqa: B023
+    options = {"num_steps": 4, "cache": {}, **FORMS[form]}
+    expected = half(model, torch.float32, False, lambda: logits_in_chunks(model, **options))
+    ours = half(model, dtype, autocast, lambda: logits_in_chunks(model, **options))
+    real = torch.ones(3, 7, dtype=torch.bool)
+    real[1, :2] = False
+    torch.testing.assert_close(ours[real], expected[real], **CLOSE)
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
@@ -100,7 +101,6 @@ def test_an_exit_under_autocast_equals_the_row_at_that_depth(position, criterion
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_beams": 2},
         {"num_beams": 2, **EXITS},
         {"cache_implementation": "static", **EXITS},
         {"prefill_chunk_size": 2, **EXITS, "exit_in_prefill": True},
@@ -110,13 +110,13 @@ def test_an_exit_under_autocast_equals_the_row_at_that_depth(position, criterion
     ],
 )
 def test_generate_runs_under_autocast(options):
-    """Beams, chunks, exits and guidance; the first token is that of float32, where one is much likelier than others."""
+    """Beams, chunks, exits and guidance, with adapters of single steps."""
     model, ids = tiny_model(scale=4.0), tiny_ids(3, 6)
-    options = {"max_new_tokens": 4, "num_steps": 8, "do_sample": False, **options}
+    options = {"max_new_tokens": 3, "num_steps": 5, "do_sample": False, **options}
     add_step_lora(model, ["layers.0.attention.qkv_proj"], num_steps=2, rank=2, alpha=4)
     with torch.autocast("cpu", torch.bfloat16):
         ours = model.generate(ids, **options)
-    assert ours.shape[1] <= 10 and torch.equal(ours[:3, :6], ids.repeat_interleave(len(ours) // 3, dim=0)[:3])
+    assert 6 < ours.shape[1] <= 9 and torch.equal(ours[:, :6], ids.repeat_interleave(len(ours) // 3, dim=0))
 
 
 PROMPTS = torch.tensor([[BEGIN, USER, 20, ASSISTANT], [BEGIN, USER, 21, ASSISTANT]])
