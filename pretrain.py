@@ -57,6 +57,7 @@ from trainers import (
     get_trainer_class,
 )
 from trainers.ranks import decide
+from trainers.resumed import ResumeError
 from trainers.resuming import TRAINER_STATE_NAME, save_state_of
 from trainers.run_lock import RunLock
 from trainers.signals import StopCallback, StopRequest, watch_launcher
@@ -120,7 +121,8 @@ def build_and_train(run: ResolvedConfig, build: Callable[..., Trainer], request:
         trainer.add_callback(ConfigWriter(run))
         trainer.add_callback(card)
         trainer.stop = StopCallback(request)
-        train(trainer, start.checkpoint, card)
+        with one_line_errors((ResumeError, NoRowsError)):
+            train(trainer, start.checkpoint, card)
     finally:
         # Left open, the group makes the launcher wait, or report a failure that was none.
         if torch.distributed.is_initialized():
@@ -319,17 +321,21 @@ def build_media_examples(run: RunConfig, processor: PreTrainedTokenizerFast | Pr
     }
 
 
+class NoRowsError(ValueError):
+    """Data of which not one row came, as only their end shows."""
+
+
 def train(trainer: Trainer, resume_point: str | None, card: ModelCardWriter) -> None:
     """Train, save weights, tokenizer and code in the run folder, evaluate; last the state, which says that all of it is
     there.
 
     Raises:
-        ValueError: for data that gave no row.
+        NoRowsError: for data that gave none.
     """
     with trainer.stop.request.deferred():
         trainer.train(resume_from_checkpoint=resume_point)
         if trainer.state.global_step == 0:
-            raise ValueError("data.train: not one row came of it, and nothing was trained; look at its sources")
+            raise NoRowsError("data.train: not one row came of it, and nothing was trained; look at its sources")
         trainer.save_model()
     state = copy.copy(trainer.state)
     state.log_history = list(state.log_history)  # the evaluation below has a file of its own

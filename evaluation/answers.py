@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +39,14 @@ class WrittenScores:
     exact_match: float
     """Texts that equal their reference."""
     word_error_rate: float
-    """Words to replace, delete or insert, divided by the words of the references."""
+    """Words to replace, delete or insert, divided by the words of the references; by 1 where these have none."""
     character_error_rate: float
     bleu: float
-    """Of the whole corpus, with n-grams of at most 4 words, or as many as the longest reference has."""
+    """Of the whole corpus, with n-grams of at most 4 words, or as many as the longest reference has. Where no reference
+    has a word, 1 if nothing was written, else 0."""
     chrf: float
-    """Mean F-score of character n-grams, n = 1 to 6."""
+    """F-score of mean precision and recall of character n-grams, n = 1 to 6, or as many as the texts have, over the
+    corpus, as in sacrebleu."""
     attributes: dict[str, float]
     """Share of answers that say the same as their reference, by attribute; empty where the source names none."""
 
@@ -129,23 +132,65 @@ def to_model(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[
 
 
 def written_scores(answers: Sequence[Answer]) -> WrittenScores:
-    """Scores of the texts of all answers together."""
-    # Here, so that training, which has nothing written, does not wait for its import.
-    from torchmetrics.functional.text import bleu_score, char_error_rate, chrf_score, word_error_rate
+    """Scores of the texts of all answers together.
 
+    Raises:
+        ValueError: there are none.
+    """
+    # Here, so that training, which has nothing written, does not wait for its import.
+    from torchmetrics.functional.text import bleu_score, char_error_rate, word_error_rate
+
+    if not answers:
+        raise ValueError("0 answers have no scores; give examples with answers")
     written, references = [answer.written for answer in answers], [answer.reference.strip() for answer in answers]
-    longest = max(len(reference.split()) for reference in references)
-    listed = [[reference] for reference in references]
+    if any(references):
+        longest = max(len(reference.split()) for reference in references)
+        listed = [[reference] for reference in references]
+        of_words = {
+            "word_error_rate": word_error_rate(written, references).item(),
+            "character_error_rate": char_error_rate(written, references).item(),
+            "bleu": bleu_score(written, listed, n_gram=min(4, longest)).item(),
+        }
+    else:  # whatever was written was inserted
+        of_words = {
+            "word_error_rate": float(sum(len(text.split()) for text in written)),
+            "character_error_rate": float(sum(map(len, written))),
+            "bleu": float(not any(written)),
+        }
     right = [text == reference for text, reference in zip(written, references, strict=True)]
     return WrittenScores(
         num_examples=len(answers),
         exact_match=sum(right) / len(right),
-        word_error_rate=word_error_rate(written, references).item(),
-        character_error_rate=char_error_rate(written, references).item(),
-        bleu=bleu_score(written, listed, n_gram=min(4, longest)).item(),
-        chrf=chrf_score(written, listed, n_word_order=0).item(),
+        **of_words,
+        chrf=chrf(written, references),
         attributes=attribute_accuracy(answers),
     )
+
+
+def chrf(written: Sequence[str], references: Sequence[str], longest: int = 6, beta: int = 2) -> float:
+    """F-score of character n-grams without blanks, n = 1 to `longest`, over the corpus: Popović 2015, as sacrebleu
+    counts it. Lengths of n-grams that either side has none of are left out, so that what is right has 1, however short
+    it is; torchmetrics counts them as 0.
+    """
+    shares = []
+    for n in range(1, longest + 1):
+        right = found = wanted = 0
+        for text, reference in zip(written, references, strict=True):
+            ours, theirs = character_ngrams(text, n), character_ngrams(reference, n)
+            right, wanted = right + (ours & theirs).total(), wanted + theirs.total()
+            found += ours.total() if theirs else 0  # as sacrebleu: nothing was asked for that could be found
+        if found and wanted:
+            shares.append((right / found, right / wanted))
+    if not shares:
+        return float(not any(written) and not any(references))
+    precision, recall = (sum(part) / len(shares) for part in zip(*shares, strict=True))
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall) if precision and recall else 0.0
+
+
+def character_ngrams(text: str, n: int) -> Counter[str]:
+    """How often each n-gram of characters occurs, blanks left out."""
+    text = "".join(text.split())
+    return Counter(text[start : start + n] for start in range(len(text) - n + 1))
 
 
 def attribute_accuracy(answers: Sequence[Answer]) -> dict[str, float]:

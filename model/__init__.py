@@ -25,6 +25,7 @@ from .configuration_megatransformer import (
     MegaTransformerVisionConfig,
     RecurrenceConfig,
 )
+from .depth_callback import RecurrentDepthCallback
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from .griffin_lim import waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
@@ -94,6 +95,7 @@ __all__ = [
     "Modality",
     "RecurrenceConfig",
     "RecurrentCache",
+    "RecurrentDepthCallback",
     "WritingOptions",
     "build_processor",
     "codec_media",

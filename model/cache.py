@@ -329,7 +329,9 @@ class RecurrentCache(Cache):
             raise ValueError(
                 f"num_steps ({num_steps}) is more than the static cache has room for, {self.max_steps}; make it larger"
             )
-        like = embeds.new_empty(len(embeds), self.num_key_value_heads, 0, self.head_dim)
+        device = embeds.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
+        like = embeds.new_empty(len(embeds), self.num_key_value_heads, 0, self.head_dim, dtype=dtype)
         for layer, slots in zip(self.layers, self._slots_by_layer(self.max_steps), strict=True):
             if not layer.is_initialized:
                 layer.make_static(like, slots, self.max_length)

@@ -9,6 +9,7 @@ from transformers import initialization as init
 
 from .attention import Attention, check_backend
 from .backbones import Backbone
+from .depth_callback import RecurrentDepthCallback
 from .embeddings import PositionEmbedding
 
 ENCODERS = ("vision_config", "audio_config")
@@ -26,6 +27,12 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def depth_callback(self) -> RecurrentDepthCallback:
+        """What makes a trainer that knows nothing of depth draw it: `Trainer(model, callbacks=[model.depth_callback()],
+        ...)`. Here for those who have the checkpoint alone.
+        """
+        return RecurrentDepthCallback()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

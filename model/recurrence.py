@@ -17,12 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from .attention import AttentionInputs
 from .blocks import TransformerBlock, run_layers
 from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer import MegaTransformerTextConfig, RecurrenceConfig
 from .step_lora import StepLora
+
+logger = logging.get_logger(__name__)
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -93,6 +96,12 @@ def resolve_depth(
         return Depth(0, 0)
     if num_steps is None:
         steps = config.num_steps or config.recurrence.mean_steps
+        if training and torch.is_grad_enabled() and config.recurrence.step_distribution != "fixed":
+            logger.warning_once(
+                f"The model trains at {steps} core steps in every update, since no num_steps was given, and will work "
+                f"best at that depth alone; to draw depths, give the trainer callbacks=[model.depth_callback()], or "
+                f"forward num_steps={steps} to say that it is meant"
+            )
         return Depth(max(steps - config.recurrence.backprop_steps, 0) if training else 0, steps)
     if isinstance(num_steps, torch.Tensor) and num_steps.ndim > 0:
         return _resolve_rows(num_steps, batch_size)

@@ -27,6 +27,13 @@ ROUNDED = ("U8", "I8")
 """Types of what rounded weights are stored as."""
 COMPANIONS = ("SCB", "weight_format")
 """Names of what stands beside weights of 8 bits; that of 4 bits begins with the name of its weight."""
+PARTS_OF_OTHERS = (
+    ("vision_config", "backbone", "backbone_config"),
+    ("audio_config", "backbone", "backbone_config"),
+    ("image_writer_config", "codec_name_or_path", "codec_config"),
+    ("audio_writer_config", "vocoder_name_or_path", "vocoder_config"),
+)
+"""Parts of a configuration that may name another model, and where they hold the configuration of that."""
 MOST_LISTED, LONGEST_NAME = 3, 80
 
 
@@ -72,10 +79,22 @@ def build_skeleton(
     """The model of a configuration on the meta device, without weights.
 
     Raises:
-        ValueError: it has many more weights than the files, or larger ones; it is not built to its end then.
+        ValueError: it has many more weights than the files, or larger ones; it is not built to its end then. Or it has
+            parts of others, and does not say what they are like.
     """
+    _refuse_absent_parts(config)
     with torch.device("meta"), _no_more_than(declared):
         return model_class(config)
+
+
+def _refuse_absent_parts(config: PreTrainedConfig) -> None:
+    """What a checkpoint was built with is in its configuration; a name alone would be looked for, also on the hub."""
+    for part, name, filled in PARTS_OF_OTHERS:
+        options = getattr(config, part, None)
+        if options is not None and getattr(options, name) is not None and getattr(options, filled) is None:
+            raise ValueError(
+                f"{part} has {name} {getattr(options, name)[:60]!r}, but no {filled}, which says what it is"
+            )
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def test_damaged_notes_about_columns_are_one_line(tmp_path, kind, damage):
     write_table(path, WHOLE)
     assert len(train_of(kind=kind, image_column="picture", **source)) == 1
     write_table(path, DAMAGED[damage])
-    with pytest.raises(ValueError, match="is damaged: |cannot be loaded: ") as error:
+    with pytest.raises(ValueError, match=r"is damaged: |cannot be loaded: ") as error:
         train_of(kind=kind, image_column="picture", **source)
     assert str(path.parent) in str(error.value) and "\n" not in str(error.value)
 

@@ -84,7 +84,7 @@ def test_bleu_of_short_answers_counts_the_n_grams_there_are():
 def test_chrf_is_that_of_the_definition():
     """F2 of character n-grams without blanks, n = 1 to 6, over the corpus: Popović 2015."""
     pairs = [("a red ring", "a red rung"), ("two stars", "two squares")]
-    scores = []
+    shares = []
     for n in range(1, 7):
         right = found = wanted = 0
         for reference, written in pairs:
@@ -92,9 +92,49 @@ def test_chrf_is_that_of_the_definition():
             grams = [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in texts]
             right += sum((grams[0] & grams[1]).values())
             wanted, found = wanted + sum(grams[0].values()), found + sum(grams[1].values())
-        precision, recall = right / found, right / wanted
-        scores.append(5 * precision * recall / (4 * precision + recall) if right else 0)
-    assert written_scores(answers_of(*pairs)).chrf == pytest.approx(sum(scores) / 6, rel=1e-4)
+        shares.append((right / found, right / wanted))
+    precision, recall = (sum(part) / 6 for part in zip(*shares, strict=True))
+    expected = 5 * precision * recall / (4 * precision + recall)
+    assert written_scores(answers_of(*pairs)).chrf == pytest.approx(expected, rel=1e-4)
+
+
+SACREBLEU = [
+    ([("a red ring", "a red rung"), ("two stars", "two squares")], 0.381619),
+    ([("ab", "ac")], 0.250000),
+    ([("red", "red ring")], 0.702364),
+    ([("a", "b")], 0.000000),
+    ([("C4 E4 G4", "C4 E4 A4"), ("A4", "A4")], 0.395833),
+    ([("", "x"), ("a red ring", "a red star")], 0.264484),
+    ([("große Straße", "grosse Straße"), ("中文", "中")], 0.575819),
+    ([("a small red circle left of a blue square", "a red small circle to the left of one square")], 0.518337),
+]
+
+
+@pytest.mark.parametrize(("pairs", "expected"), SACREBLEU)
+def test_chrf_is_that_of_sacrebleu(pairs, expected):
+    """Values of sacrebleu 2.6, divided by 100."""
+    assert written_scores(answers_of(*pairs)).chrf == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("text", ["a", "red", "C4 E4", "a red ring", "\u00e4\u4e2d", ""])
+def test_what_is_right_has_the_best_scores_however_short_it_is(text):
+    for pairs in ([(text, text)], [(text, text), ("two stars", "two stars")], [(text, text), ("", "")]):
+        scores = written_scores(answers_of(*pairs))
+        assert (scores.exact_match, scores.bleu, scores.chrf) == (1, 1, 1), pairs
+        assert scores.word_error_rate == scores.character_error_rate == 0, pairs
+
+
+def test_empty_references_divide_nothing_by_zero():
+    scores = written_scores(answers_of(("", "two stars"), (" ", "")))
+    assert (scores.exact_match, scores.bleu, scores.chrf) == (0.5, 0, 0)
+    assert (scores.word_error_rate, scores.character_error_rate) == (2, 9)
+    scores = written_scores(answers_of(("two stars", "")))
+    assert (scores.exact_match, scores.bleu, scores.chrf) == (0, 0, 0)
+    assert scores.word_error_rate == scores.character_error_rate == 1
+    scores = written_scores(answers_of(("", "two"), ("a star", "a star")))
+    assert scores.word_error_rate == pytest.approx(1 / 2) and scores.character_error_rate == pytest.approx(3 / 6)
+    with pytest.raises(ValueError, match="0 answers have no scores"):
+        written_scores([])
 
 
 def test_attributes_are_those_of_the_reference():

@@ -156,6 +156,24 @@ def test_a_config_of_media_of_other_sizes_than_the_weights(artist, nothing_is_lo
     assert refusal(artist)
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("vision_config", "backbone"),
+        ("audio_config", "backbone"),
+        ("image_writer_config", "codec_name_or_path"),
+        ("audio_writer_config", "vocoder_name_or_path"),
+    ],
+)
+def test_a_config_that_names_a_model_elsewhere(artist, nothing_is_loaded, monkeypatch, part, name):
+    """It is not looked for, on the hub least of all."""
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: pytest.fail("it asks the hub"))
+    edit(artist / "config.json", part, name, value="someone/model")
+    if part == "image_writer_config":
+        edit(artist / "config.json", part, "codec", value="autoencoder")
+    assert f"{part} has {name} 'someone/model', but no " in refusal(artist)
+
+
 def test_a_config_that_is_nested_too_deeply(checkpoint):
     text = (checkpoint / "config.json").read_text().rstrip()
     for depth in (900, 100_000):

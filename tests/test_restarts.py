@@ -190,6 +190,19 @@ def test_a_finished_run_without_checkpoints_is_replaced_and_said_to_be(run, tmp_
     assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(out).items())
 
 
+def test_options_of_an_old_checkpoint_are_known_by_its_optimizer(run, tmp_path, capsys):  # noqa: F811
+    """Without a record of them anywhere: one line, when the state is loaded."""
+    whole, config = run
+    old = shutil.copytree(whole / "checkpoint-3", tmp_path / "old")
+    for name in ("config.yaml", "manifest.json"):
+        (old / name).unlink()
+    flags = ["--training.resume_from_checkpoint", old, "--training.learning_rate", "1e-4"]
+    line = refused(capsys, *command(config, tmp_path / "out", *flags))
+    assert "the optimizer there has lr 0.003, and here 0.0001; give the same, or add" in line
+    assert pretrain.main(command(config, tmp_path / "out", *flags[:2])) == 0
+    assert losses(tmp_path / "out") == losses(whole)
+
+
 # ------------------------------------------------------------------------------------------------------------ one lock
 
 HOLDER = """

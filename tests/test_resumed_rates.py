@@ -9,6 +9,7 @@ import torch
 from tests.test_trainer import Interrupt, build, losses
 from tests.tiny import tiny_model
 from trainers import ParameterGroup
+from trainers.resumed import ResumeError
 
 PEAK = 1e-2
 
@@ -81,6 +82,13 @@ def test_other_rates_need_leave(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"the optimizer there has {name}; give the same, or add"):
             gone_on(checkpoint, **{option: value})
+
+
+def test_a_state_of_other_groups_is_refused(tmp_path):
+    checkpoint = begun(tmp_path, steps=2)
+    groups = [ParameterGroup("model.coda.*", lr_factor=0.5)]
+    with pytest.raises(ResumeError, match=r"the optimizer there has groups of \[\d+, \d+\] parameters, here of \["):
+        gone_on(checkpoint, parameter_groups=groups, allow_changes=True)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])

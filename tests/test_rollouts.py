@@ -359,3 +359,16 @@ def test_none_is_a_reward_that_cannot_be_told(rewards):
 def test_options_out_of_range(tmp_path, rewards, options, reason):
     with pytest.raises(ValueError, match=reason):
         build(tmp_path, rewards.add(many_a), **options)
+
+
+def test_completions_of_their_own_depths_are_written_and_scored_under_autocast(tmp_path, rewards):
+    """Without adapters, whose layers would make the types of keys and values the same."""
+    trainer = build(tmp_path, rewards.add(many_a), adapters=False, bf16=True, learning_rate=1e-2)
+    types, before = set(), [weight.detach().clone() for weight in trainer.model.parameters()]
+    trainer.model.model.prelude.layers[0].attention.qkv_proj.register_forward_hook(
+        lambda module, inputs, output: types.add(output.dtype)
+    )
+    trainer.train()
+    assert types == {torch.bfloat16}
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
+    assert any(not torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.test_trainer import Interrupt, build, losses
 from tests.test_trainer_parameter_groups import weights_of
@@ -61,3 +62,28 @@ def test_resumed_equals_uninterrupted_with_an_average(tmp_path):
 def test_a_decay_out_of_range_is_named(tmp_path, decay):
     with pytest.raises(ValueError, match=f"ema_decay is {decay}"):
         build(tmp_path, ema_decay=decay)
+
+
+def test_what_was_evaluated_best_is_what_the_run_leaves_behind(tmp_path):
+    """The metrics of each evaluation are those of the average in its checkpoint, and the best of them is left; the run
+    itself goes on with the weights as they were.
+    """
+    options = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"ema_decay": 0.5, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    trainer = build(tmp_path / "best", learning_rate=0.3, **options)
+    trainer.train()
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = min(range(6), key=evaluated.__getitem__)
+    assert len(set(evaluated)) == 6 and best != 5
+    for step, loss in enumerate(evaluated, start=1):
+        average = load_file(tmp_path / f"best/checkpoint-{step}/average.safetensors")
+        other = build(tmp_path / "other")
+        other.model.load_state_dict(average | {"lm_head.weight": average["model.embed_tokens.weight"]})
+        assert other.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    average = load_file(tmp_path / f"best/checkpoint-{best + 1}/average.safetensors")
+    for name, weight in weights_of(trainer.model).items():
+        assert torch.equal(weight, average[name]), name
+    plain = build(tmp_path / "plain", learning_rate=0.3)
+    plain.args.max_steps = 6
+    plain.train()
+    assert losses(plain) == losses(trainer)

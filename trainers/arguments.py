@@ -80,7 +80,9 @@ class RecurrentTrainingArguments(TrainingArguments):
         parameter_groups: Parameters that learn at a rate of their own, or later than the rest.
         muon_learning_rate: At least 0. Muon then trains the matrices inside the layers, at this rate; the rest is
             trained by `optim` at `learning_rate`.
-        ema_decay: At least 0, below 1. The run then leaves the exponential moving average of its weights behind.
+        ema_decay: At least 0, below 1. The run then leaves the exponential moving average of its weights behind, and
+            evaluations during training are of that average.
+        dataloader_drop_last: Whether a last batch that is smaller is left out in training; evaluation takes all rows.
         stall_seconds: At least 0. A run in which nothing happens for so long says what it waits for.
     """
 
@@ -132,7 +134,8 @@ class RecurrentTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Where given, what the run leaves behind is the exponential moving average of its weights: 0.995 "
-            "to 0.999 for short runs, 0.9999 for long ones. Not with DeepSpeed or FSDP."
+            "to 0.999 for short runs, 0.9999 for long ones. Evaluations during training are of that average, and "
+            "load_best_model_at_end leaves the average of the best checkpoint. Not with DeepSpeed or FSDP."
         },
     )
 
@@ -165,6 +168,15 @@ class RecurrentTrainingArguments(TrainingArguments):
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             found = "; ".join(line.removeprefix("- ds ") for line in self.hf_deepspeed_config.mismatches)
             raise ValueError(f"deepspeed: its file says otherwise than the arguments: {found}; write auto there")
+        self._check_device()
+
+    def _check_device(self) -> None:
+        """Raises ValueError for what the device would leave out without a word."""
+        if self.fp16 and self.use_cpu:
+            raise ValueError(
+                f"{type(self).__name__}.fp16: it is on, but on a CPU the run would be in float32 all the same; set "
+                "bf16 to true instead"
+            )
 
     def _check_ranges(self) -> None:
         for item in fields(self):

@@ -1,6 +1,8 @@
 """An exponential moving average of the weights, which is what a run leaves behind."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ FILE_NAME = "average.safetensors"
 
 class WeightAverage(TrainerCallback):
     """After each update a = d a + (1 - d) w, with d = min(decay, (1 + n) / (10 + n)) after n updates, so that the first
-    weights are soon forgotten. When training ends the model has the average; until then it trains, and is evaluated, as
-    it is. Checkpoints have the average in a file of its own, which the trainer has written.
+    weights are soon forgotten. The model trains as it is, is evaluated with the average, and has it when training ends:
+    that of the best checkpoint, where this is loaded, so that what is left behind is what was found to be the best.
+    Checkpoints have the average in a file of its own, which the trainer has written.
 
     Args:
         decay: At least 0, below 1.
@@ -38,6 +41,23 @@ class WeightAverage(TrainerCallback):
                 "anew"
             )
         self.average = load_file(path)
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """A context in which the model has the average, and after which it has its own weights again."""
+        weights = learned_weights(model)
+        own = {name: weight.detach().clone() for name, weight in weights.items()}
+        try:
+            self._give(weights)
+            yield
+        finally:
+            for name, weight in weights.items():
+                weight.copy_(own[name])
+
+    def _give(self, weights: dict[str, nn.Parameter]) -> None:
+        for name, weight in weights.items():
+            weight.copy_(self.average[name])
 
     def save(self, checkpoint: str) -> None:
         """Write the average into the folder of a checkpoint, made if missing."""
@@ -66,8 +86,7 @@ class WeightAverage(TrainerCallback):
     @torch.no_grad()
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Give the model the average."""
-        for name, weight in learned_weights(model).items():
-            weight.copy_(self.average[name])
+        self._give(learned_weights(model))
 
 
 def learned_weights(model: nn.Module) -> dict[str, nn.Parameter]:

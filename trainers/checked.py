@@ -1,5 +1,6 @@
 """`transformers.Trainer` with what options of ours describe, all of it built and checked before a folder is made."""
 
+import copy
 import logging
 import math
 import os
@@ -14,13 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import unwrap_peft_model
+from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .muon import MuonBeside, matrices_of
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze, parameters_of_norms
-from .resumed import OptionsOfRun
+from .resumed import OptionsOfRun, ResumeError
 from .resuming import check_weights, damage, forget_tied_weights, nothing_left, read_state
 from .rotation import CHECKPOINT_NAME, CheckpointKeeper
 from .signals import StopCallback, StopRequest, sheltered
@@ -102,7 +103,13 @@ class CheckedTrainer(Trainer):
             self.create_scheduler(max(self.args.max_steps, 1), unused)
 
     def _check_deepspeed_settings(self) -> None:
-        """Raises ValueError where DeepSpeed would replace the optimizer or schedule that our groups belong to."""
+        """Raises ValueError where DeepSpeed's file contradicts the arguments, which `Trainer` would say when training
+        begins, or would replace the optimizer or schedule that our groups belong to.
+        """
+        if self.is_deepspeed_enabled and self.args.max_steps > 0:
+            config = copy.deepcopy(self.args.hf_deepspeed_config)
+            with naming("deepspeed"):
+                config.trainer_config_finalize(self.args, self.model, self.args.max_steps)
         if not (self.is_deepspeed_enabled and self.args.parameter_groups):
             return
         for name in ("optimizer", "scheduler"):
@@ -147,12 +154,12 @@ class CheckedTrainer(Trainer):
         """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more.
 
         Raises:
-            ValueError: for a checkpoint of a step that the run does not have.
+            ResumeError: for a checkpoint of a step that the run does not have.
         """
         self.num_train_epochs, *others = super().set_initial_training_values(args, dataloader)
         step, max_steps = 0 if self.resume_point is None else read_state(self.resume_point)["global_step"], others[-1]
         if step > max_steps:
-            raise ValueError(f"training.resume_from_checkpoint: {nothing_left(self.resume_point, step, args)}")
+            raise ResumeError(f"training.resume_from_checkpoint: {nothing_left(self.resume_point, step, args)}")
         if step < max_steps:
             return (self.num_train_epochs, *others)
         logger.info("%s is of step %d, the last: only what comes after it is left to do", self.resume_point, step)
@@ -161,10 +168,6 @@ class CheckedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """With workers that leave signals to this process."""
         return sheltered(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As for training."""
-        return sheltered(super().get_eval_dataloader(*args, **kwargs))
 
     def _by_decay(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
         """Two groups of parameters, of which the first decays as the optimizer does; one if none does not."""
@@ -202,6 +205,21 @@ class CheckedTrainer(Trainer):
             for part in self.beside if self.args.should_save else ():
                 part.save(folder, state_dict)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """While it trains, of the average of the weights, which is what the run leaves behind."""
+        with self.average.applied(self.model) if self.average is not None and self.is_in_train else nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Of all rows: `dataloader_drop_last` is for training."""
+        with keeping_last(self.args):
+            return sheltered(super().get_eval_dataloader(*args, **kwargs))
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Of all rows."""
+        with keeping_last(self.args):
+            return sheltered(super().get_test_dataloader(*args, **kwargs))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
         for part in self.beside:
@@ -213,7 +231,7 @@ class CheckedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """With what is saved beside it. Where it is damaged by now, the weights stay as they are."""
+        """With what is saved beside it and its average. Where it is damaged by now, the weights stay as they are."""
         reason = damage(Path(self.state.best_model_checkpoint))
         if reason is not None:
             logger.warning(
@@ -222,6 +240,8 @@ class CheckedTrainer(Trainer):
                 reason,
             )
             return
+        if self.average is not None:
+            self.average.load(self.state.best_model_checkpoint)
         for part in self.beside:
             part.load(self.state.best_model_checkpoint)
         if not self.learns_beside:
@@ -260,6 +280,16 @@ def whole_weights_of(parts: Sequence[Any]) -> AbstractContextManager:
 
     modules = (part for part in parts if isinstance(part, nn.Module))
     return deepspeed.zero.GatheredParameters([weight for module in modules for weight in module.parameters()])
+
+
+@contextmanager
+def keeping_last(args: RecurrentTrainingArguments) -> Iterator[None]:
+    """A context in which loaders keep a last batch that is smaller."""
+    drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drop_last
 
 
 @contextmanager

@@ -23,6 +23,9 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
         super().__post_init__()
         self.deepspeed = deepspeed
 
+    def _check_device(self) -> None:
+        """Nothing: the machine of the run is another one."""
+
     def _installed_integrations(self) -> list[str]:
         """All: the machine of the run is another one."""
         return list(INTEGRATION_TO_CALLBACK)

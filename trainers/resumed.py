@@ -23,6 +23,10 @@ def options_by_arguments(args: TrainingArguments) -> Options:
     return {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
 
 
+class ResumeError(ValueError):
+    """A checkpoint that a run cannot go on from, as is found out when training begins."""
+
+
 class OptionsOfRun(TrainerCallback):
     """Gives optimizer and schedule, whose states a checkpoint has brought, the rates of this run when training begins.
 
@@ -36,6 +40,7 @@ class OptionsOfRun(TrainerCallback):
     def remember(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the options of an optimizer that the run has built, before a checkpoint replaces them."""
         self.options = options_of(optimizer)
+        optimizer.register_load_state_dict_pre_hook(check_sizes)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **kwargs: Any
@@ -43,7 +48,7 @@ class OptionsOfRun(TrainerCallback):
         """Do so.
 
         Raises:
-            ValueError: for options of the checkpoint that are others, where that is not allowed.
+            ResumeError: for options of the checkpoint that are others, where that is not allowed.
         """
         if state.global_step == 0:
             return
@@ -64,17 +69,29 @@ def change(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
 
 
 def check(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
-    """Raises ValueError for groups that were trained in another way: of checkpoints without a record of options, this
+    """Raises ResumeError for groups that were trained in another way: of checkpoints without a record of options, this
     alone shows it.
     """
     for group, options in zip(groups, wanted, strict=True):
         there = {**group, "lr": group.get("initial_lr", options["lr"])}
         for name in COMPARED:
             if name in options and name in there and not alike(there[name], options[name]):
-                raise ValueError(
+                raise ResumeError(
                     f"training.resume_from_checkpoint: the optimizer there has {name} {there[name]}, and here "
                     f"{options[name]}; give the same, or add --training.allow_changes true"
                 )
+
+
+def check_sizes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raises ResumeError for a state whose groups are others than those of the optimizer that is to have it."""
+    there, here = (
+        [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if there != here:
+        raise ResumeError(
+            f"training.resume_from_checkpoint: the optimizer there has groups of {there} parameters, here of {here}; "
+            "others decay or have rates of their own: begin anew, or go on with the code of that run"
+        )
 
 
 def alike(there: Any, here: Any) -> bool:
