@@ -41,7 +41,7 @@ from benchmarks.fuzz_mutations import mutate
 from benchmarks.fuzz_samples import ODD_FILES, Sample, build_samples, make_odd
 from benchmarks.timing import count, markdown_table
 from inference import arguments
-from inference.devices import usable_cores
+from inference.devices import cpu_model, usable_cores
 
 WEIGHTS = {"media": 6, "metadata": 5, "chat": 5, "yaml": 2, "tar": 3, "parquet": 3, "checkpoints": 3}
 """How many inputs of each kind there are, relatively."""
@@ -116,15 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         warm_up(samples, Path(scratch))
         if args.replay:
             return replay([read_kept(place, samples) for place in args.replay], Path(scratch))
-        start, outcomes = time.perf_counter(), {}
+        start, computed, outcomes = time.perf_counter(), computation(), {}
         inputs = draw_inputs(samples, args.inputs, args.seed, args.kinds)
         for tried, outcome in try_inputs(inputs, Path(scratch), args.workers):
             outcomes[tried.number] = (tried, outcome)
             if outcome.is_crash:
                 sys.stderr.write(f"{describe_crash(tried, outcome)}\n")
                 keep(args.keep, args.seed, tried, outcome)
-    seconds = time.perf_counter() - start
-    sys.stdout.write(f"{setting(args, seconds)}\n\n{table(list(outcomes.values()))}")
+    took = f"{time.perf_counter() - start:.0f} s, {computation() - computed:.0f} s of computation"
+    sys.stdout.write(f"{setting(args)}: {took}\n\n{table(list(outcomes.values()))}")
     return int(any(outcome.is_crash for _, outcome in outcomes.values()))
 
 
@@ -326,8 +326,13 @@ def describe_crash(tried: Input, outcome: Outcome) -> str:
     return f"{where}: {outcome.verdict}, {describe(outcome)}: {last[0][:200]!r}"
 
 
-def setting(args: argparse.Namespace, seconds: float) -> str:
-    return f"{args.inputs} inputs, seed {args.seed}, {args.workers} forks at a time: {seconds:.0f} s"
+def setting(args: argparse.Namespace) -> str:
+    return f"{args.inputs} inputs, seed {args.seed}, {args.workers} forks at a time; {cpu_model()}"
+
+
+def computation() -> float:
+    """Seconds that processors have spent on this process and on its forks that have ended."""
+    return sum(os.times()[:4])
 
 
 def table(tried: Sequence[tuple[Input, Outcome]]) -> str:

@@ -409,7 +409,8 @@ def change_table(content: bytes, rng: Random) -> bytes:
     """A column of a parquet file has another name, type or values, or its schema other notes; a whole file."""
     try:
         table = pq.read_table(io.BytesIO(content))
-    except (pa.ArrowException, OSError):
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError):
         return flip_bits(content, rng)
     buffer = io.BytesIO()
     try:
@@ -423,7 +424,9 @@ def change_arrow(content: bytes, rng: Random) -> bytes:
     """The same for a stream of Arrow."""
     buffer = io.BytesIO()
     try:
-        table = changed_table(pa.ipc.open_stream(content).read_all(), rng)
+        table = pa.ipc.open_stream(content).read_all()
+        table.validate(full=True)  # pyarrow takes a stream at its word
+        table = changed_table(table, rng)
         with pa.ipc.new_stream(buffer, table.schema) as stream:
             stream.write_table(table)
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError):

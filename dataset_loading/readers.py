@@ -273,8 +273,8 @@ def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
         return datasets.load_dataset(
             source.path, name=source.config_name, split=source.split, streaming=source.streaming
         )
-    except PARQUET_ERRORS as error:
-        reason = one_line(f"{error} {error.__cause__ or ''}")
+    except (StopIteration, *PARQUET_ERRORS) as error:  # of what has no rows at all, `datasets` takes the first one
+        reason = "it is empty" if isinstance(error, StopIteration) else one_line(f"{error} {error.__cause__ or ''}")
         for path in sorted(
             path for path in Path(source.path).rglob("*") if path.suffix in _TEXT_FORMATS and path.is_file()
         ):

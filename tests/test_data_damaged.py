@@ -61,6 +61,13 @@ def test_damaged_notes_about_columns_are_one_line(tmp_path, kind, damage):
     assert str(path.parent) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_empty_folder_of_the_hub_says_so(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"^source 'none': '.*data' cannot be loaded: it is empty$"):
+        train_of(kind="hub", path=str(tmp_path / "data"), name="none")
+
+
 def write_tar(path, *texts):
     with tarfile.open(path, "w") as tar:
         for number, text in enumerate(texts):

@@ -138,9 +138,15 @@ def faulty_state(folder: Path) -> str | None:
         return f"has no {TRAINER_STATE_NAME}, the last file of a checkpoint"
     except ValueError as error:
         return f"has a damaged {TRAINER_STATE_NAME} ({error})"
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+    if not isinstance(state, dict) or type(state.get("global_step")) is not int:
         return f"has a damaged {TRAINER_STATE_NAME} (no global_step in it)"
-    return None
+    try:
+        loaded = TrainerState(**state)
+    except (TypeError, AttributeError, ValueError) as error:  # names and values that it does not know
+        return f"has a damaged {TRAINER_STATE_NAME} ({' '.join(str(error).split())[:100]})"
+    kinds = {"epoch": int | float | None, "log_history": list, "stateful_callbacks": dict}
+    wrong = next((name for name, kind in kinds.items() if not isinstance(getattr(loaded, name), kind)), None)
+    return None if wrong is None else f"has a damaged {TRAINER_STATE_NAME} ({wrong} is of another type)"
 
 
 def missing_part(folder: Path) -> str | None:
