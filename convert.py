@@ -18,6 +18,8 @@ from conversion.refresh import refresh, skeleton
 from inference import arguments
 from inference.checkpoints import find_checkpoint, is_adapter
 from inference.loading import load_model
+from inference.output import whole_file, whole_folder
+from inference.terminal import write_result
 from model.step_lora import CONFIG as STEP_LORA
 
 
@@ -36,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             written, folder = refresh(args.folder, args.output), args.output or args.folder
             if not (folder / "README.md").is_file():
-                model_card(folder, skeleton(folder)).save(folder / "README.md")
-            sys.stdout.write(f"{len(written)} files written to {folder}\n")
+                with whole_file(folder / "README.md") as beside:
+                    model_card(folder, skeleton(folder)).save(beside)
+            write_result(f"{len(written)} files written to {folder}\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
@@ -79,7 +82,7 @@ def merge(adapter: Path, base: Path | None, output: Path) -> None:
             f"{folder} has deltas for single steps ({STEP_LORA}), which cannot be merged: the core has one set of "
             "weights for all steps. Load it as it is."
         )
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"--output: {output} is not empty; name another folder.")
     model, processor = load_model(folder, base=base)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -87,13 +90,13 @@ def merge(adapter: Path, base: Path | None, output: Path) -> None:
             f"The base of {folder} is saved in 8 or 4 bits, in which most of what was learned would be lost: load the "
             "adapter as it is."
         )
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
     runs = [path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.is_file()]
     run = load_run_config(runs[0]) if runs else None
-    card = model_card(output, model, run and run.resolved, run and sources_of(run.data))
-    card.save(output / "README.md")
-    sys.stdout.write(f"written to {output}\n")
+    with whole_folder(output) as made:
+        model.save_pretrained(made)
+        processor.save_pretrained(made)
+        model_card(output, model, run and run.resolved, run and sources_of(run.data)).save(made / "README.md")
+    write_result(f"written to {output}\n")
 
 
 if __name__ == "__main__":

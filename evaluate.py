@@ -42,6 +42,9 @@ from evaluation import (
 from inference import arguments
 from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import find_checkpoint, load_model, tokenizer_of
+from inference.output import whole_folder
+from inference.prompts import prompt_limit
+from inference.terminal import write_result
 from model import modality_names
 from model.exit_criteria import EXIT_CRITERIA
 from model.quantization import QuantizationConfig
@@ -88,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             depths = [None]
         writer = Writer(processor, args.max_new_tokens)
-        output = make_folder(args.output or Path(args.checkpoint) / "evaluation")
+        limit = prompt_limit(model, args.max_prompt_tokens)
+        check_lengths({**examples, **prompts}, limit)
+        output = writable_folder(args.output or Path(args.checkpoint) / "evaluation")
         rows = depth_table(
             model,
             depths,
@@ -100,16 +105,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             modalities=modality_names(),
             writer=None if args.no_texts else writer,
         )
-        sys.stdout.write(markdown_table(rows))
+        write_result(markdown_table(rows))
         about = {"checkpoint": str(checkpoint), "data": dataclasses.asdict(run.data), "limit": args.limit}
-        paths = save_depth_table(rows, output, about)
+        with whole_folder(output) as made:
+            names = [path.name for path in save_depth_table(rows, made, about)]
         if prompts and not args.no_media:
             table = write_media(model, depths, prompts, writer, judges, networks, args)
-            sys.stdout.write(f"\n{media_markdown(table)}")
+            write_result(f"\n{media_markdown(table)}")
             how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.judge]}
             how["feature_networks"] = [str(path) for path in args.feature_network]
-            paths += save_media_table(table, output, {**about, **how})
-        sys.stdout.write("\nwritten to " + ", ".join(map(str, paths)) + "\n")
+            with whole_folder(output) as made:
+                names += [path.name for path in save_media_table(table, made, {**about, **how})]
+        write_result("\nwritten to " + ", ".join(str(output / name) for name in names) + "\n")
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
@@ -140,6 +147,11 @@ def build_parser() -> arguments.OneLineParser:
         "--max-new-tokens",
         type=arguments.new_tokens,
         help="most tokens of an answer; default: twice as many as its reference has",
+    )
+    parser.add_argument(
+        "--max-prompt-tokens",
+        type=arguments.prompt_tokens,
+        help="most tokens of a question with its answer; default: as many as the model has positions",
     )
     add_media_arguments(parser)
     parser.add_argument("--output", type=Path, help="folder for the files; default: evaluation in the given folder")
@@ -191,15 +203,26 @@ def generate_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def make_folder(folder: Path) -> Path:
-    """The folder, made if missing, in which a file could be written just now.
+def check_lengths(examples: dict[str, Sequence[dict]], limit: int) -> None:
+    """Raise ValueError for an example of more tokens, with the name of its source."""
+    for name, rows in examples.items():
+        longest = max((len(row["input_ids"]) for row in rows), default=0)
+        if longest > limit:
+            raise ValueError(
+                f"source {name!r} has an example of {longest} tokens, more than {limit}: leave it out, or raise "
+                "--max-prompt-tokens."
+            )
+
+
+def writable_folder(folder: Path) -> Path:
+    """The folder, which may be missing, if a file could be written there just now.
 
     Raises:
         ValueError: none could.
     """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             return folder
     except OSError as error:
         raise ValueError(

@@ -19,9 +19,12 @@ from evaluate import read_run_config, run_seed, split_overrides
 from evaluation.reconstruction import PictureScores, PrincipalComponents, SoundScores, reconstruction_scores
 from evaluation.report import format_table
 from inference import arguments
+from inference.checkpoints import blamed_on, check_files, weight_files
 from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import check_loading
+from inference.terminal import write_result
 from model import MegaTransformerVocoder, codec_media, waveform_of
+from model.weight_files import build_skeleton, check_finite, check_fit, declared_weights
 from pretrain import MODELS
 
 logger = logging.getLogger("evaluate_codec")
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = read_run_config(args.checkpoint, overrides)
         model = load_codec(args.checkpoint, run).to(choose_device(args.device))
         choose_threads(model)
-        sys.stdout.write(table_of(model, run, args.limit))
+        write_result(table_of(model, run, args.limit))
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
@@ -71,12 +74,21 @@ def load_codec(folder: Path, run: RunConfig) -> PreTrainedModel:
     """The model in a folder, ready for evaluation.
 
     Raises:
-        ValueError: it is no codec, or its weights do not fit its configuration.
+        ValueError: it is no codec, its weights do not fit its configuration, or a file is damaged.
     """
     if not isinstance(run.model, CODEC_CONFIGS):
         raise ValueError(f"{folder} holds a {run.model.model_type}, which is no codec; use evaluate.py")
-    model, report = MODELS[type(run.model)].from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    check_files(folder)
+    model_class, config_class = MODELS[type(run.model)], type(run.model)
+    with blamed_on(f"The codec in {folder} is damaged", "use another checkpoint."):
+        config = config_class.from_pretrained(folder, local_files_only=True)
+        declared = declared_weights(folder / name for name in weight_files(folder))
+        check_fit(folder, build_skeleton(model_class, config, declared), declared)
+        model, report = model_class.from_pretrained(
+            folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     check_loading(folder, report)
+    check_finite(folder, model)
     return model.eval()
 
 

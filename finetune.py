@@ -22,7 +22,7 @@ from evaluation import METRICS, trainer_metrics
 from inference.adapters import base_model
 from inference.checkpoints import adapters_in, find_checkpoint, reads_media
 from inference.loading import load_model, tokenizer_of
-from inference.shutdown import end_process
+from inference.shutdown import run_to_the_end
 from model import modality_names
 from model.chat import encode_conversation, prepare_tokenizer
 from model.recurrence import draw_training_states, sample_depth
@@ -221,4 +221,4 @@ BUILDERS: dict[str, Callable[[FinetuningConfig, torch.nn.Module, Processor], Tra
 
 
 if __name__ == "__main__":
-    end_process(main())
+    run_to_the_end(main)

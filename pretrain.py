@@ -3,12 +3,14 @@
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
+import copy
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
@@ -20,17 +22,17 @@ from configs import (
     CODEC_CONFIGS,
     ResolvedConfig,
     RunConfig,
-    check_optimizer,
-    check_output_dir,
     load_config,
     one_line_errors,
 )
+from configs.resuming import Start, config_text, find_start
 from dataset_loading import Collator, build_datasets, build_examples, build_tokenizer
 from dataset_loading.codec_data import build_codec_datasets
 from evaluation import METRICS, trainer_metrics
 from evaluation.reconstruction import PictureScores, SoundScores, mean_scores
 from inference.devices import choose_threads, device_report
-from inference.shutdown import end_process
+from inference.shutdown import run_to_the_end
+from inference.terminal import write_result
 from model import (
     MegaTransformerConfig,
     MegaTransformerForCausalLM,
@@ -52,9 +54,13 @@ from trainers import (
     RecurrentTrainingArguments,
     check_weights,
     describe_needs,
-    find_resume_point,
     get_trainer_class,
 )
+from trainers.ranks import decide
+from trainers.resumed import ResumeError
+from trainers.resuming import TRAINER_STATE_NAME, save_state_of
+from trainers.run_lock import RunLock
+from trainers.signals import StopCallback, StopRequest, watch_launcher
 
 logger = logging.getLogger("pretrain")
 
@@ -76,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_output(run.log_level)
     if run.is_dry_run:
         if os.environ.get("RANK", "0") == "0":
-            sys.stdout.write(describe_run(run))
+            write_result(describe_run(run))
         return 0
     build = build_codec_trainer if isinstance(run.model, CODEC_CONFIGS) else build_trainer
     return run_training(run, build)
@@ -89,29 +95,54 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         build: run and checkpoint to go on from -> trainer.
 
     Raises:
-        SystemExit: as `main`.
+        SystemExit: as `main`, and with 143 or 130 after SIGTERM or Ctrl-C.
     """
     logger.info("%s", device_report())
+    with StopRequest() as request:
+        return build_and_train(run, build, request)
+
+
+def build_and_train(run: ResolvedConfig, build: Callable[..., Trainer], request: StopRequest) -> int:
+    """As `run_training`, until there is a signal."""
+    args, lock = run.training, RunLock(run.training.output_dir)
+    watch_launcher()
     try:
         with one_line_errors():
-            run.training.check_launcher()
-            check_output_dir(run)
-            resume_point = find_resume_point(run.training)
-            if resume_point is not None:
-                check_optimizer(run, resume_point)
-            trainer = build(run, resume_point)
+            args.check_launcher()
+            start = decide(lambda: begin(run, lock), args)
+            if start.is_finished:
+                logger.info("%s holds the finished run: nothing is left to do", args.output_dir)
+                return 0
+            trainer = build(run, start.checkpoint)
+            decide(lock.take, args)
         choose_threads(trainer.model)
         card = ModelCardWriter(run.resolved, sources_of(run.data))
+        trainer.config_text = config_text(run)
         trainer.add_callback(ConfigWriter(run))
         trainer.add_callback(card)
-        train(trainer, resume_point)
-        if trainer.is_world_process_zero():
-            card.write(trainer.args.output_dir, trainer.model, trainer.state)
+        trainer.stop = StopCallback(request)
+        with one_line_errors((ResumeError, NoRowsError)):
+            train(trainer, start.checkpoint, card)
     finally:
         # Left open, the group makes the launcher wait, or report a failure that was none.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        lock.release()
     return 0
+
+
+def begin(run: ResolvedConfig, lock: RunLock) -> Start:
+    """Where a run begins, in a folder that no other run writes to; a folder that is not there yet is not made.
+
+    Raises:
+        ValueError: as `find_start`, and for a folder in use.
+    """
+    start = find_start(run)
+    if not start.is_finished:
+        lock.take(may_make_folder=False)
+    if start.checkpoint is None and start.may_be_complete:
+        logger.warning("%s holds no whole checkpoint to go on from: the run begins anew", run.training.output_dir)
+    return start
 
 
 def set_up_output(log_level: str) -> None:
@@ -140,7 +171,7 @@ def describe_run(run: RunConfig) -> str:
 
 class ConfigWriter(TrainerCallback):
     """Writes config.yaml when training begins: all is built and loaded then, and no refused start has replaced the file
-    of an earlier run.
+    of an earlier run. The state of a finished run that is replaced is removed: it would say that this one is finished.
     """
 
     def __init__(self, run: ResolvedConfig) -> None:
@@ -150,6 +181,8 @@ class ConfigWriter(TrainerCallback):
         """Write it, on the first rank."""
         if state.is_world_process_zero:
             self.run.save(os.path.join(args.output_dir, "config.yaml"))
+            if state.global_step == 0:
+                Path(args.output_dir, TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
 def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
@@ -288,15 +321,31 @@ def build_media_examples(run: RunConfig, processor: PreTrainedTokenizerFast | Pr
     }
 
 
-def train(trainer: Trainer, resume_point: str | None) -> None:
-    """Train, save weights, tokenizer and code in the run folder, evaluate."""
-    trainer.train(resume_from_checkpoint=resume_point)
-    trainer.save_model()
-    trainer.save_state()
+class NoRowsError(ValueError):
+    """Data of which not one row came, as only their end shows."""
+
+
+def train(trainer: Trainer, resume_point: str | None, card: ModelCardWriter) -> None:
+    """Train, save weights, tokenizer and code in the run folder, evaluate; last the state, which says that all of it is
+    there.
+
+    Raises:
+        NoRowsError: for data that gave none.
+    """
+    with trainer.stop.request.deferred():
+        trainer.train(resume_from_checkpoint=resume_point)
+        if trainer.state.global_step == 0:
+            raise NoRowsError("data.train: not one row came of it, and nothing was trained; look at its sources")
+        trainer.save_model()
+    state = copy.copy(trainer.state)
+    state.log_history = list(state.log_history)  # the evaluation below has a file of its own
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "runtime" not in name))
+    if trainer.is_world_process_zero():
+        card.write(trainer.args.output_dir, trainer.model, trainer.state)
+        save_state_of(state, trainer.args.output_dir)
 
 
 if __name__ == "__main__":
-    end_process(main())
+    run_to_the_end(main)

@@ -21,10 +21,12 @@ from transformers import set_seed
 from callbacks import model_card, sources_of
 from configs import RunConfig
 from dataset_loading import Collator, build_datasets
-from evaluate import find_run_config, make_folder, read_run_config
+from evaluate import find_run_config, read_run_config, writable_folder
 from inference import arguments
 from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import find_checkpoint, load_model
+from inference.output import whole_folder
+from inference.terminal import write_result
 from model import MegaTransformerForCausalLM
 from model.exit_criteria import relative_change
 
@@ -49,18 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         choose_threads(model)
         if model.text_config.num_core_layers == 0:
             raise ValueError(f"{checkpoint} has no core (num_core_layers is 0), so there is nothing to exit from")
-        output = make_folder(args.output or Path(args.checkpoint) / "exit_probe")
+        output = writable_folder(args.output or Path(args.checkpoint) / "exit_probe")
         set_seed(args.seed)
         loader = training_batches(run, tokenizer, args)
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
     share = train(model, loader, args)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    model_card(output, model, run.resolved, sources_of(run.data)).save(output / "README.md")
-    shutil.copy(find_run_config(checkpoint), output / "config.yaml")
-    sys.stdout.write(f"{share:.1%} of the decisions of the last updates were right; written to {output}\n")
+    try:
+        with whole_folder(output) as made:
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            model_card(output, model, run.resolved, sources_of(run.data)).save(made / "README.md")
+            shutil.copy(find_run_config(checkpoint), made / "config.yaml")
+    except ValueError as error:
+        parser.error(str(error))
+    write_result(f"{share:.1%} of the decisions of the last updates were right; written to {output}\n")
     return 0
 
 

@@ -21,10 +21,12 @@ from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.media_sources import load_conversations
 from dataset_loading.references import read_medium
 from dataset_loading.validation import BadRows
-from evaluate import make_folder
+from evaluate import writable_folder
 from evaluation import Judge, JudgeConfig, LabelledMedia, save_judge, train_judge
 from inference import arguments
 from inference.devices import choose_threads
+from inference.output import whole_folder
+from inference.terminal import write_result
 from model import load_audio, load_image
 
 logger = logging.getLogger("train_judge")
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(args.log_level)
     datasets.disable_progress_bars()
     try:
-        output = make_folder(args.output)
+        output = writable_folder(args.output)
         train = labelled_media(args.data, args)
         if args.validation is None:
             train, held_out = divide(train, args.seed)
@@ -59,11 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         judge = train_judge(config, train, held_out, args.epochs, seed=args.seed)
         about = {"data": str(args.data), "label_column": args.label_column, "validation": str(args.validation)}
         counts = {"num_train": len(train.media), "num_held_out": len(held_out.media), "seed": args.seed}
-        digest = save_judge(judge, output, {**about, **counts})
+        with whole_folder(output) as made:
+            digest = save_judge(judge, made, {**about, **counts})
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
-    sys.stdout.write(
+    write_result(
         f"{judge.real_accuracy:.1%} of {len(held_out.media)} media held out have the right one of "
         f"{len(config.labels)} labels; written to {output}, digest {digest}\n"
     )

@@ -8,7 +8,6 @@ or written. Paths in a YAML file are relative to that file, paths in flags to th
 
 import argparse
 import dataclasses
-import difflib
 import enum
 import functools
 import json
@@ -20,7 +19,7 @@ import sys
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -38,12 +37,16 @@ from model import (
     MegaTransformerTextConfig,
     MegaTransformerVocoderConfig,
 )
+from model.terminal import one_line
 from model.versions import VersionAction
 from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
 
+from . import strict_yaml
+from .advice import closest
+from .deepspeed_files import find_deepspeed
+
 logger = logging.getLogger(__name__)
 
-DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
 CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
 MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     cls.model_type: cls for cls in (MegaTransformerTextConfig, MegaTransformerConfig, *CODEC_CONFIGS)
@@ -76,14 +79,25 @@ class ResolvedConfig:
         """What is resolved where nothing is given but what selects the classes."""
         raise NotImplementedError
 
+    def reread(self, path: str | Path) -> dict[str, Any]:
+        """Every option of a run of this kind as plain values, as a resolved YAML of earlier code says; options that are
+        younger than that have their defaults.
+
+        Raises:
+            ValueError: for what is no such file.
+        """
+        raise NotImplementedError
+
     def save(self, path: str | Path) -> None:
         """Write the resolved YAML, which alone repeats the run; nobody ever reads half of it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = yaml.dump(self.resolved, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        try:
+            beside.write_text(to_yaml(self.resolved), encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @dataclass
@@ -116,6 +130,10 @@ class RunConfig(ResolvedConfig):
     def defaults(self) -> dict[str, Any]:
         """What is resolved where nothing is given but the class of the model."""
         return resolve(["--model.model_type", self.model.model_type])
+
+    def reread(self, path: str | Path) -> dict[str, Any]:
+        """As said there."""
+        return resolve(["--config", str(path)])
 
 
 def load_config(argv: Sequence[str] | None = None) -> RunConfig:
@@ -153,7 +171,7 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) 
     except kinds as error:
         logger.debug("Where it failed:", exc_info=True)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            sys.stderr.write(f"error: {one_line(error)}\n")
         raise SystemExit(2) from None
 
 
@@ -171,19 +189,6 @@ def check_output_dir(run: ResolvedConfig) -> None:
         raise ValueError(f"training.output_dir: {name!r} is no folder that can be written; choose another")
     if difference := first_difference(folder, run, run.identity):
         raise ValueError(f"training.output_dir: {name} holds another model: {difference}; choose another output_dir")
-
-
-def check_optimizer(run: ResolvedConfig, checkpoint: str | Path) -> None:
-    """Refuse to go on from a checkpoint with another optimizer than that of its run, whose state would not fit.
-
-    Raises:
-        ValueError: for another optimizer, or other arguments of it.
-    """
-    if difference := first_difference(Path(checkpoint).absolute().parent, run, ("training.optim",)):
-        raise ValueError(
-            f"training.resume_from_checkpoint: {checkpoint} has the state of another optimizer: {difference}; go on "
-            "with the same one"
-        )
 
 
 def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...]) -> str | None:
@@ -293,54 +298,50 @@ def read_arguments(argv: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], l
             make_paths_absolute(tree, Path(value).absolute().parent)
             yield f"{value}: ", tree, ["--config", json.dumps(without_absent_parts(tree), default=str)]
         else:
-            tree = value
-            if value.lstrip().startswith(("{", "[")):
-                with suppress(yaml.YAMLError):  # the parser knows whether a string is expected
-                    tree = yaml.load(value, Loader=StrictLoader)
+            tree = read_value(flag, value)
             for key in reversed(flag[2:].replace("-", "_").split(".")):
                 tree = {key: tree}
             yield "", tree, [f"{flag}={value}"]
 
 
-class StrictLoader(yaml.SafeLoader):
-    """Plain values only, nothing is executed; a key that is there twice is an error instead of lost."""
+def read_value(flag: str, value: str) -> Any:
+    """What a flag is given, if that is a list or a mapping; else its text, since the parser knows what is expected.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        for index, (key, _) in enumerate(node.value):
-            if key.value in names[:index]:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: key {key.value!r} is there twice, join the two")
-        return super().construct_mapping(node, deep)
+    Raises:
+        ValueError: for what `strict_yaml` refuses.
+    """
+    try:
+        value.encode("utf-8")  # what an argument has that is not UTF-8 came as surrogates
+        found = strict_yaml.load(value)
+        return found if value.lstrip().startswith(("{", "[")) else value
+    except strict_yaml.RefusedYaml as error:
+        raise ValueError(f"{flag}: {error}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{flag}: the value is not UTF-8; convert it, e.g. with iconv") from error
+    except yaml.YAMLError:
+        return value
 
 
-class StrictDumper(yaml.SafeDumper):
-    """Writes what `StrictLoader` reads."""
-
-
-# As in YAML 1.2: 1e-4 is a number; `no` and 2026-01-01 are strings.
-for cls in (StrictLoader, StrictDumper):
-    cls.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in ("bool", "timestamp")]
-        for first, pairs in cls.yaml_implicit_resolvers.items()
-    }
-    cls.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
-    cls.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+def to_yaml(tree: dict[str, Any]) -> str:
+    """What `read_yaml` reads."""
+    return yaml.dump(tree, Dumper=strict_yaml.StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The content of a configuration file.
 
     Raises:
-        ValueError: for a file that is missing, no YAML or no mapping, or names a key twice.
+        ValueError: for a file that is missing, no YAML or no mapping, or names a key twice, or is refused otherwise
+            (`strict_yaml`).
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=StrictLoader)
+        tree = strict_yaml.load(strict_yaml.read_text(Path(path)))
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--config {path} {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"--config {path}: expected sections such as 'model:', got {str(tree)[:40]!r}")
     return tree
@@ -423,13 +424,6 @@ def check_keys(tree: Any, schema: dict[str, Any] | list | None, origin: str, key
             known = [*schema, "config"] if not (key or origin) else list(schema)
             raise ValueError(f"{origin}unknown key {inner} ({value!r}); {closest(name, known)}")
         check_keys(value, schema[name], origin, inner)
-
-
-def closest(name: Any, known: Sequence[str]) -> str:
-    """Advice about an unknown name."""
-    near = difflib.get_close_matches(str(name), known, n=1)
-    listed = f"known: {', '.join(known)}" if len(known) <= 20 else "--help lists the known ones"
-    return f"did you mean {near[0]}? {listed}" if near else listed
 
 
 @functools.cache
@@ -554,8 +548,7 @@ def build(cls: type, values: dict[str, Any], key: str) -> Any:
     values = dict(values)
     for name, hint in options_of(cls).items():
         value, nested = values.get(name), nested_class(hint)
-        numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, float)]
-        if not all(map(math.isfinite, numbers)):
+        if not (nested or all(map(math.isfinite, numbers_in(value)))):
             raise ValueError(f"{key}.{name}: {value} is not finite; give a number")
         choices = [item.value for part in typing.get_args(hint) if isinstance(part, enum.EnumMeta) for item in part]
         if choices and value is not None and value not in choices:
@@ -575,6 +568,15 @@ def build(cls: type, values: dict[str, Any], key: str) -> Any:
         raise ValueError(f"{key}{reason}" if reason.startswith((".", ":")) else f"{key}: {reason}") from error
 
 
+def numbers_in(value: Any) -> Iterator[float]:
+    """The floats in a value, in its lists and mappings too."""
+    if isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(part)
+    elif isinstance(value, float):
+        yield value
+
+
 def network_problem(message: str) -> str:
     """Why the processes of a run do not find each other."""
     port = os.environ.get("MASTER_PORT")
@@ -584,28 +586,6 @@ def network_problem(message: str) -> str:
             "`deepspeed --master_port 29501 pretrain.py`"
         )
     return f"MASTER_ADDR and MASTER_PORT: {os.environ.get('MASTER_ADDR')}:{port} does not answer: {message}"
-
-
-def find_deepspeed(value: Any) -> Any:
-    """The path of a DeepSpeed JSON that is given as a path or as a name in `configs/deepspeed/`."""
-    if not isinstance(value, str):
-        return value
-    for path in (Path(value), DEEPSPEED_FOLDER / value, DEEPSPEED_FOLDER / f"{value}.json"):
-        if path.is_file():
-            check_deepspeed_file(path)
-            return str(path)
-    known = ", ".join(sorted(path.stem for path in DEEPSPEED_FOLDER.glob("*.json")))
-    raise ValueError(f"training.deepspeed: {value} does not exist; give a path or one of {known}")
-
-
-def check_deepspeed_file(path: Path) -> None:
-    """Raises ValueError for a file that holds no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"training.deepspeed: {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"training.deepspeed: {path} holds a {type(content).__name__}, not an object")
 
 
 def check_trainer(model: PreTrainedConfig, trainer: str) -> None:

@@ -26,14 +26,14 @@ from . import (
     absent_of,
     add_group,
     build,
-    closest,
     empty_parser,
-    find_deepspeed,
     one_line_errors,
     parse,
     read_arguments,
     schema_of,
 )
+from .advice import closest
+from .deepspeed_files import find_deepspeed
 
 DEFAULT_TRAINER = "sft"
 # What the sections `model` and `data` say instead.
@@ -105,6 +105,10 @@ class FinetuningConfig(ResolvedConfig):
     def defaults(self) -> dict[str, Any]:
         """What is resolved where nothing is given but the trainer and the checkpoint."""
         return resolve(["--trainer", self.trainer, "--model.path", self.model.path])
+
+    def reread(self, path: str | Path) -> dict[str, Any]:
+        """As said there."""
+        return resolve(["--config", str(path)])
 
 
 def load_finetuning_config(argv: Sequence[str] | None = None) -> FinetuningConfig:

@@ -7,8 +7,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
@@ -22,6 +20,8 @@ from model import (
     MegaTransformerTextModel,
     MegaTransformerVocoder,
 )
+from model.backbones import reason_of
+from model.weight_files import build_skeleton, check_fit, declared_weights
 
 MODELS: dict[str, type[PreTrainedModel]] = {
     cls.__name__: cls
@@ -36,6 +36,7 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     )
 }
 PROCESSOR = "processor_config.json"
+MANIFEST = "manifest.json"  # of the files as training saved them; a refreshed checkpoint has none
 
 
 def refresh(folder: Path, output: Path | None = None) -> list[str]:
@@ -68,10 +69,11 @@ def refresh(folder: Path, output: Path | None = None) -> list[str]:
         written = sorted(path.name for path in made.iterdir())
         if output is not None:
             for path in folder.iterdir():
-                if path.is_file() and path.name not in {*written, *old_code}:
+                if path.is_file() and path.name not in {*written, *old_code, MANIFEST}:
                     shutil.copy2(path, made)
             made.replace(output)
             return written
+        (folder / MANIFEST).unlink(missing_ok=True)
         for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):  # last, as it names the others
             path.replace(folder / path.name)
         for name in old_code - set(written):
@@ -86,14 +88,19 @@ def skeleton(folder: Path) -> PreTrainedModel:
         ValueError: the folder holds no checkpoint of these models, or its weights are not those of its configuration.
     """
     content = read_config(folder)
-    names = content.get("architectures") or []
-    if not names or names[0] not in MODELS:
-        raise ValueError(f"{folder} holds no checkpoint of these models: its config.json has architectures {names}")
+    names = content.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str) or names[0] not in MODELS:
+        raise ValueError(
+            f"{folder} holds no checkpoint of these models: its config.json has architectures {repr(names)[:60]}"
+        )
     model_class = MODELS[names[0]]
-    config = model_class.config_class.from_dict({key: value for key, value in content.items() if key != "auto_map"})
-    with torch.device("meta"):
-        model = model_class(config)
-    check_weights(folder, model)
+    declared = declared_weights(sorted(folder.glob("model*.safetensors")))
+    try:
+        config = model_class.config_class.from_dict({key: value for key, value in content.items() if key != "auto_map"})
+        model = build_skeleton(model_class, config, declared)
+    except Exception as error:  # of all kinds: values of wrong types reach code of libraries
+        raise ValueError(f"{folder / 'config.json'} is wrong ({reason_of(error)}): use another checkpoint") from error
+    check_fit(folder, model, declared)
     return model
 
 
@@ -102,38 +109,18 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no checkpoint: it has no config.json; an adapter has no code to refresh")
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict:
+    """The object in a JSON file; ValueError where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({reason_of(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
     return content
-
-
-def check_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Raises ValueError for weights that are missing, left over, or of another shape. Rounded weights (of 8 or 4 bits)
-    have shapes and companions of their own, so that of these only the missing ones are found.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in model.all_tied_weights_keys:
-        expected.pop(name, None)
-    found: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as weights:
-                found |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): use another checkpoint") from error
-    wrong = expected.keys() - found.keys()
-    if getattr(model.config, "quantization_config", None) is None:
-        wrong |= found.keys() - expected.keys() - model.all_tied_weights_keys.keys()
-        wrong |= {name for name in expected.keys() & found.keys() if expected[name] != found[name]}
-    if wrong:
-        raise ValueError(
-            f"{folder}: its weights are not those of its config.json: {len(wrong)} are missing, left over or of "
-            f"another shape ({', '.join(sorted(wrong)[:3])}{', ...' if len(wrong) > 3 else ''})"
-        )
 
 
 def code_of(folder: Path) -> set[str]:
@@ -141,8 +128,10 @@ def code_of(folder: Path) -> set[str]:
     files = set()
     for name in ("config.json", PROCESSOR):
         path = folder / name
-        targets = json.loads(path.read_text(encoding="utf-8")).get("auto_map", {}) if path.is_file() else {}
-        for target in targets.values():
+        targets = read_object(path).get("auto_map") if path.is_file() else None
+        for target in targets.values() if isinstance(targets, dict) else ():
+            if not isinstance(target, str):
+                raise ValueError(f"{path} has an auto_map to {repr(target)[:60]}; correct it to FILE.CLASS")
             module = folder / f"{target.rpartition('--')[2].split('.')[0]}.py"
             if module.is_file():
                 files |= {module.name, *(Path(file).name for file in get_relative_import_files(module))}
@@ -154,7 +143,10 @@ def save_without_weights(model: PreTrainedModel, folder: Path, output: Path) -> 
     model.config.save_pretrained(output)
     custom_object_save(model, output)
     if (folder / PROCESSOR).is_file():
-        processor = MegaTransformerProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        try:
+            processor = MegaTransformerProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the libraries of its parts raise nothing narrower
+            raise ValueError(f"the processor in {folder} is damaged ({reason_of(error)}): use another") from error
         processor.save_pretrained(output)
         for path in output.iterdir():
             if path.suffix != ".py" and path.name not in ("config.json", PROCESSOR):

@@ -78,12 +78,17 @@ class Augmenter:
 
     Args:
         sampling_rates: by kind of recordings.
+        max_samples: how many are read, by kind; nothing makes a recording longer. None: all are.
     """
 
     def __init__(
-        self, config: AugmentationConfig, tokenizer: PreTrainedTokenizerFast, sampling_rates: Mapping[str, int]
+        self,
+        config: AugmentationConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        sampling_rates: Mapping[str, int],
+        max_samples: Mapping[str, int] | None = None,
     ):
-        self.config, self.sampling_rates = config, sampling_rates
+        self.config, self.sampling_rates, self.max_samples = config, sampling_rates, max_samples or {}
         self.of_images = {
             "image": config.image,
             "written_image": ImageAugmentationConfig(crop=config.image.crop, flip=config.image.flip),
@@ -114,7 +119,8 @@ class Augmenter:
             if kind in self.of_images:
                 return change_image(medium, text, self.of_images[kind], rng)
             if kind in self.of_recordings:
-                return change_audio(medium, self.sampling_rates[kind], text, self.of_recordings[kind], rng)
+                rate, most = self.sampling_rates[kind], self.max_samples.get(kind)
+                return change_audio(medium, rate, text, self.of_recordings[kind], rng, most)
         return medium
 
     def mask(self, kind: str, tensor: torch.Tensor, text: str, rng: np.random.Generator) -> torch.Tensor:
@@ -160,14 +166,27 @@ def change_image(
 
 
 def change_audio(
-    waveform: np.ndarray, sampling_rate: int, text: str, config: AudioAugmentationConfig, rng: np.random.Generator
+    waveform: np.ndarray,
+    sampling_rate: int,
+    text: str,
+    config: AudioAugmentationConfig,
+    rng: np.random.Generator,
+    max_samples: int | None = None,
 ) -> np.ndarray:
-    """A recording, longer by `Augmenter.stretch` and `Augmenter.silence` at most."""
+    """A recording, longer by `Augmenter.stretch` and `Augmenter.silence` at most.
+
+    Args:
+        max_samples: what is read of it; a change that would push its end beyond is left out, or as small as it has to
+            be.
+    """
     samples = torch.from_numpy(waveform)
+    most = float("inf") if max_samples is None else max(max_samples, len(waveform))
     if config.speed and may_change("speed", text):
-        samples = AF.speed(samples, sampling_rate, float(rng.choice(config.speed)))[0]
+        changed = AF.speed(samples, sampling_rate, float(rng.choice(config.speed)))[0]
+        samples = changed if len(changed) <= most else samples
     if config.shift and may_change("shift", text):
-        samples = torch.nn.functional.pad(samples, (int(rng.uniform(0, config.shift) * sampling_rate), 0))
+        silence = min(int(rng.uniform(0, config.shift) * sampling_rate), most - len(samples))
+        samples = torch.nn.functional.pad(samples, (silence, 0))
     if config.volume and may_change("volume", text):
         samples = AF.gain(samples, rng.uniform(-config.volume, config.volume))
     if config.noise_snr is not None and may_change("noise", text) and samples.any():

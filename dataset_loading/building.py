@@ -80,8 +80,10 @@ def build_datasets(
     split = load_split(config, seed, builder.bad_rows)
     validation = {source.label: builder.build("validation", source, rows) for source, rows in split.validation}
     if any(isinstance(rows, IterableDataset) for _, rows in split.train):
+        builder.bad_rows.report()
         return RunDatasets(builder.stream(split), validation, builder.report)
     parts = [builder.build("train", source, rows) for source, rows in split.train]
+    builder.bad_rows.report()
     train = parts[0] if len(parts) == 1 else MixtureDataset(parts, [source.weight for source in config.train], seed)
     _check_size(train, builder.report, config, batch_size)
     return RunDatasets(train, validation, builder.report)
@@ -99,10 +101,12 @@ def build_validation(
         ValueError: as `build_datasets`.
     """
     builder = _Builder(config, processor, seed, vocab_size)
-    return {
+    validation = {
         source.label: builder.build("validation", source, rows)
         for source, rows in load_validation(config, seed, builder.bad_rows)
     }
+    builder.bad_rows.report()
+    return validation
 
 
 def build_examples(
@@ -140,7 +144,9 @@ def build_examples(
     rows = rows if limit is None else rows.take(min(limit, len(rows)))
     if source.is_media:
         documents = builder.read(replace(source, loss_on="answer"), rows)
+        builder.bad_rows.report()
         return MediaExamples(source, documents, builder.reader, (checks or {}).get(source.task))
+    builder.bad_rows.report()
     documents = tokenize_rows(source, rows, builder.tokenizer, config.preprocessing_workers, loss_on="answer")
     examples = []
     for row, (tokens, loss_start) in zip(rows, documents, strict=True):
@@ -163,7 +169,7 @@ class _Builder:
     ):
         self.config, self.processor, self.seed = config, processor, seed
         self.tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
-        self.bad_rows = BadRows(config.max_bad_rows)
+        self.bad_rows = BadRows.of_building(config.max_bad_rows)
         self.report: list[SourceReport] = []
         _check_vocabulary(self.tokenizer, vocab_size)
 
@@ -182,8 +188,10 @@ class _Builder:
         is_exact = source.kind == "generated" and source.has_media
         if role != "train" or is_exact or not source.augment or config.augmentation == AugmentationConfig():
             return None
-        sampling_rates = self.reader.sampling_rates if source.is_media else {}
-        return Augmenter(config.augmentation, self.tokenizer, sampling_rates)
+        sampling_rates, max_samples = (
+            (self.reader.sampling_rates, self.reader.max_samples) if source.is_media else ({}, {})
+        )
+        return Augmenter(config.augmentation, self.tokenizer, sampling_rates, max_samples)
 
     def condition_drop(self, role: str) -> ConditionDrop | None:
         """What hides prompts of media that are written, if anything does."""

@@ -118,7 +118,7 @@ def build_codec_datasets(
     """
     for source in (*config.train, *config.validation):
         _check_source(source, media.kind)
-    bad_rows = BadRows(config.max_bad_rows)
+    bad_rows = BadRows.of_building(config.max_bad_rows)
     split = load_split(config, seed, bad_rows)
     parts = [_build(source, rows, "train", config, media, seed, bad_rows) for source, rows in split.train]
     train = parts[0] if len(parts) == 1 else MixtureDataset(parts, [source.weight for source in config.train], seed)
@@ -127,10 +127,12 @@ def build_codec_datasets(
             f"the train data has {len(train)} media of type {media.kind!r}, less than one batch of {batch_size}; add "
             "data, or lower the batch size"
         )
-    return train, {
+    validation = {
         source.label: _build(source, rows, "validation", config, media, seed, bad_rows)
         for source, rows in split.validation
     }
+    bad_rows.report()
+    return train, validation
 
 
 def _check_source(source: SourceConfig, kind: str) -> None:

@@ -37,6 +37,11 @@ _KINDS_OF_FIELD = {
 # Fields that only documents without media read, and what does the same for those with media.
 _TEXT_ONLY = {"prompt_column": "prompt: '{column}'", "separator": "prompt"}
 
+MAX_WORKERS = 1024
+"""Processes that read data."""
+MAX_GENERATED_ROWS = 10**8
+"""Of a generated source, whose rows are all in memory."""
+
 # Folders that are called so are called by the folder above.
 _NAMES_OF_SPLITS = ("train", "validation", "valid", "val", "test", "data")
 
@@ -186,6 +191,8 @@ class SourceConfig:
         task = get_task(self.task)
         if self.num_rows < 1:
             raise ValueError(f"num_rows is {self.num_rows}, but a source needs rows; give at least 1")
+        if self.num_rows > MAX_GENERATED_ROWS:
+            raise ValueError(f"num_rows is {self.num_rows}, more than memory holds; give at most {MAX_GENERATED_ROWS}")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; give a number that is not negative")
         if self.role not in (None, "train", "validation", "test"):
@@ -332,6 +339,8 @@ class DataConfig:
             )
         if not 0 <= self.condition_drop < 1:
             raise ValueError(f"condition_drop is {self.condition_drop}; give at least 0 and less than 1, e.g. 0.1")
+        if self.preprocessing_workers > MAX_WORKERS:
+            raise ValueError(f"preprocessing_workers is {self.preprocessing_workers}; give at most {MAX_WORKERS}")
         smallest = {"block_size": 2, "max_bad_rows": 0, "preprocessing_workers": 1, "streaming_validation_rows": 1}
         for name, least in smallest.items():
             if getattr(self, name) < least:

@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from .documents import encode_texts
+from .message_keys import reason_against_message, reason_against_part
 from .references import UnusableRow, reference_to
 from .validation import reason_against
 
@@ -33,21 +34,30 @@ def answer_to(given: Sequence[dict], prompt: str, answer: str, shown: Sequence[d
     return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
 
 
-def parse_messages(value: object, attached: Mapping[str, list[dict]], folder: Path | None) -> list[dict]:
+def parse_messages(
+    value: object, attached: Mapping[str, list[dict]], folder: Path | None, loss_on: str = "answer"
+) -> list[dict]:
     """Messages as they stand in a file, checked, each with a list of parts that say where their media are.
 
     Args:
         attached: references by kind, for the parts of that kind that name no file, in order; where no part does, they
             are put in front of what the user says first.
         folder: that which names of files are relative to.
+        loss_on: as in `tokenize_conversations`.
 
     Raises:
-        UnusableRow: these are no messages, a part is of an unknown type, a medium is missing or left over, or there is
-            nothing to learn.
+        UnusableRow: these are no messages, a part is of an unknown type, a medium is missing or left over, there is
+            nothing to learn, or something is said besides that changes what is to be learned.
     """
     if not isinstance(value, list) or not value:
         raise UnusableRow(f"messages are {_name(value)}, not a list of {{role, content}}")
+    for message in value:
+        is_answer = isinstance(message, dict) and message.get("role") == "assistant"
+        if isinstance(message, dict) and (reason := reason_against_message(message, loss_on == "all" or is_answer)):
+            raise UnusableRow(_sharegpt_reason(message) or reason)
     waiting = {kind: list(references) for kind, references in attached.items()}
+    for kind, references in attached.items():
+        value = _with_places(value, kind, len(references)) if references else value
     messages = [_parse_message(message, waiting, folder) for message in value]
     first = next((message for message in messages if message["role"] == "user"), None)
     for kind, references in waiting.items():
@@ -65,6 +75,54 @@ def parse_messages(value: object, attached: Mapping[str, list[dict]], folder: Pa
 
 def _name(value: object) -> str:
     return "an empty list" if value == [] else type(value).__name__
+
+
+def _with_places(messages: list, kind: str, count: int) -> list:
+    """Messages in which a mark such as "<image>" in a text, as LLaVA writes it, is a part.
+
+    Raises:
+        UnusableRow: there are more or fewer marks than media.
+    """
+    mark = f"<{kind}>"
+    placed = [_with_parts(message, mark, kind) if isinstance(message, dict) else message for message in messages]
+    found = sum(_count_parts(message, kind) for message in placed) - sum(
+        _count_parts(message, kind) for message in messages
+    )
+    if found not in (0, count):
+        raise UnusableRow(f"{count} media of type {kind!r}, but {found} marks {mark!r} in the texts for them")
+    return placed if found else messages
+
+
+def _count_parts(message: object, kind: str) -> int:
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else ()
+    return sum(isinstance(part, dict) and part.get("type") == kind for part in parts)
+
+
+def _with_parts(message: dict, mark: str, kind: str) -> dict:
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}] if mark in content else content
+    if not isinstance(content, list):
+        return message
+    parts: list = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            parts.append(part)
+            continue
+        for number, piece in enumerate(text.split(mark)):
+            parts += [{"type": kind}] * (number > 0) + [{"type": "text", "text": piece}] * bool(piece)
+    return {**message, "content": parts}
+
+
+def _sharegpt_reason(message: dict) -> str | None:
+    if {"from", "value"} <= message.keys() and "role" not in message:
+        return (
+            "a message has 'from' and 'value', as ShareGPT writes it; rename them to role and content, and in role "
+            "human to user and gpt to assistant"
+        )
+    return None
 
 
 def _parse_message(message: object, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
@@ -89,8 +147,13 @@ def _parse_part(part: object, waiting: dict[str, list[dict]], folder: Path | Non
             raise UnusableRow(f"a part of type 'text' has {type(text).__name__} as its text, not a string")
         if text.strip() and (reason := reason_against(part, ("text",))):
             raise UnusableRow(reason)
+        if reason := reason_against_part(part, ("type", "text")):
+            raise UnusableRow(reason)
         return {"type": "text", "text": text}
-    named = next((part[key] for key in (kind, "path", "file_name") if part.get(key) is not None), None)
+    names = (kind, "path", "file_name")
+    if reason := reason_against_part(part, ("type", *names)):
+        raise UnusableRow(reason)
+    named = next((part[key] for key in names if part.get(key) is not None), None)
     if named is not None:
         return reference_to(kind, named, folder)
     if not waiting.get(kind):

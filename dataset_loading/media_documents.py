@@ -178,5 +178,8 @@ def read_conversations(
         except UnreadableMedium as error:
             problem = str(error)
         if length > block_size and not problem:
-            problem = f"{length} tokens, more than data.block_size {block_size}; raise it, or make the media smaller"
+            media_tokens = length - len(document.tokens) + len(media)
+            of_media = f", {media_tokens} of them of media" if media else ""
+            smaller = "make the media smaller" if 2 * media_tokens > length else "shorten the texts"
+            problem = f"{length} tokens{of_media}, more than data.block_size {block_size}; raise it, or {smaller}"
         yield document.tokens, document.is_label, length, modality, problem

@@ -11,6 +11,9 @@ from .conversations import ROLES, normalized, special_id, spelled_roles, text_of
 from .references import place_of, read_medium
 from .synthetic import get_task
 
+_CUT_SECONDS = 0.1
+"""What may be cut off a recording: no word is as short."""
+
 
 class UnreadableMedium(ValueError):
     """A medium that cannot be used; the message is the reason."""
@@ -52,18 +55,27 @@ class MediaReader:
         probe = [{"role": role, "content": f"{role} says"} for role in ROLES]
         parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in probe]
         (tokenized,) = tokenize_conversations([parts], self.tokenizer, self.placeholders, "answer")
-        rendered = processor.apply_chat_template(probe, tokenize=False)
+        try:
+            rendered = processor.apply_chat_template(probe, tokenize=False)
+        except Exception as error:  # whatever the operations of a template raise
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            raise ValueError(f"the chat template fails ({reason}); use the template of `model.chat`") from error
         ids = self.tokenizer.encode(rendered, add_special_tokens=False)
         ours, theirs = self.tokenizer.decode(tokenized.tokens), self.tokenizer.decode(ids)
         if ours != theirs:
             raise ValueError(
-                f"the chat template gives {theirs!r} where rows have {ours!r}; use the template of `model.chat`"
+                f"the chat template gives {theirs[:300]!r} where rows have {ours!r}; use the template of `model.chat`"
             )
 
     @property
     def placeholders(self) -> dict[str, int]:
         """Token ids by kind."""
         return {kind: ids[0] for kind, ids in self.tokens.items()}
+
+    @property
+    def max_samples(self) -> dict[str, int]:
+        """Of the kinds that are recordings: how many samples are read."""
+        return {name: int(self.kinds[name].max_seconds * rate) for name, rate in self.sampling_rates.items()}
 
     @property
     def sampling_rates(self) -> dict[str, int]:
@@ -119,11 +131,27 @@ class MediaReader:
         if "task" in reference:
             size = get_task(reference["task"]).medium_size(reference["medium"])
         else:
-            size = self._guarded(lambda source: kind.size(kind.load(source) if decode else source), reference, row)
+            size = self._guarded(lambda source: self._size(name, source, decode), reference, row)
         stretch = stretch if name == "audio" else 1.0
         if name in self.sampling_rates and (stretch > 1 or silence > 0):
             size = size * stretch + silence + 0.01  # a changed rate is rounded to whole numbers of samples
         return kind.tokens_of_size(size) + 2
+
+    def _size(self, name: str, source: Any, decode: bool) -> Any:
+        """The size of a medium, all of which is read: of a recording that is cut, the text would say what is not in it.
+
+        Raises:
+            ValueError: it is longer than what is read, or as far as it was read.
+        """
+        kind = self.kinds[name]
+        if name in self.sampling_rates:
+            seconds = kind.size(source)
+            if seconds > kind.max_seconds + _CUT_SECONDS:
+                raise ValueError(
+                    f"{seconds:.1f} seconds, of which {kind.max_seconds:g} are read, while its text would stay whole; "
+                    "cut both, or raise max_seconds of the model's audio"
+                )
+        return kind.size(kind.load(source) if decode else source)
 
     def load(self, reference: Mapping, row: Mapping[str, object]) -> Any:
         """A medium decoded: a picture, or samples at the processor's rate.

@@ -46,9 +46,10 @@ def build_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: in
         if source.kind != "generated" and source.rejected_column is None:
             raise ValueError(f"source {source.label!r} has no worse answers to learn from; set rejected_column")
 
-    def pairs(source: SourceConfig, rows: Dataset) -> Dataset:
-        build = _pairs_of_conversations if source.is_media else _pairs_of_texts
-        return build(source, rows, config, tokenizer, seed)
+    def pairs(source: SourceConfig, rows: Dataset, bad_rows: BadRows) -> Dataset:
+        if source.is_media:
+            return _pairs_of_conversations(source, rows, config, tokenizer, seed, bad_rows)
+        return _pairs_of_texts(source, rows, tokenizer, seed)
 
     return _build(config, seed, pairs)
 
@@ -63,24 +64,27 @@ def spoiled(answer: str, rng: random.Random) -> str:
     return answer[:place] + rng.choice(others) + answer[place + 1 :]
 
 
-def _build(config: DataConfig, seed: int, convert: Callable[[SourceConfig, Dataset], Dataset]) -> Datasets:
+def _build(config: DataConfig, seed: int, convert: Callable[[SourceConfig, Dataset, BadRows], Dataset]) -> Datasets:
     for source in (*config.train, *config.validation):
         if source.has_media:
             raise ValueError(f"source {source.label!r} has media; preferences and rewards are for text alone")
         if not source.has_answers:
             raise ValueError(f"source {source.label!r} has no answers; set prompt_column and answer_column")
-    split = load_split(config, seed, BadRows(config.max_bad_rows))
+    bad_rows = BadRows.of_building(config.max_bad_rows)
+    split = load_split(config, seed, bad_rows)
     streaming = [source.label for source, rows in split.train if isinstance(rows, IterableDataset)]
     if streaming:
         raise ValueError(f"source {streaming[0]!r} is streaming; set streaming: false and use a slice as split")
-    train = [convert(source, rows) for source, rows in split.train]
+    train = [convert(source, rows, bad_rows) for source, rows in split.train]
+    validation = {source.label: convert(source, rows, bad_rows) for source, rows in split.validation}
+    bad_rows.report()
     if len(train) > 1:
         weights = np.array([source.weight for source in config.train])
         train = [interleave_datasets(train, list(weights / weights.sum()), seed, stopping_strategy="all_exhausted")]
-    return train[0], {source.label: convert(source, rows) for source, rows in split.validation}
+    return train[0], validation
 
 
-def _prompts(source: SourceConfig, rows: Dataset) -> Dataset:
+def _prompts(source: SourceConfig, rows: Dataset, bad_rows: BadRows) -> Dataset:
     if source.is_media:
         asked = []
         for messages in _conversations(source, rows):
@@ -99,9 +103,7 @@ def _prompts(source: SourceConfig, rows: Dataset) -> Dataset:
     )
 
 
-def _pairs_of_texts(
-    source: SourceConfig, rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: int
-) -> Dataset:
+def _pairs_of_texts(source: SourceConfig, rows: Dataset, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:
     rejected = rows["rejected"] if source.rejected_column is not None else _spoiled(source, rows["answer"], seed)
     prompts = encode_texts(tokenizer, list(rows["prompt"]))
     answers = [
@@ -120,7 +122,12 @@ def _pairs_of_texts(
 
 
 def _pairs_of_conversations(
-    source: SourceConfig, rows: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: int
+    source: SourceConfig,
+    rows: Dataset,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    bad_rows: BadRows,
 ) -> Dataset:
     chosen = _conversations(source, rows)
     if source.rejected_column is None:
@@ -129,9 +136,14 @@ def _pairs_of_conversations(
     else:
         column = "answer_column" if source.messages_column is None else "messages_column"
         other = replace(source, rejected_column=None, **{column: source.rejected_column})
-        found = load_rows(other, "train", config, seed, BadRows(config.max_bad_rows))
+        unusable = BadRows(config.max_bad_rows, silent=True)
+        found = load_rows(other, "train", config, seed, unusable)
+        reasons = {where: reason for _, where, reason in unusable.found}
         by_place = dict(zip(found["where"], _conversations(other, found), strict=True))
         kept = [number for number, where in enumerate(rows["where"]) if where in by_place]
+        for where in rows["where"]:
+            if where not in by_place:
+                bad_rows.add(source.label, where, reasons[where])
         worse = [by_place[rows["where"][number]][-1] for number in kept]
         chosen = [chosen[number] for number in kept]
     columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}

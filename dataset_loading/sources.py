@@ -2,11 +2,14 @@
 and answer, of conversations with those of `media_sources.py`.
 """
 
+from collections.abc import Mapping
+
 import datasets
 from datasets import Dataset, Features, Value
 
 from .configuration import DataConfig, SourceConfig
 from .media_sources import load_conversations, open_conversations
+from .message_keys import checked_columns, reason_against_columns
 from .readers import CHECKED_AT_ONCE, READERS, expand_paths, load_hub
 from .synthetic import Role, generate_rows, get_task
 from .validation import BadRows, reason_against
@@ -18,6 +21,13 @@ def columns_of(source: SourceConfig) -> dict[str, str]:
         rejected = {} if source.rejected_column is None else {source.rejected_column: "rejected"}
         return {source.prompt_column: "prompt", source.answer_column: "answer", **rejected}
     return {"prompt": "prompt", "answer": "answer"} if source.kind == "generated" else {source.text_column: "text"}
+
+
+def reason_against_text(source: SourceConfig, row: Mapping[str, object]) -> str | None:
+    """Why a raw row of a source of texts cannot be used, or None."""
+    columns = tuple(columns_of(source))
+    asks = source.prompt_column is not None
+    return reason_against(row, columns) or (reason_against_columns(row, columns, is_chat=False) if asks else None)
 
 
 def load_rows(
@@ -43,8 +53,9 @@ def load_rows(
         return generate_rows(task, difficulty, role, seeds, num_rows, config.preprocessing_workers)
     rows = _read_files(source, bad_rows) if source.kind == "files" else _read_hub(source, bad_rows, limit)
     if len(rows) == 0:
-        skipped = bad_rows.counts.get(source.label, 0)
-        raise ValueError(f"source {source.label!r} has no usable rows ({skipped} bad ones); check its path and columns")
+        raise ValueError(
+            f"source {source.label!r} has no usable rows: {bad_rows.reasons_of(source.label) or 'it has none'}"
+        )
     return rows
 
 
@@ -66,7 +77,7 @@ def _read_files(source: SourceConfig, bad_rows: BadRows) -> Dataset:
     kept: dict[str, list[str]] = {name: [] for name in columns.values()}
     for path in expand_paths(source):
         for where, row, reason in READERS[path.suffix](path, tuple(columns)):
-            reason = reason or reason_against(row, tuple(columns))
+            reason = reason or reason_against_text(source, row)
             if reason is not None:
                 bad_rows.add(source.label, where, reason)
                 continue
@@ -85,15 +96,18 @@ def _check_columns(source: SourceConfig, found: list[str]) -> None:
 def _read_hub(source: SourceConfig, bad_rows: BadRows, limit: int | None) -> Dataset:
     rows, columns = load_hub(source), columns_of(source)
     _check_columns(source, rows.column_names)
-    rows = rows.select_columns(list(columns)).rename_columns(columns)
+    asks = source.prompt_column is not None
+    checked = checked_columns(columns, is_chat=False).intersection(rows.column_names) if asks else ()
+    rows = rows.select_columns([*columns, *sorted(checked)])
     rows = rows if limit is None else rows.take(min(limit, len(rows)))
     kept = []
     for start in range(0, len(rows), CHECKED_AT_ONCE):
         batch = rows[start : start + CHECKED_AT_ONCE]
         for offset in range(len(batch[rows.column_names[0]])):
-            reason = reason_against({name: batch[name][offset] for name in rows.column_names}, rows.column_names)
+            reason = reason_against_text(source, {name: batch[name][offset] for name in rows.column_names})
             if reason is None:
                 kept.append(start + offset)
             else:
                 bad_rows.add(source.label, f"row {start + offset + 1}", reason)
+    rows = rows.select_columns(list(columns)).rename_columns(columns)
     return rows if len(kept) == len(rows) else rows.select(kept)

@@ -11,8 +11,8 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from .configuration import DataConfig, SourceConfig
 from .media_sources import conversations_of_stream
 from .readers import expand_paths
-from .sources import columns_of, load_rows, open_stream
-from .validation import BadRows, reason_against
+from .sources import columns_of, load_rows, open_stream, reason_against_text
+from .validation import BadRows
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def rows_of_stream(source: SourceConfig, stream: IterableDataset, bad_rows: BadR
     columns = columns_of(source)
     kept: dict[str, list[str]] = {name: [] for name in columns.values()}
     for number, row in enumerate(stream, start=1):
-        reason = reason_against(row, tuple(columns))
+        reason = reason_against_text(source, row)
         if reason is not None:
             bad_rows.add(source.label, f"row {number}", reason)
             continue

@@ -24,7 +24,7 @@ from .media_reader import MediaReader, UnreadableMedium
 from .media_rows import join_pieces, read_pieces
 from .media_sources import STORED_MEDIA, conversation_of_stream
 from .references import fingerprint
-from .sources import columns_of
+from .sources import columns_of, reason_against_text
 from .splits import Split, digest
 from .validation import BadRows, reason_against
 
@@ -87,8 +87,19 @@ class StreamingDataset(IterableDataset):
         self.epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        is_whole, is_empty, bad_rows = self._start is None, True, BadRows(self.max_bad_rows)
+        for row in self._pass(bad_rows):
+            is_empty = False
+            yield row
+        bad_rows.report()
+        worker = get_worker_info()
+        if is_whole and is_empty and (worker is None or worker.num_workers == 1):  # one of several may have no share
+            found = sum(bad_rows.counts.values())
+            raise ValueError(f"the train sources give no row to learn from ({found} bad ones); check what they name")
+
+    def _pass(self, bad_rows: BadRows) -> Iterator[dict[str, Any]]:
         self._begin_pass()
-        bad_rows, stream = BadRows(self.max_bad_rows), iter(self.stream)
+        stream = iter(self.stream)
         yield from self._rows(bad_rows, flush=not self.packing)
         while arrived := list(islice(stream, _ARRIVE_AT_ONCE)):
             for source, rows in groupby(arrived, itemgetter("source")):
@@ -268,7 +279,8 @@ def _encode_text(
     forbidden: set[bytes],
 ) -> dict[str, object]:
     result = _NOTHING | {"source": source.label, "row": index + 1}
-    reason = reason_against(row, tuple(columns))
+    is_raw = tuple(columns) == tuple(columns_of(source))
+    reason = reason_against_text(source, row) if is_raw else reason_against(row, tuple(columns))
     if reason is not None:
         return result | {"problem": reason}
     texts = {name: row[column] for column, name in columns.items()}

@@ -284,7 +284,7 @@ def load_judge(folder: Path) -> Judge:
         raise ValueError(
             f"{folder} holds no judge ({missing[0].name} is missing): give a folder that train_judge.py wrote"
         )
-    content, digest = json.loads(paths[0].read_text(encoding="utf-8")), digest_of(paths[1])
+    content, digest = json.loads(paths[0].read_bytes()), digest_of(paths[1])
     if digest != content["digest"]:
         raise ValueError(
             f"{paths[1]} has digest {digest}, where judge.json says {content['digest']}: train the judge again"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -14,10 +18,67 @@ from transformers import PreTrainedModel
 
 from model.step_lora import CONFIG as STEP_LORA
 from model.step_lora import load_step_lora
+from model.weight_files import DeclaredWeight, declared_weights
 
-from .checkpoints import adapters_in, find_checkpoint, is_adapter, read_json, weight_files
+from .checkpoints import ADAPTERS, adapters_in, blamed_on, find_checkpoint, is_adapter, read_json, weight_files
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 BASE_MODEL = "base_model.json"
+LONGEST_PATH = 4096
+LORA, LORA_WEIGHTS = "adapter_config.json", ADAPTERS["adapter_config.json"]
+DOWN = (".lora_A.weight", ".lora_embedding_A")
+PLAIN_NAME = re.compile(r"\^?[\w.]+")
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a finite number above 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0
+
+
+def is_pattern(value: Any, fits: Callable[[Any], bool]) -> bool:
+    """Whether it maps plain names to values of a kind."""
+    return value is None or (
+        isinstance(value, dict) and all(PLAIN_NAME.fullmatch(name) and fits(part) for name, part in value.items())
+    )
+
+
+def is_rank(value: Any) -> bool:
+    """Whether it is a whole number above 0."""
+    return is_positive(value) and isinstance(value, int)
+
+
+# What an adapter_config.json may say, and how that is said.
+LORA_RULES = {
+    "r": (is_rank, "a whole number of at least 1"),
+    "lora_alpha": (is_positive, "a number above 0"),
+    "rank_pattern": (lambda value: is_pattern(value, is_rank), "names with whole numbers of at least 1"),
+    "alpha_pattern": (lambda value: is_pattern(value, is_positive), "names with numbers above 0"),
+    "init_lora_weights": (
+        lambda value: isinstance(value, bool) or value in ("gaussian", "eva", "orthogonal"),
+        "true, or another that leaves the base as it is",
+    ),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
+        (lambda value: isinstance(value, bool), "true or false"),
+    ),
+    "modules_to_save": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
+        "a list of names",
+    ),
+}
+# What makes another model of the base, or another kind of adapter.
+NOT_READ = {"layer_replication", "megatron_config", "target_parameters", "trainable_token_indices", "use_bdlora"}
+NOT_READ |= {"use_qalora", "alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config"}
+NOT_READ |= {"monteclora_config"}
+# How the weights began, and which layers they are for, is known from the weights.
+NOT_NEEDED = {"init_lora_weights", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "megatron_core"}
+NOT_NEEDED |= {"exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"}
+NOT_NEEDED |= {"auto_mapping", "qalora_group_size", "base_model_name_or_path", "revision", "task_type", "peft_type"}
+NOT_NEEDED |= {"peft_version", "ensure_weight_tying"}
 
 
 @dataclass(frozen=True)
@@ -88,8 +149,10 @@ def base_of(adapter: Path, base: str | Path | None = None) -> Path:
     if base is None:
         recorded = read_json(adapter / BASE_MODEL if is_ours else adapter / "adapter_config.json")
         base = recorded.get("path" if is_ours else "base_model_name_or_path")
+        if not isinstance(base, str) or not 0 < len(base) < LONGEST_PATH:
+            raise ValueError(f"{adapter} is an adapter, but of no base that could be found: {repr(base)[:60]}")
     try:
-        folder = find_checkpoint(str(base))
+        folder = find_checkpoint(base)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{adapter} is an adapter, and its base cannot be loaded: {error} Where it has moved, merge them with "
@@ -115,28 +178,62 @@ def add_adapters(model: PreTrainedModel, folder: Path, merge: bool = True) -> Pr
     if "adapter_config.json" not in adapters:
         return model
     lora = load_lora(model, folder)
-    return lora.merge_and_unload(safe_merge=True) if merge else lora.get_base_model()
+    if not merge:
+        return lora.get_base_model()
+    with blamed_on(f"{folder} cannot be merged into {model.name_or_path}", "use another adapter, or another --dtype."):
+        return lora.merge_and_unload(safe_merge=True)
 
 
 def load_lora(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """PEFT's model with the adapter of a folder.
 
     Raises:
-        ValueError: it is for layers that the model does not have, or lacks weights, of which PEFT would only warn.
+        ValueError: it is no LoRA, for layers that the model does not have, or lacks weights, of which PEFT would only
+            warn.
     """
     from peft import PeftModel, get_peft_model_state_dict  # takes a second, for those who need it
 
-    reason = None
-    try:
-        lora = PeftModel.from_pretrained(model, folder, torch_device=str(model.device))
-    except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-    else:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            different = get_peft_model_state_dict(lora).keys() ^ set(file.keys())
-        reason = f"{sorted(different)[0]} is on one side only" if different else None
-    if reason is not None:
-        raise ValueError(
-            f"{folder} is an adapter of another base, or damaged; it does not fit {model.name_or_path}: {reason}"
-        )
+    what = f"{folder} is an adapter of another base, or damaged; it does not fit {model.name_or_path}"
+    weights = declared_weights([folder / LORA_WEIGHTS])
+    with blamed_on(what, "use another."), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about what PEFT still asks for
+        config = lora_config(read_json(folder / LORA), weights)
+        lora = PeftModel.from_pretrained(model, folder, config=config, torch_device=str(model.device))
+        different = sorted(get_peft_model_state_dict(lora).keys() ^ weights.keys())
+        if different:
+            raise ValueError(f"{different[0][:80]} is on one side only")
     return lora
+
+
+def lora_config(content: Mapping[str, Any], weights: Mapping[str, DeclaredWeight]) -> LoraConfig:
+    """What PEFT wants to know of an adapter, after it is compared with its weights, whose size it decides.
+
+    The layers are those that there are weights for. Patterns of names, in a file from elsewhere, may take for ever to
+    match; so only plain names are patterns here.
+
+    Raises:
+        ValueError: it is none of a LoRA, or not of these weights.
+    """
+    from peft import LoraConfig
+
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"peft_type is {repr(kind)[:60]}; only LORA is read")
+    for name, (fits, what) in LORA_RULES.items():
+        if name in content and not fits(content[name]):
+            raise ValueError(f"{name} is {repr(content[name])[:60]}; give {what}")
+    unread = sorted(name for name in NOT_READ if content.get(name))
+    if unread:
+        raise ValueError(f"{unread[0]} is {repr(content[unread[0]])[:60]}, which is not read here")
+    down = {name: weight for name, weight in weights.items() if name.endswith(DOWN) and weight.shape}
+    if not down:
+        raise ValueError("there are no weights of a LoRA in it")
+    largest, ranks = max(weight.shape[0] for weight in down.values()), (content.get("rank_pattern") or {}).values()
+    wrong = [rank for rank in (content.get("r", largest), *ranks) if rank > largest]
+    if wrong:
+        raise ValueError(f"its rank is {wrong[0]}, but that of its weights {largest}")
+    known = {field.name for field in fields(LoraConfig)}
+    options = {name: value for name, value in content.items() if name in known - NOT_READ - NOT_NEEDED}
+    targets = sorted(name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in down)
+    return LoraConfig(**{**options, "target_modules": targets, "inference_mode": True})

@@ -8,6 +8,7 @@ import math
 import re
 from typing import NoReturn
 
+from model.terminal import one_line
 from model.versions import VersionAction
 
 from .devices import DTYPES
@@ -31,7 +32,7 @@ class OneLineParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag, known, n=1)
             fix = f"did you mean {near[0]}?" if near else "see --help for those there are."
             message = f"unknown argument {flag!r}: {fix}"
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +79,11 @@ def core_steps(text: str) -> int:
 def new_tokens(text: str) -> int:
     """Argument type of --max-new-tokens."""
     return whole_number(text, 1, "give the number of tokens to generate, 1 or more.")
+
+
+def prompt_tokens(text: str) -> int:
+    """Argument type of --max-prompt-tokens."""
+    return whole_number(text, 1, "give the most tokens that a prompt may have, 1 or more.")
 
 
 def batch_rows(text: str) -> int:

@@ -14,15 +14,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import set_seed
 
 from model.quantization import QuantizationConfig
+from model.terminal import one_line
 
 from . import arguments
 from .conversation import Conversation
 from .decoding import add_decoding_arguments, check_depth, decoding_options
 from .devices import choose_device, choose_threads, device_report
 from .loading import load_model
+from .terminal import TerminalStreamer, write_result
 
 logger = logging.getLogger("inference.chat")  # __name__ is __main__ when run with -m
 
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_depth(model, args.num_steps)
         if args.num_steps is not None:
             options["num_steps"] = args.num_steps
-        conversation = Conversation(model, processor, options, args.system)
+        conversation = Conversation(model, processor, options, args.system, args.max_prompt_tokens)
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
@@ -88,7 +90,7 @@ def converse(conversation: Conversation) -> None:
                 answer(conversation, line)
         except (ValueError, OSError) as error:
             logger.debug("Where it failed:", exc_info=True)
-            sys.stderr.write(f"{error}\n")
+            sys.stderr.write(f"{one_line(error)}\n")
         except KeyboardInterrupt:
             sys.stdout.write("\n(stopped; the last message is taken back)\n")
 
@@ -101,7 +103,7 @@ def typed_lines() -> Iterator[str]:
             import readline  # noqa: F401  input() uses it once it is imported
     while True:
         try:
-            yield input("> " if is_terminal else "").strip()
+            yield input("> " if is_terminal else "").removeprefix("\ufeff").strip()  # a byte-order mark
         except UnicodeDecodeError as error:
             sys.stderr.write(f"the line is not UTF-8 ({error.reason}); it is passed over\n")
         except (EOFError, KeyboardInterrupt):
@@ -111,13 +113,12 @@ def typed_lines() -> Iterator[str]:
 
 def answer(conversation: Conversation, text: str) -> None:
     """Write what the assistant says, word by word, and what the calculator says to it."""
-    streamer = TextStreamer(
+    streamer = TerminalStreamer(
         conversation.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     for message in conversation.ask(text, streamer):
         if message["role"] == "tool":
-            sys.stdout.write(f"[calculator] {message['content']}\n")
-    sys.stdout.flush()
+            write_result(f"[calculator] {message['content']}\n")
 
 
 def obey(conversation: Conversation, line: str) -> None:

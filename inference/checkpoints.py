@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -13,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
 from model import MegaTransformerConfig
+from model.backbones import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 PROCESSOR = "processor_config.json"
+LARGEST_JSON = 64 * 2**20
+"""Bytes of the largest JSON file that is read: tokenizers of a quarter of a million tokens have about 30 MB."""
 # The files of adapters, PEFT's and ours: what they are, and their weights.
 ADAPTERS = {"adapter_config.json": "adapter_model.safetensors", "step_lora.json": "step_lora.safetensors"}
 
@@ -100,9 +105,10 @@ def adapters_in(folder: Path) -> dict[str, str]:
 def trained_steps(folder: Path) -> float:
     """Optimizer steps behind the weights of a folder; infinite, newer than all, where no trainer_state.json says so."""
     try:
-        return read_json(folder / "trainer_state.json")["global_step"]
+        steps = read_json(folder / "trainer_state.json")["global_step"]
     except (OSError, ValueError, KeyError):
         return math.inf
+    return steps if isinstance(steps, int) else math.inf
 
 
 def incompleteness(folder: Path) -> str | None:
@@ -135,7 +141,7 @@ def incompleteness(folder: Path) -> str | None:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files with weights; ValueError for an index that names none."""
+    """Names of the files with weights; ValueError for an index that names none, or one that is elsewhere."""
     if is_adapter(folder):
         return sorted(adapters_in(folder).values())
     if (folder / WEIGHTS).is_file():
@@ -143,15 +149,45 @@ def weight_files(folder: Path) -> list[str]:
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()) or not files:
         raise ValueError(f"{folder / INDEX} has no weight_map from weights to files")
-    return sorted(set(files.values()))
+    names = sorted(set(files.values()))
+    outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if outside:
+        raise ValueError(f"{folder / INDEX} names {outside[0][:80]!r}, which is no safetensors file beside it")
+    return names
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError names the file if it is none."""
+    """The object in a JSON file; ValueError names the file if it is none, or is too large or nested too deeply."""
+    if not path.is_file() and path.exists():
+        raise ValueError(f"{path} is no regular file")
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path} has {size} bytes, more than any such file needs ({LARGEST_JSON})")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
     return content
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError if there is anything in a checkpoint that is no file or folder, such as a pipe, from which
+    libraries would read for ever. Links to files are files.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is no regular file; take it out of the checkpoint")
+
+
+@contextmanager
+def blamed_on(what: str, advice: str) -> Iterator[None]:
+    """Turns whatever a library raises about the content of a file, which is of all kinds, into a ValueError of one line
+    that names the file.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} ({reason_of(error)}): {advice}") from error

@@ -17,6 +17,8 @@ from model.chat import ROLE_TOKENS, encode_conversation
 from .calculator import answer_call, called_expression
 from .decoding import check_depth
 from .loading import tokenizer_of
+from .output import append
+from .prompts import check_characters, prompt_limit
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Conversation:
         processor: that of the model, or its tokenizer if it reads text alone; with a chat template.
         options: arguments of `generate`, with `max_new_tokens`.
         system: what the model is told before anything else.
+        max_prompt_tokens: most tokens of a conversation; by default as many as leave an answer its positions.
 
     Raises:
         ValueError: there is no chat template, or no room beside an answer.
@@ -42,13 +45,14 @@ class Conversation:
         processor: PreTrainedTokenizerBase | ProcessorMixin,
         options: dict[str, Any],
         system: str | None = None,
+        max_prompt_tokens: int | None = None,
     ) -> None:
         if processor.chat_template is None:
             raise ValueError(
                 "this model has no chat template, as it has never seen conversations: fine-tune it on some with "
                 "finetune.py, or continue texts with inference.generate."
             )
-        positions = model.config.get_text_config().max_position_embeddings
+        limit, positions = prompt_limit(model, max_prompt_tokens), prompt_limit(model, None)
         if options["max_new_tokens"] >= positions:
             raise ValueError(
                 f"max_new_tokens is {options['max_new_tokens']}, but this model has {positions} positions for a "
@@ -56,6 +60,8 @@ class Conversation:
             )
         self.model, self.processor, self.options = model, processor, dict(options)
         self.tokenizer = tokenizer_of(processor)
+        self.room = positions - options["max_new_tokens"] if max_prompt_tokens is None else limit
+        check_characters(self.tokenizer, system or "", self.room)
         self.first = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, Any]] = []
         self.attached: list[dict[str, str]] = []
@@ -90,8 +96,9 @@ class Conversation:
         Where the model cannot answer, or is interrupted, nothing has been said.
 
         Raises:
-            ValueError: the message says nothing, or cannot be read.
+            ValueError: the message says nothing, cannot be read, or is longer than there is room for.
         """
+        check_characters(self.tokenizer, text, self.room)
         before, attached = list(self.messages), self.attached
         parts = [*attached, *([{"type": "text", "text": text}] if text else [])]
         self.messages.append({"role": "user", "content": parts if attached else text})
@@ -137,11 +144,19 @@ class Conversation:
         return [self.tokenizer.eos_token_id, *(known[token] for token in ROLE_TOKENS.values() if token in known)]
 
     def _inputs(self) -> BatchFeature:
-        """What `generate` goes on from. What was said longest ago is forgotten where there is no more room."""
-        room = self.model.config.get_text_config().max_position_embeddings - self.options["max_new_tokens"]
+        """What `generate` goes on from. What was said longest ago is forgotten where there is no more room.
+
+        Raises:
+            ValueError: there is no room for the last message either.
+        """
         inputs = self._encode()
-        while inputs["input_ids"].shape[1] > room and self._forget_first_exchange():
+        while inputs["input_ids"].shape[1] > self.room and self._forget_first_exchange():
             inputs = self._encode()
+        if (length := inputs["input_ids"].shape[1]) > self.room:
+            raise ValueError(
+                f"the message has {length} tokens, with what stands around it, and there is room for {self.room}; say "
+                "less, lower --max-new-tokens or raise --max-prompt-tokens."
+            )
         return inputs
 
     def _encode(self) -> BatchFeature:
@@ -167,7 +182,7 @@ class Conversation:
         written relative to it.
 
         Raises:
-            ValueError: nothing has been answered yet, or the name does not end in .jsonl.
+            ValueError: nothing has been answered yet, the name does not end in .jsonl, or the file cannot be written.
         """
         if not self.messages:
             raise ValueError("nothing has been said that could be saved.")
@@ -177,8 +192,7 @@ class Conversation:
             {**message, "content": _relative(message["content"], path.parent)}
             for message in [*self.first, *self.messages]
         ]
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        append(path, json.dumps({"messages": messages}, ensure_ascii=False))
 
 
 def _relative(content: str | list[dict[str, str]], folder: Path) -> str | list[dict[str, str]]:

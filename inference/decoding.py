@@ -5,13 +5,32 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from model.exit_criteria import EXIT_CRITERIA
 
 from . import arguments
 
 SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
+
+
+class FiniteLogits(LogitsProcessor):
+    """Refuses logits of which none is the largest, since they are no numbers: the likeliest token would be the first of
+    the vocabulary, whatever that is.
+
+    Raises:
+        ValueError: when the model is computed to such logits.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The scores as they are. Both are (rows, ...)."""
+        if not scores.amax(dim=-1).isfinite().all():
+            raise ValueError(
+                f"the model's logits are infinite or no numbers after {input_ids.shape[1]} tokens: its weights are too "
+                "large or damaged; use a checkpoint from before training diverged, or another --dtype."
+            )
+        return scores
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +49,12 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="value below which a token's steps end; default: the criterion's",
     )
     parser.add_argument("--max-new-tokens", type=arguments.new_tokens, default=100, help="most tokens to generate")
+    parser.add_argument(
+        "--max-prompt-tokens",
+        type=arguments.prompt_tokens,
+        help="most tokens of a prompt or conversation; default: as many as the model has positions (in a conversation "
+        "less --max-new-tokens)",
+    )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--sample", action="store_true", help="draw each token (this is the default)")
     choice.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
@@ -55,6 +80,7 @@ def decoding_options(parser: arguments.OneLineParser, args: argparse.Namespace) 
     options = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
     exits = {"exit_criterion": args.exit_criterion, "exit_threshold": args.exit_threshold}
     options |= {name: value for name, value in exits.items() if value is not None}
+    options["logits_processor"] = LogitsProcessorList([FiniteLogits()])
     return options | sampling_options(parser, args)
 
 

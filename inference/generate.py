@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    TextStreamer,
     set_seed,
 )
 
@@ -33,7 +32,19 @@ from .decoding import add_decoding_arguments, check_depth, decoding_options
 from .devices import choose_device, choose_threads, device_report
 from .loading import load_model, tokenizer_of
 from .media_files import SUFFIXES, check_path, save_audio, save_images
-from .prompts import check_media, encode_prompt, encode_question, read_prompts, write_answers
+from .output import whole_file
+from .prompts import (
+    MAX_BYTES,
+    check_characters,
+    check_length,
+    check_prompts,
+    encode_prompt,
+    encode_question,
+    prompt_limit,
+    read_prompts,
+    write_answers,
+)
+from .terminal import TerminalStreamer, write_result
 
 logger = logging.getLogger("inference.generate")  # __name__ is __main__ when run with -m
 
@@ -118,16 +129,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_depth(model, args.num_steps)
         if args.num_steps is not None:
             options["num_steps"] = args.num_steps
+        limit = prompt_limit(model, args.max_prompt_tokens)
         if args.prompts is not None:
-            check_media(args.prompts, processor, prompts)
+            check_prompts(args.prompts, processor, prompts, limit)
             with open_output(args.out) as out:
                 write_answers(model, processor, prompts, args.batch_size or BATCH_SIZE, args.seed, options, out)
             return 0
         set_seed(args.seed)
+        check_characters(tokenizer, prompt, limit)
         if args.mode != "text":
-            write_media(model, processor, args, prompt)
+            write_media(model, processor, args, prompt, limit)
             return 0
         inputs = encode_question(processor, (args.media, prompt)) if args.media else encode_prompt(tokenizer, prompt)
+        check_length(inputs, limit)
         inputs = inputs.to(device, model.dtype)
         write_continuation(model, tokenizer, inputs, stream=not args.no_stream, options=options)
     except (ValueError, OSError) as error:
@@ -138,11 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def open_output(path: Path | None) -> Iterator[TextIO]:
-    """The file at a path, or standard output."""
+    """The file at a path, which is there when all is written, or standard output."""
     if path is None:
         yield sys.stdout
     else:
-        with path.open("w", encoding="utf-8") as file:
+        with whole_file(path) as beside, beside.open("w", encoding="utf-8") as file:
             yield file
 
 
@@ -170,7 +184,7 @@ def read_prompt(given: str | None) -> str:
         ValueError: it is empty, or not UTF-8.
     """
     try:
-        prompt = sys.stdin.read().removesuffix("\n") if given is None else given
+        prompt = sys.stdin.read(MAX_BYTES).removeprefix("\ufeff").removesuffix("\n") if given is None else given
         prompt.encode("utf-8")  # what an argument has that is not UTF-8 came as surrogates
     except UnicodeError as error:
         raise ValueError(
@@ -182,17 +196,26 @@ def read_prompt(given: str | None) -> str:
 
 
 def write_media(
-    model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin, args: argparse.Namespace, prompt: str
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    args: argparse.Namespace,
+    prompt: str,
+    limit: int,
 ) -> None:
     """Write as many media as asked for, of the same prompt, and their paths to standard output.
 
+    Args:
+        limit: The most tokens of the prompt.
+
     Raises:
-        ValueError: the model does not write such media, or the file cannot be.
+        ValueError: the model does not write such media, the prompt is longer, or the file cannot be written.
     """
     path = check_path(args.out, args.mode)
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(f"--mode {args.mode} was given, but this model writes text alone: leave it out.")
-    inputs = encode_question(processor, *[(args.media, prompt)] * args.count).to(model.device, model.dtype)
+    inputs = encode_question(processor, *[(args.media, prompt)] * args.count)
+    check_length(inputs, limit)
+    inputs = inputs.to(model.device, model.dtype)
     names = ("guidance_scale", "num_flow_steps", "flow_temperature", "num_steps", "exit_criterion", "exit_threshold")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     paths = [path]
@@ -205,7 +228,7 @@ def write_media(
             save_images(output.images, path)
         else:
             paths = save_audio(output.audio, output.sampling_rate, path)
-    sys.stdout.write("".join(f"{name}\n" for name in paths))
+    write_result("".join(f"{name}\n" for name in paths))
 
 
 def draw_codes(model: PreTrainedModel, inputs: BatchFeature, options: dict[str, Any]) -> list[Image.Image]:
@@ -243,12 +266,12 @@ def write_continuation(
         **inputs,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, **decoding) if stream else None,
+        streamer=TerminalStreamer(tokenizer, skip_prompt=True, **decoding) if stream else None,
         return_dict_in_generate=True,
         **options,
     )
     if not stream:
-        sys.stdout.write(tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], **decoding) + "\n")
+        write_result(tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], **decoding) + "\n")
     steps = getattr(output, "exit_steps", None)
     if steps is not None:
         logger.info("core steps per new token: %.2f", steps[steps > 0].float().mean())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -20,18 +21,40 @@ from model import (
     MegaTransformerConfig,
     MegaTransformerForCausalLM,
     MegaTransformerForConditionalGeneration,
+    MegaTransformerProcessor,
     MegaTransformerTextConfig,
 )
-from model.quantization import QuantizationConfig, bits_and_bytes
+from model.chat import check_template
+from model.feature_extraction_megatransformer import MegaTransformerFeatureExtractor
+from model.image_processing_megatransformer import MegaTransformerImageProcessor
+from model.quantization import QuantizationConfig, bits_and_bytes, keep_scales
+from model.weight_files import build_skeleton, check_finite, check_fit, declared_weights, refuse_weights
 
 from .adapters import add_adapters, base_of
-from .checkpoints import PROCESSOR, TOKENIZER, find_checkpoint, is_adapter, read_json, reads_media
+from .checkpoints import (
+    PROCESSOR,
+    TOKENIZER,
+    blamed_on,
+    check_files,
+    find_checkpoint,
+    is_adapter,
+    read_json,
+    reads_media,
+    weight_files,
+)
+from .generation_config import check_generation_config
 
 CONFIGS = {config.model_type: config for config in (MegaTransformerTextConfig, MegaTransformerConfig)}
 MODELS = {
     MegaTransformerTextConfig.model_type: MegaTransformerForCausalLM,
     MegaTransformerConfig.model_type: MegaTransformerForConditionalGeneration,
 }
+# Settings of our processors, and the names that they have in the configurations of encoders.
+IMAGE_SETTINGS = {name: name for name in ("patch_size", "pixel_shuffle")}
+AUDIO_SETTINGS = {name: name for name in ("sampling_rate", "n_fft", "hop_length", "subsampling")}
+AUDIO_SETTINGS["feature_size"] = "num_mel_bins"
+LOCAL_NAME = re.compile(r"[\w|]+")
+"""Of an implementation of attention or experts; others name code that transformers would fetch from the hub."""
 
 
 def load_model(
@@ -54,70 +77,130 @@ def load_model(
     Raises:
         FileNotFoundError: no such folder, or no complete model in it.
         ValueError: the folder holds another kind of model, its weights do not fit its config, or a file is damaged; the
-            weights cannot be rounded, or are already.
+            weights cannot be rounded, or are already; its chat template does not end.
     """
     tuned = find_checkpoint(path)
     folder = base_of(tuned, base) if is_adapter(tuned) else tuned
+    for each in {folder, tuned}:
+        check_files(each)
     config = load_config(folder)
+    skeleton = build_checked(folder, config)
+    check_generation_config(folder, config.get_text_config().vocab_size)
     is_quantized, options = getattr(config, "quantization_config", None) is not None, {}
     if quantization is not None and quantization.load_in is not None:
-        options = quantization_options(folder, config, quantization, dtype)
+        options = quantization_options(folder, skeleton, quantization, dtype)
         is_quantized = True
     if is_quantized:
         options["device_map"] = {"": str(device)}  # rounded where the model is to be; left out, transformers chooses
-    try:
+    with blamed_on(f"The weights in {folder} are damaged", "use another checkpoint."):
         model, report = MODELS[config.model_type].from_pretrained(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # so that mismatches are reported below, with their names
             output_loading_info=True,
             **options,
         )
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {folder} are damaged ({error}): use another checkpoint.") from error
     check_loading(folder, report)
+    check_finite(folder, model)
     if tuned != folder:
         model = add_adapters(model, tuned, merge=not is_quantized)
+        check_finite(tuned, model)
     if all((tuned / name).is_file() for name in TOKENIZER):
         folder = tuned
     processor = load_processor(folder) if reads_media(config.model_type) else load_tokenizer(folder)
-    num_tokens, vocab_size = len(tokenizer_of(processor)), config.get_text_config().vocab_size
-    if num_tokens > vocab_size:
-        raise ValueError(
-            f"The tokenizer in {folder} has {num_tokens} tokens, the model only {vocab_size}: "
-            "they do not belong together; use the checkpoint's own tokenizer."
-        )
+    check_processor(folder, processor, config)
+    check_template(processor)
     if is_quantized:
         choose_kernel(model)
     return model.to(device).eval(), processor
 
 
+def build_checked(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, without weights, which are compared with those in the files of a folder. Nothing of
+    their size is allocated.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    declared = declared_weights(folder / name for name in weight_files(folder))
+    with blamed_on(f"{folder / 'config.json'} is wrong", "correct it, or use another checkpoint."):
+        skeleton = build_skeleton(MODELS[config.model_type], config, declared)
+    check_fit(folder, skeleton, declared)
+    return skeleton
+
+
+def check_processor(
+    folder: Path, processor: PreTrainedTokenizerBase | ProcessorMixin, config: PreTrainedConfig
+) -> None:
+    """Raises ValueError for a tokenizer or processor that makes what the model has no place for."""
+    tokenizer, vocab_size = tokenizer_of(processor), config.get_text_config().vocab_size
+    names, length = tokenizer.model_input_names, tokenizer.model_max_length
+    if not isinstance(names, list) or "input_ids" not in names:
+        raise ValueError(f"{folder / TOKENIZER[0]} is wrong: model_input_names is {repr(names)[:60]}; take it out")
+    if not isinstance(length, (int, float)) or not length > 0:
+        raise ValueError(f"{folder / TOKENIZER[0]} is wrong: model_max_length is {repr(length)[:60]}; take it out")
+    num_tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if num_tokens > vocab_size:
+        raise ValueError(
+            f"The tokenizer in {folder} has {num_tokens} tokens, the model only {vocab_size}: "
+            "they do not belong together; use the checkpoint's own tokenizer."
+        )
+    if not isinstance(processor, ProcessorMixin):
+        return
+    for name, here, there in shared_settings(processor, config):
+        if here != there:
+            raise ValueError(
+                f"The processor in {folder} has {name} {repr(here)[:60]}, the model {there}: they do not belong "
+                "together; use the checkpoint's own processor."
+            )
+
+
+def shared_settings(processor: ProcessorMixin, config: PreTrainedConfig) -> list[tuple[str, Any, Any]]:
+    """What processor and model have to agree on: the name of a setting, its value there and here."""
+    ids = [f"{name}_token_id" for name in processor.kinds]
+    shared = [(name, getattr(processor, name), getattr(config, name, None)) for name in ids]
+    pairs = (
+        (processor.image_processor, MegaTransformerImageProcessor, config.vision_config, IMAGE_SETTINGS),
+        (processor.feature_extractor, MegaTransformerFeatureExtractor, config.audio_config, AUDIO_SETTINGS),
+    )
+    for part, own_class, encoder, names in pairs:
+        if isinstance(part, own_class):
+            shared += [(name, getattr(part, name), getattr(encoder, there)) for name, there in names.items()]
+    return shared
+
+
 def quantization_options(
-    folder: Path, config: PreTrainedConfig, quantization: QuantizationConfig, dtype: torch.dtype | None
+    folder: Path, model: PreTrainedModel, quantization: QuantizationConfig, dtype: torch.dtype | None
 ) -> dict[str, BitsAndBytesConfig]:
-    """The argument of `from_pretrained`; ValueError for weights that are quantised already, or cannot be."""
+    """The argument of `from_pretrained`; ValueError for weights that are quantised already, or cannot be.
+
+    Args:
+        model: One without weights.
+    """
+    config = model.config
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"The weights in {folder} are quantised already and cannot be quantised again, to {quantization.load_in}: "
             "leave that out, or use the checkpoint that they were made from."
         )
-    with torch.device("meta"):
-        model = MODELS[config.model_type](config)
     return {"quantization_config": bits_and_bytes(quantization, model, dtype or config.dtype or torch.float32)}
 
 
 def choose_kernel(model: PreTrainedModel) -> None:
     """Leave bitsandbytes' fast kernel for 4 bits, on CPUs with bfloat16 instructions, to models of bfloat16, since it
-    computes in nothing else, and to matrices whose height it takes.
+    computes in nothing else, and to matrices whose height it takes. See to it that what is saved is what was loaded.
     """
     from bitsandbytes.nn import Linear4bit  # slow to import
 
     for module in model.modules():
-        if isinstance(module, Linear4bit) and (module.compute_dtype != torch.bfloat16 or module.out_features % 32):
-            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, Linear4bit):
+            if module.compute_dtype != torch.bfloat16 or module.out_features % 32:
+                module.support_avx512bf16_for_cpu = False
+            keep_scales(module)
 
 
 def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
@@ -132,45 +215,48 @@ def check_loading(folder: Path, report: dict) -> None:
         ("has unexpected", report["unexpected_keys"]),
         ("has of another shape", report["mismatched_keys"]),
     ):
-        names = sorted(key if isinstance(key, str) else key[0] for key in keys)
-        if names:
-            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(
-                f"The checkpoint {folder} {problem} {len(names)} of the weights ({listed}): "
-                "its weights and its config.json do not belong together; save it again or use another checkpoint."
-            )
+        refuse_weights(folder, problem, (key if isinstance(key, str) else key[0] for key in keys))
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
     """The configuration in config.json; ValueError names the file if it is not that of one of our models."""
-    found = read_json(folder / "config.json").get("model_type")
-    if found not in CONFIGS:
+    content = read_json(folder / "config.json")
+    found = content.get("model_type")
+    if not isinstance(found, str) or found not in CONFIGS:
         raise ValueError(
-            f"{folder} holds a model of type {found!r}, not {' or '.join(map(repr, CONFIGS))}: give a checkpoint that "
-            "pretrain.py wrote."
+            f"{folder} holds a model of type {repr(found)[:60]}, not {' or '.join(map(repr, CONFIGS))}: give a "
+            "checkpoint that pretrain.py wrote."
         )
-    try:
+    with blamed_on(f"{folder / 'config.json'} is wrong", "correct it, or use another checkpoint."):
+        refuse_foreign_code(content)
         return CONFIGS[found].from_pretrained(folder, local_files_only=True)
-    except (ValueError, TypeError, AttributeError) as error:  # what transformers itself keeps there is not checked
-        raise ValueError(
-            f"{folder / 'config.json'} is wrong ({error}): correct it, or use another checkpoint."
-        ) from error
+
+
+def refuse_foreign_code(content: Any) -> None:
+    """Raise ValueError if a config.json asks, anywhere in it, for weights in a format or for kernels from elsewhere."""
+    parts = content if isinstance(content, list) else content.values() if isinstance(content, dict) else ()
+    for part in parts:
+        refuse_foreign_code(part)
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if name.endswith("_implementation") and value is not None and not LOCAL_NAME.fullmatch(str(value)):
+            raise ValueError(f"{name} is {repr(value)[:60]}, which is no implementation in this installation")
+        if name == "quantization_config" and value is not None:
+            method = value.get("quant_method") if isinstance(value, dict) else value
+            if method != "bitsandbytes":
+                raise ValueError(f"quantization_config has quant_method {repr(method)[:60]}, not 'bitsandbytes'")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; ValueError names its files if they are damaged."""
-    try:
+    with blamed_on(f"{' or '.join(TOKENIZER)} in {folder} is damaged", "use another."):
         # Left out, transformers asks at the terminal whether it may run the model's code.
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library of tokenizers raises nothing narrower
-        files = " or ".join(TOKENIZER)
-        raise ValueError(f"{files} in {folder} is damaged ({type(error).__name__}: {error}): use another.") from error
 
 
 def load_processor(folder: Path) -> ProcessorMixin:
-    """The processor of a checkpoint; ValueError names its files if they are damaged."""
-    try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # neither do the libraries of its parts
-        files = " or ".join((PROCESSOR, *TOKENIZER))
-        raise ValueError(f"{files} in {folder} is damaged ({type(error).__name__}: {error}): use another.") from error
+    """The processor of a checkpoint; ValueError names its files if they are damaged, or make another processor."""
+    with blamed_on(f"{' or '.join((PROCESSOR, *TOKENIZER))} in {folder} is damaged", "use another."):
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not isinstance(processor, MegaTransformerProcessor):
+            raise ValueError(f"it is a {type(processor).__name__}, and not a {MegaTransformerProcessor.__name__}")
+        return processor

@@ -7,14 +7,20 @@ import os
 import re
 import sys
 
-import transformers
+from .shutdown import say_errors
+
+sys.excepthook = say_errors  # from here on: what is imported next takes seconds
+
+# isort: split
+import transformers  # noqa: E402  behind that
+
+from model.terminal import visible  # noqa: E402
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 # On CPUs with bfloat16 instructions it warns, whenever it is imported, of a kernel that it would fetch from the hub.
 # The scripts import this file first, so that their errors stay one line.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
 
 LAUNCHER_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
@@ -43,6 +49,10 @@ class ConsoleHandler(logging.StreamHandler):
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As there, without characters that command a terminal."""
+        return visible(super().format(record))
 
 
 def set_up_logging(level: str = "info", rank: int = 0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ import torch
 from PIL import Image
 
 from model import write_audio
+
+from .output import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,8 +36,9 @@ def check_path(path: Path, modality: str) -> Path:
 
 
 def save_images(images: Sequence[Image.Image], path: Path) -> None:
-    """One picture as it is, several as a sheet, row by row."""
-    (images[0] if len(images) == 1 else contact_sheet(images)).save(path)
+    """One picture as it is, several as a sheet, row by row; ValueError if it cannot be written."""
+    with whole_file(path) as beside:
+        (images[0] if len(images) == 1 else contact_sheet(images)).save(beside)
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
@@ -54,8 +58,12 @@ def save_audio(clips: Sequence[torch.Tensor], sampling_rate: int, path: Path) ->
 
     Args:
         clips: float (samples,) in -1 .. 1.
+
+    Raises:
+        ValueError: they cannot be written; then none is.
     """
     names = [path] if len(clips) == 1 else [path.with_stem(f"{path.stem}-{n}") for n in range(1, len(clips) + 1)]
-    for name, clip in zip(names, clips, strict=True):
-        write_audio(name, clip, sampling_rate)
+    with ExitStack() as files:
+        for name, clip in zip(names, clips, strict=True):
+            write_audio(files.enter_context(whole_file(name)), clip, sampling_rate)
     return names

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,12 +17,15 @@ from typing import Any, TextIO
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .loading import tokenizer_of
+from .terminal import write_result
 
 logger = logging.getLogger("inference.generate")
 
 MEDIA_KEYS = {"image": "image", "images": "image", "audio": "audio"}
 """The keys of a line that name files, and the modality of each."""
 KEYS = ("prompt", *MEDIA_KEYS)
+MAX_BYTES = 2**28
+"""Of what is read as prompts."""
 MOST_LISTED = 5
 """Lines that an error describes one by one."""
 
@@ -89,6 +94,42 @@ def encode_question(
     )
 
 
+# -------------------------------------------------------------------------------------------------------------- lengths
+
+
+def prompt_limit(model: PreTrainedModel, given: int | None) -> int:
+    """The most tokens of a prompt: as many as are given, or as many as the model has positions.
+
+    Raises:
+        ValueError: more are given than the table of positions has rows.
+    """
+    config = model.config.get_text_config()
+    positions, has_table = config.max_position_embeddings, config.position_embedding in ("learned", "sinusoidal")
+    if given is not None and given > positions and has_table:
+        raise ValueError(
+            f"--max-prompt-tokens {given} was given, but the {config.position_embedding} table of this model has "
+            f"{positions} positions; give at most as many."
+        )
+    return positions if given is None else given
+
+
+def check_characters(tokenizer: PreTrainedTokenizerBase, text: str, limit: int) -> None:
+    """Raise ValueError for a text that cannot have so few tokens, without looking for them, which takes long."""
+    if len(text) > limit and len(text) > limit * max(map(len, tokenizer.get_vocab())):
+        raise ValueError(
+            f"the prompt has {len(text)} characters, more than {limit} tokens have; shorten it, or raise "
+            "--max-prompt-tokens."
+        )
+
+
+def check_length(inputs: Mapping[str, Any], limit: int) -> None:
+    """Raise ValueError for a prompt, with its media, of more tokens."""
+    if (length := len(inputs["input_ids"][0])) > limit:
+        raise ValueError(
+            f"the prompt has {length} tokens, more than {limit}; shorten it, or raise --max-prompt-tokens."
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -101,7 +142,13 @@ def read_prompts(path: Path) -> list[Prompt]:
         OSError: the file cannot be read.
     """
     prompts, bad = [], {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"--prompts {path} is longer than {MAX_BYTES // 2**20} MiB: divide it.")
+    content = content.removeprefix(codecs.BOM_UTF8)
+    check_encoding(path, content)
+    for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -114,13 +161,37 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
+def check_encoding(path: Path, raw: bytes) -> None:
+    """Refuse a file that is not UTF-8 at all, whose lines would each be refused by themselves.
+
+    Raises:
+        ValueError: names the encoding and the fix.
+    """
+    wide = (
+        raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or raw.count(0) > len(raw) / 3
+    )
+    if wide:
+        raise ValueError(f"--prompts {path} is UTF-16 or UTF-32; save it as UTF-8.")
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"--prompts {path} is not UTF-8 (byte 0x{raw[error.start]:02x} in line {line}), perhaps Latin-1; save "
+            "it as UTF-8."
+        ) from error
+
+
 def read_line(number: int, line: bytes, folder: Path) -> Prompt:
     """One line.
 
     Raises:
         ValueError: why it is none.
     """
-    given = json.loads(line.decode("utf-8"))
+    try:
+        given = json.loads(line.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("lists stand too deep in each other") from error
     if not isinstance(given, dict):
         raise ValueError(f'{str(given)[:40]!r} is no object such as {{"prompt": "The wind"}}')
     for name in given.keys() - set(KEYS):
@@ -157,19 +228,27 @@ def refuse(path: Path, bad: Mapping[int, str], count: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- answers
 
 
-def check_media(path: Path, processor: PreTrainedTokenizerBase | ProcessorMixin, prompts: Sequence[Prompt]) -> None:
-    """See to it that the model can read the media of all prompts, before it answers the first.
+def check_prompts(
+    path: Path, processor: PreTrainedTokenizerBase | ProcessorMixin, prompts: Sequence[Prompt], limit: int
+) -> None:
+    """See to it that the model can read all prompts with their media, before it answers the first.
+
+    Args:
+        limit: The most tokens of each.
 
     Raises:
-        ValueError: names the lines whose media it cannot.
+        ValueError: names the lines that it cannot.
     """
-    bad = {}
+    bad, tokenizer = {}, tokenizer_of(processor)
     for prompt in prompts:
-        if prompt.media:
-            try:
-                encode_question(processor, (prompt.media, prompt.text))
-            except (ValueError, OSError) as error:
-                bad[prompt.line] = str(error)
+        try:
+            check_characters(tokenizer, prompt.text, limit)
+            if prompt.media:
+                check_length(encode_question(processor, (prompt.media, prompt.text)), limit)
+            else:
+                check_length(encode_prompt(tokenizer, prompt.text), limit)
+        except (ValueError, OSError) as error:
+            bad[prompt.line] = str(error)
     refuse(path, bad, len(prompts))
 
 
@@ -206,7 +285,8 @@ def write_answers(
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for prompt, text in zip(batch, texts, strict=True):
-            out.write(json.dumps({**prompt.given, "text": text}, ensure_ascii=False) + "\n")
+            line = json.dumps({**prompt.given, "text": text}, ensure_ascii=False) + "\n"
+            write_result(line) if out is sys.stdout else out.write(line)
         out.flush()
         num_written += len(batch)
         logger.info("%d of %d prompts are answered", num_written, len(prompts))

@@ -1,13 +1,36 @@
-"""The end of a process that took part in a process group."""
+"""The end of a command: of a process that took part in a process group, and by Ctrl-C."""
 
 import atexit
 import os
+import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 SHARED_MEMORY = Path("/dev/shm")
+
+
+def run_to_the_end(main: Callable[[], int]) -> NoReturn:
+    """Run a command and leave with its code, also where it leaves by SystemExit."""
+    try:
+        code = main()
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    end_process(code)
+
+
+def say_errors(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For `sys.excepthook`: Ctrl-C ends a command with one line and code 130, as shells know it."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    sys.stdout.flush()
+    sys.stderr.write("stopped by Ctrl-C\n")
+    sys.stderr.flush()
+    os._exit(128 + signal.SIGINT)
 
 
 def end_process(code: int) -> NoReturn:

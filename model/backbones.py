@@ -1,13 +1,19 @@
 """Pretrained encoders of others, by name or folder, in the place of ours."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from textwrap import shorten
+
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .configuration_megatransformer import EncoderConfig
+from .configuration_megatransformer import EncoderConfig, check_num_labels
 
 PARTS = {"pixel_values": "vision_config", "input_features": "audio_config"}
 """Where the configuration of the encoder stands in that of a model with several parts, by its main input."""
+LONGEST_REASON = 300
+"""Characters of what a library says that are repeated."""
 
 
 class Backbone(nn.Module):
@@ -28,7 +34,9 @@ class Backbone(nn.Module):
         if config.backbone_config is None:
             config.backbone_config = read_config(config.backbone, main_input_name).to_dict()
         backend = config._attn_implementation
-        self.model = encoder_of(AutoModel.from_config(config_of(config), attn_implementation=backend))
+        with loading(f"backbone {config.backbone!r}"):
+            model = AutoModel.from_config(config_of(config), attn_implementation=backend, trust_remote_code=False)
+            self.model = encoder_of(model)
         config._attn_implementation = self.model.config._attn_implementation
         if self.model.main_input_name != main_input_name:
             raise ValueError(f"backbone {config.backbone!r} takes {self.model.main_input_name}, not {main_input_name}")
@@ -39,11 +47,16 @@ class Backbone(nn.Module):
         """Fetches the pretrained weights.
 
         Raises:
-            ValueError: If some are missing.
+            ValueError: If some are missing, or damaged.
         """
-        model, report = AutoModel.from_pretrained(
-            self.config.backbone, config=config_of(self.config), dtype=torch.float32, output_loading_info=True
-        )
+        with loading(f"backbone {self.config.backbone!r}"):
+            model, report = AutoModel.from_pretrained(
+                self.config.backbone,
+                config=config_of(self.config),
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
         if report["missing_keys"] or report["mismatched_keys"]:
             missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
             raise ValueError(
@@ -78,18 +91,47 @@ class Backbone(nn.Module):
 
 
 def read_config(name: str, main_input_name: str) -> PreTrainedConfig:
-    """The configuration of a pretrained encoder, out of that of its model."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"backbone {name!r} cannot be loaded: {reason}; give a name or folder that can") from error
+    """The configuration of a pretrained encoder, out of that of its model. Code beside it is never run: left out,
+    `trust_remote_code` would have transformers ask on standard input.
+
+    Raises:
+        ValueError: there is no such model, it is damaged, or it needs code of its own.
+    """
+    with loading(f"backbone {name!r}"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     return getattr(config, PARTS[main_input_name], config)
 
 
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns whatever libraries raise about files of a model, which is of all kinds, into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} cannot be loaded: {reason_of(error)}; give a name or folder that can") from error
+
+
 def config_of(config: EncoderConfig) -> PreTrainedConfig:
-    """`backbone_config` as an object of its class."""
-    return AutoConfig.for_model(**config.backbone_config)
+    """`backbone_config` as an object of its class.
+
+    Raises:
+        ValueError: it is of no model that transformers has.
+    """
+    options = dict(config.backbone_config)
+    name = options.get("model_type")
+    if not isinstance(name, str) or name not in CONFIG_MAPPING:
+        raise ValueError(f"backbone_config has model_type {repr(name)[:60]}, which transformers does not have")
+    check_num_labels(options)
+    return AutoConfig.for_model(**options)
+
+
+def reason_of(error: Exception) -> str:
+    """What a library says, in one short line, and without the advice to run foreign code."""
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return "it needs code that comes with it, which is not run"
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    return kind + shorten(reason, LONGEST_REASON, placeholder=" ...")
 
 
 def encoder_of(model: PreTrainedModel) -> PreTrainedModel:

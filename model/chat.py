@@ -6,8 +6,6 @@ from functools import lru_cache, partial
 from itertools import count, pairwise
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from .chat_guard import (
     control_tokens,
     encode_text,
@@ -17,7 +15,9 @@ from .chat_guard import (
     split_at_marks,
     without_guard,
 )
+from .chat_rendering import Rendered, UnboundedTemplateError, render, template_of
 from .media_sources import own_part
+from .message_keys import reason_against_message
 
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("user", "assistant", "system", "tool")}
 """What begins a message, by role: a token where the vocabulary has it, else these characters in ordinary tokens."""
@@ -47,6 +47,9 @@ _SPELLING_TEMPLATE = CHAT_TEMPLATE.replace("'<|' ~ message.role ~ '|>'", "spell(
     "'<|assistant|>'", "spell('assistant')"
 )
 """The beginning of a message whose role has no token."""
+
+_MADE_HERE: set[str] = {CHAT_TEMPLATE}
+"""Templates of which nothing comes from a file; others are rendered within bounds."""
 
 Outline = tuple[tuple[str, tuple[str, ...] | None], ...]
 """Of each message its role and the types of its parts, None if its content is a string."""
@@ -93,6 +96,8 @@ def outline_of(
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLE_TOKENS:
             raise ValueError(f"message {number} has role {_short(role)}; choose one of {', '.join(ROLE_TOKENS)}")
+        if reason := reason_against_message(message, role == "assistant"):
+            raise ValueError(f"message {number} ({role}) {reason}")
         num_texts, num_media = len(texts), len(media)
         if isinstance(content, str):
             outline.append((role, None))
@@ -146,25 +151,43 @@ def render_outline(
     Returns:
         Pieces in order: what the template writes, media as single placeholders, or the number of a text; and whether
         the template counts them to what the assistant says.
+
+    Raises:
+        ValueError: the template cannot be rendered (`chat_rendering.render`), leaves out what a message says, or writes
+            what no message says.
     """
-    rendered, spans = render_jinja_template(
-        conversations=[messages_of(outline, map(_PLACE.format, count()))],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
+    numbers = count()
+    messages = messages_of(outline, map(_PLACE.format, numbers))
+    text, spans = render_messages(
+        template,
+        messages,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         bos_token=bos_token,
         eos_token=eos_token,
     )
-    text = rendered[0]
-    edges = sorted({0, len(text), *(min(edge, len(text)) for span in spans[0] for edge in span)})
+    _check_places(text, next(numbers))
+    edges = sorted({0, len(text), *(min(edge, len(text)) for span in spans for edge in span)})
     pieces = []
     for start, end in pairwise(edges):
-        is_answer = any(first <= start and end <= last for first, last in spans[0])
+        is_answer = any(first <= start and end <= last for first, last in spans)
         for number, piece in enumerate(_PLACES.split(text[start:end])):
             if piece:
                 pieces.append((int(piece) if number % 2 else piece, is_answer))
     return pieces
+
+
+def render_messages(template: str, messages: list[dict[str, Any]], **variables: Any) -> Rendered:
+    """`chat_rendering.render`, which trusts what was made here."""
+    return render(template, messages, is_trusted=template in _MADE_HERE, **variables)
+
+
+def _check_places(text: str, num_texts: int) -> None:
+    """Raises ValueError for a rendered conversation that lacks a text, or has a place without one."""
+    found, known = set(_PLACES.findall(text)), set(map(str, range(num_texts)))
+    if found != known:
+        what = "leaves out what a message says" if known - found else "writes what no message says"
+        raise ValueError(f"the chat template {what}; correct it, or use another checkpoint")
 
 
 def messages_of(outline: Outline, texts: Iterable[str]) -> list[dict[str, Any]]:
@@ -189,7 +212,7 @@ def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         vocab_size: rows of the model's embedding table.
 
     Raises:
-        ValueError: as `guard_tokenizer`.
+        ValueError: as `guard_tokenizer`; or the tokenizer's own template takes more time or memory than it may.
     """
     if _is_ours(tokenizer.chat_template):
         known = tokenizer.get_vocab()
@@ -199,6 +222,25 @@ def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         if not set(special) <= set(control_tokens(tokenizer)):
             tokenizer.add_special_tokens({"extra_special_tokens": special}, replace_extra_special_tokens=False)
     tokenizer.chat_template = guard(tokenizer, tokenizer.chat_template)
+    check_template(tokenizer)
+
+
+def check_template(tokenizer: Any) -> None:
+    """See to it that the template of a tokenizer or processor, if it has one, ends. It may refuse messages.
+
+    Raises:
+        UnboundedTemplateError: it takes more time or memory than it may.
+        ValueError: it is no text.
+    """
+    if tokenizer.chat_template is None:
+        return
+    template, special = template_of(tokenizer.chat_template), getattr(tokenizer, "tokenizer", tokenizer)
+    messages = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "tool")]
+    try:
+        render_messages(template, messages, **special.special_tokens_map)
+    except ValueError as error:
+        if isinstance(error, UnboundedTemplateError):
+            raise
 
 
 def guard(tokenizer: Any, template: str | dict[str, str] | None) -> str | dict[str, str]:
@@ -211,21 +253,23 @@ def guard(tokenizer: Any, template: str | dict[str, str] | None) -> str | dict[s
         The same with a guard.
 
     Raises:
-        ValueError: as `guard_tokenizer`.
+        ValueError: as `guard_tokenizer`; or a template is no text.
     """
     if isinstance(template, dict):
         return {name: guard(tokenizer, one) for name, one in template.items()}
     guard_tokenizer(tokenizer)
     if not _is_ours(template):
-        return guard_template(template, tokenizer)
+        return guard_template(template_of(template), tokenizer)
     special = set(control_tokens(tokenizer))
     names = [token[2:-2] for token in sorted(special) if token.startswith("<|") and token.endswith("|>")]
     types = [name for name in names if f"<|{name.removeprefix(WRITTEN_PREFIX)}_start|>" in special]
     spelled = [role for role, token in ROLE_TOKENS.items() if token in spelled_roles(tokenizer)]
-    if not spelled:
-        return guard_template(CHAT_TEMPLATE, tokenizer, tuple(ROLE_TOKENS), types)
-    split_at_marks(tokenizer)
-    return guard_template(_SPELLING_TEMPLATE, tokenizer, tuple(ROLE_TOKENS), types, spelled)
+    if spelled:
+        split_at_marks(tokenizer)
+    plain = _SPELLING_TEMPLATE if spelled else CHAT_TEMPLATE
+    made = guard_template(plain, tokenizer, tuple(ROLE_TOKENS), types, spelled)
+    _MADE_HERE.add(made)
+    return made
 
 
 def _is_ours(template: str | dict[str, str] | None) -> bool:
@@ -252,9 +296,10 @@ def encode_conversation(
         ValueError: as `outline_of` and `check_texts`.
     """
     outline, texts, _ = outline_of(messages, ())
-    check_texts(tokenizer, texts, tokenizer.chat_template)
+    template = template_of(tokenizer.chat_template)
+    check_texts(tokenizer, texts, template)
     begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    pieces = render_outline(tokenizer.chat_template, outline, begin, end, add_generation_prompt)
+    pieces = render_outline(template, outline, begin, end, add_generation_prompt)
     ids: list[int] = []
     for piece, _ in pieces:
         is_text = isinstance(piece, int)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_vision_available
 
+from .backbones import loading
 from .configuration_codecs import MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig
 from .configuration_megatransformer import (
     MegaTransformerAudioWriterConfig,
@@ -99,7 +100,7 @@ class AutoencoderCodec(Codec):
         name = config.codec_name_or_path
         part = config.codec_config or read_config(name, MegaTransformerImageAutoencoderConfig)
         self.name, self.side = name, config.image_size
-        self.autoencoder = frozen(MegaTransformerImageAutoencoder, MegaTransformerImageAutoencoderConfig, part)
+        self.autoencoder = frozen(MegaTransformerImageAutoencoder, MegaTransformerImageAutoencoderConfig, part, name)
         config.codec_config = self.autoencoder.config.to_dict()
         patch, bottleneck = self.autoencoder.config.patch_size, self.autoencoder.config.bottleneck
         if self.side % patch:
@@ -161,7 +162,7 @@ class MelCodec(Codec):
             return
         part = config.vocoder_config or read_config(name, MegaTransformerVocoderConfig)
         self.name = name
-        self.vocoder = frozen(MegaTransformerVocoder, MegaTransformerVocoderConfig, part)
+        self.vocoder = frozen(MegaTransformerVocoder, MegaTransformerVocoderConfig, part, name)
         config.vocoder_config = self.vocoder.config.to_dict()
         for option in ("sampling_rate", "n_fft", "hop_length", "num_mel_bins"):
             here, there = getattr(config, option), getattr(self.vocoder.config, option)
@@ -221,24 +222,37 @@ def read_config(name: str, config_class: type[PreTrainedConfig]) -> dict[str, An
     Raises:
         ValueError: there is none, or it is of something else.
     """
-    try:
+    with loading(f"codec {name!r}"):
         values, _ = config_class.get_config_dict(name)
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"codec {name!r} cannot be loaded: {reason}; give a name or folder that can") from error
     if values.get("model_type") != config_class.model_type:
         raise ValueError(f"{name!r} is a {values.get('model_type')!r}, and not a {config_class.model_type!r}")
     return values
 
 
-def frozen(model_class: type, config_class: type, values: dict[str, Any]) -> nn.Module:
-    """A model of that configuration that does not learn, without discriminators."""
-    return model_class(config_class.from_dict({**values, "adversarial_weight": 0.0})).requires_grad_(False).eval()
+def frozen(model_class: type, config_class: type, values: dict[str, Any], name: str | None) -> nn.Module:
+    """A model of that configuration that does not learn, without discriminators.
+
+    Raises:
+        ValueError: the configuration, which is that of the codec `name`, is wrong.
+    """
+    with loading(f"codec {name!r}"):
+        config = config_class.from_dict({**values, "adversarial_weight": 0.0})
+        return model_class(config).requires_grad_(False).eval()
 
 
 def load_weights(model: nn.Module, name: str) -> None:
-    """Fetches the weights of a codec."""
-    trained = type(model).from_pretrained(name, config=model.config, dtype=torch.float32)
+    """Fetches the weights of a codec.
+
+    Raises:
+        ValueError: some are missing, or damaged.
+    """
+    with loading(f"codec {name!r}"):
+        trained, report = type(model).from_pretrained(
+            name, config=model.config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"the weights of codec {name!r} lack {missing[0]!r} (and {len(missing) - 1} more)")
     model.load_state_dict(trained.state_dict())
 
 

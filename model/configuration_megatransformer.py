@@ -42,6 +42,10 @@ KEYS_OF_TRANSFORMERS = {
     "transformers_version",
 }
 
+MOST_LABELS = 1_000_000
+MOST_STEPS = 10_000
+"""Core steps of a token: a hundred times as many as are of any use."""
+
 
 def checked(cls):
     """Class decorator: `@strict` of huggingface_hub, with every failed check raised as a one-line `ValueError`.
@@ -81,6 +85,7 @@ class StrictConfig(PreTrainedConfig):
             own = sorted({item.name for item in dataclasses.fields(self)} - inherited)
             advice = " ".join((*self.nearest(unknown[0]), f"known keys: {', '.join(own)}"))
             raise ValueError(f"{type(self).__name__}: unknown key {unknown[0]!r}; {advice}")
+        check_num_labels(kwargs)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -138,6 +143,13 @@ class StrictConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {value}; give a finite number")
 
 
+def check_num_labels(values: dict[str, Any]) -> None:
+    """Raises ValueError for a number of labels for which transformers could not make as many names."""
+    count = values.get("num_labels")
+    if count is not None and not (isinstance(count, int) and 0 <= count <= MOST_LABELS):
+        raise ValueError(f"num_labels is {count!r:.60}; give a whole number of at most {MOST_LABELS}")
+
+
 @checked
 class RecurrenceConfig(StrictConfig):
     """How the core is iterated.
@@ -174,16 +186,16 @@ class RecurrenceConfig(StrictConfig):
     model_type = "megatransformer_recurrence"
     base_config_key = "recurrence"
 
-    mean_steps: int = interval(min=1)(default=8)
-    backprop_steps: int = interval(min=1)(default=4)
+    mean_steps: int = interval(min=1, max=MOST_STEPS)(default=8)
+    backprop_steps: int = interval(min=1, max=MOST_STEPS)(default=4)
     step_distribution: Literal["lognormal-poisson", "poisson", "uniform", "fixed"] = "lognormal-poisson"
     step_sigma: float | int = interval(min=0.0)(default=0.5)
     state_init: Literal["like-init", "normal", "embed", "unit", "zero"] = "like-init"
     state_scale: float | int = interval(min=0.0)(default=1.0)
-    state_seed: int = interval(min=0)(default=0)
+    state_seed: int = interval(min=0, max=2**63 - 1)(default=0)
     injection: Literal["concat", "add", "gate"] = "concat"
     cache_policy: Literal["full", "ring", "last"] = "full"
-    num_kept_steps: int = interval(min=1)(default=4)
+    num_kept_steps: int = interval(min=1, max=MOST_STEPS)(default=4)
     exit_criterion: Literal[
         "none",
         "kl_divergence",
@@ -333,11 +345,19 @@ class MegaTransformerTextConfig(StrictConfig):
             raise ValueError(
                 "num_prelude_layers, num_core_layers and num_coda_layers are all 0; the model needs a layer"
             )
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps ({self.num_steps}) must be at least 1")
+        if self.num_steps is not None and not 1 <= self.num_steps <= MOST_STEPS:
+            raise ValueError(f"num_steps ({self.num_steps}) must be at least 1 and at most {MOST_STEPS}")
         check_positive(
             self, "attn_logit_softcapping", "final_logit_softcapping", "embedding_scale", "initializer_range"
         )
+
+    def validate_special_tokens(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(0 <= token < self.vocab_size for token in ids):
+                raise ValueError(f"{name} ({value!s:.60}) is outside the vocabulary (vocab_size {self.vocab_size})")
 
 
 class EncoderConfig(StrictConfig):
@@ -743,6 +763,14 @@ class MegaTransformerConfig(StrictConfig):
                 )
             if list(ids.values()).count(value) > 1:
                 raise ValueError(f"{name} ({value}) is also the id of another token; each needs its own")
+        for name in ("structure_token_ids", "image_code_offset"):
+            values = getattr(self, name)
+            values = [] if values is None else values if isinstance(values, list) else [values]
+            outside = [value for value in values if not 0 <= value < self.text_config.vocab_size]
+            if outside:
+                raise ValueError(
+                    f"{name} has {outside[0]}, outside the vocabulary of text_config ({self.text_config.vocab_size})"
+                )
 
 
 def check_heads(config: MegaTransformerTextConfig | EncoderConfig) -> None:

@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_torchaudio_available
 
 from .media import MAX_SECONDS, load_audio
 from .media_sources import read_source
-from .processor_options import IDLE_AUDIO_OPTIONS, read_options
+from .processor_options import IDLE_AUDIO_OPTIONS, check_number, check_whole, read_options
 
 if is_torchaudio_available():
     from torchaudio.functional import melscale_fbanks
@@ -23,6 +23,8 @@ FLOOR = 1e-8
 LOG_MEAN, LOG_STD = -3.0, 2.0
 """Shift and scale of log10 power, so that speech has mean 0 and deviation 1, roughly. Constants instead of each clip's
 own statistics: a frame's values then depend on nothing but the sound around it, however long the clip is."""
+LARGEST_FRAME, LARGEST_RATE, LONGEST = 65536, 768_000, 86_400.0
+"""Most samples of a frame, samples per second, and seconds of a clip."""
 SILENCE = (math.log10(FLOOR) - LOG_MEAN) / LOG_STD
 """What a frame without sound has everywhere."""
 
@@ -59,20 +61,19 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
         padding_value: float = 0.0,
         **kwargs: Any,
     ):
+        whole = {"feature_size": feature_size, "n_fft": n_fft, "hop_length": hop_length, "subsampling": subsampling}
+        for name, value in whole.items():
+            check_whole(name, value, LARGEST_FRAME)
+        check_whole("sampling_rate", sampling_rate, LARGEST_RATE)
+        check_number("max_seconds", max_seconds, 1e-3, LONGEST)
+        check_number("padding_value", padding_value, -1e6, 1e6)
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.auto_map = {"AutoFeatureExtractor": "feature_extraction_megatransformer.MegaTransformerFeatureExtractor"}
         self.padding_side = None  # `pad` has no choice; pipelines pad texts by the tokenizer's then
         self.n_fft, self.hop_length = n_fft, hop_length
         self.subsampling, self.max_seconds = subsampling, max_seconds
-        if min(hop_length, n_fft, feature_size) < 1 or feature_size > n_fft // 2:
-            raise ValueError(
-                f"n_fft is {n_fft}, hop_length {hop_length}, feature_size {feature_size}; give positive numbers and at "
-                f"most n_fft / 2 mel bins"
-            )
-        if subsampling < 1:
-            raise ValueError(f"subsampling is {subsampling}; give at least 1")
-        if max_seconds <= 0:
-            raise ValueError(f"max_seconds is {max_seconds}; give a positive number")
+        if feature_size > n_fft // 2:
+            raise ValueError(f"feature_size is {feature_size} and n_fft {n_fft}; give at most n_fft / 2 mel bins")
 
     @property
     def max_samples(self) -> int:

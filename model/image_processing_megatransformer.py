@@ -1,5 +1,6 @@
 """Pictures to the tensors that the vision encoder reads."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,15 @@ from transformers.utils.import_utils import is_vision_available
 
 from .media import MAX_PIXELS, load_image
 from .media_sources import read_source
-from .processor_options import IDLE_IMAGE_OPTIONS, read_options
+from .processor_options import IDLE_IMAGE_OPTIONS, check_number, check_whole, read_options
 
 if is_vision_available():
     from PIL import Image
+
+LARGEST_SIDE = 16384
+"""Pixels of the longest side that a picture can have after it is resized."""
+LARGEST_SHIFT = 1e6
+"""Most that is subtracted from a channel, and by which it is multiplied."""
 
 
 class MegaTransformerImageProcessor(BaseImageProcessor):
@@ -52,19 +58,30 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         self.auto_map = {"AutoImageProcessor": "image_processing_megatransformer.MegaTransformerImageProcessor"}
         self.patch_size, self.pixel_shuffle = patch_size, pixel_shuffle
         self.size, self.max_side, self.max_pixels = size, max_side, max_pixels
-        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.image_mean, self.image_std = image_mean, image_std
+        self._check_values()
         self._check_sizes()
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+
+    def _check_values(self) -> None:
+        for name in ("patch_size", "pixel_shuffle", "max_side"):
+            check_whole(name, getattr(self, name), LARGEST_SIDE)
+        check_whole("max_pixels", self.max_pixels, LARGEST_SIDE**2)
+        for name, least in (("image_mean", -LARGEST_SHIFT), ("image_std", 1 / LARGEST_SHIFT)):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)) or len(values) != 3:
+                raise ValueError(f"{name} is {repr(values)[:60]}; give three numbers, one for each channel")
+            for value in values:
+                check_number(name, value, least, LARGEST_SHIFT)
 
     def _check_sizes(self) -> None:
-        if self.patch_size < 1 or self.pixel_shuffle < 1:
-            raise ValueError(
-                f"patch_size is {self.patch_size} and pixel_shuffle {self.pixel_shuffle}; give positive numbers"
-            )
         side, size = self.token_side, self.size
         if self.max_side < side:
             raise ValueError(f"max_side is {self.max_side}, but a token covers {side} pixels; give at least those")
-        if size is not None and set(size) != {"height", "width"}:
-            raise ValueError(f"size is {size}, but needs height and width; give both")
+        if size is not None and (not isinstance(size, Mapping) or set(size) != {"height", "width"}):
+            raise ValueError(f"size is {repr(size)[:60]}, but needs height and width; give both")
+        for name, length in (size or {}).items():
+            check_whole(name, length, LARGEST_SIDE)
         if size is not None and any(length < side or length % side for length in size.values()):
             raise ValueError(f"size is {size}, but a token covers {side} pixels; give multiples of those")
 

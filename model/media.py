@@ -8,7 +8,8 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from functools import lru_cache
@@ -17,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 from transformers.utils.import_utils import is_torchaudio_available, is_vision_available
 
 if is_vision_available():
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 if is_torchaudio_available():
     from torchaudio.transforms import Resample
 try:
@@ -28,16 +30,39 @@ try:
 except (ImportError, OSError):  # OSError: the package without its C library
     soundfile = None
 
+logger = logging.get_logger(__name__)
+
 MAX_PIXELS = 64_000_000
-"""Largest picture that is decoded: 200 MB as RGB."""
+"""Largest picture that is decoded, where that takes eight bytes of memory for each pixel: 512 MB. Where it takes more,
+the largest has as many pixels fewer."""
+MAX_FILE_BYTES = 2**27
+"""Largest file of a picture, which some decoders read as a whole, and of which texts are copied."""
+_BYTES_PER_PIXEL = 8
+_BYTES_PER_PIXEL_OF = {"WEBP": 17, "JPEG2000": 25, "AVIF": 17}
+"""Of decoders that hold a picture more than once. Measured."""
 MAX_SECONDS = 30.0
 """What is read of a recording."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Pillow knows more, some of which start other programs (EPS)."""
+AUDIO_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "RF64", "W64")
+"""libsndfile knows more, some of which nobody has written for decades."""
 SAMPLING_RATES = (100, 1_000_000)
 MAX_AMPLITUDE = 1000.0
 """Samples lie within -1 .. 1, or were forgotten to be scaled; larger ones overflow as power."""
+_STRIP = _MAX_PLAIN = 2**20
+_TILE_WIDTH, _TILE_LENGTH, _BITS_PER_SAMPLE = 322, 323, 258
 _EXIF_ORIENTATION = 0x0112
+_XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""What makes a picture upright, by its orientation."""
 
 
 class MediaError(ValueError):
@@ -48,7 +73,9 @@ class MediaError(ValueError):
 
 
 def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> "Image.Image":
-    """A picture as 8-bit RGB, upright (EXIF), on white where it is transparent, the first frame of an animation.
+    """A picture as 8-bit RGB, upright, on white where it is transparent, the first frame of an animation.
+
+    Where it says how it lies, in EXIF or else in XMP, it is turned by that, and says nothing of it any more.
 
     Args:
         source: PIL image; array or tensor (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, uint8 or float in
@@ -62,7 +89,12 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> "Image.Image":
         return _image_from_array(source)
     with _opened_image(source, max_pixels) as image:
         image.load()
-        return _as_rgb(image if _orientation(image) == 1 else ImageOps.exif_transpose(image))
+        turn = _TURNS.get(_orientation(image))
+        upright = _as_rgb(image)
+    del image  # before there is a third of them
+    upright = upright if turn is None else upright.transpose(Image.Transpose[turn])
+    upright.info = {}  # or it would be turned again wherever it goes
+    return upright
 
 
 def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -74,6 +106,12 @@ def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _image_from_array(source).size[::-1]
     with _opened_image(source, max_pixels) as image:
+        if image.format == "TIFF":  # turned by Pillow: by its own tag before it is decoded, by XMP while it is
+            if "xmp" in image.info:
+                image.load()
+            return image.size[::-1]
+        if image.format == "PNG" and _says_more_behind(image):
+            image.load()
         return image.size if _orientation(image) in (5, 6, 7, 8) else image.size[::-1]
 
 
@@ -86,11 +124,7 @@ def _opened_image(source: Any, max_pixels: int) -> "Iterator[Image.Image]":
         is_open = isinstance(source, Image.Image)
         file = nullcontext(source) if is_open else Image.open(_file(source, "picture"), formats=IMAGE_FORMATS)
         with file as image:
-            if not 0 < image.width * image.height <= max_pixels:
-                raise MediaError(
-                    f"{_name(source)} has {image.width} x {image.height} pixels, of which 1 to {max_pixels} can be "
-                    "read; scale the picture down"
-                )
+            _check_pixels(source, image, max_pixels)
             yield image
     except MediaError:
         raise
@@ -100,21 +134,133 @@ def _opened_image(source: Any, max_pixels: int) -> "Iterator[Image.Image]":
         raise _unreadable("picture", source, error) from error
 
 
+def _check_pixels(source: Any, image: "Image.Image", max_pixels: int) -> None:
+    width, height = image.size
+    most = max_pixels * _BYTES_PER_PIXEL // _bytes_per_pixel(image)
+    if any(tile[0] == "ppm_plain" for tile in getattr(image, "tile", ())):  # numbers as text, which take minutes
+        most = min(most, _MAX_PLAIN)
+    if not 0 < width * height <= most:
+        as_format = f" as {image.format}" if most < max_pixels else ""
+        raise MediaError(
+            f"{_name(source)} has {width} x {height} pixels, of which 1 to {most} can be read{as_format}; scale the "
+            "picture down"
+        )
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0) > most:
+        raise MediaError(f"{_name(source)} has tiles of more than {most} pixels; write it in smaller ones")
+
+
+def _bytes_per_pixel(image: "Image.Image") -> int:
+    """The most memory that decoding takes, and making it RGB after that."""
+    if image.format == "TIFF":  # a strip may be all of it
+        return max(_BYTES_PER_PIXEL, 4 + sum(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) // 8)
+    if image.format in ("JPEG", "MPO") and not _is_one_scan(image):  # its coefficients are held, of two bytes
+        return max(_BYTES_PER_PIXEL, 4 + 2 * len(image.getbands()))
+    return _BYTES_PER_PIXEL_OF.get(image.format, _BYTES_PER_PIXEL)
+
+
+def _is_one_scan(image: "Image.Image") -> bool:
+    """Whether the first scan of a JPEG that is open, behind the header of which Pillow stands, has all components."""
+    file, count = getattr(image, "fp", None), len(image.getbands())
+    if file is None:  # decoded already
+        return True
+    if "progressive" in image.info:
+        return False
+    file.seek(-(4 + 2 * count), os.SEEK_CUR)
+    found = file.read(1)
+    file.seek(3 + 2 * count, os.SEEK_CUR)
+    return found == bytes([count])
+
+
+def _says_more_behind(image: "Image.Image") -> bool:
+    """Whether a PNG that is open has texts or EXIF behind its pixels, which Pillow reads when it decodes them."""
+    file = getattr(image, "fp", None)
+    if file is None:  # decoded already
+        return False
+    place, is_behind, found = file.tell(), False, False
+    file.seek(8)
+    while not found and len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        is_behind |= kind == b"IDAT"
+        found = is_behind and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+        file.seek(length + 4, os.SEEK_CUR)
+    file.seek(place)
+    return found
+
+
 def _orientation(image: "Image.Image") -> int:
-    """How the picture is to be turned, 1 .. 8 as in EXIF. Where its header has none, `getexif` may decode it first."""
-    return image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+    """How the picture is to be turned, 1 .. 8 as in EXIF, which comes before XMP where both say it. EXIF that is
+    damaged says nothing.
+    """
+    try:
+        orientation = _exif_of(image).get(_EXIF_ORIENTATION)
+    except (SyntaxError, ValueError, KeyError, TypeError, IndexError, EOFError, struct.error) as error:
+        name = shortened(str(getattr(image, "filename", "") or f"a picture of {image.width} x {image.height} pixels"))
+        logger.warning_once(f"{name} has damaged EXIF ({error}), which is not read; only XMP may turn it upright")
+        orientation = None
+    if orientation in range(1, 9):
+        return orientation
+    found = _XMP_ORIENTATION.search(_xmp_of(image.info))
+    return int(found[1]) if found else 1
+
+
+def _exif_of(image: "Image.Image") -> "Image.Exif":
+    info = image.info
+    if "exif" not in info and "Raw profile type exif" not in info:
+        profile = _raw_profile(info, "Raw profile type APP1")
+        if profile.startswith(b"Exif"):
+            exif = Image.Exif()
+            exif.load(profile)
+            return exif
+    # By the class of all pictures: that of PNG would decode it to look behind its pixels.
+    return Image.Image.getexif(image)
+
+
+def _xmp_of(info: dict[str, Any]) -> bytes:
+    """XMP, without the zeros that UTF-16 has."""
+    for name in ("XML:com.adobe.xmp", "xmp"):
+        value = info.get(name)
+        if isinstance(value, (str, bytes)) and value:
+            return (value.encode() if isinstance(value, str) else value).replace(b"\0", b"")
+    try:
+        return _raw_profile(info, "Raw profile type xmp") + _raw_profile(info, "Raw profile type APP1")
+    except ValueError:  # no hexadecimal numbers: damaged, as is then said of EXIF
+        return b""
+
+
+def _raw_profile(info: dict[str, Any], name: str) -> bytes:
+    """What ImageMagick puts into a text of a PNG: an empty line, the kind, the number of bytes, and these as
+    hexadecimal numbers.
+    """
+    return bytes.fromhex("".join(str(info.get(name, "")).split("\n")[3:]))
 
 
 def _as_rgb(image: "Image.Image") -> "Image.Image":
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image.getchannel("A"))
-        return white
-    if image.mode[0] in "IF":  # Pillow's own conversion cuts all above 255 off
-        values = np.asarray(image)
-        return _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
-    return image.convert("RGB")
+        return _in_strips(_on_white, image)
+    return _in_strips(_from_numbers, image) if image.mode[0] in "IF" else image.convert("RGB")
+
+
+def _in_strips(convert: "Callable[[Image.Image], Image.Image]", image: "Image.Image") -> "Image.Image":
+    """RGB of a picture, of which what is between them never has the whole size."""
+    rgb, rows = Image.new("RGB", image.size), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        rgb.paste(convert(image.crop(box)), box)
+    return rgb
+
+
+def _on_white(image: "Image.Image") -> "Image.Image":
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _from_numbers(image: "Image.Image") -> "Image.Image":
+    """Of integers and floats: Pillow's own conversion cuts all above 255 off."""
+    values = np.asarray(image)
+    return _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
 
 
 def _image_from_array(source: np.ndarray | torch.Tensor) -> "Image.Image":
@@ -259,7 +405,9 @@ def _opened_audio(source: Any) -> "Iterator[soundfile.SoundFile]":
     if soundfile is None:
         raise ImportError("recordings are read by soundfile, which is not installed; pip install soundfile")
     try:
-        with soundfile.SoundFile(_file(source, "recording")) as file:
+        with _stream(_file(source, "recording")) as stream, soundfile.SoundFile(stream) as file:
+            if file.format not in AUDIO_FORMATS:
+                raise MediaError(f"{_name(source)} is {file.format}, none of {', '.join(AUDIO_FORMATS)}; convert it")
             _check_rate(source, file.samplerate)
             _check_size(source, file)
             yield file
@@ -267,6 +415,11 @@ def _opened_audio(source: Any) -> "Iterator[soundfile.SoundFile]":
         raise _unreadable("recording", source, error.error_string) from error
     except TypeError as error:  # a .raw file, which has no header
         raise _unreadable("recording", source, error) from error
+
+
+def _stream(file: str | io.BytesIO) -> io.BufferedIOBase:
+    """A file without its name, by which libsndfile would look for further files of the same name."""
+    return open(file, "rb") if isinstance(file, str) else file
 
 
 def _check_size(source: Any, file: "soundfile.SoundFile") -> None:
@@ -321,6 +474,7 @@ def _file(source: Any, kind: str) -> str | io.BytesIO:
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
             raise MediaError(f"the {kind} has 0 bytes; remove it")
+        _check_file_size(source, kind, len(source))
         return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         raise MediaError(f"a {kind} cannot be read from {type(source).__name__}; give a path, bytes or an array")
@@ -332,7 +486,15 @@ def _file(source: Any, kind: str) -> str | io.BytesIO:
         raise MediaError(f"{shortened(path)} {'is no file' if is_there else 'does not exist'}; correct the path")
     if not os.path.getsize(path):
         raise MediaError(f"{shortened(path)} has 0 bytes; remove it")
+    _check_file_size(source, kind, os.path.getsize(path))
     return path
+
+
+def _check_file_size(source: Any, kind: str, size: int) -> None:
+    if kind == "picture" and size > MAX_FILE_BYTES:
+        raise MediaError(
+            f"{_name(source)} has {size} bytes, of which a picture may have {MAX_FILE_BYTES}; scale it down"
+        )
 
 
 def shortened(source: str) -> str:

@@ -134,7 +134,7 @@ class BackboneRecordings(Recordings):
 
     def __init__(self, extractor: Any, num_tokens: int):
         self.modality, self.extractor, self.count = MODALITIES["audio"], extractor, num_tokens
-        self.max_seconds = MAX_SECONDS
+        self.max_seconds = min(MAX_SECONDS, extractor.to_dict().get("chunk_length", MAX_SECONDS))
 
     def tokens_of_size(self, size: float) -> int:
         return self.count

@@ -19,6 +19,8 @@ from .media import MediaError, shortened
 
 MAX_BYTES = 256 * 2**20
 """Most characters of a `data:` URI or of base64, and most bytes that are fetched."""
+MAX_PERCENTS = 2**23
+"""Most characters of a `data:` URI in which some stand as percents: each of those takes a hundred times its size."""
 FETCH_SECONDS = 30.0
 """Within which a medium is fetched as a whole."""
 
@@ -86,6 +88,11 @@ def _read_data(source: str, kind: str) -> bytes:
     declared = media_type.split("/")[0].strip().lower()
     if declared not in ("", kind, "application"):
         raise MediaError(f"{shortened(source)} is declared as {declared}, and not as {kind}; give a {_WORDS[kind]}")
+    if len(data) > MAX_PERCENTS and "%" in data:
+        raise MediaError(
+            f"{shortened(source)} has {len(data)} characters with percents, and at most {MAX_PERCENTS} of them are "
+            "read; give base64"
+        )
     if "base64" not in (option.strip().lower() for option in options):
         return unquote_to_bytes(data)
     return decode_base64(unquote_to_bytes(data).decode("latin-1") if "%" in data else data, source)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
+from .backbones import reason_of
 from .chat import (
     ROLE_TOKENS,
     check_texts,
@@ -14,9 +15,11 @@ from .chat import (
     kinds_of_role,
     messages_of,
     outline_of,
+    render_messages,
     render_outline,
 )
 from .chat_guard import encode_text
+from .chat_rendering import template_of
 from .configuration_megatransformer import (
     MegaTransformerAudioConfig,
     MegaTransformerAudioWriterConfig,
@@ -150,6 +153,7 @@ class MegaTransformerProcessor(ProcessorMixin):
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
         """As in `ProcessorMixin`, with the parts that not every processor has loaded."""
         config, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None would ask on standard input
         for name, auto_class in (("image_processor", AutoImageProcessor), ("feature_extractor", AutoFeatureExtractor)):
             if config.get(name) is not None:
                 config[name] = auto_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -259,7 +263,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         """
         kinds = self.kinds
         outline, texts, parts = outline_of(messages, kinds, continue_final_message)
-        template = self.chat_template if chat_template is None else chat_template
+        template = template_of(self.chat_template, chat_template)
         check_texts(self.tokenizer, texts, template)
         found = preprocess_parts(parts, media or {}, kinds, allow_fetch)
         pieces = render_outline(
@@ -280,6 +284,8 @@ class MegaTransformerProcessor(ProcessorMixin):
             for some, are_learned in new:
                 ids += some
                 answer_mask += [is_answer and is_learned for is_learned in are_learned]
+        if left_out := [name for name, rest in counts.items() if next(rest, None) is not None]:
+            raise ValueError(f"the chat template leaves out the {left_out[0]} of a message; correct it")
         return {"input_ids": torch.tensor(ids), "answer_mask": torch.tensor(answer_mask), "media": found}
 
     def _encode_structure(self, piece: str) -> list[int]:
@@ -298,7 +304,9 @@ class MegaTransformerProcessor(ProcessorMixin):
             if token_id not in names:
                 yield [token_id], [True]
                 continue
-            kind, count = kinds[names[token_id]], next(counts[names[token_id]])
+            if (count := next(counts[names[token_id]], None)) is None:
+                raise ValueError(f"the chat template writes more places for {names[token_id]} than messages have")
+            kind = kinds[names[token_id]]
             start, end = self.tokenizer.convert_tokens_to_ids([kind.modality.start_token, kind.modality.end_token])
             at_start, in_places, at_end = kind.learned
             yield [start, *[token_id] * count, end], [at_start, *[in_places] * count, at_end]
@@ -339,7 +347,9 @@ class MegaTransformerProcessor(ProcessorMixin):
         if not tokenize:
             outlines = [outline_of(messages, self.kinds, continue_final_message) for messages in conversations]
             written = [messages_of(outline, texts) for outline, texts, _ in outlines]
-            return super().apply_chat_template(written if is_batch else written[0], chat_template, **open_end)
+            template, tokens = template_of(self.chat_template, chat_template), self.tokenizer.special_tokens_map
+            rendered = [render_messages(template, one, **open_end, **tokens)[0] for one in written]
+            return rendered if is_batch else rendered[0]
         open_end |= {"chat_template": chat_template, "allow_fetch": bool(options.pop("allow_fetch"))}
         encoded = [self.encode_chat(messages, **open_end) for messages in conversations]
         batch = self._batch(encoded, return_assistant_tokens_mask, **options)
@@ -565,7 +575,7 @@ def build_processor(
 
 def _build_image_processor(config: MegaTransformerVisionConfig) -> Any:
     if config.backbone is not None:
-        return AutoImageProcessor.from_pretrained(config.backbone)
+        return _part_of(AutoImageProcessor, config.backbone)
     if config.num_channels != 3:
         raise ValueError(f"num_channels is {config.num_channels}, but images are read as RGB; give 3")
     side = config.image_size
@@ -579,7 +589,7 @@ def _build_image_processor(config: MegaTransformerVisionConfig) -> Any:
 
 def _build_feature_extractor(config: MegaTransformerAudioConfig) -> Any:
     if config.backbone is not None:
-        return AutoFeatureExtractor.from_pretrained(config.backbone)
+        return _part_of(AutoFeatureExtractor, config.backbone)
     return MegaTransformerFeatureExtractor(
         feature_size=config.num_mel_bins,
         sampling_rate=config.sampling_rate,
@@ -588,6 +598,14 @@ def _build_feature_extractor(config: MegaTransformerAudioConfig) -> Any:
         subsampling=config.subsampling,
         max_seconds=config.max_seconds,
     )
+
+
+def _part_of(auto_class: type, backbone: str) -> Any:
+    """The processor of media that a pretrained encoder brings along, without code of its own."""
+    try:
+        return auto_class.from_pretrained(backbone, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the processor of backbone {backbone!r} cannot be loaded: {reason_of(error)}") from error
 
 
 def _image_writer(config: MegaTransformerImageWriterConfig) -> dict[str, Any]:

@@ -141,3 +141,16 @@ def limit_of(truncation: Any, max_length: int | None, default: int) -> int | Non
     if not _TRUNCATING[truncation]:
         return None
     return default if max_length is None else max_length
+
+
+def check_whole(name: str, value: Any, most: int) -> None:
+    """Raises ValueError for a setting of a processor that is no whole number from 1 to the most."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {repr(value)[:60]}; give a whole number of 1 to {most}")
+
+
+def check_number(name: str, value: Any, least: float, most: float) -> None:
+    """Raises ValueError for a setting of a processor that is no number in a range."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:  # no comparison with NaN is true
+        raise ValueError(f"{name} is {repr(value)[:60]}; give a number of {least} to {most}")

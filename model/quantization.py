@@ -1,5 +1,6 @@
 """Weights of 8 and 4 bits: which matrices have them, and how. bitsandbytes rounds them while a checkpoint is loaded."""
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -107,3 +108,38 @@ def uneven_layers(model: PreTrainedModel, kept: list[str]) -> list[str]:
             f"their width: {uneven[0]} ..."
         )
     return uneven
+
+
+def keep_scales(layer: nn.Module) -> None:
+    """Lets a `Linear4bit` be saved after it was used.
+
+    For its fast kernel on CPUs bitsandbytes 0.50 rearranges a layer's weights in their place, in the first forward pass
+    of evaluation. When they are saved it arranges them back, bit for bit, but not their scales: these have been rounded
+    to bfloat16, and without `double_quant` they stay transposed. So the scales of before, a small part of the whole,
+    are kept, and take the place of those.
+
+    Args:
+        layer: One whose weights are rounded already.
+    """
+    if layer.support_avx512bf16_for_cpu:
+        layer.register_forward_pre_hook(_keep_scales)
+        layer.register_state_dict_post_hook(_restore_scales)
+
+
+def _keep_scales(layer: nn.Module, args: tuple) -> None:
+    if not _is_rearranged(layer):
+        layer.kept_scales = copy(layer.weight.quant_state)  # rearranging changes attributes of that object alone
+
+
+def _restore_scales(layer: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    # It is arranged back by now, and is rearranged again in the next forward pass.
+    kept = layer.__dict__.get("kept_scales")
+    if kept is None:
+        return
+    layer.weight.quant_state = layer.quant_state = copy(kept)
+    for name, value in kept.as_dict(packed=True).items():
+        state_dict[f"{prefix}weight.{name}"] = value
+
+
+def _is_rearranged(layer: nn.Module) -> bool:
+    return getattr(layer.weight.quant_state, "packing_format_for_cpu", False)

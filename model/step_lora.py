@@ -9,9 +9,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -93,9 +94,9 @@ class StepLora(nn.Module):
         different = sorted(name for name in here | there if name not in there or there[name].shape != here.get(name))
         if different:
             raise ValueError(
-                f"{Path(folder) / WEIGHTS} does not fit: {different[0]} is {shape_of(there.get(different[0]))} there "
-                f"and {tuple(here.get(different[0], ())) or 'missing'} here; it belongs to another base, or was made "
-                "with other options"
+                f"{Path(folder) / WEIGHTS} does not fit: {different[0][:80]} is {shape_of(there.get(different[0]))} "
+                f"there and {tuple(here.get(different[0], ())) or 'missing'} here; it belongs to another base, or was "
+                "made with other options"
             )
         self.load_state_dict(there)
 
@@ -134,16 +135,43 @@ def add_step_lora(model: nn.Module, targets: Iterable[str], num_steps: int, rank
 
 
 def load_step_lora(model: nn.Module, folder: str | Path) -> StepLora:
-    """Add the deltas of an adapter folder.
+    """Add the deltas of an adapter folder, whose options are compared with its weights before room is made for them.
 
     Raises:
-        ValueError: if they do not fit the model, or its file is damaged.
+        ValueError: if they do not fit each other or the model, or a file is damaged.
     """
-    path = Path(folder) / CONFIG
+    path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-        adapter = add_step_lora(model, **options)
-    except (json.JSONDecodeError, TypeError) as error:
+        options = read_options(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); save the adapter again") from error
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith(".down")]  # noqa: SIM118
+            shapes = {tuple(file.get_slice(name).get_shape()[:2]) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged ({error}); save the adapter again") from error
+    expected = (options["num_steps"], options["rank"])
+    if shapes != {expected}:
+        raise ValueError(
+            f"{path} has num_steps and rank {expected}, but the weights beside it are of {sorted(shapes)[:3]}; save "
+            "the adapter again"
+        )
+    adapter = add_step_lora(model, **options)
     adapter.load(folder)
     return adapter
+
+
+def read_options(content: object) -> dict[str, Any]:
+    """The arguments of `add_step_lora`; ValueError if they are not."""
+    numbers = ("num_steps", "rank", "alpha")
+    if not isinstance(content, dict) or content.keys() != {*numbers, "targets"}:
+        raise ValueError(f"it has not just {', '.join(numbers)} and targets")
+    for name in numbers:
+        value = content[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise ValueError(f"{name} is {repr(value)[:60]}; give a whole number of at least 1")
+    targets = content["targets"]
+    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        raise ValueError(f"targets is {repr(targets)[:60]}; give names of layers")
+    return content

@@ -101,7 +101,7 @@ def write_lines(path, rows):
 # ------------------------------------------------------------------------------------------------ every kind of source
 
 PICTURES = [picture(40, 24, seed) for seed in range(3)]
-SOUNDS = [sound(samples, seed) for seed, samples in enumerate((3000, 4000, 20000))]  # the last is cut at two seconds
+SOUNDS = [sound(samples, seed) for seed, samples in enumerate((3000, 4000, 16000))]  # the last is as long as is read
 RECORDED = [np.round(samples * 32767).astype(np.int16) for samples in SOUNDS]
 HEARD = [samples.astype(np.float32) / 32768 for samples in RECORDED]
 

@@ -344,3 +344,15 @@ def test_generated_media_are_as_their_task_makes_them():
 def test_options_out_of_range_are_refused(config, options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def test_no_change_pushes_the_end_of_a_recording_beyond_what_is_read():
+    """Its text would say what is not heard any more."""
+    config = AugmentationConfig(audio=AudioAugmentationConfig(speed=[0.5], shift=1.0))
+    augmenter = Augmenter(config, PROCESSOR.tokenizer, {"audio": 8000}, {"audio": 16000})
+    for length, longest in ((16000, 16000), (12000, 16000), (4000, 16000)):
+        samples = np.linspace(0.1, 0.5, length, dtype=np.float32)
+        for seed in range(5):
+            changed = augmenter.change("audio", samples, "good morning", np.random.default_rng(seed))
+            assert length <= len(changed) <= longest
+            assert length < 8000 or np.array_equal(changed[-length:], samples)  # else it would be slowed down

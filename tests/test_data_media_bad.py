@@ -143,19 +143,30 @@ def test_what_is_unusual_is_read(tmp_path, case):
     assert (batch["input_ids"] == start).sum() == 3
 
 
-def test_a_recording_of_ten_hours_costs_no_more_than_its_beginning(tmp_path):
-    """Of 288 MB only the front is decoded; the digest reads it in pieces. The file is a hole, but for its header."""
+def test_a_recording_of_ten_hours_is_refused_by_its_header(tmp_path, caplog):
+    """Its text would stay whole. The digest reads 288 MB in pieces; the file is a hole, but for its header."""
     source = folder_with(tmp_path, "x.wav", None)
     with (tmp_path / "x.wav").open("wb") as file:
         file.write(long_recording()[:44])
         file.truncate(44 + 8000 * 36_000)
     tracemalloc.start()
-    rows = build(source, max_bad_rows=0).train
-    row = rows[1]
+    with caplog.at_level(logging.WARNING):
+        rows = build(source).train
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(rows) == 3 and row["media"]["audio"][0].shape[1] == 201  # two seconds, as the processor wants
+    assert len(rows) == 2 and "36000.0 seconds, of which 2 are read, while its text would stay whole" in caplog.text
     assert peak < 40e6
+
+
+@pytest.mark.parametrize("check_media", [True, False])
+@pytest.mark.parametrize(("samples", "is_read"), [(16000, True), (16700, True), (16900, False), (40000, False)])
+def test_a_recording_that_would_be_cut_is_a_bad_row(tmp_path, caplog, samples, is_read, check_media):
+    """Two seconds of 8000 samples are read; a tenth of a second more has no word in it."""
+    source = folder_with(tmp_path, "x.wav", audio_file(sound(samples)))
+    with caplog.at_level(logging.WARNING):
+        assert len(build(source, check_media=check_media).train) == 2 + is_read
+    reason = f"x.wav: {samples / 8000:.1f} seconds, of which 2 are read, while its text would stay whole; cut both"
+    assert (reason in caplog.text) == (not is_read)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +276,7 @@ def test_too_many_bad_media_stop_the_run_with_the_first_of_them(tmp_path):
         ValueError, match=r"4 rows are bad, data\.max_bad_rows is 3: .*line 1: no file .*0\.png.*line 4"
     ):
         build(SourceConfig("imagefolder", path=str(tmp_path)), max_bad_rows=3)
-    with pytest.raises(ValueError, match=r"has no usable rows \(9 bad ones\)"):
+    with pytest.raises(ValueError, match=r"has no usable rows: 9 x "):
         build(SourceConfig("imagefolder", path=str(tmp_path)))
 
 
@@ -328,8 +339,15 @@ def test_documents_longer_than_a_row_are_bad_rows(tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             rows = build(source, block_size=48, packing=packing).train
         assert rows.lengths.max() <= 48
-        message = caplog.records[-1].message
-        assert "line 2: 76 tokens, more than data.block_size 48; raise it, or make the media smaller" in message
+        assert (
+            "line 2: 76 tokens, 66 of them of media, more than data.block_size 48; raise it, or make the" in caplog.text
+        )
+    long = [{"role": "user", "content": "why? " * 50}, ANSWER]
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": [QUESTION, ANSWER]}, {"messages": long}]))
+    (tmp_path / "a.png").write_bytes(GOOD_PICTURE)
+    with caplog.at_level(logging.WARNING):
+        assert len(build(SourceConfig("chat", paths=[str(tmp_path / "a.json")]), block_size=100).train) == 1
+    assert "item 2: 257 tokens, more than data.block_size 100; raise it, or shorten the texts" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------- whole sources

@@ -103,13 +103,14 @@ def hub_of_classes(folder):
 
 
 def hub_of_paths(folder):
-    """JSON lines, whose columns nobody knows in front."""
+    """JSON lines, whose columns nobody knows in front, that name files beside them, by their whole paths too."""
     folder.mkdir()
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n")
     with (folder / "train.jsonl").open("w") as lines:
         for number in range(NUM_ROWS):
             for ending, content in zip(("png", "wav"), media_of(number), strict=True):
-                (folder.parent / f"{number}.{ending}").write_bytes(content)
-            row = {"seen": str(folder.parent / f"{number}.png"), "heard": [str(folder.parent / f"{number}.wav")]}
+                (folder / f"{number}.{ending}").write_bytes(content)
+            row = {"seen": str(folder / f"{number}.png"), "heard": [f"{number}.wav"]}
             lines.write(json.dumps(row | {"text": f"text {number}"}) + "\n")
     return {"kind": "hub", "path": str(folder), "image_column": "seen", "audio_column": "heard"}
 
@@ -252,7 +253,7 @@ def test_the_first_rows_of_a_stream_are_its_validation(tmp_path, kind):
     assert texts == TEXTS[3:5]
     validation = SourceConfig(**webdataset(tmp_path / "more"), name="more")
     source = SourceConfig(**webdataset(tmp_path / "same"), streaming=True, name="it")
-    with pytest.raises(StopIteration):
+    with pytest.raises(ValueError, match="no row to learn from"):
         next(iter(build([source], validation=[validation]).train))
 
 
@@ -273,7 +274,7 @@ def test_documents_longer_than_a_row_are_bad_rows(tmp_path, caplog):
     stream = build([SourceConfig(**hub(tmp_path / "data"), streaming=True, name="it")], block_size=35).train
     with caplog.at_level(logging.WARNING):
         assert 0 < len(texts_of(stream)) < NUM_ROWS
-    assert "tokens, more than data.block_size 35" in caplog.text
+    assert "of them of media, more than data.block_size 35" in caplog.text
 
 
 def test_a_column_that_a_stream_lacks_is_named(tmp_path):

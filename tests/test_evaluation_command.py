@@ -178,7 +178,7 @@ def test_bad_folders_are_one_line(plain_folder, tmp_path, capsys):
 def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(run_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("evaluate.depth_table", None)
-    for output, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
+    for output, reason in ((tmp_path / "file", "Not a directory"), (tmp_path / "file" / "below", "Not a directory")):
         argv = [str(run_folder / "checkpoint-20"), "--limit", "2", "--output", str(output)]
         check_error(capsys, argv, f"{output} cannot be written ({reason}): name another folder with --output")
 
@@ -192,7 +192,8 @@ def test_a_table_that_cannot_be_written_is_shown_all_the_same(plain_folder, tmp_
         main([str(plain_folder), "--limit", "2", "--output", str(tmp_path / "out")])
     found = capsys.readouterr()
     assert stop.value.code == 2 and "| no core |" in found.out
-    assert "evaluate.py: error: [Errno 28] No space left on device" in found.err
+    assert f"evaluate.py: error: {tmp_path / 'out'} cannot be written: No space left on device" in found.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_without_a_run_takes_its_data_from_a_file(plain_folder, tmp_path, capsys):

@@ -164,6 +164,7 @@ def test_resuming_continues_exactly(tuned, tiny_run, tmp_path):
     """Invariant 6, with dropout in the adapters: half a run and the rest equal the whole, bitwise."""
     out = shutil.copytree(tuned, tmp_path / "out")
     shutil.rmtree(out / "checkpoint-4")
+    (out / "trainer_state.json").unlink()  # by which the run is finished
     tune(tmp_path, tiny_run, "--training.resume_from_checkpoint", "true")
     assert losses(out) == losses(tuned)
     ours, whole = adapter_weights(out), adapter_weights(tuned)
@@ -219,10 +220,15 @@ def test_bad_options_are_one_line(flags, words, tiny_run, tmp_path, capsys):
 def test_a_checkpoint_with_other_adapters_is_not_gone_on_with(tuned, tiny_run, tmp_path, capsys):
     flags = ["--training.output_dir", tmp_path / "out", "--training.resume_from_checkpoint", tuned / "checkpoint-2"]
     config = write_tuning_config(tmp_path, tiny_run, peft=None)
-    words = "checkpoint-2 has peft, but this run has no adapters; give the same sections"
+    words = "checkpoint-2 has other options: peft is {'rank': 2, 'alpha': 6,"
+    assert words in refusal(capsys, finetune.main, "--config", config, *flags)
+    flags[-1] = shutil.copytree(tuned / "checkpoint-2", tmp_path / "old")  # of code that kept no options there
+    for name in ("config.yaml", "manifest.json"):
+        (flags[-1] / name).unlink()
+    words = "old has peft, but this run has no adapters; give the same sections"
     assert words in refusal(capsys, finetune.main, "--config", config, *flags)
     line = refusal(capsys, finetune.main, "--config", config, "--step_lora.rank", 2, *flags)
-    assert "checkpoint-2 has peft, but this run has step_lora" in line
+    assert "old has peft, but this run has step_lora" in line
     assert not (tmp_path / "out").exists()
 
 

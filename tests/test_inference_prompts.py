@@ -146,7 +146,9 @@ def test_bad_lines_are_counted_and_the_first_named(prompt_file, capsys):
 def test_a_file_that_is_not_utf8_or_empty_or_missing(tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'{"prompt": "caf\xe9"}\n')
-    assert "line 1: 'utf-8' codec can't decode" in refused(capsys, "nowhere", "--prompts", str(path))
+    assert "not UTF-8 (byte 0xe9 in line 1), perhaps Latin-1; save it as UTF-8" in refused(
+        capsys, "nowhere", "--prompts", str(path)
+    )
     path.write_text("\n\n")
     assert f"--prompts {path} is empty: write lines" in refused(capsys, "nowhere", "--prompts", str(path))
     path.unlink()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from model.media import MediaError, audio_seconds, image_size, load_audio, load_image
 from tests.tiny_processor import audio_file, image_file, picture, sound
@@ -146,44 +146,153 @@ def test_of_an_animation_the_first_frame_is_read(format):
     assert pixels(load_image(data)).reshape(-1, 3).tolist() == [[255, 0, 0]] * 64
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(format, orientation):
-    """Against the definition of EXIF: where row 0 and column 0 of what is stored are to be seen."""
-    quadrants = np.kron(np.array([[1, 2], [3, 4]]), np.ones((16, 24), int))
-    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], dtype=np.uint8)
-    stored = {
-        1: lambda it: it,
-        2: np.fliplr,
-        3: lambda it: np.rot90(it, 2),
-        4: np.flipud,
-        5: np.transpose,
-        6: lambda it: np.rot90(it, 1),  # to be turned clockwise: row 0 is the right side
-        7: lambda it: np.rot90(np.transpose(it), 2),
-        8: lambda it: np.rot90(it, -1),
-    }[orientation](quadrants)
+# How row 0 and column 0 of what is to be seen are stored, by the definition of EXIF.
+STORED = {
+    1: lambda it: it,
+    2: np.fliplr,
+    3: lambda it: np.rot90(it, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda it: np.rot90(it, 1),  # to be turned clockwise: row 0 is the right side
+    7: lambda it: np.rot90(np.transpose(it), 2),
+    8: lambda it: np.rot90(it, -1),
+}
+COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], dtype=np.uint8)
+UPRIGHT = np.kron(np.array([[1, 2], [3, 4]]), np.ones((16, 24), int))
+
+
+def exif_of(orientation: int | None) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    options = {"quality": 95} if format == "JPEG" else {"lossless": True} if format == "WEBP" else {}
-    data = image_file(Image.fromarray(colours[stored]), format, exif=exif, **options)
-    assert image_size(data) == (32, 48)
-    loaded = pixels(load_image(data))
-    assert loaded.shape == (32, 48, 3)
-    for number, (row, column) in enumerate([(8, 12), (8, 36), (24, 12), (24, 36)], start=1):
-        assert np.abs(loaded[row, column] - colours[number]).max() < 30, (orientation, number)
+    exif[0x010E] = "a picture"
+    if orientation is not None:
+        exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def xmp_of(orientation: int, form: str = '<rdf:Description tiff:Orientation="{}"/>') -> bytes:
+    return f"<x:xmpmeta xmlns:x='adobe:ns:meta/'>{form.format(orientation)}</x:xmpmeta>".encode()
+
+
+def texts(**profiles: bytes) -> PngImagePlugin.PngInfo:
+    """Chunks as ImageMagick writes them."""
+    info = PngImagePlugin.PngInfo()
+    for name, profile in profiles.items():
+        info.add_text(f"Raw profile type {name}", f"\n{name}\n{len(profile):8}\n{profile.hex()}\n", zip=True)
+    return info
+
+
+def itxt(xmp: bytes) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    return info
+
+
+def behind_its_pixels(data: bytes) -> bytes:
+    """A PNG whose texts and EXIF stand behind its pixels."""
+    place, head, pixels_, said = 8, data[:8], b"", b""
+    while place < len(data):
+        size = int.from_bytes(data[place : place + 4]) + 12
+        kind, chunk = data[place + 4 : place + 8], data[place : place + size]
+        place += size
+        if kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+            said += chunk
+        elif kind == b"IEND":
+            return head + pixels_ + said + chunk
+        else:
+            pixels_ += chunk
+    raise AssertionError("no end")
+
+
+PLACES = {
+    "JPEG, EXIF": ("JPEG", lambda n: {"exif": exif_of(n)}),
+    "JPEG, XMP": ("JPEG", lambda n: {"xmp": xmp_of(n)}),
+    "JPEG, XMP beside EXIF that does not say": ("JPEG", lambda n: {"xmp": xmp_of(n), "exif": exif_of(None)}),
+    "JPEG, XMP beside EXIF that says none": ("JPEG", lambda n: {"xmp": xmp_of(n), "exif": exif_of(9)}),
+    "JPEG, XMP beside damaged EXIF": ("JPEG", lambda n: {"xmp": xmp_of(n), "exif": b"Exif\0\0what is this?"}),
+    "JPEG, XMP as an element": ("JPEG", lambda n: {"xmp": xmp_of(n, "<tiff:Orientation>{}</tiff:Orientation>")}),
+    "JPEG, XMP in other quotes": ("JPEG", lambda n: {"xmp": xmp_of(n, "<rdf:Description tiff:Orientation = '{}'/>")}),
+    "JPEG, both unequal": ("JPEG", lambda n: {"exif": exif_of(n), "xmp": xmp_of(n % 8 + 1)}),
+    "MPO, EXIF": ("MPO", lambda n: {"exif": exif_of(n), "save_all": True, "append_images": [picture(8, 8)]}),
+    "PNG, EXIF": ("PNG", lambda n: {"exif": exif_of(n)}),
+    "PNG, XMP": ("PNG", lambda n: {"pnginfo": itxt(xmp_of(n))}),
+    "PNG, both unequal": ("PNG", lambda n: {"pnginfo": itxt(xmp_of(n % 8 + 1)), "exif": exif_of(n)}),
+    "PNG, raw EXIF": ("PNG", lambda n: {"pnginfo": texts(exif=exif_of(n))}),
+    "PNG, raw APP1": ("PNG", lambda n: {"pnginfo": texts(APP1=exif_of(n))}),
+    "PNG, raw XMP": ("PNG", lambda n: {"pnginfo": texts(xmp=xmp_of(n))}),
+    "PNG, raw XMP as APP1": (
+        "PNG",
+        lambda n: {"pnginfo": texts(APP1=b"http://ns.adobe.com/xap/1.0/\0" + xmp_of(n))},
+    ),
+    "WebP, EXIF": ("WEBP", lambda n: {"exif": exif_of(n), "lossless": True}),
+    "WebP, XMP": ("WEBP", lambda n: {"xmp": xmp_of(n), "lossless": True}),
+    "TIFF, tag": ("TIFF", lambda n: {"exif": exif_of(n)}),
+    "TIFF, XMP": ("TIFF", lambda n: {"tiffinfo": {700: xmp_of(n)}}),
+    "TIFF, both unequal": ("TIFF", lambda n: {"tiffinfo": {274: n, 700: xmp_of(n % 8 + 1)}}),
+    "AVIF, irot and imir": ("AVIF", lambda n: {"exif": exif_of(n), "quality": 95}),
+    "AVIF, XMP": ("AVIF", lambda n: {"xmp": xmp_of(n), "quality": 95}),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("place", PLACES)
+def test_pictures_are_turned_upright(place, orientation):
+    """Wherever they say how they lie, EXIF before XMP; against the definition of EXIF."""
+    format, options = PLACES[place]
+    options = ({"quality": 95} if format in ("JPEG", "MPO") else {}) | options(orientation)
+    stored = Image.fromarray(COLOURS[STORED[orientation](UPRIGHT)])
+    data = image_file(stored, format, **options)
+    opened = Image.open(io.BytesIO(data))
+    for source in [data, opened, opened, *([behind_its_pixels(data)] if format == "PNG" else [])]:
+        assert image_size(source) == (32, 48)
+        loaded = pixels(load_image(source))
+        assert loaded.shape == (32, 48, 3)
+        for number, (row, column) in enumerate([(8, 12), (8, 36), (24, 12), (24, 36)], start=1):
+            assert np.abs(loaded[row, column] - COLOURS[number]).max() < 30, (orientation, number)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_upright_picture_is_not_turned_again(place):
+    format, options = PLACES[place]
+    data = image_file(Image.fromarray(COLOURS[STORED[6](UPRIGHT)]), format, **options(6))
+    once = load_image(data)
+    assert once.size == (48, 32) and load_image(once).size == (48, 32) and image_size(once) == (32, 48)
+    by_pillow = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if by_pillow.size == (48, 32):  # it does not know all places
+        assert load_image(by_pillow).size == (48, 32) and image_size(by_pillow) == (32, 48)
+
+
+def test_the_size_of_a_png_is_known_without_decoding_it():
+    damaged = bytearray(image_file(picture(64, 48), "PNG"))
+    place = damaged.index(b"IDAT") + 20
+    damaged[place : place + 8] = bytes(8)
+    assert image_size(bytes(damaged)) == (48, 64)
+    with pytest.raises(MediaError):
+        load_image(bytes(damaged))
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0",
+        b"Exif\0\0II",
+        b"Exif\0\0what is this?",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x05\1\x12\0\3\0\0\0\1",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\2\0\0\0\4ABC\0\0\0\0\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\0\0\6\0\0\0\0\0\0",
+    ],
+)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "raw"])
+def test_damaged_exif_turns_and_stops_nothing(format, exif):
+    kind, options = ("PNG", {"pnginfo": texts(APP1=exif)}) if format == "raw" else (format, {"exif": exif})
+    data = image_file(picture(32, 16), kind, **options)
+    assert image_size(data) == (16, 32) and load_image(data).size == (32, 16)
 
 
 def test_an_orientation_that_is_none_is_left_alone():
     for exif in (b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x09\0\0\0\0\0\0", b"Exif\0\0"):
         data = image_file(picture(32, 16), "JPEG", exif=exif)
         assert image_size(data) == (16, 32) and load_image(data).size == (32, 16)
-
-
-def test_an_upright_picture_is_not_turned_again():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    once = load_image(image_file(picture(32, 16), "PNG", exif=exif))
-    assert once.size == (16, 32) and load_image(once).size == (16, 32) and image_size(once) == (32, 16)
 
 
 def test_one_pixel_is_a_picture():

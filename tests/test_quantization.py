@@ -4,8 +4,10 @@ import re
 import shutil
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
@@ -278,3 +280,36 @@ def test_a_head_that_is_the_embedding_is_not_quantised(checkpoint):
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         QuantizationConfig(load_in="4bit", **options)
+
+
+# ---------------------------------------------------------------------------------------------- saved after it was used
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_what_is_saved_after_a_forward_pass_is_what_is_saved_before(checkpoint, tmp_path, monkeypatch, double_quant):
+    """Bit for bit, also where the kernel of CPUs with bfloat16 instructions rearranges the weights in their place: here
+    on every CPU, with zeros for its products.
+    """
+    options = QuantizationConfig(load_in="4bit", double_quant=double_quant)
+    with monkeypatch.context() as patch:
+        patch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+        model, _ = load_model(checkpoint, dtype=torch.bfloat16, quantization=options)
+    model.save_pretrained(tmp_path / "before")
+    layer = model.model.core.layers[0].mlp.down_proj
+    before = layer.weight.detach().clone()
+
+    def zeros(x, weight, quant_state, bias=None):
+        return x.new_zeros(*x.shape[:-1], quant_state.shape[0])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bitsandbytes, "matmul_4bit", zeros)
+        for name in ("after", "once_more"):
+            logits_of(model, tiny_ids(2, 5))
+            assert layer.weight.shape != before.shape  # it was rearranged
+            model.save_pretrained(tmp_path / name)
+    expected = load_file(tmp_path / "before" / "model.safetensors")
+    assert any(name.endswith("absmax") for name in expected)
+    for name in ("after", "once_more"):
+        saved = load_file(tmp_path / name / "model.safetensors")
+        assert saved.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(saved[key], expected[key])] == []

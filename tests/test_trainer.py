@@ -305,13 +305,13 @@ def save_whole(folder, step):
     save_file({"weight": torch.ones(100)}, folder / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"numbers": torch.ones(100)}, folder / name)
+    (folder / "config.json").write_text("{}")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
 
 
 def test_where_to_resume(tmp_path):
     assert resume_point(None, tmp_path) is None and resume_point("false", tmp_path) is None
-    with pytest.raises(ValueError, match="holds no checkpoint; leave the option out"):
-        resume_point("true", tmp_path)
+    assert resume_point("true", tmp_path) is None
     with pytest.raises(ValueError, match="no-such-folder is no folder"):
         resume_point("no-such-folder", tmp_path)
     for step in (5, 10):
@@ -320,9 +320,19 @@ def test_where_to_resume(tmp_path):
     for wanted in ("true", True):
         assert resume_point(wanted, tmp_path) == str(tmp_path / "checkpoint-10")
     assert resume_point(str(tmp_path / "checkpoint-5"), "elsewhere") == str(tmp_path / "checkpoint-5")
-    assert resume_point("true", tmp_path, max_steps=11) == str(tmp_path / "checkpoint-10")
-    with pytest.raises(ValueError, match=r"checkpoint-10 is of step 10, and training\.max_steps is 10: nothing"):
-        resume_point("true", tmp_path, max_steps=10)
+    for steps in (10, 11):  # the end of the run may be missing
+        assert resume_point("true", tmp_path, max_steps=steps) == str(tmp_path / "checkpoint-10")
+    for wanted, steps in (("true", 9), (str(tmp_path / "checkpoint-10"), 10)):
+        with pytest.raises(
+            ValueError, match=f"checkpoint-10 is of step 10, and training.max_steps is {steps}: nothing"
+        ):
+            resume_point(wanted, tmp_path, max_steps=steps)
+    state = {"global_step": 10, "epoch": 2.0}
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"checkpoint-10 is of step 10, and training\.num_train_epochs is 2: nothing"):
+        resume_point(str(tmp_path / "checkpoint-10"), tmp_path, num_train_epochs=2)
+    for epochs in (2, 2.5):
+        assert resume_point("true", tmp_path, num_train_epochs=epochs) == str(tmp_path / "checkpoint-10")
 
 
 def cut(path):
@@ -354,14 +364,17 @@ def test_damaged_checkpoints_are_no_resume_point(tmp_path, caplog, name):
         resume_point(str(tmp_path / "checkpoint-10"), tmp_path)
     assert f"checkpoint-10 {reason}" in str(error.value) and "give a checkpoint-N folder" in str(error.value)
     shutil.rmtree(tmp_path / "checkpoint-9")
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        resume_point("true", tmp_path)
+    assert resume_point("true", tmp_path) is None
 
 
 def test_deepspeed_keeps_weights_and_optimizer_in_files_of_its_own(tmp_path):
     """ZeRO-3 that does not gather the weights on saving leaves no model.safetensors."""
-    (tmp_path / "checkpoint-3" / "global_step3").mkdir(parents=True)
-    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
+    folder = tmp_path / "checkpoint-3"
+    (folder / "global_step3").mkdir(parents=True)
+    for name in ("rng_state_0.pth", "global_step3/mp_rank_00_model_states.pt"):
+        torch.save({"numbers": torch.ones(100)}, folder / name)
+    (folder / "latest").write_text("global_step3")
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
     assert resume_point("true", tmp_path) == str(tmp_path / "checkpoint-3")
 
 

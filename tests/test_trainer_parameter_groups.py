@@ -3,10 +3,15 @@
 import pytest
 import torch
 import yaml
+from accelerate.utils import DummyOptim
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModel
 
 from configs import load_config
 from tests.test_trainer import Interrupt, build, losses
 from tests.tiny import tiny_model
+from tests.tiny_media import tiny_media_model
+from tests.tiny_writing import tiny_writer
 from trainers import ParameterGroup, find_resume_point
 
 
@@ -77,7 +82,7 @@ def test_weight_decay_of_a_group(tmp_path):
     groups = [
         ParameterGroup("model.coda.*", weight_decay=0.5),
         ParameterGroup("model.prelude.*", lr_factor=2.0),
-        ParameterGroup("model.norm.*", weight_decay=0.5),
+        ParameterGroup("*norm*", weight_decay=0.5),
     ]
     options = {"weight_decay": 0.1, "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_steps": 1}
     trainer = build(tmp_path, parameter_groups=groups, **options)
@@ -88,7 +93,51 @@ def test_weight_decay_of_a_group(tmp_path):
     shrinkage = {"model.coda": 0.1 * 0.5, "model.prelude": 0.2 * 0.1}
     for name, weight in weights_of(trainer.model).items():
         share = next((share for start, share in shrinkage.items() if name.startswith(start)), 0.1 * 0.1)
-        torch.testing.assert_close(weight, before[name] * (1 - (0 if name == "model.norm.weight" else share)))
+        torch.testing.assert_close(weight, before[name] * (1 - (0 if "norm" in name else share)))
+
+
+def one_dimensional(model):
+    """The names of all scales and shifts: of norms and biases, the only ones of one dimension."""
+    return {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+
+
+def library_encoder():
+    """A pretrained encoder's architecture, whose norms have types of transformers' own."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return AutoModel.from_config(
+        AutoConfig.for_model("qwen3", vocab_size=16, num_key_value_heads=2, head_dim=8, **sizes)
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_model(qk_norm=True, qk_bias=True),
+        tiny_model(norm="layernorm", norm_placement="post"),
+        tiny_media_model(),
+        tiny_writer(),
+        library_encoder(),
+        get_peft_model(tiny_model(), LoraConfig(target_modules=["qkv_proj"], modules_to_save=["attention_norm_in"])),
+    ],
+    ids=["text", "layernorm", "media", "writer", "library", "adapter"],
+)
+def test_matrices_alone_decay(tmp_path, model):
+    """No norm decays, whatever it is called, and no bias, of several dimensions or not; all matrices do."""
+    decaying = set(build(tmp_path, weight_decay=0.1).get_decay_parameter_names(model))
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert decaying == names - one_dimensional(model) - {name for name in names if name.endswith("bias")}
+    assert any("norm" in name for name in one_dimensional(model))
+
+
+def test_what_deepspeeds_own_optimizer_lets_decay(tmp_path):
+    """Its file describes an optimizer, so that it gets parameters in place of one: those that do not decay apart."""
+    trainer = build(tmp_path, weight_decay=0.1)
+    trainer.optimizer = DummyOptim(params=[*trainer.model.parameters()])
+    first, second = trainer.create_optimizer().params
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    assert {names[parameter] for parameter in second["params"]} == one_dimensional(trainer.model)
+    assert {*first["params"], *second["params"]} == set(names) and len(first["params"] + second["params"]) == len(names)
+    assert "weight_decay" not in first and second["weight_decay"] == 0.0
 
 
 def test_a_group_that_begins_later_is_frozen_until_then(tmp_path):

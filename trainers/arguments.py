@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 
+from .build_locks import warn_of_build_locks
+from .keywords import check_fsdp, check_keywords, recorded_fsdp
 from .modalities import ModalityWeights
 from .parameter_groups import ParameterGroup
 
@@ -30,6 +32,7 @@ MINIMUMS = {
     "save_total_limit": 1,
     "eval_accumulation_steps": 1,
     "dataloader_num_workers": 0,
+    "stall_seconds": 0,
     "dataloader_prefetch_factor": 1,
     "adam_epsilon": 0,
     "seed": 0,
@@ -60,7 +63,10 @@ class RecurrentTrainingArguments(TrainingArguments):
 
     Args:
         report_to: Where metrics go; TensorBoard by default.
-        resume_from_checkpoint: Checkpoint folder to go on from; true for the newest whole one of the output folder.
+        resume_from_checkpoint: Checkpoint folder to go on from; true for the newest whole one of the output folder, and
+            for a start where there is none yet, so that the same command may be given again and again.
+        allow_changes: Whether a run that goes on may have another learning rate, weight decay, other arguments of the
+            optimizer or another schedule than its checkpoint; they are then those of this run.
         logging_nan_inf_filter: Whether losses that are not finite are hidden from the logs; off, so that they are seen.
         remove_unused_columns: Off: rows hold what collator and trainer take, not the model alone.
         recurrence_logging_steps: Every this many steps the loss of the next batch at one core step is compared with
@@ -77,10 +83,12 @@ class RecurrentTrainingArguments(TrainingArguments):
         ema_decay: At least 0, below 1. The run then leaves the exponential moving average of its weights behind, and
             evaluations during training are of that average.
         dataloader_drop_last: Whether a last batch that is smaller is left out in training; evaluation takes all rows.
+        stall_seconds: At least 0. A run in which nothing happens for so long says what it waits for.
     """
 
     report_to: str | list[str] | None = "tensorboard"
     resume_from_checkpoint: bool | str | None = None
+    allow_changes: bool = False
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool | None = False
     recurrence_logging_steps: int = field(
@@ -131,6 +139,14 @@ class RecurrentTrainingArguments(TrainingArguments):
         },
     )
 
+    stall_seconds: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds without a step or a batch of an evaluation after which a warning says what the run waits "
+            "for, such as a worker that hangs; 0 turns it off."
+        },
+    )
+
     def __post_init__(self) -> None:
         self._check_ranges()
         # The trainer compiles the units of the model; transformers would compile the whole model, whose loop varies in
@@ -144,7 +160,14 @@ class RecurrentTrainingArguments(TrainingArguments):
             self.data_seed = self.seed  # accelerate would take whatever the global generator was last seeded with
         if self.greater_is_better is None:
             self.greater_is_better = False  # transformers takes all metrics but losses to be better when greater
+        if self.deepspeed:
+            warn_of_build_locks()  # what comes builds already
+        self.fsdp_config = recorded_fsdp(self.fsdp_config, bool(self.fsdp))
         super().__post_init__()
+        self.fsdp_config = check_fsdp(self.fsdp_config)
+        if self.deepspeed and self.hf_deepspeed_config.mismatches:
+            found = "; ".join(line.removeprefix("- ds ") for line in self.hf_deepspeed_config.mismatches)
+            raise ValueError(f"deepspeed: its file says otherwise than the arguments: {found}; write auto there")
         self._check_device()
 
     def _check_device(self) -> None:
@@ -165,6 +188,7 @@ class RecurrentTrainingArguments(TrainingArguments):
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; give at least {least}")
         self._check_report_to()
+        check_keywords(self)
         for name in MOMENTS:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
@@ -179,6 +203,8 @@ class RecurrentTrainingArguments(TrainingArguments):
             raise ValueError(f"ema_decay is {self.ema_decay}; give a number from 0 to below 1")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
+        if self.max_steps == -1 and self.num_train_epochs == 0:
+            raise ValueError("num_train_epochs is 0: there is nothing to train; give more than 0, or max_steps")
         if not -1 <= self.token_correlation_alarm <= 1:
             raise ValueError(f"token_correlation_alarm is {self.token_correlation_alarm}; a cosine lies from -1 to 1")
 

@@ -1,12 +1,16 @@
 """`transformers.Trainer` with what options of ours describe, all of it built and checked before a folder is made."""
 
+import copy
+import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DummyOptim, is_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -16,9 +20,16 @@ from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .muon import MuonBeside, matrices_of
-from .parameter_groups import FreezeStepsCallback, assign, divide, freeze
-from .resuming import check_weights, forget_tied_weights
+from .parameter_groups import FreezeStepsCallback, assign, divide, freeze, parameters_of_norms
+from .resumed import OptionsOfRun, ResumeError
+from .resuming import check_weights, damage, forget_tied_weights, nothing_left, read_state
+from .rotation import CHECKPOINT_NAME, CheckpointKeeper
+from .signals import StopCallback, StopRequest, sheltered
+from .stalls import StallCallback
 
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.yaml"
 # How libraries refuse an option or miss a package, other than by a ValueError.
 REFUSALS = (ImportError, RuntimeError, TypeError)
 
@@ -28,7 +39,8 @@ class CheckedTrainer(Trainer):
 
     `beside` are parts that are saved with each checkpoint, in files of their own: objects with `save(folder,
     state_dict)`, which gets the state of the whole model where it has been gathered from the ranks, and `load(folder)`.
-    A model that has any, and is not PEFT's, does not learn itself and is not saved.
+    A model that has any, and is not PEFT's, does not learn itself and is not saved. `config_text` is kept in each
+    checkpoint as config.yaml, where it is given.
 
     Raises:
         ValueError: For options that the libraries refuse; nothing is written then.
@@ -37,6 +49,9 @@ class CheckedTrainer(Trainer):
     args: RecurrentTrainingArguments
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self.options_of_run = OptionsOfRun()
+        self.resume_point: str | None = None
+        self.config_text: str | None = None
         try:
             super().__init__(*args, **kwargs)
         except REFUSALS as error:
@@ -44,7 +59,12 @@ class CheckedTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = self.checked_optimizer
         self.beside: list[Any] = []
+        self.keeper = CheckpointKeeper()
+        self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
+        self.add_callback(self.options_of_run)
         self.add_callback(EpochCallback())
+        if self.args.stall_seconds:
+            self.add_callback(StallCallback(self.args.stall_seconds))
         if isinstance(self.model, PreTrainedModel):
             self.model.register_load_state_dict_post_hook(forget_tied_weights)
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
@@ -83,7 +103,13 @@ class CheckedTrainer(Trainer):
             self.create_scheduler(max(self.args.max_steps, 1), unused)
 
     def _check_deepspeed_settings(self) -> None:
-        """Raises ValueError where DeepSpeed would replace the optimizer or schedule that our groups belong to."""
+        """Raises ValueError where DeepSpeed's file contradicts the arguments, which `Trainer` would say when training
+        begins, or would replace the optimizer or schedule that our groups belong to.
+        """
+        if self.is_deepspeed_enabled and self.args.max_steps > 0:
+            config = copy.deepcopy(self.args.hf_deepspeed_config)
+            with naming("deepspeed"):
+                config.trainer_config_finalize(self.args, self.model, self.args.max_steps)
         if not (self.is_deepspeed_enabled and self.args.parameter_groups):
             return
         for name in ("optimizer", "scheduler"):
@@ -93,8 +119,17 @@ class CheckedTrainer(Trainer):
                     f"{name!r} out of {self.args.deepspeed}"
                 )
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Also without those of norms whose names `Trainer` does not know."""
+        norms = parameters_of_norms(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in norms]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """With Muon and the groups of the arguments."""
+        """With Muon and the groups of the arguments. DeepSpeed's own gets the parameters that do not decay as a group
+        of theirs.
+        """
+        if isinstance(self.optimizer, DummyOptim):
+            self.optimizer.params = self._by_decay(self.optimizer.params)
         if self.optimizer is not None:
             return self.optimizer
         optimizer, model = super().create_optimizer(model), model or self.model
@@ -102,7 +137,47 @@ class CheckedTrainer(Trainer):
             self.optimizer = optimizer = MuonBeside(optimizer, matrices_of(model), self.args.muon_learning_rate)
         if self.args.parameter_groups:
             divide(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
+        self.options_of_run.remember(optimizer)
         return optimizer
+
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """From a checkpoint, if one is given; one of the last step is only brought to the end of the run."""
+        for callback in (self.keeper, self.stop):  # last, as others write into checkpoints too
+            self.pop_callback(callback)
+            self.add_callback(callback)
+        self.resume_point = resume_from_checkpoint
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.state.num_train_epochs = self.num_train_epochs
+        return output
+
+    def set_initial_training_values(self, args: RecurrentTrainingArguments, dataloader: DataLoader) -> tuple:
+        """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more.
+
+        Raises:
+            ResumeError: for a checkpoint of a step that the run does not have.
+        """
+        self.num_train_epochs, *others = super().set_initial_training_values(args, dataloader)
+        step, max_steps = 0 if self.resume_point is None else read_state(self.resume_point)["global_step"], others[-1]
+        if step > max_steps:
+            raise ResumeError(f"training.resume_from_checkpoint: {nothing_left(self.resume_point, step, args)}")
+        if step < max_steps:
+            return (self.num_train_epochs, *others)
+        logger.info("%s is of step %d, the last: only what comes after it is left to do", self.resume_point, step)
+        return (0, *others)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """With workers that leave signals to this process."""
+        return sheltered(super().get_train_dataloader())
+
+    def _by_decay(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+        """Two groups of parameters, of which the first decays as the optimizer does; one if none does not."""
+        names = set(self.get_decay_parameter_names(self.model))
+        decaying = {parameter for name, parameter in self.model.named_parameters() if name in names}
+        groups = [
+            {"params": [parameter for parameter in parameters if parameter in decaying]},
+            {"params": [parameter for parameter in parameters if parameter not in decaying], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
 
     @property
     def learns_beside(self) -> bool:
@@ -111,9 +186,14 @@ class CheckedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Also what is saved beside the model and, while it trains, the average of the weights. In a checkpoint all of
-        it stands before the files that make that complete.
+        it stands before the manifest that makes that complete.
         """
         folder = output_dir or self.args.output_dir
+        if self.is_in_train and CHECKPOINT_NAME.fullmatch(Path(folder).name):
+            self.keeper.begin(Path(folder), self.args)
+        if self.config_text is not None and self.is_in_train and self.args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            Path(folder, CONFIG_NAME).write_text(self.config_text, encoding="utf-8")
         if self.average is not None and self.is_in_train and self.args.should_save:
             self.average.save(folder)
         if not self.learns_beside:
@@ -133,12 +213,12 @@ class CheckedTrainer(Trainer):
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Of all rows: `dataloader_drop_last` is for training."""
         with keeping_last(self.args):
-            return super().get_eval_dataloader(*args, **kwargs)
+            return sheltered(super().get_eval_dataloader(*args, **kwargs))
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Of all rows."""
         with keeping_last(self.args):
-            return super().get_test_dataloader(*args, **kwargs)
+            return sheltered(super().get_test_dataloader(*args, **kwargs))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
@@ -151,7 +231,15 @@ class CheckedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """With what is saved beside it, and with its average."""
+        """With what is saved beside it and its average. Where it is damaged by now, the weights stay as they are."""
+        reason = damage(Path(self.state.best_model_checkpoint))
+        if reason is not None:
+            logger.warning(
+                "%s, the best checkpoint, %s: the weights of the last step are kept instead",
+                self.state.best_model_checkpoint,
+                reason,
+            )
+            return
         if self.average is not None:
             self.average.load(self.state.best_model_checkpoint)
         for part in self.beside:

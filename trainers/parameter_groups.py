@@ -21,7 +21,8 @@ class ParameterGroup:
     lr_factor: float | None = None
     """Times the learning rate of the training, at least 0; instead of learning_rate."""
     weight_decay: float | None = None
-    """In place of that of the training, at least 0, for those of them that decay there (biases do not)."""
+    """In place of that of the training, at least 0, for those of them that decay there (biases and norms
+    do not)."""
     freeze_steps: int = 0
     """Optimizer steps, at least 0, before which these parameters stay as they are. Their gradients are computed and
     count in the norm: what stays frozen for good belongs into training.freeze, which costs nothing."""
@@ -75,6 +76,18 @@ def no_match(model: nn.Module) -> str:
     """The end of a sentence about a pattern."""
     names = [name for name, _ in model.named_parameters()]
     return f"matches no parameter; their names are such as {names[0]} and {names[-1]}"
+
+
+def parameters_of_norms(model: nn.Module) -> set[str]:
+    """The names of the parameters of all normalisation layers, torch's and those of libraries' encoders, which have
+    "Norm" in their type. `Trainer` goes by the names that layers have in a model, and misses those such as `norm_in`.
+    """
+    return {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
 
 
 def divide(

@@ -3,60 +3,99 @@
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, TrainingArguments
+from safetensors import safe_open
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import manifest
+from .rotation import checkpoints_in
+from .saved_tensors import DEEPSPEED_FOLDERS, corrupt, not_finite, unreadable
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "step_lora.safetensors")
-CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 def find_resume_point(args: TrainingArguments) -> str | None:
-    """The checkpoint folder that `training.resume_from_checkpoint` names: a path, "true" for the newest whole one of
-    the output folder, or None to start afresh.
+    """The checkpoint folder that `training.resume_from_checkpoint` names: a path, or "true" for the newest whole one of
+    the output folder. None to start afresh, also where that folder has none yet, as after a kill before the first.
 
     Raises:
-        ValueError: if there is no such checkpoint, if it is damaged, or if it has no steps left to train.
+        ValueError: if there is no such checkpoint, if it is damaged, or if `max_steps` leaves it nothing to train; the
+            newest may have all of its steps, after which the end of the run may still be missing.
     """
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
     is_newest = str(wanted).lower() == "true"
     checkpoint = newest_checkpoint(Path(args.output_dir)) if is_newest else named_checkpoint(Path(wanted))
-    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-    if 0 < args.max_steps <= step:  # the trainer would take one more
-        raise ValueError(
-            f"training.resume_from_checkpoint: {checkpoint} is of step {step}, and training.max_steps is "
-            f"{args.max_steps}: nothing is left to train; raise max_steps, or take the checkpoint as it is"
-        )
+    if checkpoint is None:
+        return None
+    state = read_state(checkpoint)
+    if (has_all_steps(state, args) and not is_newest) or 0 < args.max_steps < state["global_step"]:
+        raise ValueError(f"training.resume_from_checkpoint: {nothing_left(checkpoint, state['global_step'], args)}")
     return str(checkpoint)
 
 
-def newest_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of a run; a warning names those that are passed over.
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """The state of the trainer in a whole checkpoint."""
+    return json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
 
-    Raises:
-        ValueError: if there is none.
+
+def has_all_steps(state: dict[str, Any], args: TrainingArguments) -> bool:
+    """Whether a state is of the last step of a run, or of one behind it."""
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return (state.get("epoch") or 0) >= args.num_train_epochs
+
+
+def nothing_left(checkpoint: str | Path, step: int, args: TrainingArguments) -> str:
+    """A sentence for a checkpoint from which there is nothing to train."""
+    length = ("max_steps", args.max_steps) if args.max_steps > 0 else ("num_train_epochs", args.num_train_epochs)
+    return (
+        f"{checkpoint} is of step {step}, and training.{length[0]} is {length[1]:g}: nothing is left to train; raise "
+        f"{length[0]}, or take the checkpoint as it is"
+    )
+
+
+def holds_checkpoints(folder: Path) -> str | None:
+    """The name of a checkpoint in the folder of a run that is whole or was; None where a kill left parts of one only,
+    or nothing.
     """
-    matches = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    checkpoints = sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
-    for _, checkpoint in checkpoints:
+    found = (path for path in checkpoints_in(folder) if (path / TRAINER_STATE_NAME).is_file())
+    return next((path.name for path in found if not manifest.is_unfinished(path)), None)
+
+
+def is_finished(folder: Path, args: TrainingArguments) -> bool:
+    """Whether a run has come to its end in a folder: the state of the last step is written after all else."""
+    try:
+        is_complete = has_all_steps(read_state(folder), args)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or no whole one
+        return False
+    return is_complete and any(any(folder.glob(pattern)) for pattern in WEIGHTS)
+
+
+def save_state_of(state: TrainerState, folder: str | Path) -> None:
+    """Write the state of a run into its folder; nobody ever reads half of it."""
+    beside = Path(folder, f".{TRAINER_STATE_NAME}")
+    state.save_to_json(str(beside))
+    beside.replace(Path(folder, TRAINER_STATE_NAME))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None if there is none yet. Warnings name those that are passed over."""
+    for checkpoint in reversed(checkpoints_in(folder)):
         reason = damage(checkpoint)
         if reason is None:
             return checkpoint
         logger.warning("%s is passed over: it %s", checkpoint, reason)
-    kind = "whole checkpoint" if checkpoints else "checkpoint"
-    raise ValueError(f"training.resume_from_checkpoint: {folder} holds no {kind}; leave the option out to start")
+    return None
 
 
 def named_checkpoint(folder: Path) -> Path:
@@ -76,31 +115,74 @@ def named_checkpoint(folder: Path) -> Path:
 def damage(folder: Path) -> str | None:
     """Why training cannot go on from a folder, as the end of a sentence that begins with it; None if it can.
 
-    Cheap enough for large files: those that were cut off while they were written lack their end.
+    All files are compared with the manifest of the checkpoint. One that was saved by older code has none: there, the
+    files that such a checkpoint has are looked for, and their own checksums compared, where they have any.
     """
+    try:
+        return (
+            manifest.fault(folder)
+            or faulty_state(folder)
+            or missing_part(folder)
+            or unreadable(folder)
+            or (None if manifest.exists(folder) else faulty_without_manifest(folder))
+        )
+    except OSError as error:
+        return f"cannot be read ({error})"
+
+
+def faulty_state(folder: Path) -> str | None:
+    """As `damage`, of the trainer's state alone."""
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except OSError:
         return f"has no {TRAINER_STATE_NAME}, the last file of a checkpoint"
     except ValueError as error:
         return f"has a damaged {TRAINER_STATE_NAME} ({error})"
-    if not isinstance(state, dict) or "global_step" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
         return f"has a damaged {TRAINER_STATE_NAME} (no global_step in it)"
-    if not any(folder.glob("global_step*")):  # where DeepSpeed keeps all of it
-        if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-            return f"has no weights ({WEIGHTS[0]})"
-        if not any(folder.glob("optimizer*")):
-            return "has no state of an optimizer (optimizer*)"
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):  # reads the header and compares it with the file's size
-                pass
-        except SafetensorError as error:
-            return f"has a damaged {path.name} ({error})"
-    for path in sorted(folder.glob("*.pt*")):  # .pt and .pth, zip archives
-        if not zipfile.is_zipfile(path):
-            return f"has a damaged {path.name}"
     return None
+
+
+def missing_part(folder: Path) -> str | None:
+    """As `damage`, of the weights and of the state of the optimizer, by the names of files."""
+    own = sorted(path for path in folder.glob(DEEPSPEED_FOLDERS) if path.is_dir())
+    if own:  # where DeepSpeed keeps all of it
+        return faulty_latest(folder)
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        return f"has no weights ({WEIGHTS[0]})"
+    if not any(folder.glob("optimizer*")):
+        return "has no state of an optimizer (optimizer*)"
+    return None
+
+
+def faulty_latest(folder: Path) -> str | None:
+    """As `damage`, of the file that tells DeepSpeed which folder to read."""
+    path = folder / "latest"
+    try:
+        name = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        return f"has no {path.name} that can be read ({error}), from which DeepSpeed goes on"
+    if not (re.fullmatch(r"global_step\d+", name) and (folder / name).is_dir()):
+        return f"has a damaged {path.name} (there is no {shortened_text(name)} in the folder)"
+    if not any((folder / name).glob("*_states.pt")):
+        return f"has no states in {name}"
+    return None
+
+
+def faulty_without_manifest(folder: Path) -> str | None:
+    """As `damage`, of a checkpoint that has no manifest: what else belongs to it, and what is in it."""
+    is_deepspeeds = any(folder.glob(DEEPSPEED_FOLDERS))
+    for pattern in ("rng_state*.pth",) if is_deepspeeds else ("rng_state*.pth", "scheduler.pt"):
+        if not any(folder.glob(pattern)):
+            return f"has no {pattern}"
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"has a damaged {path.name} ({error})"
+    if (folder / "model.safetensors").exists() and not (folder / "config.json").exists():
+        return "has no config.json"
+    return corrupt(folder) or not_finite(folder)
 
 
 def check_weights(checkpoint: str, model: PreTrainedModel | PeftModel) -> None:
@@ -137,6 +219,11 @@ def forget_tied_weights(model: PreTrainedModel, loaded: Any) -> None:
     """
     missing, tied = set(loaded.missing_keys), model.all_tied_weights_keys
     loaded.missing_keys[:] = [name for name in loaded.missing_keys if tied.get(name, name) in missing]
+
+
+def shortened_text(text: str) -> str:
+    """The beginning of a text that may be anything, as Python would write it."""
+    return repr(text[:40])
 
 
 def shortened(names: Iterable[str]) -> str:

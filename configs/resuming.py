@@ -1,0 +1,271 @@
+"""What may differ between a run and the checkpoint that it goes on from, and where a run begins."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from trainers import RecurrentTrainingArguments
+from trainers.resuming import TRAINER_STATE_NAME, find_resume_point, holds_checkpoints, is_finished
+
+from . import OPTIONAL_SECTIONS, ResolvedConfig, check_output_dir, read_yaml, to_yaml
+from .deepspeed_files import deepspeed_content
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.yaml"
+
+# Patterns of the keys that may change when a run goes on, and why: what is computed stays the same. All other keys are
+# those of the run that the checkpoint is of.
+FREE = {
+    "training.max_steps": "the length of the run; the schedule is that of the new length",
+    "training.num_train_epochs": "the length of the run; the schedule is that of the new length",
+    "training.resume_from_checkpoint": "how to go on",
+    "training.allow_changes": "how to go on",
+    "training.logging_*": "what is said while it trains",
+    "training.log_*": "what is said while it trains",
+    "training.disable_tqdm": "what is said while it trains",
+    "training.report_to": "where figures go",
+    "training.run_name": "where figures go",
+    "training.project": "where figures go",
+    "training.trackio_*": "where figures go",
+    "training.skip_memory_metrics": "which figures there are",
+    "training.include_num_input_tokens_seen": "which figures there are",
+    "training.recurrence_logging_steps": "which figures there are; the loss at one step is computed aside",
+    "training.*_alarm": "when to warn",
+    "training.stall_seconds": "when to warn",
+    "training.num_completions_to_print": "what is said while it trains",
+    "training.eval_*": "when and how to evaluate, which changes no weight",
+    "training.per_device_eval_batch_size": "when and how to evaluate, which changes no weight",
+    "training.prediction_loss_only": "when and how to evaluate, which changes no weight",
+    "training.batch_eval_metrics": "when and how to evaluate, which changes no weight",
+    "training.include_for_metrics": "when and how to evaluate, which changes no weight",
+    "training.do_*": "nothing reads them",
+    "training.output_dir": "where to save",
+    "training.save_*": "when and where to save",
+    "training.enable_jit_checkpoint": "when and where to save",
+    "training.push_to_hub": "where to save",
+    "training.hub_*": "where to save",
+    "training.dataloader_num_workers": "who reads the rows, whose order stays",
+    "training.dataloader_pin_memory": "who reads the rows, whose order stays",
+    "training.dataloader_persistent_workers": "who reads the rows, whose order stays",
+    "training.dataloader_prefetch_factor": "who reads the rows, whose order stays",
+    "training.dataloader_multiprocessing_context": "who reads the rows, whose order stays",
+    "training.torch_empty_cache_steps": "memory; the values are the same",
+    "training.activation_checkpointing": "memory; the values are computed again, and are the same",
+    "training.gradient_checkpointing": "memory; the values are computed again, and are the same",
+    "training.ddp_timeout": "how long ranks wait for each other",
+    "training.deepspeed.steps_per_print": "what is said while it trains",
+    "training.deepspeed.wall_clock_breakdown": "what is said while it trains",
+    "training.deepspeed.dump_state": "what is said while it trains",
+    "training.deepspeed.comms_logger*": "what is said while it trains",
+    "training.deepspeed.flops_profiler*": "what is said while it trains",
+    "data.max_bad_rows": "when to give up; the rows are the same",
+    "data.preprocessing_workers": "who prepares the rows, whose order stays",
+    "callbacks.*": "what is watched beside the training, and what happens where a loss is not finite",
+    "log_level": "what is said while it trains",
+}
+# Those that may change where `training.allow_changes` is true; the optimizer and the schedule then have the new ones.
+CHANGEABLE = {
+    "training.learning_rate": "of the optimizer",
+    "training.muon_learning_rate": "of the optimizer",
+    "training.weight_decay": "of the optimizer",
+    "training.adam_*": "of the optimizer",
+    "training.optim_args": "of the optimizer",
+    "training.parameter_groups[[]*[]].learning_rate": "of the optimizer",
+    "training.parameter_groups[[]*[]].lr_factor": "of the optimizer",
+    "training.parameter_groups[[]*[]].weight_decay": "of the optimizer",
+    "training.parameter_groups[[]*[]].freeze_steps": "of the optimizer",
+    "training.deepspeed.optimizer.params.*": "of the optimizer",
+    "training.lr_scheduler_type": "of the schedule",
+    "training.lr_scheduler_kwargs*": "of the schedule",
+    "training.warmup_steps": "of the schedule",
+    "training.deepspeed.scheduler.params.*": "of the schedule",
+}
+# Schedules whose rates follow from what has happened, and not from the number of the step.
+WITH_MEMORY = ("reduce_lr_on_plateau", "greedy")
+MOST_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An option whose value in a checkpoint is not that of the run."""
+
+    key: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} is {shortened(self.there)} there and {shortened(self.here)} here"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Args:
+        checkpoint: The folder that it goes on from; None for a run that begins anew.
+        may_be_complete: Whether that checkpoint may be the last of the run, after which only the end is missing.
+        is_finished: Whether nothing at all is left to do.
+    """
+
+    checkpoint: str | None = None
+    may_be_complete: bool = False
+    is_finished: bool = False
+
+
+def find_start(run: ResolvedConfig) -> Start:
+    """Where a run begins, by its output folder and `training.resume_from_checkpoint`. Nothing is written.
+
+    Raises:
+        ValueError: for an output folder that cannot be written, or is another run's; for a checkpoint that is none, has
+            other options than the run, or nothing left to train.
+    """
+    args = run.training
+    check_output_dir(run)
+    folder, wanted = Path(args.output_dir), str(args.resume_from_checkpoint).lower()
+    if wanted in ("none", "false"):
+        check_new_folder(folder)
+        return Start()
+    is_named = wanted != "true"
+    checkpoint = find_resume_point(args)
+    if checkpoint is not None:
+        check_options(run, Path(checkpoint))
+        check_ranks(Path(checkpoint), args)
+    if not is_named and is_finished(folder, args):
+        if checkpoint is None:
+            check_options(run, folder)
+        return Start(is_finished=True)
+    return Start(checkpoint, may_be_complete=not is_named)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse to begin anew where the checkpoints of another run are: those of both could not be told apart.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    if name := holds_checkpoints(folder):
+        raise ValueError(
+            f"training.output_dir: {folder} holds {name} of an earlier run; go on with it by "
+            "--training.resume_from_checkpoint true, choose another output_dir, or remove the folder"
+        )
+    if (folder / TRAINER_STATE_NAME).is_file():
+        logger.warning("%s holds a finished run, which this one replaces", folder)
+
+
+def check_ranks(checkpoint: Path, args: RecurrentTrainingArguments) -> None:
+    """Compare the number of ranks with that of a checkpoint, where each has a state of its own.
+
+    Raises:
+        ValueError: it is another one: an update would be of other rows.
+    """
+    there = len(list(checkpoint.glob("rng_state*.pth")))
+    if there in (0, args.world_size):
+        return
+    if not args.allow_changes:
+        raise ValueError(
+            f"training.resume_from_checkpoint: {checkpoint} is of {there} ranks, and this run has {args.world_size}; "
+            "start as many, or add --training.allow_changes true"
+        )
+    logger.info("ranks: %d -> %d, from here on", there, args.world_size)
+
+
+# ----------------------------------------------------------------------------------------------------------- comparison
+
+
+def config_text(run: ResolvedConfig) -> str:
+    """The YAML that a checkpoint keeps of its run: that of the run folder, with what the file of DeepSpeed says in
+    place of its name.
+    """
+    training = run.resolved["training"]
+    content = deepspeed_content(training["deepspeed"])
+    return to_yaml({**run.resolved, "training": {**training, "deepspeed": content}})
+
+
+def check_options(run: ResolvedConfig, checkpoint: Path) -> None:
+    """Compare the options of a run with those that a checkpoint was trained with.
+
+    They are in the checkpoint; in the folder above, where older code has written it. What may change is logged.
+
+    Raises:
+        ValueError: for a difference that may not be.
+    """
+    paths = (checkpoint / CONFIG_NAME, checkpoint.absolute().parent / CONFIG_NAME)
+    path = next(filter(Path.is_file, paths), None)
+    if path is None:
+        logger.warning(
+            "%s has no %s: whether its run had the same data, seed and options is not known", checkpoint, CONFIG_NAME
+        )
+        return
+    if path.parent != checkpoint:
+        logger.warning("%s has no %s; its options are taken to be those of %s", checkpoint, CONFIG_NAME, path)
+    found = list(differences(run, path))
+    changed = [item for item in found if is_changeable(item)]
+    refused = [item for item in found if item not in changed]
+    if refused:
+        raise ValueError(f"{refusal(checkpoint, refused)}; give the same, or begin anew in another output_dir")
+    if changed and not run.training.allow_changes:
+        raise ValueError(f"{refusal(checkpoint, changed)}; give the same, or add --training.allow_changes true")
+    for item in changed:
+        logger.info("%s: %s -> %s, from here on", item.key, shortened(item.there), shortened(item.here))
+
+
+def refusal(checkpoint: Path, found: list[Difference]) -> str:
+    """The beginning of a sentence about options that differ."""
+    shown = "; ".join(map(str, found[:MOST_SHOWN]))
+    more = f"; and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else ""
+    return f"training.resume_from_checkpoint: {checkpoint} has other options: {shown}{more}"
+
+
+def differences(run: ResolvedConfig, path: Path) -> Iterator[Difference]:
+    """The options of a run that are not those of a configuration file, but for those that are free."""
+    try:
+        there = run.reread(path)
+    except ValueError:  # keys that are gone since, or of a run of another kind: as it is, in which they are named
+        there = read_yaml(path)
+    there, here = with_deepspeed_content(there), with_deepspeed_content(run.resolved)
+    has_adapters = any(run.resolved.get(part) for part in OPTIONAL_SECTIONS)
+    for item in compare(there, here):
+        is_base = has_adapters and item.key == "model.path"  # its weights are compared when the adapter is loaded
+        if not (is_base or any(fnmatchcase(item.key, pattern) for pattern in FREE)):
+            yield item
+
+
+def compare(there: Any, here: Any, key: str = "") -> Iterator[Difference]:
+    """The innermost keys whose values differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in {**here, **there}:
+            yield from compare(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for index, pair in enumerate(zip(there, here, strict=True)):
+            yield from compare(*pair, f"{key}[{index}]")
+    elif there != here:
+        yield Difference(key, there, here)
+
+
+def with_deepspeed_content(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree with what DeepSpeed's file says in place of its name, where there is such a file."""
+    training = tree.get("training") or {}
+    try:
+        content = deepspeed_content(training.get("deepspeed"))
+    except ValueError:
+        return tree
+    return {**tree, "training": {**training, "deepspeed": content}}
+
+
+def is_changeable(item: Difference) -> bool:
+    """Whether an optimizer or a schedule that is loaded can be given the new value."""
+    if item.key == "training.muon_learning_rate" and None in (item.there, item.here):
+        return False  # other parameters would be Muon's
+    if item.key == "training.lr_scheduler_type" and {item.there, item.here} & set(WITH_MEMORY):
+        return False
+    return any(fnmatchcase(item.key, pattern) for pattern in CHANGEABLE)
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """A value in one line that is not too long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

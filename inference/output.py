@@ -1,0 +1,89 @@
+"""Files and folders that are there whole, or not at all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path of the same name in a folder beside, to write to; what is there becomes the file if nothing fails.
+
+    What is no ordinary file, such as a pipe or /dev/stdout, is written as it is.
+
+    Raises:
+        ValueError: it cannot be written; then nothing has changed.
+    """
+    path = path.resolve()
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
+            made = Path(beside) / path.name
+            yield made
+            made.replace(path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder, to write to; what is there becomes the folder if nothing fails. In a folder that is there
+    already, its files take the places of those with their names.
+
+    Raises:
+        ValueError: it cannot be written; then nothing has changed.
+    """
+    folder = folder.resolve()
+    with writing(folder):
+        is_new = not folder.exists()
+        if is_new:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        place = folder.parent if is_new else folder
+        with tempfile.TemporaryDirectory(dir=place, prefix=".writing-") as beside:
+            made = Path(beside) / "made"
+            made.mkdir()
+            yield made
+            if is_new:
+                made.replace(folder)
+            else:
+                for path in sorted(made.iterdir()):
+                    path.replace(folder / path.name)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of whatever fails that a path cannot be written; libraries raise all sorts when a disk is full.
+
+    Raises:
+        ValueError: in the place of every other exception.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        raise ValueError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a file, or nothing.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    content = f"{line}\n".encode()
+    with writing(path), path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError("there is no room for a line on its disk")
+        except OSError:
+            file.truncate(end)
+            raise

@@ -1,0 +1,220 @@
+"""What messages and rows say besides what is read of them: harmless, or the reason against the row."""
+
+import json
+import logging
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dataset_loading import DataConfig, SourceConfig, message_keys
+from dataset_loading.preferences import build_pairs
+from model import message_keys as model_keys
+from model.chat import encode_conversation
+from tests.test_data_chat import build, chat_tokenizer
+from tests.tiny_processor import image_file, picture, tiny_processor
+
+ASKED, SAID = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+CALL = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
+REFUSED = {
+    "calls": (
+        [ASKED, {**SAID, "tool_calls": CALL}],
+        "'tool_calls', which is not read; write the calls into its content",
+    ),
+    "a call": ([ASKED, {**SAID, "function_call": {"name": "add"}}], "'function_call', which is not read"),
+    "no weight": ([ASKED, {**SAID, "weight": 0}, ASKED, SAID], "'weight' 0, which is not honoured: it is learned"),
+    "half a weight": ([ASKED, {**SAID, "weight": 0.5}], "'weight' 0.5, which is not honoured"),
+    "not trained": (
+        [ASKED, {**SAID, "train": False}, ASKED, SAID],
+        "'train' False, which is not honoured: it is learned",
+    ),
+    "a question trained": ([{**ASKED, "train": True}, SAID], "'train' True, which is not honoured: it is not learned"),
+    "thoughts": ([ASKED, {**SAID, "reasoning_content": "so"}], "'reasoning_content', which is not read; write it into"),
+    "thinking": ([ASKED, {**SAID, "thinking": "so"}], "'thinking', which is not read"),
+    "a name": ([{**ASKED, "name": "Ann"}, SAID], "'name', which is not read"),
+    "unknown": ([ASKED, {**SAID, "mood": "sad"}], "'mood', which is unknown; remove it"),
+}
+HARMLESS = {
+    "empty": ([{**ASKED, "name": None}, {**SAID, "tool_calls": [], "refusal": None, "reasoning_content": ""}]),
+    "as it is": ([{**ASKED, "weight": 0, "train": False}, {**SAID, "weight": 1, "train": True}]),
+    "ids": ([{**ASKED, "id": "7", "timestamp": 3}, {**SAID, "model": "x"}]),
+    "answers of tools": ([ASKED, SAID, {"role": "tool", "content": "4", "tool_call_id": "1", "name": "add"}, SAID]),
+}
+
+
+def write(folder, rows, ending="jsonl"):
+    path = folder / f"rows.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif ending == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_message_that_says_more_than_is_read_is_refused(tmp_path, caplog, case):
+    """In what is learned, and in what a model is asked."""
+    messages, reason = REFUSED[case]
+    path = write(tmp_path, [{"messages": messages}, {"messages": [ASKED, SAID]}])
+    with caplog.at_level(logging.WARNING):
+        assert len(build(SourceConfig("chat", paths=[path]), chat_tokenizer()).train) == 1
+    assert "rows.jsonl line 1: a message (" in caplog.text and reason in caplog.text
+    assert "1 rows cannot be used and are left out: 1 of rows (1 x a message" in caplog.text
+    with pytest.raises(ValueError) as error:
+        encode_conversation(chat_tokenizer(), messages)
+    assert reason in str(error.value)
+    with pytest.raises(ValueError) as error:
+        tiny_processor().apply_chat_template(messages, tokenize=True)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_changes_nothing_is_left_out(tmp_path, case):
+    plain = [{"role": message["role"], "content": message["content"]} for message in HARMLESS[case]]
+    tokenizer = chat_tokenizer()
+    path = write(tmp_path, [{"messages": HARMLESS[case]}])
+    row = build(SourceConfig("chat", paths=[path]), tokenizer, max_bad_rows=0).train[0]
+    assert row["input_ids"].tolist() == encode_conversation(tokenizer, plain)
+    assert encode_conversation(tokenizer, HARMLESS[case]) == encode_conversation(tokenizer, plain)
+
+
+def test_with_a_loss_on_all_a_question_is_learned_too(tmp_path):
+    asked = [{**ASKED, "weight": 1}, SAID]
+    for loss_on, is_read in (("all", True), ("answer", False)):
+        source = SourceConfig("chat", paths=[write(tmp_path, [{"messages": asked}])], loss_on=loss_on)
+        if is_read:
+            assert len(build(source, chat_tokenizer(), max_bad_rows=0).train) == 1
+        else:
+            with pytest.raises(ValueError, match="it is not learned; remove either"):
+                build(source, chat_tokenizer(), max_bad_rows=0)
+
+
+def test_what_is_learned_and_what_is_asked_have_the_same_lists():
+    assert model_keys.HARMLESS_KEYS == message_keys.HARMLESS_KEYS
+    assert model_keys.LEARNED_KEYS == message_keys.LEARNED_KEYS
+    assert model_keys.WHAT_TO_DO.items() <= message_keys.WHAT_TO_DO.items()
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ({"type": "text", "text": "a", "image": "a.png"}, "a part of type 'text' has 'image', which is not read"),
+        ({"type": "image", "path": "a.png", "text": "a"}, "a part of type 'image' has 'text', which is not read"),
+        ({"type": "audio", "path": "a.wav", "start": 3}, "a part of type 'audio' has 'start', which is not read"),
+    ],
+)
+def test_a_part_that_says_more_than_is_read_is_refused(tmp_path, part, reason):
+    path = write(tmp_path, [{"messages": [{"role": "user", "content": [part]}, SAID]}])
+    with pytest.raises(ValueError, match=reason):
+        build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_bad_rows=0)
+
+
+CHAT_ROW = {"messages": [ASKED, SAID]}
+QUESTION_ROW = {"instruction": "add", "answer": "4"}
+ROWS = {
+    "a system": (
+        CHAT_ROW,
+        {"system": "be brief"},
+        "column 'system' is not read .* write it into a message of the system",
+    ),
+    "tools": (CHAT_ROW, {"tools": [{"name": "add"}]}, "column 'tools' is not read"),
+    "a mask": (CHAT_ROW, {"loss_mask": [0, 1]}, "column 'loss_mask' is not read"),
+    "a weight": (CHAT_ROW, {"weight": 0.0}, "column 'weight' is not read"),
+    "prompt and system": (QUESTION_ROW, {"system": "be brief"}, "column 'system' is not read"),
+    "prompt and history": (QUESTION_ROW, {"history": [["a", "b"]]}, "column 'history' is not read"),
+    "instruction and input": (QUESTION_ROW, {"input": "2 and 2"}, "column 'input' is not read .* name it in prompt"),
+}
+
+
+@pytest.mark.parametrize("way", ["jsonl", "parquet", "hub", "stream"])
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_that_says_more_than_is_read_is_refused(tmp_path, monkeypatch, case, way):
+    """And is not where the column says nothing."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    plain, besides, reason = ROWS[case]
+    (tmp_path / "data").mkdir()
+    empty = dict.fromkeys(besides)
+    path = write(tmp_path / "data", [plain | empty, plain | besides], "parquet" if way == "parquet" else "jsonl")
+    columns = {"messages_column": "messages"} if "messages" in plain else None
+    columns = columns or {"prompt_column": "instruction", "answer_column": "answer"}
+    if way in ("jsonl", "parquet"):
+        source = SourceConfig("files", paths=[path], **columns)
+    else:
+        source = SourceConfig("hub", path=str(tmp_path / "data"), streaming=way == "stream", **columns)
+    with pytest.raises(ValueError, match=f"row 2: .*{reason}|line 2: .*{reason}"):
+        list(build(source, chat_tokenizer(), max_bad_rows=0).train)
+    assert len(list(build(source, chat_tokenizer()).train)) == 1
+
+
+def test_columns_that_are_used_are_no_reason(tmp_path):
+    rows = [{"system": "be brief", "question": "2+2?", "answer": "4", "weight": 0.2}]
+    source = SourceConfig("files", paths=[write(tmp_path, rows)], prompt="{system} {question}", answer_column="answer")
+    assert len(build(source, chat_tokenizer(), max_bad_rows=0).train) == 1
+
+
+def test_images_beside_messages_have_to_be_read(tmp_path):
+    path = write(tmp_path, [CHAT_ROW | {"images": ["a.png"]}])
+    with pytest.raises(
+        ValueError, match=r"column 'images' is not read and changes .* set image_column, with kind: files"
+    ):
+        build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_bad_rows=0)
+
+
+def test_pairs_have_neither(tmp_path, caplog):
+    good, bad = [ASKED, SAID], [ASKED, {**SAID, "tool_calls": CALL}]
+    worse = [ASKED, {"role": "assistant", "content": "5"}]
+    rows = [{"chosen": good, "rejected": worse}] * 40
+    rows += [{"chosen": bad, "rejected": worse}, {"chosen": good, "rejected": bad}]
+    columns = {"messages_column": "chosen", "rejected_column": "rejected"}
+    source = SourceConfig("files", paths=[write(tmp_path, rows)], **columns)
+    with caplog.at_level(logging.WARNING):
+        held_out = [SourceConfig("generated", task="addition", num_rows=3)]
+        train, _ = build_pairs(DataConfig(train=[source], validation=held_out), chat_tokenizer())
+    assert len(train) == 40
+    assert (
+        "2 rows cannot be used and are left out: 2 of rows (2 x a message (assistant) has 'tool_calls'" in caplog.text
+    )
+
+
+def test_the_keys_of_others_are_named(tmp_path):
+    talk = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    path = write(tmp_path, [{"conversations": talk}])
+    with pytest.raises(ValueError, match=r"no column 'messages' .*; set messages_column: conversations"):
+        build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_bad_rows=0)
+    with pytest.raises(ValueError, match="'from' and 'value', as ShareGPT writes it; rename them to role and content"):
+        build(SourceConfig("chat", paths=[path], messages_column="conversations"), chat_tokenizer(), max_bad_rows=0)
+
+
+def test_marks_in_a_text_are_where_its_images_stand(tmp_path):
+    """As LLaVA writes them."""
+    for number in range(2):
+        (tmp_path / f"p{number}.png").write_bytes(image_file(picture(seed=number)))
+    answer = {"role": "assistant", "content": "noise"}
+    first = [{"role": "user", "content": "hello"}, SAID, {"role": "user", "content": "<image>\nwhat is it?"}, answer]
+    second = [{"role": "user", "content": "Compare <image> with <image>."}, answer]
+    rows = [
+        {"images": ["p0.png"], "messages": first},
+        {"images": ["p1.png", "p0.png"], "messages": second},
+        {"images": ["p0.png"], "messages": second},
+    ]
+    path, processor = write(tmp_path, rows), tiny_processor()
+    source = SourceConfig("files", paths=[path], image_column="images", messages_column="messages")
+    built = build(source, processor, block_size=256).train
+    parts = [
+        [{"type": "image", "path": str(tmp_path / name)} for name in names]
+        for names in (["p0.png"], ["p1.png", "p0.png"])
+    ]
+    first[2] = {"role": "user", "content": [*parts[0], {"type": "text", "text": "\nwhat is it?"}]}
+    text = [{"type": "text", "text": it} for it in ("Compare ", " with ", ".")]
+    second[0] = {"role": "user", "content": [text[0], parts[1][0], text[1], parts[1][1], text[2]]}
+    assert len(built) == 2
+    for row, messages in zip([built[0], built[1]], [first, second], strict=True):
+        expected = processor.encode_chat(messages)
+        assert row["input_ids"].tolist() == expected["input_ids"].tolist()
+        assert all(map(torch.equal, row["media"]["image"], expected["media"]["image"]))
+    with pytest.raises(ValueError, match="line 3: 1 media of type 'image', but 2 marks '<image>' in the texts"):
+        build(source, processor, block_size=256, max_bad_rows=0)
