@@ -358,8 +358,9 @@ def change_tar(content: bytes, rng: Random) -> bytes:
     """A member has another name, type, size, order or content, written as a whole tar."""
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            members = [(info, tar.extractfile(info).read()) for info in tar if info.isreg() and not info.sparse]
-    except (tarfile.TarError, OSError, ValueError, OverflowError, AttributeError, MemoryError):
+            readable = (info for info in tar if info.isreg() and not info.sparse and 0 <= info.size <= len(content))
+            members = [(info, tar.extractfile(info).read()) for info in readable]
+    except (tarfile.TarError, OSError, ValueError, OverflowError, AttributeError):
         members = []
     if not members:
         return flip_bits(content, rng)

@@ -45,8 +45,8 @@ class WrittenScores:
     """Of the whole corpus, with n-grams of at most 4 words, or as many as the longest reference has. Where no reference
     has a word, 1 if nothing was written, else 0."""
     chrf: float
-    """F-score of mean precision and recall of character n-grams of the whole corpus, n = 1 to 6, or as many as the
-    texts have, as in sacrebleu."""
+    """F-score of mean precision and recall of character n-grams, n = 1 to 6, or as many as the texts have, over the
+    corpus, as in sacrebleu."""
     attributes: dict[str, float]
     """Share of answers that say the same as their reference, by attribute; empty where the source names none."""
 

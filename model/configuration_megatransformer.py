@@ -763,14 +763,13 @@ class MegaTransformerConfig(StrictConfig):
                 )
             if list(ids.values()).count(value) > 1:
                 raise ValueError(f"{name} ({value}) is also the id of another token; each needs its own")
-        for name in ("structure_token_ids", "image_code_offset"):
-            values = getattr(self, name)
-            values = [] if values is None else values if isinstance(values, list) else [values]
-            outside = [value for value in values if not 0 <= value < self.text_config.vocab_size]
-            if outside:
-                raise ValueError(
-                    f"{name} has {outside[0]}, outside the vocabulary of text_config ({self.text_config.vocab_size})"
-                )
+        size = self.text_config.vocab_size
+        outside = [value for value in self.structure_token_ids or () if not 0 <= value < size]
+        if outside:
+            raise ValueError(f"structure_token_ids has {outside[0]}, outside the vocabulary of text_config ({size})")
+        # Whether there is room for all codes is seen when the codec is known.
+        if self.image_code_offset is not None and not 0 <= self.image_code_offset <= size:
+            raise ValueError(f"image_code_offset ({self.image_code_offset}) is outside the vocabulary ({size})")
 
 
 def check_heads(config: MegaTransformerTextConfig | EncoderConfig) -> None:

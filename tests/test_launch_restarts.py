@@ -40,27 +40,34 @@ def rates(folder):
     return {entry["step"]: entry["learning_rate"] for entry in history if "learning_rate" in entry}
 
 
+def rate(step, steps, peak, warmup):
+    """That of an update, counted from 1, of a schedule that is linear up and down to 0."""
+    before = step - 1
+    return peak * (before / warmup if before < warmup else (steps - before) / (steps - warmup))
+
+
 @pytest.mark.parametrize("kind", ["zero2", "zero3", "described in the file"])
 def test_more_steps_and_other_rates(tmp_path, kind):
-    """Six steps of a linear schedule down to 0, then eight of one from another peak: the rates of the closed form."""
+    """Six steps of a linear schedule down to 0, then eight of one from another peak: the rates of the closed form.
+    DeepSpeed's own schedule takes two steps up, or more.
+    """
     (tmp_path / "mine.json").write_text(json.dumps(OWN_OPTIMIZER))
-    file = kind if kind.startswith("zero") else tmp_path / "mine.json"
+    file, warmup = (kind, 0) if kind.startswith("zero") else (tmp_path / "mine.json", 2)
     config, out = write_config(tmp_path), tmp_path / "out"
     flags = ("--config", config, "--training.deepspeed", file, "--callbacks.samples.prompts", "[]")
     trained(out, *flags)
-    assert rates(out) == pytest.approx({step: 3e-3 * (7 - step) / 6 for step in range(1, 7)})
+    assert rates(out) == pytest.approx({step: rate(step, 6, 3e-3, warmup) for step in range(1, 7)})
     more = (*flags, *AGAIN, "--training.max_steps", 8)
     trained(shutil.copytree(out, tmp_path / "longer"), *more)
-    expected = {step: 3e-3 * (9 - step) / 8 for step in (7, 8)}
+    expected = {step: rate(step, 8, 3e-3, warmup) for step in (7, 8)}
     assert {step: rates(tmp_path / "longer")[step] for step in (7, 8)} == pytest.approx(expected)
     changed = (*more, "--training.learning_rate", "1e-4", "--training.weight_decay", "0.5")
     process = launch(*changed, "--training.output_dir", out)
     lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert (
-        process.returncode == 2 and len(lines) == 1 and "training.learning_rate is 0.003 there and 0.0001" in lines[0]
-    )
+    assert process.returncode == 2 and len(lines) == 1
+    assert "training.learning_rate is 0.003 there and 0.0001" in lines[0]
     trained(out, *changed, "--training.allow_changes", "true")
-    expected = {step: 1e-4 * (9 - step) / 8 for step in (7, 8)}
+    expected = {step: rate(step, 8, 1e-4, warmup) for step in (7, 8)}
     assert {step: rates(out)[step] for step in (7, 8)} == pytest.approx(expected)
     moved = [
         (load_file(folder / "model.safetensors")[name] - weight).abs().max().item()
