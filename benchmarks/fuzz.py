@@ -88,7 +88,7 @@ class Outcome:
     Args:
         verdict: "accepted", "refused", or why it counts as a crash.
         report: The error, or the traceback.
-        seconds: Until the fork ended, by the clock.
+        seconds: Until the fork ended, by the clock, but for those in which no processor was free for it.
         extra_bytes: The most memory that the fork held, beyond what the parent does.
     """
 
@@ -244,12 +244,12 @@ class Fork:
         self.start = time.perf_counter()
         self.process = os.fork()
         if self.process == 0:
-            read_and_leave(tried, self.folder, self.report)
+            read_and_leave(tried, self.folder, self.report, self.start)
         self.handle = os.pidfd_open(self.process)
 
     def watch(self) -> Outcome | None:
         """What came of it, if it takes too much time or memory to go on."""
-        if time.perf_counter() - self.start > MOST_SECONDS:
+        if seconds_of(self.process, self.start) > MOST_SECONDS:
             return self.end("time")
         return self.end("memory") if resident_bytes(self.process) - self.held > MOST_BYTES else None
 
@@ -257,14 +257,25 @@ class Fork:
         """What came of it; `why` it is killed, if it has not ended itself."""
         if why is not None:
             os.killpg(self.process, signal.SIGKILL)
+        select.select([self.handle], [], [])
+        seconds = seconds_of(self.process, self.start)  # while it can still be asked
         _, status, usage = os.wait4(self.process, 0)
         os.close(self.handle)
-        extra = max(0, usage.ru_maxrss * 1024 - self.held)
-        report = self.report.read_text(errors="replace") if self.report.exists() else ""
+        extra, report = max(0, usage.ru_maxrss * 1024 - self.held), ""
+        if why is None and self.report.exists():
+            own_seconds, _, report = self.report.read_text(encoding="utf-8").partition("\n")
+            seconds = float(own_seconds)  # this process may have had to wait until it saw the end
         shutil.rmtree(self.folder)
         self.report.unlink(missing_ok=True)
-        why = why or ("memory" if extra > MOST_BYTES else verdict_of(status))
-        return Outcome(why, report, time.perf_counter() - self.start, extra)
+        over = {"time": seconds > MOST_SECONDS, "memory": extra > MOST_BYTES}
+        why = why or next((name for name, is_over in over.items() if is_over), verdict_of(status))
+        return Outcome(why, report, seconds, extra)
+
+
+def seconds_of(process: int, start: float) -> float:
+    """How long a process has taken since then, without the time for which all processors had others to serve."""
+    waited = int(Path(f"/proc/{process}/schedstat").read_text().split()[1])
+    return time.perf_counter() - start - waited / 1e9
 
 
 def verdict_of(status: int) -> str:
@@ -274,7 +285,7 @@ def verdict_of(status: int) -> str:
     return {ACCEPTED: "accepted", REFUSED: "refused"}.get(os.waitstatus_to_exitcode(status), "exception")
 
 
-def read_and_leave(tried: Input, folder: Path, report: Path) -> NoReturn:
+def read_and_leave(tried: Input, folder: Path, report: Path, start: float) -> NoReturn:
     """In the fork: read, say what came of it, and end."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
@@ -294,7 +305,8 @@ def read_and_leave(tried: Input, folder: Path, report: Path) -> NoReturn:
         text = traceback.format_exc()
         raise
     finally:
-        report.write_text(text, encoding="utf-8", errors="backslashreplace")
+        took = seconds_of(os.getpid(), start)
+        report.write_text(f"{took}\n{text}", encoding="utf-8", errors="backslashreplace")
         os._exit(code)
 
 
