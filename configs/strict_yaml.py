@@ -1,5 +1,6 @@
 """YAML of which nothing is executed, lost or multiplied: plain values, each written once, within bounds."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,13 @@ def load(text: str) -> Any:
         raise yaml.YAMLError(f"a value does not have the type that its tag names ({error})") from error
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe into which nobody writes is empty; to open it otherwise waits for somebody who does."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
 def read_text(path: Path) -> str:
     """The text of a configuration file, a byte-order mark left out.
 
@@ -123,7 +131,7 @@ def read_text(path: Path) -> str:
         ValueError: it is not UTF-8, or longer than any configuration.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise ValueError(f"is longer than {MAX_BYTES // 2**10} KiB, which no configuration is")

@@ -1,6 +1,7 @@
 """YAML that would run for minutes, fill the memory, or mean something else than it says."""
 
 import json
+import os
 import time
 
 import pytest
@@ -85,6 +86,12 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 def test_a_file_without_an_end_is_read_as_far_as_its_bound():
     with pytest.raises(ValueError, match="/dev/zero is longer than 512 KiB"):
         read_yaml("/dev/zero")
+
+
+def test_a_pipe_that_nobody_writes_into_is_empty(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(ValueError, match=r"run\.yaml: expected sections"):
+        read_yaml(tmp_path / "run.yaml")
 
 
 BOMB_IN_A_LINE = "[&a [x,x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a], " + ", ".join(
