@@ -29,9 +29,9 @@ from model.cache import BLOCK
 from model.recurrence import draw_training_states, sample_depth
 from trainers import RecurrentTrainer, RecurrentTrainingArguments
 
-NUM_STEPS = 16
+NUM_STEPS = 32
 VOCABULARY = 256
-POLICIES = ({}, {"cache_policy": "ring", "num_kept_steps": 4}, {"cache_policy": "last"}, {"num_beams": 2})
+POLICIES = ({}, {"cache_policy": "ring", "num_kept_steps": 1}, {"cache_policy": "last"}, {"num_beams": 2})
 PARTS = 5
 HEADER = ["what", "times", "MiB after a tenth", *(f"after {number} of {PARTS} parts" for number in range(1, PARTS + 1))]
 
@@ -78,10 +78,10 @@ def build_model() -> MegaTransformerForCausalLM:
         hidden_size=64,
         intermediate_size=64,
         num_prelude_layers=1,
-        num_core_layers=2,
+        num_core_layers=1,
         num_coda_layers=1,
         num_attention_heads=2,
-        recurrence={"mean_steps": 4, "backprop_steps": 2},
+        recurrence={"mean_steps": 2, "backprop_steps": 2},
     )
     return MegaTransformerForCausalLM(config).eval()
 
@@ -90,31 +90,31 @@ def build_model() -> MegaTransformerForCausalLM:
 
 
 @torch.no_grad()
-def fill_cache(model: MegaTransformerForCausalLM, mebibytes: int) -> int:
-    """Fills a cache of at least this size, drops it, and returns its bytes."""
-    row = RecurrentCache(model.config)
-    model(torch.ones(1, BLOCK, dtype=torch.long), cache=row, num_steps=NUM_STEPS)
+def fill_cache(model: MegaTransformerForCausalLM, mebibytes: int) -> RecurrentCache:
+    """A cache of at least this size: a row, copied as beam search does it, and a token behind each copy."""
     cache = RecurrentCache(model.config)
-    ids = torch.ones(-(-mebibytes * timing.MIB // row.num_bytes), BLOCK, dtype=torch.long)
-    model(ids, cache=cache, num_steps=NUM_STEPS, logits_to_keep=1)
-    return cache.num_bytes
+    model(torch.ones(1, BLOCK - 1, dtype=torch.long), cache=cache, num_steps=NUM_STEPS)
+    rows = -(-mebibytes * timing.MIB // cache.num_bytes)
+    cache.batch_repeat_interleave(rows)
+    model(torch.ones(rows, 1, dtype=torch.long), cache=cache, num_steps=NUM_STEPS)
+    return cache
 
 
 def generations(model: MegaTransformerForCausalLM) -> Callable[[], Any]:
-    """A function that writes 16 tokens behind each of 4 prompts, in another way at each call."""
-    ids, ways = torch.randint(VOCABULARY, (4, 32)), cycle(POLICIES)
+    """A function that writes 8 tokens behind each of 4 prompts, in another way at each call."""
+    ids, ways = torch.randint(VOCABULARY, (4, 16)), cycle(POLICIES)
     model.generation_config.eos_token_id = None
-    return lambda: model.generate(ids, max_new_tokens=16, do_sample=False, **next(ways))
+    return lambda: model.generate(ids, max_new_tokens=8, do_sample=False, **next(ways))
 
 
 class Rows(Dataset):
-    """Random rows of 64 tokens."""
+    """Random rows of 32 tokens."""
 
     def __len__(self) -> int:
         return 256
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(VOCABULARY, (64,), generator=torch.Generator().manual_seed(index))
+        ids = torch.randint(VOCABULARY, (32,), generator=torch.Generator().manual_seed(index))
         return {"input_ids": ids, "labels": ids}
 
 
