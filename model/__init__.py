@@ -25,7 +25,6 @@ from .configuration_megatransformer import (
     MegaTransformerVisionConfig,
     RecurrenceConfig,
 )
-from .depth_callback import RecurrentDepthCallback
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from .griffin_lim import waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
@@ -95,7 +94,6 @@ __all__ = [
     "Modality",
     "RecurrenceConfig",
     "RecurrentCache",
-    "RecurrentDepthCallback",
     "WritingOptions",
     "build_processor",
     "codec_media",

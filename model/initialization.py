@@ -1,6 +1,7 @@
 """What all models share: loading, saving, and the one function that initialises weights."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -9,8 +10,10 @@ from transformers import initialization as init
 
 from .attention import Attention, check_backend
 from .backbones import Backbone
-from .depth_callback import RecurrentDepthCallback
 from .embeddings import PositionEmbedding
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 ENCODERS = ("vision_config", "audio_config")
 """Parts with attention of their own, beside the text model."""
@@ -28,10 +31,12 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def depth_callback(self) -> RecurrentDepthCallback:
+    def depth_callback(self) -> "TrainerCallback":
         """What makes a trainer that knows nothing of depth draw it: `Trainer(model, callbacks=[model.depth_callback()],
         ...)`. Here for those who have the checkpoint alone.
         """
+        from .depth_callback import RecurrentDepthCallback  # brings all that trainers need, which is slow to import
+
         return RecurrentDepthCallback()
 
     @torch.no_grad()

@@ -109,14 +109,15 @@ def test_zeros_in_a_text_are_no_encoding():
 
 def test_a_configuration_with_a_mark(tmp_path):
     text = "model:\n  name: größer\n"
-    for number, raw in enumerate([text.encode(), MARK + text.encode(), text.encode("utf-16")]):
-        path = tmp_path / f"{number}.yaml"
+    path = tmp_path / "a.yaml"
+    for raw in (text.encode(), MARK + text.encode()):
         path.write_bytes(raw)
         assert read_yaml(path) == {"model": {"name": "größer"}}
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"2\.yaml: not UTF-8 text: .*; save it as UTF-8$") as error:
-        read_yaml(path)
-    assert "\n" not in str(error.value)
+    for encoding, named in (("utf-16", "is UTF-16"), ("latin-1", "not UTF-8")):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(ValueError, match=rf"a\.yaml .*{named}.*; save it as UTF-8$") as error:
+            read_yaml(path)
+        assert "\n" not in str(error.value)
 
 
 def test_prompts_with_a_mark(tmp_path):

@@ -5,8 +5,6 @@ import os
 import time
 from pathlib import Path
 
-from torch.utils.cpp_extension import get_default_build_root
-
 logger = logging.getLogger(__name__)
 
 
@@ -37,6 +35,8 @@ def warn_of_build_locks() -> None:
 
 def build_locks() -> list[tuple[Path, float]]:
     """The locks of builds, and their age in seconds."""
+    from torch.utils.cpp_extension import get_default_build_root  # says on import that there is no GPU
+
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     found = Path(named).glob("*/lock") if named else Path(get_default_build_root()).glob("*/*/lock")
     locks = []
