@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -256,7 +257,9 @@ class Fork:
     def end(self, why: str | None = None) -> Outcome:
         """What came of it; `why` it is killed, if it has not ended itself."""
         if why is not None:
-            os.killpg(self.process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it leads no group yet
+                os.killpg(self.process, signal.SIGKILL)
+            os.kill(self.process, signal.SIGKILL)
         select.select([self.handle], [], [])
         seconds = seconds_of(self.process, self.start)  # while it can still be asked
         _, status, usage = os.wait4(self.process, 0)
