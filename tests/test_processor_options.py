@@ -219,7 +219,7 @@ def test_the_calls_of_grpo_with_images():
 
 def test_what_trl_asks_of_a_chat_template():
     assert is_chat_template_stop_token_trained(PROCESSOR)
-    with pytest.raises(ValueError, match=r"message 1 \(assistant\) says nothing"):  # it calls a tool
+    with pytest.raises(ValueError, match=r"message 1 \(assistant\) has 'tool_calls', which is not read"):
         is_chat_template_prefix_preserving(PROCESSOR)
 
 
