@@ -116,3 +116,15 @@ def test_a_checkpoint_whose_latents_are_no_numbers_is_one_line(tmp_path, capsys)
     error = capsys.readouterr().err
     assert failure.value.code == 2 and "the image head gave latents that are NaN or infinite" in error
     assert error.count("\n") == 1 and not (tmp_path / "a.png").exists()
+
+
+def test_a_checkpoint_whose_codes_are_drawn_of_no_numbers_is_one_line(tmp_path, capsys):
+    model = tiny_artist(image=CODES)
+    model.get_input_embeddings().weight.data[:] = 3e38  # numbers, or loading would refuse them
+    model.save_pretrained(tmp_path)
+    artist_processor(CODES).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as failure:
+        write(str(tmp_path), "--mode", "image", "--out", tmp_path / "a.png")
+    error = capsys.readouterr().err
+    assert failure.value.code == 2 and "the model's logits are infinite or no numbers" in error
+    assert error.count("\n") == 1 and not (tmp_path / "a.png").exists()
