@@ -24,7 +24,7 @@ from datasets import Audio, Features, Image, List, Value
 from peft import LoraConfig, get_peft_model
 from PIL import ImageFile
 from PIL.PngImagePlugin import PngInfo
-from transformers import TrainerState, set_seed
+from transformers import LogitsProcessorList, TrainerState, set_seed
 
 import evaluate_codec
 from configs import RunConfig, load_config, load_run_config
@@ -34,6 +34,7 @@ from dataset_loading.codec_data import build_codec_datasets
 from dataset_loading.preferences import build_pairs, build_prompts
 from inference.adapters import base_model
 from inference.conversation import Conversation
+from inference.decoding import FiniteLogits
 from inference.loading import load_model, tokenizer_of
 from inference.prompts import check_prompts, encode_prompt, encode_question, read_prompts
 from model import MegaTransformerForConditionalGeneration, codec_media
@@ -505,6 +506,11 @@ def save_training(folder: Path, step: int) -> None:
     (folder / "trainer_state.json").write_text(json.dumps(state))
 
 
+def checks_of_logits() -> LogitsProcessorList:
+    """What the commands give to `generate`."""
+    return LogitsProcessorList([FiniteLogits()])
+
+
 def continue_text(folder: Path, base: Path | None = None) -> None:
     """Two tokens, as `inference.generate` writes them."""
     model, processor = load_model(folder, base=base)
@@ -517,6 +523,7 @@ def continue_text(folder: Path, base: Path | None = None) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         return_dict_in_generate=True,
+        logits_processor=checks_of_logits(),
     ).sequences
     tokenizer.decode(ids[0], skip_special_tokens=True)
 
@@ -529,7 +536,9 @@ def continue_adapted(folder: Path) -> None:
 def talk(folder: Path) -> None:
     """An answer, as `inference.chat` gives it."""
     model, processor = load_model(folder)
-    conversation = Conversation(model, processor, {"max_new_tokens": 2, "do_sample": False}, "Be brief.")
+    conversation = Conversation(
+        model, processor, {"max_new_tokens": 2, "do_sample": False, "logits_processor": checks_of_logits()}, "Be brief."
+    )
     for message in conversation.ask("Hello"):
         str(message)
 
@@ -538,7 +547,7 @@ def answer_about_a_picture(folder: Path) -> None:
     """Two tokens about a picture."""
     model, processor = load_model(folder)
     inputs = encode_question(processor, ([("image", str(folder / "question.png"))], "What?"))
-    ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    ids = model.generate(**inputs, max_new_tokens=2, do_sample=False, logits_processor=checks_of_logits())
     tokenizer_of(processor).decode(ids[0], skip_special_tokens=True)
 
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from transformers import (
     BatchFeature,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -28,7 +29,7 @@ from transformers import (
 from model.quantization import QuantizationConfig
 
 from . import arguments
-from .decoding import add_decoding_arguments, check_depth, decoding_options
+from .decoding import FiniteLogits, add_decoding_arguments, check_depth, decoding_options
 from .devices import choose_device, choose_threads, device_report
 from .loading import load_model, tokenizer_of
 from .media_files import SUFFIXES, check_path, save_audio, save_images
@@ -235,10 +236,11 @@ def draw_codes(model: PreTrainedModel, inputs: BatchFeature, options: dict[str, 
     """The images of a model that writes them as tokens, one for each prompt, by plain `generate`.
 
     Raises:
-        ValueError: a prompt was not answered with a whole image.
+        ValueError: a prompt was not answered with a whole image, or the model's logits are no numbers.
     """
     most = model.model.writers["image"].num_places + 1  # the start token
-    ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=most, **options)
+    checks = LogitsProcessorList([FiniteLogits()])
+    ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=most, logits_processor=checks, **options)
     images = model.decode_image_tokens(ids[:, inputs["input_ids"].shape[1] :])
     if len(images) < len(ids):
         raise ValueError(f"{len(ids) - len(images)} of {len(ids)} answers are no image; the model has to learn more")

@@ -163,6 +163,13 @@ def shared_settings(processor: ProcessorMixin, config: PreTrainedConfig) -> list
     """What processor and model have to agree on: the name of a setting, its value there and here."""
     ids = [f"{name}_token_id" for name in processor.kinds]
     shared = [(name, getattr(processor, name), getattr(config, name, None)) for name in ids]
+    vocabulary = processor.tokenizer.get_vocab()
+    for name, kind in processor.kinds.items():
+        if name.startswith("written_"):
+            medium = name.removeprefix("written_")
+            for end, token in (("start", kind.modality.start_token), ("end", kind.modality.end_token)):
+                key = f"{medium}_{end}_token_id"
+                shared.append((key, vocabulary.get(token), getattr(config, key, None)))
     pairs = (
         (processor.image_processor, MegaTransformerImageProcessor, config.vision_config, IMAGE_SETTINGS),
         (processor.feature_extractor, MegaTransformerFeatureExtractor, config.audio_config, AUDIO_SETTINGS),

@@ -493,7 +493,10 @@ class MediaWriting:
         )
 
     def _id(self, name: str) -> int:
-        return getattr(self.config, f"{name}_token_id")
+        found = getattr(self.config, f"{name}_token_id")
+        if found is None:
+            raise ValueError(f"{name}_token_id is not set in the model's configuration, and so it cannot write media")
+        return found
 
     def _pad(self) -> int:
         pad = self.generation_config.pad_token_id

@@ -1,5 +1,7 @@
 """`python -m inference.generate --mode image|audio`: files of what a model has written."""
 
+import json
+
 import numpy as np
 import pytest
 import soundfile
@@ -116,3 +118,40 @@ def test_a_checkpoint_whose_latents_are_no_numbers_is_one_line(tmp_path, capsys)
     error = capsys.readouterr().err
     assert failure.value.code == 2 and "the image head gave latents that are NaN or infinite" in error
     assert error.count("\n") == 1 and not (tmp_path / "a.png").exists()
+
+
+def test_a_checkpoint_whose_codes_are_drawn_of_no_numbers_is_one_line(tmp_path, capsys):
+    model = tiny_artist(image=CODES)
+    model.get_input_embeddings().weight.data[:] = 3e38  # numbers, or loading would refuse them
+    model.save_pretrained(tmp_path)
+    artist_processor(CODES).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as failure:
+        write(str(tmp_path), "--mode", "image", "--out", tmp_path / "a.png")
+    error = capsys.readouterr().err
+    assert failure.value.code == 2 and "the model's logits are infinite or no numbers" in error
+    assert error.count("\n") == 1 and not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("name", ["image_start", "image_end", "audio_start", "audio_end"])
+@pytest.mark.parametrize("value", [None, 3])
+def test_a_token_of_written_media_that_is_another_is_one_line(tmp_path, capsys, name, value):
+    """Drawn all the same, a picture would begin or end with something else."""
+    save_artist(tmp_path / "artist")
+    path = tmp_path / "artist" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {f"{name}_token_id": value}))
+    with pytest.raises(SystemExit) as failure:
+        write(str(tmp_path / "artist"), "--mode", "image", "--out", tmp_path / "a.png")
+    error = capsys.readouterr().err
+    there = f"has {name}_token_id {config[f'{name}_token_id']}, the model {value}: they do not belong together"
+    assert failure.value.code == 2 and there in error and error.count("\n") == 1
+
+
+def test_media_are_not_written_without_their_tokens():
+    """A model that was loaded without its processor."""
+    model, processor = tiny_artist(), artist_processor()
+    question = [{"role": "user", "content": "a red circle"}]
+    inputs = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=True, return_dict=True)
+    model.config.image_start_token_id = None
+    with pytest.raises(ValueError, match="^image_start_token_id is not set in the model's configuration"):
+        model.generate(**inputs.convert_to_tensors("pt"), generation_mode="image")

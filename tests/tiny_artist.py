@@ -101,7 +101,7 @@ def write_codes(monkeypatch) -> None:
     """
     plain = MegaTransformerForConditionalGeneration.generate
 
-    def generate(self, input_ids, **options):
+    def generate(self, input_ids, logits_processor=(), **options):
         first = self.config.image_code_offset
         codes, start = list(range(first, first + 15)), [self.config.image_start_token_id]
 
@@ -109,7 +109,8 @@ def write_codes(monkeypatch) -> None:
             allowed = start if ids.shape[1] == input_ids.shape[1] else codes
             return torch.full_like(scores, -torch.inf).index_copy(1, torch.tensor(allowed), scores[:, allowed])
 
-        return plain(self, input_ids, logits_processor=LogitsProcessorList([forbid_the_others]), **options)
+        processors = LogitsProcessorList([*logits_processor, forbid_the_others])
+        return plain(self, input_ids, logits_processor=processors, **options)
 
     monkeypatch.setattr(MegaTransformerForConditionalGeneration, "generate", generate)
 
