@@ -48,8 +48,28 @@ end_process(0)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+EVALUATION = """
+import json, sys
+from evaluation.metrics import compute_metrics, token_nll
+from inference.shutdown import end_process
+from tests.test_trainer import build, rows
+
+trainer = build(sys.argv[1], per_device_eval_batch_size=int(sys.argv[2]), dataloader_drop_last=True)
+trainer.preprocess_logits_for_metrics, trainer.compute_metrics = token_nll, compute_metrics
+found = trainer.evaluate(rows(11))["eval_loss"], int(trainer.predict(rows(11)).predictions[:, 1].sum())
+if trainer.state.is_world_process_zero:
+    print("FOUND", json.dumps(found))
+end_process(0)
+"""
+
+
 def run(folder, ranks, cut=0, resume=False, **options):
     """The logs of a run of `ranks` processes."""
+    return launch(ranks, SCRIPT, str(folder), str(cut), "resume" if resume else "", json.dumps(options))
+
+
+def launch(ranks, script, *arguments):
+    """What a script finds in `ranks` processes."""
     from tests.test_launch import free_port
 
     shared = {
@@ -61,7 +81,7 @@ def run(folder, ranks, cut=0, resume=False, **options):
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(REPOSITORY),
     }
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(cut), "resume" if resume else "", json.dumps(options)]
+    command = [sys.executable, "-c", script, *arguments]
     processes = [
         subprocess.Popen(
             command,
@@ -108,3 +128,10 @@ def test_two_ranks_resumed_within_their_second_epoch_go_on_with_its_order(tmp_pa
     whole = run(tmp_path / "whole", 2, **options)
     run(tmp_path / "cut", 2, cut=6, **options)
     check_equal(run(tmp_path / "cut", 2, resume=True, **options), whole, tolerance=0)
+
+
+def test_two_ranks_evaluate_each_row_once_whatever_training_drops(tmp_path):
+    """11 rows, of which each rank takes 3 at a time; 11 labels a row are scored, in every fourth 3."""
+    one, two = (launch(ranks, EVALUATION, str(tmp_path), size) for ranks, size in ((1, "4"), (2, "3")))
+    assert one[1] == two[1] == 8 * 11 + 3 * 3
+    assert two[0] == pytest.approx(one[0], abs=1e-6)
