@@ -318,6 +318,7 @@ def test_a_run_goes_on_with_its_tokenizer_after_files_were_added(texts, tmp_path
     pretrain.main(flags)
     vocabulary = json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]
     shutil.rmtree(out / "checkpoint-6")
+    (out / "trainer_state.json").unlink()  # with it, the run would be finished
     add_text(texts)
     pretrain.main([*flags, "--training.resume_from_checkpoint", "true"])
     assert json.loads((out / "tokenizer.json").read_text())["model"]["vocab"] == vocabulary

@@ -153,5 +153,5 @@ def test_media_are_not_written_without_their_tokens():
     question = [{"role": "user", "content": "a red circle"}]
     inputs = processor.apply_chat_template([question], add_generation_prompt=True, tokenize=True, return_dict=True)
     model.config.image_start_token_id = None
-    with pytest.raises(ValueError, match="^image_start_token_id is not set in the model's configuration"):
+    with pytest.raises(ValueError, match=r"^image_start_token_id is not set in the model's configuration"):
         model.generate(**inputs.convert_to_tensors("pt"), generation_mode="image")

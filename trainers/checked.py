@@ -21,7 +21,7 @@ from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .muon import MuonBeside, matrices_of
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze, parameters_of_norms
-from .resumed import OptionsOfRun, ResumeError
+from .resumed import UNDECAYED, OptionsOfRun, ResumeError
 from .resuming import check_weights, damage, forget_tied_weights, nothing_left, read_state
 from .rotation import CHECKPOINT_NAME, CheckpointKeeper
 from .signals import StopCallback, StopRequest, sheltered
@@ -175,7 +175,11 @@ class CheckedTrainer(Trainer):
         decaying = {parameter for name, parameter in self.model.named_parameters() if name in names}
         groups = [
             {"params": [parameter for parameter in parameters if parameter in decaying]},
-            {"params": [parameter for parameter in parameters if parameter not in decaying], "weight_decay": 0.0},
+            {
+                "params": [parameter for parameter in parameters if parameter not in decaying],
+                "weight_decay": 0.0,
+                "name": UNDECAYED,
+            },
         ]
         return [group for group in groups if group["params"]]
 

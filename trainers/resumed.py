@@ -10,6 +10,8 @@ from transformers import TrainerCallback, TrainingArguments
 Options = dict[str, Any]
 COMPARED = ("lr", "betas", "eps", "weight_decay")
 """What most optimizers have, by the names of torch."""
+UNDECAYED = "no_decay"
+"""The name of a group for which weight decay is off, in DeepSpeed's own optimizer."""
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[Options]:
@@ -17,10 +19,14 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[Options]:
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
-def options_by_arguments(args: TrainingArguments) -> Options:
-    """What DeepSpeed's own optimizer has, built from its file, which the Trainer compares with the arguments."""
-    betas = (args.adam_beta1, args.adam_beta2)
-    return {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+def options_by_arguments(args: TrainingArguments, group: Options) -> Options:
+    """What a group of DeepSpeed's own optimizer has, which is built from its file, that the Trainer compares with the
+    arguments. The group of what does not decay is known by its name, which Muon lengthens.
+    """
+    betas, decay = (args.adam_beta1, args.adam_beta2), args.weight_decay
+    if group.get("name", "").startswith(UNDECAYED):
+        decay = 0.0
+    return {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": decay}
 
 
 class ResumeError(ValueError):
@@ -53,7 +59,7 @@ class OptionsOfRun(TrainerCallback):
         if state.global_step == 0:
             return
         groups = optimizer.param_groups
-        wanted = self.options or [options_by_arguments(args)] * len(groups)
+        wanted = self.options or [options_by_arguments(args, group) for group in groups]
         if args.allow_changes:
             change(groups, wanted)
         else:
