@@ -47,7 +47,7 @@ from inference.devices import cpu_model, usable_cores
 WEIGHTS = {"media": 6, "metadata": 5, "chat": 5, "yaml": 2, "tar": 3, "parquet": 3, "checkpoints": 3}
 """How many inputs of each kind there are, relatively."""
 ODD_SHARE = 0.02
-"""Of the inputs, those where a link or what is no file stands in the place of a file."""
+"""The share of the inputs in which a link, or what is no file, stands in the place of a file."""
 MOST_SECONDS = 10.0
 MOST_BYTES = 2**30
 LARGEST_FILE = 2**28
@@ -84,7 +84,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an input.
+    """The result of an input.
 
     Args:
         verdict: "accepted", "refused", or why it counts as a crash.
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def replay(inputs: Sequence[Input], scratch: Path) -> int:
-    """What comes of inputs, with their tracebacks, to standard output; 1 if any crashes."""
+    """Write the results of inputs, with their tracebacks, to standard output; 1 if any crashes."""
     has_crashed = False
     for tried, outcome in try_inputs(inputs, scratch, 1):
         what = f"{tried.sample.kind} {tried.number}: {outcome.verdict}, {describe(outcome)}\n{outcome.report}\n"
@@ -216,7 +216,7 @@ def warm_up(samples: Sequence[Sample], scratch: Path) -> None:
 
 
 def try_inputs(inputs: Iterable[Input], scratch: Path, workers: int) -> Iterator[tuple[Input, Outcome]]:
-    """What comes of each, in the order in which they end."""
+    """Yield each input with its result, in the order in which they end."""
     running: list[Fork] = []
     waiting = iter(inputs)
     while True:
@@ -249,13 +249,13 @@ class Fork:
         self.handle = os.pidfd_open(self.process)
 
     def watch(self) -> Outcome | None:
-        """What came of it, if it takes too much time or memory to go on."""
+        """The result of a fork that takes too much time or memory, and is killed; None for one that may go on."""
         if seconds_of(self.process, self.start) > MOST_SECONDS:
             return self.end("time")
         return self.end("memory") if resident_bytes(self.process) - self.held > MOST_BYTES else None
 
     def end(self, why: str | None = None) -> Outcome:
-        """What came of it; `why` it is killed, if it has not ended itself."""
+        """The result of a fork that has ended, or is killed: `why` is the reason."""
         if why is not None:
             with suppress(ProcessLookupError):  # it leads no group yet
                 os.killpg(self.process, signal.SIGKILL)
@@ -282,14 +282,14 @@ def seconds_of(process: int, start: float) -> float:
 
 
 def verdict_of(status: int) -> str:
-    """Of a process that has ended itself."""
+    """The verdict on a process that has ended itself."""
     if os.WIFSIGNALED(status):
         return signal.Signals(os.WTERMSIG(status)).name
     return {ACCEPTED: "accepted", REFUSED: "refused"}.get(os.waitstatus_to_exitcode(status), "exception")
 
 
 def read_and_leave(tried: Input, folder: Path, report: Path, start: float) -> NoReturn:
-    """In the fork: read, say what came of it, and end."""
+    """Read the input in the fork, write the result, and end."""
     os.setsid()
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -178,7 +179,7 @@ def read_source(folder: Path, **fields: Any) -> None:
     config = DataConfig(train=[source], validation=[HELD_OUT], packing=False, block_size=128)
     train = build_datasets(config, PROCESSOR).train
     rows = iter(train) if source.streaming else (train[number] for number in range(min(4, len(train))))
-    Collator(PROCESSOR)([row for row, _ in zip(rows, range(4), strict=False)])
+    Collator(PROCESSOR)(list(itertools.islice(rows, 4)))
 
 
 def _inside(folder: Path, name: str, value: Any) -> Any:
