@@ -16,7 +16,15 @@ UNDECAYED = "no_decay"
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[Options]:
     """What an optimizer does with each of its groups."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    groups = with_parameters(optimizer)
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+
+def with_parameters(optimizer: torch.optim.Optimizer) -> list[Options]:
+    """The groups of an optimizer that have any; ZeRO leaves the others out, such as that of what does not decay beside
+    adapters, of which all decays.
+    """
+    return [group for group in optimizer.param_groups if group["params"]]
 
 
 def options_by_arguments(args: TrainingArguments, group: Options) -> Options:
@@ -58,13 +66,13 @@ class OptionsOfRun(TrainerCallback):
         """
         if state.global_step == 0:
             return
-        groups = optimizer.param_groups
+        groups = with_parameters(optimizer)
         wanted = self.options or [options_by_arguments(args, group) for group in groups]
         if args.allow_changes:
             change(groups, wanted)
         else:
             check(groups, wanted)
-        set_rates(groups, lr_scheduler)
+        set_rates(optimizer.param_groups, lr_scheduler)
 
 
 def change(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
