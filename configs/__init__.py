@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import time
 import typing
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,6 +49,7 @@ from .deepspeed_files import find_deepspeed
 logger = logging.getLogger(__name__)
 
 CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
+PATIENCE = 30  # seconds from an error of a rank that is not the first of its machine to its words
 MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     cls.model_type: cls for cls in (MegaTransformerTextConfig, MegaTransformerConfig, *CODEC_CONFIGS)
 }
@@ -165,13 +167,19 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Resolved
 
 @contextmanager
 def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-    """Turn errors of these kinds into one line on stderr (of each machine's first rank) and exit code 2."""
+    """Turn errors of these kinds into one line on stderr and exit code 2.
+
+    Of the ranks of a machine, the first one speaks. The others wait for the launcher to end them: it ends all with the
+    first one that leaves, and the one that speaks is to have spoken by then. One that is not ended in `PATIENCE`
+    seconds has an error of its own, and says it.
+    """
     try:
         yield
     except kinds as error:
         logger.debug("Where it failed:", exc_info=True)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"error: {one_line(error)}\n")
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(PATIENCE)
+        sys.stderr.write(f"error: {one_line(error)}\n")
         raise SystemExit(2) from None
 
 

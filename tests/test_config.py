@@ -258,12 +258,23 @@ def test_nothing_touches_a_device_before_all_is_checked(refused, monkeypatch: py
     refused("--training.lr_scheduler_type", "cosinus", "--training.output_dir", "made")
 
 
-def test_only_the_first_rank_of_a_machine_speaks(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_rank_of_a_machine_speaks_first(refused, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher ends all ranks with the first one that leaves: another one says its error after the time in which
+    that happens.
+    """
+    waits: list[float] = []
+    monkeypatch.setattr(configs.time, "sleep", waits.append)
+    said = refused("--model.norm", "batchnorm")
+    assert not waits
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as error:
-        load_config(["--model.norm", "batchnorm"])
-    assert error.value.code == 2
-    assert capsys.readouterr().err == ""
+
+    def silent(seconds: float) -> None:
+        assert capsys.readouterr().err == ""
+        waits.append(seconds)
+
+    monkeypatch.setattr(configs.time, "sleep", silent)
+    assert refused("--model.norm", "batchnorm") == said
+    assert waits == [30]
 
 
 def test_a_message_of_another_form_is_passed_on() -> None:
