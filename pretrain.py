@@ -14,7 +14,15 @@ from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from callbacks import ModelCardWriter, add_callbacks, add_codec_callbacks, size_table, sources_of
@@ -48,6 +56,7 @@ from model import (
     modality_names,
     set_token_ids,
 )
+from model.backbones import reason_of
 from model.chat import ROLE_TOKENS, prepare_tokenizer
 from model.recurrence import draw_training_states, sample_depth
 from trainers import (
@@ -161,8 +170,7 @@ def describe_run(run: RunConfig) -> str:
         SystemExit: with code 2, for a number of GPUs that is none, and a pretrained encoder that cannot be found.
     """
     with one_line_errors():
-        with torch.device("meta"):
-            model = MODELS[type(run.model)](run.model)
+        model = without_weights(run.model)
         if isinstance(run.model, CODEC_CONFIGS):
             return f"{size_table(model)}\n"
         needs = describe_needs(model, run.training, sample_depth, run.data.block_size, run.data.packing)
@@ -192,6 +200,7 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
         ValueError: for data that cannot be read, or that do not fit the model; for a checkpoint or options of training
             that do not fit either.
     """
+    check_memory(without_weights(run.model))
     args = run.training
     trainer_class = get_trainer_class(run.trainer)
     reads_media = isinstance(run.model, MegaTransformerConfig)
@@ -250,6 +259,7 @@ def build_codec_trainer(run: RunConfig, resume_point: str | None = None) -> Trai
     Raises:
         ValueError: as `build_trainer`.
     """
+    check_memory(without_weights(run.model))
     args, media = run.training, codec_media(run.model)
     set_seed(args.seed)
     with whole_weights(args):
@@ -275,6 +285,35 @@ def build_codec_trainer(run: RunConfig, resume_point: str | None = None) -> Trai
     )
     add_codec_callbacks(trainer, run.callbacks)
     return trainer
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on the meta device, which takes no memory.
+
+    Raises:
+        ValueError: for sizes beyond what any tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            return MODELS[type(config)](config)
+    except (RuntimeError, OverflowError, TypeError) as error:  # as torch says that a size is none
+        reason = reason_of(error)
+        raise ValueError(
+            f"no model of these sizes can be made ({reason}); make them smaller in section model"
+        ) from error
+
+
+def check_memory(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model whose weights alone are larger than the memory of this machine, before any of them
+    is made. They are made whole on each rank, in float32.
+    """
+    count = model.num_parameters()
+    needed, memory = 4 * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"the model has {count} parameters, which take {needed / 2**30:.0f} GiB in float32, and this machine has "
+            f"{memory / 2**30:.0f} GiB of memory: make it smaller; --dry_run true lists its parts"
+        )
 
 
 def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast, with_backbones: bool = True) -> PreTrainedModel:

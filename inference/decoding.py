@@ -16,8 +16,8 @@ SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
 
 
 class FiniteLogits(LogitsProcessor):
-    """Refuses logits of which none is the largest, since they are no numbers: the likeliest token would be the first of
-    the vocabulary, whatever that is.
+    """Refuses logits of which none is the largest, since they are no numbers, or all equal, as where a norm has
+    overflowed: the likeliest token would be the first of the vocabulary, whatever that is.
 
     Raises:
         ValueError: when the model is computed to such logits.
@@ -25,9 +25,15 @@ class FiniteLogits(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """The scores as they are. Both are (rows, ...)."""
-        if not scores.amax(dim=-1).isfinite().all():
+        largest = scores.amax(dim=-1)
+        fault = None
+        if not largest.isfinite().all():
+            fault = "infinite or no numbers"
+        elif (largest == scores.amin(dim=-1)).any():
+            fault = "all equal"
+        if fault is not None:
             raise ValueError(
-                f"the model's logits are infinite or no numbers after {input_ids.shape[1]} tokens: its weights are too "
+                f"the model's logits are {fault} after {input_ids.shape[1]} tokens: its weights are too "
                 "large or damaged; use a checkpoint from before training diverged, or another --dtype."
             )
         return scores

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers.utils.type_validators import interval
 
-from .configuration_megatransformer import StrictConfig, checked
+from .configuration_megatransformer import MOST_LAYERS, StrictConfig, checked
 
 
 class CodecConfig(StrictConfig):
@@ -85,8 +85,8 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
     num_channels: int = interval(min=1)(default=3)
     image_size: int = interval(min=1)(default=64)
     patch_size: int = interval(min=1)(default=8)
-    num_encoder_layers: int = interval(min=0)(default=2)
-    num_decoder_layers: int = interval(min=0)(default=4)
+    num_encoder_layers: int = interval(min=0, max=MOST_LAYERS)(default=2)
+    num_decoder_layers: int = interval(min=0, max=MOST_LAYERS)(default=4)
     bottleneck: Literal["sphere", "fsq"] = "sphere"
     latent_size: int = interval(min=1)(default=16)
     fsq_levels: list[int] = field(default_factory=lambda: [8, 5, 5, 5])
@@ -166,7 +166,7 @@ class MegaTransformerVocoderConfig(CodecConfig):
     num_mel_bins: int = interval(min=1)(default=64)
     max_seconds: float | int = interval(min=0.0, exclude_min=True)(default=30.0)
     clip_seconds: float | int = interval(min=0.0, exclude_min=True)(default=0.5)
-    num_hidden_layers: int = interval(min=1)(default=4)
+    num_hidden_layers: int = interval(min=1, max=MOST_LAYERS)(default=4)
     stft_sizes: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
     stft_loss_weight: float | int = interval(min=0.0)(default=1.0)
     mel_loss_weight: float | int = interval(min=0.0)(default=1.0)

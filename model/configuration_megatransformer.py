@@ -45,6 +45,8 @@ KEYS_OF_TRANSFORMERS = {
 MOST_LABELS = 1_000_000
 MOST_STEPS = 10_000
 """Core steps of a token: a hundred times as many as are of any use."""
+MOST_LAYERS = 10_000
+"""Layers of one part: ten times as many as anybody has trained."""
 
 
 def checked(cls):
@@ -273,9 +275,9 @@ class MegaTransformerTextConfig(StrictConfig):
     vocab_size: int = interval(min=1)(default=32000)
     hidden_size: int = interval(min=1)(default=512)
     intermediate_size: int = interval(min=1)(default=1536)
-    num_prelude_layers: int = interval(min=0)(default=1)
-    num_core_layers: int = interval(min=0)(default=2)
-    num_coda_layers: int = interval(min=0)(default=1)
+    num_prelude_layers: int = interval(min=0, max=MOST_LAYERS)(default=1)
+    num_core_layers: int = interval(min=0, max=MOST_LAYERS)(default=2)
+    num_coda_layers: int = interval(min=0, max=MOST_LAYERS)(default=1)
     num_attention_heads: int = interval(min=1)(default=8)
     num_key_value_heads: int | None = None
     head_dim: int | None = None
@@ -391,7 +393,7 @@ class EncoderConfig(StrictConfig):
 
     hidden_size: int = interval(min=1)(default=256)
     intermediate_size: int = interval(min=1)(default=768)
-    num_hidden_layers: int = interval(min=1)(default=4)
+    num_hidden_layers: int = interval(min=1, max=MOST_LAYERS)(default=4)
     num_attention_heads: int = interval(min=1)(default=4)
     num_key_value_heads: int | None = None
     head_dim: int | None = None
@@ -453,7 +455,7 @@ class MegaTransformerVisionConfig(EncoderConfig):
     num_channels: int = interval(min=1)(default=3)
     patch_size: int = interval(min=1)(default=8)
     stem: Literal["patch", "conv"] = "patch"
-    stem_depth: int = interval(min=1)(default=1)
+    stem_depth: int = interval(min=1, max=MOST_LAYERS)(default=1)
     pixel_shuffle: int = interval(min=1)(default=1)
     image_size: int | None = None
     max_image_size: int = interval(min=1)(default=512)
@@ -547,7 +549,7 @@ class WriterConfig(StrictConfig):
 
     head: Literal["flow", "fsq"] = "flow"
     flow_hidden_size: int = interval(min=1)(default=128)
-    flow_num_layers: int = interval(min=1)(default=2)
+    flow_num_layers: int = interval(min=1, max=MOST_LAYERS)(default=2)
     flow_prediction: Literal["v", "x"] | None = None
     flow_min_sigma: float | int = interval(min=0.0, max=1.0, exclude_min=True)(default=0.4)
     num_draws: int = interval(min=1)(default=1)

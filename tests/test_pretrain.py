@@ -316,6 +316,25 @@ def refused(capsys, *argv):
     return line
 
 
+@pytest.mark.parametrize(
+    ("option", "size", "reason"),
+    [
+        ("vocab_size", 10**11, "parameters, which take .* GiB in float32, and this machine has"),
+        ("hidden_size", 2**31, "no model of these sizes can be made"),
+        ("intermediate_size", 2**62, "no model of these sizes can be made"),
+        ("num_core_layers", 10**7, "model.num_core_layers: Value must be .* smaller or equal to 10000"),
+    ],
+)
+def test_a_model_beyond_the_memory_is_refused(run, tmp_path, capsys, option, size, reason):
+    """Before any of it is made, and before a tokenizer is trained for it."""
+    _, config = run
+    out = tmp_path / "out"
+    assert re.search(
+        reason, refused(capsys, "--config", config, "--training.output_dir", out, f"--model.{option}", size)
+    )
+    assert not out.exists()
+
+
 def content(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
