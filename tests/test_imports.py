@@ -12,13 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Each room, and the rooms it may import from.
+# Each room, and the rooms it may import from: `model` is the ground of all.
 MAY_IMPORT = {
     "model": set(),
-    "dataset_loading": set(),
-    "trainers": set(),
-    "callbacks": set(),
-    "evaluation": set(),
+    "dataset_loading": {"model"},
+    "trainers": {"model"},
+    "callbacks": {"model"},
+    "evaluation": {"model"},
     "inference": {"model"},
     "conversion": {"model"},
     "configs": {"model", "dataset_loading", "trainers", "callbacks"},
@@ -120,15 +120,16 @@ def test_the_model_is_flat_and_exportable() -> None:
 
 def test_the_import_rules_see_what_breaks_them() -> None:
     for line in (
-        "import model",
-        "from model.cache import x",
+        "import callbacks",
+        "from inference.loading import x",
         "from ..model import x",
         "def f():\n    import evaluate",
         "from benchmarks import timing",
     ):
         assert forbidden_imports(line, "trainers") != [], line
     assert forbidden_imports("import torch\nfrom .arguments import x\nimport modelling", "trainers") == []
-    assert forbidden_imports("from model import x", "inference") == []
+    assert forbidden_imports("from model import x", "trainers") == []
+    assert forbidden_imports("from inference import x", "model") != []
     for line in (
         "from . import cache",
         "from ..x import y",
