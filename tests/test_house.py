@@ -37,7 +37,7 @@ OF_COMMANDS = {"main", "build_parser"}
 BOUNDS = {
     "scripts": 7,
     "files": 192,
-    "lines": 31_909,
+    "lines": 31_911,
     "names defined twice": 45,
     "names of the text model's forward": 26,
     "lines that a text checkpoint exports": 7_089,
