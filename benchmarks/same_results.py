@@ -1,4 +1,4 @@
-"""What the shipped runs compute, to the last bit: written before the code is rearranged, and compared after it.
+"""The results of the shipped runs, to the last bit: written before the code is rearranged, and compared after it.
 
     export OMP_NUM_THREADS=1
     python -m benchmarks.same_results results.json                # before
@@ -178,7 +178,7 @@ def write_media(folder: Path) -> None:
 
 
 def run(command: str, *arguments: str) -> str:
-    """What a command writes on standard output."""
+    """The standard output of a command."""
     main: Callable[[list[str]], int] = importlib.import_module(COMMANDS[command]).main
     output = io.StringIO()
     with contextlib.redirect_stdout(output):

@@ -15,7 +15,7 @@ UNDECAYED = "no_decay"
 
 
 def options_of(groups: Sequence[Options]) -> list[Options]:
-    """What an optimizer does with each of its groups, of parameters or of others that stand for them."""
+    """The options of each group of an optimizer, without its parameters."""
     return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
 
