@@ -41,7 +41,7 @@ class MediaReader:
         self.modality_ids = {name: processor.modality_names.index(name) for name in self.kinds}
         self.tokens = {}
         for name, kind in self.kinds.items():
-            tokens = kind.modality.token, kind.modality.start_token, kind.modality.end_token
+            tokens = kind.token, kind.start_token, kind.end_token
             self.tokens[name] = [special_id(self.tokenizer, token) for token in tokens]
         self._spelled_roles = spelled_roles(self.tokenizer)
         self._check_template(processor)
@@ -81,7 +81,7 @@ class MediaReader:
     def sampling_rates(self) -> dict[str, int]:
         """Of the kinds that are recordings."""
         recordings = {name: kind for name, kind in self.kinds.items() if name in ("audio", "written_audio")}
-        return {name: kind.extractor.sampling_rate for name, kind in recordings.items()}
+        return {name: kind.sampling_rate for name, kind in recordings.items()}
 
     def with_kinds(self, messages: list[dict]) -> list[dict]:
         """Messages in which media that the assistant shows have the type of the kind that is written, if there is one.

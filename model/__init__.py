@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from .cache import RecurrentCache
-from .codec_media import codec_media
 from .configuration_codecs import MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig
 from .configuration_megatransformer import (
     MegaTransformerAudioConfig,
@@ -30,7 +29,16 @@ from .griffin_lim import waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MediaError, load_audio, load_image, write_audio
-from .modalities import MODALITIES, Modality
+from .modalities import (
+    MEDIA_TOKENS,
+    MODALITIES,
+    WRITTEN,
+    Modality,
+    codec_media,
+    media_tokens,
+    modality_names,
+    set_token_ids,
+)
 from .modeling_megatransformer import (
     MegaTransformerForCausalLM,
     MegaTransformerForConditionalGeneration,
@@ -38,9 +46,8 @@ from .modeling_megatransformer import (
     MegaTransformerModel,
     MegaTransformerTextModel,
 )
-from .processing_megatransformer import MEDIA_TOKENS, MegaTransformerProcessor, build_processor, media_tokens
+from .processing_megatransformer import MegaTransformerProcessor, build_processor
 from .vocoder import MegaTransformerVocoder
-from .writers import WRITTEN, modality_names, set_token_ids
 from .writing import MediaChunk, WritingOptions
 
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)

@@ -5,6 +5,7 @@ sound as well), and each with a head: MegaTransformerForCausalLM, MegaTransforme
 import difflib
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ from .exit_criteria import ExitProbe, ExitWatch
 from .fusion import Reader, embed_media, read_media
 from .generation_megatransformer import MediaGenerationMixin, RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
-from .modalities import MODALITIES, modality_configs
+from .modalities import MODALITIES, modality_configs, save_modalities
 from .outputs import (
     CACHE_NAME,
     MegaTransformerCausalLMOutput,
@@ -763,6 +764,12 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
     def input_modalities(self) -> tuple[str, ...]:
         """What it reads, by name. Pipelines ask for it."""
         return self.model.input_modalities
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As in transformers, with the files of further modalities."""
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if is_main_process:
+            save_modalities(self.config.modality_configs or (), save_directory)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> ModelOutput:
         """`get_image_features` of the base model."""

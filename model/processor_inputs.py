@@ -7,15 +7,14 @@ import numpy as np
 import torch
 
 from .image_processing_megatransformer import flatten
-from .media_kinds import MediaKind
 from .media_sources import source_of
-from .modalities import Modality
+from .modality import Modality
 
 
 def preprocess_parts(
     parts: list[dict[str, Any]],
     media: dict[str, list[Any]],
-    kinds: dict[str, MediaKind],
+    kinds: dict[str, Modality],
     allow_fetch: bool = False,
 ) -> dict[str, list[torch.Tensor]]:
     """The tensors of the parts of messages that are media, by kind.

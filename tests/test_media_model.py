@@ -286,21 +286,23 @@ class Colours(Modality):
     class config_class(type(tiny_media_config().vision_config)):
         model_type = "colours"
 
-    def build_encoder(self, config):
+    @classmethod
+    def build_encoder(cls, config):
         encoder = nn.Linear(3, 7)
         encoder.config, encoder.output_size = config, 7
         inner = encoder.forward
         encoder.forward = lambda colours: (inner(colours), None)
         return encoder
 
-    def dummy_inputs(self, config):
+    @classmethod
+    def dummy_inputs(cls, config):
         return {"colours": torch.zeros(1, 1, 3)}
 
 
 def test_another_modality_is_one_file_and_an_entry_in_the_config(monkeypatch):
     with pytest.raises(ValueError, match="modality_configs has 'colour', which is not registered"):
         tiny_media_model(parts={"modality_configs": {"colour": {}}, "colour_token_id": 60})
-    monkeypatch.setitem(MODALITIES, "colour", Colours())
+    monkeypatch.setitem(MODALITIES, "colour", Colours)
     model = tiny_media_model(parts={"modality_configs": {"colour": {}}, "colour_token_id": 60})
     assert model.input_modalities == ("text", "image", "audio", "colour")
     inputs = tiny_inputs()
