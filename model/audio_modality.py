@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoFeatureExtractor, PreTrainedConfig
 
 from .audio import MegaTransformerAudioModel
@@ -93,7 +94,7 @@ class AudioModality(Modality):
             batch = self.processor(self.load(medium), sampling_rate=self.sampling_rate, return_tensors="pt")
             return only_of(batch, "input_features", 3)
         spectrogram = self.processor.preprocess_one(medium)
-        if self.is_target:
+        if any(self.learned):
             spectrogram = F.pad(spectrogram, (0, -spectrogram.shape[1] % self.processor.subsampling), value=SILENCE)
         return spectrogram
 
@@ -148,6 +149,4 @@ class AudioModality(Modality):
     def collate_codec_inputs(self, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """A batch: waveforms (clips, samples of the longest), silent behind the end of each, and lengths (clips,)."""
         lengths = torch.tensor([len(waveform) for waveform in inputs])
-        longest = int(lengths.max())
-        padded = [F.pad(waveform, (0, longest - len(waveform))) for waveform in inputs]
-        return {"waveforms": torch.stack(padded), "lengths": lengths}
+        return {"waveforms": pad_sequence(list(inputs), batch_first=True), "lengths": lengths}

@@ -1,6 +1,5 @@
 """Media to latents and back: one class for each modality."""
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -31,37 +30,15 @@ LOUDEST = (2.0 - LOG_MEAN) / LOG_STD
 """More than full scale has."""
 
 
-class Codec(nn.Module, ABC):
-    """Media of one modality to latents and back."""
+class Codec(nn.Module):
+    """Media of one modality to latents, (tokens, `latent_size`), at most `max_tokens` of a medium, and back.
+
+    `encode` takes targets, as the processor makes them, and gives the latents of all media and how many each has; for a
+    wrong shape it raises ValueError. `project` gives the nearest latents that it could have given, `decode` one medium.
+    """
 
     latent_size: int
-    """Numbers in a latent."""
     max_tokens: int
-    """Latents of the longest medium."""
-
-    @abstractmethod
-    def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
-        """Targets, as the processor makes them, to the latents of all media, (tokens, latent_size), and how many each
-        medium has.
-
-        Raises:
-            ValueError: for targets of a wrong shape.
-        """
-
-    @abstractmethod
-    def project(self, latents: torch.Tensor) -> torch.Tensor:
-        """The nearest latents that `encode` could have given, (tokens, latent_size)."""
-
-    @abstractmethod
-    def decode(self, latents: torch.Tensor) -> Any:
-        """One medium of its latents, (tokens, latent_size)."""
-
-    def decode_partly(self, latents: torch.Tensor) -> Any:
-        """What can be shown of a medium whose last latents are missing."""
-        return self.decode(latents)
-
-    def load(self) -> None:
-        """Fetches weights that were trained before; most codecs have none."""
 
     def train(self, mode: bool = True) -> "Codec":
         """It stays in evaluation mode: latents have no noise."""
@@ -141,6 +118,7 @@ class ImageCodec(Codec):
         return to_image(nn.functional.fold(patches, self.side, self.patch, stride=self.patch)[0])
 
     def decode_partly(self, latents: torch.Tensor) -> "Image.Image":
+        """What can be shown of an image whose last latents are missing."""
         return self.decode(nn.functional.pad(latents, (0, 0, 0, self.max_tokens - len(latents))))
 
     def decode_ids(self, ids: torch.LongTensor) -> list["Image.Image"]:
@@ -203,6 +181,8 @@ class AudioCodec(Codec):
         if self.vocoder is not None:
             return self.vocoder.decode(log_mel[None].to(self.vocoder.dtype))[0].float().cpu()
         return waveform_of(log_mel, config.sampling_rate, config.n_fft, config.hop_length).cpu()
+
+    decode_partly = decode
 
 
 def build_codec(config: WriterConfig) -> Codec:

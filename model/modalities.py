@@ -74,7 +74,7 @@ def modality_names() -> tuple[str, ...]:
 
 
 def tokens_of(modalities: Iterable[Modality | type[Modality]]) -> list[str]:
-    """The special tokens of modalities."""
+    """Special tokens of modalities."""
     return [token for modality in modalities for token in (modality.start_token, modality.token, modality.end_token)]
 
 

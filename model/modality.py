@@ -1,8 +1,5 @@
-"""What a modality is: one class, in one file. A further one registers itself, with `register`.
-
-The class knows the tokens and the encoder of the modality. An instance of it is what a processor has of the modality:
-with its settings it loads, measures, preprocesses and collates media, to read them or, as targets, to learn to write
-them.
+"""What a modality is: one class, in one file, which knows its tokens and its encoder. Processors have instances, which
+load, measure, preprocess and collate media, to read them or, as targets, to learn to write them.
 """
 
 from abc import ABC, abstractmethod
@@ -35,40 +32,23 @@ class Modality(ABC):
     target_names: tuple[str, ...] = ()
     """Arguments of the model that are targets, the medium itself first; none where nothing of it is written."""
     file_suffixes: tuple[str, ...] = ()
-    """How the names of its files end, in lower case, such as ".png": what a folder without metadata is searched for."""
+    """What a folder without metadata is searched for, such as ".png"."""
     shows_layers: bool = False
-    """Whether the encoder's `forward` also takes lists, `hidden_states` and `attentions`, to which it appends those of
-    its layers."""
-    sampling_rate: int | None = None
-    """Samples per second, of audio."""
+    """Whether `forward` also takes lists, `hidden_states` and `attentions`, to which it appends those of its layers."""
     processor: Any = None
     """The image processor or feature extractor of transformers that does the work, if there is one."""
     learned: tuple[bool, bool, bool] = (False, False, False)
     """Whether the start token, the placeholders and the end token are labels where the assistant shows a medium."""
 
-    token: str
-    """The placeholder, which stands once for each feature."""
-    start_token: str
-    """Stands in front of the placeholders of a medium."""
-    end_token: str
-    """Stands behind the placeholders of a medium."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls) -> None:
+        # The placeholder, once for each feature, and what stands in front of those of a medium and behind them.
         cls.token, cls.start_token, cls.end_token = (f"<|{cls.name}{end}|>" for end in ("", "_start", "_end"))
 
     def __init__(self, config: Any):
         self.config = config
 
-    @property
-    def is_target(self) -> bool:
-        """Whether the media are what the model is to write, rather than what it reads."""
-        return any(self.learned)
-
     def become_target(self, learned: tuple[bool, bool, bool]) -> None:
-        """Makes this what is written: with a placeholder and arguments of its own, opened and closed like what is
-        read.
-        """
+        """Makes this what is written, opened and closed like what is read, with a placeholder of its own."""
         self.name = f"{WRITTEN_PREFIX}{self.name}"
         self.token, self.input_names, self.learned = f"<|{self.name}|>", self.target_names, learned
 
@@ -120,12 +100,6 @@ class Modality(ABC):
         """Preprocessed media to arguments of the model, `input_names`."""
         raise NotImplementedError(f"modality {self.name!r} cannot be preprocessed; give tensors")
 
-    def reference(self, medium: Any) -> Any:
-        """Of targets: the medium as it would be written at best, with which what is written is compared."""
-        raise NotImplementedError(f"modality {self.name!r} is not written")
-
-    # ---------------------------------------------------------------------------------------------------------- codecs
-
     def codec_input(self, medium: Any, rng: np.random.Generator | None = None) -> torch.Tensor:
         """One medium that was loaded, as a codec takes it; with `rng` it may be a part of it."""
         return self.preprocess(medium)
@@ -146,16 +120,7 @@ def register(modality: type[Modality]) -> type[Modality]:
 
 
 def check_count(argument: str, processor: Any, own_class: type, count: int | None) -> None:
-    """Compares a number of tokens with the processor that the media of a modality go through.
-
-    Args:
-        argument: What a caller knows the processor as.
-        own_class: That of ours, which counts tokens itself.
-        count: Tokens of every medium.
-
-    Raises:
-        ValueError: It is missing, or there although ours counts them.
-    """
+    """Raises ValueError for a number of tokens that is missing, or given though a processor of ours counts them."""
     # By name: a class that was loaded from a checkpoint is another object.
     is_own = type(processor).__name__ == own_class.__name__
     if is_own != (count is None):
@@ -166,11 +131,7 @@ def check_count(argument: str, processor: Any, own_class: type, count: int | Non
 
 
 def load_processor(auto_class: type, backbone: str) -> Any:
-    """The image processor or feature extractor that a pretrained encoder brings along, without code of its own.
-
-    Raises:
-        ValueError: It cannot be loaded.
-    """
+    """The image processor or feature extractor that a pretrained encoder brings along, without code of its own."""
     try:
         return auto_class.from_pretrained(backbone, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -178,11 +139,7 @@ def load_processor(auto_class: type, backbone: str) -> Any:
 
 
 def only_of(batch: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Tensor:
-    """The tensor of a batch of one medium, as encoders of backbones take it.
-
-    Raises:
-        ValueError: It is not there, or is none of one medium.
-    """
+    """The tensor of a batch of one medium, as encoders of backbones take it."""
     shapes = {key: tuple(value.shape) for key, value in batch.items()}
     if len(shapes.get(name, ())) != dimensions or shapes[name][0] != 1:
         raise ValueError(

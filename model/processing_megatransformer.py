@@ -21,19 +21,22 @@ from .chat_guard import encode_text
 from .chat_rendering import template_of
 from .configuration_megatransformer import MegaTransformerConfig
 from .image_modality import ImageModality
-from .image_processing_megatransformer import flatten
 from .media import write_audio
 from .media_sources import source_of
 from .modalities import NULL_TOKEN, ROLES, further_modality, modality_names, save_modalities, tokens_of
 from .modality import Modality
-from .processor_inputs import as_list, deal_media, preprocess_parts, with_rate
-from .processor_options import (
+from .processor_inputs import (
     CALL_OPTIONS,
     CHAT_OPTIONS,
     IDLE_CALL_OPTIONS,
     IDLE_CHAT_OPTIONS,
+    as_list,
+    deal_media,
+    flatten,
     limit_of,
+    preprocess_parts,
     read_options,
+    with_rate,
 )
 
 
@@ -81,7 +84,9 @@ class MegaTransformerProcessor(ProcessorMixin):
         self.feature_extractor, self.num_audio_tokens = feature_extractor, num_audio_tokens
         self.modality_configs = modality_configs or None
         self.image_writer, self.audio_writer = image_writer, audio_writer
-        self._written = _targets(image_writer, audio_writer)
+        given = ((ImageModality, image_writer), (AudioModality, audio_writer))
+        targets = [modality.as_target(**options) for modality, options in given if options is not None]
+        self._written = {target.name: target for target in targets}
         tokenizer.padding_side = "left"
         self._check_vocabulary()
         for name, kind in self.kinds.items():  # as transformers' own processors have them
@@ -340,7 +345,7 @@ class MegaTransformerProcessor(ProcessorMixin):
             kwargs: Media of further modalities by name; return_tensors, padding, max_length, pad_to_multiple_of,
                 padding_side, return_attention_mask, truncation, add_special_tokens, sampling_rate, allow_fetch
                 (`encode_chat`), also within `text_kwargs`, `audio_kwargs` or `common_kwargs`. Other options of
-                transformers are accepted as far as they ask for nothing (`processor_options`). Truncation cuts text at
+                transformers are accepted as far as they ask for nothing (`processor_inputs`). Truncation cuts text at
                 the tokenizer's `truncation_side`.
 
         Returns:
@@ -545,12 +550,3 @@ def build_processor(
 
 def _tensor_type(return_tensors: str | None) -> str | None:
     return None if return_tensors == "auto" else return_tensors  # how transformers calls a processor's own default
-
-
-def _targets(image_writer: dict[str, Any] | None, audio_writer: dict[str, Any] | None) -> dict[str, Modality]:
-    """What is written, by the names of its kinds."""
-    targets = [
-        *([] if image_writer is None else [ImageModality.as_target(**image_writer)]),
-        *([] if audio_writer is None else [AudioModality.as_target(**audio_writer)]),
-    ]
-    return {target.name: target for target in targets}
