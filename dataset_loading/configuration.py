@@ -171,15 +171,14 @@ class SourceConfig:
         return getattr(self, name) != default
 
     def _fill_in_columns(self) -> None:
-        """Those that a kind has by default, and in `media_columns` those that are named by themselves."""
+        """Those that a kind has by default, and in `media_columns` those that have a field of their own."""
         if self.kind == "chat" and self.messages_column is None:
             self.messages_column = "messages"
         if self.kind == "imagefolder" and self.image_column is None:
             self.image_column = "file_name"
         if self.kind == "audiofolder" and self.audio_column is None:
             self.audio_column = "file_name"
-        named = {self.image_column: "image", self.audio_column: "audio"}
-        named = {column: kind for column, kind in named.items() if column is not None}
+        named = self.named_columns
         for column, kind in self.media_columns.items():
             if kind not in MODALITIES:
                 raise ValueError(
@@ -262,6 +261,12 @@ class SourceConfig:
         """Whether the rows are conversations, which may hold media, rather than texts."""
         is_chat = self.kind == "chat" or self.messages_column is not None or self.prompt is not None
         return is_chat or self.has_media or (self.kind == "generated" and get_task(self.task).is_chat)
+
+    @property
+    def named_columns(self) -> dict[str, str]:
+        """The columns of media that have a field of their own, with their kinds."""
+        columns = {self.image_column: "image", self.audio_column: "audio"}
+        return {column: kind for column, kind in columns.items() if column is not None}
 
     @property
     def has_media(self) -> bool:
