@@ -14,7 +14,7 @@ from .backbones import Backbone
 from .configuration_megatransformer import MegaTransformerAudioConfig, MegaTransformerAudioWriterConfig
 from .feature_extraction_megatransformer import SILENCE, MegaTransformerFeatureExtractor
 from .media import MAX_SECONDS, audio_seconds, load_audio
-from .modality import Modality, check_count, load_processor, only_of
+from .modality import Modality, check_count, only_of, processor_of_backbone
 
 
 class AudioModality(Modality):
@@ -24,9 +24,6 @@ class AudioModality(Modality):
         processor: Our feature extractor, or that of a backbone.
         num_tokens: Placeholders of every recording, where it is not ours.
         clip_samples: Samples of the clips that a codec takes.
-
-    Raises:
-        ValueError: As `check_count`.
     """
 
     name = "audio"
@@ -58,13 +55,9 @@ class AudioModality(Modality):
 
     @classmethod
     def build_processor(cls, config: MegaTransformerAudioConfig) -> Any:
-        """The feature extractor of an encoder.
-
-        Raises:
-            ValueError: That of its backbone cannot be loaded.
-        """
+        """The feature extractor of an encoder; ValueError for a backbone without one."""
         if config.backbone is not None:
-            return load_processor(AutoFeatureExtractor, config.backbone)
+            return processor_of_backbone(AutoFeatureExtractor, config.backbone)
         return MegaTransformerFeatureExtractor(
             feature_size=config.num_mel_bins,
             sampling_rate=config.sampling_rate,
@@ -73,8 +66,6 @@ class AudioModality(Modality):
             subsampling=config.subsampling,
             max_seconds=config.max_seconds,
         )
-
-    # ----------------------------------------------------------------------------------------------------------- media
 
     def load(self, source: Any) -> np.ndarray:
         return load_audio(source, self.sampling_rate, self.max_seconds)
@@ -104,8 +95,6 @@ class AudioModality(Modality):
         batch = self.processor.pad(preprocessed)
         return {self.input_names[0]: batch["input_features"], self.input_names[1]: batch["input_features_mask"]}
 
-    # --------------------------------------------------------------------------------------------------------- targets
-
     @classmethod
     def as_target(cls, num_mel_bins: int, frames_per_token: int, **sizes: Any) -> "AudioModality":
         """Recordings as they are to be written, whose end is learned.
@@ -113,7 +102,7 @@ class AudioModality(Modality):
         Args:
             num_mel_bins: Mel bins of a frame.
             frames_per_token: Frames of a token.
-            sizes: Of the frames, as `MegaTransformerFeatureExtractor` takes them.
+            sizes: Sizes of the frames, as `MegaTransformerFeatureExtractor` takes them.
         """
         recordings = cls(MegaTransformerFeatureExtractor(num_mel_bins, subsampling=frames_per_token, **sizes))
         recordings.become_target((True, True, True))

@@ -12,7 +12,7 @@ from .backbones import Backbone
 from .configuration_megatransformer import MegaTransformerImageWriterConfig, MegaTransformerVisionConfig
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MAX_PIXELS, image_size, load_image
-from .modality import Modality, check_count, load_processor, only_of
+from .modality import Modality, check_count, only_of, processor_of_backbone
 from .vision import MegaTransformerVisionModel
 
 if is_vision_available():
@@ -26,9 +26,6 @@ class ImageModality(Modality):
         processor: Our image processor, or that of a backbone. None: the square in the middle of each image.
         num_tokens: Placeholders of every image, where the processor is not ours.
         side: Height and width of the square, where there is no processor.
-
-    Raises:
-        ValueError: As `check_count`.
     """
 
     name = "image"
@@ -57,13 +54,9 @@ class ImageModality(Modality):
 
     @classmethod
     def build_processor(cls, config: MegaTransformerVisionConfig) -> Any:
-        """The image processor of an encoder.
-
-        Raises:
-            ValueError: That of its backbone cannot be loaded, or images do not have its channels.
-        """
+        """The image processor of an encoder; ValueError for a backbone without one, or other channels than 3."""
         if config.backbone is not None:
-            return load_processor(AutoImageProcessor, config.backbone)
+            return processor_of_backbone(AutoImageProcessor, config.backbone)
         if config.num_channels != 3:
             raise ValueError(f"num_channels is {config.num_channels}, but images are read as RGB; give 3")
         side = config.image_size
@@ -73,8 +66,6 @@ class ImageModality(Modality):
             size=None if side is None else {"height": side, "width": side},
             max_side=config.max_image_size,
         )
-
-    # ----------------------------------------------------------------------------------------------------------- media
 
     def load(self, source: Any) -> "Image.Image":
         return load_image(source, self.max_pixels)
@@ -102,8 +93,6 @@ class ImageModality(Modality):
             return self.processor.pad(preprocessed)
         return {self.input_names[0]: torch.stack(preprocessed)}
 
-    # --------------------------------------------------------------------------------------------------------- targets
-
     @classmethod
     def as_target(cls, image_size: int, num_tokens: int, is_learned: bool) -> "ImageModality":
         """Images as they are to be written.
@@ -120,11 +109,7 @@ class ImageModality(Modality):
 
     @staticmethod
     def target_options(config: MegaTransformerImageWriterConfig) -> dict[str, Any]:
-        """Arguments of `as_target` for what writes them.
-
-        Raises:
-            ValueError: Images do not have its channels.
-        """
+        """Arguments of `as_target` for what writes them; ValueError for other channels than images have."""
         if config.num_channels != 3:
             raise ValueError(f"num_channels is {config.num_channels}, but images are written as RGB; give 3")
         is_learned = config.head == "fsq"
@@ -132,11 +117,7 @@ class ImageModality(Modality):
 
     @classmethod
     def of_codec(cls, config: PreTrainedConfig) -> "ImageModality":
-        """Images as an autoencoder takes them.
-
-        Raises:
-            ValueError: Images do not have its channels.
-        """
+        """Images as an autoencoder takes them; ValueError for other channels than they have."""
         if config.num_channels != 3:
             raise ValueError(
                 f"num_channels is {config.num_channels}, but pictures are read with 3; set num_channels to 3"

@@ -43,11 +43,7 @@ def modality_configs(config: MegaTransformerConfig) -> dict[str, EncoderConfig]:
 
 
 def further_modality(name: str, config: dict[str, Any]) -> Modality:
-    """A modality whose media are read by its own class alone.
-
-    Raises:
-        ValueError: It is not registered.
-    """
+    """A modality whose media are read by its own class alone; ValueError if it is not registered."""
     if name not in MODALITIES:
         raise ValueError(f"modality {name!r} is not registered; import the file that adds it to MODALITIES")
     modality = MODALITIES[name]
@@ -55,11 +51,7 @@ def further_modality(name: str, config: dict[str, Any]) -> Modality:
 
 
 def codec_media(config: PreTrainedConfig) -> ImageModality | AudioModality:
-    """The media that a codec of this configuration takes.
-
-    Raises:
-        ValueError: For images of another number of channels than files have.
-    """
+    """The media that a codec of this configuration takes; ValueError for other channels than images have."""
     is_vocoder = config.model_type == MegaTransformerVocoderConfig.model_type
     return (AudioModality if is_vocoder else ImageModality).of_codec(config)
 
@@ -120,12 +112,8 @@ def set_token_ids(config: MegaTransformerConfig, tokenizer: Any) -> None:
 
 
 def save_modalities(names: Iterable[str], folder: str | Path) -> None:
-    """Puts the files of further modalities beside the code in the folder of a checkpoint, and lets it import them, so
-    that it is loaded elsewhere like every other. What a file imports as `model.x` it imports there as `.x`.
-
-    Args:
-        names: Of modalities, registered ones.
-        folder: With the code of the model or the processor.
+    """Puts the files of further modalities, by name, beside the code in the folder of a checkpoint, and lets it import
+    them, so that it is loaded elsewhere like every other. What a file imports as `model.x` it imports there as `.x`.
     """
     listing = Path(folder, Path(__file__).name)
     for name in names:

@@ -52,8 +52,6 @@ class Modality(ABC):
         self.name = f"{WRITTEN_PREFIX}{self.name}"
         self.token, self.input_names, self.learned = f"<|{self.name}|>", self.target_names, learned
 
-    # --------------------------------------------------------------------------------------------------------- encoder
-
     @classmethod
     @abstractmethod
     def build_encoder(cls, config: Any) -> nn.Module:
@@ -65,8 +63,6 @@ class Modality(ABC):
     @abstractmethod
     def dummy_inputs(cls, config: Any) -> dict[str, torch.Tensor]:
         """The smallest input of the encoder, one medium."""
-
-    # ----------------------------------------------------------------------------------------------------------- media
 
     def load(self, source: Any) -> Any:
         """The medium, decoded, from anything that holds it.
@@ -130,7 +126,7 @@ def check_count(argument: str, processor: Any, own_class: type, count: int | Non
         )
 
 
-def load_processor(auto_class: type, backbone: str) -> Any:
+def processor_of_backbone(auto_class: type, backbone: str) -> Any:
     """The image processor or feature extractor that a pretrained encoder brings along, without code of its own."""
     try:
         return auto_class.from_pretrained(backbone, trust_remote_code=False)

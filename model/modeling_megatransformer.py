@@ -766,7 +766,7 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
         return self.model.input_modalities
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As in transformers, with the files of further modalities."""
+        """Saves as transformers does, and the files of further modalities."""
         super().save_pretrained(save_directory, is_main_process, **kwargs)
         if is_main_process:
             save_modalities(self.config.modality_configs or (), save_directory)

@@ -124,7 +124,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         return config, unused
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """As in `ProcessorMixin`, with the files of further modalities."""
+        """Saves as `ProcessorMixin` does, and the files of further modalities."""
         files = super().save_pretrained(save_directory, *args, **kwargs)
         save_modalities(self.modality_configs or (), save_directory)
         return files
