@@ -25,6 +25,8 @@ from .configuration_megatransformer import (
     MegaTransformerVisionConfig,
     RecurrenceConfig,
 )
+from .depth import NoiseOptions
+from .exit_criteria import ExitOptions
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from .griffin_lim import waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
@@ -71,6 +73,7 @@ __all__ = [
     "MEDIA_TOKENS",
     "MODALITIES",
     "WRITTEN",
+    "ExitOptions",
     "MediaChunk",
     "MediaError",
     "MegaTransformerAudioConfig",
@@ -92,6 +95,7 @@ __all__ = [
     "MegaTransformerVocoder",
     "MegaTransformerVocoderConfig",
     "Modality",
+    "NoiseOptions",
     "RecurrenceConfig",
     "RecurrentCache",
     "WritingOptions",

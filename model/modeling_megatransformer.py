@@ -24,10 +24,12 @@ from .blocks import BlockStack, build_norm
 from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerConfig, MegaTransformerTextConfig
 from .cross_entropy import causal_loss, count_labels
+from .depth import NoiseOptions, resolve_depth
 from .embeddings import PositionEmbedding, ScaledEmbedding, sinusoidal_table
-from .exit_criteria import ExitProbe, ExitWatch
+from .exit_criteria import ExitController, ExitOptions, ExitProbe
 from .fusion import Reader, embed_media, read_media
-from .generation_megatransformer import MediaGenerationMixin, RecurrentGenerationMixin
+from .generation_media import MediaGenerationMixin
+from .generation_text import RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
 from .modalities import MODALITIES, modality_configs
 from .outputs import (
@@ -38,8 +40,7 @@ from .outputs import (
     with_parameters,
     with_parameters_of,
 )
-from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
-from .state_noise import StateNoise
+from .recurrence import ActiveRows, RecurrentCore, default_state, iterate_core
 from .writers import (
     Writer,
     Written,
@@ -166,8 +167,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         state_warm_start: bool = False,
-        state_noise: StateNoise | None = None,
-        exit_watch: ExitWatch | None = None,
+        noise: NoiseOptions | None = None,
+        exit_controller: ExitController | None = None,
         **kwargs,
     ) -> MegaTransformerModelOutput:
         """
@@ -185,8 +186,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             output_hidden_states: Return `hidden_states`. Default: what the config says.
             output_attentions: Return `attentions`, which are then computed eagerly. Default: what the config says.
             state_warm_start: A single new token behind a cache starts from the state in which the token before ended.
-            state_noise: Disturbs the state before each step.
-            exit_watch: Says which rows stop early, and after which step. Made by the model with the head.
+            noise: What perturbs the state before each step. Default: nothing.
+            exit_controller: Says which rows stop early, and after which step. Made by the model with the head.
 
         Raises:
             ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, or a
@@ -224,12 +225,14 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 initial_state = cache.last_state
             state = self._first_state(hidden, initial_state)
             states = [state] if output_states or inputs.hidden_states is not None else None
-            disturb = None if state_noise is None else functools.partial(self._disturb, state_noise, position_ids)
-            look = None
-            if exit_watch is not None:
-                exit_watch.begin(state, tokens_of_chunk(attention_mask, sequence))
-                look = functools.partial(self._look, exit_watch, cache)
-            state, exit_steps = iterate_core(self.core, state, hidden, depth, inputs, cache, states, disturb, look)
+            perturb = functools.partial(self._perturb, noise, position_ids) if noise and noise.level else None
+            check_exits = None
+            if exit_controller is not None:
+                exit_controller.begin(state, tokens_of_chunk(attention_mask, sequence))
+                check_exits = functools.partial(self._check_exits, exit_controller, cache)
+            state, exit_steps = iterate_core(
+                self.core, state, hidden, depth, inputs, cache, states, perturb, check_exits
+            )
             if cache is not None:
                 cache.settle_steps(exit_steps, num_new_tokens=sequence)
             if inputs.hidden_states is not None:
@@ -237,7 +240,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             state = self.norm(state)
             if cache is not None and state_warm_start:
                 cache.last_state = state[:, -1:].clone()
-            hidden = self._read_unless_seen(state, inputs, cache, exit_steps, exit_watch)
+            hidden = self._read_unless_seen(state, inputs, cache, exit_steps, exit_controller)
         if cache is not None:
             cache.advance(sequence)
         if inputs.hidden_states is not None:
@@ -295,35 +298,47 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         recurrence = self.text_config.recurrence
         return recurrence.state_init, recurrence.state_scale, recurrence.state_seed
 
-    def _disturb(self, noise: StateNoise, position_ids, step, state, rows) -> torch.Tensor:
-        """The state with noise, normed as the core leaves its states."""
-        position_ids = position_ids if rows is None else select_rows(position_ids, rows)
-        return self.core.layers[-1].mlp_norm_out(noise.mix(step, state, position_ids))
+    def _perturb(
+        self, noise: NoiseOptions, position_ids: torch.LongTensor, step: int, active: ActiveRows
+    ) -> torch.Tensor:
+        """The states with noise, normed as the core leaves its states."""
+        position_ids = position_ids if active.index is None else select_rows(position_ids, active.index)
+        return self.core.layers[-1].mlp_norm_out(noise.mix(step, active.state, position_ids, self.text_config))
 
     def _read(self, state, inputs: AttentionInputs, cache) -> torch.Tensor:
         """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""
         slots = cache.coda_slots if cache is not None else None
         return self.norm(self.coda(state, inputs=inputs, slots=slots))
 
-    def _look(self, watch: ExitWatch, cache, step, state, rows, inputs) -> torch.Tensor | None:
-        """Which of the rows stop after `step` steps; None where it is not looked."""
-        if not watch.is_due(step):
+    def _check_exits(
+        self, controller: ExitController, cache: RecurrentCache | None, step: int, active: ActiveRows
+    ) -> torch.Tensor | None:
+        """Which of the rows stop after `step` steps; None where they are not checked."""
+        if not controller.is_due(step):
             return None
         # Only the last reading is part of the output; the mask is already that of the backend that gives attentions.
-        attentions = None if inputs.attentions is None else list(inputs.attentions)
-        inputs = replace(inputs, hidden_states=None, attentions=attentions)
-        hidden = self._read(self.norm(state), inputs, cache) if watch.criterion.reads_logits else None
-        return watch.look(step, state, hidden, rows)
+        attentions = None if active.inputs.attentions is None else list(active.inputs.attentions)
+        inputs, hidden = replace(active.inputs, hidden_states=None, attentions=attentions), None
+        if controller.criterion.reads_logits:
+            hidden = self._read(self.norm(active.state), inputs, cache)
+        return controller.check(step, active.state, hidden, active.index)
 
-    def _read_unless_seen(self, state, inputs, cache, exit_steps, watch: ExitWatch | None) -> torch.Tensor:
-        """The last readings, of which those made at a row's last look need not be made again."""
+    def _read_unless_seen(
+        self,
+        state: torch.Tensor,
+        inputs: AttentionInputs,
+        cache: RecurrentCache | None,
+        exit_steps: torch.LongTensor,
+        controller: ExitController | None,
+    ) -> torch.Tensor:
+        """The last readings, of which those made at a row's last check need not be made again."""
         is_recorded = inputs.hidden_states is not None or inputs.attentions is not None
-        if watch is None or watch.hidden is None or is_recorded:
+        if controller is None or controller.hidden is None or is_recorded:
             return self._read(state, inputs, cache)
-        unseen = (watch.steps_at_look != exit_steps).nonzero().squeeze(1).to(state.device)
+        unseen = (controller.steps_at_check != exit_steps).nonzero().squeeze(1).to(state.device)
         if len(unseen):
-            watch.keep(self._read(state[unseen], inputs.of(unseen), cache), unseen)
-        return watch.hidden
+            controller.keep(self._read(state[unseen], inputs.of(unseen), cache), unseen)
+        return controller.hidden
 
     def _check_inputs(self, batch: int, sequence: int, attention_mask, cache) -> int:
         """Number of tokens in the cache; raises for inputs that would fail late or broadcast silently."""
@@ -412,13 +427,9 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
-        exit_criterion: str = "none",
-        exit_threshold: float | None = None,
-        exit_first_step: int = 1,
-        exit_every: int = 1,
+        exits: ExitOptions | None = None,
+        noise: NoiseOptions | None = None,
         state_warm_start: bool = False,
-        noise_level: float = 0.0,
-        noise_schedule: str = "geom",
         media: dict[str, Any] | None = None,
         **kwargs,
     ) -> MegaTransformerCausalLMOutput:
@@ -434,14 +445,10 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             num_items_in_batch: The loss is the mean over labels, by their weights, or, where the trainer gives this
                 count (the sum of the weights of all labels of an accumulation window, on all ranks), their sum divided
                 by it. 0 without labels.
-            exit_criterion: Name of a criterion in `EXIT_CRITERIA` by which rows stop before `num_steps` steps, all
-                tokens of the chunk together, judged by the last; or "none".
-            exit_threshold: Default: the criterion's.
-            exit_first_step: The first step that is looked at.
-            exit_every: Steps from a look to the next.
+            exits: What stops rows before `num_steps` steps, all tokens of the chunk together, judged by the last.
+                Default: nothing.
+            noise: See the base model.
             state_warm_start: See the base model.
-            noise_level: Amount of noise mixed into the state before each step; see `StateNoise`.
-            noise_schedule: How the amount changes from step to step.
             media: Further arguments of a base model that reads images and sound.
             kwargs: `shift_labels`, (batch, sequence), in place of labels: position i predicts label i. Trainers that
                 spread a sequence over ranks give them, since the last position of a part predicts the first token of
@@ -455,10 +462,9 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         if labels is not None:
             num_items_in_batch = count_labels(labels, num_items_in_batch, loss_weights, is_shifted)
             use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
-        watch = None
-        if exit_criterion != "none":
-            probe = self.model.exit_probe
-            watch = ExitWatch(exit_criterion, exit_threshold, exit_first_step, exit_every, self._logits, probe)
+        controller = None
+        if exits is not None and exits.criterion != "none":
+            controller = ExitController(exits, self._logits, self.model.exit_probe)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -472,14 +478,15 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             state_warm_start=state_warm_start,
-            state_noise=StateNoise(self.text_config, noise_level, noise_schedule) if noise_level else None,
-            exit_watch=watch,
+            noise=noise,
+            exit_controller=controller,
             return_dict=True,
             **(media or {}),
         )
         logits, hidden = None, outputs.last_hidden_state
-        if watch is not None and watch.logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 1:
-            logits = watch.logits[:, None]  # read at the last looks
+        is_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        if is_last and controller is not None and controller.logits is not None:
+            logits = controller.logits[:, None]  # read at the last checks
         elif labels is None or not skip_logits:
             logits = self._logits(slice_logits_to_keep(hidden, logits_to_keep))
         losses = {}

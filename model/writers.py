@@ -14,10 +14,10 @@ from torch import nn
 
 from .codecs import Codec, build_codec
 from .configuration_megatransformer import MegaTransformerConfig, MegaTransformerTextConfig, WriterConfig
+from .depth import keyed_generator
 from .flow import FlowHead, draw_times
 from .fusion import check_counts
 from .modalities import MODALITIES
-from .recurrence import keyed_generator
 
 WRITTEN = ("image", "audio")
 """What can be written, in the order of `modality_ids`."""

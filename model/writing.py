@@ -17,10 +17,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .depth import DepthOptions, keyed_generator
 from .outputs import CACHE_NAME
-from .recurrence import keyed_generator
 from .writers import WRITTEN, Writer, take_targets
-from .writing_exits import VELOCITY_THRESHOLD, WritingWatch
+from .writing_exits import VELOCITY_THRESHOLD, WritingExitController
 
 MODES = ("text", *WRITTEN, "any")
 CHUNK_SIZE = 16
@@ -186,7 +186,8 @@ class MediaWriting:
         self.rows = [Row(seed) for seed in seeds]
         self.options = {name: writing.of(self.writers[name]) for name in self.names}
         self.is_guided = any(options.guidance_scale != 1 for options in self.options.values())
-        self.inputs = model_kwargs | (model_kwargs.pop("depth_options", None) or {})
+        self.exits = (model_kwargs.pop("depth_options", None) or DepthOptions()).exits
+        self.inputs = model_kwargs
         self.cache = model_kwargs.pop(CACHE_NAME, None)
         if self.cache is None:
             raise ValueError("media are written through the cache: leave use_cache=False out")
@@ -243,7 +244,7 @@ class MediaWriting:
             cache=self.cache,
             use_cache=True,
             num_steps=self._num_steps(),
-            exit_watch=self._watch(is_prompt="input_ids" in inputs),
+            exit_controller=self._exit_controller(is_prompt="input_ids" in inputs),
             return_dict=True,
             **inputs,
         )
@@ -261,16 +262,12 @@ class MediaWriting:
         steps = torch.tensor([usual if it is None else it for it in steps])
         return steps.repeat(2) if self.is_guided else steps
 
-    def _watch(self, is_prompt: bool) -> WritingWatch | None:
+    def _exit_controller(self, is_prompt: bool) -> WritingExitController | None:
         """What ends the iteration of rows before their last step, where that was asked for."""
-        options = {name: self.inputs.get(name) for name in ("exit_criterion", "exit_threshold")}
-        if options["exit_criterion"] in (None, "none") or (is_prompt and not self.inputs.get("exit_in_prefill")):
+        if self.exits.criterion == "none" or (is_prompt and not self.exits.in_prefill):
             return None
-        return WritingWatch(
-            options["exit_criterion"],
-            options["exit_threshold"],
-            self.inputs.get("exit_first_step") or 1,
-            self.inputs.get("exit_every") or 1,
+        return WritingExitController(
+            self.exits,
             self.model._logits,
             self._first_velocities,
             self.model.text_config.vocab_size,

@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from model import RecurrenceConfig
-from model.recurrence import (
-    INJECTIONS,
-    default_state,
-    draw_state,
-    draw_training_states,
-    keyed_generator,
-    resolve_depth,
-    sample_depth,
-)
+from model.depth import keyed_generator, resolve_depth, sample_depth
+from model.recurrence import INJECTIONS, default_state, draw_state, draw_training_states
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
 
@@ -57,7 +50,7 @@ def test_depth_depends_on_its_key_alone_also_in_another_process():
     assert len(set(here)) > 3
     assert here != [sample_depth(config, 8, step, micro) for step in range(5) for micro in range(2)]
     code = (
-        "from model import RecurrenceConfig; from model.recurrence import sample_depth; "
+        "from model import RecurrenceConfig; from model.depth import sample_depth; "
         "c = RecurrenceConfig(mean_steps=8); print([sample_depth(c, 7, s, m) for s in range(5) for m in range(2)])"
     )
     out = subprocess.run(

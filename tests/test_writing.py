@@ -11,7 +11,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from model import MediaChunk, RecurrentCache
-from model.recurrence import default_state, keyed_generator
+from model.depth import keyed_generator
+from model.recurrence import default_state
 from model.writers import disturb
 from model.writing import MediaGenerateOutput
 from tests.test_cache import visible_entry
