@@ -21,10 +21,9 @@ from .configuration_megatransformer import (
     MegaTransformerAudioWriterConfig,
     MegaTransformerConfig,
     MegaTransformerImageWriterConfig,
-    MegaTransformerTextConfig,
     MegaTransformerVisionConfig,
-    RecurrenceConfig,
 )
+from .configuration_megatransformer_text import MegaTransformerTextConfig, RecurrenceConfig
 from .depth import NoiseOptions
 from .exit_criteria import ExitOptions
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
@@ -33,11 +32,10 @@ from .image_autoencoder import MegaTransformerImageAutoencoder
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MediaError, load_audio, load_image, write_audio
 from .modalities import MODALITIES, Modality
-from .modeling_megatransformer import (
+from .modeling_megatransformer import MegaTransformerForConditionalGeneration, MegaTransformerModel
+from .modeling_megatransformer_text import (
     MegaTransformerForCausalLM,
-    MegaTransformerForConditionalGeneration,
     MegaTransformerForSequenceClassification,
-    MegaTransformerModel,
     MegaTransformerTextModel,
 )
 from .processing_megatransformer import MEDIA_TOKENS, MegaTransformerProcessor, build_processor, media_tokens

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import CacheSlot, RecurrentCache
-from .configuration_megatransformer import EncoderConfig, MegaTransformerTextConfig
+from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .feedforward import build_output_projection
 
 
@@ -110,7 +111,7 @@ def alibi_bias(query_positions: torch.Tensor, key_positions: torch.Tensor, num_h
     return alibi_slopes(num_heads).to(distance.device)[:, None, None] * distance.float()
 
 
-def check_backend(config: MegaTransformerTextConfig | EncoderConfig, backend: str | None) -> None:
+def check_backend(config: PreTrainedConfig, backend: str | None) -> None:
     """Raises ValueError for a backend of transformers that would leave out a term of the attention logits."""
     if config.attn_logit_softcapping is not None and backend == "sdpa":
         raise ValueError("attn_logit_softcapping is not possible with sdpa; use eager or flex_attention")
@@ -182,7 +183,7 @@ def prepare_attention(
 
 
 def prepare_bidirectional_attention(
-    config: EncoderConfig,
+    config: PreTrainedConfig,
     hidden: torch.Tensor,
     is_real: torch.Tensor | None,
     angles: torch.Tensor,
@@ -207,14 +208,14 @@ def prepare_bidirectional_attention(
     return AttentionInputs(mask, rotary, hidden_states=hidden_states, attentions=attentions)
 
 
-def in_eager(config: MegaTransformerTextConfig | EncoderConfig) -> MegaTransformerTextConfig | EncoderConfig:
+def in_eager(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration with the one backend that gives attention probabilities."""
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     return config
 
 
-def _as_added(mask: torch.Tensor | None, config: MegaTransformerTextConfig | EncoderConfig, embeds: torch.Tensor):
+def _as_added(mask: torch.Tensor | None, config: PreTrainedConfig, embeds: torch.Tensor):
     """The mask, with numbers in place of bools where the backend adds it."""
     if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and config._attn_implementation == "eager":
         return torch.where(mask, 0.0, torch.finfo(embeds.dtype).min).to(embeds.dtype)
@@ -259,7 +260,7 @@ class Attention(nn.Module):
     language model, not in the encoders of what it reads.
     """
 
-    def __init__(self, config: MegaTransformerTextConfig | EncoderConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.config = config
         self.is_causal = config.is_causal

@@ -2,15 +2,15 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Attention, AttentionInputs
 from .cache import CacheSlot
-from .configuration_megatransformer import EncoderConfig, MegaTransformerTextConfig
 from .feedforward import build_feedforward
 
 
-def build_norm(config: MegaTransformerTextConfig | EncoderConfig) -> nn.Module:
+def build_norm(config: PreTrainedConfig) -> nn.Module:
     """The norm that `config.norm` names, over the last dimension."""
     norm = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm]
     return norm(config.hidden_size, eps=config.norm_eps)
@@ -24,7 +24,7 @@ class TransformerBlock(nn.Module):
     (Geiping et al. 2025, section 3.2); Gemma's sandwich norms the branch instead.
     """
 
-    def __init__(self, config: MegaTransformerTextConfig | EncoderConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         inner = config.norm_placement in ("sandwich", "pre")
         outer = config.norm_placement in ("sandwich", "post")
@@ -46,7 +46,7 @@ class TransformerBlock(nn.Module):
 class BlockStack(GradientCheckpointingLayer):
     """Blocks that run once: the prelude and the coda. The unit of compilation and of activation checkpointing."""
 
-    def __init__(self, config: MegaTransformerTextConfig | EncoderConfig, num_layers: int):
+    def __init__(self, config: PreTrainedConfig, num_layers: int):
         super().__init__()
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(num_layers))
 

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from .configuration_megatransformer import MegaTransformerTextConfig, RecurrenceConfig
+from .configuration_megatransformer_text import MegaTransformerTextConfig, RecurrenceConfig
 from .exit_criteria import ExitOptions
 
 logger = logging.get_logger(__name__)
@@ -253,7 +253,7 @@ class DepthOptions:
         asked = {"num_steps": steps} if steps is not None else {}
         asked |= {"exits": exits} if exits.criterion != "none" else {}
         asked |= {"noise": self.noise} if self.noise.level else {}
-        return asked | ({"state_warm_start": True} if self.state_warm_start else {})
+        return asked | ({"initial_state": "last"} if self.state_warm_start else {})
 
 
 PARTS = {"exit": ExitOptions, "noise": NoiseOptions}

@@ -2,8 +2,7 @@
 
 import torch
 from torch import nn
-
-from .configuration_megatransformer import EncoderConfig, MegaTransformerTextConfig
+from transformers import PreTrainedConfig
 
 
 def build_output_projection(in_features: int, out_features: int) -> nn.Linear:
@@ -18,7 +17,7 @@ def build_output_projection(in_features: int, out_features: int) -> nn.Linear:
 class GatedFeedForward(nn.Module):
     """down(act(gate x) * up x); act is SiLU for SwiGLU, GELU for GeGLU. (batch, sequence, hidden) -> the same."""
 
-    def __init__(self, config: MegaTransformerTextConfig | EncoderConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = build_output_projection(config.intermediate_size, config.hidden_size)
@@ -32,7 +31,7 @@ class GatedFeedForward(nn.Module):
 class FeedForward(nn.Module):
     """down(GELU(up x)). (batch, sequence, hidden) -> the same."""
 
-    def __init__(self, config: MegaTransformerTextConfig | EncoderConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = build_output_projection(config.intermediate_size, config.hidden_size)
@@ -41,6 +40,6 @@ class FeedForward(nn.Module):
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden)))
 
 
-def build_feedforward(config: MegaTransformerTextConfig | EncoderConfig) -> nn.Module:
+def build_feedforward(config: PreTrainedConfig) -> nn.Module:
     """The layer that `config.mlp` names."""
     return FeedForward(config) if config.mlp == "mlp" else GatedFeedForward(config)

@@ -8,7 +8,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .fusion import check_counts, read_media
+from .fusion import check_counts, read_media, take_inputs
 from .generation_text import RecurrentGenerationMixin
 from .outputs import with_parameters_of
 from .writing import MediaChunk, WritingOptions, write_media
@@ -79,7 +79,7 @@ class MediaGenerationMixin:
         readers.
         """
         kwargs = dict(kwargs)
-        media = self.model.take_media(kwargs)
+        media = take_inputs(kwargs)
         if media and kwargs.get("inputs_embeds") is not None:
             raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
         encoded = read_media(self.model.readers, media, run_all=self.model.must_run_alike)

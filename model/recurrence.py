@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import AttentionInputs
 from .blocks import TransformerBlock, run_layers
 from .cache import CacheSlot, RecurrentCache
-from .configuration_megatransformer import MegaTransformerTextConfig
+from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .depth import Depth, keyed_generator
 from .step_lora import StepLora
 

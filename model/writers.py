@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from .codecs import Codec, build_codec
-from .configuration_megatransformer import MegaTransformerConfig, MegaTransformerTextConfig, WriterConfig
+from .configuration_megatransformer import MegaTransformerConfig, WriterConfig
+from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .depth import keyed_generator
 from .flow import FlowHead, draw_times
 from .fusion import check_counts

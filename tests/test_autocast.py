@@ -22,7 +22,7 @@ FORMS = {
     "last": {"cache": {"policy": "last"}, "num_steps": ROWS},
     "static": {"cache": {"max_length": 16, "max_steps": 5}, "num_steps": ROWS},
     "noise": {"noise": NoiseOptions(1.0)},
-    "warm start": {"state_warm_start": True},
+    "warm start": {"initial_state": "last"},
 }
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import NoiseOptions, RecurrentCache
+from model import ExitOptions, NoiseOptions, RecurrentCache
 from model.depth import NOISE_SCHEDULES, keyed_generator
 from model.exit_criteria import EXIT_CRITERIA, ExitCheck
 from tests.tiny import PAD, for_forward, tiny_config, tiny_ids, tiny_model
@@ -396,6 +396,21 @@ def test_warm_start_begins_where_the_token_before_ended(model):
 def test_bad_options_are_one_clear_error(model, options, message):
     with pytest.raises(ValueError, match=message) as error:
         model.generate(tiny_ids(1, 4), max_new_tokens=2, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: ExitOptions("cosine", every=0), "exit_every must be an integer of at least 1, got 0"),
+        (lambda model: NoiseOptions(-1.0), "noise_level must be at least 0, got -1.0"),
+        (lambda model: model(tiny_ids(1, 4), exits=ExitOptions("schedule", schedule=[2])), "give num_steps"),
+        (lambda model: model(tiny_ids(1, 4), initial_state="first"), "initial_state is 'first'; give a tensor, or"),
+    ],
+)
+def test_bad_options_of_forward_are_one_clear_error(model, call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call(model)
     assert "\n" not in str(error.value)
 
 

@@ -139,7 +139,7 @@ def test_the_ways_to_load_an_adapter_agree(tuned, tiny_run, tmp_path):
     for model in (load_model(tuned)[0], by_peft, merged):
         torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=1e-4)
     assert tokenizer.chat_template == load_model(tuned)[1].chat_template
-    assert (tmp_path / "merged/modeling_megatransformer.py").is_file()
+    assert (tmp_path / "merged/modeling_megatransformer_text.py").is_file()
 
 
 def test_an_adapter_is_used_where_a_model_is(tuned, tmp_path, capsys):
