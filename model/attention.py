@@ -14,7 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
-from .feedforward import build_output_projection
 
 
 @dataclass
@@ -253,6 +252,15 @@ def eager_attention_forward(
     probabilities = nn.functional.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
     probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+def build_output_projection(in_features: int, out_features: int) -> nn.Linear:
+    """A linear map back onto the residual stream, marked because its initial scale falls with the depth. Not a class
+    of its own: quantization replaces layers whose type is `nn.Linear`, and no others.
+    """
+    projection = nn.Linear(in_features, out_features, bias=False)
+    projection.is_output_projection = True
+    return projection
 
 
 class Attention(nn.Module):

@@ -146,11 +146,11 @@ class NoiseOptions:
     its position, the step and the seed, and on nothing else that is in the batch.
 
     Args:
-        level: At least 0, which is no noise; 1 is as much as the initial state has.
+        level: Amount of noise, at least 0, which is none; 1 is as much as the initial state has.
         schedule: How w changes from step to step.
 
     Raises:
-        ValueError: for a negative level, or an unknown schedule.
+        ValueError: the level is negative, or the schedule unknown.
     """
 
     level: float = 0.0
@@ -221,7 +221,7 @@ class DepthOptions:
         """Each option: the keyword, then the generation config, then `config.recurrence`.
 
         Raises:
-            ValueError: for a value outside its range.
+            ValueError: a value is outside its range.
         """
 
         def chosen(name: str) -> Any:

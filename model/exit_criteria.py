@@ -209,11 +209,11 @@ class ExitOptions:
         first_step: The first step after which it is checked whether rows may stop.
         every: Steps from a check to the next.
         in_prefill: Whether, in `generate`, the prompt may exit too, all its tokens together.
-        schedule: For the criterion "schedule": steps of each new token, the last for all that follow; or a function of
+        schedule: Steps of each new token for the criterion "schedule", the last for all that follow; or a function of
             the token's index.
 
     Raises:
-        ValueError: for an unknown criterion, a value outside its range, or a schedule that is missing.
+        ValueError: the criterion is unknown, a value outside its range, or the schedule missing.
     """
 
     criterion: str = "none"
@@ -258,7 +258,7 @@ class ExitController:
         probe: The model's, for the criterion of this name.
 
     Raises:
-        ValueError: for a probe that is not there, and for a schedule, which `generate` turns into steps.
+        ValueError: the model has no probe, or the criterion is a schedule, which `generate` turns into steps.
     """
 
     def __init__(

@@ -241,7 +241,7 @@ class RecurrentGenerationMixin:
         depth_options: DepthOptions | None = None,
         **kwargs: Any,
     ) -> dict:
-        """As the original, with what the token takes of depth.
+        """Prepares as the original does, with what the token takes of depth.
 
         Args:
             num_cached_tokens: Where candidates are checked, tokens of the prompt that a cache held before: transformers

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .attention import Attention, check_backend
-from .embeddings import PositionEmbedding
+from .blocks import PositionEmbedding
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -78,7 +78,7 @@ class MegaTransformerMediaCausalLMOutput(MegaTransformerCausalLMOutput):
     """Output of the language model, the base model's `image_outputs` and `audio_outputs`, and:
 
     Args:
-        written_losses: By modality the sum of the losses of written latents, without weight and gradient, and their
+        written_losses: The sum of the losses of written latents by modality, without weight and gradient, and their
             number; with labels, where there are any. Their mean times its weight is part of `loss`.
     """
 
@@ -134,7 +134,7 @@ class BackbonesFollow:
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
     ) -> None:
-        """As the original, see there; also in pretrained encoders."""
+        """Sets it as the original does, and in pretrained encoders as well."""
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
         for module in self.modules():
             if isinstance(module, Backbone):
@@ -177,7 +177,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
 
         Args:
             input_ids: (batch, sequence).
-            media: From `take_media`.
+            media: What `take_media` gives.
             inputs_embeds: Embeddings of tokens, in place of `input_ids`; placeholders are those that have the embedding
                 of one.
             asked: `output_hidden_states`, `output_attentions`.

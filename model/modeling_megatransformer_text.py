@@ -17,12 +17,11 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging
 
 from .attention import AttentionInputs, prepare_attention, select_rows
-from .blocks import BlockStack, build_norm
+from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, build_norm, sinusoidal_table
 from .cache import RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .cross_entropy import causal_loss, count_labels
 from .depth import NoiseOptions, resolve_depth
-from .embeddings import PositionEmbedding, ScaledEmbedding, sinusoidal_table
 from .exit_criteria import ExitController, ExitOptions, ExitProbe
 from .generation_text import RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
@@ -82,7 +81,7 @@ def last_state(name: str, cache: RecurrentCache | None) -> torch.Tensor | None:
     """The state in which the token before ended, (batch, 1, hidden); None where there is none.
 
     Raises:
-        ValueError: for another name.
+        ValueError: the name is another.
     """
     if name != "last":
         raise ValueError(f"initial_state is {name!r}; give a tensor, or 'last'")
