@@ -58,7 +58,8 @@ from model import (
 )
 from model.backbones import reason_of
 from model.chat import ROLE_TOKENS, prepare_tokenizer
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from trainers import (
     RecurrentTrainingArguments,
     check_weights,

@@ -20,10 +20,11 @@ from .configuration_megatransformer import (
     MegaTransformerAudioWriterConfig,
     MegaTransformerConfig,
     MegaTransformerImageWriterConfig,
-    MegaTransformerTextConfig,
     MegaTransformerVisionConfig,
-    RecurrenceConfig,
 )
+from .configuration_megatransformer_text import MegaTransformerTextConfig, RecurrenceConfig
+from .depth import NoiseOptions
+from .exit_criteria import ExitOptions
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from .griffin_lim import waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
@@ -39,11 +40,10 @@ from .modalities import (
     modality_names,
     set_token_ids,
 )
-from .modeling_megatransformer import (
+from .modeling_megatransformer import MegaTransformerForConditionalGeneration, MegaTransformerModel
+from .modeling_megatransformer_text import (
     MegaTransformerForCausalLM,
-    MegaTransformerForConditionalGeneration,
     MegaTransformerForSequenceClassification,
-    MegaTransformerModel,
     MegaTransformerTextModel,
 )
 from .processing_megatransformer import MegaTransformerProcessor, build_processor
@@ -78,6 +78,7 @@ __all__ = [
     "MEDIA_TOKENS",
     "MODALITIES",
     "WRITTEN",
+    "ExitOptions",
     "MediaChunk",
     "MediaError",
     "MegaTransformerAudioConfig",
@@ -99,6 +100,7 @@ __all__ = [
     "MegaTransformerVocoder",
     "MegaTransformerVocoderConfig",
     "Modality",
+    "NoiseOptions",
     "RecurrenceConfig",
     "RecurrentCache",
     "WritingOptions",

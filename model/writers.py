@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from .codecs import Codec, build_codec
-from .configuration_megatransformer import MegaTransformerConfig, MegaTransformerTextConfig, WriterConfig
+from .configuration_megatransformer import MegaTransformerConfig, WriterConfig
+from .configuration_megatransformer_text import MegaTransformerTextConfig
+from .depth import keyed_generator
 from .flow import FlowHead, draw_times
 from .fusion import check_counts
 from .modalities import WRITTEN
-from .recurrence import keyed_generator
 
 
 @dataclass

@@ -8,6 +8,7 @@ from torch import nn
 
 from model import MODALITIES, MegaTransformerConfig, MegaTransformerForConditionalGeneration, Modality
 from model.fusion import check_counts
+from model.modeling_megatransformer import take_media
 from model.vision import Stem, shuffle_pixels
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_media import AUDIO, IMAGE, draw, row_of, tiny_inputs, tiny_media_config, tiny_media_model
@@ -158,7 +159,7 @@ def test_placeholders_are_known_by_their_embeddings():
     torch.testing.assert_close(logits_of(model, inputs_embeds=embeds, **inputs), expected)
     prompt = draw(1, 2, 32).expand(len(ids), -1, -1)
     with_prompt = logits_of(model, inputs_embeds=torch.cat((prompt, embeds), dim=1), **inputs)
-    whole, _ = model.model.embed(ids, inputs)
+    whole = model.model.embed(ids, take_media(dict(inputs))).embeds
     torch.testing.assert_close(with_prompt, logits_of(model, inputs_embeds=torch.cat((prompt, whole), dim=1)))
 
 
@@ -311,8 +312,7 @@ def test_another_modality_is_one_file_and_an_entry_in_the_config(monkeypatch):
     reader = model.model.readers["colour"]
     with torch.no_grad():
         out = model(**inputs, colours=colours)
-        media = {name: value for name, value in inputs.items() if name != "input_ids"}
-        embeds, _ = model.model.embed(inputs["input_ids"], {**media, "colours": colours})
+        embeds = model.model.embed(inputs["input_ids"], take_media({**inputs, "colours": colours})).embeds
         torch.testing.assert_close(embeds[2, 3:5], reader.projector(nn.Linear.forward(reader.encoder, colours[0])))
         assert (out.logits[2] - model(**inputs, colours=-colours).logits[2]).abs().max() > 1e-4
     written = model.generate(**inputs, colours=colours, max_new_tokens=3, do_sample=False, prefill_chunk_size=4)
