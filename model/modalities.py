@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .audio_modality import AudioModality
-from .chat import ROLE_TOKENS, WRITTEN_PREFIX
+from .chat import NULL_TOKEN, ROLE_TOKENS, WRITTEN_PREFIX
 from .configuration_codecs import MegaTransformerVocoderConfig
 from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig
 from .image_modality import ImageModality
@@ -76,8 +76,6 @@ MEDIA_TOKENS = (*ROLES, *tokens_of((ImageModality, AudioModality)))
 """What a vocabulary has after pad, begin and end if the run has media, in this order if trained by us. That of tools
 comes with fine-tuning (`prepare_tokenizer`).
 """
-NULL_TOKEN = "<|null|>"
-"""Stands in the place of each token of a prompt that is left out for guidance without a classifier."""
 WRITTEN_TOKENS = (*(f"<|{WRITTEN_PREFIX}{name}|>" for name in WRITTEN), NULL_TOKEN)
 """What it has after those if media are written."""
 

@@ -1,29 +1,29 @@
 """Text, images and audio to the tensors that the model reads."""
 
-from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from .audio_modality import AudioModality
 from .chat import (
-    check_texts,
+    NULL_TOKEN,
+    ConversationEncoder,
     guard,
-    kinds_of_role,
     messages_of,
     outline_of,
     render_messages,
     render_outline,
+    special_tokens_of,
 )
-from .chat_guard import encode_text
 from .chat_rendering import template_of
 from .configuration_megatransformer import MegaTransformerConfig
 from .image_modality import ImageModality
 from .media import write_audio
 from .media_sources import source_of
-from .modalities import NULL_TOKEN, ROLES, further_modality, modality_names, save_modalities, tokens_of
+from .modalities import ROLES, further_modality, modality_names, save_modalities, tokens_of
 from .modality import Modality
 from .processor_inputs import (
     CALL_OPTIONS,
@@ -94,7 +94,6 @@ class MegaTransformerProcessor(ProcessorMixin):
             setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(kind.token))
         if self._written:
             self.null_token, self.null_token_id = NULL_TOKEN, tokenizer.convert_tokens_to_ids(NULL_TOKEN)
-        self._ids_of_structure: dict[str, list[int]] = {}
 
     def _check_vocabulary(self) -> None:
         """An unknown token would silently be read as bytes."""
@@ -154,10 +153,6 @@ class MegaTransformerProcessor(ProcessorMixin):
     def modality_names(self) -> tuple[str, ...]:
         """What the numbers in `modality_ids` mean, beginning with 0."""
         return modality_names()
-
-    def kinds_of_role(self, role: str) -> dict[str, str]:
-        """Types of parts that messages of a role may have besides text, and the kinds that these are."""
-        return kinds_of_role(role, self.kinds)
 
     def load_medium(self, kind: str, source: Any) -> Any:
         """A medium, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate.
@@ -231,55 +226,14 @@ class MegaTransformerProcessor(ProcessorMixin):
             ValueError: for a message or part of unknown role, type or form, one without content, media that are more or
                 fewer than the parts for them, and media that cannot be read (`MediaError`).
         """
-        kinds = self.kinds
-        outline, texts, parts = outline_of(messages, kinds, continue_final_message)
-        template = template_of(self.chat_template, chat_template)
-        check_texts(self.tokenizer, texts, template)
-        found = preprocess_parts(parts, media or {}, kinds, allow_fetch)
-        pieces = render_outline(
-            template,
-            outline,
-            self.tokenizer.bos_token,
-            self.tokenizer.eos_token,
-            add_generation_prompt,
-            continue_final_message,
-        )
-        counts = {name: iter([kinds[name].num_tokens(tensor) for tensor in found[name]]) for name in found}
-        ids, answer_mask = [], []
-        for piece, is_answer in pieces:
-            if isinstance(piece, int):
-                new = [(some := encode_text(self.tokenizer, texts[piece]), [True] * len(some))]
-            else:
-                new = self._expand(self._encode_structure(piece), counts)
-            for some, are_learned in new:
-                ids += some
-                answer_mask += [is_answer and is_learned for is_learned in are_learned]
-        if left_out := [name for name, rest in counts.items() if next(rest, None) is not None]:
-            raise ValueError(f"the chat template leaves out the {left_out[0]} of a message; correct it")
-        return {"input_ids": torch.tensor(ids), "answer_mask": torch.tensor(answer_mask), "media": found}
+        encoder = self._encoder(chat_template)
+        encoded = encoder.encode(messages, add_generation_prompt, continue_final_message)
+        found = preprocess_parts(encoded.media, media or {}, encoder.kinds, allow_fetch)
+        ids, is_answer = encoder.expand(encoded.ids, encoded.is_answer, found)
+        return {"input_ids": torch.tensor(ids.tolist()), "answer_mask": torch.tensor(is_answer), "media": found}
 
-    def _encode_structure(self, piece: str) -> list[int]:
-        """Ids of what the template writes, which are few and recur."""
-        if piece not in self._ids_of_structure:
-            self._ids_of_structure[piece] = self.tokenizer.encode(piece, add_special_tokens=False)
-        return self._ids_of_structure[piece]
-
-    def _expand(self, ids: list[int], counts: dict[str, Iterator[int]]) -> Iterator[tuple[list[int], list[bool]]]:
-        """Runs of ids, with each placeholder as start, placeholders and end, and whether these are learned where the
-        assistant says them.
-        """
-        kinds = self.kinds
-        names = {getattr(self, f"{name}_token_id"): name for name in counts}
-        for token_id in ids:
-            if token_id not in names:
-                yield [token_id], [True]
-                continue
-            if (count := next(counts[names[token_id]], None)) is None:
-                raise ValueError(f"the chat template writes more places for {names[token_id]} than messages have")
-            kind = kinds[names[token_id]]
-            start, end = self.tokenizer.convert_tokens_to_ids([kind.start_token, kind.end_token])
-            at_start, in_places, at_end = kind.learned
-            yield [start, *[token_id] * count, end], [at_start, *[in_places] * count, at_end]
+    def _encoder(self, chat_template: str | None = None) -> ConversationEncoder:
+        return ConversationEncoder(self.tokenizer, self.kinds, template_of(self.chat_template, chat_template))
 
     def apply_chat_template(
         self,
@@ -315,15 +269,20 @@ class MegaTransformerProcessor(ProcessorMixin):
             "continue_final_message": continue_final_message in (True, "content"),
         }
         if not tokenize:
-            outlines = [outline_of(messages, self.kinds, continue_final_message) for messages in conversations]
-            written = [messages_of(outline, texts) for outline, texts, _ in outlines]
-            template, tokens = template_of(self.chat_template, chat_template), self.tokenizer.special_tokens_map
-            rendered = [render_messages(template, one, **open_end, **tokens)[0] for one in written]
+            template = template_of(self.chat_template, chat_template)
+            rendered = [self._render(template, messages, **open_end) for messages in conversations]
             return rendered if is_batch else rendered[0]
         open_end |= {"chat_template": chat_template, "allow_fetch": bool(options.pop("allow_fetch"))}
         encoded = [self.encode_chat(messages, **open_end) for messages in conversations]
         batch = self._batch(encoded, return_assistant_tokens_mask, **options)
         return batch if return_dict else batch["input_ids"]
+
+    def _render(self, template: str, messages: list[dict[str, Any]], **open_end: bool) -> str:
+        """A conversation as text, with the guard of the template around its texts."""
+        outline, texts, _ = outline_of(messages, self.kinds, open_end["continue_final_message"])
+        tokens = special_tokens_of(self.tokenizer)
+        form = render_outline(template, outline, tokens, *open_end.values()).outline
+        return render_messages(template, messages_of(form, texts), **open_end, **dict(tokens))[0]
 
     # --------------------------------------------------------------------------------------------------------- batches
 
@@ -452,9 +411,10 @@ class MegaTransformerProcessor(ProcessorMixin):
             counts = [row.count(getattr(self, f"{name}_token_id")) for row in rows]
             for sample, part in zip(encoded, deal_media(media.get(name, []), counts, kind), strict=True):
                 sample["media"][name] = [self._preprocess(name, medium, allow_fetch) for medium in part]
+        encoder = ConversationEncoder(self.tokenizer, self.kinds)
         for sample, row in zip(encoded, rows, strict=True):
-            counts = {name: map(self._kind(name).num_tokens, tensors) for name, tensors in sample["media"].items()}
-            sample["input_ids"] = torch.tensor([token_id for some, _ in self._expand(row, counts) for token_id in some])
+            ids, _ = encoder.expand(np.array(row, dtype=np.int64), np.ones(len(row), dtype=bool), sample["media"])
+            sample["input_ids"] = torch.tensor(ids)
         return encoded
 
     def _read_options(self, given: dict[str, Any], known: tuple[str, ...], idle: dict[str, tuple]) -> dict[str, Any]:
