@@ -223,9 +223,17 @@ class DepthOptions:
         Raises:
             ValueError: a value is outside its range.
         """
+        defaults = {
+            "exit_criterion": recurrence.exit_criterion,
+            "exit_threshold": recurrence.exit_threshold,
+            "exit_first_step": recurrence.exit_first_step,
+            "exit_every": recurrence.exit_every,
+            "exit_in_prefill": recurrence.exit_in_prefill,
+            "state_warm_start": recurrence.state_warm_start,
+        }
 
         def chosen(name: str) -> Any:
-            sources = keywords.get(name), getattr(generation_config, name, None), getattr(recurrence, name, None)
+            sources = keywords.get(name), getattr(generation_config, name, None), defaults.get(name)
             return next((value for value in sources if value is not None), None)
 
         def part(prefix: str) -> ExitOptions | NoiseOptions:
