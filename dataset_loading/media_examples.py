@@ -12,7 +12,7 @@ from .configuration import SourceConfig
 from .conversations import last_answer, media_of, prompt_and_answer
 from .media_documents import MediaDocument, MediaDocuments
 from .media_reader import MediaReader
-from .media_rows import Piece, by_kind, join_pieces, read_piece
+from .media_rows import Piece, join_pieces, read_piece
 from .synthetic import MEDIA_TASKS
 
 
@@ -85,10 +85,9 @@ class MediaExamples(Sequence):
     def _prompt_length(self, messages: list[dict], piece: Piece) -> int:
         """How many tokens stand before the last answer."""
         encoded = self.reader.encoder.encode(messages)
-        prompt = encoded.ids[: encoded.answer_start]
-        shown = piece.media[: np.isin(prompt, list(self.reader.encoder.placeholders.values())).sum()]
-        expanded, _ = self.reader.encoder.expand(prompt, np.zeros(len(prompt), dtype=bool), by_kind(shown))
-        return len(expanded)
+        placeholders = list(self.reader.encoder.placeholders.values())
+        shown = piece.media[: np.isin(encoded.ids[: encoded.answer_start], placeholders).sum()]
+        return encoded.answer_start + sum(self.reader.kinds[kind].num_tokens(tensor) + 1 for kind, tensor in shown)
 
     def _last_kind(self, media: dict[str, list]) -> str:
         kinds = (kind for kind in media if kind not in self.reader.written)

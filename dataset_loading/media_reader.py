@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from model import modality_names
-from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, ConversationEncoder, EncodedConversation, kinds_of_role
+from model.chat import CHAT_TEMPLATE, ConversationEncoder, EncodedConversation, kinds_of_role
 
 from .references import place_of, read_medium
 from .synthetic import get_task
@@ -37,7 +37,6 @@ class MediaReader:
         else:
             self.tokenizer, self.kinds = processor, {}
         self.encoder = ConversationEncoder(self.tokenizer, self.kinds, processor.chat_template or CHAT_TEMPLATE)
-        self.kinds_of_role = {role: kinds_of_role(role, self.kinds) for role in ROLE_TOKENS}
         self.written = [name for name, kind in self.kinds.items() if any(kind.learned)]
         self.modality_ids = {name: modality_names().index(name) for name in self.kinds}
 
@@ -57,22 +56,21 @@ class MediaReader:
 
         What is shown but neither read nor written keeps its type, which is no kind then.
         """
-        if not self.written:
-            return messages
-        return [{**message, "content": self._with_kinds(**message)} for message in messages]
-
-    def _with_kinds(self, role: str, content: list[dict]) -> list[dict]:
-        kinds = self.kinds_of_role[role]
-        return [{**part, "type": kinds.get(part["type"], part["type"])} for part in content]
+        return [
+            {
+                **message,
+                "content": [part | {"type": kinds.get(part["type"], part["type"])} for part in message["content"]],
+            }
+            for message in messages
+            for kinds in [kinds_of_role(message["role"], self.kinds)]
+        ]
 
     def encode(self, conversations: Sequence[list[dict]]) -> list[EncodedConversation | ValueError]:
         """Conversations as tokens, each medium as one placeholder; of one that this model cannot use, why."""
-        encoded = self.encoder.encode_answers(conversations)
-        problems = [
-            None if isinstance(found, ValueError) else self._problem_of(messages)
-            for messages, found in zip(conversations, encoded, strict=True)
+        return [
+            found if isinstance(found, ValueError) else self._problem_of(messages) or found
+            for messages, found in zip(conversations, self.encoder.encode_all(conversations), strict=True)
         ]
-        return [problem or found for problem, found in zip(problems, encoded, strict=True)]
 
     def _problem_of(self, messages: list[dict]) -> ValueError | None:
         """What an answer shows has to be learned, or to stand beside what is."""

@@ -152,7 +152,7 @@ def _pairs_of_conversations(
     columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     rejected = [[*messages[:-1], answer] for messages, answer in zip(chosen, worse, strict=True)]
     encoder = ConversationEncoder(tokenizer, chat_template=tokenizer.chat_template or CHAT_TEMPLATE)
-    encoded = [encoder.encode_answers(side, may_end_empty=True) for side in (chosen, rejected)]
+    encoded = [encoder.encode_all(side, may_end_empty=True) for side in (chosen, rejected)]
     for where, *pair in zip(rows["where"], *encoded, strict=True):
         if problem := next((side for side in pair if isinstance(side, ValueError)), None):
             bad_rows.add(source.label, where, str(problem))

@@ -171,6 +171,7 @@ class RenderedOutline:
     """Whether it is known what the assistant says; `pieces` has no answers where it is not."""
 
 
+@lru_cache(maxsize=4096)
 def render_outline(
     template: str,
     outline: Outline,
@@ -187,82 +188,51 @@ def render_outline(
         ValueError: the template cannot be rendered (`chat_rendering.render`), leaves out what a message says, or writes
             what no message says.
     """
-    found = _render_outline(template, outline, special_tokens, add_generation_prompt, continue_final_message)
-    if isinstance(found, str):
-        raise ValueError(found)
-    return found
-
-
-@lru_cache(maxsize=4096)
-def _render_outline(
-    template: str, outline: Outline, special_tokens: SpecialTokens, *open_end: bool
-) -> RenderedOutline | str:
-    """What `render_outline` gives, or the problem, which many conversations may have."""
-    problem = ""
-    for form in dict.fromkeys((_with_strings(outline), _with_lists(outline))):
-        text, spans = _render_places(template, form, special_tokens, *open_end)
-        if spans is None:
-            problem = problem or text
-            continue
-        answers = spans or _answers_by_prefixes(template, form, special_tokens, text)
-        return RenderedOutline(form, tuple(_pieces(text, answers or [])), answers is not None)
-    return problem
-
-
-def _with_strings(outline: Outline) -> Outline:
-    return tuple((role, None if types == ("text",) else types) for role, types in outline)
-
-
-def _with_lists(outline: Outline) -> Outline:
-    return tuple((role, ("text",) if types is None else types) for role, types in outline)
+    problems = []
+    for types_of_text in (None, ("text",)):
+        form = tuple((role, types_of_text if types in (None, ("text",)) else types) for role, types in outline)
+        rendered = _render_places(template, form, special_tokens, add_generation_prompt, continue_final_message)
+        if not isinstance(rendered, ValueError):
+            answers = rendered[1] or _answers_by_prefixes(template, form, special_tokens, rendered[0])
+            return RenderedOutline(form, tuple(_pieces(rendered[0], answers or [])), answers is not None)
+        problems.append(str(rendered))
+    raise ValueError(problems[0])
 
 
 @lru_cache(maxsize=4096)
 def _render_places(
-    template: str,
-    outline: Outline,
-    special_tokens: SpecialTokens,
-    add_generation_prompt: bool = False,
-    continue_final_message: bool = False,
-) -> tuple[str, list[tuple[int, int]] | None]:
-    """The text of a conversation with places for its texts, and the spans that the template marks as what the assistant
-    says; or the problem and None.
-    """
+    template: str, outline: Outline, special_tokens: SpecialTokens, is_asked: bool = False, is_open: bool = False
+) -> Rendered | ValueError:
+    """A rendered conversation with places for its texts, or the problem, which many conversations may have."""
     numbers = count()
     messages = messages_of(outline, map(_PLACE.format, numbers))
+    open_end = {"add_generation_prompt": is_asked, "continue_final_message": is_open}
     try:
-        text, spans = render_messages(
-            template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **dict(special_tokens),
-        )
+        text, spans = render_messages(template, messages, **open_end, **dict(special_tokens))
         _check_places(text, next(numbers))
     except UnboundedTemplateError:
         raise
     except ValueError as error:
-        return str(error), None
+        return error
     return text, spans
 
 
 def _answers_by_prefixes(
     template: str, outline: Outline, special_tokens: SpecialTokens, text: str
 ) -> list[tuple[int, int]] | None:
-    """The spans of what the assistant says in a rendered conversation; None where its messages do not add to what
-    stands before them.
-    """
+    """The spans of what the assistant says in a rendered conversation; None where a message changes those before it."""
     spans = []
     for number, (role, _) in enumerate(outline):
         if role != "assistant":
             continue
-        before, is_rendered = _render_places(template, outline[:number], special_tokens, True)
-        after, is_rendered_too = _render_places(template, outline[: number + 1], special_tokens)
-        if is_rendered is None or is_rendered_too is None or not after.startswith(before):
+        before = _render_places(template, outline[:number], special_tokens, True)
+        after = _render_places(template, outline[: number + 1], special_tokens)
+        if isinstance(before, ValueError) or isinstance(after, ValueError) or not after[0].startswith(before[0]):
             return None
-        if not (text.startswith(after) or (number + 1 == len(outline) and after.startswith(text))):
+        is_cut = number + 1 == len(outline) and after[0].startswith(text)  # a last message that stays open
+        if not (is_cut or text.startswith(after[0])):
             return None
-        spans.append((len(before), min(len(after), len(text))))
+        spans.append((len(before[0]), min(len(after[0]), len(text))))
     return spans
 
 
@@ -437,29 +407,29 @@ class ConversationEncoder:
             ValueError: as `outline_of`, `check_texts` and `render_outline`; or the template does not write one
                 placeholder for each medium.
         """
-        (found,) = self._encode(
-            [messages], continue_final_message, False, add_generation_prompt, continue_final_message
-        )
+        open_end = add_generation_prompt, continue_final_message
+        (found,) = self.encode_all([messages], False, continue_final_message, open_end)
         if isinstance(found, ValueError):
             raise found
         return found
 
-    def encode_answers(
-        self, conversations: Sequence[Any], may_end_empty: bool = False
+    def encode_all(
+        self,
+        conversations: Sequence[Any],
+        needs_answers: bool = True,
+        may_end_empty: bool = False,
+        open_end: tuple[bool, bool] = (False, False),
     ) -> list[EncodedConversation | ValueError]:
-        """Conversations whose answers are learned, all at once, which is faster; of one that cannot be used, why.
+        """Many conversations, which is faster than one after another; of one that cannot be used, why.
 
         Args:
+            needs_answers: It has to be known what the assistant says.
             may_end_empty: The last message may say nothing.
+            open_end: As the last arguments of `encode`.
 
         Raises:
             UnboundedTemplateError: the template takes more time or memory than it may.
         """
-        return self._encode(conversations, may_end_empty, True)
-
-    def _encode(
-        self, conversations: Sequence[Any], may_end_empty: bool, needs_answers: bool, *open_end: bool
-    ) -> list[EncodedConversation | ValueError]:
         template, special_tokens = template_of(self.chat_template), special_tokens_of(self.tokenizer)
         plans: list[tuple[RenderedOutline, int, list[dict[str, Any]]] | ValueError] = []
         texts: list[str] = []
@@ -468,39 +438,29 @@ class ConversationEncoder:
                 outline, own_texts, media = outline_of(messages, self.kinds, may_end_empty)
                 check_texts(self.tokenizer, own_texts, template)
                 rendered = render_outline(template, outline, special_tokens, *open_end)
-                if needs_answers and not rendered.has_answers:
-                    raise ValueError(
-                        "the chat template does not tell what the assistant says, as a message changes how those "
-                        "before it are written; put {% generation %} and {% endgeneration %} around it in the template"
-                    )
-                plans.append((rendered, len(texts), media))
-                texts += own_texts
             except UnboundedTemplateError:
                 raise
             except ValueError as error:
                 plans.append(error)
+                continue
+            plans.append((rendered, len(texts), media) if rendered.has_answers or not needs_answers else _no_answers())
+            texts += own_texts
         ids = encode_texts(self.tokenizer, texts)
         return [plan if isinstance(plan, ValueError) else self._assemble(*plan, ids) for plan in plans]
 
     def _assemble(
         self, rendered: RenderedOutline, first_text: int, media: list[dict[str, Any]], ids_of_texts: list[np.ndarray]
     ) -> EncodedConversation | ValueError:
-        parts, counts, is_answer, length = [], [], [], 0
-        answer_start, last = None, None
-        for piece, answer in rendered.pieces:
+        parts, answers = [], [answer for _, answer in rendered.pieces]
+        for piece, _ in rendered.pieces:
             is_text = isinstance(piece, int)
             parts.append(ids_of_texts[first_text + piece] if is_text else self._encode_structure(piece))
-            if answer is not None and answer != last:
-                answer_start, last = length, answer
-            counts.append(len(parts[-1]))
-            is_answer.append(answer is not None)
-            length += counts[-1]
-        ids = np.concatenate(parts)
+        ids, counts = np.concatenate(parts), list(map(len, parts))
         if problem := self._problem_of_media(ids, [part["type"] for part in media]):
             return ValueError(problem)
-        return EncodedConversation(
-            ids, np.repeat(is_answer, counts), length if answer_start is None else answer_start, media
-        )
+        last = max((answer for answer in answers if answer is not None), default=None)
+        start = len(ids) if last is None else sum(counts[: answers.index(last)])
+        return EncodedConversation(ids, np.repeat([answer is not None for answer in answers], counts), start, media)
 
     def _encode_structure(self, piece: str) -> np.ndarray:
         """Ids of what the template writes, which are few and recur."""
@@ -530,23 +490,24 @@ class ConversationEncoder:
             is_learned: bool (tokens,); of media that are, what their kind says (`Modality.learned`).
             media: Preprocessed, by kind, in the order of their placeholders.
         """
-        counts = np.ones(len(ids), dtype=np.int64)
-        places: dict[str, np.ndarray] = {}
-        for name, tensors in media.items():
-            places[name] = (ids == self.token_ids[name][0]).nonzero()[0]
-            counts[places[name]] = [self.kinds[name].num_tokens(tensor) + 2 for tensor in tensors]
-        expanded, ends = ids.repeat(counts), counts.cumsum()
-        is_inside = is_learned.copy()
+        counts, is_inside = np.ones(len(ids), dtype=np.int64), is_learned.copy()
+        places = {name: (ids == self.token_ids[name][0]).nonzero()[0] for name in media}
         for name, here in places.items():
+            counts[here] = [self.kinds[name].num_tokens(tensor) + 2 for tensor in media[name]]
             is_inside[here] &= self.kinds[name].learned[1]
-        learned = is_inside.repeat(counts)
+        expanded, learned, ends = ids.repeat(counts), is_inside.repeat(counts), counts.cumsum()
         for name, here in places.items():
-            _, start, end = self.token_ids[name]
-            firsts, lasts = ends[here] - counts[here], ends[here] - 1
-            expanded[firsts], expanded[lasts] = start, end
-            at_start, _, at_end = self.kinds[name].learned
-            learned[firsts], learned[lasts] = is_learned[here] & at_start, is_learned[here] & at_end
+            (_, start, end), (at_start, _, at_end) = self.token_ids[name], self.kinds[name].learned
+            for edge, token_id, is_own in ((ends - counts, start, at_start), (ends - 1, end, at_end)):
+                expanded[edge[here]], learned[edge[here]] = token_id, is_learned[here] & is_own
         return expanded, learned
+
+
+def _no_answers() -> ValueError:
+    return ValueError(
+        "the chat template does not tell what the assistant says, as a message changes how those before it are "
+        "written; put {% generation %} and {% endgeneration %} around it in the template"
+    )
 
 
 def special_id(tokenizer: Any, token: str) -> int:

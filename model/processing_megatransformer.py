@@ -226,14 +226,11 @@ class MegaTransformerProcessor(ProcessorMixin):
             ValueError: for a message or part of unknown role, type or form, one without content, media that are more or
                 fewer than the parts for them, and media that cannot be read (`MediaError`).
         """
-        encoder = self._encoder(chat_template)
+        encoder = ConversationEncoder(self.tokenizer, self.kinds, template_of(self.chat_template, chat_template))
         encoded = encoder.encode(messages, add_generation_prompt, continue_final_message)
         found = preprocess_parts(encoded.media, media or {}, encoder.kinds, allow_fetch)
         ids, is_answer = encoder.expand(encoded.ids, encoded.is_answer, found)
         return {"input_ids": torch.tensor(ids.tolist()), "answer_mask": torch.tensor(is_answer), "media": found}
-
-    def _encoder(self, chat_template: str | None = None) -> ConversationEncoder:
-        return ConversationEncoder(self.tokenizer, self.kinds, template_of(self.chat_template, chat_template))
 
     def apply_chat_template(
         self,

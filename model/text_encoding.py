@@ -37,7 +37,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
             for (number, _), encoding in zip(group, encodings, strict=True):
                 ids[number].append(np.array(encoding.ids, dtype=np.int32))
     except TypeError as error:
-        raise _no_utf8(next(text for text in texts if not _is_utf8(text))) from error
+        raise _no_utf8(next(text for text in texts if re.search("[\ud800-\udfff]", text))) from error
     return [np.concatenate(pieces) for pieces in ids]
 
 
@@ -65,10 +65,6 @@ def normalized(tokenizer: Any, text: str) -> str:
         return text if normalizer is None else normalizer.normalize_str(text)
     except UnicodeEncodeError as error:
         raise _no_utf8(text) from error
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _no_utf8(text: str) -> ValueError:
