@@ -96,7 +96,7 @@ def table_of(model: PreTrainedModel, run: RunConfig, limit: int | None) -> str:
     """Scores of the codec and of the other way, for each source, as Markdown."""
     media = codec_media(model.config)
     train, validation = build_codec_datasets(run.data, media, seed=run_seed(run))
-    if media.kind == "image":
+    if media.name == "image":
         scores, ways = PictureScores(), ways_of_pictures(model, train)
     else:
         log_mel = model.log_mel
@@ -105,8 +105,8 @@ def table_of(model: PreTrainedModel, run: RunConfig, limit: int | None) -> str:
     for source, dataset in validation.items():
         part = dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
         for name, reconstruct in ways.items():
-            found = reconstruction_scores(reconstruct, part, media.collate, scores, model.device)
-            if media.kind == "audio":
+            found = reconstruction_scores(reconstruct, part, media.collate_codec_inputs, scores, model.device)
+            if media.name == "audio":
                 seconds = sum(len(part[number]) for number in range(len(part))) / media.sampling_rate / len(part)
                 found["x real time"] = 1000 * seconds / found["milliseconds"]
             lines.append((source, name, found))

@@ -25,7 +25,8 @@ from inference.loading import load_model, tokenizer_of
 from inference.shutdown import run_to_the_end
 from model import modality_names
 from model.chat import encode_conversation, prepare_tokenizer
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from model.step_lora import StepLora, add_step_lora
 from pretrain import build_media_examples, run_training, set_up_output, whole_weights
 from trainers import check_weights

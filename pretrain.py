@@ -57,7 +57,8 @@ from model import (
 )
 from model.backbones import reason_of
 from model.chat import ROLE_TOKENS, prepare_tokenizer
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from trainers import (
     RecurrentTrainingArguments,
     check_weights,
@@ -268,7 +269,7 @@ def build_codec_trainer(run: RunConfig, resume_point: str | None = None) -> Trai
     if isinstance(model, MegaTransformerImageAutoencoder) and resume_point is None and model.num_component_images:
         count = min(model.num_component_images, len(train_dataset))
         model.begin_with_components(torch.stack([train_dataset[index] for index in range(count)]))
-    score = PictureScores() if media.kind == "image" else SoundScores(media.sampling_rate, model.log_mel)
+    score = PictureScores() if media.name == "image" else SoundScores(media.sampling_rate, model.log_mel)
     args.choose_best_metric([f"eval_{source}_{name}" for source in validation for name in ("loss", *score.names)])
     if resume_point is not None:
         check_weights(resume_point, model)
@@ -277,7 +278,7 @@ def build_codec_trainer(run: RunConfig, resume_point: str | None = None) -> Trai
         args=args,
         train_dataset=train_dataset,
         eval_dataset=validation,
-        data_collator=media.collate,
+        data_collator=media.collate_codec_inputs,
         processing_class=media.processor,
         score=score,
         compute_metrics=partial(mean_scores, names=score.names),

@@ -37,7 +37,7 @@ from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, 
 from dataset_loading.synthetic import generate_row
 from inference.arguments import OneLineParser
 from inference.devices import choose_device, choose_threads, cpu_model
-from model.processing_megatransformer import build_processor, media_tokens
+from model import build_processor, media_tokens
 from model.recurrence import draw_training_states
 from pretrain import build_model
 from trainers.muon import MuonBeside, matrices_of

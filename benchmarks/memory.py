@@ -26,7 +26,8 @@ from benchmarks import timing
 from inference.arguments import OneLineParser
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig, RecurrentCache
 from model.cache import BLOCK
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from trainers import RecurrentTrainer, RecurrentTrainingArguments
 
 NUM_STEPS = 32

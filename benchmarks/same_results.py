@@ -69,6 +69,8 @@ WRITINGS: dict[str, tuple[str, ...]] = {  # arguments of a writing; {media} is t
     "audio": ("--mode", "audio", "--prompt", "C4 E4", "--out", "{out}/written.wav"),
 }
 TIMES = ("seconds", "milliseconds", "runtime", "per_second", "throughput", "tokens_per", "time", "memory", "MiB")
+NEWER = ("media_columns",)
+"""Options that the code did not have which wrote the results; an evaluation repeats all of them."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,9 +213,9 @@ def evaluation_of(command: str, folder: Path) -> Any:
 
 
 def without_times(content: Any, folder: str) -> Any:
-    """The content of a file of results without what the clock and the place say."""
+    """The content of a file of results without what the clock and the place say, and newer options."""
     if isinstance(content, dict):
-        kept = {key: value for key, value in content.items() if not any(word in key for word in TIMES)}
+        kept = {key: value for key, value in content.items() if not any(word in key for word in (*TIMES, *NEWER))}
         return {key: without_times(value, folder) for key, value in kept.items()}
     if isinstance(content, list):
         return [without_times(value, folder) for value in content]

@@ -26,6 +26,7 @@ from transformers import (
     set_seed,
 )
 
+from model import MODALITIES
 from model.quantization import QuantizationConfig
 
 from . import arguments
@@ -72,7 +73,7 @@ def build_parser() -> arguments.OneLineParser:
         'about files; each is written with its "text", a line each',
     )
     parser.add_argument("--batch-size", type=arguments.batch_rows, help="prompts of --prompts at a time (default: 8)")
-    for kind in ("image", "audio"):
+    for kind in MODALITIES:
         parser.add_argument(
             f"--{kind}",
             dest="media",

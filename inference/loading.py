@@ -167,7 +167,7 @@ def shared_settings(processor: ProcessorMixin, config: PreTrainedConfig) -> list
     for name, kind in processor.kinds.items():
         if name.startswith("written_"):
             medium = name.removeprefix("written_")
-            for end, token in (("start", kind.modality.start_token), ("end", kind.modality.end_token)):
+            for end, token in (("start", kind.start_token), ("end", kind.end_token)):
                 key = f"{medium}_{end}_token_id"
                 shared.append((key, vocabulary.get(token), getattr(config, key, None)))
     pairs = (

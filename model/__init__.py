@@ -14,33 +14,40 @@ from transformers import (
 )
 
 from .cache import RecurrentCache
-from .codec_media import codec_media
 from .configuration_codecs import MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig
 from .configuration_megatransformer import (
     MegaTransformerAudioConfig,
     MegaTransformerAudioWriterConfig,
     MegaTransformerConfig,
     MegaTransformerImageWriterConfig,
-    MegaTransformerTextConfig,
     MegaTransformerVisionConfig,
-    RecurrenceConfig,
 )
+from .configuration_megatransformer_text import MegaTransformerTextConfig, RecurrenceConfig
+from .depth import NoiseOptions
+from .exit_criteria import ExitOptions
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from .griffin_lim import waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MediaError, load_audio, load_image, write_audio
-from .modalities import MODALITIES, Modality
-from .modeling_megatransformer import (
+from .modalities import (
+    MEDIA_TOKENS,
+    MODALITIES,
+    WRITTEN,
+    Modality,
+    codec_media,
+    media_tokens,
+    modality_names,
+    set_token_ids,
+)
+from .modeling_megatransformer import MegaTransformerForConditionalGeneration, MegaTransformerModel
+from .modeling_megatransformer_text import (
     MegaTransformerForCausalLM,
-    MegaTransformerForConditionalGeneration,
     MegaTransformerForSequenceClassification,
-    MegaTransformerModel,
     MegaTransformerTextModel,
 )
-from .processing_megatransformer import MEDIA_TOKENS, MegaTransformerProcessor, build_processor, media_tokens
+from .processing_megatransformer import MegaTransformerProcessor, build_processor
 from .vocoder import MegaTransformerVocoder
-from .writers import WRITTEN, modality_names, set_token_ids
 from .writing import MediaChunk, WritingOptions
 
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
@@ -71,6 +78,7 @@ __all__ = [
     "MEDIA_TOKENS",
     "MODALITIES",
     "WRITTEN",
+    "ExitOptions",
     "MediaChunk",
     "MediaError",
     "MegaTransformerAudioConfig",
@@ -92,6 +100,7 @@ __all__ = [
     "MegaTransformerVocoder",
     "MegaTransformerVocoderConfig",
     "Modality",
+    "NoiseOptions",
     "RecurrenceConfig",
     "RecurrentCache",
     "WritingOptions",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers.utils.type_validators import interval
 
-from .configuration_megatransformer import MOST_LAYERS, StrictConfig, checked
+from .configuration_megatransformer_text import MOST_LAYERS, StrictConfig, checked
 
 
 class CodecConfig(StrictConfig):

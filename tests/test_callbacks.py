@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from callbacks import CallbacksConfig, ModelSizeConfig, NonFiniteConfig, SamplesConfig, ThroughputConfig, add_callbacks
 from callbacks.model_size import part_sizes, size_table
 from callbacks.throughput import ThroughputCallback, count_steps
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from trainers import RecurrentTrainer, RecurrentTrainingArguments
 

@@ -14,7 +14,8 @@ from callbacks.media_samples import MediaSamplesCallback, spectrogram
 from callbacks.model_size import part_sizes
 from dataset_loading import Collator, DataConfig, SourceConfig, build_examples, get_task
 from dataset_loading.synthetic import generate_row
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from tests.test_callbacks import events, texts
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from tests.tiny_processor import picture, sound, tiny_processor

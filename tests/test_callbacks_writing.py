@@ -14,7 +14,8 @@ from callbacks import CallbacksConfig, MediaSamplesConfig, WrittenSamplesConfig,
 from callbacks.written_samples import Sample, WrittenSamplesCallback, grid_of, size_by_part
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
 from model import modality_names
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from tests.test_callbacks import events, texts
 from tests.tiny_artist import CODES, artist_processor, tiny_artist, write_codes
 from trainers import RecurrentTrainer, RecurrentTrainingArguments

@@ -61,7 +61,7 @@ def test_pictures_without_their_texts(tmp_path):
     colours = [float(row[2, 0, 0]) for rows in (train, held_out) for row in (rows[i] for i in range(len(rows)))]
     assert sorted(colours) == pytest.approx([10 * number / 127.5 - 1 for number in range(8)])
     assert train[0].shape == (3, 16, 16) and train[0][:2].unique().tolist() == [-1, 1]
-    assert IMAGES.collate([train[0], train[1]])["pixel_values"].shape == (2, 3, 16, 16)
+    assert IMAGES.collate_codec_inputs([train[0], train[1]])["pixel_values"].shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match=r"damaged\.png"):
         build_codec_datasets(DataConfig(train=[SourceConfig("imagefolder", path=path)], max_bad_rows=0), IMAGES)
 
@@ -84,7 +84,7 @@ def test_clips_are_parts_of_recordings(tmp_path):
     assert torch.equal(build_codec_datasets(config, SOUNDS, seed=3)[0][0], long)
     (whole,) = validation.values()
     assert len(whole[0]) == 5000
-    batch = SOUNDS.collate([whole[0], short])
+    batch = SOUNDS.collate_codec_inputs([whole[0], short])
     assert batch["waveforms"].shape == (2, 5000) and batch["lengths"].tolist() == [5000, 1600]
     assert batch["waveforms"][1, 1600:].abs().max() == 0
 
@@ -166,7 +166,7 @@ def build_trainer(folder, model=None, **options) -> ReconstructionTrainer:
         model=(model or tiny_autoencoder(latent_noise=0.3)).train(),
         args=args,
         train_dataset=list(pictures(24)),
-        data_collator=IMAGES.collate,
+        data_collator=IMAGES.collate_codec_inputs,
         score=PictureScores(),
     )
 

@@ -18,7 +18,7 @@ import pretrain
 from callbacks import size_table
 from configs import load_config
 from model import MegaTransformerForCausalLM, RecurrenceConfig
-from model.recurrence import sample_depth
+from model.depth import sample_depth
 from tests.hub_encoders import local_encoders
 from tests.test_pretrain import write_config
 from tests.tiny import tiny_config, tiny_ids, tiny_model

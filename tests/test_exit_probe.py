@@ -5,7 +5,7 @@ import torch
 
 import train_exit_probe
 from inference.loading import load_model
-from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
+from model import ExitOptions, MegaTransformerForCausalLM, MegaTransformerTextConfig
 from model.exit_criteria import ExitProbe
 from tests.tiny import tiny_ids, tiny_model
 
@@ -41,7 +41,7 @@ def test_a_row_exits_when_the_probe_is_sure():
     with torch.no_grad():
         probe.out.weight.mul_(40)
         states = model(ids, num_steps=6, output_states=True, use_cache=False).states
-        ours = model(ids, num_steps=6, exit_criterion="probe", exit_threshold=0.4, use_cache=False)
+        ours = model(ids, num_steps=6, exits=ExitOptions("probe", 0.4), use_cache=False)
         doubts = [1 - torch.sigmoid(probe(states[i][:, -1], states[i - 1][:, -1])) for i in range(1, 7)]
     for row in range(6):
         passed = [step for step, doubt in enumerate(doubts, 1) if doubt[row] < 0.4]

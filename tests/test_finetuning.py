@@ -94,7 +94,7 @@ def test_the_loss_of_trl_is_that_of_the_model(tuned, tiny_run, tmp_path):
 
 def test_depths_are_those_of_the_keys(tuned, tiny_run):
     """R6: the mean over the two micro-batches of each step of what (seed, step, micro-batch) gives."""
-    from model.recurrence import sample_depth
+    from model.depth import sample_depth
 
     config = load_model(tiny_run)[0].config.recurrence
     history = json.loads((tuned / "trainer_state.json").read_text())["log_history"]
@@ -139,7 +139,7 @@ def test_the_ways_to_load_an_adapter_agree(tuned, tiny_run, tmp_path):
     for model in (load_model(tuned)[0], by_peft, merged):
         torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=1e-4)
     assert tokenizer.chat_template == load_model(tuned)[1].chat_template
-    assert (tmp_path / "merged/modeling_megatransformer.py").is_file()
+    assert (tmp_path / "merged/modeling_megatransformer_text.py").is_file()
 
 
 def test_an_adapter_is_used_where_a_model_is(tuned, tmp_path, capsys):

@@ -16,7 +16,8 @@ from dataset_loading.configuration import DataConfig, SourceConfig
 from dataset_loading.preferences import build_pairs, build_prompts, spoiled
 from dataset_loading.synthetic import get_task
 from inference.loading import load_model
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from model.step_lora import StepLora
 from tests.tiny_finetuning import write_tuning_config
 from tests.tiny_language_model import tiny_model, tiny_tokenizer

@@ -92,7 +92,7 @@ def test_run_folder_holds_all_that_is_needed(run):
     """C7: weights, tokenizer and code in the run folder and in each checkpoint."""
     folder, _ = run
     for place in (folder, folder / "checkpoint-3", folder / "checkpoint-6"):
-        for name in ("model.safetensors", "config.json", "tokenizer.json", "modeling_megatransformer.py"):
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "modeling_megatransformer_text.py"):
             assert (place / name).is_file()
     assert (folder / "config.yaml").is_file() and (folder / "eval_results.json").is_file()
     assert not list(folder.glob("**/pytorch_model*.bin"))

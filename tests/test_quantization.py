@@ -17,7 +17,7 @@ from inference.loading import load_model
 from model import MegaTransformerForCausalLM, RecurrentCache
 from model.quantization import PARTS, QuantizationConfig
 from tests.rounding import KEPT, round_model, rounded_to_4_bits, rounded_to_8_bits
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import for_forward, tiny_ids, tiny_model
 from tests.tiny_artist import save_artist, tiny_artist
 from tests.tiny_language_model import save_checkpoint, tiny_tokenizer
 from tests.tiny_media import draw
@@ -212,7 +212,7 @@ def test_generation_with_every_cache_and_with_exits(quantized, bits, policy, kep
     cache, steps = RecurrentCache(model.config, policy, kept), []
     with torch.no_grad():
         for _ in range(8):
-            out = model(chunk, cache=cache, num_steps=7, **(exits if steps else {}))
+            out = model(chunk, cache=cache, num_steps=7, **(for_forward(**exits) if steps else {}))
             steps.append(int(out.exit_steps[0]))
             chunk = out.logits[:, -1:].argmax(-1)
             ids = torch.cat((ids, chunk), dim=1)

@@ -15,7 +15,7 @@ from peft import LoraConfig
 import finetune
 from inference.loading import load_model
 from model.chat import encode_conversation, prepare_tokenizer
-from model.recurrence import sample_depth
+from model.depth import sample_depth
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from trainers import grpo
 from trainers.grpo import RolloutArguments, RolloutTrainer

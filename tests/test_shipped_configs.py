@@ -88,7 +88,7 @@ def test_a_codec_can_be_built_and_fits_its_data(run: RunConfig):
     model = build(run)
     assert isinstance(run.model, CODEC_CONFIGS) and count(run) < 5e6
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    kind = codec_media(run.model).kind
+    kind = codec_media(run.model).name
     assert all(kind in source.media_columns.values() for source in run.data.train)
     assert run.training.max_steps > run.training.warmup_steps
 

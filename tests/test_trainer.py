@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
 from transformers.integrations import integration_utils
 
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from tests.tiny import tiny_ids, tiny_model
 from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point, get_trainer_class
 from trainers.recurrent import state_changes, token_correlation

@@ -5,7 +5,8 @@ import torch
 from transformers import set_seed
 
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from tests.test_trainer import Interrupt, losses
 from tests.tiny_processor import tiny_processor
 from tests.tiny_reader import tiny_reader

@@ -7,7 +7,8 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from tests.test_trainer import Interrupt, build, losses, rows
 from tests.tiny import tiny_model
 from trainers import ModalityWeights, RecurrentTrainingArguments, find_resume_point

@@ -6,7 +6,8 @@ from transformers import set_seed
 
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets
 from model import MegaTransformerForConditionalGeneration, modality_names
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from tests.test_trainer import Interrupt, losses
 from tests.tiny_artist import CODES, artist_config, artist_processor
 from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point
