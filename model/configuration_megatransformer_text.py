@@ -320,7 +320,7 @@ class MegaTransformerTextConfig(StrictConfig):
             "AutoModelForCausalLM": f"{model}ForCausalLM",
             "AutoModelForSequenceClassification": f"{model}ForSequenceClassification",
         }
-        old = {target.replace("_text.", ".") for target in auto_map.values()}  # in checkpoints of before
+        old = [target.replace("_text.", ".") for target in auto_map.values()]  # in checkpoints of before
         given = kwargs.get("auto_map") or {}
         kwargs["auto_map"] = auto_map | {name: target for name, target in given.items() if target not in old}
         super().__post_init__(**kwargs)
