@@ -38,10 +38,16 @@ from .modeling_megatransformer import (
     MegaTransformerModel,
     MegaTransformerTextModel,
 )
-from .processing_megatransformer import MEDIA_TOKENS, MegaTransformerProcessor, build_processor, media_tokens
+from .processing_megatransformer import (
+    MEDIA_TOKENS,
+    MegaTransformerProcessor,
+    build_processor,
+    media_tokens,
+    tokenizer_of,
+)
 from .vocoder import MegaTransformerVocoder
 from .writers import WRITTEN, modality_names, set_token_ids
-from .writing import MediaChunk, WritingOptions
+from .writing import MediaChunk, WritingOptions, draw_codes
 
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
@@ -97,11 +103,13 @@ __all__ = [
     "WritingOptions",
     "build_processor",
     "codec_media",
+    "draw_codes",
     "load_audio",
     "load_image",
     "media_tokens",
     "modality_names",
     "set_token_ids",
+    "tokenizer_of",
     "waveform_of",
     "write_audio",
 ]

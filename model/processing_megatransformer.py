@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from .backbones import reason_of
@@ -67,6 +67,11 @@ NULL_TOKEN = "<|null|>"
 """Stands in the place of each token of a prompt that is left out for guidance without a classifier."""
 WRITTEN_TOKENS = (*(modality.token for modality in WRITTEN_MODALITIES), NULL_TOKEN)
 """What it has after those if media are written."""
+
+
+def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer in a processor, or the tokenizer itself."""
+    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
 
 def media_tokens(config: MegaTransformerConfig) -> list[str]:

@@ -18,7 +18,6 @@ import pretrain
 from callbacks import size_table
 from configs import load_config
 from model import MegaTransformerForCausalLM, RecurrenceConfig
-from model.recurrence import sample_depth
 from tests.hub_encoders import local_encoders
 from tests.test_pretrain import write_config
 from tests.tiny import tiny_config, tiny_ids, tiny_model
@@ -50,7 +49,7 @@ def test_expected_steps_of_the_lognormal_poisson():
     nodes, weights = numpy.polynomial.hermite_e.hermegauss(80)
     rates = numpy.exp(math.log(8) - 0.5**2 / 2 + 0.5 * nodes)
     with_gradient = sum(w * mean_of_smaller(r, 6) for w, r in zip(weights / weights.sum(), rates, strict=True))
-    steps = expected_steps(sample_depth, RecurrenceConfig(mean_steps=8, backprop_steps=6), seed=0)
+    steps = expected_steps(RecurrenceConfig(mean_steps=8, backprop_steps=6), seed=0)
     assert with_gradient < 5.8  # some draws are shallower than the 6 steps
     assert steps.grad == pytest.approx(with_gradient, rel=0.005)
     assert steps.no_grad + steps.grad == pytest.approx(9, rel=0.01)
@@ -64,7 +63,7 @@ def test_expected_steps_of_the_lognormal_poisson():
 def test_expected_steps_of_the_other_distributions(distribution: str, expected: tuple):
     """Mean 4. Fixed, 2 with gradient: 2 + 2. Uniform on 1 .. 7, 3 with: (0 + 0 + 0 + 1 + 2 + 3 + 4) / 7 and 18 / 7."""
     recurrence = RecurrenceConfig(mean_steps=4, backprop_steps=expected[2], step_distribution=distribution)
-    steps = expected_steps(sample_depth, recurrence, seed=0)
+    steps = expected_steps(recurrence, seed=0)
     no_grad, grad, most = expected
     assert (steps.no_grad, steps.grad) == pytest.approx((no_grad, 4 - no_grad if grad is None else grad), rel=0.02)
     assert steps.most_grad == most

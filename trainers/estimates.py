@@ -1,10 +1,11 @@
 """What a run will need, from its shapes alone: memory, floating-point operations and time."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from model.recurrence import sample_depth
 
 # Dense bf16 peaks in TFLOPS, from NVIDIA's data sheets (the SXM versions, without sparsity).
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
@@ -26,14 +27,11 @@ class StepCounts:
     most_grad: int
 
 
-def expected_steps(sample_depth: Callable[..., tuple[int, int]], recurrence: PreTrainedConfig, seed: int) -> StepCounts:
+def expected_steps(recurrence: PreTrainedConfig, seed: int) -> StepCounts:
     """Means over `NUM_DRAWS` draws, those of the run's own first micro-batches; their standard error is below half a
     percent of the mean depth.
 
     The mean of the configured distribution need not be `mean_steps`: that of the log-normal Poisson is mean_steps + 1.
-
-    Args:
-        sample_depth: (recurrence config, seed, step, micro-batch) -> (steps without gradient, steps with).
     """
     draws = [sample_depth(recurrence, seed, step, 0) for step in range(NUM_DRAWS)]
     no_grad, grad = (sum(counts) / NUM_DRAWS for counts in zip(*draws, strict=True))

@@ -1,10 +1,12 @@
 """What each modality contributes to the loss."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+from model import modality_names
 
 
 @dataclass
@@ -32,21 +34,15 @@ class ModalityLosses:
     The sums stay on the device, so that nothing waits for it before the log.
 
     Args:
-        names: Of the modalities, by their number in `modality_ids`.
         weights: Of the modalities.
     """
 
-    def __init__(self, names: Sequence[str], weights: ModalityWeights):
-        self.names = tuple(names)
+    def __init__(self, weights: ModalityWeights):
+        self.names = modality_names()
         known = {"text": weights.text, "image": weights.image, "audio": weights.audio}
         self.weights = torch.tensor([known.get(name, 1.0) for name in self.names])
         self.num_windows = 0
-        self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64)
-
-    @property
-    def are_many(self) -> bool:
-        """Whether there is more than one modality to tell apart."""
-        return len(self.names) > 1
+        self._sums: torch.Tensor | None = None
 
     @property
     def are_weighted(self) -> bool:
@@ -71,17 +67,20 @@ class ModalityLosses:
             modality_ids: (batch, sequence).
         """
         figures = torch.stack((token_losses, labels != -100), dim=-1)[:, 1:].reshape(-1, 2)
-        self._sums = self._sums.to(figures.device)
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=figures.device)
         self._sums.index_add_(0, modality_ids[:, 1:].reshape(-1), figures.double())
 
     def flush(self, add_up: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What was counted since the last call, of each modality that occurred: `loss_NAME`, nats per token without
         weights; `tokens_NAME`, learned tokens of an accumulation window, on average; and, where modalities are
-        weighted, `weight_share_NAME`, their share of the loss.
+        weighted, `weight_share_NAME`, their share of the loss. Nothing where no batch has named any yet.
 
         Args:
             add_up: Sum of a tensor over the ranks.
         """
+        if self._sums is None:
+            return {}
         sums, windows = add_up(self._sums).cpu(), max(self.num_windows, 1)
         self._sums, self.num_windows = torch.zeros_like(self._sums), 0
         tokens = sums[:, 1]

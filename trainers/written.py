@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from model import WRITTEN
+
 
 class WrittenLosses:
     """Counts the latents of an accumulation window, and sums up their losses between two logs.
@@ -15,7 +17,7 @@ class WrittenLosses:
     """
 
     def __init__(self, config: Any):
-        ids = {name: getattr(config, f"written_{name}_token_id", None) for name in ("image", "audio")}
+        ids = {name: getattr(config, f"written_{name}_token_id", None) for name in WRITTEN}
         self.token_ids = {name: token_id for name, token_id in ids.items() if token_id is not None}
         self.num_in_window: dict[str, torch.Tensor] = {}
         self._sums = torch.zeros(len(self.token_ids), 2, dtype=torch.float64)
