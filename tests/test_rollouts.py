@@ -236,7 +236,7 @@ def tuning(folder, base, reward):
     tree["training"] |= {"learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True}
     config = folder / "tuning.yaml"
     config.write_text(yaml.safe_dump(tree))
-    return ["--config", str(config), "--training.output_dir", str(folder / "out")]
+    return ["--config", str(config), "--training.output_dir", str(folder / "out"), "--allow-code"]
 
 
 def test_finetune_by_reward(tiny_run, tmp_path, rewards):
