@@ -87,7 +87,7 @@ def load_base(run: FinetuningConfig, folder: Path) -> tuple[PreTrainedModel, Pro
         model = prepare_quantized_training(model, args, has_lora=run.peft is not None)
     config = model.config.get_text_config()
     if options.num_steps is not None:
-        config.recurrence.mean_steps = options.num_steps
+        config.recurrence.mean_steps, config.num_steps = options.num_steps, None  # which would be that of evaluation
     if options.backprop_steps is not None:
         config.recurrence.backprop_steps = options.backprop_steps
     return model, processor
