@@ -12,7 +12,7 @@ from tests.test_trainer import Interrupt, build, losses, rows
 from tests.tiny import tiny_model
 from tests.tiny_media import tiny_media_model
 from trainers import ModalityWeights, RecurrentTrainingArguments, find_resume_point
-from trainers.sampling import LengthSampler
+from trainers.recurrent import LengthSampler
 
 NAMES = ("text", "image", "audio")
 WEIGHTS = ModalityWeights(image=2.0, audio=0.25)

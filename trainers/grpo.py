@@ -17,8 +17,7 @@ from model.recurrence import sample_depth
 
 from .arguments import RecurrentTrainingArguments, check_choices
 from .checked import CheckedTrainer
-from .dpo import disable_attention_dropout, forget_reference
-from .named_metrics import NamedMetrics
+from .dpo import NamedMetrics, disable_attention_dropout, forget_reference
 from .quantization import make_trained_weights_float32
 from .rewards import load_reward
 

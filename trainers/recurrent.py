@@ -5,20 +5,19 @@ depth is used.
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from model.recurrence import draw_training_states, sample_depth
 
 from .checked import CheckedTrainer
-from .modalities import ModalityLosses
-from .sampling import LengthSampler
-from .written import WrittenLosses, flow_seeds
+from .modalities import ModalityLosses, WrittenLosses, flow_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +208,29 @@ class RecurrentTrainer(CheckedTrainer):
                 "they are collapsing",
                 *(step, values["token_correlation"], self.args.token_correlation_alarm),
             )
+
+
+class LengthSampler(LengthGroupedSampler):
+    """Rows of similar length side by side, in an order that follows from seed and epoch alone, so that a resumed run
+    goes on with it; transformers draws it from wherever the global generator stands.
+
+    Args:
+        batch_size: Rows that should be of similar length.
+        lengths: Of all rows, known in advance.
+        seed: At least 0.
+    """
+
+    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
+        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 def inputs_of_model(inputs: dict[str, Any]) -> dict[str, Any]:
