@@ -23,7 +23,6 @@ from configs import RunConfig, load_run_config
 from dataset_loading import Collator, build_examples, build_validation
 from evaluation import (
     CHECKS,
-    WRITTEN,
     BackReader,
     FeatureNetwork,
     Judge,
@@ -45,7 +44,7 @@ from inference.loading import find_checkpoint, load_model, tokenizer_of
 from inference.output import whole_folder
 from inference.prompts import prompt_limit
 from inference.terminal import write_result
-from model import modality_names
+from model.chat import WRITTEN_PREFIX
 from model.exit_criteria import EXIT_CRITERIA
 from model.quantization import QuantizationConfig
 
@@ -102,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             Collator(processor),
             token_byte_lengths(tokenizer_of(processor)),
             args.batch_size,
-            modalities=modality_names(),
             writer=None if args.no_texts else writer,
         )
         write_result(markdown_table(rows))
@@ -340,7 +338,7 @@ def divide(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequence[dict
         by_modality: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             modality = row.get("modality", "text")
-            by_modality.setdefault(modality if modality.startswith(WRITTEN) else "text", []).append(number)
+            by_modality.setdefault(modality if modality.startswith(WRITTEN_PREFIX) else "text", []).append(number)
         kinds = [modality for modality in by_modality if modality != "text"]
         for modality, numbers in by_modality.items():
             if modality == "text":

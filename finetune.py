@@ -20,13 +20,10 @@ from dataset_loading import Collator, build_datasets
 from dataset_loading.preferences import build_pairs, build_prompts
 from evaluation import METRICS, trainer_metrics
 from inference.adapters import base_model
-from inference.checkpoints import adapters_in, find_checkpoint, reads_media
+from inference.checkpoints import adapters_in, find_checkpoint
 from inference.loading import load_model, tokenizer_of
 from inference.shutdown import run_to_the_end
-from model import modality_names
-from model.chat import encode_conversation, prepare_tokenizer
-from model.depth import sample_depth
-from model.recurrence import draw_training_states
+from model.chat import prepare_tokenizer
 from model.step_lora import StepLora, add_step_lora
 from pretrain import build_media_examples, run_training, set_up_output, whole_weights
 from trainers import check_weights
@@ -90,7 +87,7 @@ def load_base(run: FinetuningConfig, folder: Path) -> tuple[PreTrainedModel, Pro
         model = prepare_quantized_training(model, args, has_lora=run.peft is not None)
     config = model.config.get_text_config()
     if options.num_steps is not None:
-        config.recurrence.mean_steps = options.num_steps
+        config.recurrence.mean_steps, config.num_steps = options.num_steps, None  # which would be that of evaluation
     if options.backprop_steps is not None:
         config.recurrence.backprop_steps = options.backprop_steps
     return model, processor
@@ -155,9 +152,6 @@ def build_recurrent_trainer(run: FinetuningConfig, model: torch.nn.Module, proce
         eval_dataset=datasets.validation,
         data_collator=Collator(processor),
         processing_class=processor,
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
-        modalities=modality_names() if reads_media(model.config.model_type) else ("text",),
         **trainer_metrics(tokenizer),
     )
     add_callbacks(trainer, run.callbacks, processor, build_media_examples(run, processor))
@@ -176,8 +170,6 @@ def build_preference_trainer(run: FinetuningConfig, model: torch.nn.Module, proc
         train_dataset=train,
         eval_dataset=validation,
         processing_class=processor,
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
     )
     add_callbacks(trainer, run.callbacks, processor)
     return trainer
@@ -206,8 +198,6 @@ def build_rollout_trainer(run: FinetuningConfig, model: torch.nn.Module, process
         train_dataset=train,
         eval_dataset=validation,
         processing_class=processor,
-        sample_depth=sample_depth,
-        encode_messages=functools.partial(encode_conversation, add_generation_prompt=True),
     )
     add_callbacks(trainer, run.callbacks, processor)
     return trainer

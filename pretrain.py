@@ -52,13 +52,10 @@ from model import (
     build_processor,
     codec_media,
     media_tokens,
-    modality_names,
     set_token_ids,
 )
 from model.backbones import reason_of
 from model.chat import ROLE_TOKENS, prepare_tokenizer
-from model.depth import sample_depth
-from model.recurrence import draw_training_states
 from trainers import (
     RecurrentTrainingArguments,
     check_weights,
@@ -173,7 +170,7 @@ def describe_run(run: RunConfig) -> str:
         model = without_weights(run)
         if isinstance(run.model, CODEC_CONFIGS):
             return f"{size_table(model)}\n"
-        needs = describe_needs(model, run.training, sample_depth, run.data.block_size, run.data.packing)
+        needs = describe_needs(model, run.training, run.data.block_size, run.data.packing)
     return f"{size_table(model)}\n\n{needs}\n"
 
 
@@ -232,9 +229,6 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
         eval_dataset=datasets.validation,
         data_collator=Collator(processor),
         processing_class=processor,
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
-        modalities=modality_names() if reads_media else ("text",),
         **trainer_metrics(tokenizer),
     )
     add_callbacks(trainer, run.callbacks, processor, build_media_examples(run, processor))

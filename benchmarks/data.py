@@ -40,7 +40,7 @@ from inference.devices import choose_device, choose_threads, cpu_model
 from model import build_processor, media_tokens
 from model.recurrence import draw_training_states
 from pretrain import build_model
-from trainers.muon import MuonBeside, matrices_of
+from trainers.optimizers import MuonBeside, matrices_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "recurrent_vlm.yaml"
 

@@ -45,6 +45,7 @@ from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArgume
 from . import strict_yaml
 from .advice import closest
 from .deepspeed_files import find_deepspeed
+from .foreign_code import check_code
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ SECTIONS = {
     "callbacks": CallbacksConfig,
     "training": RecurrentTrainingArguments,  # last, as it looks for the devices
 }
+SWITCHES = ("__dry_run", "__allow_code")  # flags that may stand without a value
 OPTIONAL_SECTIONS = ("peft", "step_lora")  # of fine-tuning
 # Not for YAML: what every Hugging Face config inherits, what tokenizer, backbone and launcher decide, and secrets.
 NOT_OPTIONS = {
@@ -145,7 +147,7 @@ def load_config(argv: Sequence[str] | None = None) -> RunConfig:
         SystemExit: with code 2, after one line on stderr, for whatever is wrong.
     """
     with one_line_errors():
-        return build_run(resolve(sys.argv[1:] if argv is None else argv))
+        return build_run(resolve(sys.argv[1:] if argv is None else argv, is_to_run=True))
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
@@ -214,19 +216,23 @@ def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...
 # --------------------------------------------------------------------------------------------- from arguments to values
 
 
-def resolve(argv: Sequence[str]) -> dict[str, Any]:
+def resolve(argv: Sequence[str], is_to_run: bool = False) -> dict[str, Any]:
     """Every option as plain values, from defaults, files and flags; types are checked, nothing is built.
 
+    Args:
+        is_to_run: Whether a run follows, in which the code that it names would run.
+
     Raises:
-        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file.
+        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file; as `check_code`, unless the
+            command line allows it.
     """
     given = list(read_arguments(argv))
     config_class = model_config_class([tree for _, tree, _ in given])
     absent = absent_parts([tree for _, tree, _ in given], config_class)
-    schema = dict.fromkeys(("trainer", "log_level", "local_rank", "dry_run"))
+    schema = dict.fromkeys(("trainer", "log_level", "local_rank", "dry_run", "allow_code"))
     schema |= {"model": {"model_type": None, **schema_of(config_class)}}
     schema |= {name: schema_of(cls) for name, cls in SECTIONS.items()}
-    tree = parse(given, schema, build_parser(config_class))
+    tree = parse(given, schema, build_parser(config_class), is_to_run)
     tree["model"] |= dict.fromkeys(absent)
     if not tree["dry_run"]:
         del tree["dry_run"]  # a dry run leaves no file, so that no file needs to say that its run was none
@@ -234,17 +240,26 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def parse(
-    given: Sequence[tuple[str, dict[str, Any], list[str]]], schema: dict[str, Any], parser: ArgumentParser
+    given: Sequence[tuple[str, dict[str, Any], list[str]]],
+    schema: dict[str, Any],
+    parser: ArgumentParser,
+    is_to_run: bool,
 ) -> dict[str, Any]:
-    """The values of what `read_arguments` gives, defaults included, with their types checked."""
+    """The values of what `read_arguments` gives, defaults included, with their types checked. That code is allowed is
+    none of them: no file that a run leaves behind allows its own.
+    """
     for origin, tree, _ in given:
         check_keys(without_absent_parts(tree), schema, origin)
+        if origin and tree.get("allow_code"):
+            raise ValueError(f"{origin}allow_code: a file cannot allow its own code; give --allow-code instead")
     try:
         values = parser.parse_args([flag for _, tree, flags in given for flag in (*emptied_lists(tree), *flags)])
     except ArgumentError as error:
         raise ValueError(describe(str(error), schema)) from error
     tree = json.loads(parser.dump(values, format="json", skip_unset=False))
     del tree["local_rank"]
+    if not tree.pop("allow_code") and is_to_run:
+        check_code(given)
     make_paths_absolute(tree, Path.cwd())
     return tree
 
@@ -294,7 +309,7 @@ def read_arguments(argv: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], l
             continue
         if not flag.startswith("--"):
             raise ValueError(f"unexpected argument {flag!r}; options are written --section.name value")
-        if flag in ("--dry_run", "--dry-run") and not equals and (not rest or rest[0] not in ("true", "false")):
+        if flag.replace("-", "_") in SWITCHES and not equals and (not rest or rest[0] not in ("true", "false")):
             rest.insert(0, "true")
         if not equals and not rest:
             raise ValueError(f"{flag}: the value is missing")
@@ -460,6 +475,9 @@ def empty_parser(trainers: Iterable[str], trainer: str) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file; may be given several times")
     parser.add_argument("--trainer", type=Literal[tuple(trainers)], default=trainer, help="Name of the trainer")
     parser.add_argument("--log_level", "--log-level", type=Literal["debug", "info", "warning", "error"], default="info")
+    parser.add_argument(
+        "--allow_code", "--allow-code", type=bool, default=False, help="Run functions that a configuration file names"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help="Ignored: LOCAL_RANK of the environment rules")
     return parser
 

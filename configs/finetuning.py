@@ -118,7 +118,7 @@ def load_finetuning_config(argv: Sequence[str] | None = None) -> FinetuningConfi
         SystemExit: with code 2, after one line on stderr, for whatever is wrong.
     """
     with one_line_errors():
-        tree = resolve(sys.argv[1:] if argv is None else argv)
+        tree = resolve(sys.argv[1:] if argv is None else argv, is_to_run=True)
         training = dict(tree["training"], deepspeed=find_deepspeed(tree["training"]["deepspeed"]))
         _, arguments = FINETUNERS[tree["trainer"]]
         return build_run(tree, build(arguments, training, "training"))
@@ -129,11 +129,15 @@ def load_finetuned_run(path: str | Path, overrides: Sequence[str] = ()) -> Finet
     return build_run(resolve(["--config", str(path), *overrides]), training=None)
 
 
-def resolve(argv: Sequence[str]) -> dict[str, Any]:
+def resolve(argv: Sequence[str], is_to_run: bool = False) -> dict[str, Any]:
     """Every option as plain values; types are checked, nothing is built.
 
+    Args:
+        is_to_run: Whether a run follows, in which the code that it names would run.
+
     Raises:
-        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file.
+        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file; as `check_code`, unless the
+            command line allows it.
     """
     given = list(read_arguments(argv))
     trees = [tree for _, tree, _ in given]
@@ -141,10 +145,10 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
     if trainer not in FINETUNERS:
         raise ValueError(f"trainer: {trainer!r} is unknown; {closest(trainer, list(FINETUNERS))}")
     sections = sections_of(trainer)
-    schema = dict.fromkeys(("trainer", "log_level", "local_rank")) | {
+    schema = dict.fromkeys(("trainer", "log_level", "local_rank", "allow_code")) | {
         name: schema_of(cls) for name, cls in sections.items()
     }
-    tree = parse(given, schema, build_parser(trainer))
+    tree = parse(given, schema, build_parser(trainer), is_to_run)
     return tree | dict.fromkeys(absent_of(OPTIONAL_SECTIONS, trees))
 
 

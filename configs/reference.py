@@ -33,6 +33,9 @@ section: `--model.recurrence.mean_steps 8`. Several `--config` files may be give
 earlier ones. What is wrong with a key, a type, a choice or a range is said in one line that names the key, before
 anything is built. The `config.yaml` of a run folder holds every option as it was resolved.
 
+`training.optimizer` and `training.rewards` may name functions, which are imported and run. Where a file names one that
+is not in `trainers` or `evaluation`, it is refused unless the command line has `--allow-code`, which no file can say.
+
 A YAML holds plain values: a text, a number of 64 bits, true, false, null, lists and mappings, at most 32 in each other,
 with each key once. It is UTF-8 of at most 512 KiB, and of 20,000 values, in which each alias counts as all that it
 stands for.

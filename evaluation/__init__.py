@@ -9,7 +9,7 @@ from .feature_networks import FeatureNetwork
 from .frechet import frechet_distance, kernel_distance
 from .judges import Judge, JudgeConfig, LabelledMedia, load_judge, save_judge, train_judge
 from .media_report import media_markdown, save_media_table
-from .media_writing import WRITTEN, BackReader, MediaTable, MediaWriter, media_table
+from .media_writing import BackReader, MediaTable, MediaWriter, media_table
 from .metrics import METRICS, compute_metrics, metrics_from_sums, token_byte_lengths, token_nll, trainer_metrics
 from .pitch_reader import read_notes
 from .report import markdown_table, save_depth_table
@@ -18,7 +18,6 @@ from .scene_reader import read_scene
 __all__ = [
     "CHECKS",
     "METRICS",
-    "WRITTEN",
     "BackReader",
     "DepthRow",
     "ExactMatch",

@@ -23,6 +23,7 @@ from model import (
     MegaTransformerForConditionalGeneration,
     MegaTransformerProcessor,
     MegaTransformerTextConfig,
+    tokenizer_of,
 )
 from model.chat import check_template
 from model.feature_extraction_megatransformer import MegaTransformerFeatureExtractor
@@ -208,11 +209,6 @@ def choose_kernel(model: PreTrainedModel) -> None:
             if module.compute_dtype != torch.bfloat16 or module.out_features % 32:
                 module.support_avx512bf16_for_cpu = False
             keep_scales(module)
-
-
-def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """The tokenizer in a processor, or the tokenizer itself."""
-    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
 
 def check_loading(folder: Path, report: dict) -> None:

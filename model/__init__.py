@@ -46,9 +46,9 @@ from .modeling_megatransformer_text import (
     MegaTransformerForSequenceClassification,
     MegaTransformerTextModel,
 )
-from .processing_megatransformer import MegaTransformerProcessor, build_processor
+from .processing_megatransformer import MegaTransformerProcessor, build_processor, tokenizer_of
 from .vocoder import MegaTransformerVocoder
-from .writing import MediaChunk, WritingOptions
+from .writing import MediaChunk, WritingOptions, draw_codes
 
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
@@ -106,11 +106,13 @@ __all__ = [
     "WritingOptions",
     "build_processor",
     "codec_media",
+    "draw_codes",
     "load_audio",
     "load_image",
     "media_tokens",
     "modality_names",
     "set_token_ids",
+    "tokenizer_of",
     "waveform_of",
     "write_audio",
 ]

@@ -6,7 +6,7 @@ of it goes through one cache. With guidance, each row runs twice, the second tim
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
@@ -499,6 +499,25 @@ class MediaWriting:
     def _pad(self) -> int:
         pad = self.generation_config.pad_token_id
         return self.model.text_config.pad_token_id or 0 if pad is None else pad
+
+
+def draw_codes(model: Any, inputs: Mapping[str, Any]) -> list[Any | None]:
+    """The images that a model writes as tokens, one for each prompt, drawn by plain `generate`; None for a prompt whose
+    answer holds no whole image.
+
+    Args:
+        model: One whose images are codes.
+        inputs: Arguments of `generate`.
+    """
+    most = model.model.writers["image"].num_places + 1  # the start token
+    ids = model.generate(**{**inputs, "do_sample": True, "top_k": 0, "max_new_tokens": most})
+    images: list[Any | None] = []
+    for row in ids[:, inputs["input_ids"].shape[1] :]:
+        try:
+            images.append(next(iter(model.decode_image_tokens(row[None])), None))
+        except ValueError:  # too few codes
+            images.append(None)
+    return images
 
 
 # ------------------------------------------------------------------------- when a row that writes a latent may stop

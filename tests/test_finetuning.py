@@ -110,6 +110,19 @@ def test_all_weights_learn_without_adapters(tiny_run, tmp_path):
     assert all(not torch.equal(ours[name], before[name]) for name in before)
 
 
+def test_the_depth_of_a_run_is_that_of_its_evaluation(tiny_run, tmp_path):
+    """Whatever config.json names where nothing else does."""
+    base = shutil.copytree(tiny_run, tmp_path / "base", ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_steps": 1}))
+    flags = ("--model.num_steps", 3, "--training.max_steps", 1, "--training.save_strategy", "no")
+    folder = tune(tmp_path, base, *flags, peft=None)
+    model, ids = load_model(folder)[0], tiny_ids(2, 9, high=250)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, logits_of(model, 3))
+        assert not torch.equal(model(input_ids=ids).logits, logits_of(model, 1))
+
+
 @pytest.mark.parametrize("option", ["use_rslora", "use_dora"])
 def test_the_variants_of_lora(option, tiny_run, tmp_path):
     """rsLoRA divides by the root of the rank; DoRA scales the rows of the sum to lengths that are learned."""

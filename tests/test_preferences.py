@@ -58,8 +58,6 @@ def build(folder, pairs, adapters=True, model=None, **overrides):
         train_dataset=pairs,
         eval_dataset={"tiny": pairs},
         processing_class=TOKENIZER,
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
         peft_config=lora if adapters else None,
     )
 

@@ -27,7 +27,7 @@ def rows(count=32, length=12):
     return [{"input_ids": row, "labels": target} for row, target in zip(ids, labels, strict=True)]
 
 
-def build(folder, seed=0, model=None, dataset=None, modalities=("text",), **overrides):
+def build(folder, seed=0, model=None, dataset=None, **overrides):
     settings = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -49,9 +49,6 @@ def build(folder, seed=0, model=None, dataset=None, modalities=("text",), **over
         args=args,
         train_dataset=dataset or rows(),
         eval_dataset=rows(8),
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
-        modalities=modalities,
     )
 
 
