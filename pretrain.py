@@ -22,7 +22,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import deepspeed_config, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from callbacks import ModelCardWriter, add_callbacks, add_codec_callbacks, size_table, sources_of
 from configs import (
@@ -331,11 +331,12 @@ def whole_weights(args: RecurrentTrainingArguments) -> Iterator[None]:
     """Let the Auto classes build whole models. Under ZeRO-3 they build partitioned ones, which initialise differently,
     so that stages could not be compared; DeepSpeed partitions whole ones when training begins.
     """
+    is_set = deepspeed_config() is not None  # a run that is only planned sets none
     unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        if args.deepspeed:
+        if args.deepspeed and is_set:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
