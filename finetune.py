@@ -18,7 +18,7 @@ from configs import one_line_errors
 from configs.finetuning import FinetuningConfig, load_finetuning_config
 from dataset_loading import Collator, build_datasets
 from dataset_loading.preferences import build_pairs, build_prompts
-from evaluation import METRICS, trainer_metrics
+from evaluation.metrics import METRICS, trainer_metrics
 from inference.adapters import base_model
 from inference.checkpoints import adapters_in, find_checkpoint, reads_media
 from inference.loading import load_model, tokenizer_of

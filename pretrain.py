@@ -27,7 +27,6 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from callbacks import ModelCardWriter, add_callbacks, add_codec_callbacks, size_table, sources_of
 from configs import (
-    CODEC_CONFIGS,
     ResolvedConfig,
     RunConfig,
     load_config,
@@ -36,20 +35,16 @@ from configs import (
 from configs.resuming import Start, config_text, find_start
 from dataset_loading import Collator, build_datasets, build_examples, build_tokenizer
 from dataset_loading.codec_data import build_codec_datasets
-from evaluation import METRICS, trainer_metrics
-from evaluation.reconstruction import PictureScores, SoundScores, mean_scores
+from evaluation.metrics import METRICS, trainer_metrics
+from evaluation.reconstruction import codec_scores, mean_scores
 from inference.devices import choose_threads, device_report
 from inference.shutdown import run_to_the_end
 from inference.terminal import write_result
 from model import (
+    CODEC_CONFIGS,
+    MODELS,
     MegaTransformerConfig,
-    MegaTransformerForCausalLM,
-    MegaTransformerForConditionalGeneration,
     MegaTransformerImageAutoencoder,
-    MegaTransformerImageAutoencoderConfig,
-    MegaTransformerTextConfig,
-    MegaTransformerVocoder,
-    MegaTransformerVocoderConfig,
     build_processor,
     codec_media,
     media_tokens,
@@ -72,13 +67,6 @@ from trainers.run_lock import RunLock
 from trainers.signals import StopCallback, StopRequest, watch_launcher
 
 logger = logging.getLogger("pretrain")
-
-MODELS = {
-    MegaTransformerTextConfig: MegaTransformerForCausalLM,
-    MegaTransformerConfig: MegaTransformerForConditionalGeneration,
-    MegaTransformerImageAutoencoderConfig: MegaTransformerImageAutoencoder,
-    MegaTransformerVocoderConfig: MegaTransformerVocoder,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -269,7 +257,7 @@ def build_codec_trainer(run: RunConfig, resume_point: str | None = None) -> Trai
     if isinstance(model, MegaTransformerImageAutoencoder) and resume_point is None and model.num_component_images:
         count = min(model.num_component_images, len(train_dataset))
         model.begin_with_components(torch.stack([train_dataset[index] for index in range(count)]))
-    score = PictureScores() if media.kind == "image" else SoundScores(media.sampling_rate, model.log_mel)
+    score = codec_scores(model)
     args.choose_best_metric([f"eval_{source}_{name}" for source in validation for name in ("loss", *score.names)])
     if resume_point is not None:
         check_weights(resume_point, model)

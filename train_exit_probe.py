@@ -20,12 +20,12 @@ from transformers import set_seed
 
 from callbacks import model_card, sources_of
 from configs import RunConfig
+from configs.runs import find_run_config, read_run_config
 from dataset_loading import Collator, build_datasets
-from evaluate import find_run_config, read_run_config, writable_folder
 from inference import arguments
 from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import find_checkpoint, load_model
-from inference.output import whole_folder
+from inference.output import whole_folder, writable_folder
 from inference.terminal import write_result
 from model import MegaTransformerForCausalLM
 from model.exit_criteria import relative_change

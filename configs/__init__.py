@@ -32,12 +32,7 @@ from transformers import PreTrainedConfig
 
 from callbacks import CallbacksConfig
 from dataset_loading.configuration import DataConfig, TokenizerConfig
-from model import (
-    MegaTransformerConfig,
-    MegaTransformerImageAutoencoderConfig,
-    MegaTransformerTextConfig,
-    MegaTransformerVocoderConfig,
-)
+from model import CODEC_CONFIGS, MODELS, MegaTransformerConfig, MegaTransformerTextConfig
 from model.terminal import one_line
 from model.versions import VersionAction
 from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
@@ -48,11 +43,8 @@ from .deepspeed_files import find_deepspeed
 
 logger = logging.getLogger(__name__)
 
-CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
 PATIENCE = 30  # seconds from an error of a rank that is not the first of its machine to its words
-MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    cls.model_type: cls for cls in (MegaTransformerTextConfig, MegaTransformerConfig, *CODEC_CONFIGS)
-}
+MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {cls.model_type: cls for cls in MODELS}
 SECTIONS = {
     "tokenizer": TokenizerConfig,
     "data": DataConfig,
@@ -76,6 +68,11 @@ class ResolvedConfig:
     resolved: dict[str, Any]
     identity: ClassVar[tuple[str, ...]]
     """Beginnings of the keys that say which model it is."""
+
+    @property
+    def seed(self) -> int:
+        """With which the run splits and generates its data."""
+        return self.resolved["training"]["seed"]
 
     def defaults(self) -> dict[str, Any]:
         """What is resolved where nothing is given but what selects the classes."""

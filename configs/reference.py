@@ -15,12 +15,13 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 
+from model import CODEC_CONFIGS
 from trainers import RecurrentTrainingArguments
 from trainers.arguments import MINIMUMS, MOMENTS
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import ModelOptions
 
-from . import CODEC_CONFIGS, MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, finetuning, nested_class, options_of
+from . import MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, finetuning, nested_class, options_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\

@@ -72,6 +72,22 @@ def writing(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
 
 
+def writable_folder(folder: Path) -> Path:
+    """The folder, which may be missing, if a file could be written there just now.
+
+    Raises:
+        ValueError: none could.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written ({error.strerror}): name another folder with --output."
+        ) from error
+
+
 def append(path: Path, line: str) -> None:
     """Add a line to a file, or nothing.
 

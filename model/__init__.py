@@ -43,6 +43,15 @@ from .vocoder import MegaTransformerVocoder
 from .writers import WRITTEN, modality_names, set_token_ids
 from .writing import MediaChunk, WritingOptions
 
+MODELS = {
+    MegaTransformerTextConfig: MegaTransformerForCausalLM,
+    MegaTransformerConfig: MegaTransformerForConditionalGeneration,
+    MegaTransformerImageAutoencoderConfig: MegaTransformerImageAutoencoder,
+    MegaTransformerVocoderConfig: MegaTransformerVocoder,
+}
+"""The class that is trained, by the class of its configuration."""
+CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
+
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
 AutoModelForCausalLM.register(MegaTransformerTextConfig, MegaTransformerForCausalLM)
@@ -68,8 +77,10 @@ AutoImageProcessor.register(
 )
 
 __all__ = [
+    "CODEC_CONFIGS",
     "MEDIA_TOKENS",
     "MODALITIES",
+    "MODELS",
     "WRITTEN",
     "MediaChunk",
     "MediaError",

@@ -740,7 +740,7 @@ def test_a_rank_that_is_no_number_is_one_line(monkeypatch, capsys, name: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate.py", "-m inference.generate"])
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "-m evaluation", "-m inference.generate"])
 def test_a_rank_that_is_no_number_ends_a_command(script: str) -> None:
     command = [sys.executable, *script.split(), "--help"]
     ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "LOCAL_RANK": "x"}, capture_output=True, text=True)

@@ -18,11 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-import evaluate
 import pretrain
 from configs import load_config
 from dataset_loading import get_task
 from dataset_loading.synthetic import generate_row
+from evaluation.__main__ import main as evaluate
 from inference.loading import load_model
 from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, encode_conversation
 from tests.tiny import tiny_ids
@@ -201,9 +201,9 @@ def test_checkpoint_loads_elsewhere_with_its_tokenizer(run, tmp_path):
 
 
 def test_depth_table_of_the_run(run, tmp_path, capsys):
-    """`evaluate.py RUN --num-steps ...`: the table at the mean depth repeats the run's own evaluation."""
+    """`python -m evaluation RUN --num-steps ...`: the table at the mean depth repeats the run's own evaluation."""
     folder, _ = run
-    assert evaluate.main([str(folder), "--num-steps", "1", "3", "--output", str(tmp_path / "depth")]) == 0
+    assert evaluate([str(folder), "--num-steps", "1", "3", "--output", str(tmp_path / "depth")]) == 0
     rows = json.loads((tmp_path / "depth" / "depth.json").read_text())
     assert {path.suffix for path in (tmp_path / "depth").iterdir()} == {".json", ".md", ".png"}
     assert (tmp_path / "depth" / "depth.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
