@@ -28,6 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 from transformers import LogitsProcessorList, TrainerState, set_seed
 
 from configs import RunConfig, load_config, load_run_config
+from configs.build_pretraining import describe_run
 from configs.resuming import check_options
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets
 from dataset_loading.codec_data import build_codec_datasets
@@ -40,7 +41,6 @@ from inference.prompts import check_prompts, encode_prompt, encode_question, rea
 from model import MegaTransformerForConditionalGeneration, codec_media
 from model.chat import prepare_tokenizer
 from model.step_lora import add_step_lora
-from pretrain import describe_run
 from tests.hub_encoders import siglip2
 from tests.tiny_artist import artist_config, artist_processor, tiny_artist
 from tests.tiny_codecs import tiny_autoencoder

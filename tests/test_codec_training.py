@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoFeatureExtractor, AutoModel, set_seed
 
 import pretrain
+from configs import load_config
 from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.codec_data import build_codec_datasets
 from evaluation.__main__ import main as evaluate
@@ -301,7 +302,7 @@ def test_from_yaml_to_scores(tmp_path, capsys, name):
 def test_scores_beside_griffin_lim(tmp_path, capsys):
     """A vocoder that knows nothing yet, with the run's configuration beside it."""
     config, out = write_run(tmp_path, "vocoder"), tmp_path / "out"
-    pretrain.load_config(config).save(out / "config.yaml")
+    load_config(config).save(out / "config.yaml")
     tiny_vocoder().save_pretrained(out)
     assert evaluate([str(out), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -348,7 +349,7 @@ def test_a_dry_run_says_how_large_it_is(tmp_path, capsys):
 
 def test_options_of_language_models_are_refused_for_a_codec(tmp_path, capsys):
     config, out = write_run(tmp_path, "autoencoder"), tmp_path / "out"
-    pretrain.load_config(config).save(out / "config.yaml")
+    load_config(config).save(out / "config.yaml")
     tiny_autoencoder().save_pretrained(out)
     with pytest.raises(SystemExit):
         evaluate([str(out), "--num-steps", "4"])
@@ -357,7 +358,7 @@ def test_options_of_language_models_are_refused_for_a_codec(tmp_path, capsys):
 
 def test_weights_that_do_not_fit_are_refused(tmp_path, capsys):
     config, out = write_run(tmp_path, "autoencoder"), tmp_path / "out"
-    pretrain.load_config(config).save(out / "config.yaml")
+    load_config(config).save(out / "config.yaml")
     tiny_autoencoder(num_decoder_layers=2).save_pretrained(out)
     weights = MegaTransformerImageAutoencoder.from_pretrained(out).state_dict()
     weights.pop("decoder.head.bias")

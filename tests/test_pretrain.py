@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 
 import pretrain
 from configs import load_config
+from configs.build_pretraining import build_media_examples
 from dataset_loading import get_task
 from dataset_loading.synthetic import generate_row
 from evaluation.__main__ import main as evaluate
@@ -28,6 +29,7 @@ from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, encode_conversation
 from tests.tiny import tiny_ids
 from tests.tiny_language_model import tiny_model
 from tests.tiny_processor import tiny_processor
+from trainers.building import whole_weights
 from trainers.resuming import forget_tied_weights
 
 TINY_RUN = {
@@ -230,7 +232,7 @@ def test_media_are_shown_of_train_sources_where_there_is_no_validation(tmp_path)
     data = {"train": train, "validation": [], "block_size": 128}
     config = ["--config", str(write_config(tmp_path, data=data))]
     run, processor = load_config(config), tiny_processor()
-    examples = pretrain.build_media_examples(run, processor)
+    examples = build_media_examples(run, processor)
     counts = run.callbacks.media_samples.num_examples, run.callbacks.written_samples.num_examples
     assert list(examples) == ["scenes"] and len(examples["scenes"]) == max(counts) == 4
     scenes = get_task("scenes")
@@ -240,18 +242,18 @@ def test_media_are_shown_of_train_sources_where_there_is_no_validation(tmp_path)
     assert [example["answer"] for example in examples["scenes"]] == [row["answer"] for row in rows]
     named = "[{kind: generated, task: melodies, num_rows: 9}, {kind: generated, task: addition, num_rows: 9}]"
     run = load_config([*config, "--data.validation", named])
-    assert list(pretrain.build_media_examples(run, processor)) == ["melodies"]
+    assert list(build_media_examples(run, processor)) == ["melodies"]
 
 
 def test_models_are_built_whole_under_zero_3():
     config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # as TrainingArguments make one
     args = SimpleNamespace(deepspeed="zero3", hf_deepspeed_config=config)
     assert is_deepspeed_zero3_enabled()
-    with pytest.raises(KeyError), pretrain.whole_weights(args):
+    with pytest.raises(KeyError), whole_weights(args):
         assert not is_deepspeed_zero3_enabled()
         raise KeyError
     assert is_deepspeed_zero3_enabled()
-    with pretrain.whole_weights(SimpleNamespace(deepspeed=None)):
+    with whole_weights(SimpleNamespace(deepspeed=None)):
         assert not is_deepspeed_zero3_enabled()
 
 
