@@ -58,6 +58,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "finetune_qlora": ("tune", ("text",)),
     "finetune_dpo": ("tune", ()),
     "finetune_grpo": ("tune", ()),
+    "finetune_exit_probe": ("tune", ()),
 }
 WRITINGS: dict[str, tuple[str, ...]] = {  # arguments of a writing; {media} is the folder of the data
     "text": ("--prompt", "12+34=", "--greedy"),
@@ -149,6 +150,7 @@ def reduced(name: str, out: Path) -> dict[str, Any]:
     training |= {"use_cpu": True, "disable_tqdm": True, "recurrence_logging_steps": 0, "dataloader_num_workers": 0}
     if name == "finetune_grpo":
         training |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+    if name in ("finetune_grpo", "finetune_exit_probe"):
         del training["recurrence_logging_steps"]
     return tree
 

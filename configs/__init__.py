@@ -202,7 +202,9 @@ def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...
     """
     if not (folder / "config.yaml").exists():
         return None
-    there, here = flatten(run.defaults()) | flatten(read_yaml(folder / "config.yaml")), flatten(run.resolved)
+    content = read_yaml(folder / "config.yaml")
+    make_paths_absolute(content, Path.cwd())  # as all are that today's code writes
+    there, here = flatten(run.defaults()) | flatten(content), flatten(run.resolved)
     different = (key for key in here | there if key.startswith(prefixes) and there.get(key) != here.get(key))
     key = next(different, None)
     return key and f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
@@ -366,10 +368,11 @@ def make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
         if isinstance(source.get("paths"), list):
             source["paths"] = [os.path.normpath(folder / str(path)) for path in source["paths"]]
     model = section if isinstance(section := tree.get("model"), dict) else {}
-    codecs = [(model.get("image_writer_config"), "codec_name_or_path")]
-    codecs += [(model.get("audio_writer_config"), "vocoder_name_or_path")]
+    parts = [(model.get("image_writer_config"), "codec_name_or_path")]
+    parts += [(model.get("audio_writer_config"), "vocoder_name_or_path")]
+    parts += [(model.get(f"{name}_config"), "backbone") for name in ("vision", "audio")]
     named = [*((source, "path") for source in sources), (tokenizer, "path"), (training, "deepspeed")]
-    named += [(part, key) for part, key in codecs if isinstance(part, dict)]
+    named += [(part, key) for part, key in parts if isinstance(part, dict)]
     named += [(model, "path")]  # of fine-tuning
     for mapping, key in named:
         if isinstance(name := mapping.get(key), str) and name and (path := folder / name).exists():

@@ -10,7 +10,8 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
 
-from callbacks import add_callbacks
+from callbacks import add_callbacks, add_codec_callbacks
+from dataset_loading import Collator
 from dataset_loading.preferences import build_pairs, build_prompts
 from inference.adapters import base_model
 from inference.checkpoints import adapters_in, find_checkpoint
@@ -21,12 +22,13 @@ from model.step_lora import StepLora, add_step_lora
 from trainers import check_weights
 from trainers.building import whole_weights
 from trainers.dpo import PreferenceTrainer
+from trainers.exit_probe import ExitProbeTrainer
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import lora_config, step_lora_targets
 from trainers.grpo import RolloutTrainer
 from trainers.quantization import is_quantized, prepare_quantized_training
 
-from .build_pretraining import build_recurrent_trainer
+from .build_pretraining import build_recurrent_trainer, build_rows
 from .finetuning import FinetuningConfig
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
@@ -43,6 +45,8 @@ def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Tra
     base = base_model(folder)
     model, processor = load_base(run, folder)
     set_seed(run.training.seed)
+    if run.trainer == "exit_probe":
+        add_exit_probe(model)
     model, adapters = add_adapters(run, model)
     beside = [base, *adapters] if run.has_adapters else []
     if resume_point is not None:
@@ -74,6 +78,18 @@ def load_base(run: FinetuningConfig, folder: Path) -> tuple[PreTrainedModel, Pro
     if options.backprop_steps is not None:
         config.recurrence.backprop_steps = options.backprop_steps
     return model, processor
+
+
+def add_exit_probe(model: PreTrainedModel) -> None:
+    """Give a model a fresh exit probe, which alone learns.
+
+    Raises:
+        ValueError: the model has no core, so that there is nothing to exit from.
+    """
+    if model.config.get_text_config().num_core_layers == 0:
+        raise ValueError("model.path: the model has no core (num_core_layers is 0), so there is nothing to exit from")
+    model.requires_grad_(False)
+    model.model.add_exit_probe().float().requires_grad_(True)
 
 
 def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.nn.Module, list[StepLora]]:
@@ -119,6 +135,24 @@ def check_adapters(run: FinetuningConfig, resume_point: str) -> None:
 def build_token_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
     """The trainer of `continued` and `sft`: rows of tokens, of which some are learned."""
     return build_recurrent_trainer(FINETUNERS[run.trainer][0], run, model, processor)
+
+
+def build_exit_probe_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
+    """The trainer of `exit_probe`: the same rows, on which a head learns when the model is done."""
+    datasets = build_rows(run, model, processor)
+    run.training.choose_best_metric(
+        [f"eval_{source}_{name}" for source in datasets.validation for name in ("loss", "accuracy")]
+    )
+    trainer = ExitProbeTrainer(
+        model=model,
+        args=run.training,
+        train_dataset=datasets.train,
+        eval_dataset=datasets.validation,
+        data_collator=Collator(processor),
+        processing_class=processor,
+    )
+    add_codec_callbacks(trainer, run.callbacks)
+    return trainer
 
 
 def build_preference_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
@@ -175,4 +209,5 @@ BUILDERS: dict[str, Callable[[FinetuningConfig, torch.nn.Module, Processor], Tra
     "sft": build_token_trainer,
     "dpo": build_preference_trainer,
     "grpo": build_rollout_trainer,
+    "exit_probe": build_exit_probe_trainer,
 }

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from callbacks import add_callbacks, add_codec_callbacks, size_table
-from dataset_loading import Collator, build_datasets, build_examples, build_tokenizer
+from dataset_loading import Collator, RunDatasets, build_datasets, build_examples, build_tokenizer
 from dataset_loading.codec_data import build_codec_datasets
 from evaluation.metrics import METRICS, trainer_metrics
 from evaluation.reconstruction import codec_scores, mean_scores
@@ -86,14 +86,7 @@ def build_recurrent_trainer(
     Raises:
         ValueError: as `build_trainer`.
     """
-    args = run.training
-    datasets = build_datasets(
-        run.data,
-        processor,
-        seed=args.seed,
-        vocab_size=model.config.get_text_config().vocab_size,
-        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-    )
+    args, datasets = run.training, build_rows(run, model, processor)
     args.choose_best_metric([f"eval_{source}_{name}" for source in datasets.validation for name in METRICS])
     trainer = trainer_class(
         model=model,
@@ -109,6 +102,22 @@ def build_recurrent_trainer(
     )
     add_callbacks(trainer, run.callbacks, processor, build_media_examples(run, processor))
     return trainer
+
+
+def build_rows(run: ResolvedConfig, model: PreTrainedModel, processor: Processor) -> RunDatasets:
+    """The rows of tokens that a run learns from and is evaluated on.
+
+    Raises:
+        ValueError: for data that cannot be read, or that do not fit the model.
+    """
+    args = run.training
+    return build_datasets(
+        run.data,
+        processor,
+        seed=args.seed,
+        vocab_size=model.config.get_text_config().vocab_size,
+        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+    )
 
 
 def build_media_examples(run: ResolvedConfig, processor: Processor) -> dict[str, Sequence]:

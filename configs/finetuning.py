@@ -14,6 +14,7 @@ from dataset_loading.configuration import DataConfig
 from model.quantization import QuantizationConfig
 from trainers import RecurrentTrainingArguments
 from trainers.dpo import PreferenceArguments
+from trainers.exit_probe import ExitProbeArguments
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import ModelOptions, PeftOptions, StepLoraOptions
 from trainers.grpo import RolloutArguments
@@ -56,6 +57,9 @@ NOT_OPTIONS[RolloutArguments] = {
     *("log_multimodal", "log_completions_hub_repo", "modality_weights", "router_aux_loss_coef"),
     *("recurrence_logging_steps", "depth_gap_alarm", "token_correlation_alarm", "cast_lm_head_to_fp32"),
     *(name for name in RolloutArguments.__dataclass_fields__ if "vllm" in name),
+}
+NOT_OPTIONS[ExitProbeArguments] = {
+    *("recurrence_logging_steps", "depth_gap_alarm", "token_correlation_alarm", "modality_weights"),
 }
 SECTIONS = {
     "model": ModelOptions,
@@ -168,6 +172,8 @@ def build_run(tree: dict[str, Any], training: RecurrentTrainingArguments | None)
     Raises:
         ValueError: for a value out of range, with its section.
     """
+    if tree["trainer"] == "exit_probe" and (parts := [name for name in OPTIONAL_SECTIONS if tree[name] is not None]):
+        raise ValueError(f"{parts[0]}: an exit probe learns alone, beside a model that stays as it is; leave it out")
     built = {name: None if tree[name] is None else build(cls, tree[name], name) for name, cls in SECTIONS.items()}
     names = {name: tree[name] for name in ("trainer", "log_level")}
     return FinetuningConfig(**built, **names, training=training, resolved=tree)
