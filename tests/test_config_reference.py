@@ -223,6 +223,10 @@ NEEDED = {
 }
 
 
+# What an option needs besides, to be given at all.
+NEEDED_BESIDE = {"stem_depth": {"stem": "conv", "patch_size": 2}}
+
+
 def class_of(line: Line) -> type:
     return next(cls for cls, heading in reference.headings_of_run().items() if heading == line.group)
 
@@ -230,7 +234,7 @@ def class_of(line: Line) -> type:
 def is_taken(line: Line, value: float) -> bool:
     cls = class_of(line)
     try:
-        cls(**{**NEEDED.get(cls, {}), line.key: value})
+        cls(**{**NEEDED.get(cls, {}), **NEEDED_BESIDE.get(line.key, {}), line.key: value})
     except ValueError:
         return False
     return True
