@@ -6,8 +6,7 @@ import inference.logs  # noqa: F401  first: it sets up what libraries say while 
 from collections.abc import Sequence
 
 from configs import one_line_errors
-from configs.build_finetuning import build_trainer
-from configs.finetuning import load_finetuning_config
+from configs.finetuning import build_trainer, load_finetuning_config
 from configs.running import run_training, set_up_output
 from inference.shutdown import run_to_the_end
 from trainers.rewards import RewardError

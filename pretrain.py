@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 
 from configs import load_config
-from configs.build_pretraining import build_trainer, describe_run
+from configs.pretraining import build_trainer, describe_run
 from configs.running import run_training, set_up_output
+from inference.output import write_result
 from inference.shutdown import run_to_the_end
-from inference.terminal import write_result
 
 
 def main(argv: Sequence[str] | None = None) -> int:

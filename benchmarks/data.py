@@ -33,13 +33,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from benchmarks import timing
 from configs import RunConfig, load_config
+from configs.pretraining import build_model
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_tokenizer, get_task
 from dataset_loading.synthetic import generate_row
 from inference.arguments import OneLineParser
 from inference.devices import choose_device, choose_threads, cpu_model
 from model.processing_megatransformer import build_processor, media_tokens
 from model.recurrence import draw_training_states
-from trainers.building import build_model
 from trainers.muon import MuonBeside, matrices_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "recurrent_vlm.yaml"

@@ -23,7 +23,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from benchmarks import timing
-from configs.runs import read_run_config
+from configs import read_run_config
 from dataset_loading import Collator
 from evaluation.__main__ import validation_texts
 from inference import arguments

@@ -28,7 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 from transformers import LogitsProcessorList, TrainerState, set_seed
 
 from configs import RunConfig, load_config, load_run_config
-from configs.build_pretraining import describe_run
+from configs.pretraining import describe_run
 from configs.resuming import check_options
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets
 from dataset_loading.codec_data import build_codec_datasets

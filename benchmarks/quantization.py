@@ -23,8 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks import timing
-from configs import load_run_config
-from configs.runs import read_run_config
+from configs import load_run_config, read_run_config
 from dataset_loading import Collator
 from evaluation.__main__ import validation_texts
 from inference import arguments

@@ -20,17 +20,15 @@ import torch
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from configs import RunConfig
-from configs.runs import read_run_config, split_overrides
+from configs import RunConfig, read_run_config, split_overrides
 from dataset_loading import Collator, build_examples, build_validation
 from dataset_loading.codec_data import build_codec_datasets
 from inference import arguments
 from inference.checkpoints import find_checkpoint, is_codec
 from inference.devices import choose_device, choose_threads, device_report
 from inference.loading import load_codec, load_model, tokenizer_of
-from inference.output import whole_folder, writable_folder
+from inference.output import whole_folder, writable_folder, write_result
 from inference.prompts import prompt_limit
-from inference.terminal import write_result
 from model import codec_media, modality_names
 from model.exit_criteria import EXIT_CRITERIA
 from model.quantization import QuantizationConfig

@@ -25,8 +25,7 @@ from dataset_loading.references import read_medium
 from dataset_loading.validation import BadRows
 from inference import arguments
 from inference.devices import choose_threads
-from inference.output import whole_folder, writable_folder
-from inference.terminal import write_result
+from inference.output import whole_folder, writable_folder, write_result
 from model import load_audio, load_image
 
 from .judges import Judge, JudgeConfig, LabelledMedia, save_judge, train_judge

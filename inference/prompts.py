@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from .loading import tokenizer_of
-from .terminal import write_result
+from .output import write_result
 
 logger = logging.getLogger("inference.generate")
 

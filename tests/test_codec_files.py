@@ -43,7 +43,7 @@ def poison(weights):
 DAMAGE = {
     "cut": (cut, "IncompleteMetadata|not cover|buffer|invalid|damaged"),
     "types": (lambda folder: change_config(folder, hidden_size="wide"), "hidden_size"),
-    "sizes": (lambda folder: change_config(folder, hidden_size=2**40), "cannot be loaded|config.json is wrong|is damaged"),
+    "sizes": (lambda folder: change_config(folder, hidden_size=2**40), "cannot be loaded|is wrong|is damaged"),
     "missing": (lambda folder: change_weights(folder, drop), "lack"),
 }
 

@@ -8,8 +8,7 @@ import yaml
 
 import finetune
 import pretrain
-from configs.build_finetuning import add_exit_probe
-from configs.finetuning import load_finetuned_run
+from configs.finetuning import add_exit_probe, load_finetuned_run
 from dataset_loading import Collator, build_validation
 from inference.loading import load_model
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig

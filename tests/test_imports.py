@@ -20,7 +20,6 @@ MAY_IMPORT = {
     "callbacks": {"model"},
     "evaluation": {"model"},
     "inference": {"model"},
-    "conversion": {"model"},
     # Its loader takes configuration classes alone, see below; beside it are the trainers of a run, built of all rooms.
     "configs": {"model", "dataset_loading", "trainers", "callbacks", "evaluation", "inference"},
 }

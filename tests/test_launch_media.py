@@ -8,7 +8,7 @@ import pytest
 
 import pretrain
 from configs import load_config
-from configs.build_pretraining import build_trainer
+from configs.pretraining import build_trainer
 from tests.test_callbacks import texts
 from tests.test_launch import trained
 from tests.tiny_media_run import write_media_config

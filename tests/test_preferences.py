@@ -11,8 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import finetune
-from configs.build_finetuning import build_trainer
-from configs.finetuning import load_finetuning_config
+from configs.finetuning import build_trainer, load_finetuning_config
 from dataset_loading.configuration import DataConfig, SourceConfig
 from dataset_loading.preferences import build_pairs, build_prompts, spoiled
 from dataset_loading.synthetic import get_task

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 
 import pretrain
 from configs import load_config
-from configs.build_pretraining import build_media_examples
+from configs.pretraining import build_media_examples, whole_weights
 from dataset_loading import get_task
 from dataset_loading.synthetic import generate_row
 from evaluation.__main__ import main as evaluate
@@ -29,7 +29,6 @@ from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, encode_conversation
 from tests.tiny import tiny_ids
 from tests.tiny_language_model import tiny_model
 from tests.tiny_processor import tiny_processor
-from trainers.building import whole_weights
 from trainers.resuming import forget_tied_weights
 
 TINY_RUN = {

@@ -1,10 +1,13 @@
-"""The trainer of a run of pretraining, and what such a run would need."""
+"""Runs of pretraining: a fresh model, its trainer, and what such a run would need."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from callbacks import add_callbacks, add_codec_callbacks, size_table
 from dataset_loading import Collator, RunDatasets, build_datasets, build_examples, build_tokenizer
@@ -15,17 +18,19 @@ from inference.checkpoints import reads_media
 from inference.loading import tokenizer_of
 from model import (
     CODEC_CONFIGS,
+    MODELS,
     MegaTransformerConfig,
     MegaTransformerImageAutoencoder,
     build_processor,
     codec_media,
     media_tokens,
     modality_names,
+    set_token_ids,
 )
+from model.backbones import reason_of
 from model.chat import ROLE_TOKENS, prepare_tokenizer
 from model.recurrence import draw_training_states, sample_depth
-from trainers import TRAINERS, RecurrentTrainer, check_weights, describe_needs
-from trainers.building import build_model, check_memory, without_weights
+from trainers import TRAINERS, RecurrentTrainer, RecurrentTrainingArguments, check_weights, describe_needs
 
 from . import ResolvedConfig, RunConfig, one_line_errors
 
@@ -169,3 +174,74 @@ def build_codec_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
     )
     add_codec_callbacks(trainer, run.callbacks)
     return trainer
+
+
+# ------------------------------------------------------------------------------------------------------ fresh models
+
+
+def build_model(
+    config: PreTrainedConfig,
+    args: RecurrentTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    with_backbones: bool = True,
+) -> PreTrainedModel:
+    """A fresh model, the same on every rank.
+
+    Args:
+        tokenizer: Whose special tokens the configuration gets; codecs have none.
+        with_backbones: Whether pretrained encoders get their weights; a checkpoint has them.
+    """
+    if tokenizer is not None:
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(config.get_text_config(), name, getattr(tokenizer, name))
+    reads_media = isinstance(config, MegaTransformerConfig)
+    if reads_media:
+        set_token_ids(config, tokenizer)
+    set_seed(args.seed)
+    with whole_weights(args):
+        model = MODELS[type(config)](config)
+        if reads_media and with_backbones:
+            model.model.load_backbones()
+    return model
+
+
+@contextmanager
+def whole_weights(args: RecurrentTrainingArguments) -> Iterator[None]:
+    """Let the Auto classes build whole models. Under ZeRO-3 they build partitioned ones, which initialise differently,
+    so that stages could not be compared; DeepSpeed partitions whole ones when training begins.
+    """
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
+def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on the meta device, which takes no memory.
+
+    Raises:
+        ValueError: for sizes beyond what any tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            return MODELS[type(config)](config)
+    except (RuntimeError, OverflowError, TypeError) as error:  # as torch says that a size is none
+        reason = reason_of(error)
+        raise ValueError(
+            f"no model of these sizes can be made ({reason}); make them smaller in section model"
+        ) from error
+
+
+def check_memory(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model whose weights alone are larger than the memory of this machine, before any of them
+    is made. They are made whole on each rank, in float32.
+    """
+    count = model.num_parameters()
+    needed, memory = 4 * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"the model has {count} parameters, which take {needed / 2**30:.0f} GiB in float32, and this machine has "
+            f"{memory / 2**30:.0f} GiB of memory: make it smaller; --dry_run true lists its parts"
+        )
