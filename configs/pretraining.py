@@ -65,7 +65,7 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
 
 
 def build_language_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
-    """As `build_trainer`, with its tokenizer, of a model that reads text."""
+    """The trainer, and the tokenizer, of a model that reads text; see `build_trainer`."""
     tokenizer = build_tokenizer(
         run.tokenizer,
         run.data,
@@ -150,7 +150,7 @@ def learns_from_chats(run: RunConfig) -> bool:
 
 
 def build_codec_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
-    """As `build_trainer`, of an autoencoder of images or a vocoder."""
+    """The trainer of an autoencoder of images or a vocoder; see `build_trainer`."""
     args, media = run.training, codec_media(run.model)
     model = build_model(run.model, args)
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

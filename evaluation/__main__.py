@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None:
-    """Of a language model, tables of what it says, and of the media that it writes, at each depth.
+    """Write tables of what a language model says, and of the media that it writes, at each depth.
 
     Raises:
         ValueError: as `load_model`; for data that cannot be read or have too long examples; for a folder that cannot be
@@ -133,7 +133,7 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
 
 
 def evaluate_codec(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None:
-    """Of a codec, a table of how well it reconstructs the validation media of its run.
+    """Write a table of how well a codec reconstructs the validation media of its run.
 
     Raises:
         ValueError: as `load_codec`; for data that cannot be read.

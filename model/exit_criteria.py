@@ -141,9 +141,8 @@ class ArgmaxStability(ExitCriterion):
 class ExitProbe(nn.Module):
     """A small head that says from the state whether further steps would still change the output distribution.
 
-    It is trained by `finetune.py` with `trainer: exit_probe`. It sees the direction of s_i, and how much it has changed
-    since the look before; 13 numbers are multiplied for each of the state, against about 14 hidden_size in a layer of
-    the core.
+    Trained by `trainer: exit_probe`. It sees the direction of s_i, and how much it has changed since the look before;
+    13 numbers are multiplied for each of the state, against about 14 hidden_size in a layer of the core.
     """
 
     def __init__(self, hidden_size: int):
@@ -226,9 +225,7 @@ class ExitWatch:
     ):
         check_exit_options(criterion, threshold, first_step, every)
         if criterion == "probe" and probe is None:
-            raise ValueError(
-                "exit_criterion 'probe' needs a model with a probe; train one with finetune.py and trainer: exit_probe"
-            )
+            raise ValueError("exit_criterion 'probe' needs a model with a probe; train one with trainer: exit_probe")
         self.criterion = LearnedProbe(probe) if criterion == "probe" else EXIT_CRITERIA[criterion]
         self.threshold = self.criterion.default_threshold if threshold is None else threshold
         self.first_step, self.every, self.head = first_step, every, head
