@@ -209,11 +209,10 @@ def test_a_checkpoint_without_a_run_takes_its_data_from_a_file(plain_folder, tmp
 def test_the_command_from_another_folder(run_folder, tmp_path):
     """C8: a real process, with a relative path."""
     command = [sys.executable, "-m", "evaluation", os.path.relpath(run_folder, tmp_path), "--num-steps"]
-    result = subprocess.run(
-        [*command, "1", "2", "--limit", "4", "--output", "out"], cwd=tmp_path, capture_output=True, text=True
-    )
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    result = subprocess.run([*command, "1", "2", "--limit", "4", "--output", "out"], **options)
     assert result.returncode == 0, result.stderr
     assert "| steps |" in result.stdout and (tmp_path / "out" / "depth.png").exists()
-    result = subprocess.run([*command, "0"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([*command, "0"], **options)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and "--num-steps: 0 is less than 1" in result.stderr
