@@ -45,7 +45,7 @@ def describe_run(run: RunConfig) -> str:
         SystemExit: with code 2, for a number of GPUs that is none, and a pretrained encoder that cannot be found.
     """
     with one_line_errors():
-        model = without_weights(run.model)
+        model = without_weights(run)
         if isinstance(run.model, CODEC_CONFIGS):
             return f"{size_table(model)}\n"
         needs = describe_needs(model, run.training, sample_depth, run.data.block_size, run.data.packing)
@@ -59,7 +59,7 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
         ValueError: for data that cannot be read, or that do not fit the model; for a checkpoint or options of training
             that do not fit either.
     """
-    check_memory(without_weights(run.model))
+    check_memory(run)
     build = build_codec_trainer if isinstance(run.model, CODEC_CONFIGS) else build_language_trainer
     return build(run, resume_point)
 
@@ -218,27 +218,24 @@ def whole_weights(args: RecurrentTrainingArguments) -> Iterator[None]:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
-def without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration on the meta device, which takes no memory.
+def without_weights(run: RunConfig) -> PreTrainedModel:
+    """The model of a run on the meta device, which takes no memory.
 
     Raises:
         ValueError: for sizes beyond what any tensor can have.
     """
     try:
-        with torch.device("meta"):
-            return MODELS[type(config)](config)
+        with whole_weights(run.training), torch.device("meta"):
+            return MODELS[type(run.model)](run.model)
     except (RuntimeError, OverflowError, TypeError) as error:  # as torch says that a size is none
-        reason = reason_of(error)
-        raise ValueError(
-            f"no model of these sizes can be made ({reason}); make them smaller in section model"
-        ) from error
+        raise ValueError(f"no model of these sizes can be made ({reason_of(error)}); make the model smaller") from error
 
 
-def check_memory(model: PreTrainedModel) -> None:
+def check_memory(run: RunConfig) -> None:
     """Raises ValueError for a model whose weights alone are larger than the memory of this machine, before any of them
     is made. They are made whole on each rank, in float32.
     """
-    count = model.num_parameters()
+    count = without_weights(run).num_parameters()
     needed, memory = 4 * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ValueError(

@@ -56,6 +56,14 @@ def test_without_a_signal_nothing_happens():
     assert request.number is None
 
 
+def signal_that_another_rank_had_first():
+    """Ranks agree on a signal behind each step, and the launcher's end reaches them one after the other."""
+    with StopRequest() as request, request.deferred():
+        request.number = signal.SIGTERM
+        send(signal.SIGTERM)
+        os._exit(7)
+
+
 def second_signal():
     with StopRequest() as request, request.deferred():
         send(signal.SIGTERM)
@@ -74,9 +82,13 @@ def signal_in_a_child():
     os._exit(3)
 
 
-@pytest.mark.parametrize("program, code", [(second_signal, 143), (signal_in_a_child, 3)])
+@pytest.mark.parametrize(
+    "program, code", [(second_signal, 143), (signal_in_a_child, 3), (signal_that_another_rank_had_first, 7)]
+)
 def test_in_a_process_of_its_own(program, code):
-    """A second signal, later than those that mean the same, does not wait; children that were forked do not either."""
+    """A second signal, later than those that mean the same, does not wait; children that were forked do not either. The
+    first of this process waits, though it was known.
+    """
     process = multiprocessing.get_context("fork").Process(target=program)
     process.start()
     process.join()

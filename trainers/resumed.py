@@ -14,17 +14,9 @@ UNDECAYED = "no_decay"
 """The name of a group for which weight decay is off, in DeepSpeed's own optimizer."""
 
 
-def options_of(optimizer: torch.optim.Optimizer) -> list[Options]:
-    """What an optimizer does with each of its groups."""
-    groups = with_parameters(optimizer)
+def options_of(groups: Sequence[Options]) -> list[Options]:
+    """What an optimizer does with each of its groups, of parameters or of others that stand for them."""
     return [{name: value for name, value in group.items() if name != "params"} for group in groups]
-
-
-def with_parameters(optimizer: torch.optim.Optimizer) -> list[Options]:
-    """The groups of an optimizer that have any; ZeRO leaves the others out, such as that of what does not decay beside
-    adapters, of which all decays.
-    """
-    return [group for group in optimizer.param_groups if group["params"]]
 
 
 def options_by_arguments(args: TrainingArguments, group: Options) -> Options:
@@ -50,10 +42,12 @@ class OptionsOfRun(TrainerCallback):
 
     def __init__(self) -> None:
         self.options: list[Options] = []
+        self.options_in_use: list[Options] = []
 
     def remember(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the options of an optimizer that the run has built, before a checkpoint replaces them."""
-        self.options = options_of(optimizer)
+        groups = optimizer.param_groups
+        self.options, self.options_in_use = options_of(groups), options_of([one for one in groups if one["params"]])
         optimizer.register_load_state_dict_pre_hook(check_sizes)
 
     def on_train_begin(
@@ -66,13 +60,15 @@ class OptionsOfRun(TrainerCallback):
         """
         if state.global_step == 0:
             return
-        groups = with_parameters(optimizer)
+        groups = optimizer.param_groups
         wanted = self.options or [options_by_arguments(args, group) for group in groups]
+        if len(groups) < len(wanted):  # ZeRO-1 and -2 leave out a group of no parameters, as beside adapters is
+            wanted = self.options_in_use
         if args.allow_changes:
             change(groups, wanted)
         else:
             check(groups, wanted)
-        set_rates(optimizer.param_groups, lr_scheduler)
+        set_rates(groups, lr_scheduler)
 
 
 def change(groups: Sequence[Options], wanted: Sequence[Options]) -> None:

@@ -40,7 +40,7 @@ class StopRequest:
         self.number: int | None = None
         self.is_deferred = False
         self.pid = os.getpid()
-        self.received = 0.0
+        self.received: float | None = None  # here: a signal of another rank may be known before
         self.old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -82,8 +82,8 @@ class StopRequest:
         if os.getpid() != self.pid:
             os._exit(128 + number)
         name = signal.Signals(number).name
-        if self.number is None:
-            self.number, self.received = number, time.monotonic()
+        if self.received is None:
+            self.number, self.received = self.number or number, time.monotonic()
             if self.is_deferred:
                 say(f"{name}: the run ends behind the step in progress, with a checkpoint; once more ends it at once")
             else:
