@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import deepspeed_config, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from callbacks import add_callbacks, add_codec_callbacks, size_table
 from dataset_loading import Collator, RunDatasets, build_datasets, build_examples, build_tokenizer
@@ -210,11 +210,12 @@ def whole_weights(args: RecurrentTrainingArguments) -> Iterator[None]:
     """Let the Auto classes build whole models. Under ZeRO-3 they build partitioned ones, which initialise differently,
     so that stages could not be compared; DeepSpeed partitions whole ones when training begins.
     """
+    is_set = deepspeed_config() is not None  # a run that is only planned sets none
     unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        if args.deepspeed:
+        if args.deepspeed and is_set:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
