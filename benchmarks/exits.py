@@ -23,8 +23,9 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from benchmarks import timing
+from configs import read_run_config
 from dataset_loading import Collator
-from evaluate import read_run_config, validation_texts
+from evaluation.__main__ import validation_texts
 from inference import arguments
 from inference.devices import choose_device, choose_threads
 from inference.loading import find_checkpoint, load_model

@@ -32,12 +32,7 @@ from transformers import PreTrainedConfig
 
 from callbacks import CallbacksConfig
 from dataset_loading.configuration import DataConfig, TokenizerConfig
-from model import (
-    MegaTransformerConfig,
-    MegaTransformerImageAutoencoderConfig,
-    MegaTransformerTextConfig,
-    MegaTransformerVocoderConfig,
-)
+from model import CODEC_CONFIGS, MODELS, MegaTransformerConfig, MegaTransformerTextConfig
 from model.terminal import one_line
 from model.versions import VersionAction
 from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
@@ -49,11 +44,8 @@ from .foreign_code import check_code
 
 logger = logging.getLogger(__name__)
 
-CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
 PATIENCE = 30  # seconds from an error of a rank that is not the first of its machine to its words
-MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    cls.model_type: cls for cls in (MegaTransformerTextConfig, MegaTransformerConfig, *CODEC_CONFIGS)
-}
+MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {cls.model_type: cls for cls in MODELS}
 SECTIONS = {
     "tokenizer": TokenizerConfig,
     "data": DataConfig,
@@ -78,6 +70,11 @@ class ResolvedConfig:
     resolved: dict[str, Any]
     identity: ClassVar[tuple[str, ...]]
     """Beginnings of the keys that say which model it is."""
+
+    @property
+    def seed(self) -> int:
+        """With which the run splits and generates its data."""
+        return self.resolved["training"]["seed"]
 
     def defaults(self) -> dict[str, Any]:
         """What is resolved where nothing is given but what selects the classes."""
@@ -167,6 +164,55 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Resolved
     return build_run(resolve(["--config", str(path), *overrides]), skip=("training",))
 
 
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of this command, and those that `configs` reads: --config and --data.KEY, with their values."""
+    own, overrides, rest = [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument.partition("=")[0] != "--config" and not argument.startswith("--data."):
+            own.append(argument)
+            continue
+        overrides.append(argument)
+        if "=" not in argument and rest:
+            overrides.append(rest.pop(0))
+    return own, overrides
+
+
+def read_run_config(checkpoint: Path, overrides: Sequence[str]) -> ResolvedConfig:
+    """The configuration of the run that a checkpoint belongs to, with overrides.
+
+    Raises:
+        ValueError: there is none beside the checkpoint, or an override is wrong.
+    """
+    path = find_run_config(checkpoint)
+    if path is not None:
+        return load_run_config(path, overrides)
+    if not any(override.partition("=")[0] == "--config" for override in overrides):
+        raise ValueError(
+            f"Neither {checkpoint} nor its parent folder has the config.yaml of a run: "
+            "name the data with --config FILE."
+        )
+    return load_run_config(*first_config(overrides))
+
+
+def find_run_config(checkpoint: Path) -> Path | None:
+    """The config.yaml of the run that a checkpoint belongs to, if there is one: beside it, or a folder above."""
+    paths = (folder / "config.yaml" for folder in (checkpoint, checkpoint.absolute().parent))
+    return next(filter(Path.is_file, paths), None)
+
+
+def first_config(overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """The path of the first --config, and the other overrides."""
+    rest = list(overrides)
+    index = next(i for i, override in enumerate(rest) if override.partition("=")[0] == "--config")
+    _, has_value, path = rest.pop(index).partition("=")
+    if not has_value:
+        if index == len(rest):
+            raise ValueError("--config: the value is missing")
+        path = rest.pop(index)
+    return path, rest
+
+
 @contextmanager
 def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
     """Turn errors of these kinds into one line on stderr and exit code 2.
@@ -207,7 +253,9 @@ def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...
     """
     if not (folder / "config.yaml").exists():
         return None
-    there, here = flatten(run.defaults()) | flatten(read_yaml(folder / "config.yaml")), flatten(run.resolved)
+    content = read_yaml(folder / "config.yaml")
+    make_paths_absolute(content, Path.cwd())  # as all are that today's code writes
+    there, here = flatten(run.defaults()) | flatten(content), flatten(run.resolved)
     different = (key for key in here | there if key.startswith(prefixes) and there.get(key) != here.get(key))
     key = next(different, None)
     return key and f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
@@ -384,10 +432,11 @@ def make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
         if isinstance(source.get("paths"), list):
             source["paths"] = [os.path.normpath(folder / str(path)) for path in source["paths"]]
     model = section if isinstance(section := tree.get("model"), dict) else {}
-    codecs = [(model.get("image_writer_config"), "codec_name_or_path")]
-    codecs += [(model.get("audio_writer_config"), "vocoder_name_or_path")]
+    parts = [(model.get("image_writer_config"), "codec_name_or_path")]
+    parts += [(model.get("audio_writer_config"), "vocoder_name_or_path")]
+    parts += [(model.get(f"{name}_config"), "backbone") for name in ("vision", "audio")]
     named = [*((source, "path") for source in sources), (tokenizer, "path"), (training, "deepspeed")]
-    named += [(part, key) for part, key in codecs if isinstance(part, dict)]
+    named += [(part, key) for part, key in parts if isinstance(part, dict)]
     named += [(model, "path")]  # of fine-tuning
     for mapping, key in named:
         if isinstance(name := mapping.get(key), str) and name and (path := folder / name).exists():

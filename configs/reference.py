@@ -15,12 +15,13 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 
+from model import CODEC_CONFIGS
 from trainers import RecurrentTrainingArguments
 from trainers.arguments import MINIMUMS, MOMENTS
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import ModelOptions
 
-from . import CODEC_CONFIGS, MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, finetuning, nested_class, options_of
+from . import MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, finetuning, nested_class, options_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
@@ -51,8 +52,8 @@ asked for, the loss of the first source by default. `max_steps` is at least 1, o
 these inherited ones have a range here that transformers does not check:
 
 """
-OF_TRL = """\
-With `trainer: {name}`: the options of [training](#training), and what `{theirs}` adds, but for what the other sections
+OF_TUNING = """\
+With `trainer: {name}`: the options of [training](#training){theirs}, but for what the other sections
 say. Declared here:
 """
 HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
@@ -135,9 +136,9 @@ def documented(cls: type) -> dict[str, Any]:
 def about(cls: type) -> str:
     """What stands under the heading of a class."""
     if cls in tuning_arguments().values():
-        theirs = next(base for base in cls.__mro__ if base.__module__.startswith("trl."))
+        bases = [base.__name__ for base in cls.__mro__ if base.__module__.startswith("trl.")]
         name = next(name for name, arguments in tuning_arguments().items() if arguments is cls)
-        return OF_TRL.format(name=name, theirs=f"trl.{theirs.__name__}")
+        return OF_TUNING.format(name=name, theirs=f", and what `trl.{bases[0]}` adds" if bases else "")
     if not issubclass(cls, TrainingArguments):
         return f"{docstring_parser.parse(cls.__doc__).short_description}\n"
     inherited = {name: f"at least {least}" for name, least in MINIMUMS.items() if name not in documented(cls)}

@@ -32,7 +32,7 @@ from .decoding import FiniteLogits, add_decoding_arguments, check_depth, decodin
 from .devices import choose_device, choose_threads, device_report
 from .loading import load_model, tokenizer_of
 from .media_files import SUFFIXES, check_path, save_audio, save_images
-from .output import whole_file
+from .output import TerminalStreamer, whole_file, write_result
 from .prompts import (
     MAX_BYTES,
     check_characters,
@@ -44,7 +44,6 @@ from .prompts import (
     read_prompts,
     write_answers,
 )
-from .terminal import TerminalStreamer, write_result
 
 logger = logging.getLogger("inference.generate")  # __name__ is __main__ when run with -m
 

@@ -19,7 +19,7 @@ from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase,
 from model import MODALITIES
 
 from .loading import tokenizer_of
-from .terminal import write_result
+from .output import write_result
 
 logger = logging.getLogger("inference.generate")
 

@@ -50,6 +50,15 @@ from .processing_megatransformer import MegaTransformerProcessor, build_processo
 from .vocoder import MegaTransformerVocoder
 from .writing import MediaChunk, WritingOptions, draw_codes
 
+MODELS = {
+    MegaTransformerTextConfig: MegaTransformerForCausalLM,
+    MegaTransformerConfig: MegaTransformerForConditionalGeneration,
+    MegaTransformerImageAutoencoderConfig: MegaTransformerImageAutoencoder,
+    MegaTransformerVocoderConfig: MegaTransformerVocoder,
+}
+"""The class that is trained, by the class of its configuration."""
+CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
+
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
 AutoModelForCausalLM.register(MegaTransformerTextConfig, MegaTransformerForCausalLM)
@@ -75,8 +84,10 @@ AutoImageProcessor.register(
 )
 
 __all__ = [
+    "CODEC_CONFIGS",
     "MEDIA_TOKENS",
     "MODALITIES",
+    "MODELS",
     "WRITTEN",
     "ExitOptions",
     "MediaChunk",

@@ -180,7 +180,7 @@ class RecurrenceConfig(StrictConfig):
         exit_first_step: The first step after which it is looked whether a row may stop.
         exit_every: Steps from a look to the next.
         exit_in_prefill: Whether a prompt may exit too, all its tokens together.
-        exit_probe: Whether the model has the trained head of the criterion "probe". `train_exit_probe.py` sets it.
+        exit_probe: Whether the model has the trained head of the criterion "probe". `finetune.py` adds it.
         state_warm_start: In `generate`, a new token's iteration starts where that of the token before has ended.
     """
 

@@ -141,7 +141,7 @@ class ArgmaxStability(ExitCriterion):
 class ExitProbe(nn.Module):
     """A small head that says from the state whether further steps would still change the output distribution.
 
-    Trained by `train_exit_probe.py`. It sees the direction of s_i, and how much it has changed since the check before;
+    Trained by `trainer: exit_probe`. It sees the direction of s_i, and how much it has changed since the check before;
     13 numbers are multiplied for each of the state, against about 14 hidden_size in a layer of the core.
     """
 
@@ -267,7 +267,7 @@ class ExitController:
         if options.criterion == "schedule":
             raise ValueError("exit_criterion 'schedule' is for texts that `generate` writes; give num_steps")
         if options.criterion == "probe" and probe is None:
-            raise ValueError("exit_criterion 'probe' needs a model with a probe; train one with train_exit_probe.py")
+            raise ValueError("exit_criterion 'probe' needs a model with a probe; train one with trainer: exit_probe")
         self.options, self.head = options, head
         self.criterion = LearnedProbe(probe) if options.criterion == "probe" else EXIT_CRITERIA[options.criterion]
         self.before: ExitCheck | None = None

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 from callbacks import size_table
-from configs import load_config
+from configs import load_config, pretraining
 from model import MegaTransformerForCausalLM, RecurrenceConfig
 from model.recurrence import INJECTIONS
 from tests.hub_encoders import local_encoders
@@ -270,7 +270,11 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def fail(*args, **kwargs):
         raise AssertionError("a dry run reads no data, loads no tokenizer and starts no process group")
 
-    for name in ("pretrain.build_tokenizer", "pretrain.build_datasets", "torch.distributed.init_process_group"):
+    for name in (
+        "configs.pretraining.build_tokenizer",
+        "configs.pretraining.build_datasets",
+        "torch.distributed.init_process_group",
+    ):
         monkeypatch.setattr(name, fail)
 
     def start(*argv: str, code: int = 0) -> str:
@@ -371,9 +375,9 @@ def test_the_figures_of_recurrent_vlm_base(dry_run, tmp_path: Path):
 
 def test_the_model_has_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     seen = []
-    monkeypatch.setattr(pretrain, "describe_needs", lambda model, *rest: seen.append(model) or "")
+    monkeypatch.setattr(pretraining, "describe_needs", lambda model, *rest: seen.append(model) or "")
     run = load_config(["--config", str(write_config(tmp_path)), "--dry-run"])
-    text = pretrain.describe_run(run)
+    text = pretraining.describe_run(run)
     assert {parameter.device.type for parameter in seen[0].parameters()} == {"meta"}
     assert text.startswith(size_table(MegaTransformerForCausalLM(run.model)))  # the same table as for real weights
 

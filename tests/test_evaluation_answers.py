@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dataset_loading import Collator
-from evaluation import Writer, depth_table, markdown_table, save_depth_table, token_byte_lengths
-from evaluation.answers import Answer, WrittenScores, attribute_accuracy, prompt_of, written_scores
-from evaluation.depth import DepthRow, ExactMatch, ModalityScores
+from evaluation.answers import Answer, Writer, WrittenScores, attribute_accuracy, prompt_of, written_scores
+from evaluation.depth import DepthRow, ExactMatch, ModalityScores, depth_table
+from evaluation.metrics import token_byte_lengths
+from evaluation.report import markdown_table, save_depth_table
 from tests.test_callbacks_media import AUDIO, IMAGE, NAMES, answer, chat, row
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from tests.tiny_processor import picture, sound, tiny_processor

@@ -385,7 +385,7 @@ def test_warm_start_begins_where_the_token_before_ended(model):
             {"num_steps": torch.tensor([2]), "synced_gpus": True},
             "num_steps with a number per row is not possible with sync",
         ),
-        ({"exit_criterion": "probe"}, "needs a model with a probe; train one with train_exit_probe.py"),
+        ({"exit_criterion": "probe"}, "needs a model with a probe; train one with trainer: exit_probe"),
         ({"attention_mask": torch.zeros(1, 4)}, "row 0 of the prompt is all padding"),
         ({"attention_mask": torch.ones(1, 3)}, r"has shape \(1, 3\), expected \(batch, sequence\) = \(1, 4\)"),
         ({"noise_level": -1.0}, "noise_level must be at least 0, got -1.0"),

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import convert
-import evaluate
 import finetune
 from configs import load_run_config
 from configs.finetuning import FinetuningConfig, load_finetuning_config
+from evaluation.__main__ import main as evaluate
 from inference import generate
 from inference.loading import load_model
 from model import MegaTransformerForCausalLM
@@ -156,9 +156,9 @@ def test_the_ways_to_load_an_adapter_agree(tuned, tiny_run, tmp_path):
 
 
 def test_an_adapter_is_used_where_a_model_is(tuned, tmp_path, capsys):
-    """By `inference.generate` and `evaluate.py`, on the data of its run."""
+    """By `inference.generate` and `python -m evaluation`, on the data of its run."""
     assert generate.main([str(tuned), "--prompt", "12+34=", "--greedy", "--max-new-tokens", "3"]) == 0
-    assert evaluate.main([str(tuned), "--num-steps", "2", "--limit", "2", "--output", str(tmp_path), "--no-texts"]) == 0
+    assert evaluate([str(tuned), "--num-steps", "2", "--limit", "2", "--output", str(tmp_path), "--no-texts"]) == 0
     assert "addition" in capsys.readouterr().out
     assert isinstance(load_run_config(tuned / "config.yaml"), FinetuningConfig)
 

@@ -27,7 +27,7 @@ from tests.tiny import tiny_model
 from tests.tiny_media_run import write_media_config
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("model", "dataset_loading", "trainers", "callbacks", "configs", "evaluation", "inference", "conversion")
+ROOMS = ("model", "dataset_loading", "trainers", "callbacks", "configs", "evaluation", "inference")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")) + SCRIPTS
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
@@ -35,12 +35,12 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 OF_COMMANDS = {"main", "build_parser"}
 
 BOUNDS = {
-    "scripts": 7,
+    "scripts": 3,
     "files": 190,
     "lines": 32_091,
     "names defined twice": 43,
     "names of the text model's forward": 20,
-    "lines that a text checkpoint exports": 3_018,
+    "lines that a text checkpoint exports": 3_050,
     "frames to the loss": 11,
     "frames to the loss, with media": 12,
     "stays in files while data are built": 36,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
-import evaluate
+from evaluation.__main__ import main as evaluate
 from inference import generate
 from inference.loading import load_model
 from model import MegaTransformerForCausalLM, RecurrentCache
@@ -238,7 +238,7 @@ def test_a_run_is_evaluated_in_fewer_bits(tiny_run, tmp_path, capsys):
     argv = [str(folder), "--num-steps", "2", "--limit", "8", "--no-texts", "--output", str(tmp_path)]
     tables = []
     for options in ([], ["--load-in", "8bit"], ["--load-in", "4bit"]):
-        assert evaluate.main([*argv, *options]) == 0
+        assert evaluate([*argv, *options]) == 0
         tables.append(float(re.search(r"^\| +2 \| +([\d.]+)", capsys.readouterr().out, re.MULTILINE)[1]))
     assert tables[0] == pytest.approx(tables[1], rel=0.05) and tables[0] == pytest.approx(tables[2], rel=0.2)
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from configs import CODEC_CONFIGS, RunConfig, load_config
+from configs import RunConfig, load_config
 from configs.finetuning import load_finetuning_config
-from model import MegaTransformerConfig, codec_media
-from pretrain import MODELS
+from model import CODEC_CONFIGS, MODELS, MegaTransformerConfig, codec_media
 from tests.hub_encoders import local_encoders
 from trainers.parameter_groups import assign, freeze
 
