@@ -36,9 +36,9 @@ from dataset_loading.preferences import build_pairs, build_prompts
 from inference.adapters import base_model
 from inference.conversation import Conversation
 from inference.decoding import FiniteLogits
-from inference.loading import load_codec, load_model, tokenizer_of
+from inference.loading import load_codec, load_model
 from inference.prompts import check_prompts, encode_prompt, encode_question, read_prompts
-from model import MegaTransformerForConditionalGeneration, codec_media
+from model import MegaTransformerForConditionalGeneration, codec_media, tokenizer_of
 from model.chat import prepare_tokenizer
 from model.step_lora import add_step_lora
 from tests.hub_encoders import siglip2

@@ -20,7 +20,8 @@ from dataset_loading.configuration import DataConfig
 from dataset_loading.preferences import build_pairs, build_prompts
 from inference.adapters import base_model
 from inference.checkpoints import adapters_in, find_checkpoint
-from inference.loading import load_model, tokenizer_of
+from inference.loading import load_model
+from model import tokenizer_of
 from model.chat import prepare_tokenizer
 from model.quantization import QuantizationConfig
 from model.step_lora import StepLora, add_step_lora

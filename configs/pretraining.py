@@ -14,7 +14,6 @@ from dataset_loading import Collator, RunDatasets, build_datasets, build_example
 from dataset_loading.codec_data import build_codec_datasets
 from evaluation.metrics import METRICS, trainer_metrics
 from evaluation.reconstruction import codec_scores, mean_scores
-from inference.loading import tokenizer_of
 from model import (
     CODEC_CONFIGS,
     MODELS,
@@ -24,6 +23,7 @@ from model import (
     codec_media,
     media_tokens,
     set_token_ids,
+    tokenizer_of,
 )
 from model.backbones import reason_of
 from model.chat import ROLE_TOKENS, prepare_tokenizer

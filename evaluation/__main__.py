@@ -26,10 +26,10 @@ from dataset_loading.codec_data import build_codec_datasets
 from inference import arguments
 from inference.checkpoints import find_checkpoint, is_codec
 from inference.devices import choose_device, choose_threads, device_report
-from inference.loading import load_codec, load_model, tokenizer_of
+from inference.loading import load_codec, load_model
 from inference.output import whole_folder, writable_folder, write_result
 from inference.prompts import prompt_limit
-from model import codec_media
+from model import codec_media, tokenizer_of
 from model.chat import WRITTEN_PREFIX
 from model.exit_criteria import EXIT_CRITERIA
 from model.quantization import QuantizationConfig

@@ -24,13 +24,13 @@ from transformers import (
     set_seed,
 )
 
-from model import MODALITIES, draw_codes
+from model import MODALITIES, draw_codes, tokenizer_of
 from model.quantization import QuantizationConfig
 
 from . import arguments
 from .decoding import FiniteLogits, add_decoding_arguments, check_depth, decoding_options
 from .devices import choose_device, choose_threads, device_report
-from .loading import load_model, tokenizer_of
+from .loading import load_model
 from .media_files import SUFFIXES, check_path, save_audio, save_images
 from .output import TerminalStreamer, whole_file, write_result
 from .prompts import (

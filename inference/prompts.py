@@ -16,9 +16,8 @@ from typing import Any, TextIO
 
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
-from model import MODALITIES
+from model import MODALITIES, tokenizer_of
 
-from .loading import tokenizer_of
 from .output import write_result
 
 logger = logging.getLogger("inference.generate")
