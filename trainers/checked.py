@@ -63,8 +63,9 @@ class CheckedTrainer(Trainer):
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
         self.add_callback(EpochCallback())
+        self.stalls = StallCallback(self.args.stall_seconds)
         if self.args.stall_seconds:
-            self.add_callback(StallCallback(self.args.stall_seconds))
+            self.add_callback(self.stalls)
         if isinstance(self.model, PreTrainedModel):
             self.model.register_load_state_dict_post_hook(forget_tied_weights)
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
@@ -153,7 +154,10 @@ class CheckedTrainer(Trainer):
             self.pop_callback(callback)
             self.add_callback(callback)
         self.resume_point = resume_from_checkpoint
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.stalls.end()
         self.state.num_train_epochs = self.num_train_epochs
         return output
 

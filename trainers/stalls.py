@@ -27,10 +27,11 @@ class StallCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to watch."""
-        self.is_over.clear()
+        self.end()
+        self.is_over = threading.Event()
         self.workers = args.dataloader_num_workers
         self.happened(state, DATA)
-        threading.Thread(target=self.watch, name="stall watch", daemon=True).start()
+        threading.Thread(target=self.watch, args=(self.is_over,), name="stall watch", daemon=True).start()
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """The batches of a step are there."""
@@ -44,16 +45,20 @@ class StallCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Watch no more."""
+        self.end()
+
+    def end(self) -> None:
+        """Watch no more, also where training is left by an error, of which callbacks hear nothing."""
         self.is_over.set()
 
     def happened(self, state: Any, waiting_for: str) -> None:
         """Take the time."""
         self.waiting_for, self.since, self.step = waiting_for, time.monotonic(), state.global_step
 
-    def watch(self) -> None:
+    def watch(self, is_over: threading.Event) -> None:
         """Look from time to time, until training is over."""
         said, factor = self.since, 1
-        while not self.is_over.wait(self.seconds / 4):
+        while not is_over.wait(self.seconds / 4):
             if self.since != said:
                 said, factor = self.since, 1
             passed = time.monotonic() - said
