@@ -70,13 +70,13 @@ $(INSTALLED_TOOLS): Makefile
 quickstart: RUN ?= runs/recurrent_vlm
 quickstart: $(INSTALLED)
 	.venv/bin/deepspeed pretrain.py --config configs/recurrent_vlm.yaml --training.output_dir $(RUN)
-	.venv/bin/python evaluate.py $(RUN) --num-steps 1 2 4 8
+	.venv/bin/python -m evaluation $(RUN) --num-steps 1 2 4 8
 	.venv/bin/python -m inference.generate $(RUN) --image docs/images/scene.png --greedy
 
 quickstart-lm: RUN ?= runs/recurrent_lm
 quickstart-lm: $(INSTALLED)
 	.venv/bin/deepspeed pretrain.py --config configs/recurrent_lm.yaml --training.output_dir $(RUN)
-	.venv/bin/python evaluate.py $(RUN) --num-steps 1 2 4 8 16
+	.venv/bin/python -m evaluation $(RUN) --num-steps 1 2 4 8 16
 	.venv/bin/python -m inference.generate $(RUN) --prompt "The wind" --num-steps 8
 
 extra: $(INSTALLED_EXTRA)

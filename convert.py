@@ -14,12 +14,11 @@ from pathlib import Path
 
 from callbacks import model_card, sources_of
 from configs import load_run_config
-from conversion.refresh import refresh, skeleton
 from inference import arguments
 from inference.checkpoints import find_checkpoint, is_adapter
 from inference.loading import load_model
-from inference.output import whole_file, whole_folder
-from inference.terminal import write_result
+from inference.output import whole_file, whole_folder, write_result
+from inference.refresh import refresh, skeleton
 from model.step_lora import CONFIG as STEP_LORA
 
 

@@ -1,42 +1,15 @@
 """Tunes a checkpoint from a YAML: `deepspeed finetune.py --config configs/finetune_lora.yaml`."""
 
-from inference.logs import set_up_logging  # noqa: F401  first: it sets up what libraries say while they are imported
+import inference.logs  # noqa: F401  first: it sets up what libraries say while they are imported
 
 # isort: split
-import copy
-import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
-
-from callbacks import add_callbacks
 from configs import one_line_errors
-from configs.finetuning import FinetuningConfig, load_finetuning_config
-from dataset_loading import Collator, build_datasets
-from dataset_loading.preferences import build_pairs, build_prompts
-from evaluation import METRICS, trainer_metrics
-from inference.adapters import base_model
-from inference.checkpoints import adapters_in, find_checkpoint, reads_media
-from inference.loading import load_model, tokenizer_of
+from configs.finetuning import build_trainer, load_finetuning_config
+from configs.running import run_training, set_up_output
 from inference.shutdown import run_to_the_end
-from model import modality_names
-from model.chat import encode_conversation, prepare_tokenizer
-from model.recurrence import draw_training_states, sample_depth
-from model.step_lora import StepLora, add_step_lora
-from pretrain import build_media_examples, run_training, set_up_output, whole_weights
-from trainers import check_weights
-from trainers.dpo import PreferenceTrainer
-from trainers.finetuners import FINETUNERS
-from trainers.finetuning import lora_config, step_lora_targets
-from trainers.grpo import RolloutTrainer
-from trainers.quantization import is_quantized, prepare_quantized_training
 from trainers.rewards import RewardError
-
-Processor = PreTrainedTokenizerBase | ProcessorMixin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,175 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_output(run.log_level)
     with one_line_errors((RewardError,)):  # the code of a user is tried when training begins
         return run_training(run, build_trainer)
-
-
-def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Trainer:
-    """Model, adapters, data and trainer of a run, all checked, nothing written.
-
-    Raises:
-        ValueError: for a checkpoint that cannot be loaded, adapters that do not fit it, data that cannot be read, or
-            options of training that do not fit.
-    """
-    folder = find_checkpoint(run.model.path)
-    base = base_model(folder)
-    model, processor = load_base(run, folder)
-    set_seed(run.training.seed)
-    model, adapters = add_adapters(run, model)
-    beside = [base, *adapters] if run.has_adapters else []
-    if resume_point is not None:
-        check_adapters(run, resume_point)
-        check_weights(resume_point, model)
-        for part in beside:
-            part.load(resume_point)
-    trainer = BUILDERS[run.trainer](run, model, processor)
-    trainer.beside = beside
-    return trainer
-
-
-def load_base(run: FinetuningConfig, folder: Path) -> tuple[PreTrainedModel, Processor]:
-    """The checkpoint that is tuned, with its tokenizer or processor, made ready for conversations.
-
-    Raises:
-        ValueError: it cannot be loaded, or not trained in this way.
-    """
-    options, args = run.model, run.training
-    dtype = options.dtype and getattr(torch, options.dtype)
-    with whole_weights(args):
-        model, processor = load_model(folder, args.device, dtype, run.quantization)
-    prepare_tokenizer(tokenizer_of(processor), model.config.get_text_config().vocab_size)
-    if is_quantized(model):
-        model = prepare_quantized_training(model, args, has_lora=run.peft is not None)
-    config = model.config.get_text_config()
-    if options.num_steps is not None:
-        config.recurrence.mean_steps = options.num_steps
-    if options.backprop_steps is not None:
-        config.recurrence.backprop_steps = options.backprop_steps
-    return model, processor
-
-
-def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.nn.Module, list[StepLora]]:
-    """The model with fresh adapters, which alone learn, and those of them that are not PEFT's; the model as it is where
-    the run has none.
-
-    Raises:
-        ValueError: they are for layers that the model does not have.
-    """
-    if not run.has_adapters:
-        return model, []
-    lora = run.peft and lora_config(run.peft, model)  # while all linear layers are those of the model
-    steps = []
-    if run.step_lora is not None:
-        options = run.step_lora
-        targets = step_lora_targets(model, options.target_modules, lora)
-        steps = [add_step_lora(model, targets, options.num_steps, options.rank, options.alpha)]
-    model.requires_grad_(False)
-    if lora is not None:
-        model = get_peft_model(model, lora)
-    for adapter in steps:
-        adapter.requires_grad_(True)  # PEFT freezes all but its own
-        if lora is not None:
-            switch = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
-            # Off together with PEFT's, as in the pass of a reference: the model without any.
-            adapter.is_off = functools.partial(getattr, switch, "disable_adapters")
-    return model, steps
-
-
-def check_adapters(run: FinetuningConfig, resume_point: str) -> None:
-    """Raises ValueError for a checkpoint with other kinds of adapters than those of the run."""
-    kinds = {"adapter_config.json": "peft", "step_lora.json": "step_lora"}
-    there = [kind for name, kind in kinds.items() if name in adapters_in(Path(resume_point))]
-    here = [kind for kind in kinds.values() if getattr(run, kind) is not None]
-    if there != here:
-        there, here = (" and ".join(names) or "no adapters" for names in (there, here))
-        raise ValueError(
-            f"training.resume_from_checkpoint: {resume_point} has {there}, but this run has {here}; give the same "
-            "sections, or another checkpoint"
-        )
-
-
-def build_recurrent_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
-    """The trainer of `continued` and `sft`: rows of tokens, of which some are learned."""
-    args, tokenizer = run.training, tokenizer_of(processor)
-    datasets = build_datasets(
-        run.data,
-        processor,
-        seed=args.seed,
-        vocab_size=model.config.get_text_config().vocab_size,
-        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-    )
-    args.choose_best_metric([f"eval_{source}_{name}" for source in datasets.validation for name in METRICS])
-    trainer_class, _ = FINETUNERS[run.trainer]
-    trainer = trainer_class(
-        model=model,
-        args=args,
-        train_dataset=datasets.train,
-        eval_dataset=datasets.validation,
-        data_collator=Collator(processor),
-        processing_class=processor,
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
-        modalities=modality_names() if reads_media(model.config.model_type) else ("text",),
-        **trainer_metrics(tokenizer),
-    )
-    add_callbacks(trainer, run.callbacks, processor, build_media_examples(run, processor))
-    return trainer
-
-
-def build_preference_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
-    """The trainer of `dpo`: pairs of answers, of which one is better."""
-    args = run.training
-    train, validation = build_pairs(run.data, tokenizer_of(processor), args.seed)
-    args.choose_best_metric([f"eval_{source}_loss" for source in validation])
-    trainer = PreferenceTrainer(
-        model=model,
-        ref_model=None if isinstance(model, PeftModel) else copy.deepcopy(model).requires_grad_(False),
-        args=args,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=processor,
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
-    )
-    add_callbacks(trainer, run.callbacks, processor)
-    return trainer
-
-
-def build_rollout_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
-    """The trainer of `grpo`: prompts, to which the model writes answers that are rewarded."""
-    args = run.training
-    train, validation = build_prompts(run.data, args.seed)
-    needed = args.generation_batch_size // args.num_generations
-    positions = model.config.get_text_config().max_position_embeddings
-    if len(train) < needed:
-        raise ValueError(
-            f"data.train: there are {len(train)} prompts, fewer than the {needed} of one update; add rows, or lower "
-            "training.per_device_train_batch_size"
-        )
-    if args.max_completion_length >= positions:
-        raise ValueError(
-            f"training.max_completion_length is {args.max_completion_length}, but with its prompt an answer has "
-            f"{positions} positions in this model; give less"
-        )
-    args.choose_best_metric([f"eval_{source}_reward" for source in validation])
-    trainer = RolloutTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=processor,
-        sample_depth=sample_depth,
-        encode_messages=functools.partial(encode_conversation, add_generation_prompt=True),
-    )
-    add_callbacks(trainer, run.callbacks, processor)
-    return trainer
-
-
-BUILDERS: dict[str, Callable[[FinetuningConfig, torch.nn.Module, Processor], Trainer]] = {
-    "continued": build_recurrent_trainer,
-    "sft": build_recurrent_trainer,
-    "dpo": build_preference_trainer,
-    "grpo": build_rollout_trainer,
-}
 
 
 if __name__ == "__main__":

@@ -33,14 +33,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from benchmarks import timing
 from configs import RunConfig, load_config
+from configs.pretraining import build_model
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_tokenizer, get_task
 from dataset_loading.synthetic import generate_row
 from inference.arguments import OneLineParser
 from inference.devices import choose_device, choose_threads, cpu_model
-from model.processing_megatransformer import build_processor, media_tokens
+from model import build_processor, media_tokens
 from model.recurrence import draw_training_states
-from pretrain import build_model
-from trainers.muon import MuonBeside, matrices_of
+from trainers.optimizers import MuonBeside, matrices_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "recurrent_vlm.yaml"
 
@@ -90,7 +90,7 @@ def build_parser() -> OneLineParser:
 def build(run: RunConfig, device: torch.device) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A fresh model of the run and its processor."""
     tokenizer = build_tokenizer(run.tokenizer, run.data, media_tokens=media_tokens(run.model))
-    model = build_model(run, tokenizer)
+    model = build_model(run.model, run.training, tokenizer)
     processor = build_processor(model.config, tokenizer, **model.model.count_tokens())
     return model.to(device).train(), processor
 

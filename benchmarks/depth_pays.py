@@ -178,9 +178,9 @@ def compete(job: Job) -> dict:
         seconds, updates, and accuracy[depth][number of moves]; depth is "plain" without a core.
     """
     if not job.state_file.exists():
-        run(ROOT / "pretrain.py", *job.flags)
+        run("pretrain.py", *job.flags)
     depths = [job.contestant.depth] if job.contestant.depth == 1 else DEPTHS
-    run(ROOT / "evaluate.py", job.folder, "--num-steps", *depths, "--batch-size", 64, "--limit", NUM_QUESTIONS)
+    run("-m", "evaluation", job.folder, "--num-steps", *depths, "--batch-size", 64, "--limit", NUM_QUESTIONS)
     table = json.loads((job.folder / "evaluation" / "depth.json").read_text())
     state = json.loads(job.state_file.read_text())
     return {
@@ -196,7 +196,7 @@ def compete(job: Job) -> dict:
 
 
 def run(*command: object) -> None:
-    """A script of this repository, on one core."""
+    """A script or a module of this repository, on one core."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True

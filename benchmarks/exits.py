@@ -23,13 +23,14 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from benchmarks import timing
+from configs import read_run_config
 from dataset_loading import Collator
-from evaluate import read_run_config, validation_texts
+from evaluation.__main__ import validation_texts
 from inference import arguments
 from inference.devices import choose_device, choose_threads
 from inference.loading import find_checkpoint, load_model
 from model import RecurrentCache
-from model.exit_criteria import EXIT_CRITERIA
+from model.exit_criteria import EXIT_CRITERIA, ExitOptions
 
 THRESHOLDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 NEVER = {"argmax_stability": 1e9}  # thresholds that nothing passes; of the others one that nothing falls below
@@ -65,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [row for source in texts.values() for row in source]
     batches = [Collator(tokenizer)(rows[i : i + args.rows]) for i in range(0, len(rows), args.rows)]
     sys.stdout.write(f"Read token by token, texts given, against one pass of {full} steps.\n\n")
-    policies = {name: agreement(model, batches, full, {}, options) for name, options in POLICIES.items()}
+    policies = {name: agreement(model, batches, full, ExitOptions(), options) for name, options in POLICIES.items()}
     sys.stdout.write(report_agreement("cache policy", full, policies) + "\n")
     by_threshold = {
-        threshold: agreement(model, batches, full, {"exit_criterion": args.criterion, "exit_threshold": threshold}, {})
+        threshold: agreement(model, batches, full, ExitOptions(args.criterion, threshold), {})
         for threshold in args.thresholds
     }
     sys.stdout.write(report_agreement(args.criterion, full, by_threshold))
@@ -115,13 +116,13 @@ def build_parser() -> arguments.OneLineParser:
 
 
 def agreement(
-    model: PreTrainedModel, batches: Sequence[dict], full: int, exits: dict[str, Any], cache: dict[str, Any]
+    model: PreTrainedModel, batches: Sequence[dict], full: int, exits: ExitOptions, cache: dict[str, Any]
 ) -> dict[str, float]:
     """Teacher-forced: every text is read token by token, each exiting where it may, over the cache that the tokens
     before it have left.
 
     Args:
-        exits: Arguments of `forward`.
+        exits: Of all tokens but the first.
         cache: Arguments of `RecurrentCache`.
 
     Returns:
@@ -138,7 +139,7 @@ def agreement(
         kept = RecurrentCache(model.config, **cache)
         for i in range(ids.shape[1] - 1):
             with torch.no_grad():  # the first token is the prompt
-                out = model(ids[:, i : i + 1], cache=kept, num_steps=full, **(exits if i else {}))
+                out = model(ids[:, i : i + 1], cache=kept, num_steps=full, exits=exits if i else None)
             counts = learned[:, i] & (i > 0)
             ours, theirs = out.logits[counts, -1].log_softmax(-1), expected[counts, i]
             same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())

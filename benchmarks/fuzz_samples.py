@@ -27,8 +27,8 @@ from PIL import ImageFile
 from PIL.PngImagePlugin import PngInfo
 from transformers import LogitsProcessorList, TrainerState, set_seed
 
-import evaluate_codec
 from configs import RunConfig, load_config, load_run_config
+from configs.pretraining import describe_run
 from configs.resuming import check_options
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets
 from dataset_loading.codec_data import build_codec_datasets
@@ -36,12 +36,11 @@ from dataset_loading.preferences import build_pairs, build_prompts
 from inference.adapters import base_model
 from inference.conversation import Conversation
 from inference.decoding import FiniteLogits
-from inference.loading import load_model, tokenizer_of
+from inference.loading import load_codec, load_model
 from inference.prompts import check_prompts, encode_prompt, encode_question, read_prompts
-from model import MegaTransformerForConditionalGeneration, codec_media
+from model import MegaTransformerForConditionalGeneration, codec_media, tokenizer_of
 from model.chat import prepare_tokenizer
 from model.step_lora import add_step_lora
-from pretrain import describe_run
 from tests.hub_encoders import siglip2
 from tests.tiny_artist import artist_config, artist_processor, tiny_artist
 from tests.tiny_codecs import tiny_autoencoder
@@ -389,7 +388,7 @@ def yaml_samples() -> Iterator[Sample]:
 
 
 def read_run(folder: Path) -> None:
-    """All but the arguments of training, as `evaluate.py` does."""
+    """All but the arguments of training, as `python -m evaluation` does."""
     load_run_config(folder / "run.yaml")
 
 
@@ -558,11 +557,6 @@ def draw(folder: Path) -> None:
     model.generate(
         **encode_question(processor, ([], "a circle")), generation_mode="image", flow_seeds=[0], do_sample=False
     )
-
-
-def load_codec(folder: Path) -> None:
-    """As `evaluate_codec.py` does."""
-    evaluate_codec.load_codec(folder, SimpleNamespace(model=tiny_autoencoder().config))
 
 
 def build_writer(folder: Path) -> None:

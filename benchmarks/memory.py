@@ -26,7 +26,6 @@ from benchmarks import timing
 from inference.arguments import OneLineParser
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig, RecurrentCache
 from model.cache import BLOCK
-from model.recurrence import draw_training_states, sample_depth
 from trainers import RecurrentTrainer, RecurrentTrainingArguments
 
 NUM_STEPS = 32
@@ -141,8 +140,6 @@ def train(model: MegaTransformerForCausalLM, count: int) -> list[int]:
             args=arguments,
             train_dataset=Rows(),
             callbacks=[memory],
-            sample_depth=sample_depth,
-            draw_states=draw_training_states,
         )
         trainer.remove_callback(PrinterCallback)  # standard output is for the table
         trainer.train()

@@ -23,9 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks import timing
-from configs import load_run_config
+from configs import load_run_config, read_run_config
 from dataset_loading import Collator
-from evaluate import read_run_config, validation_texts
+from evaluation.__main__ import validation_texts
 from inference import arguments
 from inference.devices import choose_device, choose_threads
 from inference.loading import find_checkpoint, load_model

@@ -36,8 +36,7 @@ ROWS = 48  # of each generated source
 COMMANDS = {  # what is run, and the module whose `main` runs it
     "train": "pretrain",
     "tune": "finetune",
-    "evaluate": "evaluate",
-    "evaluate_codec": "evaluate_codec",
+    "evaluate": "evaluation.__main__",
     "generate": "inference.generate",
 }
 # Each file, the command that trains it, and what it is asked to write then.
@@ -59,6 +58,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "finetune_qlora": ("tune", ("text",)),
     "finetune_dpo": ("tune", ()),
     "finetune_grpo": ("tune", ()),
+    "finetune_exit_probe": ("tune", ()),
 }
 WRITINGS: dict[str, tuple[str, ...]] = {  # arguments of a writing; {media} is the folder of the data
     "text": ("--prompt", "12+34=", "--greedy"),
@@ -69,6 +69,8 @@ WRITINGS: dict[str, tuple[str, ...]] = {  # arguments of a writing; {media} is t
     "audio": ("--mode", "audio", "--prompt", "C4 E4", "--out", "{out}/written.wav"),
 }
 TIMES = ("seconds", "milliseconds", "runtime", "per_second", "throughput", "tokens_per", "time", "memory", "MiB")
+NEWER = ("media_columns",)
+"""Options that the code did not have which wrote the results; an evaluation repeats all of them."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,8 +128,7 @@ def result_of(name: str, folder: Path) -> dict[str, Any]:
         "weights": weights_of(out),
     }
     if command != "tune":
-        evaluate = "evaluate_codec" if name in ("image_autoencoder", "vocoder") else "evaluate"
-        result["evaluation"] = evaluation_of(evaluate, out)
+        result["evaluation"] = evaluation_of(out, is_codec=name in ("image_autoencoder", "vocoder"))
     for writing in writings:
         arguments = [word.format(media=folder, out=out) for word in WRITINGS[writing]]
         result[writing] = writing_of(out, arguments)
@@ -151,6 +152,7 @@ def reduced(name: str, out: Path) -> dict[str, Any]:
     training |= {"use_cpu": True, "disable_tqdm": True, "recurrence_logging_steps": 0, "dataloader_num_workers": 0}
     if name == "finetune_grpo":
         training |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
+    if name in ("finetune_grpo", "finetune_exit_probe"):
         del training["recurrence_logging_steps"]
     return tree
 
@@ -197,23 +199,23 @@ def weights_of(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def evaluation_of(command: str, folder: Path) -> Any:
+def evaluation_of(folder: Path, is_codec: bool) -> Any:
     """The numbers of an evaluation at two depths, or, of a codec, its table."""
-    if command == "evaluate_codec":
-        table = [line.split("|") for line in run(command, str(folder), "--limit", "4").splitlines()]
+    if is_codec:
+        table = [line.split("|") for line in run("evaluate", str(folder), "--limit", "4").splitlines()]
         timed = [index for index, title in enumerate(table[0]) if title.strip() in ("milliseconds", "x real time")]
         return ["|".join(cell for index, cell in enumerate(row) if index not in timed) for row in table]
     output = folder / "evaluation"
     shutil.rmtree(output, ignore_errors=True)
-    run(command, str(folder), "--num-steps", "1", "3", "--limit", "4", "--max-new-tokens", "4", "--device", "cpu")
+    run("evaluate", str(folder), "--num-steps", "1", "3", "--limit", "4", "--max-new-tokens", "4", "--device", "cpu")
     files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob("*.json"))}
     return {name: hashed(without_times(content, str(folder.parents[1]))) for name, content in files.items()}
 
 
 def without_times(content: Any, folder: str) -> Any:
-    """The content of a file of results without what the clock and the place say."""
+    """The content of a file of results without what the clock and the place say, and newer options."""
     if isinstance(content, dict):
-        kept = {key: value for key, value in content.items() if not any(word in key for word in TIMES)}
+        kept = {key: value for key, value in content.items() if not any(word in key for word in (*TIMES, *NEWER))}
         return {key: without_times(value, folder) for key, value in kept.items()}
     if isinstance(content, list):
         return [without_times(value, folder) for value in content]

@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
-from .media_samples import MediaSamplesCallback, MediaSamplesConfig, tokenizer_of
+from model import tokenizer_of
+
+from .media_samples import MediaSamplesCallback, MediaSamplesConfig
 from .model_card import ModelCardWriter, model_card, sources_of
 from .model_size import ModelSizeCallback, ModelSizeConfig, size_table
 from .non_finite import NonFiniteCallback, NonFiniteConfig

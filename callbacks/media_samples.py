@@ -17,6 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from model import tokenizer_of
+
 from .periodic import WritingCallback, aside, depths_of, verbatim
 from .reporting import Reporter
 
@@ -118,11 +120,6 @@ class MediaSamplesCallback(WritingCallback):
             output = model.generate(**inputs, max_new_tokens=self.config.max_new_tokens)
         new = output[0, inputs["input_ids"].shape[1] :]
         return tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """The tokenizer in a processor, or the tokenizer itself."""
-    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
 
 def inputs_of(

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, TrainerControl, TrainerState, TrainingArguments
 
+from model import draw_codes
+from model.chat import WRITTEN_PREFIX
+
 from .media_samples import Example, inputs_of, spectrogram
 from .periodic import PeriodicCallback, aside, depths_of, verbatim
 from .reporting import Reporter
 
 logger = logging.getLogger(__name__)
 
-WRITTEN = "written_"
-"""How the modality of an example begins whose answer is a medium; its kind, "image" or "audio", follows."""
 _LINE = 2  # pixels between two cells of a grid
 _PARTS = 3  # of the places of a medium, in each of which the latents are watched
 
@@ -115,7 +116,8 @@ class WrittenSamplesCallback(PeriodicCallback):
         kind = kind_of(example)
         inputs = inputs_of(example, model, self.processor, depth)
         if kind == "image" and getattr(model, "decode_image_tokens", None):
-            return Sample(draw_codes(model, inputs, seed), None)
+            with aside(model, seed):
+                return Sample(draw_codes(model, inputs)[0], None)
         with aside(model):
             output = model.generate(**inputs, generation_mode=kind, flow_seeds=[seed])
         media = output.images if kind == "image" else output.audio
@@ -171,7 +173,7 @@ class WrittenSamplesCallback(PeriodicCallback):
     def cell(self, medium: Any | None) -> np.ndarray | None:
         """(height, width, 3) of uint8: a picture, or the spectrogram of a recording, as the model learns them."""
         if isinstance(medium, tuple):
-            levels = spectrogram(self.processor.kinds[f"{WRITTEN}audio"].preprocess(medium))[0]
+            levels = spectrogram(self.processor.kinds[f"{WRITTEN_PREFIX}audio"].preprocess(medium))[0]
             return (levels * 255).round().byte().numpy()[..., None].repeat(3, axis=-1)
         return None if medium is None else np.asarray(medium.convert("RGB"))
 
@@ -183,25 +185,14 @@ class WrittenSamplesCallback(PeriodicCallback):
             writer.add_audio(f"train/written_samples/{name}", sound, state.global_step, rate)
 
 
-def draw_codes(model: PreTrainedModel, inputs: Mapping[str, Any], seed: int) -> Any | None:
-    """The image that a model writes as tokens, drawn by plain `generate`; None where they are no whole one."""
-    with aside(model, seed):
-        most = model.model.writers["image"].num_places + 1  # the start token
-        ids = model.generate(**{**inputs, "do_sample": True}, top_k=0, max_new_tokens=most)
-        try:
-            return next(iter(model.decode_image_tokens(ids[:, inputs["input_ids"].shape[1] :])), None)
-        except ValueError:  # too few codes
-            return None
-
-
 def is_written(example: Example) -> bool:
     """Whether the answer is a medium."""
-    return example.get("modality", "text").startswith(WRITTEN)
+    return example.get("modality", "text").startswith(WRITTEN_PREFIX)
 
 
 def kind_of(example: Example) -> str:
     """That of the medium, "image" or "audio"."""
-    return example["modality"].removeprefix(WRITTEN)
+    return example["modality"].removeprefix(WRITTEN_PREFIX)
 
 
 def prompts_of(rows: Sequence[Example]) -> str:

@@ -32,12 +32,7 @@ from transformers import PreTrainedConfig
 
 from callbacks import CallbacksConfig
 from dataset_loading.configuration import DataConfig, TokenizerConfig
-from model import (
-    MegaTransformerConfig,
-    MegaTransformerImageAutoencoderConfig,
-    MegaTransformerTextConfig,
-    MegaTransformerVocoderConfig,
-)
+from model import CODEC_CONFIGS, MODELS, MegaTransformerConfig, MegaTransformerTextConfig
 from model.terminal import one_line
 from model.versions import VersionAction
 from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
@@ -45,20 +40,19 @@ from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArgume
 from . import strict_yaml
 from .advice import closest
 from .deepspeed_files import find_deepspeed
+from .foreign_code import check_code
 
 logger = logging.getLogger(__name__)
 
-CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
 PATIENCE = 30  # seconds from an error of a rank that is not the first of its machine to its words
-MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    cls.model_type: cls for cls in (MegaTransformerTextConfig, MegaTransformerConfig, *CODEC_CONFIGS)
-}
+MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {cls.model_type: cls for cls in MODELS}
 SECTIONS = {
     "tokenizer": TokenizerConfig,
     "data": DataConfig,
     "callbacks": CallbacksConfig,
     "training": RecurrentTrainingArguments,  # last, as it looks for the devices
 }
+SWITCHES = ("__dry_run", "__allow_code")  # flags that may stand without a value
 OPTIONAL_SECTIONS = ("peft", "step_lora")  # of fine-tuning
 # Not for YAML: what every Hugging Face config inherits, what tokenizer, backbone and launcher decide, and secrets.
 NOT_OPTIONS = {
@@ -76,6 +70,11 @@ class ResolvedConfig:
     resolved: dict[str, Any]
     identity: ClassVar[tuple[str, ...]]
     """Beginnings of the keys that say which model it is."""
+
+    @property
+    def seed(self) -> int:
+        """With which the run splits and generates its data."""
+        return self.resolved["training"]["seed"]
 
     def defaults(self) -> dict[str, Any]:
         """What is resolved where nothing is given but what selects the classes."""
@@ -145,7 +144,7 @@ def load_config(argv: Sequence[str] | None = None) -> RunConfig:
         SystemExit: with code 2, after one line on stderr, for whatever is wrong.
     """
     with one_line_errors():
-        return build_run(resolve(sys.argv[1:] if argv is None else argv))
+        return build_run(resolve(sys.argv[1:] if argv is None else argv, is_to_run=True))
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
@@ -163,6 +162,55 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Resolved
 
         return load_finetuned_run(path, overrides)
     return build_run(resolve(["--config", str(path), *overrides]), skip=("training",))
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of this command, and those that `configs` reads: --config and --data.KEY, with their values."""
+    own, overrides, rest = [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument.partition("=")[0] != "--config" and not argument.startswith("--data."):
+            own.append(argument)
+            continue
+        overrides.append(argument)
+        if "=" not in argument and rest:
+            overrides.append(rest.pop(0))
+    return own, overrides
+
+
+def read_run_config(checkpoint: Path, overrides: Sequence[str]) -> ResolvedConfig:
+    """The configuration of the run that a checkpoint belongs to, with overrides.
+
+    Raises:
+        ValueError: there is none beside the checkpoint, or an override is wrong.
+    """
+    path = find_run_config(checkpoint)
+    if path is not None:
+        return load_run_config(path, overrides)
+    if not any(override.partition("=")[0] == "--config" for override in overrides):
+        raise ValueError(
+            f"Neither {checkpoint} nor its parent folder has the config.yaml of a run: "
+            "name the data with --config FILE."
+        )
+    return load_run_config(*first_config(overrides))
+
+
+def find_run_config(checkpoint: Path) -> Path | None:
+    """The config.yaml of the run that a checkpoint belongs to, if there is one: beside it, or a folder above."""
+    paths = (folder / "config.yaml" for folder in (checkpoint, checkpoint.absolute().parent))
+    return next(filter(Path.is_file, paths), None)
+
+
+def first_config(overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """The path of the first --config, and the other overrides."""
+    rest = list(overrides)
+    index = next(i for i, override in enumerate(rest) if override.partition("=")[0] == "--config")
+    _, has_value, path = rest.pop(index).partition("=")
+    if not has_value:
+        if index == len(rest):
+            raise ValueError("--config: the value is missing")
+        path = rest.pop(index)
+    return path, rest
 
 
 @contextmanager
@@ -205,7 +253,9 @@ def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...
     """
     if not (folder / "config.yaml").exists():
         return None
-    there, here = flatten(run.defaults()) | flatten(read_yaml(folder / "config.yaml")), flatten(run.resolved)
+    content = read_yaml(folder / "config.yaml")
+    make_paths_absolute(content, Path.cwd())  # as all are that today's code writes
+    there, here = flatten(run.defaults()) | flatten(content), flatten(run.resolved)
     different = (key for key in here | there if key.startswith(prefixes) and there.get(key) != here.get(key))
     key = next(different, None)
     return key and f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
@@ -214,19 +264,23 @@ def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...
 # --------------------------------------------------------------------------------------------- from arguments to values
 
 
-def resolve(argv: Sequence[str]) -> dict[str, Any]:
+def resolve(argv: Sequence[str], is_to_run: bool = False) -> dict[str, Any]:
     """Every option as plain values, from defaults, files and flags; types are checked, nothing is built.
 
+    Args:
+        is_to_run: Whether a run follows, in which the code that it names would run.
+
     Raises:
-        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file.
+        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file; as `check_code`, unless the
+            command line allows it.
     """
     given = list(read_arguments(argv))
     config_class = model_config_class([tree for _, tree, _ in given])
     absent = absent_parts([tree for _, tree, _ in given], config_class)
-    schema = dict.fromkeys(("trainer", "log_level", "local_rank", "dry_run"))
+    schema = dict.fromkeys(("trainer", "log_level", "local_rank", "dry_run", "allow_code"))
     schema |= {"model": {"model_type": None, **schema_of(config_class)}}
     schema |= {name: schema_of(cls) for name, cls in SECTIONS.items()}
-    tree = parse(given, schema, build_parser(config_class))
+    tree = parse(given, schema, build_parser(config_class), is_to_run)
     tree["model"] |= dict.fromkeys(absent)
     if not tree["dry_run"]:
         del tree["dry_run"]  # a dry run leaves no file, so that no file needs to say that its run was none
@@ -234,17 +288,26 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def parse(
-    given: Sequence[tuple[str, dict[str, Any], list[str]]], schema: dict[str, Any], parser: ArgumentParser
+    given: Sequence[tuple[str, dict[str, Any], list[str]]],
+    schema: dict[str, Any],
+    parser: ArgumentParser,
+    is_to_run: bool,
 ) -> dict[str, Any]:
-    """The values of what `read_arguments` gives, defaults included, with their types checked."""
+    """The values of what `read_arguments` gives, defaults included, with their types checked. That code is allowed is
+    none of them: no file that a run leaves behind allows its own.
+    """
     for origin, tree, _ in given:
         check_keys(without_absent_parts(tree), schema, origin)
+        if origin and tree.get("allow_code"):
+            raise ValueError(f"{origin}allow_code: a file cannot allow its own code; give --allow-code instead")
     try:
         values = parser.parse_args([flag for _, tree, flags in given for flag in (*emptied_lists(tree), *flags)])
     except ArgumentError as error:
         raise ValueError(describe(str(error), schema)) from error
     tree = json.loads(parser.dump(values, format="json", skip_unset=False))
     del tree["local_rank"]
+    if not tree.pop("allow_code") and is_to_run:
+        check_code(given)
     make_paths_absolute(tree, Path.cwd())
     return tree
 
@@ -294,7 +357,7 @@ def read_arguments(argv: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], l
             continue
         if not flag.startswith("--"):
             raise ValueError(f"unexpected argument {flag!r}; options are written --section.name value")
-        if flag in ("--dry_run", "--dry-run") and not equals and (not rest or rest[0] not in ("true", "false")):
+        if flag.replace("-", "_") in SWITCHES and not equals and (not rest or rest[0] not in ("true", "false")):
             rest.insert(0, "true")
         if not equals and not rest:
             raise ValueError(f"{flag}: the value is missing")
@@ -369,10 +432,11 @@ def make_paths_absolute(tree: dict[str, Any], folder: Path) -> None:
         if isinstance(source.get("paths"), list):
             source["paths"] = [os.path.normpath(folder / str(path)) for path in source["paths"]]
     model = section if isinstance(section := tree.get("model"), dict) else {}
-    codecs = [(model.get("image_writer_config"), "codec_name_or_path")]
-    codecs += [(model.get("audio_writer_config"), "vocoder_name_or_path")]
+    parts = [(model.get("image_writer_config"), "codec_name_or_path")]
+    parts += [(model.get("audio_writer_config"), "vocoder_name_or_path")]
+    parts += [(model.get(f"{name}_config"), "backbone") for name in ("vision", "audio")]
     named = [*((source, "path") for source in sources), (tokenizer, "path"), (training, "deepspeed")]
-    named += [(part, key) for part, key in codecs if isinstance(part, dict)]
+    named += [(part, key) for part, key in parts if isinstance(part, dict)]
     named += [(model, "path")]  # of fine-tuning
     for mapping, key in named:
         if isinstance(name := mapping.get(key), str) and name and (path := folder / name).exists():
@@ -460,6 +524,9 @@ def empty_parser(trainers: Iterable[str], trainer: str) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file; may be given several times")
     parser.add_argument("--trainer", type=Literal[tuple(trainers)], default=trainer, help="Name of the trainer")
     parser.add_argument("--log_level", "--log-level", type=Literal["debug", "info", "warning", "error"], default="info")
+    parser.add_argument(
+        "--allow_code", "--allow-code", type=bool, default=False, help="Run functions that a configuration file names"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help="Ignored: LOCAL_RANK of the environment rules")
     return parser
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from trainers.recorder import Recorder
+from trainers.keywords import Recorder
 
 from . import strict_yaml
 from .advice import closest as closest_of

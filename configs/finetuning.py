@@ -1,22 +1,37 @@
-"""Configurations of `finetune.py`: a checkpoint, adapters, and the rest as in pretraining."""
+"""Runs of `finetune.py`: a checkpoint, adapters, and the rest as in pretraining; and the trainer of such a run."""
 
+import copy
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from jsonargparse import ArgumentParser
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
 
-from callbacks import CallbacksConfig
+from callbacks import CallbacksConfig, add_callbacks, add_codec_callbacks
+from dataset_loading import Collator
 from dataset_loading.configuration import DataConfig
+from dataset_loading.preferences import build_pairs, build_prompts
+from inference.adapters import base_model
+from inference.checkpoints import adapters_in, find_checkpoint
+from inference.loading import load_model
+from model import tokenizer_of
+from model.chat import prepare_tokenizer
 from model.quantization import QuantizationConfig
-from trainers import RecurrentTrainingArguments
-from trainers.dpo import PreferenceArguments
+from model.step_lora import StepLora, add_step_lora
+from trainers import RecurrentTrainingArguments, check_weights
+from trainers.dpo import PreferenceArguments, PreferenceTrainer
+from trainers.exit_probe import ExitProbeArguments, ExitProbeTrainer
 from trainers.finetuners import FINETUNERS
-from trainers.finetuning import ModelOptions, PeftOptions, StepLoraOptions
-from trainers.grpo import RolloutArguments
+from trainers.finetuning import ModelOptions, PeftOptions, StepLoraOptions, lora_config, step_lora_targets
+from trainers.grpo import RolloutArguments, RolloutTrainer
+from trainers.quantization import is_quantized, prepare_quantized_training
 from trainers.sft import SupervisedArguments
 
 from . import (
@@ -34,6 +49,9 @@ from . import (
 )
 from .advice import closest
 from .deepspeed_files import find_deepspeed
+from .pretraining import build_recurrent_trainer, build_rows, whole_weights
+
+Processor = PreTrainedTokenizerBase | ProcessorMixin
 
 DEFAULT_TRAINER = "sft"
 # What the sections `model` and `data` say instead.
@@ -56,6 +74,9 @@ NOT_OPTIONS[RolloutArguments] = {
     *("log_multimodal", "log_completions_hub_repo", "modality_weights", "router_aux_loss_coef"),
     *("recurrence_logging_steps", "depth_gap_alarm", "token_correlation_alarm", "cast_lm_head_to_fp32"),
     *(name for name in RolloutArguments.__dataclass_fields__ if "vllm" in name),
+}
+NOT_OPTIONS[ExitProbeArguments] = {
+    *("recurrence_logging_steps", "depth_gap_alarm", "token_correlation_alarm", "modality_weights"),
 }
 SECTIONS = {
     "model": ModelOptions,
@@ -118,7 +139,7 @@ def load_finetuning_config(argv: Sequence[str] | None = None) -> FinetuningConfi
         SystemExit: with code 2, after one line on stderr, for whatever is wrong.
     """
     with one_line_errors():
-        tree = resolve(sys.argv[1:] if argv is None else argv)
+        tree = resolve(sys.argv[1:] if argv is None else argv, is_to_run=True)
         training = dict(tree["training"], deepspeed=find_deepspeed(tree["training"]["deepspeed"]))
         _, arguments = FINETUNERS[tree["trainer"]]
         return build_run(tree, build(arguments, training, "training"))
@@ -129,11 +150,15 @@ def load_finetuned_run(path: str | Path, overrides: Sequence[str] = ()) -> Finet
     return build_run(resolve(["--config", str(path), *overrides]), training=None)
 
 
-def resolve(argv: Sequence[str]) -> dict[str, Any]:
+def resolve(argv: Sequence[str], is_to_run: bool = False) -> dict[str, Any]:
     """Every option as plain values; types are checked, nothing is built.
 
+    Args:
+        is_to_run: Whether a run follows, in which the code that it names would run.
+
     Raises:
-        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file.
+        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file; as `check_code`, unless the
+            command line allows it.
     """
     given = list(read_arguments(argv))
     trees = [tree for _, tree, _ in given]
@@ -141,10 +166,10 @@ def resolve(argv: Sequence[str]) -> dict[str, Any]:
     if trainer not in FINETUNERS:
         raise ValueError(f"trainer: {trainer!r} is unknown; {closest(trainer, list(FINETUNERS))}")
     sections = sections_of(trainer)
-    schema = dict.fromkeys(("trainer", "log_level", "local_rank")) | {
+    schema = dict.fromkeys(("trainer", "log_level", "local_rank", "allow_code")) | {
         name: schema_of(cls) for name, cls in sections.items()
     }
-    tree = parse(given, schema, build_parser(trainer))
+    tree = parse(given, schema, build_parser(trainer), is_to_run)
     return tree | dict.fromkeys(absent_of(OPTIONAL_SECTIONS, trees))
 
 
@@ -168,6 +193,186 @@ def build_run(tree: dict[str, Any], training: RecurrentTrainingArguments | None)
     Raises:
         ValueError: for a value out of range, with its section.
     """
+    if tree["trainer"] == "exit_probe" and (parts := [name for name in OPTIONAL_SECTIONS if tree[name] is not None]):
+        raise ValueError(f"{parts[0]}: an exit probe learns alone, beside a model that stays as it is; leave it out")
     built = {name: None if tree[name] is None else build(cls, tree[name], name) for name, cls in SECTIONS.items()}
     names = {name: tree[name] for name in ("trainer", "log_level")}
     return FinetuningConfig(**built, **names, training=training, resolved=tree)
+
+
+# ------------------------------------------------------------------------------------------------------- the trainer
+
+
+def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Trainer:
+    """Model, adapters, data and trainer of a run, all checked, nothing written.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be loaded, adapters that do not fit it, data that cannot be read, or
+            options of training that do not fit.
+    """
+    folder = find_checkpoint(run.model.path)
+    base = base_model(folder)
+    model, processor = load_base(run, folder)
+    set_seed(run.training.seed)
+    if run.trainer == "exit_probe":
+        add_exit_probe(model)
+    model, adapters = add_adapters(run, model)
+    beside = [base, *adapters] if run.has_adapters else []
+    if resume_point is not None:
+        check_adapters(run, resume_point)
+        check_weights(resume_point, model)
+        for part in beside:
+            part.load(resume_point)
+    trainer = BUILDERS[run.trainer](run, model, processor)
+    trainer.beside = beside
+    return trainer
+
+
+def load_base(run: FinetuningConfig, folder: Path) -> tuple[PreTrainedModel, Processor]:
+    """The checkpoint that is tuned, with its tokenizer or processor, made ready for conversations.
+
+    Raises:
+        ValueError: it cannot be loaded, or not trained in this way.
+    """
+    options, args = run.model, run.training
+    dtype = options.dtype and getattr(torch, options.dtype)
+    with whole_weights(args):
+        model, processor = load_model(folder, args.device, dtype, run.quantization)
+    prepare_tokenizer(tokenizer_of(processor), model.config.get_text_config().vocab_size)
+    if is_quantized(model):
+        model = prepare_quantized_training(model, args, has_lora=run.peft is not None)
+    config = model.config.get_text_config()
+    if options.num_steps is not None:
+        config.recurrence.mean_steps, config.num_steps = options.num_steps, None  # which would be that of evaluation
+    if options.backprop_steps is not None:
+        config.recurrence.backprop_steps = options.backprop_steps
+    return model, processor
+
+
+def add_exit_probe(model: PreTrainedModel) -> None:
+    """Give a model a fresh exit probe, which alone learns.
+
+    Raises:
+        ValueError: the model has no core, so that there is nothing to exit from.
+    """
+    if model.config.get_text_config().num_core_layers == 0:
+        raise ValueError("model.path: the model has no core (num_core_layers is 0), so there is nothing to exit from")
+    model.requires_grad_(False)
+    model.model.add_exit_probe().float().requires_grad_(True)
+
+
+def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.nn.Module, list[StepLora]]:
+    """The model with fresh adapters, which alone learn, and those of them that are not PEFT's; the model as it is where
+    the run has none.
+
+    Raises:
+        ValueError: they are for layers that the model does not have.
+    """
+    if not run.has_adapters:
+        return model, []
+    lora = run.peft and lora_config(run.peft, model)  # while all linear layers are those of the model
+    steps = []
+    if run.step_lora is not None:
+        options = run.step_lora
+        targets = step_lora_targets(model, options.target_modules, lora)
+        steps = [add_step_lora(model, targets, options.num_steps, options.rank, options.alpha)]
+    model.requires_grad_(False)
+    if lora is not None:
+        model = get_peft_model(model, lora)
+    for adapter in steps:
+        adapter.requires_grad_(True)  # PEFT freezes all but its own
+        if lora is not None:
+            switch = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+            # Off together with PEFT's, as in the pass of a reference: the model without any.
+            adapter.is_off = functools.partial(getattr, switch, "disable_adapters")
+    return model, steps
+
+
+def check_adapters(run: FinetuningConfig, resume_point: str) -> None:
+    """Raises ValueError for a checkpoint with other kinds of adapters than those of the run."""
+    kinds = {"adapter_config.json": "peft", "step_lora.json": "step_lora"}
+    there = [kind for name, kind in kinds.items() if name in adapters_in(Path(resume_point))]
+    here = [kind for kind in kinds.values() if getattr(run, kind) is not None]
+    if there != here:
+        there, here = (" and ".join(names) or "no adapters" for names in (there, here))
+        raise ValueError(
+            f"training.resume_from_checkpoint: {resume_point} has {there}, but this run has {here}; give the same "
+            "sections, or another checkpoint"
+        )
+
+
+def build_token_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
+    """The trainer of `continued` and `sft`: rows of tokens, of which some are learned."""
+    return build_recurrent_trainer(FINETUNERS[run.trainer][0], run, model, processor)
+
+
+def build_exit_probe_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
+    """The trainer of `exit_probe`: the same rows, on which a head learns when the model is done."""
+    datasets = build_rows(run, model, processor)
+    run.training.choose_best_metric(
+        [f"eval_{source}_{name}" for source in datasets.validation for name in ("loss", "accuracy")]
+    )
+    trainer = ExitProbeTrainer(
+        model=model,
+        args=run.training,
+        train_dataset=datasets.train,
+        eval_dataset=datasets.validation,
+        data_collator=Collator(processor),
+        processing_class=processor,
+    )
+    add_codec_callbacks(trainer, run.callbacks)
+    return trainer
+
+
+def build_preference_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
+    """The trainer of `dpo`: pairs of answers, of which one is better."""
+    args = run.training
+    train, validation = build_pairs(run.data, tokenizer_of(processor), args.seed)
+    args.choose_best_metric([f"eval_{source}_loss" for source in validation])
+    trainer = PreferenceTrainer(
+        model=model,
+        ref_model=None if isinstance(model, PeftModel) else copy.deepcopy(model).requires_grad_(False),
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=processor,
+    )
+    add_callbacks(trainer, run.callbacks, processor)
+    return trainer
+
+
+def build_rollout_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
+    """The trainer of `grpo`: prompts, to which the model writes answers that are rewarded."""
+    args = run.training
+    train, validation = build_prompts(run.data, args.seed)
+    needed = args.generation_batch_size // args.num_generations
+    positions = model.config.get_text_config().max_position_embeddings
+    if len(train) < needed:
+        raise ValueError(
+            f"data.train: there are {len(train)} prompts, fewer than the {needed} of one update; add rows, or lower "
+            "training.per_device_train_batch_size"
+        )
+    if args.max_completion_length >= positions:
+        raise ValueError(
+            f"training.max_completion_length is {args.max_completion_length}, but with its prompt an answer has "
+            f"{positions} positions in this model; give less"
+        )
+    args.choose_best_metric([f"eval_{source}_reward" for source in validation])
+    trainer = RolloutTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=processor,
+    )
+    add_callbacks(trainer, run.callbacks, processor)
+    return trainer
+
+
+BUILDERS: dict[str, Callable[[FinetuningConfig, torch.nn.Module, Processor], Trainer]] = {
+    "continued": build_token_trainer,
+    "sft": build_token_trainer,
+    "dpo": build_preference_trainer,
+    "grpo": build_rollout_trainer,
+    "exit_probe": build_exit_probe_trainer,
+}

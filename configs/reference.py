@@ -15,12 +15,13 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 
+from model import CODEC_CONFIGS
 from trainers import RecurrentTrainingArguments
 from trainers.arguments import MINIMUMS, MOMENTS
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import ModelOptions
 
-from . import CODEC_CONFIGS, MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, finetuning, nested_class, options_of
+from . import MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, finetuning, nested_class, options_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
@@ -32,6 +33,9 @@ A run is one YAML with the sections below; what is left out has its default. Eve
 section: `--model.recurrence.mean_steps 8`. Several `--config` files may be given; later files and flags override
 earlier ones. What is wrong with a key, a type, a choice or a range is said in one line that names the key, before
 anything is built. The `config.yaml` of a run folder holds every option as it was resolved.
+
+`training.optimizer` and `training.rewards` may name functions, which are imported and run. Where a file names one that
+is not in `trainers` or `evaluation`, it is refused unless the command line has `--allow-code`, which no file can say.
 
 A YAML holds plain values: a text, a number of 64 bits, true, false, null, lists and mappings, at most 32 in each other,
 with each key once. It is UTF-8 of at most 512 KiB, and of 20,000 values, in which each alias counts as all that it
@@ -48,8 +52,8 @@ asked for, the loss of the first source by default. `max_steps` is at least 1, o
 these inherited ones have a range here that transformers does not check:
 
 """
-OF_TRL = """\
-With `trainer: {name}`: the options of [training](#training), and what `{theirs}` adds, but for what the other sections
+OF_TUNING = """\
+With `trainer: {name}`: the options of [training](#training){theirs}, but for what the other sections
 say. Declared here:
 """
 HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
@@ -132,9 +136,9 @@ def documented(cls: type) -> dict[str, Any]:
 def about(cls: type) -> str:
     """What stands under the heading of a class."""
     if cls in tuning_arguments().values():
-        theirs = next(base for base in cls.__mro__ if base.__module__.startswith("trl."))
+        bases = [base.__name__ for base in cls.__mro__ if base.__module__.startswith("trl.")]
         name = next(name for name, arguments in tuning_arguments().items() if arguments is cls)
-        return OF_TRL.format(name=name, theirs=f"trl.{theirs.__name__}")
+        return OF_TUNING.format(name=name, theirs=f", and what `trl.{bases[0]}` adds" if bases else "")
     if not issubclass(cls, TrainingArguments):
         return f"{docstring_parser.parse(cls.__doc__).short_description}\n"
     inherited = {name: f"at least {least}" for name, least in MINIMUMS.items() if name not in documented(cls)}

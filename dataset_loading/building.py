@@ -11,11 +11,12 @@ from datasets import IterableDataset
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
+from model import MODALITIES
+
 from .augmentation import Augmenter
 from .augmentation_options import AugmentationConfig
 from .condition_drop import ConditionDrop
 from .configuration import DataConfig, SourceConfig
-from .directions import MEDIA
 from .documents import tokenize_rows
 from .media_dataset import MediaDataset
 from .media_documents import MediaDocuments, read_documents
@@ -259,7 +260,7 @@ def _check_kinds(source: SourceConfig, reader: MediaReader) -> None:
         return
     written = {kind.removeprefix("written_") for kind in reader.written}
     for direction in source.directions:
-        missing = [kind for kind in MEDIA if kind in direction.answered and kind not in written]
+        missing = [kind for kind in MODALITIES if kind in direction.answered and kind not in written]
         if missing:
             raise ValueError(
                 f"source {source.label!r} has direction {str(direction)!r}, but the model does not write {missing[0]}; "

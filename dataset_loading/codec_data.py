@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,8 @@ import torch
 from datasets import Dataset as HubDataset
 from datasets import Features, Value
 from torch.utils.data import Dataset
+
+from model import Modality
 
 from .augmentation import change_audio, change_image, torch_seeded_by
 from .augmentation_options import AugmentationConfig
@@ -28,29 +30,14 @@ logger = logging.getLogger(__name__)
 _FEATURES = Features({"media": Value("int64"), "problem": Value("string")})
 
 
-class CodecMedia(Protocol):
-    """What a codec takes, which comes with it."""
-
-    kind: str
-    """"image" or "audio"."""
-    sampling_rate: int | None
-    """Of recordings."""
-
-    def load(self, source: Any) -> Any:
-        """A medium, decoded. ValueError for what is none."""
-
-    def tensor(self, medium: Any, rng: np.random.Generator | None) -> torch.Tensor:
-        """It, or with `rng` a part of it, as an item of a batch."""
-
-
 class MediaAlone(RowDataset):
-    """The media of a source with random access: what `media.tensor` makes of each. One that can be read no more is
+    """The media of a source with random access: what `media.codec_input` makes of each. One that can be read no more is
     replaced by the next one.
 
     Args:
         rows: with the columns of `load_conversations`.
         places: int64 (media, 2), the row of each medium, and its number among the row's media of that kind.
-        media: loads them.
+        media: loads them, as the codec takes them.
         bad_rows: counts those that can be read no more.
         name: of the source.
         seed: of what is random about them.
@@ -61,7 +48,7 @@ class MediaAlone(RowDataset):
         self,
         rows: HubDataset,
         places: np.ndarray,
-        media: CodecMedia,
+        media: Modality,
         bad_rows: BadRows,
         name: str,
         seed: int = 0,
@@ -91,19 +78,19 @@ class MediaAlone(RowDataset):
     def _tensor(self, number: int, rng: np.random.Generator | None) -> torch.Tensor:
         row_number, place = self.places[number].tolist()
         row = ArrowRow(self.rows[row_number : row_number + 1])
-        medium = _load(self.media, _references(row["messages"], self.media.kind)[place], row)
-        return self.media.tensor(medium if rng is None else self._changed(medium, rng), rng)
+        medium = _load(self.media, _references(row["messages"], self.media.name)[place], row)
+        return self.media.codec_input(medium if rng is None else self._changed(medium, rng), rng)
 
     def _changed(self, medium: Any, rng: np.random.Generator) -> Any:
         """No text goes with a medium that a change could falsify."""
         with torch_seeded_by(rng):
-            if self.media.kind == "image":
+            if self.media.name == "image":
                 return change_image(medium, "", self.augmentation.image, rng)
             return change_audio(medium, self.media.sampling_rate, "", self.augmentation.audio, rng)
 
 
 def build_codec_datasets(
-    config: DataConfig, media: CodecMedia, seed: int = 0, batch_size: int | None = None
+    config: DataConfig, media: Modality, seed: int = 0, batch_size: int | None = None
 ) -> tuple[Dataset, dict[str, MediaAlone]]:
     """The media of a run's sources, to learn from, and by source to evaluate on; the same on every rank.
 
@@ -117,14 +104,14 @@ def build_codec_datasets(
             little to train on.
     """
     for source in (*config.train, *config.validation):
-        _check_source(source, media.kind)
+        _check_source(source, media.name)
     bad_rows = BadRows.of_building(config.max_bad_rows)
     split = load_split(config, seed, bad_rows)
     parts = [_build(source, rows, "train", config, media, seed, bad_rows) for source, rows in split.train]
     train = parts[0] if len(parts) == 1 else MixtureDataset(parts, [source.weight for source in config.train], seed)
     if batch_size is not None and len(train) < batch_size:
         raise ValueError(
-            f"the train data has {len(train)} media of type {media.kind!r}, less than one batch of {batch_size}; add "
+            f"the train data has {len(train)} media of type {media.name!r}, less than one batch of {batch_size}; add "
             "data, or lower the batch size"
         )
     validation = {
@@ -147,12 +134,12 @@ def _build(
     rows: HubDataset,
     role: str,
     config: DataConfig,
-    media: CodecMedia,
+    media: Modality,
     seed: int,
     bad_rows: BadRows,
 ) -> MediaAlone:
     places = _look_into(source, rows, config, media, bad_rows)
-    logger.info("%s: %d media of type %r for %s", source.label, len(places), media.kind, role)
+    logger.info("%s: %d media of type %r for %s", source.label, len(places), media.name, role)
     augmentation = None
     if role == "train":
         # Generated media vary exactly as their tasks want it.
@@ -162,7 +149,7 @@ def _build(
 
 
 def _look_into(
-    source: SourceConfig, rows: HubDataset, config: DataConfig, media: CodecMedia, bad_rows: BadRows
+    source: SourceConfig, rows: HubDataset, config: DataConfig, media: Modality, bad_rows: BadRows
 ) -> np.ndarray:
     """Where the media are: int64 (media, 2), row and number within it."""
     workers = config.preprocessing_workers
@@ -187,15 +174,15 @@ def _look_into(
             places += [(number, place) for place in range(count)]
     if not places:
         raise ValueError(
-            f"source {source.label!r} has no usable media of type {media.kind!r} in {len(rows)} rows; check its columns"
+            f"source {source.label!r} has no usable media of type {media.name!r} in {len(rows)} rows; check its columns"
         )
     return np.array(places, dtype=np.int64)
 
 
-def _look_into_batch(batch: pa.Table, media: CodecMedia, decode: bool) -> dict[str, list]:
+def _look_into_batch(batch: pa.Table, media: Modality, decode: bool) -> dict[str, list]:
     counts, problems = [], []
     for number, messages in enumerate(batch["messages"].to_pylist()):
-        references, problem = _references(messages, media.kind), ""
+        references, problem = _references(messages, media.name), ""
         try:
             for reference in references:
                 if decode and "task" not in reference:  # what a task makes is whole
@@ -211,7 +198,7 @@ def _references(messages: str, kind: str) -> Sequence[Mapping]:
     return [part for part in media_of(json.loads(messages)) if part["type"] == kind]
 
 
-def _load(media: CodecMedia, reference: Mapping, row: Mapping[str, object]) -> Any:
+def _load(media: Modality, reference: Mapping, row: Mapping[str, object]) -> Any:
     try:
         return media.load(read_medium(reference, row))
     except (ValueError, OSError) as error:

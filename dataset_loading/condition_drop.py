@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .conversations import special_id
-from .media_reader import MediaReader
+from model.chat import NULL_TOKEN, special_id
 
-NULL_TOKEN = "<|null|>"
+from .media_reader import MediaReader
 
 
 class ConditionDrop:
@@ -33,8 +32,8 @@ class ConditionDrop:
             (3, max(tokenizer.get_vocab().values()) + 1), dtype=bool
         )
         self.is_special[[*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]] = True
-        self.is_place[list(reader.placeholders.values())] = True
-        self.is_written[[reader.placeholders[name] for name in reader.written]] = True
+        self.is_place[list(reader.encoder.placeholders.values())] = True
+        self.is_written[[reader.encoder.placeholders[name] for name in reader.written]] = True
 
     def __call__(
         self, tokens: np.ndarray, media: Sequence[tuple[str, torch.Tensor]], rng: np.random.Generator

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from model import MODALITIES
+
 from .augmentation_options import AugmentationConfig
-from .directions import MEDIA, Direction, parse_direction
+from .directions import Direction, parse_direction
 from .synthetic import MEDIA_TASKS, Role, get_task
 from .templates import template_columns
 
@@ -19,12 +21,13 @@ _NEEDED_FIELD = {
     "generated": "task",
     "imagefolder": "path",
     "audiofolder": "path",
+    "folder": "path",
     "webdataset": "paths",
     "chat": "paths",
 }
 # Fields that only some kinds of source read: set on another kind they would silently do nothing.
 _KINDS_OF_FIELD = {
-    "path": ("hub", "imagefolder", "audiofolder"),
+    "path": ("hub", "imagefolder", "audiofolder", "folder"),
     "config_name": ("hub",),
     "split": ("hub",),
     "streaming": ("hub", "webdataset"),
@@ -32,6 +35,7 @@ _KINDS_OF_FIELD = {
     **dict.fromkeys(("task", "num_rows", "difficulty", "role", "seed"), ("generated",)),
     "rejected_column": ("hub", "files", "chat"),
     **dict.fromkeys(("image_column", "audio_column"), ("hub", "files", "imagefolder", "audiofolder", "webdataset")),
+    "media_columns": ("hub", "files", "imagefolder", "audiofolder", "folder", "webdataset"),
     "messages_column": ("chat", "hub", "files"),
 }
 # Fields that only documents without media read, and what does the same for those with media.
@@ -50,17 +54,17 @@ _NAMES_OF_SPLITS = ("train", "validation", "valid", "val", "test", "data")
 class SourceConfig:
     """One source of documents: a Hugging Face dataset, local files or folders, or a generated task."""
 
-    kind: Literal["hub", "files", "generated", "imagefolder", "audiofolder", "webdataset", "chat"]
+    kind: Literal["hub", "files", "generated", "imagefolder", "audiofolder", "folder", "webdataset", "chat"]
     """Where documents come from: `hub` (any name or folder for `datasets.load_dataset`), `files`, `generated`,
-    `imagefolder` and `audiofolder` (a folder with metadata.jsonl or .csv), `webdataset` (tar shards) or `chat` (files
-    of messages)."""
+    `imagefolder` and `audiofolder` (a folder with metadata.jsonl or .csv), `folder` (the same of any modality),
+    `webdataset` (tar shards) or `chat` (files of messages)."""
     name: str | None = None
     """Name in logs and metrics (`eval_<name>_loss`); by default the task, the first file's stem (of a
     pattern, the folder it looks in) or the end of path."""
     weight: float = 1.0
     """Share of this source among the train sources, in blocks (streaming: in documents); above 0, of any scale."""
     path: str | None = None
-    """hub: dataset name on the Hugging Face hub, or a local folder; imagefolder, audiofolder: the folder."""
+    """hub: dataset name on the Hugging Face hub, or a local folder; imagefolder, audiofolder, folder: the folder."""
     config_name: str | None = None
     """hub: configuration of the dataset (the `name` argument of `datasets.load_dataset`)."""
     split: str = "train"
@@ -99,6 +103,9 @@ class SourceConfig:
     """Column of the image, or of a list of images; imagefolder: by default `file_name`."""
     audio_column: str | None = None
     """Column of the recording, or of a list of recordings; audiofolder: by default `file_name`."""
+    media_columns: dict[str, str] = field(default_factory=dict)
+    """Columns of media of any modality, or of lists of them, such as `{file_name: video}`; image_column and
+    audio_column say the same of two of them."""
     messages_column: str | None = None
     """Column of the conversation, a list of {role, content}; chat: by default `messages`. Parts that name no file take
     the media of image_column and audio_column, in order."""
@@ -115,6 +122,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         self._check_kind()
+        self._fill_in_columns()
         if self.is_media:
             self._check_media()
         if self.direction is not None and not self.has_media:
@@ -159,22 +167,33 @@ class SourceConfig:
                 )
 
     def _is_set(self, name: str) -> bool:
-        default = [] if name == "paths" else type(self).__dataclass_fields__[name].default
+        default = {"paths": [], "media_columns": {}}.get(name, type(self).__dataclass_fields__[name].default)
         return getattr(self, name) != default
 
-    def _check_media(self) -> None:
-        """Fills in the columns that a kind has by default."""
-        for name, instead in _TEXT_ONLY.items():
-            if self._is_set(name):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but a source of conversations does not read it; use {instead}"
-                )
+    def _fill_in_columns(self) -> None:
+        """Those that a kind has by default, and in `media_columns` those that have a field of their own."""
         if self.kind == "chat" and self.messages_column is None:
             self.messages_column = "messages"
         if self.kind == "imagefolder" and self.image_column is None:
             self.image_column = "file_name"
         if self.kind == "audiofolder" and self.audio_column is None:
             self.audio_column = "file_name"
+        named = self.named_columns
+        for column, kind in self.media_columns.items():
+            if kind not in MODALITIES:
+                raise ValueError(
+                    f"media_columns has {column!r} of {kind!r}, unknown; choose one of {', '.join(MODALITIES)}"
+                )
+            if named.get(column, kind) != kind:
+                raise ValueError(f"column {column!r} is named as {named[column]} and as {kind}; name it once")
+        self.media_columns = named | self.media_columns
+
+    def _check_media(self) -> None:
+        for name, instead in _TEXT_ONLY.items():
+            if self._is_set(name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but a source of conversations does not read it; use {instead}"
+                )
         instead = {name: getattr(self, name) for name in ("prompt", "answer_column", "direction")}
         if self.messages_column is not None and any(value is not None for value in instead.values()):
             given = ", ".join(f"{name} ({value!r})" for name, value in instead.items())
@@ -186,6 +205,8 @@ class SourceConfig:
             raise ValueError(f"image_column and audio_column are both {self.image_column!r}; name two columns")
         if self.kind == "webdataset" and not self.media_columns:
             raise ValueError("a source of kind webdataset needs image_column or audio_column, e.g. image_column: jpg")
+        if self.kind == "folder" and not self.media_columns:
+            raise ValueError("a source of kind folder needs media_columns, e.g. media_columns: {file_name: video}")
 
     def _check_generated(self) -> None:
         task = get_task(self.task)
@@ -242,17 +263,17 @@ class SourceConfig:
         return is_chat or self.has_media or (self.kind == "generated" and get_task(self.task).is_chat)
 
     @property
+    def named_columns(self) -> dict[str, str]:
+        """The columns of media that have a field of their own, with their kinds."""
+        columns = {self.image_column: "image", self.audio_column: "audio"}
+        return {column: kind for column, kind in columns.items() if column is not None}
+
+    @property
     def has_media(self) -> bool:
         """Whether each row shows a medium; messages may."""
         if self.kind == "generated":
             return self.task in MEDIA_TASKS
-        return bool(self.media_columns) or self.kind in ("imagefolder", "audiofolder", "webdataset")
-
-    @property
-    def media_columns(self) -> dict[str, str]:
-        """The columns that hold media, with their kinds."""
-        columns = {self.image_column: "image", self.audio_column: "audio"}
-        return {column: kind for column, kind in columns.items() if column is not None}
+        return bool(self.media_columns) or self.kind in ("folder", "webdataset")
 
     @property
     def directions(self) -> list[Direction]:
@@ -262,7 +283,7 @@ class SourceConfig:
             return [parse_direction(text) for text in given]
         if self.task in MEDIA_TASKS:
             return [parse_direction(MEDIA_TASKS[self.task].directions[0])]
-        shown = tuple(kind for kind in MEDIA if kind in self.media_columns.values())
+        shown = tuple(kind for kind in MODALITIES if kind in self.media_columns.values())
         return [Direction(shown, ("text",))]
 
     @property

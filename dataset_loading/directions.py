@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-MEDIA = ("image", "audio")
-"""What can be shown beside text, in the order in which it is shown."""
+from model import MODALITIES
 
 
 @dataclass(frozen=True)
@@ -11,7 +10,7 @@ class Direction:
     """What of a row the user gives, and what the assistant answers with."""
 
     given: tuple[str, ...]
-    """Of "text", "image" and "audio"."""
+    """Of "text" and the names of modalities, such as "image" and "audio"."""
     answered: tuple[str, ...]
     """The same; nothing is in both."""
 
@@ -33,10 +32,11 @@ def parse_direction(text: str) -> Direction:
     given, arrow, answered = text.partition("->")
     sides = [[name.strip() for name in side.split(",")] for side in (given, answered)]
     names = sides[0] + sides[1]
-    unknown = [name for name in names if name not in ("text", *MEDIA)]
-    if not arrow or unknown:
+    known = ["text", *MODALITIES]
+    if not arrow or not set(names) <= set(known):
         raise ValueError(
-            f"direction is {text!r}; name text, image or audio on both sides of an arrow, e.g. 'text -> image'"
+            f"direction is {text!r}; name {', '.join(known[:-1])} or {known[-1]} on both sides of an arrow, e.g. "
+            "'text -> image'"
         )
     twice = [name for name in names if names.count(name) > 1]
     if twice:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from model.text_encoding import encode_texts
+
 from .configuration import SourceConfig
-from .pieces import PIECE_LENGTH, cut_text
 
 _FEATURES = Features({"tokens": List(Value("int32")), "loss_start": Value("int32")})
 
@@ -99,32 +99,3 @@ def encode_batch(
     begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     tokens = [np.concatenate([begin, *ids, end], dtype=np.int32) for ids in zip(*parts, strict=True)]
     return {"tokens": tokens, "loss_start": loss_start}
-
-
-def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
-    """Token ids (int32) without special tokens. Calling the backend itself takes half the time of calling the
-    tokenizer.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True  # "<|end|>" written in a text is text
-    ids: list[list[np.ndarray]] = [[] for _ in texts]
-    for group in _groups(texts, backend):
-        encodings = backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
-        for (number, _), encoding in zip(group, encodings, strict=True):
-            ids[number].append(np.array(encoding.ids, dtype=np.int32))
-    return [np.concatenate(pieces) for pieces in ids]
-
-
-def _groups(texts: list[str], backend: Tokenizer) -> Iterator[list[tuple[int, str]]]:
-    """The pieces of all texts, each with the number of its text, as many as may be encoded at once."""
-    group, length = [], 0
-    for number, text in enumerate(texts):
-        for piece in cut_text(text, backend):
-            group.append((number, piece))
-            length += len(piece)
-            if length >= PIECE_LENGTH:
-                yield group
-                group, length = [], 0
-    yield group

@@ -12,7 +12,6 @@ from datasets import Dataset, Features, List, Value
 
 from .augmentation import Augmenter
 from .configuration import DataConfig, SourceConfig
-from .conversations import media_of, tokenize_conversations
 from .media_reader import MediaReader, UnreadableMedium
 from .references import ArrowRow
 from .validation import BadRows
@@ -161,25 +160,23 @@ def read_conversations(
         decode: read the media whole, not their headers only.
         stretch, silence: how much longer recordings may become.
     """
-    problems = [reader.problem_of(messages) for messages, _ in rows]
-    conversations = [reader.with_kinds(messages) for messages, _ in rows]
-    usable = [messages for messages, problem in zip(conversations, problems, strict=True) if not problem]
-    tokenized = iter(tokenize_conversations(usable, reader.tokenizer, reader.placeholders, loss_on, reader.written))
     nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
-    for messages, (_, row), problem in zip(conversations, rows, problems, strict=True):
-        if problem:
-            yield *nothing, 0, 0, problem
+    for encoded, (_, row) in zip(reader.encode([messages for messages, _ in rows]), rows, strict=True):
+        if isinstance(encoded, ValueError):
+            yield *nothing, 0, 0, str(encoded)
             continue
-        document, media = next(tokenized), media_of(messages)
-        length, modality = len(document.tokens), max((reader.modality_ids[part["type"]] for part in media), default=0)
+        media, problem = encoded.media, ""
+        length, modality = len(encoded.ids), max((reader.modality_ids[part["type"]] for part in media), default=0)
         try:
             for part in media:
                 length += reader.most_tokens(part, row, decode, stretch, silence) - 1
         except UnreadableMedium as error:
             problem = str(error)
         if length > block_size and not problem:
-            media_tokens = length - len(document.tokens) + len(media)
+            media_tokens = length - len(encoded.ids) + len(media)
             of_media = f", {media_tokens} of them of media" if media else ""
             smaller = "make the media smaller" if 2 * media_tokens > length else "shorten the texts"
             problem = f"{length} tokens{of_media}, more than data.block_size {block_size}; raise it, or {smaller}"
-        yield document.tokens, document.is_label, length, modality, problem
+        is_label = encoded.is_answer if loss_on == "answer" else np.ones(len(encoded.ids), dtype=bool)
+        is_label[0] = False  # nothing stands before it
+        yield encoded.ids, is_label, length, modality, problem

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from .configuration import SourceConfig
-from .conversations import last_answer, media_of, prompt_and_answer, role_ids
+from .conversations import last_answer, media_of, prompt_and_answer
 from .media_documents import MediaDocument, MediaDocuments
 from .media_reader import MediaReader
-from .media_rows import join_pieces, read_piece
+from .media_rows import Piece, join_pieces, read_piece
 from .synthetic import MEDIA_TASKS
 
 
@@ -41,7 +41,6 @@ class MediaExamples(Sequence):
         check: Callable[[str, Any], dict[str, bool]] | None = None,
     ):
         self.documents, self.reader, self.check = documents, reader, check
-        self.assistant = role_ids(reader.tokenizer, "assistant")
         self.attributes = MEDIA_TASKS[source.task].attributes if source.task in MEDIA_TASKS else None
 
     def __len__(self) -> int:
@@ -59,7 +58,8 @@ class MediaExamples(Sequence):
         piece = read_piece(document, self.reader, None, np.random.default_rng(0))
         row = join_pieces([piece], None, self.reader.tokenizer.pad_token_id)
         ids = row["input_ids"].tolist()
-        messages = self.reader.with_kinds(json.loads(document.row["messages"]))
+        given = json.loads(document.row["messages"])
+        messages = self.reader.with_kinds(given)
         prompt, answer = prompt_and_answer(messages)
         shown = [it for it in media_of([messages[last_answer(messages)]]) if it["type"] in self.reader.written]
         media = row["media"]
@@ -69,7 +69,7 @@ class MediaExamples(Sequence):
         return {
             "input_ids": ids,
             "labels": row["labels"].tolist(),
-            "prompt_ids": ids[: _end_of_last(self.assistant, ids)],
+            "prompt_ids": ids[: self._prompt_length(given, piece)],
             "media": media,
             "targets": targets,
             "reference": self._reference(shown[-1], document) if shown else None,
@@ -82,6 +82,13 @@ class MediaExamples(Sequence):
             "waveforms": partial(self._waveforms, document),
         }
 
+    def _prompt_length(self, messages: list[dict], piece: Piece) -> int:
+        """How many tokens stand before the last answer."""
+        encoded = self.reader.encoder.encode(messages)
+        placeholders = list(self.reader.encoder.placeholders.values())
+        shown = piece.media[: np.isin(encoded.ids[: encoded.answer_start], placeholders).sum()]
+        return encoded.answer_start + sum(self.reader.kinds[kind].num_tokens(tensor) + 1 for kind, tensor in shown)
+
     def _last_kind(self, media: dict[str, list]) -> str:
         kinds = (kind for kind in media if kind not in self.reader.written)
         return max(kinds, key=self.reader.modality_ids.get, default="text")
@@ -92,11 +99,6 @@ class MediaExamples(Sequence):
     def _waveforms(self, document: MediaDocument) -> list[np.ndarray]:
         references = media_of(self.reader.with_kinds(json.loads(document.row["messages"])))
         return [self.reader.load(it, document.row) for it in references if it["type"] == "audio"]
-
-
-def _end_of_last(part: list[int], ids: list[int]) -> int:
-    """Where the last occurrence of `part` ends."""
-    return next(end for end in range(len(ids), 0, -1) if ids[end - len(part) : end] == part)
 
 
 def _take_last(media: dict[str, list], kind: str, number: int) -> list:

@@ -107,7 +107,7 @@ def _piece(
 ) -> Piece | UnreadableMedium:
     tokens, is_label = document.tokens, document.is_label
     if media:
-        tokens, is_label = reader.expand(tokens, is_label, media)
+        tokens, is_label = reader.encoder.expand(tokens, is_label, by_kind(media))
     if len(tokens) > document.length:
         return UnreadableMedium(f"{len(tokens)} tokens, where headers promised at most {document.length}; replace it")
     shown, seen = tokens, tuple(media)
@@ -133,7 +133,13 @@ def join_pieces(pieces: Sequence[Piece], row_length: int | None, pad_id: int) ->
     labels[0] = IGNORED  # a begin token, or the repeated token of a text that was cut
     values = {"input_ids": ids, "labels": labels, "position_ids": positions, "modality_ids": modality_ids}
     row: dict[str, Any] = {name: torch.from_numpy(it) for name, it in values.items()}
-    row["media"] = {}
-    for kind, tensor in (medium for piece in pieces for medium in piece.media):
-        row["media"].setdefault(kind, []).append(tensor)
+    row["media"] = by_kind([medium for piece in pieces for medium in piece.media])
     return row
+
+
+def by_kind(media: Sequence[tuple[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+    """Media by kind, each kind in order."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for kind, tensor in media:
+        found.setdefault(kind, []).append(tensor)
+    return found

@@ -22,10 +22,11 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
+from model import MODALITIES
+
 from .bounded import MAX_ROW_BYTES
 from .configuration import DataConfig, SourceConfig
 from .conversations import answer_to, parse_messages
-from .directions import MEDIA
 from .message_keys import checked_columns, reason_against_columns
 from .readers import CHECKED_AT_ONCE, PARQUET_ERRORS, READERS, expand_paths, load_hub, one_line, open_parquet
 from .references import ArrowRow, Reference, UnusableRow, fingerprint, is_within, reference_to
@@ -203,7 +204,7 @@ def conversation_of(
     if (asks_text or not direction.given) and not question.strip():
         raise UnusableRow(f"the prompt {prompt!r} is empty for it")
     given, shown = (
-        [reference for kind in MEDIA if kind in side for reference in attached[kind]]
+        [reference for kind in MODALITIES if kind in side for reference in attached[kind]]
         for side in (direction.given, direction.answered)
     )
     return answer_to(given, question, row[column] if says_text else "", shown)
@@ -311,13 +312,21 @@ def _read_folder(source: SourceConfig) -> _Rows:
     if metadata:
         named.report()
         return
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES[source.kind])
-    _check_without_metadata(source, folder, files)
+    suffixes = _suffixes(source)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    _check_without_metadata(source, folder, files, suffixes)
     for path in files:
         yield str(path), {"file_name": str(path.relative_to(folder)), "label": path.parent.name}, None, folder
 
 
-def _check_without_metadata(source: SourceConfig, folder: Path, files: list[Path]) -> None:
+def _suffixes(source: SourceConfig) -> set[str]:
+    """How names of media end, by what a folder holds."""
+    if source.kind in _SUFFIXES:
+        return _SUFFIXES[source.kind]
+    return {suffix for kind in source.media_columns.values() for suffix in MODALITIES[kind].file_suffixes}
+
+
+def _check_without_metadata(source: SourceConfig, folder: Path, files: list[Path], suffixes: set[str]) -> None:
     """What would be the same reason against each row is said once."""
     missing = [column for column in needed_columns(source) if column not in ("file_name", "label")]
     if files and not missing:
@@ -334,7 +343,7 @@ def _check_without_metadata(source: SourceConfig, folder: Path, files: list[Path
         )
     raise ValueError(
         f"source {source.label!r}: {str(folder)!r} has no {names}{near}, and no file that is one of "
-        f"{', '.join(sorted(_SUFFIXES[source.kind]))}; correct the path"
+        f"{', '.join(sorted(suffixes))}; correct the path"
     )
 
 
@@ -498,6 +507,7 @@ _ROWS: dict[str, Callable[[SourceConfig], _Rows]] = {
     "chat": _read_files,
     "imagefolder": _read_folder,
     "audiofolder": _read_folder,
+    "folder": _read_folder,
     "webdataset": _read_tars,
 }
 

@@ -12,9 +12,11 @@ import numpy as np
 from datasets import Dataset, IterableDataset, interleave_datasets
 from transformers import PreTrainedTokenizerFast
 
+from model.chat import CHAT_TEMPLATE, ConversationEncoder
+from model.text_encoding import encode_texts
+
 from .configuration import DataConfig, SourceConfig
-from .conversations import last_answer, media_of, text_of, tokenize_conversations
-from .documents import encode_texts
+from .conversations import last_answer, media_of, text_of
 from .sources import load_rows
 from .splits import load_split
 from .validation import BadRows
@@ -144,16 +146,21 @@ def _pairs_of_conversations(
         for where in rows["where"]:
             if where not in by_place:
                 bad_rows.add(source.label, where, reasons[where])
-        worse = [by_place[rows["where"][number]][-1] for number in kept]
+        rows = rows.select(kept)
+        worse = [by_place[where][-1] for where in rows["where"]]
         chosen = [chosen[number] for number in kept]
     columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     rejected = [[*messages[:-1], answer] for messages, answer in zip(chosen, worse, strict=True)]
-    tokenized = [tokenize_conversations(side, tokenizer, {}, "answer") for side in (chosen, rejected)]
-    for better, other in zip(*tokenized, strict=True):
-        start = len(better.is_label) - int(np.argmin(better.is_label[::-1]))  # behind the last token not learned
-        columns["prompt_ids"].append(better.tokens[:start].tolist())
-        columns["chosen_ids"].append(better.tokens[start:].tolist())
-        columns["rejected_ids"].append(other.tokens[start:].tolist())
+    encoder = ConversationEncoder(tokenizer, chat_template=tokenizer.chat_template or CHAT_TEMPLATE)
+    encoded = [encoder.encode_all(side, may_end_empty=True) for side in (chosen, rejected)]
+    for where, *pair in zip(rows["where"], *encoded, strict=True):
+        if problem := next((side for side in pair if isinstance(side, ValueError)), None):
+            bad_rows.add(source.label, where, str(problem))
+            continue
+        better, other = pair
+        columns["prompt_ids"].append(better.ids[: better.answer_start].tolist())
+        columns["chosen_ids"].append(better.ids[better.answer_start :].tolist())
+        columns["rejected_ids"].append(other.ids[other.answer_start :].tolist())
     return Dataset.from_dict(columns)
 
 

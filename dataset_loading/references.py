@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from model import MODALITIES
+
 from .file_names import in_other_form
 from .synthetic import get_task
 
@@ -169,12 +171,13 @@ def fingerprint(messages: list[dict], row: Mapping[str, object]) -> bytes:
 
 def _as_read(messages: list[dict]) -> list[dict]:
     """A question and its answer as they are where media are read, if the answer shows any: images first, then
-    recordings, and then the text as the answer.
+    recordings, what else there is, and then the text as the answer.
     """
     if len(messages) != 2 or all(part["type"] == "text" for part in messages[1]["content"]):
         return messages
     parts = [part for message in messages for part in message["content"]]
-    media = sorted((part for part in parts if part["type"] != "text"), key=lambda part: part["type"] == "audio")
+    order = list(MODALITIES)
+    media = sorted((part for part in parts if part["type"] != "text"), key=lambda part: order.index(part["type"]))
     texts = [part for part in parts if part["type"] == "text"]
     return [{"role": "user", "content": media}, {"role": "assistant", "content": texts}]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from model.text_encoding import cut_text
+
 from .configuration import DataConfig, TokenizerConfig
-from .pieces import cut_text
 from .splits import iterate_training_texts
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from model import tokenizer_of
+
 Example = Mapping[str, Any]
 
 
@@ -69,7 +71,7 @@ class Writer:
 
     def __init__(self, processor: PreTrainedTokenizerBase | ProcessorMixin, max_new_tokens: int | None = None):
         self.processor = processor if isinstance(processor, ProcessorMixin) else None
-        self.tokenizer = processor if self.processor is None else processor.tokenizer
+        self.tokenizer = tokenizer_of(processor)
         self.max_new_tokens = max_new_tokens
 
     def write(self, model: PreTrainedModel, examples: Sequence[Example], num_steps: int | None) -> list[str]:

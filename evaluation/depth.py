@@ -13,6 +13,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from model import modality_names
+
 from .answers import Answer, Example, Writer, WrittenScores, prompt_of, to_model, written_scores
 from .metrics import metrics_from_sums, token_scores
 
@@ -111,7 +113,6 @@ class DepthEvaluator:
             others than text.
         byte_lengths: `token_byte_lengths` of the tokenizer, or None for no bits per byte.
         batch_size: rows in a forward pass.
-        modalities: names, in the order of `modality_ids`.
         writer: writes answers; None for none.
     """
 
@@ -121,14 +122,13 @@ class DepthEvaluator:
         collate: Collate,
         byte_lengths: torch.LongTensor | None,
         batch_size: int,
-        modalities: Sequence[str],
         writer: Writer | None,
     ) -> None:
         self.model = model
         self.collate = collate
         self.byte_lengths = byte_lengths
         self.batch_size = batch_size
-        self.modalities = modalities
+        self.modalities = modality_names()
         self.writer = writer
 
     def batches(self, items: Iterable[Item]) -> Iterator[dict[str, torch.Tensor]]:
@@ -266,7 +266,6 @@ def depth_table(
     collate: Collate,
     byte_lengths: torch.LongTensor | None = None,
     batch_size: int = 8,
-    modalities: Sequence[str] = ("text",),
     writer: Writer | None = None,
 ) -> list[DepthRow]:
     """Evaluate a model at each depth; it is left in the mode (train or eval) it came in.
@@ -280,14 +279,13 @@ def depth_table(
         collate: list of rows -> dict of tensors.
         byte_lengths: `token_byte_lengths` of the tokenizer; None leaves bits per byte out.
         batch_size: rows in a forward pass.
-        modalities: names, in the order of `modality_ids`.
         writer: writes answers, which are compared with the references; None for none.
 
     Raises:
         ValueError: no source, a source without rows, or an example without an answer.
     """
     check_rows(texts, examples)
-    evaluator = DepthEvaluator(model, collate, byte_lengths, batch_size, modalities, writer)
+    evaluator = DepthEvaluator(model, collate, byte_lengths, batch_size, writer)
     was_training = model.training
     model.eval()
     try:

@@ -282,7 +282,8 @@ def load_judge(folder: Path) -> Judge:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ValueError(
-            f"{folder} holds no judge ({missing[0].name} is missing): give a folder that train_judge.py wrote"
+            f"{folder} holds no judge ({missing[0].name} is missing): give a folder that evaluation.train_classifier "
+            "wrote"
         )
     content, digest = json.loads(paths[0].read_bytes()), digest_of(paths[1])
     if digest != content["digest"]:

@@ -12,13 +12,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from model import draw_codes
+from model.chat import WRITTEN_PREFIX
+
 from .answers import Answer, Example, Writer, WrittenScores, to_model, written_scores
 from .depth import chunks, wait_for
 from .feature_networks import FeatureDistances, FeatureNetwork
 from .judges import Judge, JudgeScores, judge_media
 
-WRITTEN = "written_"
-"""How the modality of an example begins whose answer is a medium; its kind, "image" or "audio", follows."""
 NUM_SAMPLES = 8
 """Media of each source that are kept to be shown."""
 
@@ -110,7 +111,9 @@ class MediaWriter:
             "pad_token_id": tokenizer.pad_token_id,
         }
         if medium == "image" and getattr(model, "decode_image_tokens", None):
-            return draw_codes(model, inputs, seeds[0]), None
+            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+                torch.manual_seed(seeds[0])
+                return draw_codes(model, inputs), None
         output = model.generate(**inputs, generation_mode=medium, flow_seeds=list(seeds), do_sample=False)
         media = output.images
         if medium == "audio":
@@ -118,25 +121,6 @@ class MediaWriter:
         numbers = [next((value for name, value in row if name == medium), None) for row in output.segments]
         steps = output.exit_steps if "exit_criterion" in self.options else None
         return [None if number is None else media[number] for number in numbers], steps
-
-
-def draw_codes(model: PreTrainedModel, inputs: Mapping[str, Any], seed: int) -> list[Medium | None]:
-    """Images that a model writes as tokens, one for each prompt, drawn by plain `generate`, from `seed` for all of the
-    batch. None for a row that has no whole image.
-    """
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        most = model.model.writers["image"].num_places + 1  # the start token
-        ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=most)
-    return [image_of_codes(model, row) for row in ids[:, inputs["input_ids"].shape[1] :]]
-
-
-def image_of_codes(model: PreTrainedModel, ids: torch.LongTensor) -> Medium | None:
-    """The image of a row's new tokens; None where they are no whole one."""
-    try:
-        return next(iter(model.decode_image_tokens(ids[None])), None)
-    except ValueError:  # too few codes
-        return None
 
 
 class BackReader:
@@ -282,9 +266,9 @@ def medium_of(examples: Sequence[Example]) -> str:
         ValueError: they ask for none, or for several.
     """
     found = sorted({example["modality"] for example in examples})
-    if len(found) != 1 or not found[0].startswith(WRITTEN):
+    if len(found) != 1 or not found[0].startswith(WRITTEN_PREFIX):
         raise ValueError(f"examples ask for {', '.join(found)}; give those of one kind of medium that is written")
-    return found[0].removeprefix(WRITTEN)
+    return found[0].removeprefix(WRITTEN_PREFIX)
 
 
 def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:

@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 from torchmetrics.functional.audio.pesq import perceptual_evaluation_speech_quality
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel
+
+from model import MegaTransformerVocoder, codec_media, waveform_of
+
+from .report import format_table
 
 try:
     from pesq import PesqError
@@ -22,6 +26,7 @@ SHORTEST_FOR_PESQ = 0.4
 """Seconds; of shorter clips the measure says little, or nothing."""
 RATES_OF_PESQ = {8000: "nb", 16000: "wb"}
 STFT_SIZES = (128, 256, 512, 1024)
+MOST_MEDIA_FOR_COMPONENTS = 20_000
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -156,3 +161,63 @@ class PrincipalComponents:
         """(media, ...) -> their reconstructions, of the same shape."""
         numbers = (media.flatten(1).float() - self.mean) @ self.directions
         return (numbers @ self.directions.T + self.mean).view(media.shape)
+
+
+def reconstruction_table(
+    model: PreTrainedModel, train: Dataset, validation: Mapping[str, Dataset], limit: int | None = None
+) -> str:
+    """Scores of a codec and of the other way, for each source, as Markdown.
+
+    Args:
+        model: An autoencoder of images, beside principal components, or a vocoder, beside Griffin and Lim's iteration.
+        train: Media that the codec was trained on, of which the components are.
+        validation: Media that are reconstructed, by source.
+        limit: How many of each source; default: all.
+    """
+    media, scores = codec_media(model.config), codec_scores(model)
+    ways = ways_of_pictures(model, train) if media.name == "image" else ways_of_sound(model)
+    lines = []
+    for source, dataset in validation.items():
+        part = dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
+        for name, reconstruct in ways.items():
+            found = reconstruction_scores(reconstruct, part, media.collate_codec_inputs, scores, model.device)
+            if media.name == "audio":
+                seconds = sum(len(part[number]) for number in range(len(part))) / media.sampling_rate / len(part)
+                found["x real time"] = 1000 * seconds / found["milliseconds"]
+            lines.append((source, name, found))
+    names = list(dict.fromkeys(key for *_, found in lines for key in found))
+    body = [[source, name, *(f"{found.get(key, float('nan')):.3f}" for key in names)] for source, name, found in lines]
+    return format_table(["source", "way", *names], body)
+
+
+def codec_scores(model: PreTrainedModel) -> PictureScores | SoundScores:
+    """The scores of the media that a codec reconstructs."""
+    media = codec_media(model.config)
+    return PictureScores() if media.name == "image" else SoundScores(media.sampling_rate, model.log_mel)
+
+
+def ways_of_pictures(model: PreTrainedModel, train: Dataset) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The autoencoder, also with refined latents if it refines them, and as many principal components of train pictures
+    as it has numbers.
+    """
+    num_numbers = model.num_tokens * model.latent_size
+    pictures = torch.stack([train[number] for number in range(min(len(train), MOST_MEDIA_FOR_COMPONENTS))])
+    components = PrincipalComponents(pictures, num_numbers)
+    name = f"autoencoder, {num_numbers} of {pictures[0].numel()} numbers"
+    ways = {name: lambda pixels: model(pixels).reconstruction}
+    if count := model.num_refinement_steps:
+        ways[f"{name}, refined in {count} steps"] = lambda pixels: model.decode(
+            model.refine(pixels, model.encode(pixels))
+        )
+    return ways | {f"{num_numbers} principal components": lambda pixels: components(pixels.cpu())}
+
+
+def ways_of_sound(model: MegaTransformerVocoder) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The vocoder, and Griffin and Lim's iteration; both from log-mel spectrograms."""
+    config = model.config
+
+    def griffin_lim(waveforms: torch.Tensor) -> torch.Tensor:
+        (log_mel,) = model.log_mel(waveforms)
+        return waveform_of(log_mel, config.sampling_rate, config.n_fft, config.hop_length)[None]
+
+    return {"vocoder": lambda waveforms: model.decode(model.log_mel(waveforms)), "Griffin-Lim": griffin_lim}

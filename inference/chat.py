@@ -24,7 +24,7 @@ from .conversation import Conversation
 from .decoding import add_decoding_arguments, check_depth, decoding_options
 from .devices import choose_device, choose_threads, device_report
 from .loading import load_model
-from .terminal import TerminalStreamer, write_result
+from .output import TerminalStreamer, write_result
 
 logger = logging.getLogger("inference.chat")  # __name__ is __main__ when run with -m
 

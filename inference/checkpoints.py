@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
-from model import MegaTransformerConfig
+from model import CODEC_CONFIGS, MegaTransformerConfig
 from model.backbones import reason_of
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,15 @@ ADAPTERS = {"adapter_config.json": "adapter_model.safetensors", "step_lora.json"
 def reads_media(model_type: str) -> bool:
     """Whether models of this type come with a processor."""
     return model_type == MegaTransformerConfig.model_type
+
+
+def is_codec(folder: Path) -> bool:
+    """Whether a folder holds an autoencoder of images or a vocoder, which have no tokenizer."""
+    try:
+        found = read_json(folder / "config.json").get("model_type")
+    except (OSError, ValueError):
+        return False
+    return found in [config.model_type for config in CODEC_CONFIGS]
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -113,7 +122,9 @@ def trained_steps(folder: Path) -> float:
 
 def incompleteness(folder: Path) -> str | None:
     """Why a folder is no complete checkpoint, as the end of a sentence that begins with "it"; None if it is one."""
-    needed = list(adapters_in(folder)) if is_adapter(folder) else ["config.json", *TOKENIZER]
+    needed = list(adapters_in(folder)) if is_adapter(folder) else ["config.json"]
+    if not (is_adapter(folder) or is_codec(folder)):
+        needed += TOKENIZER
     for name in needed:
         if not (folder / name).is_file():
             return f"has no {name}"

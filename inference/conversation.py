@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextStreamer
 
+from model import tokenizer_of
 from model.chat import ROLE_TOKENS, encode_conversation
 
 from .calculator import answer_call, called_expression
 from .decoding import check_depth
-from .loading import tokenizer_of
 from .output import append
 from .prompts import check_characters, prompt_limit
 

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from PIL import Image
 from transformers import (
-    BatchFeature,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,14 +24,15 @@ from transformers import (
     set_seed,
 )
 
+from model import MODALITIES, draw_codes, tokenizer_of
 from model.quantization import QuantizationConfig
 
 from . import arguments
 from .decoding import FiniteLogits, add_decoding_arguments, check_depth, decoding_options
 from .devices import choose_device, choose_threads, device_report
-from .loading import load_model, tokenizer_of
+from .loading import load_model
 from .media_files import SUFFIXES, check_path, save_audio, save_images
-from .output import whole_file
+from .output import TerminalStreamer, whole_file, write_result
 from .prompts import (
     MAX_BYTES,
     check_characters,
@@ -45,7 +44,6 @@ from .prompts import (
     read_prompts,
     write_answers,
 )
-from .terminal import TerminalStreamer, write_result
 
 logger = logging.getLogger("inference.generate")  # __name__ is __main__ when run with -m
 
@@ -72,7 +70,7 @@ def build_parser() -> arguments.OneLineParser:
         'about files; each is written with its "text", a line each',
     )
     parser.add_argument("--batch-size", type=arguments.batch_rows, help="prompts of --prompts at a time (default: 8)")
-    for kind in ("image", "audio"):
+    for kind in MODALITIES:
         parser.add_argument(
             f"--{kind}",
             dest="media",
@@ -221,7 +219,11 @@ def write_media(
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     paths = [path]
     if args.mode == "image" and getattr(model, "decode_image_tokens", None):
-        save_images(draw_codes(model, inputs, {"num_steps": args.num_steps} if args.num_steps else {}), path)
+        depth = {"num_steps": args.num_steps} if args.num_steps else {}
+        images = draw_codes(model, {**inputs, **depth, "logits_processor": LogitsProcessorList([FiniteLogits()])})
+        if missing := images.count(None):
+            raise ValueError(f"{missing} of {len(images)} answers are no image; the model has to learn more")
+        save_images(images, path)
     else:
         seeds = [args.seed + number for number in range(args.count)]
         output = model.generate(**inputs, generation_mode=args.mode, flow_seeds=seeds, do_sample=False, **options)
@@ -230,21 +232,6 @@ def write_media(
         else:
             paths = save_audio(output.audio, output.sampling_rate, path)
     write_result("".join(f"{name}\n" for name in paths))
-
-
-def draw_codes(model: PreTrainedModel, inputs: BatchFeature, options: dict[str, Any]) -> list[Image.Image]:
-    """The images of a model that writes them as tokens, one for each prompt, by plain `generate`.
-
-    Raises:
-        ValueError: a prompt was not answered with a whole image, or the model's logits are no numbers.
-    """
-    most = model.model.writers["image"].num_places + 1  # the start token
-    checks = LogitsProcessorList([FiniteLogits()])
-    ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=most, logits_processor=checks, **options)
-    images = model.decode_image_tokens(ids[:, inputs["input_ids"].shape[1] :])
-    if len(images) < len(ids):
-        raise ValueError(f"{len(ids) - len(images)} of {len(ids)} answers are no image; the model has to learn more")
-    return images
 
 
 def write_continuation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from transformers import (
 )
 
 from model import (
+    CODEC_CONFIGS,
+    MODELS,
     MegaTransformerConfig,
-    MegaTransformerForCausalLM,
-    MegaTransformerForConditionalGeneration,
     MegaTransformerProcessor,
     MegaTransformerTextConfig,
+    tokenizer_of,
 )
 from model.chat import check_template
 from model.feature_extraction_megatransformer import MegaTransformerFeatureExtractor
@@ -44,11 +46,7 @@ from .checkpoints import (
 )
 from .generation_config import check_generation_config
 
-CONFIGS = {config.model_type: config for config in (MegaTransformerTextConfig, MegaTransformerConfig)}
-MODELS = {
-    MegaTransformerTextConfig.model_type: MegaTransformerForCausalLM,
-    MegaTransformerConfig.model_type: MegaTransformerForConditionalGeneration,
-}
+LANGUAGE_MODELS = (MegaTransformerTextConfig, MegaTransformerConfig)
 # Settings of our processors, and the names that they have in the configurations of encoders.
 IMAGE_SETTINGS = {name: name for name in ("patch_size", "pixel_shuffle")}
 AUDIO_SETTINGS = {name: name for name in ("sampling_rate", "n_fft", "hop_length", "subsampling")}
@@ -93,7 +91,7 @@ def load_model(
     if is_quantized:
         options["device_map"] = {"": str(device)}  # rounded where the model is to be; left out, transformers chooses
     with blamed_on(f"The weights in {folder} are damaged", "use another checkpoint."):
-        model, report = MODELS[config.model_type].from_pretrained(
+        model, report = MODELS[type(config)].from_pretrained(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
@@ -119,6 +117,28 @@ def load_model(
     return model.to(device).eval(), processor
 
 
+def load_codec(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load an autoencoder of images or a vocoder, ready for evaluation.
+
+    Args:
+        folder: the checkpoint itself (`find_checkpoint`).
+        device: where the model goes.
+
+    Raises:
+        ValueError: it is no codec, its weights do not fit its configuration, or a file is damaged.
+    """
+    check_files(folder)
+    config = load_config(folder, CODEC_CONFIGS)
+    build_checked(folder, config)
+    with blamed_on(f"The codec in {folder} is damaged", "use another checkpoint."):
+        model, report = MODELS[type(config)].from_pretrained(
+            folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    check_loading(folder, report)
+    check_finite(folder, model)
+    return model.to(device).eval()
+
+
 def build_checked(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration, without weights, which are compared with those in the files of a folder. Nothing of
     their size is allocated.
@@ -128,7 +148,7 @@ def build_checked(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """
     declared = declared_weights(folder / name for name in weight_files(folder))
     with blamed_on(f"{folder / 'config.json'} is wrong", "correct it, or use another checkpoint."):
-        skeleton = build_skeleton(MODELS[config.model_type], config, declared)
+        skeleton = build_skeleton(MODELS[type(config)], config, declared)
     check_fit(folder, skeleton, declared)
     return skeleton
 
@@ -167,7 +187,7 @@ def shared_settings(processor: ProcessorMixin, config: PreTrainedConfig) -> list
     for name, kind in processor.kinds.items():
         if name.startswith("written_"):
             medium = name.removeprefix("written_")
-            for end, token in (("start", kind.modality.start_token), ("end", kind.modality.end_token)):
+            for end, token in (("start", kind.start_token), ("end", kind.end_token)):
                 key = f"{medium}_{end}_token_id"
                 shared.append((key, vocabulary.get(token), getattr(config, key, None)))
     pairs = (
@@ -210,11 +230,6 @@ def choose_kernel(model: PreTrainedModel) -> None:
             keep_scales(module)
 
 
-def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """The tokenizer in a processor, or the tokenizer itself."""
-    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
-
-
 def check_loading(folder: Path, report: dict) -> None:
     """Raise ValueError for weights that are missing, left over, or of another shape; transformers only warns."""
     for problem, keys in (
@@ -225,18 +240,18 @@ def check_loading(folder: Path, report: dict) -> None:
         refuse_weights(folder, problem, (key if isinstance(key, str) else key[0] for key in keys))
 
 
-def load_config(folder: Path) -> PreTrainedConfig:
-    """The configuration in config.json; ValueError names the file if it is not that of one of our models."""
+def load_config(folder: Path, kinds: Sequence[type[PreTrainedConfig]] = LANGUAGE_MODELS) -> PreTrainedConfig:
+    """The configuration in config.json; ValueError names the file if it is of none of these kinds."""
     content = read_json(folder / "config.json")
-    found = content.get("model_type")
-    if not isinstance(found, str) or found not in CONFIGS:
+    found, configs = content.get("model_type"), {kind.model_type: kind for kind in kinds}
+    if not isinstance(found, str) or found not in configs:
         raise ValueError(
-            f"{folder} holds a model of type {repr(found)[:60]}, not {' or '.join(map(repr, CONFIGS))}: give a "
+            f"{folder} holds a model of type {repr(found)[:60]}, not {' or '.join(map(repr, configs))}: give a "
             "checkpoint that pretrain.py wrote."
         )
     with blamed_on(f"{folder / 'config.json'} is wrong", "correct it, or use another checkpoint."):
         refuse_foreign_code(content)
-        return CONFIGS[found].from_pretrained(folder, local_files_only=True)
+        return configs[found].from_pretrained(folder, local_files_only=True)
 
 
 def refuse_foreign_code(content: Any) -> None:

@@ -1,11 +1,17 @@
-"""Files and folders that are there whole, or not at all."""
+"""What commands write: files and folders that are there whole, or not at all, and standard output."""
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from transformers import TextStreamer
+
+from model.terminal import visible
 
 
 @contextmanager
@@ -72,6 +78,22 @@ def writing(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be written: {type(error).__name__}: {error}") from error
 
 
+def writable_folder(folder: Path) -> Path:
+    """The folder, which may be missing, if a file could be written there just now.
+
+    Raises:
+        ValueError: none could.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written ({error.strerror}): name another folder with --output."
+        ) from error
+
+
 def append(path: Path, line: str) -> None:
     """Add a line to a file, or nothing.
 
@@ -87,3 +109,26 @@ def append(path: Path, line: str) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def write_result(text: str) -> None:
+    """Write to standard output at once: on a terminal without characters that command it, elsewhere as it is.
+
+    Raises:
+        ValueError: standard output takes no more, since its disk is full or its reader is gone.
+    """
+    try:
+        sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "w") as nothing:  # else Python tries again at its end, and complains
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        raise ValueError(f"standard output cannot be written: {error.strerror}") from error
+
+
+class TerminalStreamer(TextStreamer):
+    """Writes text while it is generated, as `write_result` does."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write a piece, and a line break after the last one."""
+        write_result(text + "\n" * stream_end)

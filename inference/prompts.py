@@ -16,12 +16,13 @@ from typing import Any, TextIO
 
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
-from .loading import tokenizer_of
-from .terminal import write_result
+from model import MODALITIES, tokenizer_of
+
+from .output import write_result
 
 logger = logging.getLogger("inference.generate")
 
-MEDIA_KEYS = {"image": "image", "images": "image", "audio": "audio"}
+MEDIA_KEYS = {"image": "image", "images": "image", **{name: name for name in MODALITIES}}
 """The keys of a line that name files, and the modality of each."""
 KEYS = ("prompt", *MEDIA_KEYS)
 MAX_BYTES = 2**28

@@ -14,34 +14,50 @@ from transformers import (
 )
 
 from .cache import RecurrentCache
-from .codec_media import codec_media
 from .configuration_codecs import MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig
 from .configuration_megatransformer import (
     MegaTransformerAudioConfig,
     MegaTransformerAudioWriterConfig,
     MegaTransformerConfig,
     MegaTransformerImageWriterConfig,
-    MegaTransformerTextConfig,
     MegaTransformerVisionConfig,
-    RecurrenceConfig,
 )
+from .configuration_megatransformer_text import MegaTransformerTextConfig, RecurrenceConfig
+from .depth import NoiseOptions
+from .exit_criteria import ExitOptions
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from .griffin_lim import waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MediaError, load_audio, load_image, write_audio
-from .modalities import MODALITIES, Modality
-from .modeling_megatransformer import (
+from .modalities import (
+    MEDIA_TOKENS,
+    MODALITIES,
+    WRITTEN,
+    Modality,
+    codec_media,
+    media_tokens,
+    modality_names,
+    set_token_ids,
+)
+from .modeling_megatransformer import MegaTransformerForConditionalGeneration, MegaTransformerModel
+from .modeling_megatransformer_text import (
     MegaTransformerForCausalLM,
-    MegaTransformerForConditionalGeneration,
     MegaTransformerForSequenceClassification,
-    MegaTransformerModel,
     MegaTransformerTextModel,
 )
-from .processing_megatransformer import MEDIA_TOKENS, MegaTransformerProcessor, build_processor, media_tokens
+from .processing_megatransformer import MegaTransformerProcessor, build_processor, tokenizer_of
 from .vocoder import MegaTransformerVocoder
-from .writers import WRITTEN, modality_names, set_token_ids
-from .writing import MediaChunk, WritingOptions
+from .writing import MediaChunk, WritingOptions, draw_codes
+
+MODELS = {
+    MegaTransformerTextConfig: MegaTransformerForCausalLM,
+    MegaTransformerConfig: MegaTransformerForConditionalGeneration,
+    MegaTransformerImageAutoencoderConfig: MegaTransformerImageAutoencoder,
+    MegaTransformerVocoderConfig: MegaTransformerVocoder,
+}
+"""The class that is trained, by the class of its configuration."""
+CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
 
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
@@ -68,9 +84,12 @@ AutoImageProcessor.register(
 )
 
 __all__ = [
+    "CODEC_CONFIGS",
     "MEDIA_TOKENS",
     "MODALITIES",
+    "MODELS",
     "WRITTEN",
+    "ExitOptions",
     "MediaChunk",
     "MediaError",
     "MegaTransformerAudioConfig",
@@ -92,16 +111,19 @@ __all__ = [
     "MegaTransformerVocoder",
     "MegaTransformerVocoderConfig",
     "Modality",
+    "NoiseOptions",
     "RecurrenceConfig",
     "RecurrentCache",
     "WritingOptions",
     "build_processor",
     "codec_media",
+    "draw_codes",
     "load_audio",
     "load_image",
     "media_tokens",
     "modality_names",
     "set_token_ids",
+    "tokenizer_of",
     "waveform_of",
     "write_audio",
 ]

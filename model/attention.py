@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import CacheSlot, RecurrentCache
-from .configuration_megatransformer import EncoderConfig, MegaTransformerTextConfig
-from .feedforward import build_output_projection
+from .configuration_megatransformer_text import MegaTransformerTextConfig
 
 
 @dataclass
@@ -110,7 +110,7 @@ def alibi_bias(query_positions: torch.Tensor, key_positions: torch.Tensor, num_h
     return alibi_slopes(num_heads).to(distance.device)[:, None, None] * distance.float()
 
 
-def check_backend(config: MegaTransformerTextConfig | EncoderConfig, backend: str | None) -> None:
+def check_backend(config: PreTrainedConfig, backend: str | None) -> None:
     """Raises ValueError for a backend of transformers that would leave out a term of the attention logits."""
     if config.attn_logit_softcapping is not None and backend == "sdpa":
         raise ValueError("attn_logit_softcapping is not possible with sdpa; use eager or flex_attention")
@@ -182,7 +182,7 @@ def prepare_attention(
 
 
 def prepare_bidirectional_attention(
-    config: EncoderConfig,
+    config: PreTrainedConfig,
     hidden: torch.Tensor,
     is_real: torch.Tensor | None,
     angles: torch.Tensor,
@@ -207,14 +207,14 @@ def prepare_bidirectional_attention(
     return AttentionInputs(mask, rotary, hidden_states=hidden_states, attentions=attentions)
 
 
-def in_eager(config: MegaTransformerTextConfig | EncoderConfig) -> MegaTransformerTextConfig | EncoderConfig:
+def in_eager(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration with the one backend that gives attention probabilities."""
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     return config
 
 
-def _as_added(mask: torch.Tensor | None, config: MegaTransformerTextConfig | EncoderConfig, embeds: torch.Tensor):
+def _as_added(mask: torch.Tensor | None, config: PreTrainedConfig, embeds: torch.Tensor):
     """The mask, with numbers in place of bools where the backend adds it."""
     if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and config._attn_implementation == "eager":
         return torch.where(mask, 0.0, torch.finfo(embeds.dtype).min).to(embeds.dtype)
@@ -254,12 +254,21 @@ def eager_attention_forward(
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
+def build_output_projection(in_features: int, out_features: int) -> nn.Linear:
+    """A linear map back onto the residual stream, marked because its initial scale falls with the depth. Not a class
+    of its own: quantization replaces layers whose type is `nn.Linear`, and no others.
+    """
+    projection = nn.Linear(in_features, out_features, bias=False)
+    projection.is_output_projection = True
+    return projection
+
+
 class Attention(nn.Module):
     """Self-attention with `num_attention_heads` query heads and `num_key_value_heads` key/value heads; causal in the
     language model, not in the encoders of what it reads.
     """
 
-    def __init__(self, config: MegaTransformerTextConfig | EncoderConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.config = config
         self.is_causal = config.is_causal

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .configuration_megatransformer import EncoderConfig, check_num_labels
+from .configuration_megatransformer import EncoderConfig
+from .configuration_megatransformer_text import check_num_labels
 
 PARTS = {"pixel_values": "vision_config", "input_features": "audio_config"}
 """Where the configuration of the encoder stands in that of a model with several parts, by its main input."""

@@ -1,19 +1,77 @@
-"""The transformer block: norms, their placement, and stacks of blocks that run once."""
+"""The parts of a transformer: embeddings, norms, feed-forward layers (the GLU family: Shazeer 2020, arXiv 2002.05202),
+the block, and stacks of blocks that run once.
+"""
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import Attention, AttentionInputs
+from .attention import Attention, AttentionInputs, build_output_projection
 from .cache import CacheSlot
-from .configuration_megatransformer import EncoderConfig, MegaTransformerTextConfig
-from .feedforward import build_feedforward
 
 
-def build_norm(config: MegaTransformerTextConfig | EncoderConfig) -> nn.Module:
+class ScaledEmbedding(nn.Embedding):
+    """Embedding whose output is multiplied by `embed_scale`: the weights have the head's scale, the residual stream its
+    own. The attribute has the name that PEFT looks for.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, embed_scale: float):
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.embed_scale = embed_scale
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) * self.embed_scale
+
+
+class PositionEmbedding(nn.Embedding):
+    """Table of learned positions: a class of its own because its initial scale is another than that of tokens."""
+
+
+def sinusoidal_table(num_positions: int, hidden_size: int) -> torch.Tensor:
+    """(num_positions, hidden): sines in the first half of the features, cosines in the second; wavelengths from 2 pi to
+    10000 * 2 pi. Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5 (there interleaved).
+    """
+    frequencies = 10000 ** (-torch.arange(0, hidden_size, 2, dtype=torch.float32) / hidden_size)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def build_norm(config: PreTrainedConfig) -> nn.Module:
     """The norm that `config.norm` names, over the last dimension."""
     norm = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm]
     return norm(config.hidden_size, eps=config.norm_eps)
+
+
+class GatedFeedForward(nn.Module):
+    """down(act(gate x) * up x); act is SiLU for SwiGLU, GELU for GeGLU. (batch, sequence, hidden) -> the same."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = build_output_projection(config.intermediate_size, config.hidden_size)
+        self.activation = {"swiglu": nn.functional.silu, "geglu": nn.functional.gelu}[config.mlp]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(self.activation(gate) * up)
+
+
+class FeedForward(nn.Module):
+    """down(GELU(up x)). (batch, sequence, hidden) -> the same."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = build_output_projection(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.gelu(self.up_proj(hidden)))
+
+
+def build_feedforward(config: PreTrainedConfig) -> nn.Module:
+    """The layer that `config.mlp` names."""
+    return FeedForward(config) if config.mlp == "mlp" else GatedFeedForward(config)
 
 
 class TransformerBlock(nn.Module):
@@ -24,7 +82,7 @@ class TransformerBlock(nn.Module):
     (Geiping et al. 2025, section 3.2); Gemma's sandwich norms the branch instead.
     """
 
-    def __init__(self, config: MegaTransformerTextConfig | EncoderConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         inner = config.norm_placement in ("sandwich", "pre")
         outer = config.norm_placement in ("sandwich", "post")
@@ -46,7 +104,7 @@ class TransformerBlock(nn.Module):
 class BlockStack(GradientCheckpointingLayer):
     """Blocks that run once: the prelude and the coda. The unit of compilation and of activation checkpointing."""
 
-    def __init__(self, config: MegaTransformerTextConfig | EncoderConfig, num_layers: int):
+    def __init__(self, config: PreTrainedConfig, num_layers: int):
         super().__init__()
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(num_layers))
 

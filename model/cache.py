@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .configuration_megatransformer import MegaTransformerTextConfig
+from .configuration_megatransformer_text import MegaTransformerTextConfig
 
 BLOCK = 128  # tokens by which a buffer grows
 

@@ -1,23 +1,22 @@
-"""Conversations: their template, their checks, and their outline, into which texts and media are put."""
+"""Conversations to token ids: their template, their checks, and their outline, into which texts and media are put.
+
+Whatever encodes conversations goes through `ConversationEncoder`: rows of training, chats, and processors.
+"""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count, pairwise
 from typing import Any
 
-from .chat_guard import (
-    control_tokens,
-    encode_text,
-    guard_template,
-    guard_tokenizer,
-    normalized,
-    split_at_marks,
-    without_guard,
-)
+import numpy as np
+
+from .chat_guard import control_tokens, guard_template, guard_tokenizer, split_at_marks, without_guard
 from .chat_rendering import Rendered, UnboundedTemplateError, render, template_of
 from .media_sources import own_part
-from .message_keys import reason_against_message
+from .message_keys import WHAT_TO_DO, reason_against_message
+from .text_encoding import encode_texts, normalized
 
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("user", "assistant", "system", "tool")}
 """What begins a message, by role: a token where the vocabulary has it, else these characters in ordinary tokens."""
@@ -54,6 +53,12 @@ _MADE_HERE: set[str] = {CHAT_TEMPLATE}
 Outline = tuple[tuple[str, tuple[str, ...] | None], ...]
 """Of each message its role and the types of its parts, None if its content is a string."""
 
+SpecialTokens = tuple[tuple[str, Any], ...]
+"""What templates find of a tokenizer, such as ("bos_token", "<|begin|>")."""
+
+NULL_TOKEN = "<|null|>"
+"""Stands in the place of each token of a prompt that is left out for guidance without a classifier."""
+
 WRITTEN_PREFIX = "written_"
 """How the names of kinds begin that are written rather than read."""
 
@@ -71,8 +76,33 @@ def kinds_of_role(role: str, kinds: Collection[str]) -> dict[str, str]:
     return read | written if role == "assistant" else read
 
 
+def check_messages(messages: Any, learns_all: bool = False, fixes: Mapping[str, str] = WHAT_TO_DO) -> None:
+    """Refuse what is no list of messages, each with a role and a content, and nothing besides that would have to be
+    read. Parts of contents are not looked at.
+
+    Args:
+        learns_all: Messages of others than the assistant are learned too.
+        fixes: What to do with keys that are not read.
+
+    Raises:
+        ValueError: says which message, and why.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"a conversation is {_short(messages)}; give a list of messages, at least one")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"message {number} is {_short(message)}; give a dict with role and content")
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or role not in ROLE_TOKENS:
+            raise ValueError(f"message {number} has role {_short(role)}; choose one of {', '.join(ROLE_TOKENS)}")
+        if reason := reason_against_message(message, learns_all or role == "assistant", fixes):
+            raise ValueError(f"message {number} ({role}) {reason}")
+        if not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"message {number} has content {_short(content)}; give a string or a list of parts")
+
+
 def outline_of(
-    messages: Any, kinds: Collection[str], continue_final_message: bool = False
+    messages: Any, kinds: Collection[str], may_end_empty: bool = False
 ) -> tuple[Outline, list[str], list[dict[str, Any]]]:
     """The outline of a conversation, its texts and the parts that are media, in order.
 
@@ -80,35 +110,26 @@ def outline_of(
 
     Args:
         kinds: Kinds of media that the model reads or writes; the parts get them as their types.
-        continue_final_message: The last message may be empty.
+        may_end_empty: The last message may say nothing.
 
     Raises:
         ValueError: for what is no conversation; the message says which part of which message, and why.
     """
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"a conversation is {_short(messages)}; give a list of messages, at least one")
+    check_messages(messages)
     outline: list[tuple[str, tuple[str, ...] | None]] = []
     texts: list[str] = []
     media: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"message {number} is {_short(message)}; give a dict with role and content")
         role, content = message["role"], message["content"]
-        if not isinstance(role, str) or role not in ROLE_TOKENS:
-            raise ValueError(f"message {number} has role {_short(role)}; choose one of {', '.join(ROLE_TOKENS)}")
-        if reason := reason_against_message(message, role == "assistant"):
-            raise ValueError(f"message {number} ({role}) {reason}")
         num_texts, num_media = len(texts), len(media)
         if isinstance(content, str):
             outline.append((role, None))
             texts.append(content)
-        elif isinstance(content, (list, tuple)):
+        else:
             known = kinds_of_role(role, kinds)
             outline.append((role, _outline_of_parts(content, number, known, texts, media)))
-        else:
-            raise ValueError(f"message {number} has content {_short(content)}; give a string or a list of parts")
-        is_open = continue_final_message and number == len(messages) - 1
-        if not is_open and len(media) == num_media and not "".join(texts[num_texts:]).strip():
+        may_be_empty = may_end_empty and number == len(messages) - 1
+        if not may_be_empty and len(media) == num_media and not "".join(texts[num_texts:]).strip():
             raise ValueError(f"message {number} ({role}) says nothing; give it a text or a medium, or leave it out")
     return tuple(outline), texts, media
 
@@ -137,44 +158,91 @@ def _outline_of_parts(
     return tuple(types)
 
 
-@lru_cache(maxsize=1024)
+@dataclass(frozen=True)
+class RenderedOutline:
+    """What a template makes of a conversation, around its texts."""
+
+    outline: Outline
+    """In the form that the template takes: what has texts alone as strings, or else as lists of parts."""
+    pieces: tuple[tuple[str | int, int | None], ...]
+    """In order: what the template writes, media as single placeholders, or the number of a text; and of which answer of
+    the assistant this is a part, if of any."""
+    has_answers: bool
+    """Whether it is known what the assistant says; `pieces` has no answers where it is not."""
+
+
+@lru_cache(maxsize=4096)
 def render_outline(
     template: str,
     outline: Outline,
-    bos_token: str,
-    eos_token: str,
+    special_tokens: SpecialTokens,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
-) -> list[tuple[str | int, bool]]:
+) -> RenderedOutline:
     """What the template writes around the texts of a conversation.
 
-    Returns:
-        Pieces in order: what the template writes, media as single placeholders, or the number of a text; and whether
-        the template counts them to what the assistant says.
+    What the assistant says is what stands in the template between `generation` and `endgeneration`. Where it has no
+    such marks, it is what a message adds to the conversation before it, with that which lets the assistant speak.
 
     Raises:
         ValueError: the template cannot be rendered (`chat_rendering.render`), leaves out what a message says, or writes
             what no message says.
     """
+    problems = []
+    for types_of_text in (None, ("text",)):
+        form = tuple((role, types_of_text if types in (None, ("text",)) else types) for role, types in outline)
+        rendered = _render_places(template, form, special_tokens, add_generation_prompt, continue_final_message)
+        if not isinstance(rendered, ValueError):
+            answers = rendered[1] or _answers_by_prefixes(template, form, special_tokens, rendered[0])
+            return RenderedOutline(form, tuple(_pieces(rendered[0], answers or [])), answers is not None)
+        problems.append(str(rendered))
+    raise ValueError(problems[0])
+
+
+@lru_cache(maxsize=4096)
+def _render_places(
+    template: str, outline: Outline, special_tokens: SpecialTokens, is_asked: bool = False, is_open: bool = False
+) -> Rendered | ValueError:
+    """A rendered conversation with places for its texts, or the problem, which many conversations may have."""
     numbers = count()
     messages = messages_of(outline, map(_PLACE.format, numbers))
-    text, spans = render_messages(
-        template,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        bos_token=bos_token,
-        eos_token=eos_token,
-    )
-    _check_places(text, next(numbers))
-    edges = sorted({0, len(text), *(min(edge, len(text)) for span in spans for edge in span)})
-    pieces = []
+    open_end = {"add_generation_prompt": is_asked, "continue_final_message": is_open}
+    try:
+        text, spans = render_messages(template, messages, **open_end, **dict(special_tokens))
+        _check_places(text, next(numbers))
+    except UnboundedTemplateError:
+        raise
+    except ValueError as error:
+        return error
+    return text, spans
+
+
+def _answers_by_prefixes(
+    template: str, outline: Outline, special_tokens: SpecialTokens, text: str
+) -> list[tuple[int, int]] | None:
+    """The spans of what the assistant says in a rendered conversation; None where a message changes those before it."""
+    spans = []
+    for number, (role, _) in enumerate(outline):
+        if role != "assistant":
+            continue
+        before = _render_places(template, outline[:number], special_tokens, True)
+        after = _render_places(template, outline[: number + 1], special_tokens)
+        if isinstance(before, ValueError) or isinstance(after, ValueError) or not after[0].startswith(before[0]):
+            return None
+        is_cut = number + 1 == len(outline) and after[0].startswith(text)  # a last message that stays open
+        if not (is_cut or text.startswith(after[0])):
+            return None
+        spans.append((len(before[0]), min(len(after[0]), len(text))))
+    return spans
+
+
+def _pieces(text: str, answers: list[tuple[int, int]]) -> Iterable[tuple[str | int, int | None]]:
+    edges = sorted({0, len(text), *(min(edge, len(text)) for span in answers for edge in span)})
     for start, end in pairwise(edges):
-        is_answer = any(first <= start and end <= last for first, last in spans)
+        answer = next((number for number, (first, last) in enumerate(answers) if first <= start and end <= last), None)
         for number, piece in enumerate(_PLACES.split(text[start:end])):
             if piece:
-                pieces.append((int(piece) if number % 2 else piece, is_answer))
-    return pieces
+                yield int(piece) if number % 2 else piece, answer
 
 
 def render_messages(template: str, messages: list[dict[str, Any]], **variables: Any) -> Rendered:
@@ -283,28 +351,189 @@ def spelled_roles(tokenizer: Any) -> list[str]:
     return [token for token in ROLE_TOKENS.values() if tokenizer.backend_tokenizer.token_to_id(token) is None]
 
 
+@dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation as token ids, in which each medium is one placeholder."""
+
+    ids: np.ndarray
+    """int32 (tokens,)"""
+    is_answer: np.ndarray
+    """bool (tokens,): what the assistant says, and what ends it."""
+    answer_start: int
+    """Where the last answer begins; the number of tokens if there is none."""
+    media: list[dict[str, Any]]
+    """The parts that are media, in order, with their kinds as types."""
+
+
+class ConversationEncoder:
+    """Conversations to token ids, in which no text can pass for anything but text.
+
+    Args:
+        tokenizer: A fast one.
+        kinds: What the model reads and writes besides text (`Modality`), by name. None: text alone.
+        chat_template: One, or several by their names.
+
+    Raises:
+        ValueError: the vocabulary lacks a token of media.
+    """
+
+    def __init__(
+        self, tokenizer: Any, kinds: Mapping[str, Any] | None = None, chat_template: str | dict[str, str] | None = None
+    ):
+        self.tokenizer, self.kinds, self.chat_template = tokenizer, kinds or {}, chat_template
+        self.token_ids: dict[str, tuple[int, ...]] = {}
+        """Of each kind the placeholder, and what stands before and behind those of a medium."""
+        for name, kind in self.kinds.items():
+            tokens = kind.token, kind.start_token, kind.end_token
+            self.token_ids[name] = tuple(special_id(tokenizer, token) for token in tokens)
+        self._ids_of_structure: dict[str, np.ndarray] = {}
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """The id of the placeholder of each kind."""
+        return {name: ids[0] for name, ids in self.token_ids.items()}
+
+    def encode(
+        self, messages: Any, add_generation_prompt: bool = False, continue_final_message: bool = False
+    ) -> EncodedConversation:
+        """One conversation.
+
+        Args:
+            messages: As `outline_of` takes them.
+            add_generation_prompt: Ends with what lets the assistant speak.
+            continue_final_message: The last message stays open.
+
+        Raises:
+            ValueError: as `outline_of`, `check_texts` and `render_outline`; or the template does not write one
+                placeholder for each medium.
+        """
+        open_end = add_generation_prompt, continue_final_message
+        (found,) = self.encode_all([messages], False, continue_final_message, open_end)
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def encode_all(
+        self,
+        conversations: Sequence[Any],
+        needs_answers: bool = True,
+        may_end_empty: bool = False,
+        open_end: tuple[bool, bool] = (False, False),
+    ) -> list[EncodedConversation | ValueError]:
+        """Many conversations, which is faster than one after another; of one that cannot be used, why.
+
+        Args:
+            needs_answers: It has to be known what the assistant says.
+            may_end_empty: The last message may say nothing.
+            open_end: As the last arguments of `encode`.
+
+        Raises:
+            UnboundedTemplateError: the template takes more time or memory than it may.
+        """
+        template, special_tokens = template_of(self.chat_template), special_tokens_of(self.tokenizer)
+        plans: list[tuple[RenderedOutline, int, list[dict[str, Any]]] | ValueError] = []
+        texts: list[str] = []
+        for messages in conversations:
+            try:
+                outline, own_texts, media = outline_of(messages, self.kinds, may_end_empty)
+                check_texts(self.tokenizer, own_texts, template)
+                rendered = render_outline(template, outline, special_tokens, *open_end)
+            except UnboundedTemplateError:
+                raise
+            except ValueError as error:
+                plans.append(error)
+                continue
+            plans.append((rendered, len(texts), media) if rendered.has_answers or not needs_answers else _no_answers())
+            texts += own_texts
+        ids = encode_texts(self.tokenizer, texts)
+        return [plan if isinstance(plan, ValueError) else self._assemble(*plan, ids) for plan in plans]
+
+    def _assemble(
+        self, rendered: RenderedOutline, first_text: int, media: list[dict[str, Any]], ids_of_texts: list[np.ndarray]
+    ) -> EncodedConversation | ValueError:
+        parts, answers = [], [answer for _, answer in rendered.pieces]
+        for piece, _ in rendered.pieces:
+            is_text = isinstance(piece, int)
+            parts.append(ids_of_texts[first_text + piece] if is_text else self._encode_structure(piece))
+        ids, counts = np.concatenate(parts), list(map(len, parts))
+        if problem := self._problem_of_media(ids, [part["type"] for part in media]):
+            return ValueError(problem)
+        last = max((answer for answer in answers if answer is not None), default=None)
+        start = len(ids) if last is None else sum(counts[: answers.index(last)])
+        return EncodedConversation(ids, np.repeat([answer is not None for answer in answers], counts), start, media)
+
+    def _encode_structure(self, piece: str) -> np.ndarray:
+        """Ids of what the template writes, which are few and recur."""
+        if piece not in self._ids_of_structure:
+            ids = self.tokenizer.encode(piece, add_special_tokens=False)
+            self._ids_of_structure[piece] = np.array(ids, dtype=np.int32)
+        return self._ids_of_structure[piece]
+
+    def _problem_of_media(self, ids: np.ndarray, wanted: list[str]) -> str:
+        """Why the placeholders that a template has written cannot be filled, or ""."""
+        names = {token_id: name for name, token_id in self.placeholders.items()}
+        found = [names[token_id] for token_id in ids[np.isin(ids, list(names))].tolist()] if names else []
+        for name in names.values():
+            if found.count(name) < wanted.count(name):
+                return f"the chat template leaves out the {name} of a message; correct it"
+            if found.count(name) > wanted.count(name):
+                return f"the chat template writes more places for {name} than messages have"
+        return "" if found == wanted else "the chat template writes media in another order than messages; correct it"
+
+    def expand(
+        self, ids: np.ndarray, is_learned: np.ndarray, media: Mapping[str, Sequence[Any]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids with start, placeholders and end of each medium in place of its one placeholder, and which are learned.
+
+        Args:
+            ids: (tokens,)
+            is_learned: bool (tokens,); of media that are, what their kind says (`Modality.learned`).
+            media: Preprocessed, by kind, in the order of their placeholders.
+        """
+        counts, is_inside = np.ones(len(ids), dtype=np.int64), is_learned.copy()
+        places = {name: (ids == self.token_ids[name][0]).nonzero()[0] for name in media}
+        for name, here in places.items():
+            counts[here] = [self.kinds[name].num_tokens(tensor) + 2 for tensor in media[name]]
+            is_inside[here] &= self.kinds[name].learned[1]
+        expanded, learned, ends = ids.repeat(counts), is_inside.repeat(counts), counts.cumsum()
+        for name, here in places.items():
+            (_, start, end), (at_start, _, at_end) = self.token_ids[name], self.kinds[name].learned
+            for edge, token_id, is_own in ((ends - counts, start, at_start), (ends - 1, end, at_end)):
+                expanded[edge[here]], learned[edge[here]] = token_id, is_learned[here] & is_own
+        return expanded, learned
+
+
+def _no_answers() -> ValueError:
+    return ValueError(
+        "the chat template does not tell what the assistant says, as a message changes how those before it are "
+        "written; put {% generation %} and {% endgeneration %} around it in the template"
+    )
+
+
+def special_id(tokenizer: Any, token: str) -> int:
+    """The id of a special token.
+
+    Raises:
+        ValueError: the tokenizer does not have it.
+    """
+    index = tokenizer.backend_tokenizer.token_to_id(token)  # get_vocab() would copy the whole of it
+    if index is None:
+        raise ValueError(f"the tokenizer has no token {token!r}, which media need; train or load it with media")
+    return index
+
+
+def special_tokens_of(tokenizer: Any) -> SpecialTokens:
+    """What templates find of a tokenizer; a begin or end token that it lacks is empty."""
+    found = {"bos_token": "", "eos_token": "", **tokenizer.special_tokens_map}
+    return tuple((name, tuple(token) if isinstance(token, list) else token) for name, token in found.items())
+
+
 def encode_conversation(
     tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool = False
 ) -> list[int]:
-    """Token ids of a conversation without media, in which no text can pass for anything but text.
-
-    Args:
-        tokenizer: A fast one with a chat template.
-        add_generation_prompt: Ends with what lets the assistant speak.
-
-    Raises:
-        ValueError: as `outline_of` and `check_texts`.
-    """
-    outline, texts, _ = outline_of(messages, ())
-    template = template_of(tokenizer.chat_template)
-    check_texts(tokenizer, texts, template)
-    begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    pieces = render_outline(template, outline, begin, end, add_generation_prompt)
-    ids: list[int] = []
-    for piece, _ in pieces:
-        is_text = isinstance(piece, int)
-        ids += encode_text(tokenizer, texts[piece]) if is_text else tokenizer.encode(piece, add_special_tokens=False)
-    return ids
+    """Token ids of a conversation without media, by the template of a tokenizer (`ConversationEncoder.encode`)."""
+    encoder = ConversationEncoder(tokenizer, chat_template=tokenizer.chat_template)
+    return encoder.encode(messages, add_generation_prompt).ids.tolist()
 
 
 def check_texts(tokenizer: Any, texts: Iterable[str], template: str) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from transformers import AddedToken
 from transformers.utils import is_tokenizers_available
 
+from .text_encoding import encode_texts, normalized
+
 if is_tokenizers_available():
     from tokenizers import normalizers, pre_tokenizers
 
@@ -67,39 +69,6 @@ def control_tokens(tokenizer: Any) -> list[str]:
     return sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
-def normalized(tokenizer: Any, text: str) -> str:
-    """A text as the model of the tokenizer reads it.
-
-    Raises:
-        ValueError: UTF-8 cannot hold it.
-    """
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    try:
-        return text if normalizer is None else normalizer.normalize_str(text)
-    except UnicodeEncodeError as error:
-        raise _no_utf8(text) from error
-
-
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text in which special tokens are text. The backend takes half the time of the tokenizer.
-
-    Raises:
-        ValueError: UTF-8 cannot hold it.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    try:
-        return backend.encode(text, add_special_tokens=False).ids
-    except TypeError as error:
-        raise _no_utf8(text) from error
-
-
-def _no_utf8(text: str) -> ValueError:
-    return ValueError(f"{text[:80]!r} cannot be written as UTF-8; remove lone surrogates")
-
-
 def _found_before_normalization(token: AddedToken) -> AddedToken:
     options = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip")}
     return AddedToken(token.content, **options, normalized=False, special=True)
@@ -113,7 +82,7 @@ def _forged(tokenizer: Any) -> list[str]:
     return [
         token
         for token, token_id in zip(tokens, ids, strict=True)
-        if any(token_id in encode_text(tokenizer, form.format(token)) for form in forms)
+        if any(token_id in found for found in encode_texts(tokenizer, [form.format(token) for form in forms]))
     ]
 
 

@@ -1,6 +1,5 @@
-"""Media to latents and back: one class for each way."""
+"""Media to latents and back: one class for each modality."""
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -31,75 +30,39 @@ LOUDEST = (2.0 - LOG_MEAN) / LOG_STD
 """More than full scale has."""
 
 
-class Codec(nn.Module, ABC):
-    """Media of one modality to latents and back."""
+class Codec(nn.Module):
+    """Media of one modality to latents, (tokens, `latent_size`), at most `max_tokens` of a medium, and back.
+
+    `encode` takes targets, as the processor makes them, and gives the latents of all media and how many each has; for a
+    wrong shape it raises ValueError. `project` gives the nearest latents that it could have given, `decode` one medium.
+    """
 
     latent_size: int
-    """Numbers in a latent."""
     max_tokens: int
-    """Latents of the longest medium."""
 
-    @abstractmethod
-    def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
-        """Targets, as the processor makes them, to the latents of all media, (tokens, latent_size), and how many each
-        medium has.
-
-        Raises:
-            ValueError: for targets of a wrong shape.
-        """
-
-    @abstractmethod
-    def project(self, latents: torch.Tensor) -> torch.Tensor:
-        """The nearest latents that `encode` could have given, (tokens, latent_size)."""
-
-    @abstractmethod
-    def decode(self, latents: torch.Tensor) -> Any:
-        """One medium of its latents, (tokens, latent_size)."""
-
-    def decode_partly(self, latents: torch.Tensor) -> Any:
-        """What can be shown of a medium whose last latents are missing."""
-        return self.decode(latents)
-
-    def load(self) -> None:
-        """Fetches weights that were trained before; most codecs have none."""
+    def train(self, mode: bool = True) -> "Codec":
+        """It stays in evaluation mode: latents have no noise."""
+        return super().train(False)
 
 
-class PatchCodec(Codec):
-    """Pixels of square patches, row by row; nothing is trained."""
+class ImageCodec(Codec):
+    """The pixels of square patches, row by row, of which nothing is trained; or a trained autoencoder, which stays as
+    it is. Its weights are random until `load` fetches them, or a checkpoint of the language model has them.
+    """
 
     def __init__(self, config: MegaTransformerImageWriterConfig):
         super().__init__()
         self.channels, self.side, self.patch = config.num_channels, config.image_size, config.patch_size
         self.latent_size = self.channels * self.patch**2
+        self.autoencoder = None
+        if config.codec == "autoencoder":
+            self._take_autoencoder(config)
         self.max_tokens = (self.side // self.patch) ** 2
 
-    def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
-        """(images, channels, side, side) in -1 .. 1."""
-        check_images(targets, self.channels, self.side)
-        patches = nn.functional.unfold(targets.float() * PIXEL_SCALE, self.patch, stride=self.patch)
-        return patches.transpose(1, 2).flatten(0, 1), [self.max_tokens] * len(targets)
-
-    def project(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents.clamp(-PIXEL_SCALE, PIXEL_SCALE)
-
-    def decode(self, latents: torch.Tensor) -> "Image.Image":
-        patches = latents.float().T[None] / PIXEL_SCALE
-        return to_image(nn.functional.fold(patches, self.side, self.patch, stride=self.patch)[0])
-
-    def decode_partly(self, latents: torch.Tensor) -> "Image.Image":
-        return self.decode(nn.functional.pad(latents, (0, 0, 0, self.max_tokens - len(latents))))
-
-
-class AutoencoderCodec(Codec):
-    """A trained autoencoder, which stays as it is. Its weights are random until `load` fetches them, or a checkpoint of
-    the language model has them.
-    """
-
-    def __init__(self, config: MegaTransformerImageWriterConfig):
-        super().__init__()
+    def _take_autoencoder(self, config: MegaTransformerImageWriterConfig) -> None:
         name = config.codec_name_or_path
         part = config.codec_config or read_config(name, MegaTransformerImageAutoencoderConfig)
-        self.name, self.side = name, config.image_size
+        self.name = name
         self.autoencoder = frozen(MegaTransformerImageAutoencoder, MegaTransformerImageAutoencoderConfig, part, name)
         config.codec_config = self.autoencoder.config.to_dict()
         patch, bottleneck = self.autoencoder.config.patch_size, self.autoencoder.config.bottleneck
@@ -107,48 +70,63 @@ class AutoencoderCodec(Codec):
             raise ValueError(f"image_size ({self.side}) must be a multiple of the autoencoder's patch_size ({patch})")
         if (config.head == "fsq") != (bottleneck == "fsq"):
             raise ValueError(f"head {config.head!r} does not go with an autoencoder of bottleneck {bottleneck!r}")
-        self.latent_size, self.max_tokens = self.autoencoder.latent_size, (self.side // patch) ** 2
+        self.channels, self.patch = self.autoencoder.config.num_channels, patch
+        self.latent_size = self.autoencoder.latent_size
 
     @property
     def num_codes(self) -> int:
-        """Codes of a bottleneck that has some."""
+        """Codes of an autoencoder whose bottleneck has some."""
         return self.autoencoder.config.num_codes
 
     def load(self) -> None:
-        """Fetches the trained weights."""
-        load_weights(self.autoencoder, self.name)
-
-    def train(self, mode: bool = True) -> "AutoencoderCodec":
-        """It stays in evaluation mode: its latents have no noise."""
-        return super().train(False)
+        """Fetches the trained weights, if there are any."""
+        if self.autoencoder is not None:
+            load_weights(self.autoencoder, self.name)
 
     def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
         """(images, channels, side, side) in -1 .. 1."""
-        check_images(targets, self.autoencoder.config.num_channels, self.side)
-        pixels = targets.to(self.autoencoder.dtype)
-        latents = self.autoencoder.refine(pixels, self.autoencoder.encode(pixels))
+        self._check(targets)
+        if self.autoencoder is None:
+            patches = nn.functional.unfold(targets.float() * PIXEL_SCALE, self.patch, stride=self.patch)
+            latents = patches.transpose(1, 2)
+        else:
+            pixels = targets.to(self.autoencoder.dtype)
+            latents = self.autoencoder.refine(pixels, self.autoencoder.encode(pixels))
         return latents.flatten(0, 1), [self.max_tokens] * len(targets)
 
     def encode_ids(self, targets: torch.Tensor) -> torch.LongTensor:
         """Codes of images, (images, tokens)."""
-        check_images(targets, self.autoencoder.config.num_channels, self.side)
+        self._check(targets)
         return self.autoencoder.encode_ids(targets.to(self.autoencoder.dtype))
 
+    def _check(self, targets: torch.Tensor) -> None:
+        shape = (self.channels, self.side, self.side)
+        if targets.ndim != 4 or targets.shape[1:] != shape:
+            raise ValueError(
+                f"image_targets has shape {tuple(targets.shape)}, expected (images, {', '.join(map(str, shape))})"
+            )
+
     def project(self, latents: torch.Tensor) -> torch.Tensor:
+        if self.autoencoder is None:
+            return latents.clamp(-PIXEL_SCALE, PIXEL_SCALE)
         return self.autoencoder.bottleneck(latents)
 
     def decode(self, latents: torch.Tensor) -> "Image.Image":
-        return to_image(self.autoencoder.decode(latents[None].to(self.autoencoder.dtype))[0].float())
+        if self.autoencoder is not None:
+            return to_image(self.autoencoder.decode(latents[None].to(self.autoencoder.dtype))[0].float())
+        patches = latents.float().T[None] / PIXEL_SCALE
+        return to_image(nn.functional.fold(patches, self.side, self.patch, stride=self.patch)[0])
+
+    def decode_partly(self, latents: torch.Tensor) -> "Image.Image":
+        """What can be shown of an image whose last latents are missing."""
+        return self.decode(nn.functional.pad(latents, (0, 0, 0, self.max_tokens - len(latents))))
 
     def decode_ids(self, ids: torch.LongTensor) -> list["Image.Image"]:
         """(images, tokens)."""
         return [to_image(pixels.float()) for pixels in self.autoencoder.decode_ids(ids)]
 
-    def decode_partly(self, latents: torch.Tensor) -> "Image.Image":
-        return self.decode(nn.functional.pad(latents, (0, 0, 0, self.max_tokens - len(latents))))
 
-
-class MelCodec(Codec):
+class AudioCodec(Codec):
     """Frames of a log-mel spectrogram, `frames_per_token` at a time."""
 
     def __init__(self, config: MegaTransformerAudioWriterConfig):
@@ -173,10 +151,6 @@ class MelCodec(Codec):
         """Fetches the weights of the vocoder, if there is one."""
         if self.vocoder is not None:
             load_weights(self.vocoder, self.name)
-
-    def train(self, mode: bool = True) -> "MelCodec":
-        """It stays in evaluation mode."""
-        return super().train(False)
 
     def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
         """(clips, mel bins, frames), a multiple of `frames_per_token`, and (clips, frames), 1 for real frames."""
@@ -208,12 +182,14 @@ class MelCodec(Codec):
             return self.vocoder.decode(log_mel[None].to(self.vocoder.dtype))[0].float().cpu()
         return waveform_of(log_mel, config.sampling_rate, config.n_fft, config.hop_length).cpu()
 
+    decode_partly = decode
+
 
 def build_codec(config: WriterConfig) -> Codec:
     """The codec that a writer's configuration names."""
     if config.model_type == MegaTransformerAudioWriterConfig.model_type:  # a remotely loaded class is another object
-        return MelCodec(config)
-    return {"patch": PatchCodec, "autoencoder": AutoencoderCodec}[config.codec](config)
+        return AudioCodec(config)
+    return ImageCodec(config)
 
 
 def read_config(name: str, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -254,14 +230,6 @@ def load_weights(model: nn.Module, name: str) -> None:
         missing = sorted(report["missing_keys"])
         raise ValueError(f"the weights of codec {name!r} lack {missing[0]!r} (and {len(missing) - 1} more)")
     model.load_state_dict(trained.state_dict())
-
-
-def check_images(targets: torch.Tensor, channels: int, side: int) -> None:
-    """Raises ValueError for images of another shape."""
-    if targets.ndim != 4 or targets.shape[1:] != (channels, side, side):
-        raise ValueError(
-            f"image_targets has shape {tuple(targets.shape)}, expected (images, {channels}, {side}, {side})"
-        )
 
 
 def to_image(pixels: torch.Tensor) -> "Image.Image":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers.utils.type_validators import interval
 
-from .configuration_megatransformer import MOST_LAYERS, StrictConfig, checked
+from .configuration_megatransformer_text import MOST_LAYERS, StrictConfig, checked
 
 
 class CodecConfig(StrictConfig):
@@ -68,7 +68,7 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
         num_component_images: Images of the training data whose patches have the principal components that the linear
             path from images to images begins with; 0: it begins at random. With "fsq" it is not read.
         num_refinement_steps: Steps that improve the latents of a language model's targets, each through the decoder and
-            back; 0: they are as the encoder gives them. `evaluate_codec.py` shows what they give. With "fsq", whose
+            back; 0: they are as the encoder gives them. `python -m evaluation` shows what they give. With "fsq", whose
             rounded latents have no gradient to follow, it is not read.
         latent_noise: Largest standard deviation of the noise on latents of a sphere, in training: the more, the less
             harm errors of those who write latents do, and the less detail is kept.

@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from .recurrence import draw_training_states, sample_depth
+from .depth import sample_depth
+from .recurrence import draw_training_states
 
 
 class RecurrentDepthCallback(TrainerCallback):

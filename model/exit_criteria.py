@@ -1,4 +1,4 @@
-"""When a row may stop iterating: what is looked at after a step, and the criteria that judge it.
+"""When a row may stop iterating: what is read after a step, the criteria that judge it, and who asks them.
 
 Source: Geiping et al. 2025, arXiv 2502.05171, section 6.1, and its released code. P_i is the next-token distribution
 that coda and head read from the state s_i.
@@ -10,13 +10,13 @@ that coda and head read from the state s_i.
     | entropy_difference | |H(P_i) - H(P_{i-1})|, H(P_0) = 100                           | < threshold | 1e-3    |
     | latent_difference  | mean over tokens of |s_i - s_{i-1}| / |s_i|                   | < threshold | 0.03    |
     | cosine             | 1 - mean over tokens of cos(s_i, s_{i-1})                     | < threshold | 1e-3    |
-    | argmax_stability   | looks in a row that left the likeliest token as it was        | >= threshold | 5      |
+    | argmax_stability   | checks in a row that left the likeliest token as it was       | >= threshold | 5      |
     | probe              | probability that more steps would change P, by a trained head | < threshold | 0.05    |
 
-Where not every step is looked at, i - 1 is the look before.
+Where not every step is checked, i - 1 is the check before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,23 +24,23 @@ from torch import nn
 
 
 @dataclass
-class Look:
-    """What is seen of some rows after a step."""
+class ExitCheck:
+    """What is read of some rows after a step."""
 
     step: int  # steps taken
     state: torch.Tensor  # s_i, (rows, sequence, hidden)
-    logits: torch.Tensor | None = None  # of the last token, (rows, vocab); None: before the first look
+    logits: torch.Tensor | None = None  # of the last token, (rows, vocab); None: before the first check
     is_token: torch.Tensor | None = None  # (rows, sequence), False for padding; None: there is none
     value: torch.Tensor | None = None  # what the criterion made of it, (rows,)
 
-    def of(self, rows: torch.Tensor) -> "Look":
+    def of(self, rows: torch.Tensor) -> "ExitCheck":
         """The same of some rows, by their indices."""
         parts = {name: getattr(self, name) for name in ("state", "logits", "is_token", "value")}
         return replace(self, **{name: part.index_select(0, rows) for name, part in parts.items() if part is not None})
 
 
 class ExitCriterion:
-    """Gives each row a value after a look; a row whose value falls below the threshold stops.
+    """Gives each row a value at a check; a row whose value falls below the threshold stops.
 
     A new criterion is a class like those below, and an entry in `EXIT_CRITERIA`.
     """
@@ -50,8 +50,8 @@ class ExitCriterion:
     reads_logits = True
     """Whether it needs a coda and a head, or the state alone."""
 
-    def value(self, now: Look, before: Look) -> torch.Tensor:
-        """(rows,). At the first look, `before` holds s_0 and no logits."""
+    def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
+        """(rows,). At the first check, `before` holds s_0 and no logits."""
         raise NotImplementedError
 
     def stops(self, value: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -64,7 +64,7 @@ class KLDivergence(ExitCriterion):
 
     default_threshold = 5e-4
 
-    def value(self, now: Look, before: Look) -> torch.Tensor:
+    def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
         log_p = self.log_probabilities(now.logits)
         if before.logits is None:
             log_q = torch.full_like(log_p, 1 / log_p.shape[-1]).log()
@@ -92,7 +92,7 @@ class EntropyDifference(ExitCriterion):
 
     default_threshold = 1e-3
 
-    def value(self, now: Look, before: Look) -> torch.Tensor:
+    def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
         entropy = self.entropy(now.logits)
         return (entropy - (100.0 if before.logits is None else self.entropy(before.logits))).abs()
 
@@ -107,7 +107,7 @@ class LatentDifference(ExitCriterion):
     default_threshold = 0.03
     reads_logits = False
 
-    def value(self, now: Look, before: Look) -> torch.Tensor:
+    def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
         return mean_over_tokens(relative_change(now.state, before.state), now.is_token)
 
 
@@ -118,17 +118,17 @@ class Cosine(ExitCriterion):
     largest_threshold = 2.0
     reads_logits = False
 
-    def value(self, now: Look, before: Look) -> torch.Tensor:
+    def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
         cosine = nn.functional.cosine_similarity(now.state.float(), before.state.float(), dim=-1)
         return 1 - mean_over_tokens(cosine, now.is_token)
 
 
 class ArgmaxStability(ExitCriterion):
-    """The likeliest token has stayed the same for a number of looks."""
+    """The likeliest token has stayed the same for a number of checks."""
 
     default_threshold = 5
 
-    def value(self, now: Look, before: Look) -> torch.Tensor:
+    def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
         likeliest = now.logits.argmax(-1)
         if before.logits is None:
             return torch.zeros_like(likeliest)
@@ -141,7 +141,7 @@ class ArgmaxStability(ExitCriterion):
 class ExitProbe(nn.Module):
     """A small head that says from the state whether further steps would still change the output distribution.
 
-    Trained by `train_exit_probe.py`. It sees the direction of s_i, and how much it has changed since the look before;
+    Trained by `trainer: exit_probe`. It sees the direction of s_i, and how much it has changed since the check before;
     13 numbers are multiplied for each of the state, against about 14 hidden_size in a layer of the core.
     """
 
@@ -167,7 +167,7 @@ class LearnedProbe(ExitCriterion):
     def __init__(self, probe: ExitProbe | None = None):
         self.probe = probe
 
-    def value(self, now: Look, before: Look) -> torch.Tensor:
+    def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
         return torch.sigmoid(-self.probe(now.state[:, -1], before.state[:, -1]).float())
 
 
@@ -196,55 +196,102 @@ def mean_over_tokens(values: torch.Tensor, is_token: torch.Tensor | None) -> tor
     return (values * is_token).sum(-1) / is_token.sum(-1).clamp(min=1)
 
 
-# ------------------------------------------------------------------------------------------------------------ the watch
+# ----------------------------------------------------------------------------------------------- options, controller
 
 
-class ExitWatch:
-    """Looks at the rows of one forward pass after their steps, and keeps what was read of them.
+@dataclass(frozen=True)
+class ExitOptions:
+    """What ends the iteration of rows before their last step.
 
     Args:
-        criterion: Name of an entry of `EXIT_CRITERIA`.
-        threshold: Default: the criterion's.
-        first_step: The first step that is looked at.
-        every: Steps from a look to the next.
+        criterion: Name of an entry of `EXIT_CRITERIA`; "schedule", in `generate` alone; or "none".
+        threshold: Value below which a row stops, or, for "argmax_stability", from which. Default: the criterion's.
+        first_step: The first step after which it is checked whether rows may stop.
+        every: Steps from a check to the next.
+        in_prefill: Whether, in `generate`, the prompt may exit too, all its tokens together.
+        schedule: Steps of each new token for the criterion "schedule", the last for all that follow; or a function of
+            the token's index.
+
+    Raises:
+        ValueError: the criterion is unknown, a value outside its range, or the schedule missing.
+    """
+
+    criterion: str = "none"
+    threshold: float | None = None
+    first_step: int = 1
+    every: int = 1
+    in_prefill: bool = False
+    schedule: Sequence[int] | Callable[[int], int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.criterion == "none":
+            return
+        if self.criterion == "schedule":
+            if self.schedule is None:
+                raise ValueError("exit_criterion 'schedule' needs an exit_schedule: steps of each new token")
+            return
+        if self.criterion not in EXIT_CRITERIA:
+            raise ValueError(
+                f"exit_criterion {self.criterion!r} is unknown; choose one of none, schedule, "
+                f"{', '.join(EXIT_CRITERIA)}"
+            )
+        largest = EXIT_CRITERIA[self.criterion].largest_threshold
+        if self.threshold is not None and not 0 < self.threshold <= largest:
+            raise ValueError(
+                f"exit_threshold of {self.criterion} must be above 0 and at most {largest}, got {self.threshold}"
+            )
+        for name, value in (("exit_first_step", self.first_step), ("exit_every", self.every)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    def scheduled_steps(self, index: int) -> int:
+        """Steps of new token number `index`, counted from 0, by the schedule."""
+        return self.schedule(index) if callable(self.schedule) else self.schedule[min(index, len(self.schedule) - 1)]
+
+
+class ExitController:
+    """Checks the rows of one forward pass after their steps, and keeps what was read of them.
+
+    Args:
+        options: Criterion, threshold, and when it is asked.
         head: (rows, hidden), after coda and norm -> logits (rows, vocab).
         probe: The model's, for the criterion of this name.
 
     Raises:
-        ValueError: for an unknown criterion, a value outside its range, or a probe that is not there.
+        ValueError: the model has no probe, or the criterion is a schedule, which `generate` turns into steps.
     """
 
     def __init__(
-        self,
-        criterion: str,
-        threshold: float | None,
-        first_step: int,
-        every: int,
-        head: Callable[[torch.Tensor], torch.Tensor],
-        probe: ExitProbe | None = None,
+        self, options: ExitOptions, head: Callable[[torch.Tensor], torch.Tensor], probe: ExitProbe | None = None
     ):
-        check_exit_options(criterion, threshold, first_step, every)
-        if criterion == "probe" and probe is None:
-            raise ValueError("exit_criterion 'probe' needs a model with a probe; train one with train_exit_probe.py")
-        self.criterion = LearnedProbe(probe) if criterion == "probe" else EXIT_CRITERIA[criterion]
-        self.threshold = self.criterion.default_threshold if threshold is None else threshold
-        self.first_step, self.every, self.head = first_step, every, head
-        self.before: Look | None = None
+        if options.criterion == "schedule":
+            raise ValueError("exit_criterion 'schedule' is for texts that `generate` writes; give num_steps")
+        if options.criterion == "probe" and probe is None:
+            raise ValueError("exit_criterion 'probe' needs a model with a probe; train one with trainer: exit_probe")
+        self.options, self.head = options, head
+        self.criterion = LearnedProbe(probe) if options.criterion == "probe" else EXIT_CRITERIA[options.criterion]
+        self.before: ExitCheck | None = None
         self.rows: torch.Tensor | None = None  # that `before` holds
         self.hidden: torch.Tensor | None = None  # what was read of each row last, (batch, sequence, hidden)
         self.logits: torch.Tensor | None = None  # (batch, vocab)
-        self.steps_at_look: torch.Tensor | None = None  # (batch,), on the CPU
+        self.steps_at_check: torch.Tensor | None = None  # (batch,), on the CPU
+
+    @property
+    def threshold(self) -> float:
+        """The criterion's, where none was given."""
+        return self.criterion.default_threshold if self.options.threshold is None else self.options.threshold
 
     def begin(self, state: torch.Tensor, is_token: torch.Tensor | None) -> None:
         """Before the first step. state: s_0; is_token: (batch, sequence), None if there is no padding."""
-        self.before = Look(0, state, is_token=is_token)
-        self.steps_at_look = torch.zeros(len(state), dtype=torch.long)
+        self.before = ExitCheck(0, state, is_token=is_token)
+        self.steps_at_check = torch.zeros(len(state), dtype=torch.long)
 
     def is_due(self, step: int) -> bool:
-        """Whether to look after `step` steps."""
-        return step >= self.first_step and (step - self.first_step) % self.every == 0
+        """Whether rows are checked after `step` steps."""
+        first = self.options.first_step
+        return step >= first and (step - first) % self.options.every == 0
 
-    def look(
+    def check(
         self, step: int, state: torch.Tensor, hidden: torch.Tensor | None, rows: torch.Tensor | None
     ) -> torch.Tensor:
         """Which of the rows stop after `step` steps.
@@ -263,7 +310,7 @@ class ExitWatch:
         now = replace(before, step=step, state=state)
         if hidden is not None:
             now.logits = self.keep(hidden, rows)
-            self.steps_at_look[slice(None) if rows is None else rows.cpu()] = step
+            self.steps_at_check[slice(None) if rows is None else rows.cpu()] = step
         now.value = self.criterion.value(now, before)
         self.before, self.rows = now, rows
         return self.criterion.stops(now.value, self.threshold)
@@ -278,7 +325,7 @@ class ExitWatch:
         if rows is None:
             self.hidden, self.logits = hidden, logits
         else:
-            batch = len(self.steps_at_look)
+            batch = len(self.steps_at_check)
             if self.hidden is None:
                 self.hidden, self.logits = (
                     hidden.new_zeros(batch, *hidden.shape[1:]),
@@ -287,17 +334,3 @@ class ExitWatch:
             self.hidden = self.hidden.index_copy(0, rows, hidden)
             self.logits = self.logits.index_copy(0, rows, logits)
         return logits
-
-
-def check_exit_options(criterion: str, threshold: float | None, first_step: int, every: int) -> None:
-    """Raises ValueError for an unknown criterion, or a value outside its range."""
-    if criterion not in EXIT_CRITERIA:
-        raise ValueError(
-            f"exit_criterion {criterion!r} is unknown; choose one of none, schedule, {', '.join(EXIT_CRITERIA)}"
-        )
-    largest = EXIT_CRITERIA[criterion].largest_threshold
-    if threshold is not None and not 0 < threshold <= largest:
-        raise ValueError(f"exit_threshold of {criterion} must be above 0 and at most {largest}, got {threshold}")
-    for name, value in (("exit_first_step", first_step), ("exit_every", every)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_torchaudio_available
 
 from .media import MAX_SECONDS, load_audio
 from .media_sources import read_source
-from .processor_options import IDLE_AUDIO_OPTIONS, check_number, check_whole, read_options
+from .processor_inputs import IDLE_AUDIO_OPTIONS, check_number, check_whole, read_options
 
 if is_torchaudio_available():
     from torchaudio.functional import melscale_fbanks

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig, MegaTransformerTextConfig
+from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig
+from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .modalities import MODALITIES
 
 
@@ -104,6 +105,12 @@ class Reader(nn.Module):
             hidden_states=tuple(hidden_states) if output_hidden_states and hidden_states else None,
             attentions=tuple(layers["attentions"]) if "attentions" in layers else None,
         )
+
+
+def take_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Takes what readers read out of `kwargs`, also where a model has no such reader, which then says so."""
+    names = [name for modality in MODALITIES.values() for name in modality.input_names if name in kwargs]
+    return {name: kwargs.pop(name) for name in names}
 
 
 def read_media(

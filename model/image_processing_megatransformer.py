@@ -12,7 +12,7 @@ from transformers.utils.import_utils import is_vision_available
 
 from .media import MAX_PIXELS, load_image
 from .media_sources import read_source
-from .processor_options import IDLE_IMAGE_OPTIONS, check_number, check_whole, read_options
+from .processor_inputs import IDLE_IMAGE_OPTIONS, check_number, check_whole, flatten, read_options
 
 if is_vision_available():
     from PIL import Image
@@ -145,10 +145,3 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         return load_image(read_source(images, "image"), self.max_pixels)
-
-
-def flatten(media: Any) -> list[Any]:
-    """The media of a list of any depth, or a single one, in order."""
-    if not isinstance(media, list):
-        return [media]
-    return [medium for part in media for medium in flatten(part)]

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .attention import Attention, check_backend
-from .backbones import Backbone
-from .embeddings import PositionEmbedding
+from .blocks import PositionEmbedding
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -138,6 +137,3 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
             for name in self.config.sub_configs.keys() - ENCODERS:
                 if getattr(self.config, name) is not None:
                     getattr(self.config, name)._attn_implementation = self.config._attn_implementation
-        for module in self.modules():
-            if isinstance(module, Backbone):
-                module.model.set_attn_implementation(module.config._attn_implementation)

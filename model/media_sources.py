@@ -33,7 +33,7 @@ def read_source(source: Any, kind: str, allow_fetch: bool = False) -> Any:
 
     Args:
         source: A path, a `file://` or `data:` URI, an address, or base64, if it is a string; else it stays as it is.
-        kind: "image" or "audio".
+        kind: "image", "audio" or the name of another modality.
         allow_fetch: Whether http and https are fetched: whatever this machine reaches, at most `MAX_BYTES`, within
             `FETCH_SECONDS`.
 
@@ -52,10 +52,14 @@ def read_source(source: Any, kind: str, allow_fetch: bool = False) -> Any:
         if not allow_fetch:
             raise MediaError(
                 f"{shortened(source)} is an address, which is never fetched unless allow_fetch=True is given; download "
-                f"the {_WORDS[kind]} before"
+                f"the {_word(kind)} before"
             )
         return _fetch(source)
     return decode_base64(source, source) if _BASE64.fullmatch(source) else source
+
+
+def _word(kind: str) -> str:
+    return _WORDS.get(kind, kind)
 
 
 def _check_length(source: str) -> None:
@@ -87,7 +91,7 @@ def _read_data(source: str, kind: str) -> bytes:
     media_type, *options = head.split(";")
     declared = media_type.split("/")[0].strip().lower()
     if declared not in ("", kind, "application"):
-        raise MediaError(f"{shortened(source)} is declared as {declared}, and not as {kind}; give a {_WORDS[kind]}")
+        raise MediaError(f"{shortened(source)} is declared as {declared}, and not as {kind}; give a {_word(kind)}")
     if len(data) > MAX_PERCENTS and "%" in data:
         raise MediaError(
             f"{shortened(source)} has {len(data)} characters with percents, and at most {MAX_PERCENTS} of them are "
@@ -185,10 +189,11 @@ def source_of(part: dict[str, Any], allow_fetch: bool = False) -> Any:
     name = part["type"]
     kind = name.removeprefix("written_")
     key = next((key for key in (name, "path", "bytes", "url", "base64") if part.get(key) is not None), None)
-    if key is None or kind not in _WORDS:
-        return None if key is None else part[key]
+    if key is None:
+        return None
     medium = part[key]
     if key == "base64" and isinstance(medium, str) and medium[:5].lower() != "data:":
         _check_length(medium)
         return decode_base64(medium, medium)
-    return read_source(medium, kind, allow_fetch)
+    # What a string means that stands for a further modality itself, that modality knows.
+    return read_source(medium, kind, allow_fetch) if kind in _WORDS or key == "url" else medium

@@ -1,7 +1,10 @@
-"""What messages may say besides their role and content. `dataset_loading` has the same lists for what is learned."""
+"""What messages may say besides their role and content.
+
+A key that changes what is to be learned, or asked, and is not read, is refused: left out in silence, it would teach or
+ask something else.
+"""
 
 from collections.abc import Mapping
-from typing import Any
 
 HARMLESS_KEYS = frozenset(
     {
@@ -10,7 +13,7 @@ HARMLESS_KEYS = frozenset(
         *("model", "source", "language", "lang", "content_type", "num_tokens", "token_count"),
     }
 )
-"""Whatever they hold: nothing of it is to be read or said."""
+"""Of messages and parts, whatever they hold: nothing of it is to be read or said."""
 LEARNED_KEYS = ("weight", "train", "trainable", "training", "learn", "loss")
 """Whether a message is learned."""
 WHAT_TO_DO = {
@@ -23,15 +26,17 @@ WHAT_TO_DO = {
 """For keys that others write: how their content is kept."""
 
 
-def reason_against_message(message: Mapping[str, Any], is_learned: bool) -> str | None:
+def reason_against_message(
+    message: Mapping[str, object], is_learned: bool, fixes: Mapping[str, str] = WHAT_TO_DO
+) -> str | None:
     """Why a message must not be read by its role and content alone, or None.
 
     Args:
         is_learned: Whether it is going to be, where an answer is.
+        fixes: What to do with keys that are not read.
     """
     for key, value in message.items():
-        is_empty = value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
-        if is_empty or key in ("role", "content") or key in HARMLESS_KEYS:
+        if key in ("role", "content") or key in HARMLESS_KEYS or is_empty(value):
             continue
         if key == "name" and message.get("role") == "tool":  # which tool answers, the call before it says
             continue
@@ -40,7 +45,16 @@ def reason_against_message(message: Mapping[str, Any], is_learned: bool) -> str 
                 continue
             does = "is" if is_learned else "is not"
             return f"has {key!r} {value!r:.40}, which is not honoured: it {does} learned; remove either"
-        known = "is not read" if key in WHAT_TO_DO else "is unknown"
-        what_to_do = f"{WHAT_TO_DO[key]}, or remove it" if key in WHAT_TO_DO else "remove it"
-        return f"has {key!r:.80}, which {known}; {what_to_do}"
+        known = "is not read" if key in fixes else "is unknown"
+        return f"has {key!r:.80}, which {known}; {what_to_do(key, fixes)}"
     return None
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value says nothing, as columns of tables have it that only other rows fill."""
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
+def what_to_do(key: str, fixes: Mapping[str, str]) -> str:
+    """The fix for a key that is not read."""
+    return f"{fixes[key]}, or remove it" if key in fixes else "remove it"

@@ -1,113 +1,28 @@
-"""What the model reads beside text, one entry for each modality. Another one is one file that adds its entry here, and
-an entry in `modality_configs` of the config.
-"""
+"""All modalities, and what depends on which there are."""
 
-from abc import ABC, abstractmethod
+import inspect
+import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from transformers import PreTrainedConfig
+from transformers.utils import logging
 
-from .audio import MegaTransformerAudioModel
-from .backbones import Backbone
-from .configuration_megatransformer import (
-    EncoderConfig,
-    MegaTransformerAudioConfig,
-    MegaTransformerConfig,
-    MegaTransformerVisionConfig,
-)
-from .vision import MegaTransformerVisionModel
+from .audio_modality import AudioModality
+from .chat import NULL_TOKEN, ROLE_TOKENS, WRITTEN_PREFIX
+from .configuration_codecs import MegaTransformerVocoderConfig
+from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig
+from .image_modality import ImageModality
+from .modality import MODALITIES, Modality, register
 
+logger = logging.get_logger(__name__)
 
-class Modality(ABC):
-    """How something becomes features in the places of its placeholders."""
+for _modality in (ImageModality, AudioModality):
+    register(_modality)
 
-    name: str
-    """In configs, processors and logs."""
-    config_class: type
-    """Of the encoder's configuration."""
-    input_names: tuple[str, ...]
-    """Arguments of the encoder's `forward`, the medium itself first."""
-    shows_layers: bool = False
-    """Whether `forward` also takes lists, `hidden_states` and `attentions`, to which it appends those of its layers."""
-
-    @property
-    def token(self) -> str:
-        """The placeholder, which stands once for each feature."""
-        return f"<|{self.name}|>"
-
-    @property
-    def start_token(self) -> str:
-        """Stands in front of the placeholders of a medium."""
-        return f"<|{self.name}_start|>"
-
-    @property
-    def end_token(self) -> str:
-        """Stands behind the placeholders of a medium."""
-        return f"<|{self.name}_end|>"
-
-    @abstractmethod
-    def build_encoder(self, config: Any) -> nn.Module:
-        """A module with `config` and `output_size`, whose `forward` takes `input_names` and returns features (media,
-        tokens, output_size), and which of them are real, (media, tokens) of bool, or None if all are.
-        """
-
-    @abstractmethod
-    def dummy_inputs(self, config: Any) -> dict[str, torch.Tensor]:
-        """The smallest input of the encoder, one medium."""
-
-    # For the processor, where transformers has no class for the modality:
-
-    def preprocess(self, medium: Any, config: Any) -> torch.Tensor:
-        """One medium to a tensor of any shape. ValueError, with the reason, for what is none."""
-        raise NotImplementedError(f"modality {self.name!r} cannot be preprocessed; give tensors")
-
-    def num_tokens(self, preprocessed: torch.Tensor, config: Any) -> int:
-        """Features that the encoder will give for a preprocessed medium."""
-        raise NotImplementedError(f"modality {self.name!r} cannot be preprocessed; give tensors")
-
-    def collate(self, preprocessed: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Preprocessed media to the inputs of the encoder."""
-        raise NotImplementedError(f"modality {self.name!r} cannot be preprocessed; give tensors")
-
-
-class ImageModality(Modality):
-    """Pictures: a vision transformer, or a pretrained backbone."""
-
-    name = "image"
-    config_class = MegaTransformerVisionConfig
-    input_names = ("pixel_values", "image_sizes")
-    shows_layers = True
-
-    def build_encoder(self, config: MegaTransformerVisionConfig) -> nn.Module:
-        return MegaTransformerVisionModel(config) if config.backbone is None else Backbone(config, self.input_names[0])
-
-    def dummy_inputs(self, config: MegaTransformerVisionConfig) -> dict[str, torch.Tensor]:
-        channels, side = config.num_channels, config.token_size
-        if config.backbone is not None:
-            channels, side = config.backbone_config["num_channels"], config.backbone_config["image_size"]
-        return {"pixel_values": torch.zeros(1, channels, side, side)}
-
-
-class AudioModality(Modality):
-    """Sound: convolutions and a transformer on a log-mel spectrogram, or a pretrained backbone."""
-
-    name = "audio"
-    config_class = MegaTransformerAudioConfig
-    input_names = ("input_features", "input_features_mask")
-    shows_layers = True
-
-    def build_encoder(self, config: MegaTransformerAudioConfig) -> nn.Module:
-        return MegaTransformerAudioModel(config) if config.backbone is None else Backbone(config, self.input_names[0])
-
-    def dummy_inputs(self, config: MegaTransformerAudioConfig) -> dict[str, torch.Tensor]:
-        bins, frames = config.num_mel_bins, config.subsampling
-        if config.backbone is not None:
-            bins, frames = config.backbone_config["num_mel_bins"], 2 * config.backbone_config["max_source_positions"]
-        return {"input_features": torch.zeros(1, bins, frames)}
-
-
-MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (ImageModality(), AudioModality())}
+WRITTEN = (ImageModality.name, AudioModality.name)
+"""What can be written, in the order of `modality_ids`."""
 
 
 def modality_configs(config: MegaTransformerConfig) -> dict[str, EncoderConfig]:
@@ -116,7 +31,7 @@ def modality_configs(config: MegaTransformerConfig) -> dict[str, EncoderConfig]:
     Raises:
         ValueError: For a modality that is not registered.
     """
-    configs = {"image": config.vision_config, "audio": config.audio_config}
+    configs = {it.name: getattr(config, it.config_key) for it in MODALITIES.values() if it.config_key is not None}
     for name, part in (config.modality_configs or {}).items():
         if name not in MODALITIES:
             raise ValueError(
@@ -125,3 +40,92 @@ def modality_configs(config: MegaTransformerConfig) -> dict[str, EncoderConfig]:
             )
         configs[name] = MODALITIES[name].config_class(**part) if isinstance(part, dict) else part
     return {name: part for name, part in configs.items() if part is not None}
+
+
+def further_modality(name: str, config: dict[str, Any]) -> Modality:
+    """A modality whose media are read by its own class alone; ValueError if it is not registered."""
+    if name not in MODALITIES:
+        raise ValueError(f"modality {name!r} is not registered; import the file that adds it to MODALITIES")
+    modality = MODALITIES[name]
+    return modality(modality.config_class(**config))
+
+
+def codec_media(config: PreTrainedConfig) -> ImageModality | AudioModality:
+    """The media that a codec of this configuration takes; ValueError for other channels than images have."""
+    is_vocoder = config.model_type == MegaTransformerVocoderConfig.model_type
+    return (AudioModality if is_vocoder else ImageModality).of_codec(config)
+
+
+def modality_names() -> tuple[str, ...]:
+    """What tokens are counted as, in the order of `modality_ids`: by what their document contains."""
+    further = [name for name in MODALITIES if name not in WRITTEN]
+    return ("text", *WRITTEN, *(f"{WRITTEN_PREFIX}{name}" for name in WRITTEN), *further)
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def tokens_of(modalities: Iterable[Modality | type[Modality]]) -> list[str]:
+    """Special tokens of modalities."""
+    return [token for modality in modalities for token in (modality.start_token, modality.token, modality.end_token)]
+
+
+ROLES = tuple(ROLE_TOKENS[role] for role in ("user", "assistant", "system"))
+"""What a vocabulary needs of those that begin messages."""
+MEDIA_TOKENS = (*ROLES, *tokens_of((ImageModality, AudioModality)))
+"""What a vocabulary has after pad, begin and end if the run has media, in this order if trained by us. That of tools
+comes with fine-tuning (`prepare_tokenizer`).
+"""
+WRITTEN_TOKENS = (*(f"<|{WRITTEN_PREFIX}{name}|>" for name in WRITTEN), NULL_TOKEN)
+"""What it has after those if media are written."""
+
+
+def media_tokens(config: MegaTransformerConfig) -> list[str]:
+    """`MEDIA_TOKENS`, those of a model's further modalities, and `WRITTEN_TOKENS` if it writes media."""
+    further = tokens_of(MODALITIES[name] for name in config.modality_configs or {})
+    writes = config.image_writer_config is not None or config.audio_writer_config is not None
+    return [*MEDIA_TOKENS, *further, *(WRITTEN_TOKENS if writes else ())]
+
+
+def set_token_ids(config: MegaTransformerConfig, tokenizer: Any) -> None:
+    """Fill in the ids of special tokens that a tokenizer has: those of media, and what guidance leaves in."""
+    vocabulary = tokenizer.get_vocab()
+    tokens = {f"{name}_token_id": modality.token for name, modality in MODALITIES.items()}
+    for name in WRITTEN:
+        modality = MODALITIES[name]
+        tokens[f"{WRITTEN_PREFIX}{name}_token_id"] = f"<|{WRITTEN_PREFIX}{name}|>"
+        tokens |= {f"{name}_start_token_id": modality.start_token, f"{name}_end_token_id": modality.end_token}
+    tokens["null_token_id"] = NULL_TOKEN
+    for name, token in tokens.items():
+        if token in vocabulary:
+            setattr(config, name, vocabulary[token])
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    writer = config.image_writer_config
+    if writer is not None and writer.head == "fsq":
+        config.image_code_offset = max(vocabulary.values()) + 1
+    config.structure_token_ids = sorted(special - {config.null_token_id})
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_modalities(names: Iterable[str], folder: str | Path) -> None:
+    """Puts the files of further modalities, by name, beside the code in the folder of a checkpoint, and lets it import
+    them, so that it is loaded elsewhere like every other. What a file imports as `model.x` it imports there as `.x`.
+    """
+    listing = Path(folder, Path(__file__).name)
+    for name in names:
+        modality = MODALITIES[name]
+        file = Path(inspect.getfile(modality))
+        line, known = f"from .{file.stem} import {modality.__name__}", listing.read_text(encoding="utf-8")
+        if line in known:
+            continue
+        code = re.sub(r"(?m)^(\s*)from model\.(\w+) import", r"\1from .\2 import", file.read_text(encoding="utf-8"))
+        if re.search(r"(?m)^\s*(from|import) model\b", code) or Path(__file__).with_name(file.name).exists():
+            logger.warning_once(
+                f"{folder} lacks the code of modality {name!r}, since {file} has the name of a file of the model, or "
+                "imports `model` itself; give it another name, and import from files, such as `model.modality`"
+            )
+            continue
+        Path(folder, file.name).write_text(code, encoding="utf-8")
+        listing.write_text(f"{known}\n{line}\n", encoding="utf-8")

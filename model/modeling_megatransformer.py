@@ -1,45 +1,37 @@
-"""The models: MegaTransformerTextModel (embedding, prelude, core, coda), MegaTransformerModel (which reads images and
-sound as well), and each with a head: MegaTransformerForCausalLM, MegaTransformerForConditionalGeneration.
+"""The models that read, and may write, images and sound: MegaTransformerModel, which embeds them for the text model,
+and MegaTransformerForConditionalGeneration, which adds the losses of what is written.
 """
 
-import difflib
 import functools
-import inspect
+import os
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple
 
-from .attention import AttentionInputs, prepare_attention, select_rows
 from .backbones import Backbone
-from .blocks import BlockStack, build_norm
 from .cache import RecurrentCache
-from .configuration_megatransformer import MegaTransformerConfig, MegaTransformerTextConfig
-from .cross_entropy import causal_loss, count_labels
-from .embeddings import PositionEmbedding, ScaledEmbedding, sinusoidal_table
-from .exit_criteria import ExitProbe, ExitWatch
-from .fusion import Reader, embed_media, read_media
-from .generation_megatransformer import MediaGenerationMixin, RecurrentGenerationMixin
-from .initialization import MegaTransformerPreTrainedModel
-from .modalities import MODALITIES, modality_configs
+from .configuration_megatransformer import MegaTransformerConfig
+from .fusion import Reader, embed_media, read_media, take_inputs
+from .generation_media import MediaGenerationMixin
+from .modalities import MODALITIES, modality_configs, save_modalities
+from .modeling_megatransformer_text import (
+    MegaTransformerForCausalLM,
+    MegaTransformerForSequenceClassification,
+    MegaTransformerTextModel,
+)
 from .outputs import (
-    CACHE_NAME,
     MegaTransformerCausalLMOutput,
     MegaTransformerModelOutput,
-    takes_past_key_values,
+    pop_cache,
     with_parameters,
     with_parameters_of,
 )
-from .recurrence import RecurrentCore, default_state, iterate_core, resolve_depth
-from .state_noise import StateNoise
 from .writers import (
     Writer,
     Written,
@@ -52,501 +44,105 @@ from .writers import (
     writer_configs,
 )
 
-logger = logging.get_logger(__name__)
+__all__ = [  # also those under whose names in this file old checkpoints look for text models
+    "MegaTransformerForCausalLM",
+    "MegaTransformerForConditionalGeneration",
+    "MegaTransformerForSequenceClassification",
+    "MegaTransformerModel",
+    "MegaTransformerTextModel",
+]
 
-PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""Arguments of flash attention and of state-space models, by which collators say where packed documents begin."""
-
-
-def check_kwargs(kwargs: dict[str, Any], forward: Callable, position_ids: torch.Tensor | None) -> None:
-    """Libraries around the model pass arguments of their own to every model. Those that ask for nothing, and those that
-    say again where the packed documents of `position_ids` begin, are accepted.
-
-    Raises:
-        ValueError: for any other, since `**kwargs` would swallow a misspelt one; and for documents that `position_ids`
-            do not begin.
-    """
-    for name, value in kwargs.items():
-        if name in PACKING_NAMES and position_ids is not None:
-            continue
-        if value is None or value is False:
-            continue
-        if name in PACKING_NAMES:
-            raise ValueError(f"{name} says where packed documents begin, which here do position_ids; give them as well")
-        near = difflib.get_close_matches(name, inspect.signature(forward).parameters, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see its docstring for those it takes"
-        raise ValueError(f"forward does not know the argument {name!r}; {hint}")
-    starts = kwargs.get("cu_seq_lens_q")
-    if starts is not None and (position_ids.flatten()[starts[:-1].long()] != 0).any():
-        raise ValueError(f"cu_seq_lens_q has documents begin at {starts.tolist()}, where position_ids do not restart")
+MEDIA_NAMES = (
+    *(name for modality in MODALITIES.values() for name in modality.input_names),
+    *("mm_encoder_outputs", "image_targets", "audio_targets", "audio_targets_mask"),
+    *("flow_seeds", "num_written_in_batch"),
+)
+"""Arguments of `forward` beside those of the text model."""
 
 
-def check_state(state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-    """The state, if it can be broadcast to (batch, sequence, hidden).
+@dataclass
+class MegaTransformerMediaModelOutput(MegaTransformerModelOutput):
+    """Output of the text model, and:
 
-    Raises:
-        ValueError: if not.
-    """
-    if state.ndim != 3 or any(size not in (1, wanted) for size, wanted in zip(state.shape, embeds.shape, strict=True)):
-        raise ValueError(
-            f"initial_state has shape {tuple(state.shape)}, which cannot be broadcast to (batch, new tokens, hidden) = "
-            f"{tuple(embeds.shape)}; in `generate`, where the number of new tokens changes, give (batch, 1, hidden)"
-        )
-    return state
-
-
-def tokens_of_chunk(attention_mask: torch.Tensor | None, sequence: int) -> torch.Tensor | None:
-    """(batch, sequence) of bool: which of the new places hold tokens, by a padding mask; None where there is none."""
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -sequence:].bool()
-
-
-class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
-    """Token ids to hidden states: embedding, prelude, core x r, coda, norm."""
-
-    config: MegaTransformerTextConfig
-    _auto_class = "AutoModel"
-
-    def __init__(self, config: MegaTransformerTextConfig | MegaTransformerConfig):
-        super().__init__(config)
-        self.text_config = config.get_text_config()
-        # transformers chooses the backend of parts that are models; this part is one with the whole.
-        self.text_config._attn_implementation = self.get_correct_attn_implementation(
-            self.text_config._attn_implementation or config._attn_implementation, is_init_check=True
-        )
-        config = self.text_config
-        self.embed_tokens = ScaledEmbedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_scale
-        )
-        if config.position_embedding == "learned":
-            self.embed_positions = PositionEmbedding(config.max_position_embeddings, config.hidden_size)
-        self.prelude = BlockStack(config, config.num_prelude_layers)
-        self.core = RecurrentCore(config) if config.num_core_layers else None
-        self.coda = BlockStack(config, config.num_coda_layers)
-        self.norm = build_norm(config)
-        self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
-        self.gradient_checkpointing, self.units_are_compiled = False, False
-        self._drawn_state: tuple[tuple, torch.Tensor | None] = ((), None)
-        self._state_to_export = self._state_key(), default_state(self.text_config)  # since a trace cannot draw
-        self.post_init()
-
-    def add_exit_probe(self) -> ExitProbe:
-        """A fresh probe in place of none, or of the one that is there; it is saved with the model."""
-        self.text_config.recurrence.exit_probe = True
-        self.exit_probe = ExitProbe(self.text_config.hidden_size).to(self.embed_tokens.weight)
-        self.exit_probe.apply(self._init_weights)
-        return self.exit_probe
-
-    def compile_units(self, **kwargs) -> None:
-        """Compiles prelude, one core step, and coda, each as a unit, with `torch.compile(**kwargs)`. The loop around
-        them has a varying length and stays outside: compiled with it, every new depth would be a new graph.
-        """
-        # One count of graphs for all three, since they share a wrapper of transformers: each needs one or two, for each
-        # of training and evaluation, of a fixed and a varying length.
-        torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 32)
-        for unit in (self.prelude, self.core, self.coda):
-            if unit is not None:
-                unit.compile(**kwargs)
-        self.units_are_compiled = True
-
-    @takes_past_key_values
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: RecurrentCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
-        initial_state: torch.FloatTensor | None = None,
-        output_states: bool = False,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        state_warm_start: bool = False,
-        state_noise: StateNoise | None = None,
-        exit_watch: ExitWatch | None = None,
-        **kwargs,
-    ) -> MegaTransformerModelOutput:
-        """
-        Args:
-            input_ids: (batch, sequence), below `vocab_size`.
-            attention_mask: (batch, past + sequence) with 1 for real tokens and 0 for padding, or 4-D.
-            position_ids: (batch, sequence). Default: counted over the real tokens. Without mask and cache, a restart at
-                0 begins a new document, and attention does not cross it.
-            cache: Cache of the tokens before; it is extended in place. One of transformers, such as prefix tuning has,
-                is copied: go on with that of the output.
-            inputs_embeds: (batch, sequence, hidden) instead of `input_ids`; already scaled, positions not yet added.
-            num_steps: Core steps: an int, a pair (without gradient, with gradient), or (batch,). See `resolve_depth`.
-            initial_state: s_0, broadcastable to (batch, sequence, hidden). Default: one fixed draw.
-            output_states: Return s_0 .. s_r.
-            output_hidden_states: Return `hidden_states`. Default: what the config says.
-            output_attentions: Return `attentions`, which are then computed eagerly. Default: what the config says.
-            state_warm_start: A single new token behind a cache starts from the state in which the token before ended.
-            state_noise: Disturbs the state before each step.
-            exit_watch: Says which rows stop early, and after which step. Made by the model with the head.
-
-        Raises:
-            ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, or a
-                depth that is none.
-        """
-        check_kwargs(kwargs, self.forward, position_ids)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        batch, sequence, _ = inputs_embeds.shape
-        if use_cache is None:
-            use_cache = self.config.use_cache and self.text_config.use_cache and not self.training
-        if use_cache and cache is None:
-            cache = RecurrentCache(self.text_config)
-        if cache is not None and not hasattr(cache, "row_steps"):
-            cache = RecurrentCache.of_prefix(self.text_config, cache)
-        past = self._check_inputs(batch, sequence, attention_mask, cache)
-        depth = resolve_depth(num_steps, self.text_config, batch, self.training)
-        attention_mask, position_ids = self._place(inputs_embeds, past, attention_mask, position_ids)
-        hidden = self._add_positions(inputs_embeds, position_ids)
-        if cache is not None:
-            cache.begin(hidden, depth.total)
-        asked = self._asked(output_hidden_states, output_attentions)
-        attentions = [] if asked["output_attentions"] else None
-        inputs = prepare_attention(self.text_config, hidden, attention_mask, position_ids, cache, attentions=attentions)
-        inputs.hidden_states = [hidden] if asked["output_hidden_states"] else None
-
-        slots = cache.prelude_slots if cache is not None else None
-        hidden = self.prelude(hidden, inputs=inputs, slots=slots)
-        if self.core is None:
-            hidden, state, states, exit_steps = self._read(hidden, inputs, cache), None, None, None
-        else:
-            if initial_state is None and state_warm_start and sequence == 1 and past:
-                initial_state = cache.last_state
-            state = self._first_state(hidden, initial_state)
-            states = [state] if output_states or inputs.hidden_states is not None else None
-            disturb = None if state_noise is None else functools.partial(self._disturb, state_noise, position_ids)
-            look = None
-            if exit_watch is not None:
-                exit_watch.begin(state, tokens_of_chunk(attention_mask, sequence))
-                look = functools.partial(self._look, exit_watch, cache)
-            state, exit_steps = iterate_core(self.core, state, hidden, depth, inputs, cache, states, disturb, look)
-            if cache is not None:
-                cache.settle_steps(exit_steps, num_new_tokens=sequence)
-            if inputs.hidden_states is not None:
-                inputs.hidden_states += states[1:]
-            state = self.norm(state)
-            if cache is not None and state_warm_start:
-                cache.last_state = state[:, -1:].clone()
-            hidden = self._read_unless_seen(state, inputs, cache, exit_steps, exit_watch)
-        if cache is not None:
-            cache.advance(sequence)
-        if inputs.hidden_states is not None:
-            inputs.hidden_states[-1] = hidden
-        return MegaTransformerModelOutput(
-            last_hidden_state=hidden,
-            **{CACHE_NAME: cache if use_cache else None},
-            hidden_states=None if inputs.hidden_states is None else tuple(inputs.hidden_states),
-            attentions=None if inputs.attentions is None else tuple(inputs.attentions),
-            state=state,
-            states=tuple(states) if output_states and states else None,
-            exit_steps=exit_steps,
-        )
-
-    def _asked(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
-        """Which outputs are asked for, by argument, else by config."""
-        given = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        return {name: bool(getattr(self.config, name) if value is None else value) for name, value in given.items()}
-
-    def _place(
-        self, embeds: torch.Tensor, past: int, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Mask and positions of the new tokens, checked."""
-        batch, sequence, _ = embeds.shape
-        if position_ids is not None and past == 0 and attention_mask is not None and attention_mask.ndim == 2:
-            # A mask that hides nothing would hide that positions restart, and with them documents.
-            attention_mask = None if attention_mask.all() else attention_mask
-        if position_ids is None:
-            position_ids = self._default_positions(sequence, past, attention_mask, embeds.device)
-        self._check_positions(position_ids, batch, sequence)
-        return attention_mask, position_ids
-
-    def _first_state(self, hidden: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
-        """s_0, (batch, sequence, hidden), in one memory layout, so that there is one compiled graph."""
-        state = self._fixed_state(hidden) if initial_state is None else check_state(initial_state, hidden)
-        return state.to(hidden).expand_as(hidden).contiguous()
-
-    def _fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`default_state` on the device and in the type of `hidden`, drawn once."""
-        key = (*self._state_key(), hidden.device, hidden.dtype)
-        if self._drawn_state[0] != key:
-            if torch.compiler.is_exporting():
-                drawn, state = self._state_to_export
-                if drawn != self._state_key():
-                    raise ValueError(
-                        f"state_init, state_scale and state_seed were {drawn} when the model was made, and are now "
-                        f"{self._state_key()}: run it once before torch.export, which cannot draw another state"
-                    )
-                return state.to(hidden)
-            self._drawn_state = (key, default_state(self.text_config).to(hidden))
-        return self._drawn_state[1]
-
-    def _state_key(self) -> tuple[str, float, int]:
-        """The options on which `default_state` depends."""
-        recurrence = self.text_config.recurrence
-        return recurrence.state_init, recurrence.state_scale, recurrence.state_seed
-
-    def _disturb(self, noise: StateNoise, position_ids, step, state, rows) -> torch.Tensor:
-        """The state with noise, normed as the core leaves its states."""
-        position_ids = position_ids if rows is None else select_rows(position_ids, rows)
-        return self.core.layers[-1].mlp_norm_out(noise.mix(step, state, position_ids))
-
-    def _read(self, state, inputs: AttentionInputs, cache) -> torch.Tensor:
-        """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""
-        slots = cache.coda_slots if cache is not None else None
-        return self.norm(self.coda(state, inputs=inputs, slots=slots))
-
-    def _look(self, watch: ExitWatch, cache, step, state, rows, inputs) -> torch.Tensor | None:
-        """Which of the rows stop after `step` steps; None where it is not looked."""
-        if not watch.is_due(step):
-            return None
-        # Only the last reading is part of the output; the mask is already that of the backend that gives attentions.
-        attentions = None if inputs.attentions is None else list(inputs.attentions)
-        inputs = replace(inputs, hidden_states=None, attentions=attentions)
-        hidden = self._read(self.norm(state), inputs, cache) if watch.criterion.reads_logits else None
-        return watch.look(step, state, hidden, rows)
-
-    def _read_unless_seen(self, state, inputs, cache, exit_steps, watch: ExitWatch | None) -> torch.Tensor:
-        """The last readings, of which those made at a row's last look need not be made again."""
-        is_recorded = inputs.hidden_states is not None or inputs.attentions is not None
-        if watch is None or watch.hidden is None or is_recorded:
-            return self._read(state, inputs, cache)
-        unseen = (watch.steps_at_look != exit_steps).nonzero().squeeze(1).to(state.device)
-        if len(unseen):
-            watch.keep(self._read(state[unseen], inputs.of(unseen), cache), unseen)
-        return watch.hidden
-
-    def _check_inputs(self, batch: int, sequence: int, attention_mask, cache) -> int:
-        """Number of tokens in the cache; raises for inputs that would fail late or broadcast silently."""
-        if sequence == 0:
-            raise ValueError("the input sequence is empty; it needs at least one token")
-        past = cache.get_seq_length() if cache is not None else 0
-        if attention_mask is not None and attention_mask.ndim != 4 and attention_mask.shape != (batch, past + sequence):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, past + sequence) = "
-                f"({batch}, {past + sequence}) or a 4-D mask"
-            )
-        if self.training and self.gradient_checkpointing and cache is not None:
-            raise ValueError(
-                "a cache is not possible with gradient checkpointing in training mode, which computes keys and values "
-                "again; call model.eval(), or pass use_cache=False"
-            )
-        return past
-
-    def _check_positions(self, position_ids: torch.Tensor, batch: int, sequence: int) -> None:
-        """Raises ValueError for positions of another shape, or past the table."""
-        if position_ids.shape not in ((1, sequence), (batch, sequence)):
-            raise ValueError(
-                f"position_ids (counted over the attention mask in `generate`) has shape {tuple(position_ids.shape)}, "
-                f"expected (batch, sequence) = ({batch}, {sequence})"
-            )
-        table = self.text_config.max_position_embeddings
-        has_table = self.text_config.position_embedding in ("learned", "sinusoidal")
-        if has_table and not torch.compiler.is_exporting() and position_ids.max() >= table:
-            raise ValueError(
-                f"{int(position_ids.max()) + 1} positions are more than the {table} of the "
-                f"{self.text_config.position_embedding} table (max_position_embeddings); shorten the input, or use "
-                "rope or alibi"
-            )
-
-    @staticmethod
-    def _default_positions(sequence: int, past: int, attention_mask, device) -> torch.Tensor:
-        """(1 or batch, sequence): counted over the real tokens, so that a padded row stands where it would stand
-        alone.
-        """
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -sequence:]
-        return torch.arange(past, past + sequence, device=device)[None]
-
-    def _add_positions(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        if self.text_config.position_embedding == "learned":
-            return embeds + self.embed_positions(position_ids)
-        if self.text_config.position_embedding == "sinusoidal":
-            table = sinusoidal_table(self.text_config.max_position_embeddings, self.text_config.hidden_size)
-            return embeds + table.to(embeds)[position_ids]
-        return embeds
-
-
-class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenerationMixin, GenerationMixin):
-    """The text model with a linear head."""
-
-    config: MegaTransformerTextConfig
-    _auto_class = "AutoModelForCausalLM"
-    base_model_class = MegaTransformerTextModel
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: MegaTransformerTextConfig | MegaTransformerConfig):
-        super().__init__(config)
-        self.model = self.base_model_class(config)
-        self.text_config = config = config.get_text_config()
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @with_parameters("depth_options")  # which `generate` hands on, and PEFT has its own function to prepare inputs
-    @takes_past_key_values
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: RecurrentCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        loss_weights: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
-        initial_state: torch.FloatTensor | None = None,
-        output_states: bool = False,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        skip_logits: bool = False,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        exit_criterion: str = "none",
-        exit_threshold: float | None = None,
-        exit_first_step: int = 1,
-        exit_every: int = 1,
-        state_warm_start: bool = False,
-        noise_level: float = 0.0,
-        noise_schedule: str = "geom",
-        media: dict[str, Any] | None = None,
-        **kwargs,
-    ) -> MegaTransformerCausalLMOutput:
-        """Arguments of the base model, and:
-
-        Args:
-            labels: (batch, sequence), -100 where there is no loss. They are shifted inside: position i predicts label i
-                + 1.
-            loss_weights: (batch, sequence), what the loss of each label is multiplied by. Default: 1.
-            logits_to_keep: Number of last positions whose logits are computed (0: all), or their indices.
-            skip_logits: With labels: compute the loss a chunk of tokens at a time, and return no logits, since all of
-                them are batch * sequence * vocab numbers, several times over.
-            num_items_in_batch: The loss is the mean over labels, by their weights, or, where the trainer gives this
-                count (the sum of the weights of all labels of an accumulation window, on all ranks), their sum divided
-                by it. 0 without labels.
-            exit_criterion: Name of a criterion in `EXIT_CRITERIA` by which rows stop before `num_steps` steps, all
-                tokens of the chunk together, judged by the last; or "none".
-            exit_threshold: Default: the criterion's.
-            exit_first_step: The first step that is looked at.
-            exit_every: Steps from a look to the next.
-            state_warm_start: See the base model.
-            noise_level: Amount of noise mixed into the state before each step; see `StateNoise`.
-            noise_schedule: How the amount changes from step to step.
-            media: Further arguments of a base model that reads images and sound.
-            kwargs: `shift_labels`, (batch, sequence), in place of labels: position i predicts label i. Trainers that
-                spread a sequence over ranks give them, since the last position of a part predicts the first token of
-                the next.
-        """
-        # No parameter: `Trainer` takes all with "label" in their names for labels, and needs each of them to evaluate.
-        shift_labels = kwargs.pop("shift_labels", None)
-        check_kwargs(kwargs, self.forward, position_ids)
-        is_shifted = shift_labels is not None
-        labels = shift_labels if is_shifted else labels
-        if labels is not None:
-            num_items_in_batch = count_labels(labels, num_items_in_batch, loss_weights, is_shifted)
-            use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
-        watch = None
-        if exit_criterion != "none":
-            probe = self.model.exit_probe
-            watch = ExitWatch(exit_criterion, exit_threshold, exit_first_step, exit_every, self._logits, probe)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            num_steps=num_steps,
-            initial_state=initial_state,
-            output_states=output_states,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            state_warm_start=state_warm_start,
-            state_noise=StateNoise(self.text_config, noise_level, noise_schedule) if noise_level else None,
-            exit_watch=watch,
-            return_dict=True,
-            **(media or {}),
-        )
-        logits, hidden = None, outputs.last_hidden_state
-        if watch is not None and watch.logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 1:
-            logits = watch.logits[:, None]  # read at the last looks
-        elif labels is None or not skip_logits:
-            logits = self._logits(slice_logits_to_keep(hidden, logits_to_keep))
-        losses = {}
-        if labels is not None:
-            losses = self._losses(logits, outputs, labels, loss_weights, num_items_in_batch, is_shifted)
-        return MegaTransformerCausalLMOutput(
-            logits=logits,
-            **{CACHE_NAME: outputs.cache},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            state=outputs.state,
-            states=outputs.states,
-            exit_steps=outputs.exit_steps,
-            image_outputs=outputs.image_outputs,
-            audio_outputs=outputs.audio_outputs,
-            **losses,
-        )
-
-    def _losses(
-        self,
-        logits: torch.Tensor | None,
-        outputs: MegaTransformerModelOutput,
-        labels: torch.Tensor,
-        weights: torch.Tensor | None,
-        num_items_in_batch: int | torch.Tensor | None,
-        is_shifted: bool,
-    ) -> dict[str, Any]:
-        """`loss`, and `token_losses`: in chunks where there are no logits, or weights; else transformers' own function,
-        which gives the loss alone.
-        """
-        vocab_size = self.text_config.vocab_size
-        if logits is None or weights is not None:
-            hidden = outputs.last_hidden_state
-            loss, of_tokens = causal_loss(
-                self._logits, hidden, labels, vocab_size, num_items_in_batch, weights, is_shifted
-            )
-            return {"loss": loss, "token_losses": of_tokens}
-        shifted = labels if is_shifted else None
-        return {"loss": self.loss_function(logits, labels, vocab_size, num_items_in_batch, shift_labels=shifted)}
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., hidden) -> (..., vocab)."""
-        logits = self.lm_head(hidden)
-        cap = self.text_config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-class MegaTransformerForSequenceClassification(GenericForSequenceClassification, MegaTransformerPreTrainedModel):
-    """The text model with a linear head on the last token of a row that is no padding: `logits` (batch, num_labels).
-    `forward` takes the arguments of the text model, such as `num_steps`, and `labels`: classes (batch,), or numbers
-    where `num_labels` is 1.
+    Args:
+        image_outputs: What the encoder of images gave, as `get_image_features` returns it; not in training, unless
+            hidden states or attentions are asked for. None where there were no images.
+        audio_outputs: The same of sound.
     """
 
-    config: MegaTransformerTextConfig
-    _auto_class = "AutoModelForSequenceClassification"
-    accepts_loss_kwargs = False  # its loss is the mean over the rows of a batch
-
-    def __init__(self, config: MegaTransformerTextConfig):
-        # Not that of GenericForSequenceClassification, which finds no model that is not registered.
-        MegaTransformerPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = MegaTransformerTextModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
+    image_outputs: BaseModelOutputWithPooling | None = None
+    audio_outputs: BaseModelOutputWithPooling | None = None
 
 
-class MegaTransformerModel(MegaTransformerTextModel):
+@dataclass
+class MegaTransformerMediaCausalLMOutput(MegaTransformerCausalLMOutput):
+    """Output of the language model, the base model's `image_outputs` and `audio_outputs`, and:
+
+    Args:
+        written_losses: The sum of the losses of written latents by modality, without weight and gradient, and their
+            number; with labels, where there are any. Their mean times its weight is part of `loss`.
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+    audio_outputs: BaseModelOutputWithPooling | None = None
+    written_losses: dict[str, tuple[torch.FloatTensor, int]] | None = None
+
+
+class Embedded(NamedTuple):
+    """Tokens and media, embedded."""
+
+    embeds: torch.Tensor
+    """(batch, sequence, hidden)."""
+    encoded: dict[str, ModelOutput]
+    """What readers gave, by modality."""
+    written: Written | None = None
+    """The latents of what is written, for their losses."""
+    input_ids: torch.LongTensor | None = None
+    """(batch, sequence), with the codes of images in the places of those that are written as codes."""
+
+
+@dataclass
+class MediaArguments:
+    """The arguments of `forward` that are media, or say how they are read; those that are None are not there."""
+
+    inputs: dict[str, Any]
+    """Of readers; also of modalities that the model does not read, which then says so."""
+    targets: dict[str, Any]
+    """Of writers."""
+    mm_encoder_outputs: dict[str, ModelOutput]
+    flow_seeds: torch.LongTensor | None
+    num_written_in_batch: dict[str, int | torch.Tensor]
+
+    @property
+    def are_there(self) -> bool:
+        """Whether something is to be put among the tokens."""
+        return bool(self.inputs or self.targets or self.mm_encoder_outputs)
+
+
+def take_media(kwargs: dict[str, Any]) -> MediaArguments:
+    """Takes them out of the keywords of `forward`."""
+    inputs, targets = (
+        {name: value for name, value in taken.items() if value is not None}
+        for taken in (take_inputs(kwargs), take_targets(kwargs))
+    )
+    outputs, seeds = kwargs.pop("mm_encoder_outputs", None), kwargs.pop("flow_seeds", None)
+    return MediaArguments(inputs, targets, outputs or {}, seeds, kwargs.pop("num_written_in_batch", None) or {})
+
+
+class BackbonesFollow:
+    """Goes before a model with readers: pretrained encoders follow where the attention backend is set."""
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
+    ) -> None:
+        """Sets it as the original does, and in pretrained encoders as well."""
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+        for module in self.modules():
+            if isinstance(module, Backbone):
+                module.model.set_attn_implementation(module.config._attn_implementation)
+
+
+class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
     """The text model with readers of images, sound and whatever else the config names: their features stand where the
     placeholders were, and the rest is as if they were tokens. So do the latents of what writers write. A checkpoint of
     the text model loads into it.
@@ -573,26 +169,32 @@ class MegaTransformerModel(MegaTransformerTextModel):
     def embed(
         self,
         input_ids: torch.LongTensor | None,
-        media: dict[str, Any],
-        mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+        media: MediaArguments,
         cache: RecurrentCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **asked: bool,
-    ) -> tuple[torch.Tensor, dict[str, ModelOutput]]:
-        """(batch, sequence, hidden): the embeddings of the tokens, with features in the places of placeholders; and
-        what readers gave, by modality.
+    ) -> Embedded:
+        """Embeds tokens, and media in the places of their placeholders.
 
         Args:
-            media: Inputs of the readers by name, as `forward` has them; those that are None, or missing, are not there.
-            mm_encoder_outputs: What has been read already, by modality, in place of `media`; see `get_features`.
+            input_ids: (batch, sequence).
+            media: What `take_media` gives.
             inputs_embeds: Embeddings of tokens, in place of `input_ids`; placeholders are those that have the embedding
                 of one.
             asked: `output_hidden_states`, `output_attentions`.
+
+        Raises:
+            ValueError: if there are more or fewer placeholders than features, or media that this model does not know.
         """
-        is_prefill = cache is None or cache.get_seq_length() == 0
-        outputs = mm_encoder_outputs
-        if not outputs:
-            outputs = read_media(self.readers, media, run_all=is_prefill and self.must_run_alike, **asked)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            input_ids = put_codes(self.writers, media.targets, input_ids, self.config)
+        elif media.targets:
+            raise ValueError("images and sound that are written need input_ids with their places, and no inputs_embeds")
+        is_prefill, encoded = cache is None or cache.get_seq_length() == 0, media.mm_encoder_outputs
+        if not encoded:
+            encoded = read_media(self.readers, media.inputs, is_prefill and self.must_run_alike, **asked)
 
         def is_token(token_id: int) -> torch.Tensor:
             if input_ids is not None:
@@ -600,10 +202,16 @@ class MegaTransformerModel(MegaTransformerTextModel):
             return (inputs_embeds == self.embed_tokens(torch.tensor(token_id, device=inputs_embeds.device))).all(-1)
 
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if outputs or (is_prefill and input_ids is not None):
-            features = {name: output.pooler_output for name, output in outputs.items()}
-            embeds = embed_media(embeds, is_token, features, self.config, is_whole=not mm_encoder_outputs)
-        return embeds, outputs
+        if encoded or (is_prefill and input_ids is not None):
+            features = {name: output.pooler_output for name, output in encoded.items()}
+            embeds = embed_media(embeds, is_token, features, self.config, is_whole=not media.mm_encoder_outputs)
+        if input_ids is None:
+            return Embedded(embeds, encoded)
+        latents = encode_targets(self.writers, media.targets, input_ids, self.config)
+        seeds = self._flow_seeds(media.flow_seeds, input_ids.shape[0])
+        noise_seeds = seeds if self.training else None
+        embeds = embed_latents(embeds, self.writers, latents, noise_seeds, run_all=self.must_run_alike)
+        return Embedded(embeds, encoded, Written(latents, seeds, media.num_written_in_batch), input_ids)
 
     @property
     def must_run_alike(self) -> bool:
@@ -646,7 +254,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
         """
         if name not in self.readers:
             raise ValueError(f"this model does not read {name}; it reads {', '.join(self.input_modalities)}")
-        asked = self._asked(output_hidden_states, output_attentions)
+        asked = self.asked_outputs(output_hidden_states, output_attentions)
         given = {key: value for key, value in inputs.items() if value is not None}
         return self.readers[name].read(**asked, **given)
 
@@ -661,7 +269,7 @@ class MegaTransformerModel(MegaTransformerTextModel):
         inputs = {"input_features": input_features, "input_features_mask": input_features_mask}
         return self.get_features("audio", **inputs, **asked)
 
-    @takes_past_key_values
+    @with_parameters("past_key_values", *MEDIA_NAMES)
     @can_return_tuple
     def forward(
         self,
@@ -670,13 +278,8 @@ class MegaTransformerModel(MegaTransformerTextModel):
         position_ids: torch.LongTensor | None = None,
         cache: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        mm_encoder_outputs: dict[str, ModelOutput] | None = None,
-        flow_seeds: torch.LongTensor | None = None,
-        num_written_in_batch: dict[str, int | torch.Tensor] | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **kwargs,
-    ) -> MegaTransformerModelOutput:
+    ) -> MegaTransformerMediaModelOutput:
         """Arguments of the text model, and:
 
         Args:
@@ -700,43 +303,26 @@ class MegaTransformerModel(MegaTransformerTextModel):
         Raises:
             ValueError: if there are more or fewer placeholders than features.
         """
-        media, targets, written = self.take_media(kwargs), take_targets(kwargs), None
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
-        asked = self._asked(output_hidden_states, output_attentions)
-        if input_ids is not None:
-            input_ids = put_codes(self.writers, targets, input_ids, self.config)
-        elif any(value is not None for value in targets.values()):
-            raise ValueError("images and sound that are written need input_ids with their places, and no inputs_embeds")
-        embeds, encoded = self.embed(input_ids, media, mm_encoder_outputs, cache, inputs_embeds, **asked)
-        if input_ids is not None:
-            latents = encode_targets(self.writers, targets, input_ids, self.config)
-            written = Written(latents, self._flow_seeds(flow_seeds, input_ids.shape[0]), num_written_in_batch or {})
-            embeds = self.embed_written(embeds, written)
+        media, cache, encoded = take_media(kwargs), pop_cache(cache, kwargs), {}
+        if input_ids is not None or media.are_there:  # else the embeddings are whole
+            embedded = self.embed(input_ids, media, cache, inputs_embeds, **self.asked_outputs(**kwargs))
+            inputs_embeds, encoded = embedded.embeds, self.shown(embedded.encoded, kwargs)
         outputs = super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
-            inputs_embeds=embeds,
+            inputs_embeds=inputs_embeds,
             return_dict=True,
-            **asked,
             **kwargs,
         )
-        outputs.written = written
-        if not self.training or any(asked.values()):  # a trainer would only carry them around
-            self._add_encoded(outputs, encoded)
-        return outputs
+        return MegaTransformerMediaModelOutput(**outputs, **encoded)
 
-    def _add_encoded(self, outputs: MegaTransformerModelOutput, encoded: dict[str, ModelOutput]) -> None:
-        """Adds what the encoders of images and sound gave, where there were any."""
-        for name in ("image", "audio"):
-            if name in encoded and any(part.numel() for part in encoded[name].pooler_output):
-                outputs[f"{name}_outputs"] = encoded[name]
-
-    def embed_written(self, embeds: torch.Tensor, written: Written) -> torch.Tensor:
-        """The embeddings with those of latents in their places, with noise in training."""
-        seeds = written.seeds if self.training else None
-        return embed_latents(embeds, self.writers, written.latents, seeds, run_all=self.must_run_alike)
+    def shown(self, encoded: dict[str, ModelOutput], kwargs: dict[str, Any]) -> dict[str, ModelOutput]:
+        """`image_outputs` and `audio_outputs`, where there were any; a trainer would only carry them around."""
+        if self.training and not any(self.asked_outputs(**kwargs).values()):
+            return {}
+        found = {name: encoded[name] for name in ("image", "audio") if name in encoded}
+        return {f"{name}_outputs": it for name, it in found.items() if any(part.numel() for part in it.pooler_output)}
 
     def _flow_seeds(self, seeds: torch.Tensor | None, batch: int) -> torch.Tensor:
         """(batch,), on the CPU: those given, else fixed ones in evaluation, so that a row's loss depends on the row."""
@@ -746,13 +332,8 @@ class MegaTransformerModel(MegaTransformerTextModel):
             return torch.randint(2**62, (batch,))
         return torch.zeros(batch, dtype=torch.long)
 
-    def take_media(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Takes what readers read out of `kwargs`, also where this model has no such reader, which then says so."""
-        names = [name for modality in MODALITIES.values() for name in modality.input_names if name in kwargs]
-        return {name: kwargs.pop(name) for name in names}
 
-
-class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransformerForCausalLM):
+class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMixin, MegaTransformerForCausalLM):
     """The model that reads and writes images and sound: a linear head for tokens, a flow for latents."""
 
     config: MegaTransformerConfig
@@ -763,6 +344,12 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
     def input_modalities(self) -> tuple[str, ...]:
         """What it reads, by name. Pipelines ask for it."""
         return self.model.input_modalities
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
+        """Saves as transformers does, and the files of further modalities."""
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if is_main_process:
+            save_modalities(self.config.modality_configs or (), save_directory)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> ModelOutput:
         """`get_image_features` of the base model."""
@@ -788,7 +375,8 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
         return functools.partial(images_of_codes, writer.codec, self.config.image_code_offset)
 
     @with_parameters_of(MegaTransformerForCausalLM.forward)
-    @takes_past_key_values
+    @with_parameters(*MEDIA_NAMES)
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -796,46 +384,32 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
         position_ids: torch.LongTensor | None = None,
         cache: RecurrentCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        input_features: torch.FloatTensor | None = None,
-        input_features_mask: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, ModelOutput] | None = None,
-        image_targets: torch.FloatTensor | None = None,
-        audio_targets: torch.FloatTensor | None = None,
-        audio_targets_mask: torch.Tensor | None = None,
-        flow_seeds: torch.LongTensor | None = None,
-        num_written_in_batch: dict[str, int | torch.Tensor] | None = None,
         labels: torch.LongTensor | None = None,
         **kwargs,
-    ) -> MegaTransformerCausalLMOutput:
-        """Arguments of `MegaTransformerForCausalLM` and of `MegaTransformerModel`."""
-        coded = self.with_codes({"input_ids": input_ids, "labels": labels, "image_targets": image_targets})
-        if kwargs.get("shift_labels") is not None and coded["image_targets"] is not image_targets:
-            raise ValueError("shift_labels does not know the codes of images that are written; give labels")
-        media = {
-            "pixel_values": pixel_values,
-            "image_sizes": image_sizes,
-            "input_features": input_features,
-            "input_features_mask": input_features_mask,
-            "mm_encoder_outputs": mm_encoder_outputs,
-            "image_targets": coded["image_targets"],
-            "audio_targets": audio_targets,
-            "audio_targets_mask": audio_targets_mask,
-            "flow_seeds": flow_seeds,
-            "num_written_in_batch": num_written_in_batch,
-            **self.model.take_media(kwargs),
-        }
-        return super().forward(
-            input_ids=coded["input_ids"],
+    ) -> MegaTransformerMediaCausalLMOutput:
+        """Arguments of `MegaTransformerForCausalLM` and of `MegaTransformerModel`.
+
+        With labels: L = L_text + sum over modalities of weight * mean |v - v*|^2.
+        """
+        media, cache = take_media(kwargs), pop_cache(cache, kwargs)
+        embedded = self.model.embed(input_ids, media, cache, inputs_embeds, **self.model.asked_outputs(**kwargs))
+        if embedded.input_ids is not input_ids:
+            if kwargs.get("shift_labels") is not None:
+                raise ValueError("shift_labels does not know the codes of images that are written; give labels")
+            labels = labels if labels is None else torch.where(labels == input_ids, embedded.input_ids, labels)
+        outputs = super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
-            inputs_embeds=inputs_embeds,
-            labels=coded["labels"],
-            media={name: value for name, value in media.items() if value is not None},
+            inputs_embeds=embedded.embeds,
+            labels=labels,
+            return_dict=True,
             **kwargs,
         )
+        found = {**outputs, **self.model.shown(embedded.encoded, kwargs)}
+        if outputs.loss is not None:
+            found |= self._with_flow_loss(outputs, embedded.written)
+        return MegaTransformerMediaCausalLMOutput(**found)
 
     def with_codes(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with codes where `input_ids` and `labels` hold places of images, and without these images, where the
@@ -849,18 +423,17 @@ class MegaTransformerForConditionalGeneration(MediaGenerationMixin, MegaTransfor
         labels = labels if labels is None else torch.where(labels == ids, coded, labels)
         return {**batch, "input_ids": coded, "labels": labels, "image_targets": targets.get("image_targets")}
 
-    def _losses(self, logits: torch.Tensor | None, outputs: MegaTransformerModelOutput, *args: Any) -> dict[str, Any]:
-        """As in the parent, and those of latents: L = L_text + sum over modalities of weight * mean |v - v*|^2."""
-        losses = super()._losses(logits, outputs, *args)
-        written, hidden, of_modalities = outputs.written, outputs.last_hidden_state, {}
+    def _with_flow_loss(self, outputs: MegaTransformerCausalLMOutput, written: Written | None) -> dict[str, Any]:
+        """`loss`, with those of latents added, and `written_losses`."""
+        loss, hidden, of_modalities = outputs.loss, outputs.last_hidden_state, {}
         for name, writer in self.model.writers.items():
             if writer.head is None:
                 continue
             if written is None or name not in written.latents:
-                losses["loss"] = losses["loss"] + (writer.no_loss(hidden) if self.model.must_run_alike else 0.0)
+                loss = loss + (writer.no_loss(hidden) if self.model.must_run_alike else 0.0)
                 continue
             of_latents = writer.losses(hidden, written.latents[name], written.seeds)
             of_modalities[name] = of_latents.detach().sum(), len(of_latents)
             count = written.num_in_batch.get(name, len(of_latents))
-            losses["loss"] = losses["loss"] + writer.config.loss_weight * of_latents.sum() / count
-        return {**losses, "written_losses": of_modalities or None}
+            loss = loss + writer.config.loss_weight * of_latents.sum() / count
+        return {"loss": loss, "written_losses": of_modalities or None}

@@ -9,33 +9,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-
-from .writers import Written
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
 """The name by which the installed transformers hands the cache to a model, and looks for it in outputs."""
 
 
-def takes_past_key_values(forward: Callable) -> Callable:
-    """Decorator of a method with an argument `cache`, which may also be called `past_key_values`.
+def pop_cache(cache: Any, kwargs: dict[str, Any]) -> Any:
+    """The cache, which may also be called `past_key_values`; that is taken out of the keywords.
 
     The library's `deprecate_kwarg` would warn at each token where the library itself still uses the old name.
 
     Raises:
         ValueError: both are given.
     """
-
-    @functools.wraps(forward)
-    def wrapper(self, *args: Any, **kwargs: Any) -> Any:
-        past_key_values = kwargs.pop("past_key_values", None)
-        if past_key_values is not None:
-            if kwargs.get("cache") is not None:
-                raise ValueError("cache and past_key_values are two names of the same; give one of them")
-            kwargs["cache"] = past_key_values
-        return forward(self, *args, **kwargs)
-
-    return with_parameters("past_key_values")(wrapper)
+    past_key_values = kwargs.pop("past_key_values", None)
+    if past_key_values is None:
+        return cache
+    if cache is not None:
+        raise ValueError("cache and past_key_values are two names of the same; give one of them")
+    return past_key_values
 
 
 def with_parameters(*names: str) -> Callable[[Callable], Callable]:
@@ -96,37 +89,24 @@ class MegaTransformerModelOutput(CacheByBothNames, BaseModelOutputWithPast):
         state: (batch, sequence, hidden), after the last core step and the final norm. None without a core.
         states: s_0 .. s_r as the core left them, each (batch, sequence, hidden); only with `output_states=True`.
         exit_steps: (batch,), core steps taken by each row, on the CPU. None without a core.
-        image_outputs: What the encoder of images gave, as `get_image_features` returns it; not in training, unless
-            hidden states or attentions are asked for. None where there were no images.
-        audio_outputs: The same of sound.
-        written: The latents of media that are written, for their losses.
     """
 
     state: torch.FloatTensor | None = None
     states: tuple[torch.FloatTensor, ...] | None = None
     exit_steps: torch.LongTensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-    audio_outputs: BaseModelOutputWithPooling | None = None
-    written: Written | None = None
 
 
 @dataclass
 class MegaTransformerCausalLMOutput(CacheByBothNames, CausalLMOutputWithPast):
     """Output of the language model: `loss` (scalar, if labels were given), `logits` (batch, sequence, vocab), and the
-    base model's `cache`, `hidden_states`, `attentions`, `state`, `states`, `exit_steps`, `image_outputs` and
-    `audio_outputs`.
+    base model's `cache`, `hidden_states`, `attentions`, `state`, `states`, `exit_steps` and `last_hidden_state`.
 
     `token_losses`, (batch, sequence), float32 without gradient: the loss of label i at place i, before its weight, 0
     where there is no label. With `skip_logits` or `loss_weights`.
-
-    `written_losses`: by modality the sum of the losses of written latents, without weight and gradient, and their
-    number; with labels, where there are any. Their mean times its weight is part of `loss`.
     """
 
     state: torch.FloatTensor | None = None
     states: tuple[torch.FloatTensor, ...] | None = None
     exit_steps: torch.LongTensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-    audio_outputs: BaseModelOutputWithPooling | None = None
     token_losses: torch.FloatTensor | None = None
-    written_losses: dict[str, tuple[torch.FloatTensor, int]] | None = None
+    last_hidden_state: torch.FloatTensor | None = None

@@ -1,79 +1,48 @@
 """Text, images and audio to the tensors that the model reads."""
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
-from .backbones import reason_of
+from .audio_modality import AudioModality
 from .chat import (
-    ROLE_TOKENS,
-    check_texts,
+    NULL_TOKEN,
+    ConversationEncoder,
     guard,
-    kinds_of_role,
     messages_of,
     outline_of,
     render_messages,
     render_outline,
+    special_tokens_of,
 )
-from .chat_guard import encode_text
 from .chat_rendering import template_of
-from .configuration_megatransformer import (
-    MegaTransformerAudioConfig,
-    MegaTransformerAudioWriterConfig,
-    MegaTransformerConfig,
-    MegaTransformerImageWriterConfig,
-    MegaTransformerVisionConfig,
-)
-from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
-from .image_processing_megatransformer import MegaTransformerImageProcessor, flatten
+from .configuration_megatransformer import MegaTransformerConfig
+from .image_modality import ImageModality
 from .media import write_audio
-from .media_kinds import (
-    WRITTEN_MODALITIES,
-    BackboneImages,
-    BackboneRecordings,
-    Images,
-    MediaKind,
-    Recordings,
-    WrittenImages,
-    WrittenRecordings,
-)
 from .media_sources import source_of
-from .modalities import MODALITIES, Modality
-from .processor_inputs import as_list, deal_media, preprocess_parts, with_rate
-from .processor_options import (
+from .modalities import ROLES, further_modality, modality_names, save_modalities, tokens_of
+from .modality import Modality
+from .processor_inputs import (
     CALL_OPTIONS,
     CHAT_OPTIONS,
     IDLE_CALL_OPTIONS,
     IDLE_CHAT_OPTIONS,
+    as_list,
+    deal_media,
+    flatten,
     limit_of,
+    preprocess_parts,
     read_options,
+    with_rate,
 )
-from .writers import modality_names
 
 
-def _tokens_of(modalities: Iterable[Modality]) -> list[str]:
-    return [token for kind in modalities for token in (kind.start_token, kind.token, kind.end_token)]
-
-
-_ROLES = tuple(ROLE_TOKENS[role] for role in ("user", "assistant", "system"))
-MEDIA_TOKENS = (*_ROLES, *_tokens_of((MODALITIES["image"], MODALITIES["audio"])))
-"""What a vocabulary has after pad, begin and end if the run has media, in this order if trained by us. That of tools
-comes with fine-tuning (`prepare_tokenizer`).
-"""
-NULL_TOKEN = "<|null|>"
-"""Stands in the place of each token of a prompt that is left out for guidance without a classifier."""
-WRITTEN_TOKENS = (*(modality.token for modality in WRITTEN_MODALITIES), NULL_TOKEN)
-"""What it has after those if media are written."""
-
-
-def media_tokens(config: MegaTransformerConfig) -> list[str]:
-    """`MEDIA_TOKENS`, those of a model's further modalities, and `WRITTEN_TOKENS` if it writes media."""
-    further = _tokens_of(MODALITIES[name] for name in config.modality_configs or {})
-    writes = config.image_writer_config is not None or config.audio_writer_config is not None
-    return [*MEDIA_TOKENS, *further, *(WRITTEN_TOKENS if writes else ())]
+def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer in a processor, or the tokenizer itself."""
+    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
 
 class MegaTransformerProcessor(ProcessorMixin):
@@ -93,8 +62,8 @@ class MegaTransformerProcessor(ProcessorMixin):
         num_image_tokens: Tokens of every image, where the image processor is not ours.
         num_audio_tokens: The same for audio.
         modality_configs: Configurations of further modalities, by their names in `MODALITIES`.
-        image_writer: Arguments of `WrittenImages`. None: no images are written.
-        audio_writer: Arguments of `WrittenRecordings`. None: no sound is written.
+        image_writer: Arguments of `ImageModality.as_target`. None: no images are written.
+        audio_writer: Arguments of `AudioModality.as_target`. None: no sound is written.
 
     Raises:
         ValueError: for parts that do not fit each other, and for texts, messages and media that cannot be used.
@@ -120,21 +89,20 @@ class MegaTransformerProcessor(ProcessorMixin):
         self.feature_extractor, self.num_audio_tokens = feature_extractor, num_audio_tokens
         self.modality_configs = modality_configs or None
         self.image_writer, self.audio_writer = image_writer, audio_writer
-        self._written = _written_kinds(image_writer, audio_writer)
+        given = ((ImageModality, image_writer), (AudioModality, audio_writer))
+        targets = [modality.as_target(**options) for modality, options in given if options is not None]
+        self._written = {target.name: target for target in targets}
         tokenizer.padding_side = "left"
-        _check_count("image_processor", image_processor, MegaTransformerImageProcessor, num_image_tokens)
-        _check_count("feature_extractor", feature_extractor, MegaTransformerFeatureExtractor, num_audio_tokens)
         self._check_vocabulary()
         for name, kind in self.kinds.items():  # as transformers' own processors have them
-            setattr(self, f"{name}_token", kind.modality.token)
-            setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(kind.modality.token))
+            setattr(self, f"{name}_token", kind.token)
+            setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(kind.token))
         if self._written:
             self.null_token, self.null_token_id = NULL_TOKEN, tokenizer.convert_tokens_to_ids(NULL_TOKEN)
-        self._ids_of_structure: dict[str, list[int]] = {}
 
     def _check_vocabulary(self) -> None:
         """An unknown token would silently be read as bytes."""
-        needed = [*_ROLES, *_tokens_of(kind.modality for kind in self.kinds.values())]
+        needed = [*ROLES, *tokens_of(self.kinds.values())]
         needed += [NULL_TOKEN] if self._written else []
         missing = [token for token in needed if token not in self.tokenizer.get_added_vocab()]
         if missing or not (self.tokenizer.bos_token and self.tokenizer.eos_token):
@@ -159,35 +127,37 @@ class MegaTransformerProcessor(ProcessorMixin):
                 config[name] = auto_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return config, unused
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Saves as `ProcessorMixin` does, and the files of further modalities."""
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        save_modalities(self.modality_configs or (), save_directory)
+        return files
+
     @property
     def model_input_names(self) -> list[str]:
         """Arguments of the model, `input_ids` first."""
-        media = [name for kind in self.kinds.values() for name in kind.modality.input_names]
+        media = [name for kind in self.kinds.values() for name in kind.input_names]
         return ["input_ids", "attention_mask", *media]
 
     # ----------------------------------------------------------------------------------------------------------- media
 
     @property
-    def kinds(self) -> dict[str, MediaKind]:
+    def kinds(self) -> dict[str, Modality]:
         """What this processor makes tensors of: what the model reads besides text, and what it writes."""
-        kinds: dict[str, MediaKind] = {}
+        kinds: dict[str, Modality] = {}
         if self.image_processor is not None:
-            kinds["image"] = _choose(Images, BackboneImages, self.image_processor, self.num_image_tokens)
+            kinds["image"] = ImageModality(self.image_processor, self.num_image_tokens)
         if self.feature_extractor is not None:
-            kinds["audio"] = _choose(Recordings, BackboneRecordings, self.feature_extractor, self.num_audio_tokens)
+            kinds["audio"] = AudioModality(self.feature_extractor, self.num_audio_tokens)
         kinds |= self._written
         for name, config in (self.modality_configs or {}).items():
-            kinds[name] = MediaKind(name, config)
+            kinds[name] = further_modality(name, config)
         return kinds
 
     @property
     def modality_names(self) -> tuple[str, ...]:
         """What the numbers in `modality_ids` mean, beginning with 0."""
         return modality_names()
-
-    def kinds_of_role(self, role: str) -> dict[str, str]:
-        """Types of parts that messages of a role may have besides text, and the kinds that these are."""
-        return kinds_of_role(role, self.kinds)
 
     def load_medium(self, kind: str, source: Any) -> Any:
         """A medium, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate.
@@ -221,7 +191,7 @@ class MegaTransformerProcessor(ProcessorMixin):
                 batch.update(self._kind(name).collate(tensors))
         return batch
 
-    def _kind(self, name: str) -> MediaKind:
+    def _kind(self, name: str) -> Modality:
         kinds = self.kinds
         if name not in kinds:
             raise ValueError(f"{name!r} is nothing that this model reads; it reads {', '.join(['text', *kinds])}")
@@ -254,62 +224,18 @@ class MegaTransformerProcessor(ProcessorMixin):
         Returns:
             input_ids: int64 (tokens,).
             answer_mask: bool (tokens,), what is learned: what the assistant says, its end token included, and of its
-                media `MediaKind.learned`.
+                media `Modality.learned`.
             media: Preprocessed media by kind, in the order of their placeholders; only kinds that occur.
 
         Raises:
             ValueError: for a message or part of unknown role, type or form, one without content, media that are more or
                 fewer than the parts for them, and media that cannot be read (`MediaError`).
         """
-        kinds = self.kinds
-        outline, texts, parts = outline_of(messages, kinds, continue_final_message)
-        template = template_of(self.chat_template, chat_template)
-        check_texts(self.tokenizer, texts, template)
-        found = preprocess_parts(parts, media or {}, kinds, allow_fetch)
-        pieces = render_outline(
-            template,
-            outline,
-            self.tokenizer.bos_token,
-            self.tokenizer.eos_token,
-            add_generation_prompt,
-            continue_final_message,
-        )
-        counts = {name: iter([kinds[name].num_tokens(tensor) for tensor in found[name]]) for name in found}
-        ids, answer_mask = [], []
-        for piece, is_answer in pieces:
-            if isinstance(piece, int):
-                new = [(some := encode_text(self.tokenizer, texts[piece]), [True] * len(some))]
-            else:
-                new = self._expand(self._encode_structure(piece), counts)
-            for some, are_learned in new:
-                ids += some
-                answer_mask += [is_answer and is_learned for is_learned in are_learned]
-        if left_out := [name for name, rest in counts.items() if next(rest, None) is not None]:
-            raise ValueError(f"the chat template leaves out the {left_out[0]} of a message; correct it")
-        return {"input_ids": torch.tensor(ids), "answer_mask": torch.tensor(answer_mask), "media": found}
-
-    def _encode_structure(self, piece: str) -> list[int]:
-        """Ids of what the template writes, which are few and recur."""
-        if piece not in self._ids_of_structure:
-            self._ids_of_structure[piece] = self.tokenizer.encode(piece, add_special_tokens=False)
-        return self._ids_of_structure[piece]
-
-    def _expand(self, ids: list[int], counts: dict[str, Iterator[int]]) -> Iterator[tuple[list[int], list[bool]]]:
-        """Runs of ids, with each placeholder as start, placeholders and end, and whether these are learned where the
-        assistant says them.
-        """
-        kinds = self.kinds
-        names = {getattr(self, f"{name}_token_id"): name for name in counts}
-        for token_id in ids:
-            if token_id not in names:
-                yield [token_id], [True]
-                continue
-            if (count := next(counts[names[token_id]], None)) is None:
-                raise ValueError(f"the chat template writes more places for {names[token_id]} than messages have")
-            kind = kinds[names[token_id]]
-            start, end = self.tokenizer.convert_tokens_to_ids([kind.modality.start_token, kind.modality.end_token])
-            at_start, in_places, at_end = kind.learned
-            yield [start, *[token_id] * count, end], [at_start, *[in_places] * count, at_end]
+        encoder = ConversationEncoder(self.tokenizer, self.kinds, template_of(self.chat_template, chat_template))
+        encoded = encoder.encode(messages, add_generation_prompt, continue_final_message)
+        found = preprocess_parts(encoded.media, media or {}, encoder.kinds, allow_fetch)
+        ids, is_answer = encoder.expand(encoded.ids, encoded.is_answer, found)
+        return {"input_ids": torch.tensor(ids.tolist()), "answer_mask": torch.tensor(is_answer), "media": found}
 
     def apply_chat_template(
         self,
@@ -345,15 +271,20 @@ class MegaTransformerProcessor(ProcessorMixin):
             "continue_final_message": continue_final_message in (True, "content"),
         }
         if not tokenize:
-            outlines = [outline_of(messages, self.kinds, continue_final_message) for messages in conversations]
-            written = [messages_of(outline, texts) for outline, texts, _ in outlines]
-            template, tokens = template_of(self.chat_template, chat_template), self.tokenizer.special_tokens_map
-            rendered = [render_messages(template, one, **open_end, **tokens)[0] for one in written]
+            template = template_of(self.chat_template, chat_template)
+            rendered = [self._render(template, messages, **open_end) for messages in conversations]
             return rendered if is_batch else rendered[0]
         open_end |= {"chat_template": chat_template, "allow_fetch": bool(options.pop("allow_fetch"))}
         encoded = [self.encode_chat(messages, **open_end) for messages in conversations]
         batch = self._batch(encoded, return_assistant_tokens_mask, **options)
         return batch if return_dict else batch["input_ids"]
+
+    def _render(self, template: str, messages: list[dict[str, Any]], **open_end: bool) -> str:
+        """A conversation as text, with the guard of the template around its texts."""
+        outline, texts, _ = outline_of(messages, self.kinds, open_end["continue_final_message"])
+        tokens = special_tokens_of(self.tokenizer)
+        form = render_outline(template, outline, tokens, *open_end.values()).outline
+        return render_messages(template, messages_of(form, texts), **open_end, **dict(tokens))[0]
 
     # --------------------------------------------------------------------------------------------------------- batches
 
@@ -361,7 +292,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        videos: None = None,
+        videos: Any = None,
         audio: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -370,12 +301,12 @@ class MegaTransformerProcessor(ProcessorMixin):
         Args:
             images: An image, a list of all, or a list of lists (or None), one for each text (`media.load_image`).
             text: One or several; none: media alone.
-            videos: Not read.
+            videos: Media of a further modality "video", if there is one.
             audio: As images (`media.load_audio`); arrays are at `sampling_rate`, by default ours.
             kwargs: Media of further modalities by name; return_tensors, padding, max_length, pad_to_multiple_of,
                 padding_side, return_attention_mask, truncation, add_special_tokens, sampling_rate, allow_fetch
                 (`encode_chat`), also within `text_kwargs`, `audio_kwargs` or `common_kwargs`. Other options of
-                transformers are accepted as far as they ask for nothing (`processor_options`). Truncation cuts text at
+                transformers are accepted as far as they ask for nothing (`processor_inputs`). Truncation cuts text at
                 the tokenizer's `truncation_side`.
 
         Returns:
@@ -386,7 +317,7 @@ class MegaTransformerProcessor(ProcessorMixin):
                 would cut a medium, and an option that asks for what is not done.
             TypeError: for an unknown option.
         """
-        if any(video is not None for video in flatten(videos)):
+        if "video" not in self.kinds and any(video is not None for video in flatten(videos)):
             raise ValueError("videos are not read; give their frames as images")
         options = {"add_special_tokens": True, "allow_fetch": False, "sampling_rate": None, "return_tensors": None}
         further = {name: kwargs.pop(name, None) for name in self.kinds if name not in ("image", "audio")}
@@ -395,6 +326,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         allow_fetch = bool(options.pop("allow_fetch"))
         audio = audio if rate is None else with_rate(audio, rate)
         media = {"image": list(images) if isinstance(images, tuple) else images, "audio": audio, **further}
+        media |= {} if videos is None else {"video": videos}
         media = {name: as_list(it) for name, it in media.items() if it is not None}
         media = {name: it for name, it in media.items() if flatten(it)}
         if text is None:
@@ -479,11 +411,12 @@ class MegaTransformerProcessor(ProcessorMixin):
         for name in dict.fromkeys([*self.kinds, *media]):
             kind = self._kind(name)
             counts = [row.count(getattr(self, f"{name}_token_id")) for row in rows]
-            for sample, part in zip(encoded, deal_media(media.get(name, []), counts, kind.modality), strict=True):
+            for sample, part in zip(encoded, deal_media(media.get(name, []), counts, kind), strict=True):
                 sample["media"][name] = [self._preprocess(name, medium, allow_fetch) for medium in part]
+        encoder = ConversationEncoder(self.tokenizer, self.kinds)
         for sample, row in zip(encoded, rows, strict=True):
-            counts = {name: map(self._kind(name).num_tokens, tensors) for name, tensors in sample["media"].items()}
-            sample["input_ids"] = torch.tensor([token_id for some, _ in self._expand(row, counts) for token_id in some])
+            ids, _ = encoder.expand(np.array(row, dtype=np.int64), np.ones(len(row), dtype=bool), sample["media"])
+            sample["input_ids"] = torch.tensor(ids)
         return encoded
 
     def _read_options(self, given: dict[str, Any], known: tuple[str, ...], idle: dict[str, tuple]) -> dict[str, Any]:
@@ -533,11 +466,11 @@ class MegaTransformerProcessor(ProcessorMixin):
         kept = slice(limit) if at_end else slice(len(ids) - limit, None)
         lost = ids[limit:] if at_end else ids[: len(ids) - limit]
         for kind in self.kinds.values():
-            tokens = self.tokenizer.convert_tokens_to_ids([kind.modality.token, kind.modality.end_token])
+            tokens = self.tokenizer.convert_tokens_to_ids([kind.token, kind.end_token])
             if torch.isin(lost, torch.tensor(tokens)).any():
                 raise ValueError(
                     f"sample {number} has {len(ids)} tokens, and truncation to {limit} would cut media of type "
-                    f"{kind.modality.name!r}; raise max_length or shorten what stands around them"
+                    f"{kind.name!r}; raise max_length or shorten what stands around them"
                 )
         return kept
 
@@ -561,63 +494,17 @@ def build_processor(
         ValueError: as `MegaTransformerProcessor`.
     """
     vision, audio, further = config.vision_config, config.audio_config, config.modality_configs or {}
+    images, recordings = config.image_writer_config, config.audio_writer_config
     return MegaTransformerProcessor(
         tokenizer,
-        image_processor=None if vision is None else _build_image_processor(vision),
-        feature_extractor=None if audio is None else _build_feature_extractor(audio),
+        image_processor=None if vision is None else ImageModality.build_processor(vision),
+        feature_extractor=None if audio is None else AudioModality.build_processor(audio),
         num_image_tokens=num_image_tokens,
         num_audio_tokens=num_audio_tokens,
         modality_configs={name: part if isinstance(part, dict) else part.to_dict() for name, part in further.items()},
-        image_writer=None if config.image_writer_config is None else _image_writer(config.image_writer_config),
-        audio_writer=None if config.audio_writer_config is None else _audio_writer(config.audio_writer_config),
+        image_writer=None if images is None else ImageModality.target_options(images),
+        audio_writer=None if recordings is None else AudioModality.target_options(recordings),
     )
-
-
-def _build_image_processor(config: MegaTransformerVisionConfig) -> Any:
-    if config.backbone is not None:
-        return _part_of(AutoImageProcessor, config.backbone)
-    if config.num_channels != 3:
-        raise ValueError(f"num_channels is {config.num_channels}, but images are read as RGB; give 3")
-    side = config.image_size
-    return MegaTransformerImageProcessor(
-        patch_size=config.patch_size,
-        pixel_shuffle=config.pixel_shuffle,
-        size=None if side is None else {"height": side, "width": side},
-        max_side=config.max_image_size,
-    )
-
-
-def _build_feature_extractor(config: MegaTransformerAudioConfig) -> Any:
-    if config.backbone is not None:
-        return _part_of(AutoFeatureExtractor, config.backbone)
-    return MegaTransformerFeatureExtractor(
-        feature_size=config.num_mel_bins,
-        sampling_rate=config.sampling_rate,
-        n_fft=config.n_fft,
-        hop_length=config.hop_length,
-        subsampling=config.subsampling,
-        max_seconds=config.max_seconds,
-    )
-
-
-def _part_of(auto_class: type, backbone: str) -> Any:
-    """The processor of media that a pretrained encoder brings along, without code of its own."""
-    try:
-        return auto_class.from_pretrained(backbone, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the processor of backbone {backbone!r} cannot be loaded: {reason_of(error)}") from error
-
-
-def _image_writer(config: MegaTransformerImageWriterConfig) -> dict[str, Any]:
-    if config.num_channels != 3:
-        raise ValueError(f"num_channels is {config.num_channels}, but images are written as RGB; give 3")
-    is_learned = config.head == "fsq"
-    return {"image_size": config.image_size, "num_tokens": config.num_tokens, "is_learned": is_learned}
-
-
-def _audio_writer(config: MegaTransformerAudioWriterConfig) -> dict[str, Any]:
-    names = ("num_mel_bins", "frames_per_token", "sampling_rate", "n_fft", "hop_length", "max_seconds")
-    return {name: getattr(config, name) for name in names}
 
 
 # -------------------------------------------------------------------------------------------------------- what is given
@@ -625,23 +512,3 @@ def _audio_writer(config: MegaTransformerAudioWriterConfig) -> dict[str, Any]:
 
 def _tensor_type(return_tensors: str | None) -> str | None:
     return None if return_tensors == "auto" else return_tensors  # how transformers calls a processor's own default
-
-
-def _check_count(name: str, part: Any, own_class: type, count: int | None) -> None:
-    # By name: a class that was loaded from a checkpoint is another object.
-    is_own = type(part).__name__ == own_class.__name__
-    if part is not None and is_own != (count is None):
-        what = "counts tokens itself" if is_own else "does not count tokens"
-        raise ValueError(f"{name} {type(part).__name__} {what}, but their number is {count}; fix the number of tokens")
-
-
-def _written_kinds(image_writer: dict[str, Any] | None, audio_writer: dict[str, Any] | None) -> dict[str, MediaKind]:
-    kinds = [
-        *([] if image_writer is None else [WrittenImages(**image_writer)]),
-        *([] if audio_writer is None else [WrittenRecordings(**audio_writer)]),
-    ]
-    return {kind.modality.name: kind for kind in kinds}
-
-
-def _choose(own_class: type, backbone_class: type, part: Any, count: int | None) -> MediaKind:
-    return own_class(part) if count is None else backbone_class(part, count)

@@ -16,35 +16,26 @@ from .configuration_megatransformer import MegaTransformerVisionConfig
 from .initialization import MegaTransformerPreTrainedModel
 
 
-class PatchStem(nn.Module):
-    """Each patch by itself through one linear map."""
-
-    def __init__(self, config: MegaTransformerVisionConfig):
-        super().__init__()
-        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
-
-    def forward(self, pixels: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
-        """(images, channels, height, width) -> (images, hidden, rows, columns)."""
-        return self.proj(pixels)
-
-
-class ConvStem(nn.Module):
-    """3 x 3 convolutions with widths that double up to the hidden size, then a 1 x 1 one. Of `stem_depth` of the same
-    width the first has stride 2.
+class Stem(nn.Module):
+    """Patches to vectors: each by itself through one linear map, or all through 3 x 3 convolutions with widths that
+    double up to the hidden size, then a 1 x 1 one. Of `stem_depth` of the same width the first has stride 2.
 
     Source: Xiao et al. 2021, arXiv 2106.14881, whose `stem_depth` is 1; without its batch norms.
     """
 
     def __init__(self, config: MegaTransformerVisionConfig):
         super().__init__()
-        halvings = int(math.log2(config.patch_size))
-        widths = [max(16, config.hidden_size >> step) for step in reversed(range(halvings))]
-        widths = [width for width in widths for _ in range(config.stem_depth)]
+        side, widths = config.patch_size, []
+        if config.stem == "conv":
+            halvings = int(math.log2(side))
+            widths = [max(16, config.hidden_size >> step) for step in reversed(range(halvings))]
+            side, widths = 1, [width for width in widths for _ in range(config.stem_depth)]
+        widths = [config.num_channels, *widths]
         self.convs = nn.ModuleList(
             nn.Conv2d(before, width, kernel_size=3, stride=1 if index % config.stem_depth else 2, padding=1)
-            for index, (before, width) in enumerate(pairwise([config.num_channels, *widths]))
+            for index, (before, width) in enumerate(pairwise(widths))
         )
-        self.proj = nn.Conv2d(widths[-1], config.hidden_size, kernel_size=1)
+        self.proj = nn.Conv2d(widths[-1], config.hidden_size, kernel_size=side, stride=side)
 
     def forward(self, pixels: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
         """(images, channels, height, width), and (images, 2) sizes or None -> (images, hidden, rows, columns)."""
@@ -73,7 +64,7 @@ class MegaTransformerVisionModel(MegaTransformerPreTrainedModel):
 
     def __init__(self, config: MegaTransformerVisionConfig):
         super().__init__(config)
-        self.stem = {"patch": PatchStem, "conv": ConvStem}[config.stem](config)
+        self.stem = Stem(config)
         self.layers = BlockStack(config, config.num_hidden_layers)
         self.norm = build_norm(config)
         self.output_size = config.hidden_size * config.pixel_shuffle**2

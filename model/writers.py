@@ -13,14 +13,12 @@ import torch
 from torch import nn
 
 from .codecs import Codec, build_codec
-from .configuration_megatransformer import MegaTransformerConfig, MegaTransformerTextConfig, WriterConfig
+from .configuration_megatransformer import MegaTransformerConfig, WriterConfig
+from .configuration_megatransformer_text import MegaTransformerTextConfig
+from .depth import keyed_generator
 from .flow import FlowHead, draw_times
 from .fusion import check_counts
-from .modalities import MODALITIES
-from .recurrence import keyed_generator
-
-WRITTEN = ("image", "audio")
-"""What can be written, in the order of `modality_ids`."""
+from .modalities import WRITTEN
 
 
 @dataclass
@@ -237,31 +235,6 @@ def disturb(writer: Writer, written: WrittenLatents, seeds: torch.Tensor) -> tor
         amount = writer.config.input_noise * torch.rand(int(count), 1, generator=generator)
         parts.append(amount * torch.randn(int(count), writer.codec.latent_size, generator=generator))
     return writer.codec.project(written.latents + torch.cat(parts).to(written.latents))
-
-
-def modality_names() -> tuple[str, ...]:
-    """What tokens are counted as, in the order of `modality_ids`: by what their document contains."""
-    further = [name for name in MODALITIES if name not in WRITTEN]
-    return ("text", *WRITTEN, *(f"written_{name}" for name in WRITTEN), *further)
-
-
-def set_token_ids(config: MegaTransformerConfig, tokenizer: Any) -> None:
-    """Fill in the ids of special tokens that a tokenizer has: those of media, and what guidance leaves in."""
-    vocabulary = tokenizer.get_vocab()
-    tokens = {f"{name}_token_id": modality.token for name, modality in MODALITIES.items()}
-    for name in WRITTEN:
-        modality = MODALITIES[name]
-        tokens[f"written_{name}_token_id"] = f"<|written_{name}|>"
-        tokens |= {f"{name}_start_token_id": modality.start_token, f"{name}_end_token_id": modality.end_token}
-    tokens["null_token_id"] = "<|null|>"
-    for name, token in tokens.items():
-        if token in vocabulary:
-            setattr(config, name, vocabulary[token])
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    writer = config.image_writer_config
-    if writer is not None and writer.head == "fsq":
-        config.image_code_offset = max(vocabulary.values()) + 1
-    config.structure_token_ids = sorted(special - {config.null_token_id})
 
 
 def check_codes(writers: nn.ModuleDict, config: MegaTransformerConfig) -> None:

@@ -6,7 +6,7 @@ of it goes through one cache. With guidance, each row runs twice, the second tim
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
@@ -17,14 +17,15 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .depth import DepthOptions, keyed_generator
+from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitController, ExitCriterion, ExitOptions
 from .outputs import CACHE_NAME
-from .recurrence import keyed_generator
 from .writers import WRITTEN, Writer, take_targets
-from .writing_exits import VELOCITY_THRESHOLD, WritingWatch
 
 MODES = ("text", *WRITTEN, "any")
 CHUNK_SIZE = 16
 """Latents from one `MediaChunk` to the next."""
+VELOCITY_THRESHOLD = 0.05
 RANGES = {
     "guidance_scale": (Real, 0, "a number"),
     "flow_temperature": (Real, 0, "a number"),
@@ -186,7 +187,8 @@ class MediaWriting:
         self.rows = [Row(seed) for seed in seeds]
         self.options = {name: writing.of(self.writers[name]) for name in self.names}
         self.is_guided = any(options.guidance_scale != 1 for options in self.options.values())
-        self.inputs = model_kwargs | (model_kwargs.pop("depth_options", None) or {})
+        self.exits = (model_kwargs.pop("depth_options", None) or DepthOptions()).exits
+        self.inputs = model_kwargs
         self.cache = model_kwargs.pop(CACHE_NAME, None)
         if self.cache is None:
             raise ValueError("media are written through the cache: leave use_cache=False out")
@@ -243,7 +245,7 @@ class MediaWriting:
             cache=self.cache,
             use_cache=True,
             num_steps=self._num_steps(),
-            exit_watch=self._watch(is_prompt="input_ids" in inputs),
+            exit_controller=self._exit_controller(is_prompt="input_ids" in inputs),
             return_dict=True,
             **inputs,
         )
@@ -261,16 +263,12 @@ class MediaWriting:
         steps = torch.tensor([usual if it is None else it for it in steps])
         return steps.repeat(2) if self.is_guided else steps
 
-    def _watch(self, is_prompt: bool) -> WritingWatch | None:
+    def _exit_controller(self, is_prompt: bool) -> ExitController | None:
         """What ends the iteration of rows before their last step, where that was asked for."""
-        options = {name: self.inputs.get(name) for name in ("exit_criterion", "exit_threshold")}
-        if options["exit_criterion"] in (None, "none") or (is_prompt and not self.inputs.get("exit_in_prefill")):
+        if self.exits.criterion == "none" or (is_prompt and not self.exits.in_prefill):
             return None
-        return WritingWatch(
-            options["exit_criterion"],
-            options["exit_threshold"],
-            self.inputs.get("exit_first_step") or 1,
-            self.inputs.get("exit_every") or 1,
+        return WritingExitController(
+            self.exits,
             self.model._logits,
             self._first_velocities,
             self.model.text_config.vocab_size,
@@ -501,3 +499,96 @@ class MediaWriting:
     def _pad(self) -> int:
         pad = self.generation_config.pad_token_id
         return self.model.text_config.pad_token_id or 0 if pad is None else pad
+
+
+def draw_codes(model: Any, inputs: Mapping[str, Any]) -> list[Any | None]:
+    """The images that a model writes as tokens, one for each prompt, drawn by plain `generate`; None for a prompt whose
+    answer holds no whole image.
+
+    Args:
+        model: One whose images are codes.
+        inputs: Arguments of `generate`.
+    """
+    most = model.model.writers["image"].num_places + 1  # the start token
+    ids = model.generate(**{**inputs, "do_sample": True, "top_k": 0, "max_new_tokens": most})
+    images: list[Any | None] = []
+    for row in ids[:, inputs["input_ids"].shape[1] :]:
+        try:
+            images.append(next(iter(model.decode_image_tokens(row[None])), None))
+        except ValueError:  # too few codes
+            images.append(None)
+    return images
+
+
+# ------------------------------------------------------------------------- when a row that writes a latent may stop
+
+
+class VelocityOrText(ExitCriterion):
+    """|v_i - v_{i-1}| / |v_i| of rows that write a latent, infinite at their first check; of others what a criterion of
+    texts says. v is the head's velocity at t = 0, at the noise from which the latent will be made.
+
+    Args:
+        text: The criterion of texts.
+        vocab_size: A check's `logits` are those of texts, and behind them v, zeros in rows of text.
+        threshold: Of velocities.
+    """
+
+    def __init__(self, text: ExitCriterion, vocab_size: int, threshold: float):
+        self.text, self.vocab_size, self.threshold = text, vocab_size, threshold
+        self.default_threshold = text.default_threshold
+        self.writes: torch.Tensor | None = None  # (rows,) of bool, of the last check
+
+    def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
+        texts, velocity = self._parts(now)
+        texts_before, velocity_before = self._parts(before)
+        values = self.text.value(texts, texts_before).float()
+        self.writes = velocity.abs().sum(dim=-1) > 0
+        change = torch.full_like(values, torch.inf)
+        if velocity_before is not None:
+            length = velocity.norm(dim=-1).clamp(min=1e-12)
+            change = (velocity - velocity_before).norm(dim=-1) / length
+        return torch.where(self.writes, change, values)
+
+    def stops(self, value: torch.Tensor, threshold: float) -> torch.Tensor:
+        return torch.where(self.writes, value < self.threshold, self.text.stops(value, threshold))
+
+    def _parts(self, check: ExitCheck) -> tuple[ExitCheck, torch.Tensor | None]:
+        if check.logits is None:
+            return check, None
+        return replace(check, logits=check.logits[:, : self.vocab_size]), check.logits[:, self.vocab_size :].float()
+
+
+class WritingExitController(ExitController):
+    """An `ExitController` of rows of which some write latents.
+
+    Args:
+        options: Those of texts.
+        logits: (rows, hidden) -> (rows, vocab).
+        velocities: (rows, hidden), and which rows of the batch they are, (rows,) or None for all -> (rows, size), zeros
+            in rows of text.
+        vocab_size: Of the logits.
+        velocity_threshold: Below which a row that writes a latent stops.
+
+    Raises:
+        ValueError: the criterion is "probe" or a schedule, or the threshold is not above 0.
+    """
+
+    def __init__(
+        self,
+        options: ExitOptions,
+        logits: Callable[[torch.Tensor], torch.Tensor],
+        velocities: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        vocab_size: int,
+        velocity_threshold: float = VELOCITY_THRESHOLD,
+    ):
+        if options.criterion == "probe":
+            raise ValueError("exit_criterion 'probe' judges text alone; name another to write media")
+        if not velocity_threshold > 0:
+            raise ValueError(f"velocity_threshold is {velocity_threshold}; give a number above 0")
+        super().__init__(options, logits)
+        self.criterion = VelocityOrText(EXIT_CRITERIA[options.criterion], vocab_size, velocity_threshold)
+        self.velocities_of = velocities
+
+    def read(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """(rows, vocab + size): logits, and behind them velocities."""
+        return torch.cat((super().read(hidden, rows).float(), self.velocities_of(hidden, rows)), dim=-1)

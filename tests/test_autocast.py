@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from model import RecurrentCache
+from model import ExitOptions, NoiseOptions, RecurrentCache
 from model.step_lora import add_step_lora
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_writing import ASSISTANT, BEGIN, IMAGE, IMAGE_END, IMAGE_START, USER, tiny_writer, writing_batch
@@ -21,8 +21,8 @@ FORMS = {
     "ring": {"cache": {"policy": "ring", "num_kept_steps": 2}, "num_steps": ROWS},
     "last": {"cache": {"policy": "last"}, "num_steps": ROWS},
     "static": {"cache": {"max_length": 16, "max_steps": 5}, "num_steps": ROWS},
-    "noise": {"noise_level": 1.0},
-    "warm start": {"state_warm_start": True},
+    "noise": {"noise": NoiseOptions(1.0)},
+    "warm start": {"initial_state": "last"},
 }
 
 
@@ -93,7 +93,7 @@ def test_a_cache_goes_on_when_autocast_begins_or_ends(first, size):
 def test_an_exit_under_autocast_equals_the_row_at_that_depth(position, criterion):
     model, ids = tiny_model(scale=2.0, position_embedding=position), tiny_ids(3, 6)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        outputs = model(ids, num_steps=8, exit_criterion=criterion, use_cache=True)
+        outputs = model(ids, num_steps=8, exits=ExitOptions(criterion), use_cache=True)
         expected = model(ids, num_steps=outputs.exit_steps)
     torch.testing.assert_close(outputs.logits, expected.logits, atol=0.02, rtol=0.02)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import exits
-from model import RecurrentCache
+from model import ExitOptions, RecurrentCache
 from tests.tiny import tiny_ids, tiny_model
 
 
@@ -18,10 +18,10 @@ def test_agreement_of_the_full_cache_is_whole_and_that_of_others_is_that_of_a_lo
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, :4] = -100  # a prompt that is not trained on
     batches = [{"input_ids": ids, "attention_mask": mask, "labels": labels}]
-    whole = exits.agreement(model, batches, 5, {}, {"policy": "full"})
+    whole = exits.agreement(model, batches, 5, ExitOptions(), {"policy": "full"})
     assert whole == {"agreement": 1.0, "divergence": pytest.approx(0, abs=1e-6), "steps": 5.0}
 
-    options = {"exit_criterion": "cosine", "exit_threshold": 0.1}
+    options = ExitOptions("cosine", 0.1)
     ours = exits.agreement(model, batches, 5, options, {"policy": "last"})
     same, divergence, steps = [], [], []
     for row, length in ((0, 8), (1, 5)):
@@ -29,7 +29,7 @@ def test_agreement_of_the_full_cache_is_whole_and_that_of_others_is_that_of_a_lo
         with torch.no_grad():
             full = model(text, num_steps=5).logits[0].double().softmax(-1)
             for i in range(length):
-                out = model(text[:, i : i + 1], cache=cache, num_steps=5, **(options if i else {}))
+                out = model(text[:, i : i + 1], cache=cache, num_steps=5, exits=options if i else None)
                 p = out.logits[0, -1].double().softmax(-1)
                 if i and i + 1 < length and labels[row, i + 1] != -100:
                     same.append(bool(p.argmax() == full[i].argmax()))

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from callbacks import CallbacksConfig, ModelSizeConfig, NonFiniteConfig, SamplesConfig, ThroughputConfig, add_callbacks
 from callbacks.model_size import part_sizes, size_table
 from callbacks.throughput import ThroughputCallback, count_steps
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from trainers import RecurrentTrainer, RecurrentTrainingArguments
 
@@ -42,9 +42,7 @@ def build_trainer(folder, model=None, callbacks=None, data=None, **options):
             **options,
         }
     )
-    trainer = RecurrentTrainer(
-        model, arguments, train_dataset=data or rows(16), sample_depth=sample_depth, draw_states=draw_training_states
-    )
+    trainer = RecurrentTrainer(model, arguments, train_dataset=data or rows(16))
     if callbacks is not None:
         add_callbacks(trainer, callbacks, tiny_tokenizer())
     return trainer
@@ -169,7 +167,7 @@ def test_an_empty_prompt_needs_a_begin_token(tmp_path):
 # Throughput
 
 
-def test_counts_are_those_of_the_forward_passes(tmp_path):
+def test_counts_are_those_of_the_forward_passes(tmp_path, monkeypatch):
     """Tokens and core steps of each log, against the depths that the trainer drew and the time on the clock."""
 
     class Watch(TrainerCallback):
@@ -183,8 +181,9 @@ def test_counts_are_those_of_the_forward_passes(tmp_path):
     assert isinstance(throughput, ThroughputCallback)
     watch = Watch()
     trainer.add_callback(watch)
-    draw = trainer.sample_depth
-    trainer.sample_depth = lambda *key: watch.drawn.append(draw(*key)) or watch.drawn[-1]
+    monkeypatch.setattr(
+        "trainers.recurrent.sample_depth", lambda *key: watch.drawn.append(sample_depth(*key)) or watch.drawn[-1]
+    )
     trainer.train()
 
     assert len(watch.drawn) == 8  # 4 steps of 2 micro-batches

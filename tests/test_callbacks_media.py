@@ -14,7 +14,6 @@ from callbacks.media_samples import MediaSamplesCallback, spectrogram
 from callbacks.model_size import part_sizes
 from dataset_loading import Collator, DataConfig, SourceConfig, build_examples, get_task
 from dataset_loading.synthetic import generate_row
-from model.recurrence import draw_training_states, sample_depth
 from tests.test_callbacks import events, texts
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from tests.tiny_processor import picture, sound, tiny_processor
@@ -80,9 +79,6 @@ def train(folder, config, examples, model=None, **options):
         arguments,
         train_dataset=rows * 4,
         data_collator=Collator(processor),
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
-        modalities=NAMES,
     )
     add_callbacks(trainer, config, processor, examples)
     trainer.train()

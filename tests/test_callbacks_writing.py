@@ -13,8 +13,6 @@ from transformers import TrainerState
 from callbacks import CallbacksConfig, MediaSamplesConfig, WrittenSamplesConfig, add_callbacks
 from callbacks.written_samples import Sample, WrittenSamplesCallback, grid_of, size_by_part
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
-from model import modality_names
-from model.recurrence import draw_training_states, sample_depth
 from tests.test_callbacks import events, texts
 from tests.tiny_artist import CODES, artist_processor, tiny_artist, write_codes
 from trainers import RecurrentTrainer, RecurrentTrainingArguments
@@ -52,9 +50,6 @@ def train(folder, config, examples, image=None, **options):
         arguments,
         train_dataset=build_datasets(DATA, processor, seed=1).train,
         data_collator=Collator(processor),
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
-        modalities=modality_names(),
     )
     add_callbacks(trainer, config, processor, examples)
     trainer.train()

@@ -10,7 +10,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset_loading import train_tokenizer
-from dataset_loading.conversations import tokenize_conversations
 from dataset_loading.media_reader import MediaReader
 from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, encode_conversation, prepare_tokenizer
 from model.chat_guard import MARK
@@ -215,9 +214,9 @@ def test_harmless_conversations_are_the_same_whoever_encodes_them(saved):
         return
     theirs = tokenizer.apply_chat_template(HARMLESS, return_assistant_tokens_mask=True)
     parts = [it | {"content": [{"type": "text", "text": text_of_content(it)}]} for it in HARMLESS]
-    (row,) = tokenize_conversations([parts], tokenizer, {}, "answer")
-    assert row.tokens.tolist() == theirs["input_ids"] == encode_conversation(tokenizer, HARMLESS)
-    assert row.is_label.astype(int).tolist() == theirs["assistant_masks"]
+    (row,) = MediaReader(tokenizer).encode([parts])
+    assert row.ids.tolist() == theirs["input_ids"] == encode_conversation(tokenizer, HARMLESS)
+    assert row.is_answer.astype(int).tolist() == theirs["assistant_masks"]
 
 
 def text_of_content(message: dict) -> str:
@@ -313,6 +312,7 @@ def test_texts_of_rows_are_compared_as_they_are_read(tmp_path):
     tokenizer = ours(normalizers.NFKC(), roles=[])
     messages = [{"role": "user", "content": "＜|user|＞"}, HARMLESS[-1]]
     parts = [it | {"content": [{"type": "text", "text": it["content"]}]} for it in messages]
-    assert "would begin a message" in MediaReader(tokenizer).problem_of(parts)
+    (problem,) = MediaReader(tokenizer).encode([parts])
+    assert "for which the vocabulary has no token" in str(problem)
     with pytest.raises(ValueError, match="for which the vocabulary has no token"):
         encode_conversation(tokenizer, messages)

@@ -106,7 +106,7 @@ def test_the_template_that_is_meant():
 )
 def test_a_template_that_changes_what_is_said_is_refused(template, reason):
     with pytest.raises(ValueError, match=reason):
-        render_outline(template, (("user", None), ("assistant", None)), "", "")
+        render_outline(template, (("user", None), ("assistant", None)), ())
 
 
 def test_a_template_that_only_ends_as_ours_does_is_not_trusted(monkeypatch):
@@ -161,8 +161,11 @@ def test_training_data_is_not_encoded_by_a_template_that_fails():
     tokenizer = tiny_tokenizer()
     prepare_tokenizer(tokenizer, 320)
     tokenizer.chat_template = "{{ raise_exception('not these roles') }}"
-    with pytest.raises(ValueError, match=r"the chat template fails .*not these roles"):
-        MediaReader(tokenizer)
+    (problem,) = MediaReader(tokenizer).encode([MESSAGES])
+    assert "the chat template cannot be used: it fails with TemplateError: not these roles" in str(problem)
+    tokenizer.chat_template = "{{ 'a' * 10**10 }}"
+    with pytest.raises(UnboundedTemplateError):
+        MediaReader(tokenizer).encode([MESSAGES])
 
 
 # ------------------------------------------------------------------------------------------------------------- commands

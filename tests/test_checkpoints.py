@@ -89,7 +89,7 @@ def test_what_does_no_harm(run):
     (folder / "notes.txt").write_text("mine")
     (folder / "empty").mkdir()
     (folder / "README.md").write_text("edited")
-    (folder / "modeling_megatransformer.py").write_text("# of another version")
+    (folder / "modeling_megatransformer_text.py").write_text("# of another version")
     assert resume_point("true", run) == str(folder)
 
 

@@ -1,13 +1,12 @@
 """Damaged codecs and encoders, by folder: one line that names them, before anything is trained or measured."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluate_codec import load_codec
+from inference.loading import load_codec
 from model import MegaTransformerAudioWriterConfig, MegaTransformerImageWriterConfig
 from model.backbones import Backbone
 from model.codecs import build_codec
@@ -44,7 +43,7 @@ def poison(weights):
 DAMAGE = {
     "cut": (cut, "IncompleteMetadata|not cover|buffer|invalid|damaged"),
     "types": (lambda folder: change_config(folder, hidden_size="wide"), "hidden_size"),
-    "sizes": (lambda folder: change_config(folder, hidden_size=2**40), "cannot be loaded|is damaged"),
+    "sizes": (lambda folder: change_config(folder, hidden_size=2**40), "cannot be loaded|is wrong|is damaged"),
     "missing": (lambda folder: change_weights(folder, drop), "lack"),
 }
 
@@ -54,12 +53,11 @@ def test_a_damaged_codec_is_not_evaluated(tmp_path, damage):
     change, reason = DAMAGE.get(damage, (lambda folder: change_weights(folder, poison), "infinite or no numbers"))
     model = tiny_autoencoder()
     model.save_pretrained(tmp_path)
-    run = SimpleNamespace(model=model.config)
-    loaded = load_codec(tmp_path, run)
+    loaded = load_codec(tmp_path)
     assert all(torch.equal(here, model.state_dict()[name]) for name, here in loaded.state_dict().items())
     change(tmp_path)
     with pytest.raises(ValueError, match=reason) as error:
-        load_codec(tmp_path, run)
+        load_codec(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 

@@ -12,10 +12,11 @@ import yaml
 from PIL import Image
 from transformers import AutoFeatureExtractor, AutoModel, set_seed
 
-import evaluate_codec
 import pretrain
+from configs import load_config
 from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.codec_data import build_codec_datasets
+from evaluation.__main__ import main as evaluate
 from evaluation.reconstruction import PictureScores
 from model import MegaTransformerImageAutoencoder, codec_media
 from tests.test_trainer import Interrupt, losses
@@ -61,7 +62,7 @@ def test_pictures_without_their_texts(tmp_path):
     colours = [float(row[2, 0, 0]) for rows in (train, held_out) for row in (rows[i] for i in range(len(rows)))]
     assert sorted(colours) == pytest.approx([10 * number / 127.5 - 1 for number in range(8)])
     assert train[0].shape == (3, 16, 16) and train[0][:2].unique().tolist() == [-1, 1]
-    assert IMAGES.collate([train[0], train[1]])["pixel_values"].shape == (2, 3, 16, 16)
+    assert IMAGES.collate_codec_inputs([train[0], train[1]])["pixel_values"].shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match=r"damaged\.png"):
         build_codec_datasets(DataConfig(train=[SourceConfig("imagefolder", path=path)], max_bad_rows=0), IMAGES)
 
@@ -84,7 +85,7 @@ def test_clips_are_parts_of_recordings(tmp_path):
     assert torch.equal(build_codec_datasets(config, SOUNDS, seed=3)[0][0], long)
     (whole,) = validation.values()
     assert len(whole[0]) == 5000
-    batch = SOUNDS.collate([whole[0], short])
+    batch = SOUNDS.collate_codec_inputs([whole[0], short])
     assert batch["waveforms"].shape == (2, 5000) and batch["lengths"].tolist() == [5000, 1600]
     assert batch["waveforms"][1, 1600:].abs().max() == 0
 
@@ -166,7 +167,7 @@ def build_trainer(folder, model=None, **options) -> ReconstructionTrainer:
         model=(model or tiny_autoencoder(latent_noise=0.3)).train(),
         args=args,
         train_dataset=list(pictures(24)),
-        data_collator=IMAGES.collate,
+        data_collator=IMAGES.collate_codec_inputs,
         score=PictureScores(),
     )
 
@@ -292,7 +293,7 @@ def test_from_yaml_to_scores(tmp_path, capsys, name):
         assert (extractor.n_fft, extractor.hop_length, extractor.feature_size) == (256, 80, 64)
         return
     capsys.readouterr()
-    assert evaluate_codec.main([str(out), "--limit", "4", "--device", "cpu"]) == 0
+    assert evaluate([str(out), "--limit", "4", "--device", "cpu"]) == 0
     table = capsys.readouterr().out
     assert re.search(r"\| scenes \| *autoencoder, 96 of 768 numbers \| +\d+\.\d{3} \| +\d\.\d{3} \|", table), table
     assert "96 principal components" in table
@@ -301,9 +302,9 @@ def test_from_yaml_to_scores(tmp_path, capsys, name):
 def test_scores_beside_griffin_lim(tmp_path, capsys):
     """A vocoder that knows nothing yet, with the run's configuration beside it."""
     config, out = write_run(tmp_path, "vocoder"), tmp_path / "out"
-    pretrain.load_config(config).save(out / "config.yaml")
+    load_config(config).save(out / "config.yaml")
     tiny_vocoder().save_pretrained(out)
-    assert evaluate_codec.main([str(out), "--device", "cpu"]) == 0
+    assert evaluate([str(out), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {
         cells[2].strip(): dict(zip(titles, map(float, cells[3:-1]), strict=True))
@@ -346,19 +347,22 @@ def test_a_dry_run_says_how_large_it_is(tmp_path, capsys):
     assert text.startswith("| part |") and f"| all | {parameters:,} |" in text and "layers" not in text
 
 
-def test_what_is_no_codec_is_not_evaluated(tiny_run, capsys):
+def test_options_of_language_models_are_refused_for_a_codec(tmp_path, capsys):
+    config, out = write_run(tmp_path, "autoencoder"), tmp_path / "out"
+    load_config(config).save(out / "config.yaml")
+    tiny_autoencoder().save_pretrained(out)
     with pytest.raises(SystemExit):
-        evaluate_codec.main([str(tiny_run)])
-    assert "holds a megatransformer_text, which is no codec; use evaluate.py" in capsys.readouterr().err
+        evaluate([str(out), "--num-steps", "4"])
+    assert "error: --num-steps is for language models, and this is a codec: leave it out." in capsys.readouterr().err
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path, capsys):
     config, out = write_run(tmp_path, "autoencoder"), tmp_path / "out"
-    pretrain.load_config(config).save(out / "config.yaml")
+    load_config(config).save(out / "config.yaml")
     tiny_autoencoder(num_decoder_layers=2).save_pretrained(out)
     weights = MegaTransformerImageAutoencoder.from_pretrained(out).state_dict()
     weights.pop("decoder.head.bias")
     tiny_autoencoder(num_decoder_layers=2).save_pretrained(out, state_dict=weights)
     with pytest.raises(SystemExit):
-        evaluate_codec.main([str(out)])
+        evaluate([str(out)])
     assert "lacks 1 of the weights (decoder.head.bias)" in capsys.readouterr().err

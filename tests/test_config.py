@@ -451,6 +451,17 @@ def test_paths_are_relative_to_the_file_that_names_them(yaml_file, tmp_path: Pat
     assert resolved["tokenizer"]["path"] == "gpt2"
 
 
+def test_a_pretrained_encoder_is_named_relative_to_the_file_too(yaml_file, tmp_path: Path, empty_folder: Path) -> None:
+    (tmp_path.parent / "eyes").mkdir()
+    (empty_folder / "ears").mkdir()
+    media = "model_type: megatransformer, vision_config: {backbone: ../eyes}, audio_config: {backbone: org/ears}"
+    resolved = configs.resolve(["--config", yaml_file(f"model: {{{media}}}")])["model"]
+    assert resolved["vision_config"]["backbone"] == str(tmp_path.parent / "eyes")
+    assert resolved["audio_config"]["backbone"] == "org/ears"
+    flags = ["--config", yaml_file(f"model: {{{media}}}"), "--model.audio_config.backbone", "ears"]
+    assert configs.resolve(flags)["model"]["audio_config"]["backbone"] == str(empty_folder / "ears")
+
+
 @pytest.mark.parametrize("name", ["zero2", "zero2.json", str(ROOT / "configs/deepspeed/zero2.json")])
 def test_deepspeed_files_are_found_by_name_from_anywhere(name: str) -> None:
     """C8."""
@@ -740,7 +751,7 @@ def test_a_rank_that_is_no_number_is_one_line(monkeypatch, capsys, name: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate.py", "-m inference.generate"])
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "-m evaluation", "-m inference.generate"])
 def test_a_rank_that_is_no_number_ends_a_command(script: str) -> None:
     command = [sys.executable, *script.split(), "--help"]
     ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "LOCAL_RANK": "x"}, capture_output=True, text=True)

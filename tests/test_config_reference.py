@@ -24,6 +24,7 @@ from model import (
 )
 from trainers import RecurrentTrainingArguments
 from trainers.dpo import PreferenceArguments
+from trainers.exit_probe import ExitProbeArguments
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import ModelOptions
 from trainers.grpo import RolloutArguments
@@ -151,7 +152,7 @@ def test_every_option_stands_there_once(tmp_path: Path):
     expected |= {f"training.parameter_groups.{item.name}" for item in dataclasses.fields(ParameterGroup)}
     tuned = finetuning.resolve([*TUNING, "--peft.rank", "2", "--step_lora.rank", "2"])
     expected |= configs.flatten({name: tuned[name] for name in ("model", "peft", "step_lora", "quantization")}).keys()
-    for cls in (SupervisedArguments, PreferenceArguments, RolloutArguments):
+    for cls in (SupervisedArguments, PreferenceArguments, RolloutArguments, ExitProbeArguments):
         expected |= {f"training.{name}" for name in cls.__annotations__ if name in configs.options_of(cls)}
     assert len({(line.group, line.key) for line in LINES}) == len(LINES)
     groups = {part for line in LINES for part in line.group.partition(" [")[0].split(", ")}
@@ -217,6 +218,7 @@ NEEDED = {
     SupervisedArguments: {"output_dir": "unused", "use_cpu": True},
     PreferenceArguments: {"output_dir": "unused", "use_cpu": True},
     RolloutArguments: {"output_dir": "unused", "use_cpu": True, "rewards": ["some:reward"]},
+    ExitProbeArguments: {"output_dir": "unused", "use_cpu": True},
     ModelOptions: {"path": "some/run"},
 }
 

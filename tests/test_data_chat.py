@@ -1,6 +1,7 @@
 """Conversations of text alone: any source of prompts and answers, chats with tools, vocabularies without roles."""
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -148,15 +149,20 @@ def test_a_tokenizer_is_made_ready_for_conversations_as_far_as_there_is_room():
         assert len(ids) == 1 + len("What is 2*21?") + (2 if free >= 2 else len("<|user|><|assistant|>"))
 
 
-def test_a_template_of_its_own_is_left_alone_and_refused_for_rows():
+def test_a_template_of_its_own_is_left_alone_and_learned():
     tokenizer = train_tokenizer([], 259)
     tokenizer.chat_template = "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}"
     prepare_tokenizer(tokenizer, 300)
     assert len(tokenizer) == 259
     text = tokenizer.decode(encode_conversation(tokenizer, TALK[1:3]))
     assert text == "[user] What is 2*21?[assistant] calculator(2*21)"
-    with pytest.raises(ValueError, match=r"the chat template gives '\[system\] system says"):
-        build(SourceConfig("generated", task="calculator"), tokenizer)
+    for row in build(SourceConfig("generated", task="calculator", num_rows=5), tokenizer).train:
+        question, call, result, rest = re.fullmatch(
+            r"\[user\] (.*)\[assistant\] calculator\((.*)\)\[tool\] (.*)\[assistant\] (.*)",
+            tokenizer.decode(row["input_ids"]),
+        ).groups()
+        assert call in question and rest == result
+        assert learned(row, tokenizer) == f"[assistant] calculator({call})|[assistant] {rest}"
 
 
 @pytest.mark.parametrize(
@@ -164,12 +170,12 @@ def test_a_template_of_its_own_is_left_alone_and_refused_for_rows():
     [
         (
             [{"role": "robot", "content": "x"}],
-            "role of a message is 'robot'; it must be one of system, user",
+            "message 0 has role 'robot'; choose one of user, assistant",
         ),
         (TALK[:2], "no message of the assistant, so that there is nothing to learn"),
         (
             [{"role": "user", "content": [{"type": "image", "path": "talks.jsonl"}]}, TALK[-1]],
-            "type 'image' is unknown",
+            "message 0 has a part of type 'image'; choose one of text",
         ),
     ],
 )

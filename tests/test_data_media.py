@@ -600,17 +600,19 @@ class Points(Modality):
     config_class = dict
     input_names = ("points",)
 
-    def build_encoder(self, config):
+    @classmethod
+    def build_encoder(cls, config):
         raise NotImplementedError
 
-    def dummy_inputs(self, config):
+    @classmethod
+    def dummy_inputs(cls, config):
         raise NotImplementedError
 
-    def preprocess(self, medium, config):
+    def preprocess(self, medium):
         with open(medium) as file:
             return torch.tensor([float(number) for number in file.read().split(",")])
 
-    def num_tokens(self, preprocessed, config):
+    def num_tokens(self, preprocessed):
         return len(preprocessed)
 
     def collate(self, preprocessed):
@@ -619,7 +621,7 @@ class Points(Modality):
 
 def test_a_further_modality_needs_no_change_here(tmp_path, monkeypatch):
     """In a chat beside a picture; its number is the one after audio; a file of it that cannot be read is a bad row."""
-    monkeypatch.setitem(MODALITIES, "points", Points())
+    monkeypatch.setitem(MODALITIES, "points", Points)
     tokens = [f"<|{name}|>" for name in ("points_start", "points", "points_end")]
     tokenizer = train_tokenizer([], 271, media_tokens=[*MEDIA_TOKENS, *tokens])
     processor = tiny_processor(tokenizer=tokenizer, modality_configs={"points": {}})

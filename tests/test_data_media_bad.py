@@ -190,16 +190,19 @@ def test_a_caption_that_is_empty_or_no_text_is_a_bad_row(tmp_path, caplog, text,
 ANSWER = {"role": "assistant", "content": "yes"}
 QUESTION = {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "what?"}]}
 BAD_MESSAGES = {
-    "no list": ("hello", "messages are str, not a list"),
-    "empty": ([], "messages are an empty list"),
-    "no message": (["hello"], "role of a message is 'hello'"),
+    "no list": ("hello", "a conversation is 'hello'; give a list of messages"),
+    "empty": ([], r"a conversation is \[\]; give a list of messages"),
+    "no message": (["hello"], "message 0 is 'hello'; give a dict with role and content"),
     "unknown role": (
         [QUESTION, {"role": "bot", "content": "x"}],
-        "role of a message is 'bot'; it must be one of system, user, assistant, tool",
+        "message 1 has role 'bot'; choose one of user, assistant, system, tool",
     ),
-    "no content": ([{"role": "user"}, ANSWER], "content of a message is NoneType"),
+    "no content": ([{"role": "user"}, ANSWER], "message 0 is .*; give a dict with role and content"),
     "no type": ([{"role": "user", "content": [{"text": "x"}]}, ANSWER], "without a type"),
-    "unknown type": ([{"role": "user", "content": [{"type": "video", "path": "a.png"}]}, ANSWER], "'video' is unknown"),
+    "unknown type": (
+        [{"role": "user", "content": [{"type": "video", "path": "a.png"}]}, ANSWER],
+        "message 0 has a part of type 'video'; choose one of text",
+    ),
     "unknown type without a file": (
         [{"role": "user", "content": [{"type": "smell"}]}, ANSWER],
         "'smell' names no file",
@@ -408,14 +411,14 @@ def test_media_need_a_processor_and_a_model_that_reads_them(tmp_path):
     ):
         build(source, train_tokenizer([], 259))
     with pytest.raises(
-        ValueError, match="has no usable rows; the first of 3: type 'image' is unknown; the model reads"
+        ValueError, match="has no usable rows; the first of 3: message 0 has a part of type 'image'; choose one of"
     ):
         build(source, tiny_processor(image_processor=None))
 
 
-def test_a_chat_template_of_ones_own_is_refused(tmp_path):
+def test_a_chat_template_that_leaves_out_media_is_refused(tmp_path):
     processor = tiny_processor(chat_template="{% for message in messages %}{{ message.content }}{% endfor %}")
-    with pytest.raises(ValueError, match="the chat template gives 'system says"):
+    with pytest.raises(ValueError, match="the chat template leaves out"):
         build(folder_with(tmp_path, "x.png", GOOD_PICTURE), processor)
 
 

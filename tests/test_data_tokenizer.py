@@ -16,12 +16,11 @@ from dataset_loading import (
     SourceConfig,
     TokenizerConfig,
     build_tokenizer,
-    documents,
     load_tokenizer,
-    pieces,
     train_tokenizer,
 )
 from dataset_loading.documents import encode_batch
+from model import text_encoding
 from tests.test_pretrain import write_config
 
 TEXTS = ["the cat sat on the mat, 1234 times", "a cat and a hat 12", "the hat sat 34"] * 5
@@ -234,23 +233,23 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(name, monkeypatch):
     tokenizer, pieces_encoded = make(), 0
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
-    monkeypatch.setattr(pieces, "PIECE_LENGTH", 50)
+    monkeypatch.setattr(text_encoding, "PIECE_LENGTH", 50)
     for seed in range(10):
         text = whitespace_salad(1000, seed)
         assert encode(tokenizer, text) == backend.encode(text, add_special_tokens=False).ids
-        pieces_encoded += len(list(pieces.cut_text(text, backend)))
+        pieces_encoded += len(list(text_encoding.cut_text(text, backend)))
     assert pieces_encoded > 200 if is_cut else pieces_encoded == 10
 
 
 def test_a_text_without_white_space_is_one_piece(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE_LENGTH", 50)
-    assert list(pieces.cut_text("x" * 500)) == ["x" * 500]
+    monkeypatch.setattr(text_encoding, "PIECE_LENGTH", 50)
+    assert list(text_encoding.cut_text("x" * 500)) == ["x" * 500]
 
 
 def test_a_vocabulary_from_pieces_is_that_of_the_whole_texts(monkeypatch):
     texts = [whitespace_salad(3000, seed) for seed in range(3)]
     whole = train_tokenizer(texts, 400).backend_tokenizer.to_str()
-    monkeypatch.setattr(pieces, "PIECE_LENGTH", 50)
+    monkeypatch.setattr(text_encoding, "PIECE_LENGTH", 50)
     assert train_tokenizer(texts, 400).backend_tokenizer.to_str() == whole
 
 
@@ -266,8 +265,7 @@ def test_little_is_encoded_at_a_time(monkeypatch):
             encoded.append(sum(map(len, texts)))
             return backend.encode_batch_fast(texts, **options)
 
-    monkeypatch.setattr(pieces, "PIECE_LENGTH", 1000)
-    monkeypatch.setattr(documents, "PIECE_LENGTH", 1000)
+    monkeypatch.setattr(text_encoding, "PIECE_LENGTH", 1000)
     tokenizer = SimpleNamespace(backend_tokenizer=Watched(), bos_token_id=1, eos_token_id=2)
     texts = [whitespace_salad(9000), *(whitespace_salad(50, seed) for seed in range(200))]
     batch = encode_batch({"text": texts}, tokenizer, " ", "all")

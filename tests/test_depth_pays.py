@@ -69,10 +69,10 @@ def commands(monkeypatch):
     """The scripts that would be started; each leaves an empty table, as if it evaluated."""
     started = []
 
-    def run(script, *arguments):
-        started.append(script.name)
-        (arguments[0] / "evaluation").mkdir()
-        (arguments[0] / "evaluation" / "depth.json").write_text('{"rows": []}')
+    def run(_, module, folder, *arguments):
+        started.append(module)
+        (folder / "evaluation").mkdir()
+        (folder / "evaluation" / "depth.json").write_text('{"rows": []}')
 
     monkeypatch.setattr(depth_pays, "run", run)
     return started
@@ -89,7 +89,7 @@ def test_a_finished_run_is_only_judged_again(tmp_path, commands):
     job = Job(CONTESTANTS[0], 0, tmp_path, 20)
     leave_run(job, 20)
     assert compete_all([job], workers=1) == {(CONTESTANTS[0], 0): {"seconds": 7.0, "updates": 20, "accuracy": {}}}
-    assert commands == ["evaluate.py"]
+    assert commands == ["evaluation"]
 
 
 @pytest.mark.parametrize(

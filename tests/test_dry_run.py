@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 from callbacks import size_table
-from configs import load_config
+from configs import load_config, pretraining
 from model import MegaTransformerForCausalLM, RecurrenceConfig
-from model.recurrence import sample_depth
+from model.recurrence import INJECTIONS
 from tests.hub_encoders import local_encoders
 from tests.test_pretrain import write_config
 from tests.tiny import tiny_config, tiny_ids, tiny_model
@@ -28,6 +29,7 @@ from trainers.estimates import (
     activation_bytes,
     expected_steps,
     flops_per_token,
+    injection_widths,
     precision_of,
     state_bytes,
 )
@@ -50,7 +52,7 @@ def test_expected_steps_of_the_lognormal_poisson():
     nodes, weights = numpy.polynomial.hermite_e.hermegauss(80)
     rates = numpy.exp(math.log(8) - 0.5**2 / 2 + 0.5 * nodes)
     with_gradient = sum(w * mean_of_smaller(r, 6) for w, r in zip(weights / weights.sum(), rates, strict=True))
-    steps = expected_steps(sample_depth, RecurrenceConfig(mean_steps=8, backprop_steps=6), seed=0)
+    steps = expected_steps(RecurrenceConfig(mean_steps=8, backprop_steps=6), seed=0)
     assert with_gradient < 5.8  # some draws are shallower than the 6 steps
     assert steps.grad == pytest.approx(with_gradient, rel=0.005)
     assert steps.no_grad + steps.grad == pytest.approx(9, rel=0.01)
@@ -64,7 +66,7 @@ def test_expected_steps_of_the_lognormal_poisson():
 def test_expected_steps_of_the_other_distributions(distribution: str, expected: tuple):
     """Mean 4. Fixed, 2 with gradient: 2 + 2. Uniform on 1 .. 7, 3 with: (0 + 0 + 0 + 1 + 2 + 3 + 4) / 7 and 18 / 7."""
     recurrence = RecurrenceConfig(mean_steps=4, backprop_steps=expected[2], step_distribution=distribution)
-    steps = expected_steps(sample_depth, recurrence, seed=0)
+    steps = expected_steps(recurrence, seed=0)
     no_grad, grad, most = expected
     assert (steps.no_grad, steps.grad) == pytest.approx((no_grad, 4 - no_grad if grad is None else grad), rel=0.02)
     assert steps.most_grad == most
@@ -210,6 +212,32 @@ def test_activations_are_those_autograd_keeps(overrides: dict):
     assert kept.step == pytest.approx(whole - kept_bytes(model, packed, (1, 2)), rel=0.01)
 
 
+def test_activations_of_an_injection_that_is_added(monkeypatch: pytest.MonkeyPatch):
+    """One that nobody has told the estimate of, s tanh(e) + W s, which keeps s and tanh(e)."""
+
+    class Product(nn.Module):
+        def __init__(self, hidden_size: int):
+            super().__init__()
+            self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+        def forward(self, state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+            return state * embeds.tanh() + self.proj(state)
+
+    monkeypatch.setitem(INJECTIONS, "product", Product)
+    model = tiny_model(hidden_size=128, intermediate_size=256, num_key_value_heads=4, norm="layernorm").train()
+    model.model.core.injection = Product(128)
+    object.__setattr__(model.config.recurrence, "injection", "product")
+    assert injection_widths("product") == 2
+    kept = activation_bytes(model.config, precision_of(False, True), most_grad=3, row=64, packed=False)
+    assert kept.step == pytest.approx(kept_bytes(model, False, (1, 3)) - kept_bytes(model, False, (1, 2)), rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "widths"), [("concat", 2), ("add", 0), ("gate", 5)])
+def test_what_injections_keep_by_hand(name: str, widths: int):
+    """[s; e]; nothing; [s; e], the gate, its complement and s."""
+    assert injection_widths(name) == widths
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_activations_under_autocast_are_those_autograd_keeps():
     """RMS norms of bf16 numbers with float32 weights, not fused: the core step, where all of them are such."""
@@ -242,7 +270,11 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def fail(*args, **kwargs):
         raise AssertionError("a dry run reads no data, loads no tokenizer and starts no process group")
 
-    for name in ("pretrain.build_tokenizer", "pretrain.build_datasets", "torch.distributed.init_process_group"):
+    for name in (
+        "configs.pretraining.build_tokenizer",
+        "configs.pretraining.build_datasets",
+        "torch.distributed.init_process_group",
+    ):
         monkeypatch.setattr(name, fail)
 
     def start(*argv: str, code: int = 0) -> str:
@@ -343,9 +375,9 @@ def test_the_figures_of_recurrent_vlm_base(dry_run, tmp_path: Path):
 
 def test_the_model_has_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     seen = []
-    monkeypatch.setattr(pretrain, "describe_needs", lambda model, *rest: seen.append(model) or "")
+    monkeypatch.setattr(pretraining, "describe_needs", lambda model, *rest: seen.append(model) or "")
     run = load_config(["--config", str(write_config(tmp_path)), "--dry-run"])
-    text = pretrain.describe_run(run)
+    text = pretraining.describe_run(run)
     assert {parameter.device.type for parameter in seen[0].parameters()} == {"meta"}
     assert text.startswith(size_table(MegaTransformerForCausalLM(run.model)))  # the same table as for real weights
 

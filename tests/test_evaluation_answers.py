@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dataset_loading import Collator
-from evaluation import Writer, depth_table, markdown_table, save_depth_table, token_byte_lengths
-from evaluation.answers import Answer, WrittenScores, attribute_accuracy, prompt_of, written_scores
-from evaluation.depth import DepthRow, ExactMatch, ModalityScores
+from evaluation.answers import Answer, Writer, WrittenScores, attribute_accuracy, prompt_of, written_scores
+from evaluation.depth import DepthRow, ExactMatch, ModalityScores, depth_table
+from evaluation.metrics import token_byte_lengths
+from evaluation.report import markdown_table, save_depth_table
 from tests.test_callbacks_media import AUDIO, IMAGE, NAMES, answer, chat, row
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from tests.tiny_processor import picture, sound, tiny_processor
@@ -234,7 +235,6 @@ def test_the_table_has_losses_and_answers_by_source_modality_and_depth():
         *(model, [1, 3], texts, {"first": examples[:2], "second": examples[2:]}, Collator(processor)),
         byte_lengths=lengths,
         batch_size=3,
-        modalities=NAMES,
         writer=Writer(processor, max_new_tokens=4),
     )
     for depth_row in table:
@@ -271,7 +271,6 @@ def test_a_modality_may_have_losses_or_answers_alone():
     examples = {"sounds": [media_example(processor, [AUDIO], "", "C4")]}
     (depth_row,) = depth_table(
         *(tiny_reader(), [1], texts, examples, Collator(processor)),
-        modalities=NAMES,
         writer=Writer(processor, 2),
     )
     image, audio = depth_row.modalities["image"], depth_row.modalities["audio"]
@@ -304,7 +303,6 @@ def test_what_is_written_is_right_where_every_token_is_the_likeliest():
     texts = {"scenes": [row(processor, chat([IMAGE], "", "a"))]}
     table = depth_table(
         *(model, [2], texts, {"scenes": examples}, Collator(processor)),
-        modalities=NAMES,
         writer=Writer(processor, max_new_tokens=3),
     )
     assert table[0].exact_match["scenes"] == ExactMatch(0.5, 4, {1: 0.5, 2: 0.5})

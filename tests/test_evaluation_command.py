@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
+from configs import split_overrides
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
-from evaluate import main, split_overrides
+from evaluation.__main__ import main
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -159,7 +160,7 @@ def check_error(capsys, argv, message):
         main(argv)
     found = capsys.readouterr()
     assert stop.value.code == 2 and found.out == ""
-    assert found.err.startswith("evaluate.py: error: ") and found.err.count("\n") == 1
+    assert found.err.startswith("evaluation: error: ") and found.err.count("\n") == 1
     assert message in found.err
 
 
@@ -177,7 +178,7 @@ def test_bad_folders_are_one_line(plain_folder, tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(run_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("evaluate.depth_table", None)
+    monkeypatch.setattr("evaluation.__main__.depth_table", None)
     for output, reason in ((tmp_path / "file", "Not a directory"), (tmp_path / "file" / "below", "Not a directory")):
         argv = [str(run_folder / "checkpoint-20"), "--limit", "2", "--output", str(output)]
         check_error(capsys, argv, f"{output} cannot be written ({reason}): name another folder with --output")
@@ -187,12 +188,12 @@ def test_a_table_that_cannot_be_written_is_shown_all_the_same(plain_folder, tmp_
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("evaluate.save_depth_table", fail)
+    monkeypatch.setattr("evaluation.__main__.save_depth_table", fail)
     with pytest.raises(SystemExit) as stop:
         main([str(plain_folder), "--limit", "2", "--output", str(tmp_path / "out")])
     found = capsys.readouterr()
     assert stop.value.code == 2 and "| no core |" in found.out
-    assert f"evaluate.py: error: {tmp_path / 'out'} cannot be written: No space left on device" in found.err
+    assert f"evaluation: error: {tmp_path / 'out'} cannot be written: No space left on device" in found.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,12 +208,11 @@ def test_a_checkpoint_without_a_run_takes_its_data_from_a_file(plain_folder, tmp
 @pytest.mark.slow
 def test_the_command_from_another_folder(run_folder, tmp_path):
     """C8: a real process, with a relative path."""
-    command = [sys.executable, str(ROOT / "evaluate.py"), os.path.relpath(run_folder, tmp_path), "--num-steps"]
-    result = subprocess.run(
-        [*command, "1", "2", "--limit", "4", "--output", "out"], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "evaluation", os.path.relpath(run_folder, tmp_path), "--num-steps"]
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    result = subprocess.run([*command, "1", "2", "--limit", "4", "--output", "out"], **options)
     assert result.returncode == 0, result.stderr
     assert "| steps |" in result.stdout and (tmp_path / "out" / "depth.png").exists()
-    result = subprocess.run([*command, "0"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([*command, "0"], **options)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and "--num-steps: 0 is less than 1" in result.stderr

@@ -1,4 +1,4 @@
-"""`evaluate.py` on a model that reads images and sound."""
+"""`python -m evaluation` on a model that reads images and sound."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dataset_loading import DataConfig, SourceConfig, build_examples, get_task
-from evaluate import main
+from evaluation.__main__ import main
 from evaluation.answers import written_scores
 from tests.test_callbacks_media import answer
 from tests.test_evaluation_answers import answers_of

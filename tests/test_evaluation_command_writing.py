@@ -1,4 +1,4 @@
-"""`evaluate.py` on a model that writes images and sound."""
+"""`python -m evaluation` on a model that writes images and sound."""
 
 import json
 
@@ -8,8 +8,9 @@ import yaml
 from PIL import Image
 
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
-from evaluate import divide, main
-from evaluation import CHECKS, JudgeConfig, LabelledMedia, check_scene, load_judge, save_judge, train_judge
+from evaluation.__main__ import divide, main
+from evaluation.checks import CHECKS, check_scene
+from evaluation.judges import JudgeConfig, LabelledMedia, load_judge, save_judge, train_judge
 from tests.tiny_artist import CODES, artist_processor, save_artist, tiny_artist, write_codes
 
 SOURCES = [
@@ -138,7 +139,7 @@ def test_images_that_are_tokens(tmp_path, monkeypatch, capsys):
 
 
 def test_without_media_none_are_written(run_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("evaluate.media_table", None)
+    monkeypatch.setattr("evaluation.__main__.media_table", None)
     run(run_folder, tmp_path, "--no-media", "--no-texts")
     assert "Drawn" not in capsys.readouterr().out and not (tmp_path / "media.json").exists()
 
@@ -158,7 +159,10 @@ def test_rows_are_divided_by_what_answers_them():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--judge", "nowhere"], "nowhere holds no judge (judge.json is missing): give a folder that train_judge.py"),
+        (
+            ["--judge", "nowhere"],
+            "nowhere holds no judge (judge.json is missing): give a folder that",
+        ),
         (["--num-flow-steps", "0"], "argument --num-flow-steps: 0 is less than 1"),
         (["--guidance-scale", "-1"], "argument --guidance-scale: -1 is less than 0: give a number, 0 or more."),
         (["--exit-threshold", "0.1"], "--exit-threshold has no effect without --exit-criterion"),

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evaluation import depth_table, markdown_table, save_depth_table, token_byte_lengths
-from evaluation.depth import DepthRow, ExactMatch, answers_right
+from evaluation.depth import DepthRow, ExactMatch, answers_right, depth_table
+from evaluation.metrics import token_byte_lengths
+from evaluation.report import markdown_table, save_depth_table
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 
 

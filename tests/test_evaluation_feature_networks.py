@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import FeatureNetwork, frechet_distance, kernel_distance
+from evaluation.feature_networks import FeatureNetwork
+from evaluation.frechet import frechet_distance, kernel_distance
 
 
 class Means(torch.nn.Module):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import frechet_distance, kernel_distance
+from evaluation.frechet import frechet_distance, kernel_distance
 
 
 def features(count, size, seed, shift=0.0, scale=1.0):

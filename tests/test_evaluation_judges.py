@@ -7,8 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import JudgeConfig, LabelledMedia, frechet_distance, load_judge, save_judge, train_judge
-from evaluation.judges import disturbed, judge_media, label_in
+from evaluation.frechet import frechet_distance
+from evaluation.judges import (
+    JudgeConfig,
+    LabelledMedia,
+    disturbed,
+    judge_media,
+    label_in,
+    load_judge,
+    save_judge,
+    train_judge,
+)
 
 SHADES = {"dark": 60, "bright": 190, "middle": 125}
 
@@ -107,7 +116,7 @@ def test_saved_is_loaded_with_its_digest(judges, tmp_path):
 
 
 def test_a_folder_that_is_no_judge_is_refused(judges, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no judge \(judge.json is missing\): give a folder that train_judge"):
+    with pytest.raises(ValueError, match=r"holds no judge \(judge.json is missing\): give a folder that evalu"):
         load_judge(tmp_path)
     save_judge(judges["shade"], tmp_path, {})
     weights = tmp_path / "judge.safetensors"

@@ -9,11 +9,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from evaluation import BackReader, MediaWriter, Writer, media_markdown, media_table, save_media_table
+from evaluation.answers import Writer
 from evaluation.feature_networks import FeatureDistances
 from evaluation.judges import JudgeConfig, JudgeScores
-from evaluation.media_report import contact_sheet, plot_source, spectrogram
-from evaluation.media_writing import MediaSample, medium_of
+from evaluation.media_report import contact_sheet, media_markdown, plot_source, save_media_table, spectrogram
+from evaluation.media_writing import BackReader, MediaSample, MediaWriter, media_table, medium_of
 from tests.tiny_processor import tiny_processor
 
 GREY = [Image.new("RGB", (16, 16), (value, value, value)) for value in range(0, 200, 10)]

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch.utils.data import Dataset
 from transformers import AddedToken, EvalPrediction, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from evaluation import compute_metrics, metrics_from_sums, token_byte_lengths, token_nll, trainer_metrics
+from evaluation.metrics import compute_metrics, metrics_from_sums, token_byte_lengths, token_nll, trainer_metrics
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 
 

@@ -10,10 +10,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from dataset_loading import get_task
 from dataset_loading.synthetic import generate_row
 from dataset_loading.synthetic_scenes import read_medium
-from evaluation import CHECKS, check_notes, check_scene, read_notes, read_scene
-from evaluation.checks import read_request
-from evaluation.pitch_reader import note_name
-from evaluation.scene_reader import UNCLEAR, SeenObject
+from evaluation.checks import CHECKS, check_notes, check_scene, read_request
+from evaluation.pitch_reader import note_name, read_notes
+from evaluation.scene_reader import UNCLEAR, SeenObject, read_scene
 
 
 def rows_of(name, difficulty, count):

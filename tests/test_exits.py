@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from model import RecurrentCache
-from model.exit_criteria import EXIT_CRITERIA, Look
-from model.recurrence import keyed_generator
-from model.state_noise import NOISE_SCHEDULES, StateNoise
-from tests.tiny import PAD, tiny_config, tiny_ids, tiny_model
+from model import ExitOptions, NoiseOptions, RecurrentCache
+from model.depth import NOISE_SCHEDULES, keyed_generator
+from model.exit_criteria import EXIT_CRITERIA, ExitCheck
+from tests.tiny import PAD, for_forward, tiny_config, tiny_ids, tiny_model
 
 THRESHOLDS = {
     "kl_divergence": 0.02,
@@ -33,7 +32,7 @@ def model():
 
 def logits_of(model, ids, **kwargs) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, **kwargs).logits
+        return model(ids, **for_forward(**kwargs)).logits
 
 
 # ------------------------------------------------------------------------------------------------------ values, options
@@ -95,9 +94,9 @@ def test_values_are_those_of_the_closed_form(name):
     states = [torch.randn(2, 3, 5, generator=generator) for _ in range(5)]
     logits = [torch.randn(2, 7, generator=generator) * 3 + torch.eye(7)[2] * 6 for _ in range(4)]
     is_token = torch.tensor([[True, True, True], [False, True, True]])
-    before = Look(0, states[0], is_token=is_token)
+    before = ExitCheck(0, states[0], is_token=is_token)
     for step in range(1, 5):
-        now = Look(step, states[step], logits[step - 1], is_token)
+        now = ExitCheck(step, states[step], logits[step - 1], is_token)
         now.value = EXIT_CRITERIA[name].value(now, before)
         for row in range(2):
             of_row = [state[row][is_token[row]].double().tolist() for state in states]
@@ -112,13 +111,14 @@ def test_thresholds_stop_below_or_for_stability_from():
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_a_row_stops_at_the_first_look_that_passes(model, name):
+def test_a_row_stops_at_the_first_check_that_passes(model, name):
     """Against the states and readings of a pass that takes all steps."""
     ids = tiny_ids(4, 6)
     with torch.no_grad():
         full = model(ids, num_steps=MOST, output_states=True, use_cache=False)
         logits = [logits_of(model, ids, num_steps=step)[:, -1].double().tolist() for step in range(1, MOST + 1)]
-        out = model(ids, num_steps=MOST, exit_criterion=name, exit_threshold=THRESHOLDS[name], use_cache=False)
+        exits = for_forward(exit_criterion=name, exit_threshold=THRESHOLDS[name])
+        out = model(ids, num_steps=MOST, use_cache=False, **exits)
     expected = []
     for row in range(4):
         states = [state[row].double().tolist() for state in full.states]
@@ -129,15 +129,18 @@ def test_a_row_stops_at_the_first_look_that_passes(model, name):
     assert len(set(expected)) > 1  # or the test shows little
 
 
-def test_first_look_and_every_n_steps(model):
-    """After steps 3, 5 and 7: with a threshold that all pass, rows stop at the first look; with one that none passes,
+def test_first_check_and_every_n_steps(model):
+    """After steps 3, 5 and 7: with a threshold that all pass, rows stop at the first check; with one that none passes,
     at the end.
     """
-    looks = {"exit_criterion": "cosine", "exit_first_step": 3, "exit_every": 2, "num_steps": MOST}
-    assert model(tiny_ids(2, 4), exit_threshold=2.0, **looks).exit_steps.tolist() == [3, 3]
-    assert model(tiny_ids(2, 4), exit_threshold=1e-9, **looks).exit_steps.tolist() == [MOST, MOST]
-    stable = {**looks, "exit_criterion": "argmax_stability", "exit_threshold": 1}
-    assert set(model(tiny_ids(8, 4), **stable).exit_steps.tolist()) <= {5, 7, 8}
+    checks = {"exit_criterion": "cosine", "exit_first_step": 3, "exit_every": 2, "num_steps": MOST}
+
+    def steps_of(rows: int, **options) -> list[int]:
+        return model(tiny_ids(rows, 4), **for_forward(**{**checks, **options})).exit_steps.tolist()
+
+    assert steps_of(2, exit_threshold=2.0) == [3, 3]
+    assert steps_of(2, exit_threshold=1e-9) == [MOST, MOST]
+    assert set(steps_of(8, exit_criterion="argmax_stability", exit_threshold=1)) <= {5, 7, 8}
 
 
 def test_depth_of_each_token_is_reported_without_exits_too(model):
@@ -159,7 +162,7 @@ def test_rows_that_exit_equal_each_alone_with_that_number_of_steps(model, name, 
     ids, cache = tiny_ids(4, 8), RecurrentCache(model.config, policy)
     mask = torch.ones(4, 8, dtype=torch.long)
     mask[2, :3] = 0
-    exits = {"exit_criterion": name, "exit_threshold": THRESHOLDS[name], "num_steps": MOST}
+    exits = for_forward(exit_criterion=name, exit_threshold=THRESHOLDS[name], num_steps=MOST)
     with torch.no_grad():
         out = model(ids[:, :6], attention_mask=mask[:, :6], cache=cache, **exits)
         kept = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=False, logits_to_keep=1, **exits).logits
@@ -177,7 +180,7 @@ def test_rows_that_exit_equal_each_alone_with_that_number_of_steps(model, name, 
 
 @pytest.mark.parametrize("name", ["kl_divergence", "latent_difference"])
 def test_rows_that_have_exited_do_no_more_work(model, name):
-    """Rows through the core, and through the coda: a look reads each row that is still there, and nothing is read
+    """Rows through the core, and through the coda: a check reads each row that is still there, and nothing is read
     twice; a criterion on the state reads all rows once, at the end.
     """
     through = {"core": [], "coda": []}
@@ -186,7 +189,8 @@ def test_rows_that_have_exited_do_no_more_work(model, name):
         for part, rows in through.items()
     ]
     with torch.no_grad():
-        steps = model(tiny_ids(4, 6), num_steps=MOST, exit_criterion=name, exit_threshold=THRESHOLDS[name]).exit_steps
+        exits = for_forward(exit_criterion=name, exit_threshold=THRESHOLDS[name])
+        steps = model(tiny_ids(4, 6), num_steps=MOST, **exits).exit_steps
     for hook in hooks:
         hook.remove()
     active = [int((steps > step).sum()) for step in range(int(steps.max()))]
@@ -195,16 +199,14 @@ def test_rows_that_have_exited_do_no_more_work(model, name):
 
 
 def test_rows_with_a_budget_and_an_exit_stop_at_the_first_of_both(model):
-    ids, exits = tiny_ids(4, 6), {"exit_criterion": "cosine", "exit_threshold": THRESHOLDS["cosine"]}
+    ids, exits = tiny_ids(4, 6), for_forward(exit_criterion="cosine", exit_threshold=THRESHOLDS["cosine"])
     free = model(ids, num_steps=MOST, **exits).exit_steps
     budgets = torch.tensor([1, MOST, 2, MOST])
     assert model(ids, num_steps=budgets, **exits).exit_steps.tolist() == torch.minimum(free, budgets).tolist()
-    looked_late = {
-        "exit_criterion": "kl_divergence",
-        "exit_first_step": 3,
-        "exit_threshold": THRESHOLDS["kl_divergence"],
-    }
-    out = model(ids, num_steps=budgets, **looked_late)
+    checked_late = for_forward(
+        exit_criterion="kl_divergence", exit_first_step=3, exit_threshold=THRESHOLDS["kl_divergence"]
+    )
+    out = model(ids, num_steps=budgets, **checked_late)
     for row, steps in enumerate(out.exit_steps.tolist()):
         expected = logits_of(model, ids[row : row + 1], num_steps=steps)[0]
         torch.testing.assert_close(out.logits[row], expected, **CLOSE)
@@ -223,7 +225,7 @@ def by_hand(model, ids, new_tokens, num_steps=MOST, policy=None, choose=lambda l
     chunk = ids
     for _ in range(new_tokens):
         with torch.no_grad():
-            out = model(chunk, cache=cache, num_steps=num_steps, **(exits if tokens else {}))
+            out = model(chunk, cache=cache, num_steps=num_steps, **(for_forward(**exits) if tokens else {}))
         scores.append(out.logits[0, -1])
         steps.append(int(out.exit_steps[0]))
         tokens.append(int(choose(out.logits[0, -1])))
@@ -293,7 +295,7 @@ def test_the_prompt_exits_only_when_told_to(model):
     settings = {"max_new_tokens": 1, "return_dict_in_generate": True}
     assert model.generate(ids, **exits, **settings).exit_steps.tolist() == [[MOST]] * 3
     in_prefill = model.generate(ids, exit_in_prefill=True, **exits, **settings).exit_steps
-    assert in_prefill[:, 0].tolist() == model(ids, **exits).exit_steps.tolist() != [MOST] * 3
+    assert in_prefill[:, 0].tolist() == model(ids, **for_forward(**exits)).exit_steps.tolist() != [MOST] * 3
     in_chunks = model.generate(ids, prefill_chunk_size=4, **exits, **settings).exit_steps
     assert in_chunks.tolist() == [[MOST]] * 3
 
@@ -383,7 +385,7 @@ def test_warm_start_begins_where_the_token_before_ended(model):
             {"num_steps": torch.tensor([2]), "synced_gpus": True},
             "num_steps with a number per row is not possible with sync",
         ),
-        ({"exit_criterion": "probe"}, "needs a model with a probe; train one with train_exit_probe.py"),
+        ({"exit_criterion": "probe"}, "needs a model with a probe; train one with trainer: exit_probe"),
         ({"attention_mask": torch.zeros(1, 4)}, "row 0 of the prompt is all padding"),
         ({"attention_mask": torch.ones(1, 3)}, r"has shape \(1, 3\), expected \(batch, sequence\) = \(1, 4\)"),
         ({"noise_level": -1.0}, "noise_level must be at least 0, got -1.0"),
@@ -394,6 +396,21 @@ def test_warm_start_begins_where_the_token_before_ended(model):
 def test_bad_options_are_one_clear_error(model, options, message):
     with pytest.raises(ValueError, match=message) as error:
         model.generate(tiny_ids(1, 4), max_new_tokens=2, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: ExitOptions("cosine", every=0), "exit_every must be an integer of at least 1, got 0"),
+        (lambda model: NoiseOptions(-1.0), "noise_level must be at least 0, got -1.0"),
+        (lambda model: model(tiny_ids(1, 4), exits=ExitOptions("schedule", schedule=[2])), "give num_steps"),
+        (lambda model: model(tiny_ids(1, 4), initial_state="first"), "initial_state is 'first'; give a tensor, or"),
+    ],
+)
+def test_bad_options_of_forward_are_one_clear_error(model, call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call(model)
     assert "\n" not in str(error.value)
 
 
@@ -452,6 +469,6 @@ def test_noise_of_a_token_does_not_depend_on_its_batch_or_chunk(model):
 
 
 def test_noise_of_level_one_is_as_large_as_the_initial_state():
-    noise = StateNoise(tiny_config(hidden_size=64), 1.0, "fixed")
-    mixed = noise.mix(0, torch.zeros(1, 400, 64), torch.arange(400)[None])
+    noise, config = NoiseOptions(1.0, "fixed"), tiny_config(hidden_size=64)
+    mixed = noise.mix(0, torch.zeros(1, 400, 64), torch.arange(400)[None], config)
     assert mixed.std() == pytest.approx(math.sqrt(2 / 5), rel=0.02)

@@ -223,6 +223,14 @@ def test_every_file_of_the_model_is_exported(exported, name, classes):
         assert (folder / f"{target.split('.')[0]}.py").is_file()
 
 
+def test_a_text_model_is_exported_without_what_serves_media_alone(exported):
+    """16 files; the code of those that read images and sound is more than twice as much."""
+    folder = exported[0] / "text"
+    names = {path.stem for path in folder.glob("*.py")}
+    assert not names & {"modeling_megatransformer", "configuration_megatransformer", "fusion", "writers", "vision"}
+    assert sum(len(path.read_text().splitlines()) for path in folder.glob("*.py")) < 3700
+
+
 def test_base_model_saved_alone_loads_as_auto_model(tmp_path):
     base = tiny_model(scale=2.0).model
     base.save_pretrained(tmp_path)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import convert
-import evaluate
 import finetune
 from configs import load_run_config
 from configs.finetuning import FinetuningConfig, load_finetuning_config
+from evaluation.__main__ import main as evaluate
 from inference import generate
 from inference.loading import load_model
 from model import MegaTransformerForCausalLM
@@ -94,7 +94,7 @@ def test_the_loss_of_trl_is_that_of_the_model(tuned, tiny_run, tmp_path):
 
 def test_depths_are_those_of_the_keys(tuned, tiny_run):
     """R6: the mean over the two micro-batches of each step of what (seed, step, micro-batch) gives."""
-    from model.recurrence import sample_depth
+    from model.depth import sample_depth
 
     config = load_model(tiny_run)[0].config.recurrence
     history = json.loads((tuned / "trainer_state.json").read_text())["log_history"]
@@ -108,6 +108,19 @@ def test_all_weights_learn_without_adapters(tiny_run, tmp_path):
     ours, before = load_file(folder / "model.safetensors"), load_file(tiny_run / "model.safetensors")
     assert ours.keys() == before.keys()
     assert all(not torch.equal(ours[name], before[name]) for name in before)
+
+
+def test_the_depth_of_a_run_is_that_of_its_evaluation(tiny_run, tmp_path):
+    """Whatever config.json names where nothing else does."""
+    base = shutil.copytree(tiny_run, tmp_path / "base", ignore=shutil.ignore_patterns("checkpoint-*", "runs"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_steps": 1}))
+    flags = ("--model.num_steps", 3, "--training.max_steps", 1, "--training.save_strategy", "no")
+    folder = tune(tmp_path, base, *flags, peft=None)
+    model, ids = load_model(folder)[0], tiny_ids(2, 9, high=250)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, logits_of(model, 3))
+        assert not torch.equal(model(input_ids=ids).logits, logits_of(model, 1))
 
 
 @pytest.mark.parametrize("option", ["use_rslora", "use_dora"])
@@ -139,13 +152,13 @@ def test_the_ways_to_load_an_adapter_agree(tuned, tiny_run, tmp_path):
     for model in (load_model(tuned)[0], by_peft, merged):
         torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=1e-4)
     assert tokenizer.chat_template == load_model(tuned)[1].chat_template
-    assert (tmp_path / "merged/modeling_megatransformer.py").is_file()
+    assert (tmp_path / "merged/modeling_megatransformer_text.py").is_file()
 
 
 def test_an_adapter_is_used_where_a_model_is(tuned, tmp_path, capsys):
-    """By `inference.generate` and `evaluate.py`, on the data of its run."""
+    """By `inference.generate` and `python -m evaluation`, on the data of its run."""
     assert generate.main([str(tuned), "--prompt", "12+34=", "--greedy", "--max-new-tokens", "3"]) == 0
-    assert evaluate.main([str(tuned), "--num-steps", "2", "--limit", "2", "--output", str(tmp_path), "--no-texts"]) == 0
+    assert evaluate([str(tuned), "--num-steps", "2", "--limit", "2", "--output", str(tmp_path), "--no-texts"]) == 0
     assert "addition" in capsys.readouterr().out
     assert isinstance(load_run_config(tuned / "config.yaml"), FinetuningConfig)
 

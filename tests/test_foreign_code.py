@@ -117,7 +117,7 @@ def test_code_beside_the_processor_of_a_backbone_is_not_run(backbone, mark):
 def test_our_own_checkpoints_are_loaded_by_the_classes_that_are_here(tmp_path, mark):
     """Their `auto_map` leads to copies of our files; neither these nor others in their place are run."""
     model, _ = load_model(infect(save_checkpoint(tmp_path / "text"), mark))
-    assert type(model).__module__ == "model.modeling_megatransformer"
+    assert type(model).__module__ == "model.modeling_megatransformer_text"
     model, processor = load_model(infect(save_artist(tmp_path / "artist"), mark))
     assert type(processor) is MegaTransformerProcessor
     assert type(model).__module__ == "model.modeling_megatransformer"

@@ -20,9 +20,11 @@ MAY_IMPORT = {
     "callbacks": {"model"},
     "evaluation": {"model"},
     "inference": {"model"},
-    "conversion": {"model"},
-    "configs": {"model", "dataset_loading", "trainers", "callbacks"},
+    # Its loader takes configuration classes alone, see below; beside it are the trainers of a run, built of all rooms.
+    "configs": {"model", "dataset_loading", "trainers", "callbacks", "evaluation", "inference"},
 }
+# Commands that tie rooms together, as the scripts at the root do: they may import everything, and no room imports them.
+COMMANDS = {"evaluation/__main__.py", "evaluation/train_classifier.py"}
 # What the exported code may need where it is loaded: transformers and what comes with it.
 LIBRARIES_OF_MODEL = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy"}
 ROOMS = sorted(room for room in MAY_IMPORT if (ROOT / room).is_dir())
@@ -92,8 +94,35 @@ def not_exportable(source: str) -> list[str]:
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_what_it_may(room: str) -> None:
     """E5: layers without cycles."""
-    found = {name_of(path): forbidden_imports(path.read_text(), room) for path in (ROOT / room).rglob("*.py")}
+    files = [path for path in (ROOT / room).rglob("*.py") if name_of(path) not in COMMANDS]
+    found = {name_of(path): forbidden_imports(path.read_text(), room) for path in files}
     assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def modules_of(path: Path) -> set[str]:
+    """What a file imports of ours, with its dots resolved: modules, and modules with a name of them."""
+    found = set()
+    for _, level, module, names in imports_of(ast.parse(path.read_text())):
+        start = [*path.relative_to(ROOT).parent.parts] if level else []
+        place = ".".join([*start, *filter(None, [module])])
+        found |= {place} | {f"{place}.{name}" for name in names}
+    return found
+
+
+def test_nothing_but_benchmarks_and_tests_imports_a_command() -> None:
+    commands = {name.removesuffix(".py").replace("/", ".") for name in COMMANDS}
+    commands |= {path.stem for path in ROOT.glob("*.py")}
+    files = [path for path in SOURCES if path not in BENCHMARKS]
+    found = {name_of(path): sorted(modules_of(path) & commands) for path in files}
+    assert {name: modules for name, modules in found.items() if modules} == {}
+    for name in COMMANDS:
+        assert "if __name__ ==" in (ROOT / name).read_text()
+
+
+def test_no_script_hides_a_library() -> None:
+    """What stands at the root comes first where Python looks for modules."""
+    names = {path.stem for path in ROOT.glob("*.py")} | set(ROOMS)
+    assert names & ({"evaluate", "datasets"} | sys.stdlib_module_names) == set()
 
 
 def test_the_rules_make_no_cycle() -> None:
@@ -123,7 +152,7 @@ def test_the_import_rules_see_what_breaks_them() -> None:
         "import callbacks",
         "from inference.loading import x",
         "from ..model import x",
-        "def f():\n    import evaluate",
+        "def f():\n    import pretrain",
         "from benchmarks import timing",
     ):
         assert forbidden_imports(line, "trainers") != [], line

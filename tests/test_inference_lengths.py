@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from evaluate import check_lengths
+from evaluation.__main__ import check_lengths
 from inference import generate
 from inference.conversation import Conversation
 from inference.loading import load_model

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from inference.generate import main
-from inference.loading import load_model, tokenizer_of
+from inference.loading import load_model
+from model import tokenizer_of
 from tests.tiny_language_model import save_checkpoint
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor
 from tests.tiny_reader import save_reader, tiny_reader

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForMultimodalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from model import RecurrentCache
+from model import ExitOptions, RecurrentCache
 from tests.tiny import PAD
 from tests.tiny_media import AUDIO, IMAGE, row_of, tiny_inputs, tiny_media_model
 from tests.tiny_processor import picture, sound, tiny_processor
@@ -160,7 +160,7 @@ def test_a_row_that_exits_is_the_row_alone_with_those_steps(model):
     """One pass over the prompts: each row leaves after a number of steps of its own."""
     inputs = padded_inputs(0, 3, 5)
     with torch.no_grad():
-        out = model(**inputs, num_steps=8, exit_criterion="latent_difference", exit_threshold=0.4, use_cache=False)
+        out = model(**inputs, num_steps=8, exits=ExitOptions("latent_difference", 0.4), use_cache=False)
     assert len(out.exit_steps.unique()) > 1
     for row, (steps, left) in enumerate(zip(out.exit_steps.tolist(), (0, 3, 5), strict=True)):
         alone = logits_of(model, **row_of(tiny_inputs(), row), num_steps=steps)[0]

@@ -8,7 +8,8 @@ from torch import nn
 
 from model import MODALITIES, MegaTransformerConfig, MegaTransformerForConditionalGeneration, Modality
 from model.fusion import check_counts
-from model.vision import ConvStem, shuffle_pixels
+from model.modeling_megatransformer import take_media
+from model.vision import Stem, shuffle_pixels
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_media import AUDIO, IMAGE, draw, row_of, tiny_inputs, tiny_media_config, tiny_media_model
 
@@ -40,7 +41,7 @@ def test_a_padded_image_is_the_image_alone(stem):
 
 def test_a_deep_stem_is_its_convolutions():
     """Two for each halving of 8 pixels to one; activations keep their size on the way, as He et al. want it."""
-    stem = ConvStem(tiny_media_config(vision={"stem": "conv", "stem_depth": 2, "patch_size": 8}).vision_config)
+    stem = Stem(tiny_media_config(vision={"stem": "conv", "stem_depth": 2, "patch_size": 8}).vision_config)
     assert [conv.stride[0] for conv in stem.convs] == [2, 1, 2, 1, 2, 1]
     encoder = tiny_media_model(vision={"hidden_size": 256, "head_dim": 8, "stem": "conv", "stem_depth": 4})
     hidden = draw(4, 3, 32, 32)
@@ -158,7 +159,7 @@ def test_placeholders_are_known_by_their_embeddings():
     torch.testing.assert_close(logits_of(model, inputs_embeds=embeds, **inputs), expected)
     prompt = draw(1, 2, 32).expand(len(ids), -1, -1)
     with_prompt = logits_of(model, inputs_embeds=torch.cat((prompt, embeds), dim=1), **inputs)
-    whole, _ = model.model.embed(ids, inputs)
+    whole = model.model.embed(ids, take_media(dict(inputs))).embeds
     torch.testing.assert_close(with_prompt, logits_of(model, inputs_embeds=torch.cat((prompt, whole), dim=1)))
 
 
@@ -286,21 +287,23 @@ class Colours(Modality):
     class config_class(type(tiny_media_config().vision_config)):
         model_type = "colours"
 
-    def build_encoder(self, config):
+    @classmethod
+    def build_encoder(cls, config):
         encoder = nn.Linear(3, 7)
         encoder.config, encoder.output_size = config, 7
         inner = encoder.forward
         encoder.forward = lambda colours: (inner(colours), None)
         return encoder
 
-    def dummy_inputs(self, config):
+    @classmethod
+    def dummy_inputs(cls, config):
         return {"colours": torch.zeros(1, 1, 3)}
 
 
 def test_another_modality_is_one_file_and_an_entry_in_the_config(monkeypatch):
     with pytest.raises(ValueError, match="modality_configs has 'colour', which is not registered"):
         tiny_media_model(parts={"modality_configs": {"colour": {}}, "colour_token_id": 60})
-    monkeypatch.setitem(MODALITIES, "colour", Colours())
+    monkeypatch.setitem(MODALITIES, "colour", Colours)
     model = tiny_media_model(parts={"modality_configs": {"colour": {}}, "colour_token_id": 60})
     assert model.input_modalities == ("text", "image", "audio", "colour")
     inputs = tiny_inputs()
@@ -309,8 +312,7 @@ def test_another_modality_is_one_file_and_an_entry_in_the_config(monkeypatch):
     reader = model.model.readers["colour"]
     with torch.no_grad():
         out = model(**inputs, colours=colours)
-        media = {name: value for name, value in inputs.items() if name != "input_ids"}
-        embeds, _ = model.model.embed(inputs["input_ids"], {**media, "colours": colours})
+        embeds = model.model.embed(inputs["input_ids"], take_media({**inputs, "colours": colours})).embeds
         torch.testing.assert_close(embeds[2, 3:5], reader.projector(nn.Linear.forward(reader.encoder, colours[0])))
         assert (out.logits[2] - model(**inputs, colours=-colours).logits[2]).abs().max() > 1e-4
     written = model.generate(**inputs, colours=colours, max_new_tokens=3, do_sample=False, prefill_chunk_size=4)

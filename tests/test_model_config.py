@@ -116,7 +116,7 @@ def written(folder, config, **parts):
 def warnings_of_configs(monkeypatch):
     """The messages of the one logger of the configs."""
     messages = []
-    monkeypatch.setattr("model.configuration_megatransformer.logger.warning_once", messages.append)
+    monkeypatch.setattr("model.configuration_megatransformer_text.logger.warning_once", messages.append)
     return messages
 
 

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
-from transformers.dynamic_module_utils import custom_object_save
+from transformers.dynamic_module_utils import get_relative_import_files
 
 import finetune
+import model
 from inference.loading import load_model
 from tests.tiny_artist import save_artist
 from tests.tiny_finetuning import write_tuning_config
@@ -127,14 +128,15 @@ def test_what_is_compared_depends_on_the_weights(old):
 def test_they_compute_it_elsewhere_with_the_code_of_today(old):
     """The names in their auto_map are still those of files and classes."""
     for name in ("text", "media"):
-        model, processor = load_model(old / name)
-        for custom in (model, processor) if name == "media" else (model,):
-            custom_object_save(custom, old / name)
+        for target in json.loads((old / name / "config.json").read_text())["auto_map"].values():
+            file = Path(model.__file__).with_name(f"{target.split('.')[0]}.py")
+            for part in (file, *get_relative_import_files(file)):
+                shutil.copy(part, old / name)
     elsewhere = old.parent / "elsewhere"
     elsewhere.mkdir()
     # The functions above, without the imports of this project.
     lines = Path(__file__).read_text().splitlines()
-    own = ("import finetune", "from inference", "from tests")
+    own = ("import finetune", "import model", "from inference", "from tests")
     (elsewhere / "compared.py").write_text("\n".join(line for line in lines if not line.startswith(own)))
     code = (
         "import sys; from pathlib import Path; import compared; folder = Path(sys.argv[1])\n"

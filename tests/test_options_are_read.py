@@ -43,10 +43,10 @@ READERS = {
     "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
     "ModalityWeights": ("trainers/modalities.py", "weights"),
     "ParameterGroup": ("trainers/parameter_groups.py", "group"),
-    "ModelOptions": ("finetune.py", r"options|run\.model"),
+    "ModelOptions": ("configs/finetuning.py", r"options|run\.model"),
     "PeftOptions": ("trainers/finetuning.py", "options"),
     "TargetOptions": ("trainers/finetuning.py", "options"),
-    "StepLoraOptions": ("finetune.py", "options"),
+    "StepLoraOptions": ("configs/finetuning.py", "options"),
     "QuantizationConfig": ("model/quantization.py", "config"),
 }
 # Fields that transformers reads: it ties the weights, and its generation takes ids from them. Those of placeholders are
@@ -116,10 +116,11 @@ def test_every_option_is_read(cls: type, name: str) -> None:
 def test_every_part_of_a_run_is_read() -> None:
     """T10: the name of the trainer and the log level too."""
     fields = [item.name for item in dataclasses.fields(configs.RunConfig)]
-    files = [ROOT / "pretrain.py", ROOT / "configs/__init__.py"]
+    names = ("__init__", "pretraining", "running")
+    files = [ROOT / "pretrain.py", *(ROOT / f"configs/{name}.py" for name in names)]
     assert unread(configs.RunConfig, fields, "run", files, "run") == set()
     fields = [item.name for item in dataclasses.fields(finetuning.FinetuningConfig)]
-    files += [ROOT / "finetune.py"]
+    files += [ROOT / "configs/finetuning.py"]
     assert unread(finetuning.FinetuningConfig, fields, "run", files, "run|self") == set()
 
 

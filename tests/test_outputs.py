@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, StaticCache
 
-from model import RecurrentCache
+from model import ExitOptions, RecurrentCache
 from tests.tiny import tiny_ids, tiny_model
 
 LAYERS, STEPS = 2, 3  # of the core
@@ -55,7 +55,7 @@ def test_hidden_states_are_those_of_prelude_each_step_and_coda():
 
 def test_hidden_states_beside_exits_are_those_of_the_final_reading():
     model, ids = tiny_model(scale=2.0), tiny_ids(3, 5)
-    exits = {"num_steps": 8, "exit_criterion": "kl_divergence", "exit_threshold": 0.2}
+    exits = {"num_steps": 8, "exits": ExitOptions("kl_divergence", 0.2)}
     out, plain = model(ids, output_hidden_states=True, **exits), model(ids, **exits)
     assert len(set(plain.exit_steps.tolist())) > 1
     assert torch.equal(out.exit_steps, plain.exit_steps)

@@ -11,12 +11,13 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import finetune
-from configs.finetuning import load_finetuning_config
+from configs.finetuning import build_trainer, load_finetuning_config
 from dataset_loading.configuration import DataConfig, SourceConfig
 from dataset_loading.preferences import build_pairs, build_prompts, spoiled
 from dataset_loading.synthetic import get_task
 from inference.loading import load_model
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from model.step_lora import StepLora
 from tests.tiny_finetuning import write_tuning_config
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
@@ -57,8 +58,6 @@ def build(folder, pairs, adapters=True, model=None, **overrides):
         train_dataset=pairs,
         eval_dataset={"tiny": pairs},
         processing_class=TOKENIZER,
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
         peft_config=lora if adapters else None,
     )
 
@@ -136,7 +135,7 @@ def test_the_reference_has_no_deltas_of_steps_either(tiny_run, tmp_path):
     sections = {"data": {"train": [ADDITION], "validation": [ADDITION]}, "step_lora": {"num_steps": 3}}
     training = {"max_steps": 2, "learning_rate": 0.1, "save_strategy": "no"}
     config = write_tuning_config(tmp_path, tiny_run, trainer="dpo", training=training, **sections)
-    trainer = finetune.build_trainer(
+    trainer = build_trainer(
         load_finetuning_config(["--config", str(config), "--training.output_dir", str(tmp_path / "out")])
     )
     trainer.train()

@@ -18,11 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
-import evaluate
 import pretrain
 from configs import load_config
+from configs.pretraining import build_media_examples, whole_weights
 from dataset_loading import get_task
 from dataset_loading.synthetic import generate_row
+from evaluation.__main__ import main as evaluate
 from inference.loading import load_model
 from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, encode_conversation
 from tests.tiny import tiny_ids
@@ -92,7 +93,7 @@ def test_run_folder_holds_all_that_is_needed(run):
     """C7: weights, tokenizer and code in the run folder and in each checkpoint."""
     folder, _ = run
     for place in (folder, folder / "checkpoint-3", folder / "checkpoint-6"):
-        for name in ("model.safetensors", "config.json", "tokenizer.json", "modeling_megatransformer.py"):
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "modeling_megatransformer_text.py"):
             assert (place / name).is_file()
     assert (folder / "config.yaml").is_file() and (folder / "eval_results.json").is_file()
     assert not list(folder.glob("**/pytorch_model*.bin"))
@@ -201,9 +202,9 @@ def test_checkpoint_loads_elsewhere_with_its_tokenizer(run, tmp_path):
 
 
 def test_depth_table_of_the_run(run, tmp_path, capsys):
-    """`evaluate.py RUN --num-steps ...`: the table at the mean depth repeats the run's own evaluation."""
+    """`python -m evaluation RUN --num-steps ...`: the table at the mean depth repeats the run's own evaluation."""
     folder, _ = run
-    assert evaluate.main([str(folder), "--num-steps", "1", "3", "--output", str(tmp_path / "depth")]) == 0
+    assert evaluate([str(folder), "--num-steps", "1", "3", "--output", str(tmp_path / "depth")]) == 0
     rows = json.loads((tmp_path / "depth" / "depth.json").read_text())
     assert {path.suffix for path in (tmp_path / "depth").iterdir()} == {".json", ".md", ".png"}
     assert (tmp_path / "depth" / "depth.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -230,7 +231,7 @@ def test_media_are_shown_of_train_sources_where_there_is_no_validation(tmp_path)
     data = {"train": train, "validation": [], "block_size": 128}
     config = ["--config", str(write_config(tmp_path, data=data))]
     run, processor = load_config(config), tiny_processor()
-    examples = pretrain.build_media_examples(run, processor)
+    examples = build_media_examples(run, processor)
     counts = run.callbacks.media_samples.num_examples, run.callbacks.written_samples.num_examples
     assert list(examples) == ["scenes"] and len(examples["scenes"]) == max(counts) == 4
     scenes = get_task("scenes")
@@ -240,18 +241,18 @@ def test_media_are_shown_of_train_sources_where_there_is_no_validation(tmp_path)
     assert [example["answer"] for example in examples["scenes"]] == [row["answer"] for row in rows]
     named = "[{kind: generated, task: melodies, num_rows: 9}, {kind: generated, task: addition, num_rows: 9}]"
     run = load_config([*config, "--data.validation", named])
-    assert list(pretrain.build_media_examples(run, processor)) == ["melodies"]
+    assert list(build_media_examples(run, processor)) == ["melodies"]
 
 
 def test_models_are_built_whole_under_zero_3():
     config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # as TrainingArguments make one
     args = SimpleNamespace(deepspeed="zero3", hf_deepspeed_config=config)
     assert is_deepspeed_zero3_enabled()
-    with pytest.raises(KeyError), pretrain.whole_weights(args):
+    with pytest.raises(KeyError), whole_weights(args):
         assert not is_deepspeed_zero3_enabled()
         raise KeyError
     assert is_deepspeed_zero3_enabled()
-    with pretrain.whole_weights(SimpleNamespace(deepspeed=None)):
+    with whole_weights(SimpleNamespace(deepspeed=None)):
         assert not is_deepspeed_zero3_enabled()
 
 

@@ -509,16 +509,18 @@ class Points(Modality):
     config_class = PointsConfig
     input_names = ("points",)
 
-    def build_encoder(self, config):
+    @classmethod
+    def build_encoder(cls, config):
         raise NotImplementedError
 
-    def dummy_inputs(self, config):
+    @classmethod
+    def dummy_inputs(cls, config):
         raise NotImplementedError
 
-    def preprocess(self, medium, config):
-        return torch.as_tensor(medium) * config.scale
+    def preprocess(self, medium):
+        return torch.as_tensor(medium) * self.config.scale
 
-    def num_tokens(self, preprocessed, config):
+    def num_tokens(self, preprocessed):
         return len(preprocessed)
 
     def collate(self, preprocessed):
@@ -527,8 +529,7 @@ class Points(Modality):
 
 @pytest.fixture
 def reads_points(monkeypatch):
-    points = Points()
-    monkeypatch.setitem(MODALITIES, "points", points)
+    monkeypatch.setitem(MODALITIES, "points", Points)
     config = MegaTransformerConfig(text_config={"vocab_size": 271}, modality_configs={"points": {}})
     assert media_tokens(config)[: len(MEDIA_TOKENS)] == list(MEDIA_TOKENS) and len(media_tokens(config)) == 12
     tokenizer = train_tokenizer([], 271, media_tokens=media_tokens(config))

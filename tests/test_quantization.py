@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
-import evaluate
+from evaluation.__main__ import main as evaluate
 from inference import generate
 from inference.loading import load_model
 from model import MegaTransformerForCausalLM, RecurrentCache
 from model.quantization import PARTS, QuantizationConfig
 from tests.rounding import KEPT, round_model, rounded_to_4_bits, rounded_to_8_bits
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import for_forward, tiny_ids, tiny_model
 from tests.tiny_artist import save_artist, tiny_artist
 from tests.tiny_language_model import save_checkpoint, tiny_tokenizer
 from tests.tiny_media import draw
@@ -212,7 +212,7 @@ def test_generation_with_every_cache_and_with_exits(quantized, bits, policy, kep
     cache, steps = RecurrentCache(model.config, policy, kept), []
     with torch.no_grad():
         for _ in range(8):
-            out = model(chunk, cache=cache, num_steps=7, **(exits if steps else {}))
+            out = model(chunk, cache=cache, num_steps=7, **(for_forward(**exits) if steps else {}))
             steps.append(int(out.exit_steps[0]))
             chunk = out.logits[:, -1:].argmax(-1)
             ids = torch.cat((ids, chunk), dim=1)
@@ -238,7 +238,7 @@ def test_a_run_is_evaluated_in_fewer_bits(tiny_run, tmp_path, capsys):
     argv = [str(folder), "--num-steps", "2", "--limit", "8", "--no-texts", "--output", str(tmp_path)]
     tables = []
     for options in ([], ["--load-in", "8bit"], ["--load-in", "4bit"]):
-        assert evaluate.main([*argv, *options]) == 0
+        assert evaluate([*argv, *options]) == 0
         tables.append(float(re.search(r"^\| +2 \| +([\d.]+)", capsys.readouterr().out, re.MULTILINE)[1]))
     assert tables[0] == pytest.approx(tables[1], rel=0.05) and tables[0] == pytest.approx(tables[2], rel=0.2)
 

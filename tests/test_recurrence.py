@@ -8,15 +8,9 @@ import pytest
 import torch
 
 from model import RecurrenceConfig
-from model.recurrence import (
-    INJECTIONS,
-    default_state,
-    draw_state,
-    draw_training_states,
-    keyed_generator,
-    resolve_depth,
-    sample_depth,
-)
+from model.attention import AttentionInputs
+from model.depth import keyed_generator, resolve_depth, sample_depth
+from model.recurrence import INJECTIONS, ActiveRows, default_state, draw_state, draw_training_states
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
 
@@ -57,7 +51,7 @@ def test_depth_depends_on_its_key_alone_also_in_another_process():
     assert len(set(here)) > 3
     assert here != [sample_depth(config, 8, step, micro) for step in range(5) for micro in range(2)]
     code = (
-        "from model import RecurrenceConfig; from model.recurrence import sample_depth; "
+        "from model import RecurrenceConfig; from model.depth import sample_depth; "
         "c = RecurrenceConfig(mean_steps=8); print([sample_depth(c, 7, s, m) for s in range(5) for m in range(2)])"
     )
     out = subprocess.run(
@@ -197,3 +191,18 @@ def test_compiled_units_need_two_graphs_each_however_deep():
     torch._dynamo.reset()
     model.model.compile_units(backend="aot_eager")
     torch.testing.assert_close(model(ids, labels=ids, num_steps=(2, 3)).loss, eager)
+
+
+def test_rows_that_leave_keep_their_state_and_their_steps():
+    """Four rows of at most 3 steps: two stop after the first, one after the second, the last goes on to its limit."""
+    state = torch.arange(4.0)[:, None, None].expand(4, 2, 3)
+    active = ActiveRows(state, 10 * state, AttentionInputs(mask=None), limits=[3] * 4)
+    active.state = active.state + 0.1
+    assert active.leave(1, torch.tensor([True, False, False, True]))
+    assert active.index.tolist() == [1, 2] and active.embeds[:, 0, 0].tolist() == [10, 20]
+    active.state = active.state + 0.2
+    assert active.leave(2, torch.tensor([False, True])) and active.index.tolist() == [1]
+    active.state = active.state + 0.4
+    assert not active.leave(3, None)
+    torch.testing.assert_close(active.scatter_into_batch()[:, 0, 0], torch.tensor([0.1, 1.7, 2.3, 3.1]))
+    assert active.steps == [1, 3, 2, 1]

@@ -1,7 +1,10 @@
 """What is required has bounds, what is locked is exact and complete, and what the texts say of versions is true."""
 
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -141,3 +144,23 @@ def test_each_python_that_the_readme_names_is_one_that_the_lock_is_checked_for()
 def test_versions_of_tools_are_exact():
     (tools,) = re.findall(r"^TOOLS := (.+)$", MAKEFILE, flags=re.MULTILINE)
     assert [Version(tool.split("==")[1]) for tool in tools.split()]
+
+
+def test_the_project_installs_its_requirements_and_no_package(tmp_path):
+    """By the build backend of `pip install -e .`, on a copy, in which it leaves files."""
+    for name in ("pyproject.toml", "requirements.txt", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for room in ("model", "trainers"):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").touch()
+    code = "from setuptools import build_meta; print(build_meta.build_editable('built'))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with zipfile.ZipFile(tmp_path / "built" / result.stdout.splitlines()[-1]) as wheel:
+        info = [name for name in wheel.namelist() if ".dist-info/" in name]
+        others = {name: wheel.read(name).decode() for name in wheel.namelist() if name not in info}
+        metadata = wheel.read(next(name for name in info if name.endswith("/METADATA"))).decode()
+    assert not any(str(tmp_path) in content for content in others.values())  # nothing leads to its folders
+    found = {Requirement(line) for line in re.findall(r"^Requires-Dist: (.*)$", metadata, flags=re.MULTILINE)}
+    assert found == set(requirements_of("requirements.txt"))
+    assert "Name: megatransformer\n" in metadata

@@ -15,7 +15,6 @@ from peft import LoraConfig
 import finetune
 from inference.loading import load_model
 from model.chat import encode_conversation, prepare_tokenizer
-from model.recurrence import sample_depth
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from trainers import grpo
 from trainers.grpo import RolloutArguments, RolloutTrainer
@@ -69,8 +68,6 @@ def build(folder, reward, model=None, adapters=True, prompts=PROMPTS, **override
         train_dataset=rows,
         eval_dataset={"tiny": rows},
         processing_class=TOKENIZER,
-        sample_depth=sample_depth,
-        encode_messages=functools.partial(encode_conversation, add_generation_prompt=True),
         peft_config=lora if adapters else None,
     )
 
@@ -239,7 +236,7 @@ def tuning(folder, base, reward):
     tree["training"] |= {"learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True}
     config = folder / "tuning.yaml"
     config.write_text(yaml.safe_dump(tree))
-    return ["--config", str(config), "--training.output_dir", str(folder / "out")]
+    return ["--config", str(config), "--training.output_dir", str(folder / "out"), "--allow-code"]
 
 
 def test_finetune_by_reward(tiny_run, tmp_path, rewards):

@@ -8,7 +8,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from model import RecurrentCache
-from tests.tiny import PAD, tiny_ids, tiny_model
+from tests.tiny import PAD, for_forward, tiny_ids, tiny_model
 from tests.tiny_language_model import tiny_model as byte_model
 from tests.tiny_language_model import tiny_tokenizer
 
@@ -156,7 +156,7 @@ def test_processors_criteria_and_streamers_work_beside_exits(model):
     cache, chunk, tokens, steps = RecurrentCache(model.config), ids, [], []
     for _ in range(5):
         with torch.no_grad():
-            step = model(chunk, cache=cache, num_steps=8, **(exits if tokens else {}))
+            step = model(chunk, cache=cache, num_steps=8, **(for_forward(**exits) if tokens else {}))
         logits = step.logits[0, -1].clone()
         logits[banned] = -float("inf")
         tokens.append(int(logits.argmax()))

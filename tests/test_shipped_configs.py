@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from configs import CODEC_CONFIGS, RunConfig, load_config
+from configs import RunConfig, load_config
 from configs.finetuning import load_finetuning_config
-from model import MegaTransformerConfig, codec_media
-from pretrain import MODELS
+from model import CODEC_CONFIGS, MODELS, MegaTransformerConfig, codec_media
 from tests.hub_encoders import local_encoders
 from trainers.parameter_groups import assign, freeze
 
@@ -88,7 +87,7 @@ def test_a_codec_can_be_built_and_fits_its_data(run: RunConfig):
     model = build(run)
     assert isinstance(run.model, CODEC_CONFIGS) and count(run) < 5e6
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    kind = codec_media(run.model).kind
+    kind = codec_media(run.model).name
     assert all(kind in source.media_columns.values() for source in run.data.train)
     assert run.training.max_steps > run.training.warmup_steps
 

@@ -10,7 +10,7 @@ import torch
 from configs import load_config
 from inference import arguments
 from inference.logs import set_up_logging
-from inference.terminal import TerminalStreamer, write_result
+from inference.output import TerminalStreamer, write_result
 from model.terminal import one_line, visible
 from tests.tiny_language_model import tiny_tokenizer
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
 from transformers.integrations import integration_utils
 
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from tests.tiny import tiny_ids, tiny_model
 from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point, get_trainer_class
 from trainers.recurrent import state_changes, token_correlation
@@ -26,7 +27,7 @@ def rows(count=32, length=12):
     return [{"input_ids": row, "labels": target} for row, target in zip(ids, labels, strict=True)]
 
 
-def build(folder, seed=0, model=None, dataset=None, modalities=("text",), **overrides):
+def build(folder, seed=0, model=None, dataset=None, **overrides):
     settings = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -48,9 +49,6 @@ def build(folder, seed=0, model=None, dataset=None, modalities=("text",), **over
         args=args,
         train_dataset=dataset or rows(),
         eval_dataset=rows(8),
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
-        modalities=modalities,
     )
 
 

@@ -5,7 +5,6 @@ import torch
 from transformers import set_seed
 
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets
-from model.recurrence import draw_training_states, sample_depth
 from tests.test_trainer import Interrupt, losses
 from tests.tiny_processor import tiny_processor
 from tests.tiny_reader import tiny_reader
@@ -56,9 +55,6 @@ def build(folder, dataset, model, **options) -> RecurrentTrainer:
         args=args,
         train_dataset=dataset,
         data_collator=Collator(tiny_processor()),
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
-        modalities=NAMES,
     )
 
 

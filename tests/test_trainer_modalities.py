@@ -7,11 +7,13 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from model.recurrence import draw_training_states, sample_depth
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 from tests.test_trainer import Interrupt, build, losses, rows
 from tests.tiny import tiny_model
+from tests.tiny_media import tiny_media_model
 from trainers import ModalityWeights, RecurrentTrainingArguments, find_resume_point
-from trainers.sampling import LengthSampler
+from trainers.recurrent import LengthSampler
 
 NAMES = ("text", "image", "audio")
 WEIGHTS = ModalityWeights(image=2.0, audio=0.25)
@@ -27,7 +29,7 @@ def mixed_rows(count=32):
 
 
 def build_mixed(folder, dataset=None, **options):
-    return build(folder, dataset=dataset or mixed_rows(), modalities=NAMES, modality_weights=WEIGHTS, **options)
+    return build(folder, dataset=dataset or mixed_rows(), modality_weights=WEIGHTS, **options)
 
 
 def label_losses(model, batch, depth, state):
@@ -152,24 +154,20 @@ def test_a_modality_that_did_not_occur_is_not_logged(tmp_path):
     data = mixed_rows()
     for row in data:
         row["modality_ids"] = row["modality_ids"] // 2 * 2  # images become text
-    trainer = build(tmp_path, dataset=data, modalities=NAMES, max_steps=1, train_sampling_strategy="sequential")
+    trainer = build(tmp_path, dataset=data, max_steps=1, train_sampling_strategy="sequential")
     trainer.train()
     entry = trainer.state.log_history[0]
     assert {"loss_text", "loss_audio"} <= entry.keys() and not any("image" in key for key in entry)
 
 
 def test_without_modalities_nothing_changes(tmp_path):
-    """Rows of text that say so: the same losses and the same keys as those that do not; and weights of 1 change nothing
-    where there are modalities.
-    """
-    with_modalities = build(tmp_path, dataset=mixed_rows(), modalities=NAMES)
-    runs = [build(tmp_path), build(tmp_path, dataset=mixed_rows()), with_modalities]
-    for run in runs:
+    """Weights of 1 change nothing where rows name modalities; where they name none, none is logged."""
+    plain, mixed = build(tmp_path), build(tmp_path, dataset=mixed_rows())
+    for run in (plain, mixed):
         run.train()
-    assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
-    timings = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
-    keys = [[entry.keys() - timings for entry in run.state.log_history] for run in runs]
-    assert keys[0] == keys[1] and "loss_image" in keys[2][0]
+    assert losses(plain) == losses(mixed)
+    added = set().union(*mixed.state.log_history) - set().union(*plain.state.log_history)
+    assert added == {f"{kind}_{name}" for kind in ("loss", "tokens", "weight_share") for name in NAMES}
 
 
 def test_evaluation_is_not_weighted(tmp_path):
@@ -186,7 +184,7 @@ def test_a_window_of_no_weight_teaches_nothing(tmp_path):
     weights = ModalityWeights(image=0.0)
     model = tiny_model()
     before = [parameter.clone() for parameter in model.parameters()]
-    trainer = build(tmp_path, model=model, dataset=data, modalities=NAMES, modality_weights=weights, max_steps=2)
+    trainer = build(tmp_path, model=model, dataset=data, modality_weights=weights, max_steps=2)
     trainer.train()
     assert losses(trainer) == [0, 0] and trainer.state.log_history[0]["loss_image"] > 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -328,7 +326,10 @@ def test_a_stream_with_media_is_dealt_out_by_rows(tmp_path, monkeypatch, num_pro
         media = [number for row in rows for number in row["media"]["image"]]
         return {"input_ids": ids, "labels": ids, "pixel_values": torch.tensor(media, dtype=torch.float32)}
 
-    trainer = build(tmp_path, dataset=Stream(), modalities=NAMES, max_steps=1, per_device_train_batch_size=2)
+    model = tiny_media_model()
+    trainer = build(tmp_path, model=model, dataset=Stream(), max_steps=1, per_device_train_batch_size=2)
+    of_text = build(tmp_path, dataset=Stream())
+    assert of_text.accelerator.dataloader_config.dispatch_batches is None
     trainer.data_collator = join
     loaders = []
     for rank in range(num_processes):

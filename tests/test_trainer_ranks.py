@@ -29,7 +29,6 @@ trainer = build(
     seed=1,
     model=tiny_model(recurrence={"step_distribution": "fixed"}),
     dataset=Rows(mixed_rows(16)),
-    modalities=NAMES,
     modality_weights=WEIGHTS,
     freeze=["model.prelude.*"],
     parameter_groups=[ParameterGroup("model.coda.*", lr_factor=0.5, freeze_steps=3)],

@@ -5,12 +5,11 @@ import torch
 from transformers import set_seed
 
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets
-from model import MegaTransformerForConditionalGeneration, modality_names
-from model.recurrence import draw_training_states, sample_depth
+from model import MegaTransformerForConditionalGeneration
 from tests.test_trainer import Interrupt, losses
 from tests.tiny_artist import CODES, artist_config, artist_processor
 from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point
-from trainers.written import flow_seeds
+from trainers.modalities import flow_seeds
 
 SOURCES = [
     SourceConfig("generated", task="drawings", num_rows=16, direction="text -> image"),
@@ -43,9 +42,6 @@ def build(folder, dataset, model, **options) -> RecurrentTrainer:
         args=args,
         train_dataset=dataset,
         data_collator=Collator(artist_processor()),
-        sample_depth=sample_depth,
-        draw_states=draw_training_states,
-        modalities=modality_names(),
     )
 
 

@@ -11,8 +11,10 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from model import MediaChunk, RecurrentCache
-from model.recurrence import default_state, keyed_generator
-from model.writers import disturb
+from model.depth import keyed_generator
+from model.modeling_megatransformer import take_media
+from model.recurrence import default_state
+from model.writers import disturb, embed_latents
 from model.writing import MediaGenerateOutput
 from tests.test_cache import visible_entry
 from tests.tiny_writing import (
@@ -64,12 +66,12 @@ class Script(LogitsProcessor):
 def test_no_loss_sees_its_target_or_what_follows(model, name):
     """The prediction of latent i changes with latent j, as it is read, for j < i and for no other."""
     batch = writing_batch()
-    written = model.model(**{key: it for key, it in batch.items() if key != "labels"}, num_steps=STEPS).written
-    found = written.latents[name]
+    embedded = model.model.embed(batch["input_ids"], take_media(dict(batch)))
+    embeds, latents = embedded.embeds.detach(), embedded.written.latents
+    found = latents[name]
     found.latents = found.latents.clone().requires_grad_()
-    embeds = model.model.embed(batch["input_ids"], {"pixel_values": batch["pixel_values"]})[0].detach()
     hidden = model.model(
-        inputs_embeds=model.model.embed_written(embeds, written),
+        inputs_embeds=embed_latents(embeds, model.model.writers, latents, None, run_all=False),
         attention_mask=batch["attention_mask"],
         num_steps=STEPS,
     ).last_hidden_state
@@ -143,9 +145,9 @@ def test_weights_and_counts_of_the_trainer_scale_the_loss(model):
 def test_latents_that_are_read_back_are_noisy_in_training_alone(model):
     batch = writing_batch()
     inputs = {key: it for key, it in batch.items() if key != "labels"}
-    clean = model.model(**inputs).written
-    noisy = disturb(model.model.writers["image"], clean.latents["image"], torch.tensor([1, 2, 3]))
-    spread = (noisy - clean.latents["image"].latents).std(dim=1)
+    clean = model.model.embed(inputs["input_ids"], take_media(dict(inputs))).written.latents["image"]
+    noisy = disturb(model.model.writers["image"], clean, torch.tensor([1, 2, 3]))
+    spread = (noisy - clean.latents).std(dim=1)
     assert spread.min() > 0 and spread.max() < 0.45
     first = model.model(**inputs, flow_seeds=torch.tensor([1, 2, 3])).last_hidden_state
     assert torch.equal(first, model.model(**inputs, flow_seeds=torch.tensor([4, 5, 6])).last_hidden_state)
@@ -216,8 +218,9 @@ def test_step_by_step_is_one_pass(model, name, scale):
     for prompt in (inputs["input_ids"], bare):
         ids = torch.cat((prompt, outputs.sequences[:, prompt.shape[1] :]), dim=1)
         with torch.no_grad():
-            passed = model.model(input_ids=ids, pixel_values=PIXELS, num_steps=STEPS, **targets_of(outputs, model))
-        found = passed.written.latents[name]
+            media = {"pixel_values": PIXELS, **targets_of(outputs, model)}
+            passed = model.model(input_ids=ids, num_steps=STEPS, **media)
+            found = model.model.embed(ids, take_media(media)).written.latents[name]
         hidden.append(passed.last_hidden_state[found.rows, found.columns - 1])
     places = torch.arange(len(latents))
     noise = torch.randn(writer.num_places, latents.shape[1], generator=keyed_generator("sample", name, 7, 0))
@@ -303,7 +306,7 @@ def test_each_policy_writes_by_its_read_rule(policy, kept, scale):
         guided, free = (
             after_chunks(
                 model,
-                [(model.model.embed(prompt, {"pixel_values": PIXELS})[0], steps[0])]
+                [(model.model.embed(prompt, take_media({"pixel_values": PIXELS})).embeds, steps[0])]
                 + [(embed[None, None], depth) for embed, depth in zip(embeds, steps[1:], strict=False)],
                 policy,
                 kept,

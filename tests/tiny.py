@@ -1,8 +1,16 @@
 """Tiny models for tests."""
 
+from typing import Any
+
 import torch
 
-from model import MegaTransformerForCausalLM, MegaTransformerForSequenceClassification, MegaTransformerTextConfig
+from model import (
+    ExitOptions,
+    MegaTransformerForCausalLM,
+    MegaTransformerForSequenceClassification,
+    MegaTransformerTextConfig,
+    NoiseOptions,
+)
 
 PAD, BEGIN, END = 0, 1, 2
 
@@ -48,3 +56,12 @@ def tiny_classifier(**overrides) -> MegaTransformerForSequenceClassification:
 def tiny_ids(*shape: int, seed: int = 0, low: int = 3, high: int = 64) -> torch.Tensor:
     """Random token ids without special tokens."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def for_forward(**options: Any) -> dict[str, Any]:
+    """Keywords of `generate` as `forward` takes them: those of exits, and of noise, as one object each."""
+    found = dict(options)
+    for prefix, name, part in (("exit_", "exits", ExitOptions), ("noise_", "noise", NoiseOptions)):
+        given = {key.removeprefix(prefix): found.pop(key) for key in options if key.startswith(prefix)}
+        found |= {name: part(**given)} if given else {}
+    return found

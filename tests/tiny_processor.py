@@ -13,7 +13,7 @@ from model import (
     MegaTransformerImageProcessor,
     MegaTransformerProcessor,
 )
-from model.processing_megatransformer import WRITTEN_TOKENS
+from model.modalities import WRITTEN_TOKENS
 
 
 def tiny_processor(**parts) -> MegaTransformerProcessor:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import SaveStrategy
 from .build_locks import warn_of_build_locks
 from .keywords import check_fsdp, check_keywords, recorded_fsdp
 from .modalities import ModalityWeights
+from .optimizers import OPTIMIZERS
 from .parameter_groups import ParameterGroup
 
 # Least values that make sense, where transformers checks none.
@@ -78,6 +79,8 @@ class RecurrentTrainingArguments(TrainingArguments):
         modality_weights: How much a token counts in the loss, by what its document contains.
         freeze: Parameters that are not trained: patterns of their names.
         parameter_groups: Parameters that learn at a rate of their own, or later than the rest.
+        optimizer: Name of an optimizer in `OPTIMIZERS`, or import name of a function that builds one from the groups of
+            parameters, the training arguments and the model; by default `optim` names the optimizer.
         muon_learning_rate: At least 0. Muon then trains the matrices inside the layers, at this rate; the rest is
             trained by `optim` at `learning_rate`.
         ema_decay: At least 0, below 1. The run then leaves the exponential moving average of its weights behind, and
@@ -121,6 +124,14 @@ class RecurrentTrainingArguments(TrainingArguments):
         default_factory=list,
         metadata={"help": "Parameters that learn at a rate of their own, or later than the rest, by patterns."},
     )
+    optimizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the optimizer, muon, or import name of a function, module:function, that builds one from "
+            "the groups of parameters, the training arguments and the model; by default optim names the optimizer."
+        },
+    )
+
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
@@ -199,6 +210,7 @@ class RecurrentTrainingArguments(TrainingArguments):
             value, choices = getattr(self, item.name), item.metadata.get("choices")
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{item.name} is {value!r}; give one of {', '.join(choices)}")
+        self._check_optimizer()
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; give a number from 0 to below 1")
         if self.max_steps != -1 and self.max_steps < 1:
@@ -207,6 +219,25 @@ class RecurrentTrainingArguments(TrainingArguments):
             raise ValueError("num_train_epochs is 0: there is nothing to train; give more than 0, or max_steps")
         if not -1 <= self.token_correlation_alarm <= 1:
             raise ValueError(f"token_correlation_alarm is {self.token_correlation_alarm}; a cosine lies from -1 to 1")
+
+    def _check_optimizer(self) -> None:
+        """Raises ValueError for a name that nothing is registered under, and for rates that nothing reads."""
+        if self.optimizer is not None and ":" not in self.optimizer and self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer is {self.optimizer!r}; give one of {', '.join(OPTIMIZERS)}, or module:function of your own"
+            )
+        if self.optimizer == "muon" and self.muon_learning_rate is None:
+            raise ValueError("optimizer is 'muon', but muon_learning_rate is null; give its rate, such as 0.01")
+        if self.optimizer not in (None, "muon") and self.muon_learning_rate is not None:
+            raise ValueError(
+                f"muon_learning_rate is {self.muon_learning_rate}, but optimizer is {self.optimizer!r}, which is not "
+                "Muon; leave one of them out"
+            )
+
+    @property
+    def optimizer_name(self) -> str | None:
+        """Name of the optimizer as `build_optimizer` takes it; None where `optim` names it."""
+        return "muon" if self.muon_learning_rate is not None else self.optimizer
 
     def _check_report_to(self) -> None:
         """`Trainer` would refuse them after the data have been read."""

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
-from .muon import MuonBeside, matrices_of
+from .optimizers import build_optimizer
 from .parameter_groups import FreezeStepsCallback, assign, divide, freeze, parameters_of_norms
 from .resumed import UNDECAYED, OptionsOfRun, ResumeError
 from .resuming import check_weights, damage, forget_tied_weights, nothing_left, read_state
@@ -97,7 +97,7 @@ class CheckedTrainer(Trainer):
             with naming("torch_compile_backend or torch_compile_mode"):
                 unwrap_peft_model(self.model).base_model.compile_units(**self.args.compile_options)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # they take it over when they wrap the weights
-            with naming("optim or optim_args"):
+            with naming("optim or optim_args") if self.args.optimizer is None else nullcontext():
                 self.checked_optimizer = self.create_optimizer()
         with naming("lr_scheduler_type or lr_scheduler_kwargs"):
             unused = torch.optim.SGD(self.model.parameters())
@@ -111,13 +111,16 @@ class CheckedTrainer(Trainer):
             config = copy.deepcopy(self.args.hf_deepspeed_config)
             with naming("deepspeed"):
                 config.trainer_config_finalize(self.args, self.model, self.args.max_steps)
-        if not (self.is_deepspeed_enabled and self.args.parameter_groups):
-            return
-        for name in ("optimizer", "scheduler"):
-            if name in self.args.hf_deepspeed_config.config:
+        described = self.args.hf_deepspeed_config.config if self.is_deepspeed_enabled else {}
+        for option, name in (
+            ("parameter_groups", "optimizer"),
+            ("parameter_groups", "scheduler"),
+            ("optimizer", "optimizer"),
+        ):
+            if name in described and getattr(self.args, option):
                 raise ValueError(
-                    f"training.parameter_groups has no effect on the {name} that DeepSpeed's file describes; take "
-                    f"{name!r} out of {self.args.deepspeed}"
+                    f"training.{option} has no effect on the {name} that DeepSpeed's file describes; take {name!r} out "
+                    f"of {self.args.deepspeed}"
                 )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -126,16 +129,20 @@ class CheckedTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in norms]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """With Muon and the groups of the arguments. DeepSpeed's own gets the parameters that do not decay as a group
+        """That of the arguments, with their groups. DeepSpeed's own gets the parameters that do not decay as a group
         of theirs.
         """
         if isinstance(self.optimizer, DummyOptim):
             self.optimizer.params = self._by_decay(self.optimizer.params)
         if self.optimizer is not None:
             return self.optimizer
-        optimizer, model = super().create_optimizer(model), model or self.model
-        if self.args.muon_learning_rate is not None:
-            self.optimizer = optimizer = MuonBeside(optimizer, matrices_of(model), self.args.muon_learning_rate)
+        model, name = model or self.model, self.args.optimizer_name
+        if name is not None:
+            self.optimizer_cls_and_kwargs = torch.optim.SGD, {}  # of which the groups alone are taken
+        optimizer = super().create_optimizer(model)
+        if name is not None:
+            groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
+            self.optimizer = optimizer = build_optimizer(name, groups, self.args, model)
         if self.args.parameter_groups:
             divide(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
         self.options_of_run.remember(optimizer)

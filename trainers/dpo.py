@@ -1,6 +1,7 @@
 """Learning from preferences by TRL's DPO, for models whose depth varies."""
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,10 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from .arguments import RecurrentTrainingArguments, check_choices
-from .named_metrics import NamedMetrics
 from .quantization import make_trained_weights_float32
 from .recurrent import RecurrentTrainer
 
@@ -48,6 +49,21 @@ class PreferenceArguments(RecurrentTrainingArguments, DPOConfig):
         for name, (value, reason) in FIXED.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} is {getattr(self, name)}, but {reason}; leave it out")
+
+
+class NamedMetrics(Trainer):
+    """Goes behind a trainer of TRL, whose metrics of an evaluation do not say which of several it was."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As eval_SOURCE_NAME, like the loss; without those that were never a number."""
+        loss = next((name for name in logs if name.startswith("eval_") and name.endswith("_loss")), None)
+        if loss is not None:
+            source = loss.removesuffix("loss")
+            for name in [name for name in logs if name.startswith("eval_") and not name.startswith(source)]:
+                value = logs.pop(name)
+                if value is not None and not math.isnan(value):
+                    logs[source + name.removeprefix("eval_")] = value
+        super().log(logs, *args, **kwargs)
 
 
 class PreferenceTrainer(RecurrentTrainer, DPOTrainer, NamedMetrics):

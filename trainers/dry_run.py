@@ -1,6 +1,6 @@
 """The estimates of a run as text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,18 +72,11 @@ class Plan:
         return precision_of(self.is_half, stage is not None, self.args.compile_units)
 
 
-def describe_needs(
-    model: PreTrainedModel,
-    args: PlannedTrainingArguments,
-    sample_depth: Callable[..., tuple[int, int]],
-    block_size: int,
-    packing: bool,
-) -> str:
+def describe_needs(model: PreTrainedModel, args: PlannedTrainingArguments, block_size: int, packing: bool) -> str:
     """Memory, operations and time of a run, as Markdown.
 
     Args:
         model: On any device, the meta device too. What the arguments freeze is frozen in it.
-        sample_depth: (recurrence config, seed, step, micro-batch) -> (steps without gradient, steps with).
         block_size: Tokens in a row.
         packing: Whether a row holds several documents.
 
@@ -94,7 +87,7 @@ def describe_needs(
     freeze(model, args.freeze)
     steps = StepCounts(0, 0, 0)
     if config.num_core_layers:
-        steps = expected_steps(sample_depth, config.recurrence, args.seed)
+        steps = expected_steps(config.recurrence, args.seed)
     kept = activation_bytes(config, plan.precision_at(plan.stage), steps.most_grad, block_size, packing)
     flops = flops_per_token(model, steps, block_size)
     states = states_by_stage(model, plan)

@@ -1,10 +1,13 @@
 """What a run will need, from its shapes alone: memory, floating-point operations and time."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from model.depth import sample_depth
+from model.recurrence import INJECTIONS
 
 # Dense bf16 peaks in TFLOPS, from NVIDIA's data sheets (the SXM versions, without sparsity).
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
@@ -26,14 +29,11 @@ class StepCounts:
     most_grad: int
 
 
-def expected_steps(sample_depth: Callable[..., tuple[int, int]], recurrence: PreTrainedConfig, seed: int) -> StepCounts:
+def expected_steps(recurrence: PreTrainedConfig, seed: int) -> StepCounts:
     """Means over `NUM_DRAWS` draws, those of the run's own first micro-batches; their standard error is below half a
     percent of the mean depth.
 
     The mean of the configured distribution need not be `mean_steps`: that of the log-normal Poisson is mean_steps + 1.
-
-    Args:
-        sample_depth: (recurrence config, seed, step, micro-batch) -> (steps without gradient, steps with).
     """
     draws = [sample_depth(recurrence, seed, step, 0) for step in range(NUM_DRAWS)]
     no_grad, grad = (sum(counts) / NUM_DRAWS for counts in zip(*draws, strict=True))
@@ -169,15 +169,33 @@ def block_bytes(config: PreTrainedConfig, precision: Precision, row: int, packed
     return precision.residual * norms * hidden + precision.activation * inner
 
 
+def injection_widths(name: str) -> int:
+    """Numbers per token, divided by the width of the model, that autograd keeps of an injection, such as [s; e]: each
+    storage once, without its weights and without e, which all steps share.
+    """
+    width, kept = 8, {}
+    injection = INJECTIONS[name](width)
+    state, embeds = (torch.ones(1, 1, width, requires_grad=True) for _ in range(2))
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        injection(state, embeds)
+    shared = {tensor.untyped_storage().data_ptr() for tensor in (embeds, *injection.parameters())}
+    sizes = [it.untyped_storage().nbytes() // it.element_size() for place, it in kept.items() if place not in shared]
+    return sum(sizes) // width
+
+
 def activation_bytes(
     config: PreTrainedConfig, precision: Precision, most_grad: int, row: int, packed: bool
 ) -> ActivationBytes:
     """What the model keeps per token: `block_bytes` for each block that runs with gradient, and for each core step what
-    its injection keeps ([s; e]; of a gate also itself, its complement and s). Checkpointing keeps the input of prelude,
-    coda and each core step, and e.
+    its injection keeps. Checkpointing keeps the input of prelude, coda and each core step, and e.
     """
     hidden, block = config.hidden_size, block_bytes(config, precision, row, packed)
-    injection = {"concat": 2, "add": 0, "gate": 5}[config.recurrence.injection] * hidden * precision.activation
+    injection = injection_widths(config.recurrence.injection) * hidden * precision.activation
     step = config.num_core_layers * block + (injection if config.num_core_layers else 0)
     prelude, coda = (layers * block for layers in (config.num_prelude_layers, config.num_coda_layers))
     norms = hidden * (2 * precision.residual + precision.activation)

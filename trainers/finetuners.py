@@ -4,6 +4,7 @@ from transformers import Trainer
 
 from .arguments import RecurrentTrainingArguments
 from .dpo import PreferenceArguments, PreferenceTrainer
+from .exit_probe import ExitProbeArguments, ExitProbeTrainer
 from .grpo import RolloutArguments, RolloutTrainer
 from .recurrent import RecurrentTrainer
 from .sft import SupervisedArguments, SupervisedTrainer
@@ -13,4 +14,5 @@ FINETUNERS: dict[str, tuple[type[Trainer], type[RecurrentTrainingArguments]]] = 
     "sft": (SupervisedTrainer, SupervisedArguments),
     "dpo": (PreferenceTrainer, PreferenceArguments),
     "grpo": (RolloutTrainer, RolloutArguments),
+    "exit_probe": (ExitProbeTrainer, ExitProbeArguments),
 }

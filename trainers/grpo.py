@@ -1,6 +1,6 @@
 """Reinforcement learning by TRL's GRPO, for models whose depth varies."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import ProcessorMixin
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
+from model import tokenizer_of
+from model.chat import encode_conversation
+from model.depth import sample_depth
+
 from .arguments import RecurrentTrainingArguments, check_choices
 from .checked import CheckedTrainer
-from .dpo import disable_attention_dropout, forget_reference
-from .named_metrics import NamedMetrics
+from .dpo import NamedMetrics, disable_attention_dropout, forget_reference
 from .quantization import make_trained_weights_float32
 from .rewards import load_reward
 
@@ -95,8 +97,6 @@ class RolloutTrainer(CheckedTrainer, GRPOTrainer, NamedMetrics):
     Evaluation writes greedily, at the mean depth. All steps carry gradient.
 
     Args:
-        sample_depth: (recurrence config, *key) -> (steps without gradient, steps with).
-        encode_messages: (tokenizer, messages) -> token ids, up to where the assistant begins to speak.
         kwargs: As for `trl.GRPOTrainer`, without `reward_funcs`, which the arguments name.
 
     Raises:
@@ -105,13 +105,7 @@ class RolloutTrainer(CheckedTrainer, GRPOTrainer, NamedMetrics):
 
     args: RolloutArguments
 
-    def __init__(
-        self,
-        *args: Any,
-        sample_depth: Callable[..., tuple[int, int]],
-        encode_messages: Callable[[Any, list[dict[str, Any]]], list[int]],
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, **kwargs: Any):
         rewards = [load_reward(name) for name in kwargs["args"].rewards]
         super().__init__(*args, reward_funcs=rewards, **kwargs)
         make_trained_weights_float32(self.model)
@@ -119,7 +113,6 @@ class RolloutTrainer(CheckedTrainer, GRPOTrainer, NamedMetrics):
         if self.args.disable_dropout:
             disable_attention_dropout(self.model)
             disable_attention_dropout(self.ref_model)
-        self.sample_depth, self.encode_messages = sample_depth, encode_messages
         self.text_config = self.model.config.get_text_config()
         self.is_recurrent = self.text_config.num_core_layers > 0
         self._position = (-1, -1)  # (global step, micro-batch within it) of the training step in progress
@@ -153,10 +146,9 @@ class RolloutTrainer(CheckedTrainer, GRPOTrainer, NamedMetrics):
         """Texts as documents begin in training: the begin token in front, and special tokens written in them are text.
         Messages go through the chat template, with texts that are nothing else either.
         """
-        processor = self.processing_class
-        tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+        tokenizer = tokenizer_of(self.processing_class)
         if not isinstance(prompts[0], str):
-            return [self.encode_messages(tokenizer, prompt) for prompt in prompts], None, {}
+            return [encode_conversation(tokenizer, prompt, add_generation_prompt=True) for prompt in prompts], None, {}
         ids = tokenizer(prompts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [[tokenizer.bos_token_id, *row] for row in ids], None, {}
 
@@ -182,7 +174,7 @@ class RolloutTrainer(CheckedTrainer, GRPOTrainer, NamedMetrics):
         prompts = [(first + row) // self.num_generations for row in range(rows)]
         if is_deepspeed_zero3_enabled():
             prompts = [0] * rows
-        return torch.tensor([sum(self.sample_depth(recurrence, self.args.seed, *self._position, it)) for it in prompts])
+        return torch.tensor([sum(sample_depth(recurrence, self.args.seed, *self._position, it)) for it in prompts])
 
     # -------------------------------------------------------------------------------------------------------- scoring
 

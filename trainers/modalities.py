@@ -1,10 +1,14 @@
-"""What each modality contributes to the loss."""
+"""What each modality, and the latents of written media, contribute to the loss."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+
+from model import WRITTEN, modality_names
 
 
 @dataclass
@@ -32,21 +36,15 @@ class ModalityLosses:
     The sums stay on the device, so that nothing waits for it before the log.
 
     Args:
-        names: Of the modalities, by their number in `modality_ids`.
         weights: Of the modalities.
     """
 
-    def __init__(self, names: Sequence[str], weights: ModalityWeights):
-        self.names = tuple(names)
+    def __init__(self, weights: ModalityWeights):
+        self.names = modality_names()
         known = {"text": weights.text, "image": weights.image, "audio": weights.audio}
         self.weights = torch.tensor([known.get(name, 1.0) for name in self.names])
         self.num_windows = 0
-        self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64)
-
-    @property
-    def are_many(self) -> bool:
-        """Whether there is more than one modality to tell apart."""
-        return len(self.names) > 1
+        self._sums: torch.Tensor | None = None
 
     @property
     def are_weighted(self) -> bool:
@@ -71,17 +69,20 @@ class ModalityLosses:
             modality_ids: (batch, sequence).
         """
         figures = torch.stack((token_losses, labels != -100), dim=-1)[:, 1:].reshape(-1, 2)
-        self._sums = self._sums.to(figures.device)
+        if self._sums is None:
+            self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=figures.device)
         self._sums.index_add_(0, modality_ids[:, 1:].reshape(-1), figures.double())
 
     def flush(self, add_up: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What was counted since the last call, of each modality that occurred: `loss_NAME`, nats per token without
         weights; `tokens_NAME`, learned tokens of an accumulation window, on average; and, where modalities are
-        weighted, `weight_share_NAME`, their share of the loss.
+        weighted, `weight_share_NAME`, their share of the loss. Nothing where no batch has named any yet.
 
         Args:
             add_up: Sum of a tensor over the ranks.
         """
+        if self._sums is None:
+            return {}
         sums, windows = add_up(self._sums).cpu(), max(self.num_windows, 1)
         self._sums, self.num_windows = torch.zeros_like(self._sums), 0
         tokens = sums[:, 1]
@@ -95,3 +96,49 @@ class ModalityLosses:
             if weighted.sum() > 0:
                 figures[f"weight_share_{name}"] = (weighted[number] / weighted.sum()).item()
         return figures
+
+
+class WrittenLosses:
+    """Counts the latents of an accumulation window, and sums up their losses between two logs.
+
+    Args:
+        config: Of the model; its writers' placeholders are `written_NAME_token_id`.
+    """
+
+    def __init__(self, config: Any):
+        ids = {name: getattr(config, f"written_{name}_token_id", None) for name in WRITTEN}
+        self.token_ids = {name: token_id for name, token_id in ids.items() if token_id is not None}
+        self.num_in_window: dict[str, torch.Tensor] = {}
+        self._sums = torch.zeros(len(self.token_ids), 2, dtype=torch.float64)
+
+    def count(
+        self, batches: Sequence[Mapping[str, torch.Tensor]], add_up: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Count the latents of a window: the places of its batches.
+
+        Args:
+            add_up: Sum of a tensor over the ranks.
+        """
+        counts = [sum((batch["input_ids"] == it).sum() for batch in batches) for it in self.token_ids.values()]
+        counts = add_up(torch.stack(counts)).clamp(min=1)
+        self.num_in_window = dict(zip(self.token_ids, counts, strict=True))
+
+    def add(self, losses: Mapping[str, tuple[torch.Tensor, int]]) -> None:
+        """Count the sums of losses, and numbers of latents, of a batch."""
+        for number, name in enumerate(self.token_ids):
+            if name in losses:
+                total, count = losses[name]
+                self._sums = self._sums.to(total.device)
+                self._sums[number] += torch.stack((total.double(), total.new_tensor(count, dtype=torch.float64)))
+
+    def flush(self, add_up: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """`flow_loss_NAME` of each modality that occurred since the last call, the mean over its latents."""
+        sums = add_up(self._sums).cpu()
+        self._sums = torch.zeros_like(self._sums)
+        means = zip(self.token_ids, sums.tolist(), strict=True)
+        return {f"flow_loss_{name}": total / count for name, (total, count) in means if count}
+
+
+def flow_seeds(keys: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Seeds of the noise of each row, int64 (rows,), from its key alone."""
+    return torch.tensor([int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 2) for key in keys])

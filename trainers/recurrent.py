@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from model.depth import sample_depth
+from model.recurrence import draw_training_states
 
 from .checked import CheckedTrainer
-from .modalities import ModalityLosses
-from .sampling import LengthSampler
-from .written import WrittenLosses, flow_seeds
+from .modalities import ModalityLosses, WrittenLosses, flow_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -32,27 +34,21 @@ class RecurrentTrainer(CheckedTrainer):
     Where the model writes media (its config has written_NAME_token_id), their losses are means over all latents of an
     accumulation window, on all ranks, and their noise is drawn from the same keys as the states.
 
-    A batch may say in `modality_ids`, (batch, sequence), what the document of each label contains: a number of one of
-    the `modalities`. Its losses are then logged by modality, and weighted, if the arguments say so.
-
-    Args:
-        sample_depth: (recurrence config, *key) -> (steps without gradient, steps with).
-        draw_states: (text config, sequence, list of keys, device) -> (rows, sequence, hidden).
-        modalities: Names, in the order of `modality_ids`.
-        kwargs: As for `transformers.Trainer`.
+    A batch may say in `modality_ids`, (batch, sequence), what the document of each label contains. Its losses are then
+    logged by modality, and weighted, if the arguments say so.
 
     Raises:
         ValueError: For options that the libraries refuse; nothing is written then.
     """
 
-    def __init__(self, *args: Any, sample_depth, draw_states, modalities: Sequence[str] = ("text",), **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.sample_depth, self.draw_states = sample_depth, draw_states
-        self.modalities = ModalityLosses(modalities, self.args.modality_weights)
-        if self.modalities.are_many and self.args.accelerator_config.dispatch_batches is None:
+        self.modalities = ModalityLosses(self.args.modality_weights)
+        self.text_config = self.model.config.get_text_config()
+        self.has_media = self.text_config is not self.model.config
+        if self.has_media and self.args.accelerator_config.dispatch_batches is None:
             # Of a stream, accelerate would join the batches of all ranks and cut them by rows, which media are not.
             self.accelerator.dataloader_config.dispatch_batches = False
-        self.text_config = self.model.config.get_text_config()
         self.is_recurrent = self.text_config.num_core_layers > 0
         self.last_num_steps: tuple[int, int] | None = None
         self.written = WrittenLosses(self.model.config)
@@ -85,10 +81,10 @@ class RecurrentTrainer(CheckedTrainer):
             inputs["num_written_in_batch"] = self.written.num_in_window
         if modality_ids is not None and self.modalities.are_weighted:
             inputs["loss_weights"] = self.modalities.loss_weights(modality_ids)
-        if not (return_outputs or self.modalities.are_many or self.written.token_ids):
+        if not (return_outputs or modality_ids is not None or self.written.token_ids):
             return super().compute_loss(model, inputs, **kwargs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if modality_ids is not None and self.modalities.are_many:
+        if modality_ids is not None:
             self.modalities.add(outputs["token_losses"], inputs["labels"], modality_ids)
         self.written.add(outputs.get("written_losses") or {})
         return (loss, outputs) if return_outputs else loss
@@ -103,8 +99,7 @@ class RecurrentTrainer(CheckedTrainer):
         if "loss" in logs:
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._gathered.items()}}
             self._gathered.clear()
-            if self.modalities.are_many:
-                logs |= self.modalities.flush(lambda sums: self.accelerator.reduce(sums, "sum"))
+            logs |= self.modalities.flush(lambda sums: self.accelerator.reduce(sums, "sum"))
             if self.written.token_ids:
                 logs |= self.written.flush(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum"))
         super().log(logs, *args, **kwargs)
@@ -156,10 +151,10 @@ class RecurrentTrainer(CheckedTrainer):
     def _draw_recurrence(self, batch: int, sequence: int) -> dict[str, Any]:
         """`num_steps` and `initial_state` of the current micro-batch."""
         config = self.text_config
-        self.last_num_steps = self.sample_depth(config.recurrence, self.args.seed, *self._position)
+        self.last_num_steps = sample_depth(config.recurrence, self.args.seed, *self._position)
         self._gathered["steps_without_gradient"].append(self.last_num_steps[0])
         self._gathered["steps_with_gradient"].append(self.last_num_steps[1])
-        states = self.draw_states(config, sequence, self._keys(batch), self.args.device)
+        states = draw_training_states(config, sequence, self._keys(batch), self.args.device)
         return {"num_steps": self.last_num_steps, "initial_state": states}
 
     def _keys(self, batch: int) -> list[tuple[int, int, int]]:
@@ -214,6 +209,29 @@ class RecurrentTrainer(CheckedTrainer):
                 "they are collapsing",
                 *(step, values["token_correlation"], self.args.token_correlation_alarm),
             )
+
+
+class LengthSampler(LengthGroupedSampler):
+    """Rows of similar length side by side, in an order that follows from seed and epoch alone, so that a resumed run
+    goes on with it; transformers draws it from wherever the global generator stands.
+
+    Args:
+        batch_size: Rows that should be of similar length.
+        lengths: Of all rows, known in advance.
+        seed: At least 0.
+    """
+
+    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
+        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 def inputs_of_model(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Reward functions by import name, with what they return checked."""
 
 import functools
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
+
+from .imports import load_function
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -23,23 +24,7 @@ def load_reward(name: str) -> RewardFunction:
     Raises:
         ValueError: no such module or function, or the module raises while it is imported.
     """
-    module_name, _, function_name = name.partition(":")
-    if not (module_name and function_name):
-        raise ValueError(
-            f"reward {name!r} names no function; write module:function, as evaluation.rewards:exact_answer"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the code of a user raises
-        raise ValueError(
-            f"reward {name!r}: {module_name} cannot be imported ({type(error).__name__}: {error}); correct it, or put "
-            "its folder on PYTHONPATH"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and value.__module__ == module_name]
-        raise ValueError(f"reward {name!r}: {module_name} has no function {function_name!r}, only {', '.join(known)}")
-    return checked_reward(name, function)
+    return checked_reward(name, load_function("reward", name, "evaluation.rewards:exact_answer"))
 
 
 def checked_reward(name: str, function: RewardFunction) -> RewardFunction:

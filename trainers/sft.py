@@ -30,11 +30,11 @@ class LossOfTextOrModel(SFTTrainer):
     and other parts, the model's own is taken, as in pretraining.
     """
 
-    learns_text_alone: bool
+    has_media: bool
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         """TRL's `loss_type` in the training of text."""
-        if not (model.training and self.learns_text_alone):
+        if self.has_media or not model.training:
             return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, **kwargs)
         inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # it never has any
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))  # by which it counts tokens
@@ -62,6 +62,5 @@ class SupervisedTrainer(RecurrentTrainer, LossOfTextOrModel):
         super().__init__(*args, train_dataset=stand_in, **kwargs)
         make_trained_weights_float32(self.model)
         self.train_dataset = train_dataset
-        self.learns_text_alone = not self.modalities.are_many
-        if self.args.loss_type != "nll" and not self.learns_text_alone:
+        if self.args.loss_type != "nll" and self.has_media:
             raise ValueError(f"training.loss_type: {self.args.loss_type!r} is for models of text alone; leave it out")

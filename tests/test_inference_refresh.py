@@ -41,7 +41,7 @@ for name in sys.argv[2:]:
         AutoTokenizer.from_pretrained(f"{folder}/{name}")("the cat")
 processor = AutoProcessor.from_pretrained(f"{folder}/media", trust_remote_code=True)
 assert type(processor).__name__ == "MegaTransformerProcessor"
-assert not [name for name in sys.modules if name.split(".")[0] in ("model", "tests", "conversion")]
+assert not [name for name in sys.modules if name.split(".")[0] in ("model", "tests", "inference")]
 """
 
 
@@ -140,7 +140,7 @@ def test_nothing_changes_if_something_fails_on_the_way(old, monkeypatch):
         raise OSError("no space left")
 
     before = contents(old / "media")
-    monkeypatch.setattr("conversion.refresh.custom_object_save", fail)
+    monkeypatch.setattr("inference.refresh.custom_object_save", fail)
     with pytest.raises(OSError, match="no space left"):
         convert.refresh(old / "media")
     assert contents(old / "media") == before

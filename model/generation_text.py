@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,22 +14,15 @@ from transformers.generation import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .cache import RecurrentCache
-from .exit_criteria import check_exit_options
-from .fusion import check_counts, read_media
-from .outputs import CACHE_NAME, with_parameters_of
-from .recurrence import Depth, resolve_depth
-from .writing import MediaChunk, WritingOptions, write_media
+from .depth import Depth, DepthOptions, resolve_depth
+from .outputs import CACHE_NAME
 
-EXIT_OPTIONS = ("exit_criterion", "exit_threshold", "exit_first_step", "exit_every", "exit_in_prefill")
-NOISE_OPTIONS = ("noise_level", "noise_schedule")
 CACHE_OPTIONS = ("cache_policy", "num_kept_steps")
 DEFAULT_NEW_TOKENS = 20  # of transformers
 OWN_ARGUMENTS = ("num_steps", "depth_options", "num_cached_tokens")  # of `prepare_inputs_for_generation`
-OPTIONS = ("num_steps", *EXIT_OPTIONS, "exit_schedule", "state_warm_start", *NOISE_OPTIONS, *CACHE_OPTIONS)
 
 
 class RecurrentGenerationMixin:
@@ -49,12 +41,10 @@ class RecurrentGenerationMixin:
         Args:
             num_steps: Core steps of each token: an int, or (batch,). Default: `config.num_steps`, else the mean.
             exit_criterion: What ends a row's iteration earlier: an entry of `EXIT_CRITERIA`, "schedule", or "none".
-            exit_threshold, exit_first_step, exit_every: See `forward`.
-            exit_in_prefill: Whether the prompt may exit too, all its tokens together. Default: it takes all steps.
-            exit_schedule: For the criterion "schedule": steps of each new token, the last for all that follow; or a
-                function of the token's index.
+            exit_threshold, exit_first_step, exit_every, exit_in_prefill, exit_schedule: See `ExitOptions`. Default: the
+                prompt takes all steps.
             state_warm_start: A new token's iteration starts where that of the token before has ended.
-            noise_level, noise_schedule: See `forward`.
+            noise_level, noise_schedule: See `NoiseOptions`.
             cache_policy, num_kept_steps: See `RecurrentCache`.
 
         Returns:
@@ -63,13 +53,13 @@ class RecurrentGenerationMixin:
         Raises:
             ValueError: for an option outside its range, or a combination that is not possible.
         """
-        config, options, kwargs = self._merge_options(generation_config, kwargs)
+        config, depth, cache_options, kwargs = self._merge_options(generation_config, kwargs)
         mode = config.get_generation_mode(kwargs.get("assistant_model"))
-        self._check_options(config, options, mode, kwargs.get("synced_gpus"))
-        cache = self._make_cache(inputs, config, options, kwargs)
+        self._check_options(config, depth, mode, kwargs.get("synced_gpus"))
+        cache = self._make_cache(inputs, config, depth, cache_options, kwargs)
         is_assisted = mode == GenerationMode.ASSISTED_GENERATION
         if is_assisted:
-            self._check_assistance(config, options, cache, kwargs)
+            self._check_assistance(config, depth, cache, kwargs)
         refuse_empty_rows(inputs, config, kwargs)
         config.suppress_tokens = [*(config.suppress_tokens or ()), *self.placeholder_ids] or None
         num_prompt_tokens = prompt_length(inputs, kwargs, has_embeds=False)
@@ -77,16 +67,15 @@ class RecurrentGenerationMixin:
         if cache is not None:
             cache.prompt_length = None
             kwargs[CACHE_NAME] = cache
-        asked = self._arguments_of_forward(options)
-        if asked.keys() == {"num_steps"} and not hasattr(config, "num_steps"):
-            kwargs |= asked  # by the name that `forward` has too, so that libraries which hand it on know it
-        elif asked:  # by one name that no generation config has, since transformers would put others there
-            kwargs["depth_options"] = asked
+        if not depth.is_fixed or (depth.num_steps is not None and hasattr(config, "num_steps")):
+            kwargs["depth_options"] = depth  # a name that no generation config has: transformers would put others there
+        elif depth.num_steps is not None:  # by the name that `forward` has too, which libraries that hand it on know
+            kwargs["num_steps"] = depth.num_steps
         outputs = super().generate(inputs, config, *args, **kwargs)
         if isinstance(outputs, ModelOutput) and self.text_config.num_core_layers and "custom_generate" not in kwargs:
             num_new_tokens = outputs.sequences.shape[1] - num_prompt_tokens
             if cache is None or is_assisted:  # in which no row exits
-                steps = self._full_steps(options["num_steps"], outputs.sequences.shape[0], num_new_tokens)
+                steps = self._full_steps(depth.num_steps, outputs.sequences.shape[0], num_new_tokens)
             else:
                 cache = outputs[CACHE_NAME]  # PEFT's prefix tuning has put another in its place
                 steps = steps_taken(cache, getattr(outputs, "beam_indices", None), num_new_tokens)
@@ -114,43 +103,24 @@ class RecurrentGenerationMixin:
 
     def _merge_options(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
-    ) -> tuple[GenerationConfig, dict[str, Any], dict[str, Any]]:
-        """The generation config as transformers will merge it, our options, and the keywords that are neither. Each
-        option: the keyword, then the generation config, then that of the model, then `config.recurrence`.
+    ) -> tuple[GenerationConfig, DepthOptions, dict[str, Any], dict[str, Any]]:
+        """The generation config as transformers will merge it, our options of depth and of the cache, and the keywords
+        that are neither. Each option: the keyword, then the generation config, then that of the model; of depth then
+        `config.recurrence`, of the cache where it is made.
         """
-        options = {name: kwargs.pop(name, None) for name in OPTIONS}
+        given = {name: kwargs.pop(name, None) for name in (*DepthOptions.names(), *CACHE_OPTIONS)}
         config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         kwargs = config.update(**kwargs)
-        recurrence = self.text_config.recurrence
-        defaults = {  # those of depth and cache are looked up where they are used
-            "exit_criterion": recurrence.exit_criterion,
-            "exit_threshold": recurrence.exit_threshold,
-            "exit_first_step": recurrence.exit_first_step,
-            "exit_every": recurrence.exit_every,
-            "exit_in_prefill": recurrence.exit_in_prefill,
-            "state_warm_start": recurrence.state_warm_start,
-        }
-        for name, value in options.items():
-            value = getattr(config, name, None) if value is None else value
-            options[name] = defaults.get(name) if value is None else value
-        return config, options, kwargs
-
-    def _arguments_of_forward(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Those options that `forward` or `prepare_inputs_for_generation` read, and that ask for something: libraries
-        which call `forward` in their own ways know none of them.
-        """
-        names = ["num_steps", *NOISE_OPTIONS]
-        if options["exit_criterion"] != "none":
-            names += [*EXIT_OPTIONS, "exit_schedule"]
-        if options["state_warm_start"]:
-            names.append("state_warm_start")
-        return {name: options[name] for name in names if options[name] is not None and options[name] is not False}
+        depth = DepthOptions.resolve(given, config, self.text_config.recurrence)
+        for name in CACHE_OPTIONS:
+            given[name] = getattr(config, name, None) if given[name] is None else given[name]
+        return config, depth, {name: given[name] for name in CACHE_OPTIONS}, kwargs
 
     def _check_options(
-        self, config: GenerationConfig, options: dict[str, Any], mode: GenerationMode, synced_gpus: bool | None
+        self, config: GenerationConfig, depth: DepthOptions, mode: GenerationMode, synced_gpus: bool | None
     ) -> None:
-        """Raises ValueError for options outside their range, or where tokens cannot differ in depth."""
+        """Raises ValueError where tokens cannot differ in depth."""
         if config.assistant_early_exit is not None:
             raise ValueError(
                 "assistant_early_exit drafts with the first layers, which say nothing before the core has run; leave "
@@ -159,17 +129,11 @@ class RecurrentGenerationMixin:
         if synced_gpus is None:  # as transformers decides it
             is_split = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
             synced_gpus = is_split and distributed.is_initialized() and distributed.get_world_size() > 1
-        criterion, asked = options["exit_criterion"], []
-        if criterion == "schedule":
-            if options["exit_schedule"] is None:
-                raise ValueError("exit_criterion 'schedule' needs an exit_schedule: steps of each new token")
-            asked.append("exit_criterion 'schedule'")
-        elif criterion != "none":
-            check_exit_options(criterion, options["exit_threshold"], options["exit_first_step"], options["exit_every"])
-            asked.append(f"exit_criterion {criterion!r}")
-        if synced_gpus and isinstance(options["num_steps"], torch.Tensor):
+        criterion = depth.exits.criterion
+        asked = [] if criterion == "none" else [f"exit_criterion {criterion!r}"]
+        if synced_gpus and isinstance(depth.num_steps, torch.Tensor):
             asked.append("num_steps with a number per row")
-        asked += ["state_warm_start"] if options["state_warm_start"] else []
+        asked += ["state_warm_start"] if depth.state_warm_start else []
         if not asked:
             return
         if self.text_config.num_core_layers == 0:
@@ -191,6 +155,7 @@ class RecurrentGenerationMixin:
         self,
         inputs: torch.Tensor | None,
         config: GenerationConfig,
+        depth: DepthOptions,
         options: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> RecurrentCache | None:
@@ -216,12 +181,12 @@ class RecurrentGenerationMixin:
             prompt = prompt_length(inputs, kwargs, has_embeds=True)
             new = config.max_new_tokens or max((config.max_length or prompt + DEFAULT_NEW_TOKENS) - prompt, 0)
             room["max_length"] = max(prompt + new, config.max_cache_len or 0)
-            room["max_steps"] = self._depth(options["num_steps"]).total
+            room["max_steps"] = self._depth(depth.num_steps).total
             self._compile_for_generation(config)
         return RecurrentCache(self.text_config, options["cache_policy"], options["num_kept_steps"], **room)
 
     def _check_assistance(
-        self, config: GenerationConfig, options: dict[str, Any], cache: RecurrentCache | None, kwargs: dict[str, Any]
+        self, config: GenerationConfig, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
     ) -> None:
         """Checks that drafts can be verified, and counts the tokens that the cache holds before.
 
@@ -237,7 +202,7 @@ class RecurrentGenerationMixin:
             raise ValueError("assisted generation is not possible with a static cache; leave cache_implementation out")
         if cache.get_seq_length():
             kwargs["num_cached_tokens"] = cache.get_seq_length()
-        steps = self._depth(options["num_steps"]).total
+        steps = self._depth(depth.num_steps).total
         if cache.num_kept_steps is not None and cache.num_kept_steps < steps:
             raise ValueError(
                 f"assisted generation of {steps} steps is not possible with cache policy {cache.policy!r} of "
@@ -273,15 +238,15 @@ class RecurrentGenerationMixin:
         inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
         is_first_iteration: bool | None = False,
         num_cached_tokens: int = 0,
-        depth_options: dict[str, Any] | None = None,
+        depth_options: DepthOptions | None = None,
         **kwargs: Any,
     ) -> dict:
-        """As the original; the prompt takes all steps unless told otherwise, and a schedule is a number of steps.
+        """Prepares as the original does, with what the token takes of depth.
 
         Args:
             num_cached_tokens: Where candidates are checked, tokens of the prompt that a cache held before: transformers
                 5.23 and 5.24 give the whole prompt then, for Llama too, and the model would read them twice.
-            depth_options: What `generate` was asked for, of `num_steps`, exits and noise.
+            depth_options: What `generate` was asked for.
         """
         cache = past_key_values if cache is None else cache
         if next_sequence_length is None and num_cached_tokens:
@@ -299,20 +264,22 @@ class RecurrentGenerationMixin:
         inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)  # where PEFT looks for it, under each version
         if cache is not None and not is_first_iteration and cache.prompt_length is None:
             cache.prompt_length = cache.get_seq_length()
-        if not depth_options:
+        if depth_options is None:
             return inputs
         index = 0
         if cache is not None and not is_first_iteration:
             index = cache.get_seq_length() - cache.prompt_length + 1
-        return inputs | arguments_of_token(depth_options, index, len(input_ids))
+        return inputs | depth_options.arguments_of_token(index, len(input_ids))
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:
         """As the original; the pass without the prompt, by which guidance is taken, has the same depth."""
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                given = (model_kwargs or {}) | ((model_kwargs or {}).get("depth_options") or {})
-                processor.model = functools.partial(self, num_steps=given.get("num_steps"))
+                given = model_kwargs or {}
+                depth = given.get("depth_options")
+                steps = given.get("num_steps") if depth is None else depth.num_steps
+                processor.model = functools.partial(self, num_steps=steps)
         return processors
 
     def _get_candidate_generator(
@@ -322,7 +289,7 @@ class RecurrentGenerationMixin:
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
         if assistant_model is not None:
             generation_config = copy.deepcopy(generation_config)
-            for name in OPTIONS:
+            for name in (*DepthOptions.names(), *CACHE_OPTIONS):
                 setattr(generation_config, name, getattr(assistant_model.generation_config, name, None))
         return super()._get_candidate_generator(
             generation_config=generation_config, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
@@ -335,130 +302,6 @@ class RecurrentGenerationMixin:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         model_kwargs.pop("state", None)
         return model_kwargs
-
-
-class MediaGenerationMixin:
-    """Goes before `RecurrentGenerationMixin`: media are read once, before the prompt, and their features go with its
-    parts: with its chunks, with the copies of its rows, and without what a cache holds already.
-    """
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        *args: Any,
-        generation_mode: str = "text",
-        guidance_scale: float | None = None,
-        num_flow_steps: int | None = None,
-        flow_temperature: float | None = None,
-        flow_seeds: list[int] | None = None,
-        velocity_threshold: float | None = None,
-        on_chunk: Callable[[MediaChunk], None] | None = None,
-        chunk_size: int | None = None,
-        num_steps: int | dict[str, int] | torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> ModelOutput | torch.LongTensor:
-        """As in `RecurrentGenerationMixin`, and:
-
-        Args:
-            generation_mode: "text"; "image" or "audio" write one medium; "any" text in which the model opens media.
-            guidance_scale, num_flow_steps, flow_temperature, flow_seeds, velocity_threshold, on_chunk, chunk_size: See
-                `WritingOptions`; in mode "text" guidance is that of the logits, and there are no others.
-            num_steps: Also by what is written: {"text": 8, "image": 16, "audio": 4}.
-
-        Returns:
-            In the other modes a `MediaGenerateOutput`, unless `return_dict_in_generate=False`.
-
-        Raises:
-            ValueError: for a modality that this model does not write, or a value outside its range.
-        """
-        options = {"num_flow_steps": num_flow_steps, "flow_temperature": flow_temperature, "flow_seeds": flow_seeds}
-        options |= {"on_chunk": on_chunk, "chunk_size": chunk_size}
-        options |= {} if velocity_threshold is None else {"velocity_threshold": velocity_threshold}
-        depths = num_steps if isinstance(num_steps, dict) else None
-        writing = WritingOptions(generation_mode, guidance_scale, num_steps=depths, **options)
-        kwargs = self._read_media(inputs, kwargs)
-        if generation_mode == "text":
-            unused = [name for name, value in options.items() if value is not None]
-            if unused:
-                raise ValueError(f"{unused[0]} has no effect in generation_mode 'text'; leave it out")
-            steps = writing.steps_of("text") if depths else num_steps
-            return super().generate(inputs, *args, guidance_scale=guidance_scale, num_steps=steps, **kwargs)
-        writing.num_steps = num_steps
-        most = max(depths.values(), default=None) if depths else num_steps
-        kwargs = {"return_dict_in_generate": True, **kwargs}
-        if not {"max_new_tokens", "max_length", "generation_config"} & kwargs.keys():
-            kwargs["max_new_tokens"] = self._room_for(generation_mode)
-        loop = functools.partial(write_media, writing=writing)
-        return super().generate(inputs, *args, num_steps=most, custom_generate=loop, **kwargs)
-
-    def _room_for(self, generation_mode: str) -> int:
-        """New tokens where nobody says how many: those of one medium, or of one of each kind and as many of text."""
-        places = {name: writer.num_places + 2 for name, writer in self.model.writers.items()}
-        return 2 * sum(places.values()) if generation_mode == "any" else places.get(generation_mode, 1)
-
-    def _read_media(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords with features of all media in `mm_encoder_outputs`, by modality, in place of the inputs of the
-        readers.
-        """
-        kwargs = dict(kwargs)
-        media = self.model.take_media(kwargs)
-        if media and kwargs.get("inputs_embeds") is not None:
-            raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
-        encoded = read_media(self.model.readers, media, run_all=self.model.must_run_alike)
-        outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        for name, output in encoded.items():
-            if name in outputs:
-                raise ValueError(f"{name}: give its features (mm_encoder_outputs) or what to read, not both")
-            check_counts(name, self._count_places(name, input_ids), [len(part) for part in output.pooler_output])
-            outputs[name] = output
-        return kwargs | ({"mm_encoder_outputs": outputs} if outputs else {})
-
-    @property
-    def placeholder_ids(self) -> list[int]:
-        """Tokens in whose places media stand."""
-        names = [f"{name}_token_id" for name in self.model.readers]
-        names += [f"written_{name}_token_id" for name in self.model.writers]
-        return [getattr(self.config, name) for name in names if getattr(self.config, name) is not None]
-
-    def _expand_multimodal_outputs(
-        self, input_ids: torch.LongTensor, mm_encoder_output: dict, expand_size: int = 1, **kwargs: Any
-    ) -> dict:
-        """The features of each row as often as the row itself: [A, B] of one row -> [A, B, A, B]."""
-        expanded = {}
-        for name, output in mm_encoder_output.items():
-            rows = torch.cat(list(output.pooler_output)).split(self._count_places(name, input_ids))
-            expanded[name] = BaseModelOutputWithPooling(
-                pooler_output=tuple(row for row in rows for _ in range(expand_size))
-            )
-        return expanded
-
-    def _count_places(self, name: str, input_ids: torch.LongTensor) -> list[int]:
-        """Placeholders of a modality in each row."""
-        return (input_ids == getattr(self.config, f"{name}_token_id")).sum(dim=1).tolist()
-
-    @with_parameters_of(RecurrentGenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        *args: Any,
-        inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
-        **kwargs: Any,
-    ) -> dict:
-        """As the original, without the features of placeholders that are in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        outputs = inputs.get("mm_encoder_outputs")
-        num_seen = 0 if inputs.get("input_ids") is None else input_ids.shape[1] - inputs["input_ids"].shape[1]
-        if not outputs or num_seen == 0:
-            return inputs
-        seen_ids, left = input_ids[:, :num_seen], {}
-        for name, output in outputs.items():
-            rows = torch.cat(list(output.pooler_output)).split(self._count_places(name, input_ids))
-            seen = self._count_places(name, seen_ids)
-            unseen = tuple(row[count:] for row, count in zip(rows, seen, strict=True))
-            left[name] = BaseModelOutputWithPooling(pooler_output=unseen)
-        return {**inputs, "mm_encoder_outputs": left}
 
 
 def prompt_length(inputs: torch.Tensor | None, kwargs: dict[str, Any], has_embeds: bool) -> int:
@@ -507,25 +350,3 @@ def refuse_empty_rows(inputs: torch.Tensor | None, config: GenerationConfig, kwa
     if mask is not None and mask.ndim == 2 and mask.shape[1] and not mask.any(-1).all():
         row = int((~mask.any(-1)).nonzero()[0])
         raise ValueError(f"row {row} of the prompt is all padding (attention_mask); leave it out")
-
-
-def arguments_of_token(options: dict[str, Any], index: int, num_rows: int) -> dict[str, Any]:
-    """The arguments of `forward` for new token number `index`, counted from 0, which is read off the prompt."""
-    arguments = dict(options)
-    schedule, in_prefill = arguments.pop("exit_schedule", None), arguments.pop("exit_in_prefill", False)
-    criterion = arguments.get("exit_criterion", "none")
-    if criterion == "schedule" or (index == 0 and not in_prefill):
-        arguments = {name: value for name, value in arguments.items() if name not in EXIT_OPTIONS}
-    if criterion == "schedule" and (index > 0 or in_prefill):
-        arguments["num_steps"] = scheduled_steps(schedule, index)
-    steps = arguments.get("num_steps")
-    if isinstance(steps, torch.Tensor) and steps.ndim and len(steps) < num_rows:  # several sequences of a prompt
-        arguments["num_steps"] = steps.repeat_interleave(num_rows // len(steps))
-    return arguments
-
-
-def scheduled_steps(schedule: Sequence[int] | Callable[[int], int], index: int) -> int:
-    """Steps of new token number `index`, counted from 0."""
-    if callable(schedule):
-        return schedule(index)
-    return schedule[min(index, len(schedule) - 1)]

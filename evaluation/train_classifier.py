@@ -1,4 +1,6 @@
-"""Trains a judge of written media: `python train_judge.py my/speech --medium audio --label-column speaker`."""
+"""Trains a classifier of media, by which those that a model writes are judged:
+`python -m evaluation.train_classifier my/speech --medium audio --label-column speaker --output classifiers/speaker`.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,14 @@ from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.media_sources import load_conversations
 from dataset_loading.references import read_medium
 from dataset_loading.validation import BadRows
-from evaluate import writable_folder
-from evaluation import Judge, JudgeConfig, LabelledMedia, save_judge, train_judge
 from inference import arguments
 from inference.devices import choose_threads
-from inference.output import whole_folder
-from inference.terminal import write_result
+from inference.output import whole_folder, writable_folder, write_result
 from model import load_audio, load_image
 
-logger = logging.getLogger("train_judge")
+from .judges import Judge, JudgeConfig, LabelledMedia, save_judge, train_judge
+
+logger = logging.getLogger("evaluation.train_classifier")  # __name__ is __main__ when run with -m
 
 KINDS = {"image": "imagefolder", "audio": "audiofolder"}
 HELD_OUT = 0.1
@@ -76,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> arguments.OneLineParser:
     """The command line."""
     parser = arguments.OneLineParser(
-        prog="train_judge.py",
-        description="A small network that names what pictures show, or who says what, for evaluate.py --judge.",
+        prog="evaluation.train_classifier",
+        description="A small network that names what pictures show, or who says what, for "
+        "`python -m evaluation --judge`.",
     )
     parser.add_argument("data", type=Path, help="folder of media with a metadata.jsonl or .csv")
     parser.add_argument("--medium", choices=tuple(KINDS), required=True, help="what the folder holds")

@@ -1,4 +1,4 @@
-"""The command that trains judges."""
+"""The command that trains classifiers of media."""
 
 import json
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import load_judge
+from evaluation.judges import load_judge
+from evaluation.train_classifier import main
 from tests.tiny_processor import audio_file
-from train_judge import main
 
 COLOURS = {"red": (200, 40, 40), "blue": (40, 60, 210)}
 
@@ -83,5 +83,5 @@ def test_bad_arguments_are_one_line(tmp_path, capsys, argv, message):
         main([*(argument.format(data=data) for argument in argv), "--output", str(tmp_path / "out")])
     found = capsys.readouterr()
     *warnings, error = found.err.splitlines()  # of rows that cannot be used
-    assert stop.value.code == 2 and found.out == "" and error.startswith("train_judge.py: error: ")
+    assert stop.value.code == 2 and found.out == "" and error.startswith("evaluation.train_classifier: error: ")
     assert message in found.err and all("skipped a bad row" in line for line in warnings)

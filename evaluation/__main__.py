@@ -1,4 +1,6 @@
-"""What depth buys a trained model: `python evaluate.py runs/recurrent_lm --num-steps 1 2 4 8 16`."""
+"""What depth buys a trained model: `python -m evaluation runs/recurrent_lm --num-steps 1 2 4 8 16`. Or how well a codec
+reconstructs, beside what needs no training: `python -m evaluation runs/vocoder`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ import argparse
 import dataclasses
 import logging
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,41 +20,38 @@ import torch
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from configs import RunConfig, load_run_config
+from configs import RunConfig, read_run_config, split_overrides
 from dataset_loading import Collator, build_examples, build_validation
-from evaluation import (
-    CHECKS,
-    WRITTEN,
-    BackReader,
-    FeatureNetwork,
-    Judge,
-    MediaTable,
-    MediaWriter,
-    Writer,
-    depth_table,
-    load_judge,
-    markdown_table,
-    media_markdown,
-    media_table,
-    save_depth_table,
-    save_media_table,
-    token_byte_lengths,
-)
+from dataset_loading.codec_data import build_codec_datasets
 from inference import arguments
+from inference.checkpoints import find_checkpoint, is_codec
 from inference.devices import choose_device, choose_threads, device_report
-from inference.loading import find_checkpoint, load_model, tokenizer_of
-from inference.output import whole_folder
+from inference.loading import load_codec, load_model
+from inference.output import whole_folder, writable_folder, write_result
 from inference.prompts import prompt_limit
-from inference.terminal import write_result
-from model import modality_names
+from model import codec_media, tokenizer_of
+from model.chat import WRITTEN_PREFIX
 from model.exit_criteria import EXIT_CRITERIA
 from model.quantization import QuantizationConfig
 
-logger = logging.getLogger("evaluate")
+from .answers import Writer
+from .checks import CHECKS
+from .depth import depth_table
+from .feature_networks import FeatureNetwork
+from .judges import Judge, load_judge
+from .media_report import media_markdown, save_media_table
+from .media_writing import BackReader, MediaTable, MediaWriter, media_table
+from .metrics import token_byte_lengths
+from .reconstruction import reconstruction_table
+from .report import markdown_table, save_depth_table
+
+logger = logging.getLogger("evaluation")  # __name__ is __main__ when run with -m
 
 T = TypeVar("T")
 DEFAULT_DEPTHS = [1, 2, 4, 8, 16]
 EXAMPLES_PER_SOURCE = 256
+FOR_CODECS = ("checkpoint", "limit", "device", "log_level")
+"""Options that codecs have a use for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,60 +74,91 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         checkpoint = find_checkpoint(args.checkpoint)
         run = read_run_config(checkpoint, overrides)
-        device = choose_device(args.device)
-        dtype = args.dtype and getattr(torch, args.dtype)
-        model, processor = load_model(checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
-        choose_threads(model)
-        judges = load_named(args.judge, load_judge)
-        networks = load_named(args.feature_network, FeatureNetwork)
-        texts = validation_texts(run, processor, args.limit)
-        examples, prompts = divide(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
-        depths = sorted(set(args.num_steps))
-        if model.config.get_text_config().num_core_layers == 0:
-            logger.warning(
-                "%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint
-            )
-            depths = [None]
-        writer = Writer(processor, args.max_new_tokens)
-        limit = prompt_limit(model, args.max_prompt_tokens)
-        check_lengths({**examples, **prompts}, limit)
-        output = writable_folder(args.output or Path(args.checkpoint) / "evaluation")
-        rows = depth_table(
-            model,
-            depths,
-            texts,
-            examples,
-            Collator(processor),
-            token_byte_lengths(tokenizer_of(processor)),
-            args.batch_size,
-            modalities=modality_names(),
-            writer=None if args.no_texts else writer,
-        )
-        write_result(markdown_table(rows))
-        about = {"checkpoint": str(checkpoint), "data": dataclasses.asdict(run.data), "limit": args.limit}
-        with whole_folder(output) as made:
-            names = [path.name for path in save_depth_table(rows, made, about)]
-        if prompts and not args.no_media:
-            table = write_media(model, depths, prompts, writer, judges, networks, args)
-            write_result(f"\n{media_markdown(table)}")
-            how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.judge]}
-            how["feature_networks"] = [str(path) for path in args.feature_network]
-            with whole_folder(output) as made:
-                names += [path.name for path in save_media_table(table, made, {**about, **how})]
-        write_result("\nwritten to " + ", ".join(str(output / name) for name in names) + "\n")
+        if is_codec(checkpoint):
+            check_codec_options(parser, args)
+            evaluate_codec(checkpoint, run, args)
+        else:
+            evaluate(checkpoint, run, args)
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
     return 0
 
 
+def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None:
+    """Write tables of what a language model says, and of the media that it writes, at each depth.
+
+    Raises:
+        ValueError: as `load_model`; for data that cannot be read or have too long examples; for a folder that cannot be
+            written.
+    """
+    device = choose_device(args.device)
+    dtype = args.dtype and getattr(torch, args.dtype)
+    model, processor = load_model(checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
+    choose_threads(model)
+    judges = load_named(args.judge, load_judge)
+    networks = load_named(args.feature_network, FeatureNetwork)
+    texts = validation_texts(run, processor, args.limit)
+    examples, prompts = divide(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
+    depths = sorted(set(args.num_steps))
+    if model.config.get_text_config().num_core_layers == 0:
+        logger.warning("%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint)
+        depths = [None]
+    writer = Writer(processor, args.max_new_tokens)
+    limit = prompt_limit(model, args.max_prompt_tokens)
+    check_lengths({**examples, **prompts}, limit)
+    output = writable_folder(args.output or Path(args.checkpoint) / "evaluation")
+    rows = depth_table(
+        model,
+        depths,
+        texts,
+        examples,
+        Collator(processor),
+        token_byte_lengths(tokenizer_of(processor)),
+        args.batch_size,
+        writer=None if args.no_texts else writer,
+    )
+    write_result(markdown_table(rows))
+    about = {"checkpoint": str(checkpoint), "data": dataclasses.asdict(run.data), "limit": args.limit}
+    with whole_folder(output) as made:
+        names = [path.name for path in save_depth_table(rows, made, about)]
+    if prompts and not args.no_media:
+        table = write_media(model, depths, prompts, writer, judges, networks, args)
+        write_result(f"\n{media_markdown(table)}")
+        how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.judge]}
+        how["feature_networks"] = [str(path) for path in args.feature_network]
+        with whole_folder(output) as made:
+            names += [path.name for path in save_media_table(table, made, {**about, **how})]
+    write_result("\nwritten to " + ", ".join(str(output / name) for name in names) + "\n")
+
+
+def evaluate_codec(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None:
+    """Write a table of how well a codec reconstructs the validation media of its run.
+
+    Raises:
+        ValueError: as `load_codec`; for data that cannot be read.
+    """
+    model = load_codec(checkpoint, choose_device(args.device))
+    choose_threads(model)
+    train, validation = build_codec_datasets(run.data, codec_media(model.config), seed=run.seed)
+    write_result(reconstruction_table(model, train, validation, args.limit))
+
+
+def check_codec_options(parser: arguments.OneLineParser, args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that codecs have no use for."""
+    for name, value in vars(args).items():
+        if name not in FOR_CODECS and value != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} is for language models, and this is a codec: leave it out.")
+
+
 def build_parser() -> arguments.OneLineParser:
     """The command line, without the overrides of the data."""
     parser = arguments.OneLineParser(
-        prog="evaluate.py",
+        prog="evaluation",
         description="Loss, bits per byte, exact answers, word errors, BLEU and time of a model at several depths, by "
-        "source and by modality; and how much of the pictures and sounds that it writes is right. The data are those "
-        "of the run; --config FILE and --data.KEY VALUE change them as in pretrain.py.",
+        "source and by modality; and how much of the pictures and sounds that it writes is right. Of a codec, how well "
+        "it reconstructs: an autoencoder beside principal components, a vocoder beside Griffin and Lim's iteration. "
+        "The data are those of the run; --config FILE and --data.KEY VALUE change them as in pretrain.py.",
     )
     parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
     parser.add_argument(
@@ -139,8 +168,8 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument(
         "--limit",
         type=arguments.row_limit,
-        help=f"rows per source; default: all for the loss, and {EXAMPLES_PER_SOURCE} questions of each source with "
-        "answers",
+        help=f"rows per source; default: all for the loss and of codecs, and {EXAMPLES_PER_SOURCE} questions of each "
+        "source with answers",
     )
     parser.add_argument("--no-texts", action="store_true", help="write no answers: neither word errors nor BLEU")
     parser.add_argument(
@@ -162,7 +191,9 @@ def build_parser() -> arguments.OneLineParser:
 def add_media_arguments(parser: arguments.OneLineParser) -> None:
     """Of the pictures and sounds that the model writes."""
     parser.add_argument("--no-media", action="store_true", help="write neither pictures nor sounds")
-    parser.add_argument("--judge", type=Path, nargs="+", default=[], help="folders that train_judge.py has written")
+    parser.add_argument(
+        "--judge", type=Path, nargs="+", default=[], help="folders that evaluation.train_classifier has written"
+    )
     parser.add_argument(
         "--feature-network",
         type=Path,
@@ -214,76 +245,11 @@ def check_lengths(examples: dict[str, Sequence[dict]], limit: int) -> None:
             )
 
 
-def writable_folder(folder: Path) -> Path:
-    """The folder, which may be missing, if a file could be written there just now.
-
-    Raises:
-        ValueError: none could.
-    """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return folder
-    except OSError as error:
-        raise ValueError(
-            f"{folder} cannot be written ({error.strerror}): name another folder with --output."
-        ) from error
-
-
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments of this command, and those that `configs` reads: --config and --data.KEY, with their values."""
-    own, overrides, rest = [], [], list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if argument.partition("=")[0] != "--config" and not argument.startswith("--data."):
-            own.append(argument)
-            continue
-        overrides.append(argument)
-        if "=" not in argument and rest:
-            overrides.append(rest.pop(0))
-    return own, overrides
-
-
-def read_run_config(checkpoint: Path, overrides: Sequence[str]) -> RunConfig:
-    """The configuration of the run that a checkpoint belongs to, with overrides.
-
-    Raises:
-        ValueError: there is none beside the checkpoint, or an override is wrong.
-    """
-    path = find_run_config(checkpoint)
-    if path is not None:
-        return load_run_config(path, overrides)
-    if not any(override.partition("=")[0] == "--config" for override in overrides):
-        raise ValueError(
-            f"Neither {checkpoint} nor its parent folder has the config.yaml of a run: "
-            "name the data with --config FILE."
-        )
-    return load_run_config(*first_config(overrides))
-
-
-def find_run_config(checkpoint: Path) -> Path | None:
-    """The config.yaml of the run that a checkpoint belongs to, if there is one: beside it, or a folder above."""
-    paths = (folder / "config.yaml" for folder in (checkpoint, checkpoint.absolute().parent))
-    return next(filter(Path.is_file, paths), None)
-
-
-def first_config(overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """The path of the first --config, and the other overrides."""
-    rest = list(overrides)
-    index = next(i for i, override in enumerate(rest) if override.partition("=")[0] == "--config")
-    _, has_value, path = rest.pop(index).partition("=")
-    if not has_value:
-        if index == len(rest):
-            raise ValueError("--config: the value is missing")
-        path = rest.pop(index)
-    return path, rest
-
-
 def validation_texts(
     run: RunConfig, processor: PreTrainedTokenizerBase | ProcessorMixin, limit: int | None
 ) -> dict[str, Dataset]:
     """The packed validation rows by source; where the run names none, those that it split off its training data."""
-    validation = build_validation(run.data, processor, seed=run_seed(run))
+    validation = build_validation(run.data, processor, seed=run.seed)
     return {
         name: rows if limit is None else Subset(rows, range(min(limit, len(rows)))) for name, rows in validation.items()
     }
@@ -296,7 +262,7 @@ def validation_examples(
     are generated, or those that were split off.
     """
     return {
-        source.label: build_examples(source, run.data, processor, limit, run_seed(run), CHECKS)
+        source.label: build_examples(source, run.data, processor, limit, run.seed, CHECKS)
         for source in run.data.validation or run.data.train
         if source.has_answers and not source.streaming
     }
@@ -340,7 +306,7 @@ def divide(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequence[dict
         by_modality: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             modality = row.get("modality", "text")
-            by_modality.setdefault(modality if modality.startswith(WRITTEN) else "text", []).append(number)
+            by_modality.setdefault(modality if modality.startswith(WRITTEN_PREFIX) else "text", []).append(number)
         kinds = [modality for modality in by_modality if modality != "text"]
         for modality, numbers in by_modality.items():
             if modality == "text":
@@ -348,11 +314,6 @@ def divide(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequence[dict
             else:
                 media[name if len(kinds) == 1 else f"{name} {modality}"] = Subset(rows, numbers)
     return texts, media
-
-
-def run_seed(run: RunConfig) -> int:
-    """The seed that the run splits and generates its data with."""
-    return run.resolved["training"]["seed"]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,56 @@
-"""Muon for the matrices inside the layers, another optimizer for the rest."""
+"""Optimizers by name; another one is a builder, in a file of its own and in `OPTIMIZERS`, or by import name."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from .imports import load_function
+
+OptimizerBuilder = Callable[[list[dict[str, Any]], TrainingArguments, nn.Module], torch.optim.Optimizer]
+"""Takes the groups of parameters, with the weight decay of each, the training arguments and the model."""
+
+
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], args: TrainingArguments, model: nn.Module
+) -> torch.optim.Optimizer:
+    """The optimizer that is registered under a name, or that the function of an import name builds.
+
+    Raises:
+        ValueError: for a function that cannot be found, that raises, or that returns no optimizer.
+    """
+    build = OPTIMIZERS.get(name)
+    if build is not None:
+        return build(groups, args, model)
+    build = load_function("optimizer", name, "trainers.optimizers:build_muon")
+    try:
+        optimizer = build(groups, args, model)
+    except Exception as error:  # whatever the code of a user raises
+        raise ValueError(f"optimizer {name!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer {name!r} returned {optimizer!r:.80}; it must return a torch.optim.Optimizer")
+    return optimizer
+
+
+def build_muon(groups: list[dict[str, Any]], args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
+    """Muon at `args.muon_learning_rate` for the matrices inside the layers, and the optimizer of `args.optim` for the
+    rest.
+
+    Raises:
+        ValueError: for an optimizer that is not torch's, whose state may not be loadable by torch's rules.
+    """
+    of_rest, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    if not of_rest.__module__.startswith("torch.optim."):
+        raise ValueError(
+            f"training.optim makes a {of_rest.__name__}, but beside muon_learning_rate it has to be one of "
+            "torch's: adamw_torch, adamw_torch_fused, sgd, adagrad or rmsprop"
+        )
+    return MuonBeside(of_rest(groups, **options), matrices_of(model), args.muon_learning_rate)
+
+
+OPTIMIZERS: dict[str, OptimizerBuilder] = {"muon": build_muon}
 
 
 def matrices_of(model: nn.Module) -> list[nn.Parameter]:
@@ -23,17 +72,9 @@ class MuonBeside(torch.optim.Optimizer):
         rest: An optimizer that has not made a step yet.
         matrices: 2-D parameters of it.
         learning_rate: That of Muon.
-
-    Raises:
-        ValueError: for an optimizer that is not torch's, whose state may not be loadable by torch's rules.
     """
 
     def __init__(self, rest: torch.optim.Optimizer, matrices: list[nn.Parameter], learning_rate: float):
-        if not type(rest).__module__.startswith("torch.optim."):
-            raise ValueError(
-                f"training.optim makes a {type(rest).__name__}, but beside muon_learning_rate it has to be one of "
-                "torch's: adamw_torch, adamw_torch_fused, sgd, adagrad or rmsprop"
-            )
         chosen, groups, own = set(matrices), [], []
         for options in rest.param_groups:
             members = [parameter for parameter in options["params"] if parameter in chosen]

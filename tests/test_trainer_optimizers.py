@@ -1,15 +1,20 @@
-"""Muon for the matrices inside the layers."""
+"""Muon for the matrices inside the layers, and optimizers of one's own."""
 
 import copy
+import sys
+import types
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tests.test_trainer import Interrupt, build, losses
 from tests.test_trainer_parameter_groups import train, weights_of
 from tests.tiny import tiny_model
 from trainers import ParameterGroup, find_resume_point
-from trainers.muon import MuonBeside, matrices_of
+from trainers.checked import CheckedTrainer
+from trainers.optimizers import OPTIMIZERS, MuonBeside, matrices_of
 
 
 def names_of_matrices(model):
@@ -93,3 +98,88 @@ def test_what_muon_cannot_do_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+# One's own
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """A function that names another one, which is put into a module that can be imported."""
+    module = types.ModuleType("optimizers_of_a_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def name(function):
+        function.__module__ = module.__name__
+        setattr(module, function.__name__, function)
+        return f"{module.__name__}:{function.__name__}"
+
+    return name
+
+
+def sgd(groups, args, model):
+    assert len(groups) == 2 and isinstance(model, PreTrainedModel)
+    return torch.optim.SGD(groups, lr=args.learning_rate)
+
+
+def test_an_optimizer_of_ones_own_trains_and_goes_on(tmp_path, own):
+    """As that of torch does by `optim`; also with groups, and from a checkpoint."""
+    groups = [ParameterGroup("model.core.*", lr_factor=0.5)]
+    options = {"max_steps": 6, "learning_rate": 0.1, "parameter_groups": groups}
+    theirs, _ = train(tmp_path / "theirs", optim="sgd", **options)
+    ours, _ = train(tmp_path / "ours", optimizer=own(sgd), **options)
+    assert type(ours.optimizer.optimizer) is torch.optim.SGD and losses(ours) == losses(theirs)
+    first = build(tmp_path / "cut", optimizer=own(sgd), **options)
+    first.add_callback(Interrupt(3))
+    first.train()
+    options |= {"model": tiny_model(seed=5), "resume_from_checkpoint": "true"}
+    second = build(tmp_path / "cut", optimizer=own(sgd), **options)
+    second.train(resume_from_checkpoint=find_resume_point(second.args))
+    assert losses(second) == losses(ours)
+
+
+def test_an_optimizer_that_is_registered_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "plain", sgd)
+    assert type(build(tmp_path, optimizer="plain").optimizer) is torch.optim.SGD
+    named, chosen = (train(tmp_path, muon_learning_rate=0.01, optimizer=name)[0] for name in ("muon", None))
+    assert losses(named) == losses(chosen) and isinstance(named.optimizer.optimizer, MuonBeside)
+
+
+def raises(groups, args, model):
+    raise KeyError("rate")
+
+
+def nothing(groups, args, model):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "others", "message"),
+    [
+        ("lion", {}, "optimizer is 'lion'; give one of muon, or module:function of your own"),
+        ("muon", {}, "optimizer is 'muon', but muon_learning_rate is null"),
+        (sgd, {"muon_learning_rate": 0.1}, "muon_learning_rate is 0.1, but optimizer is 'optimizers_of_a_test:sgd'"),
+        (":build", {}, "optimizer ':build' names no function; write module:function"),
+        ("no_such:build", {}, "optimizer 'no_such:build': no_such cannot be imported .ModuleNotFoundError"),
+        ("trainers.optimizers:no", {}, "trainers.optimizers has no function 'no', only .*build_muon"),
+        (raises, {}, "optimizer 'optimizers_of_a_test:raises' raised KeyError: 'rate'"),
+        (nothing, {}, "optimizer 'optimizers_of_a_test:nothing' returned None; it must return a torch.optim.Optimizer"),
+    ],
+)
+def test_optimizers_that_cannot_be_are_named(tmp_path, own, optimizer, others, message):
+    name = optimizer if isinstance(optimizer, str) else own(optimizer)
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "out", optimizer=name, **others)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["optimizer", "parameter_groups"])
+def test_an_optimizer_of_deepspeeds_file_is_not_given_twice(option):
+    found = SimpleNamespace(config={"optimizer": {"type": "AdamW"}})
+    args = SimpleNamespace(optimizer=None, parameter_groups=[], max_steps=-1, deepspeed="z.json")
+    args.hf_deepspeed_config = found
+    trainer = SimpleNamespace(args=args, is_deepspeed_enabled=True)
+    CheckedTrainer._check_deepspeed_settings(trainer)
+    setattr(args, option, "mine:build")
+    with pytest.raises(ValueError, match=f"training.{option} has no effect on the optimizer .* out of z.json"):
+        CheckedTrainer._check_deepspeed_settings(trainer)

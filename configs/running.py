@@ -1,0 +1,135 @@
+"""A run from its configuration to its end: what the scripts that train have in common."""
+
+import copy
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from datasets import disable_progress_bars
+from transformers import Trainer, TrainerCallback
+
+from callbacks import ModelCardWriter, sources_of
+from inference.devices import choose_threads, device_report
+from inference.logs import set_up_logging
+from trainers.ranks import decide
+from trainers.resumed import ResumeError
+from trainers.resuming import TRAINER_STATE_NAME, save_state_of
+from trainers.run_lock import RunLock
+from trainers.signals import StopCallback, StopRequest, watch_launcher
+
+from . import ResolvedConfig, one_line_errors
+from .resuming import Start, config_text, find_start
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_output(log_level: str) -> None:
+    """Logs of this rank, and progress bars where somebody sees them."""
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_logging(log_level, rank)
+    if rank != 0 or not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | None], Trainer]) -> int:
+    """Build the trainer of a run, train, and leave.
+
+    Args:
+        build: run and checkpoint to go on from -> trainer.
+
+    Raises:
+        SystemExit: as `main`, and with 143 or 130 after SIGTERM or Ctrl-C.
+    """
+    logger.info("%s", device_report())
+    args, lock = run.training, RunLock(run.training.output_dir)
+    with StopRequest() as request, leaving(lock):
+        watch_launcher()
+        with one_line_errors():
+            args.check_launcher()
+            start = decide(lambda: begin(run, lock), args)
+            if start.is_finished:
+                logger.info("%s holds the finished run: nothing is left to do", args.output_dir)
+                return 0
+            trainer = build(run, start.checkpoint)
+            decide(lock.take, args)
+        choose_threads(trainer.model)
+        card = ModelCardWriter(run.resolved, sources_of(run.data))
+        trainer.config_text = config_text(run)
+        trainer.add_callback(ConfigWriter(run))
+        trainer.add_callback(card)
+        trainer.stop = StopCallback(request)
+        with one_line_errors((ResumeError, NoRowsError)):
+            train(trainer, start.checkpoint, card)
+    return 0
+
+
+@contextmanager
+def leaving(lock: RunLock) -> Iterator[None]:
+    """A context behind which the ranks have parted and the output folder is free, however it ends."""
+    try:
+        yield
+    finally:
+        # Left open, the group makes the launcher wait, or report a failure that was none.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        lock.release()
+
+
+def begin(run: ResolvedConfig, lock: RunLock) -> Start:
+    """Where a run begins, in a folder that no other run writes to; a folder that is not there yet is not made.
+
+    Raises:
+        ValueError: as `find_start`, and for a folder in use.
+    """
+    start = find_start(run)
+    if not start.is_finished:
+        lock.take(may_make_folder=False)
+    if start.checkpoint is None and start.may_be_complete:
+        logger.warning("%s holds no whole checkpoint to go on from: the run begins anew", run.training.output_dir)
+    return start
+
+
+class ConfigWriter(TrainerCallback):
+    """Writes config.yaml when training begins: all is built and loaded then, and no refused start has replaced the file
+    of an earlier run. The state of a finished run that is replaced is removed: it would say that this one is finished.
+    """
+
+    def __init__(self, run: ResolvedConfig) -> None:
+        self.run = run
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Write it, on the first rank."""
+        if state.is_world_process_zero:
+            self.run.save(os.path.join(args.output_dir, "config.yaml"))
+            if state.global_step == 0:
+                Path(args.output_dir, TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+class NoRowsError(ValueError):
+    """Data of which not one row came, as only their end shows."""
+
+
+def train(trainer: Trainer, resume_point: str | None, card: ModelCardWriter) -> None:
+    """Train, save weights, tokenizer and code in the run folder, evaluate; last the state, which says that all of it is
+    there.
+
+    Raises:
+        NoRowsError: for data that gave none.
+    """
+    with trainer.stop.request.deferred():
+        trainer.train(resume_from_checkpoint=resume_point)
+        if trainer.state.global_step == 0:
+            raise NoRowsError("data.train: not one row came of it, and nothing was trained; look at its sources")
+        trainer.save_model()
+    state = copy.copy(trainer.state)
+    state.log_history = list(state.log_history)  # the evaluation below has a file of its own
+    metrics = trainer.evaluate()
+    trainer.save_metrics("eval", metrics)
+    logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "runtime" not in name))
+    if trainer.is_world_process_zero():
+        card.write(trainer.args.output_dir, trainer.model, trainer.state)
+        save_state_of(state, trainer.args.output_dir)

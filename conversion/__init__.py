@@ -1,1 +1,0 @@
-"""Checkpoints made of other checkpoints."""

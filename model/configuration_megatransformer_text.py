@@ -1,0 +1,391 @@
+"""Configurations of the text model: typed, ranged, and strict about unknown keys.
+
+Every class raises ``ValueError`` for a wrong type, a value outside its range or an unknown choice, whether it is built
+through the Python API, from YAML, or from a nested ``config.json``. An unknown key is an error as well, except in a
+``config.json``, where other programs and later versions leave keys of their own: there it is named in a warning.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import os
+import re
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+from transformers.utils.type_validators import interval
+
+logger = logging.get_logger(__name__)
+
+# Keys that transformers itself hands to a config besides its fields: from files of other versions, or in
+# `from_pretrained`.
+KEYS_OF_TRANSFORMERS = {
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+
+MOST_LABELS = 1_000_000
+MOST_STEPS = 10_000
+"""Core steps of a token: a hundred times as many as are of any use."""
+MOST_LAYERS = 10_000
+"""Layers of one part: ten times as many as anybody has trained."""
+
+
+def checked(cls):
+    """Class decorator: `@strict` of huggingface_hub, with every failed check raised as a one-line `ValueError`.
+
+    Source: `huggingface_hub.dataclasses.strict`, whose own errors are no `ValueError` and span two lines.
+    """
+    cls = strict(cls)
+
+    def as_value_error(method):
+        @functools.wraps(method)
+        def wrapper(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except StrictDataclassError as error:
+                reason = str(error.__cause__ or error).splitlines()[0]
+                field = re.match("Validation error for field '(.+)'", str(error))
+                raise ValueError(f"{cls.__name__}{'.' + field[1] if field else ''}: {reason}") from error
+
+        return wrapper
+
+    cls.__init__ = as_value_error(cls.__init__)
+    cls.__setattr__ = as_value_error(cls.__setattr__)
+    return cls
+
+
+class StrictConfig(PreTrainedConfig):
+    """A `PreTrainedConfig` that refuses keys it does not know, and leaves out those of a file with a warning.
+
+    Raises:
+        ValueError: for a key that is neither a field of the class nor one of transformers' own.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        unknown = sorted(kwargs.keys() - KEYS_OF_TRANSFORMERS)
+        if unknown:
+            inherited = {item.name for item in dataclasses.fields(PreTrainedConfig)}
+            own = sorted({item.name for item in dataclasses.fields(self)} - inherited)
+            advice = " ".join((*self.nearest(unknown[0]), f"known keys: {', '.join(own)}"))
+            raise ValueError(f"{type(self).__name__}: unknown key {unknown[0]!r}; {advice}")
+        check_num_labels(kwargs)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of a `config.json`; as in transformers, `from_pretrained` comes through here.
+
+        Keys that no class knows, at the top or in a part, are named in one warning and left out, so that what is saved
+        again says only what the model does.
+        """
+        known, unknown = cls.split_unknown(config_dict)
+        if unknown:
+            logger.warning_once(
+                f"{cls.__name__}: the config has keys that are not known here and have no effect: {', '.join(unknown)}"
+            )
+        return super().from_dict(known, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """The config of a file, as `from_dict` reads it."""
+        return cls.from_dict(cls.get_config_dict(json_file)[0])
+
+    @classmethod
+    def split_unknown(cls, config_dict: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+        """The keys that are known, here and in the parts, and the dotted names of the others, with the nearest known
+        name where there is one.
+        """
+        names, known, unknown = cls.known_keys(config_dict), {}, []
+        for key, value in config_dict.items():
+            if key not in names:
+                unknown.append(" ".join((f"{prefix}{key}", *(f"({advice})" for advice in cls.nearest(key)))))
+                continue
+            part = cls.sub_configs.get(key)
+            if part is not None and isinstance(value, dict):
+                value, inner = part.split_unknown(value, f"{prefix}{key}.")
+                unknown += inner
+            known[key] = value
+        return known, unknown
+
+    @classmethod
+    def known_keys(cls, config_dict: dict[str, Any]) -> set[str]:
+        """The fields of the class and what transformers itself hands to every config."""
+        return {item.name for item in dataclasses.fields(cls)} | KEYS_OF_TRANSFORMERS
+
+    @classmethod
+    def nearest(cls, key: str) -> list[str]:
+        """Advice about a key that looks like a known one, or nothing."""
+        near = difflib.get_close_matches(key, sorted(cls.known_keys({})), n=1, cutoff=0.75)
+        return [f"did you mean {near[0]}?"] if near else []
+
+    def validate_finite_numbers(self) -> None:
+        """Raises ValueError for a number that is infinite or none."""
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; give a finite number")
+
+
+def check_num_labels(values: dict[str, Any]) -> None:
+    """Raises ValueError for a number of labels for which transformers could not make as many names."""
+    count = values.get("num_labels")
+    if count is not None and not (isinstance(count, int) and 0 <= count <= MOST_LABELS):
+        raise ValueError(f"num_labels is {count!r:.60}; give a whole number of at most {MOST_LABELS}")
+
+
+@checked
+class RecurrenceConfig(StrictConfig):
+    """How the core is iterated.
+
+    Source: Geiping et al. 2025, "Scaling up Test-Time Compute with Latent Reasoning", arXiv 2502.05171.
+
+    Args:
+        mean_steps: Mean number of core steps in training, and the number of steps taken when nothing else names one.
+        backprop_steps: Number of last steps that carry gradient in training; the steps before them run without.
+        step_distribution: Distribution of the number of steps in training. "lognormal-poisson" is the paper's,
+            Poisson(exp(Normal(ln mean - sigma^2/2, sigma))) + 1; "poisson" is Poisson(mean - 1) + 1; "uniform" draws
+            from 1 .. 2 mean - 1; "fixed" always takes the mean.
+        step_sigma: Spread sigma of the log-normal rate.
+        state_init: Initial state: "like-init" is truncated normal noise of the embeddings' own scale, "normal" is
+            N(0, 1), "embed" is N(0, 1)/sqrt(hidden_size), "unit" is noise standardised over the features of each token,
+            "zero" is 0.
+        state_scale: Factor on the initial state.
+        state_seed: Seed of the one draw that serves as initial state whenever none is passed.
+        injection: How the embedded input e enters each step: "concat" is Linear([s; e]), "add" is s + e, "gate" is
+            g s + (1 - g) e with g = sigmoid(Linear([s; e])).
+        cache_policy: Which steps of a past token are kept in the cache: "full" keeps all, "ring" the last
+            `num_kept_steps`, "last" the last one. See `RecurrentCache`.
+        num_kept_steps: Steps that a "ring" keeps; the other policies do not read it.
+        exit_criterion: What ends the iteration of a row in `generate` before the last step, unless `generate` is told
+            otherwise. See `EXIT_CRITERIA`.
+        exit_threshold: Value below which a row stops, or, for "argmax_stability", from which. Default: the criterion's.
+        exit_first_step: The first step after which it is looked whether a row may stop.
+        exit_every: Steps from a look to the next.
+        exit_in_prefill: Whether a prompt may exit too, all its tokens together.
+        exit_probe: Whether the model has the trained head of the criterion "probe". `finetune.py` adds it.
+        state_warm_start: In `generate`, a new token's iteration starts where that of the token before has ended.
+    """
+
+    model_type = "megatransformer_recurrence"
+    base_config_key = "recurrence"
+
+    mean_steps: int = interval(min=1, max=MOST_STEPS)(default=8)
+    backprop_steps: int = interval(min=1, max=MOST_STEPS)(default=4)
+    step_distribution: Literal["lognormal-poisson", "poisson", "uniform", "fixed"] = "lognormal-poisson"
+    step_sigma: float | int = interval(min=0.0)(default=0.5)
+    state_init: Literal["like-init", "normal", "embed", "unit", "zero"] = "like-init"
+    state_scale: float | int = interval(min=0.0)(default=1.0)
+    state_seed: int = interval(min=0, max=2**63 - 1)(default=0)
+    injection: Literal["concat", "add", "gate"] = "concat"
+    cache_policy: Literal["full", "ring", "last"] = "full"
+    num_kept_steps: int = interval(min=1, max=MOST_STEPS)(default=4)
+    exit_criterion: Literal[
+        "none",
+        "kl_divergence",
+        "min_p_kl",
+        "entropy_difference",
+        "latent_difference",
+        "cosine",
+        "argmax_stability",
+        "probe",
+    ] = "none"
+    exit_threshold: float | int | None = None
+    exit_first_step: int = interval(min=1)(default=1)
+    exit_every: int = interval(min=1)(default=1)
+    exit_in_prefill: bool = False
+    exit_probe: bool = False
+    state_warm_start: bool = False
+
+
+@checked
+class MegaTransformerTextConfig(StrictConfig):
+    """A causal language model: prelude, a core that is iterated, coda.
+
+    Args:
+        vocab_size: Number of rows of the embedding; token ids are below it.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width inside the feed-forward layer.
+        num_prelude_layers: Layers that run once, before the core.
+        num_core_layers: Layers of the core, which runs `num_steps` times. 0 makes a plain transformer.
+        num_coda_layers: Layers that run once, after the core.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key/value heads, at least 1; divides the number of query heads. Default: as many
+            as query heads.
+        head_dim: Width of a head, at least 1; even for "rope". Default: hidden_size / num_attention_heads, which must
+            then divide hidden_size.
+        position_embedding: "rope" and "alibi" extrapolate; "learned" and "sinusoidal" are tables of
+            `max_position_embeddings` rows added to the embeddings; "none" adds nothing. "sinusoidal" needs an even
+            hidden_size.
+        max_position_embeddings: Rows of the position table; for "rope" and "alibi" only the length meant for training.
+        rope_theta: Base of the RoPE frequencies.
+        norm: Kind of all norms but those of `qk_norm`: "rmsnorm" or "layernorm".
+        norm_eps: Epsilon of the norms.
+        norm_placement: "sandwich" is N2(f(N1 x) + x), "pre" is x + f(N1 x), "post" is N2(x + f(x)).
+        mlp: Feed-forward layer: "swiglu", "geglu", or "mlp" (two linear maps with a GELU between).
+        qk_norm: RMSNorm over the features of each query and key head.
+        qk_bias: Learned bias on queries and keys.
+        attn_logit_softcapping: c in c tanh(logit / c) on attention logits, above 0 (Gemma 2, arXiv 2408.00118,
+            uses 50). Default: none.
+        final_logit_softcapping: The same on the output logits, above 0 (Gemma 2 uses 30). Default: none.
+        attention_dropout: Dropout on attention probabilities.
+        hidden_dropout: Dropout on the output of each attention and feed-forward layer.
+        embedding_scale: Factor on the token embeddings, above 0. Default: sqrt(hidden_size) (Takase et al. 2023, arXiv
+            2312.16903).
+        initializer_range: Standard deviation of the weights, above 0. Default: sqrt(2 / (5 hidden_size)), same source.
+        tie_word_embeddings: Whether the head shares the embedding matrix.
+        use_cache: Whether `forward` returns a key/value cache when nothing else says so.
+        num_steps: Core steps, at least 1, taken when neither the call nor the generation config names them. Default:
+            the mean.
+        pad_token_id: Id of the padding token.
+        bos_token_id: Id of the token that begins a document.
+        eos_token_id: Id of the token that ends a document.
+        recurrence: How the core is iterated.
+    """
+
+    model_type = "megatransformer_text"
+    _auto_class = "AutoConfig"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = [
+        *("cache", "past_key_values"),  # its name from transformers 5.24 on, and before
+        *("state", "states", "exit_steps", "token_losses", "last_hidden_state"),
+    ]
+    is_causal = True
+    sub_configs_defaults = {"recurrence": RecurrenceConfig}
+
+    vocab_size: int = interval(min=1)(default=32000)
+    hidden_size: int = interval(min=1)(default=512)
+    intermediate_size: int = interval(min=1)(default=1536)
+    num_prelude_layers: int = interval(min=0, max=MOST_LAYERS)(default=1)
+    num_core_layers: int = interval(min=0, max=MOST_LAYERS)(default=2)
+    num_coda_layers: int = interval(min=0, max=MOST_LAYERS)(default=1)
+    num_attention_heads: int = interval(min=1)(default=8)
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    position_embedding: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
+    max_position_embeddings: int = interval(min=1)(default=2048)
+    rope_theta: float | int = interval(min=0.0, exclude_min=True)(default=50000.0)
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float | int = interval(min=0.0, exclude_min=True)(default=1e-6)
+    norm_placement: Literal["sandwich", "pre", "post"] = "sandwich"
+    mlp: Literal["swiglu", "geglu", "mlp"] = "swiglu"
+    qk_norm: bool = False
+    qk_bias: bool = False
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
+    attention_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
+    hidden_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
+    embedding_scale: float | int | None = None
+    initializer_range: float | int | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    num_steps: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    recurrence: RecurrenceConfig | dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            check_heads_divide_width(self)
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.embedding_scale is None:
+            self.embedding_scale = math.sqrt(self.hidden_size)
+        if self.initializer_range is None:
+            self.initializer_range = math.sqrt(2 / (5 * self.hidden_size))
+        # `_auto_class` holds one class only, so the map of all of them is written here.
+        model = "modeling_megatransformer_text.MegaTransformer"
+        auto_map = {
+            "AutoConfig": "configuration_megatransformer_text.MegaTransformerTextConfig",
+            "AutoModel": f"{model}TextModel",
+            "AutoModelForCausalLM": f"{model}ForCausalLM",
+            "AutoModelForSequenceClassification": f"{model}ForSequenceClassification",
+        }
+        old = [target.replace("_text.", ".") for target in auto_map.values()]  # in checkpoints of before
+        given = kwargs.get("auto_map") or {}
+        kwargs["auto_map"] = auto_map | {name: target for name, target in given.items() if target not in old}
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of unique layers (the core counted once)."""
+        return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
+
+    @property
+    def mean_executed_layers(self) -> int:
+        """Number of layers executed per token at the mean depth: l_P + mean_steps l_R + l_C."""
+        return self.num_prelude_layers + self.recurrence.mean_steps * self.num_core_layers + self.num_coda_layers
+
+    def validate_architecture(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        check_heads(self)
+        if self.position_embedding == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"position_embedding 'rope' rotates pairs of features: head_dim ({self.head_dim}) must be even"
+            )
+        if self.position_embedding == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"position_embedding 'sinusoidal' needs an even hidden_size, got {self.hidden_size}")
+        if self.num_hidden_layers == 0:
+            raise ValueError(
+                "num_prelude_layers, num_core_layers and num_coda_layers are all 0; the model needs a layer"
+            )
+        if self.num_steps is not None and not 1 <= self.num_steps <= MOST_STEPS:
+            raise ValueError(f"num_steps ({self.num_steps}) must be at least 1 and at most {MOST_STEPS}")
+        check_positive(
+            self, "attn_logit_softcapping", "final_logit_softcapping", "embedding_scale", "initializer_range"
+        )
+
+    def validate_special_tokens(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(0 <= token < self.vocab_size for token in ids):
+                raise ValueError(f"{name} ({value!s:.60}) is outside the vocabulary (vocab_size {self.vocab_size})")
+
+
+def check_heads(config: StrictConfig) -> None:
+    """Raises ValueError for heads that do not fit each other."""
+    if config.num_key_value_heads < 1 or config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads ({config.num_attention_heads}) must be a multiple of num_key_value_heads "
+            f"({config.num_key_value_heads})"
+        )
+    if config.head_dim < 1:
+        raise ValueError(f"head_dim ({config.head_dim}) must be at least 1")
+
+
+def check_positive(config: StrictConfig, *names: str) -> None:
+    """Raises ValueError for an option that is given and not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} ({value}) must be greater than 0")
+
+
+def check_heads_divide_width(config: StrictConfig) -> None:
+    """Raises ValueError for a width that the heads cannot share."""
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{type(config).__name__}: hidden_size ({config.hidden_size}) is not a multiple of num_attention_heads "
+            f"({config.num_attention_heads}); change one of them or set head_dim"
+        )

@@ -1,0 +1,268 @@
+"""How deep the core is iterated: the depth of a training step, the `num_steps` of `forward`, the noise on the way, and
+what `generate` was asked for.
+
+Source of what has no other named: Geiping et al. 2025, arXiv 2502.05171 ("the paper" below).
+"""
+
+import hashlib
+import math
+import operator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from .configuration_megatransformer_text import MegaTransformerTextConfig, RecurrenceConfig
+from .exit_criteria import ExitOptions
+
+logger = logging.get_logger(__name__)
+
+NOISE_SCHEDULES = ("geom", "sqrt", "line", "chi", "fixed")
+
+
+def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on `key` alone: the same on every rank, after resuming, in every process."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def sample_depth(config: RecurrenceConfig, *key: int) -> tuple[int, int]:
+    """Draws the depth of one micro-batch from `key`, usually (seed, global step, micro-batch), and from nothing else.
+
+    p = Poisson(exp(Normal(ln mean - sigma^2/2, sigma))) + 1 (the paper's section 3.3; the mean of p is mean + 1).
+
+    Returns:
+        (n, k): n = max(p - backprop_steps, 0) steps without gradient, then k = min(backprop_steps, p) steps with.
+    """
+    generator = keyed_generator("depth", *key)
+    mean = config.mean_steps
+    if config.step_distribution == "lognormal-poisson":
+        normal = torch.randn((), generator=generator, dtype=torch.float64)
+        rate = torch.exp(math.log(mean) - config.step_sigma**2 / 2 + config.step_sigma * normal)
+        steps = int(torch.poisson(rate, generator=generator)) + 1
+    elif config.step_distribution == "poisson":
+        steps = int(torch.poisson(torch.tensor(float(mean - 1)), generator=generator)) + 1
+    elif config.step_distribution == "uniform":
+        steps = int(torch.randint(1, 2 * mean, (), generator=generator))
+    else:
+        steps = mean
+    return max(steps - config.backprop_steps, 0), min(config.backprop_steps, steps)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A resolved depth: at most `total` steps, the first `no_grad` of them without gradient; where rows differ, `rows`,
+    (batch,), on the CPU.
+    """
+
+    no_grad: int
+    total: int
+    rows: torch.Tensor | None = None
+
+
+def resolve_depth(
+    num_steps: int | tuple[int, int] | torch.Tensor | None,
+    config: MegaTransformerTextConfig,
+    batch_size: int,
+    training: bool = False,
+) -> Depth:
+    """Turns the `num_steps` argument of `forward` into a depth; the only place that knows what it may be.
+
+    Args:
+        num_steps: Steps, all with gradient; or (n, k): n steps without gradient, then k with; or (batch,): steps of
+            each row, all with gradient; or None: `config.num_steps`, else the mean, of which in training only the last
+            `backprop_steps` carry gradient.
+
+    Raises:
+        ValueError: for a number below 1, a tensor of the wrong shape or type, or any `num_steps` for a model without
+        core.
+    """
+    if config.num_core_layers == 0:
+        if num_steps is not None:
+            raise ValueError(
+                f"num_steps ({num_steps}) was given, but this model has no core to iterate (num_core_layers is 0)"
+            )
+        return Depth(0, 0)
+    if num_steps is None:
+        steps = config.num_steps or config.recurrence.mean_steps
+        if training and torch.is_grad_enabled() and config.recurrence.step_distribution != "fixed":
+            logger.warning_once(
+                f"The model trains at {steps} core steps in every update, since no num_steps was given, and will work "
+                f"best at that depth alone; to draw depths, give the trainer callbacks=[model.depth_callback()], or "
+                f"forward num_steps={steps} to say that it is meant"
+            )
+        return Depth(max(steps - config.recurrence.backprop_steps, 0) if training else 0, steps)
+    if isinstance(num_steps, torch.Tensor) and num_steps.ndim > 0:
+        return _resolve_rows(num_steps, batch_size)
+    if isinstance(num_steps, tuple):
+        if len(num_steps) != 2 or any(_as_count(n, minimum=0) is None for n in num_steps) or sum(num_steps) < 1:
+            raise ValueError(
+                f"num_steps {num_steps} must be two counts (without gradient, with gradient), at least 1 in sum"
+            )
+        return Depth(int(num_steps[0]), int(num_steps[0]) + int(num_steps[1]))
+    steps = _as_count(num_steps, minimum=1)
+    if steps is None:
+        raise ValueError(
+            "num_steps must be an integer of at least 1, a tuple of two counts, or a tensor (batch,); "
+            f"got {num_steps!r}"
+        )
+    return Depth(0, steps)
+
+
+def _resolve_rows(num_steps: torch.Tensor, batch_size: int) -> Depth:
+    if num_steps.shape != (batch_size,) or num_steps.is_floating_point() or num_steps.dtype == torch.bool:
+        raise ValueError(
+            f"num_steps as a tensor must hold one integer for each of the {batch_size} rows, got shape "
+            f"{tuple(num_steps.shape)} of {num_steps.dtype}"
+        )
+    if int(num_steps.min()) < 1:
+        raise ValueError(f"num_steps must be at least 1 in every row, got {num_steps.tolist()}")
+    return Depth(0, int(num_steps.max()), rows=num_steps.cpu())
+
+
+def _as_count(value, minimum: int) -> int | None:
+    """`value` as an int of at least `minimum`, or None if it is no such number."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        return None
+    return count if not isinstance(value, bool) and count >= minimum else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- noise
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """Normal noise in the state at test time: x <- norm((1 - w) x + w noise) before each step.
+
+    With n = level * initializer_range * embedding_scale, i steps taken, and r the mean depth, the weight w is
+    n / (i + 1) ("geom"), n / sqrt(i + 1) ("sqrt"), max(n, (r - i) / r) ("line"), 2 U n with U uniform on [0, 1)
+    ("chi"), or n ("fixed").
+
+    Source: the released code of the paper, which draws from the global generator. Here the noise of a token depends on
+    its position, the step and the seed, and on nothing else that is in the batch.
+
+    Args:
+        level: Amount of noise, at least 0, which is none; 1 is as much as the initial state has.
+        schedule: How w changes from step to step.
+
+    Raises:
+        ValueError: the level is negative, or the schedule unknown.
+    """
+
+    level: float = 0.0
+    schedule: str = "geom"
+
+    def __post_init__(self) -> None:
+        if self.level < 0:
+            raise ValueError(f"noise_level must be at least 0, got {self.level}")
+        if self.schedule not in NOISE_SCHEDULES:
+            raise ValueError(f"noise_schedule {self.schedule!r} is unknown; choose one of {', '.join(NOISE_SCHEDULES)}")
+
+    def weight(self, step: int, config: MegaTransformerTextConfig) -> float:
+        """w before the step that follows `step` steps."""
+        amount, recurrence = self.level * config.initializer_range * config.embedding_scale, config.recurrence
+        if self.schedule == "geom":
+            return amount / (step + 1)
+        if self.schedule == "sqrt":
+            return amount / math.sqrt(step + 1)
+        if self.schedule == "line":
+            return max(amount, (recurrence.mean_steps - step) / recurrence.mean_steps)
+        if self.schedule == "chi":
+            generator = keyed_generator("noise weight", recurrence.state_seed, step)
+            return 2 * amount * float(torch.rand((), generator=generator))
+        return amount
+
+    def mix(
+        self, step: int, state: torch.Tensor, position_ids: torch.Tensor, config: MegaTransformerTextConfig
+    ) -> torch.Tensor:
+        """(1 - w) x + w noise.
+
+        Args:
+            step: Steps taken.
+            state: (rows, sequence, hidden).
+            position_ids: (1 or rows, sequence).
+        """
+        positions, places = position_ids.cpu().unique(return_inverse=True)
+        seed = config.recurrence.state_seed
+        draws = [
+            torch.randn(state.shape[-1], generator=keyed_generator("noise", seed, step, position))
+            for position in positions.tolist()
+        ]
+        return torch.lerp(state, torch.stack(draws)[places].to(state), self.weight(step, config))
+
+
+# ----------------------------------------------------------------------------------------------------------- `generate`
+
+
+@dataclass(frozen=True)
+class DepthOptions:
+    """What `generate` is asked for: the steps of each token, and what ends or perturbs them."""
+
+    num_steps: int | torch.Tensor | None = None
+    """An int, or (rows,); None: `config.num_steps`, else the mean."""
+    exits: ExitOptions = field(default_factory=ExitOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    state_warm_start: bool = False
+
+    @staticmethod
+    def names() -> list[str]:
+        """The keywords of `generate` from which the options come."""
+        parts = [f"{prefix}_{item.name}" for prefix, part in PARTS.items() for item in fields(part)]
+        return ["num_steps", *parts, "state_warm_start"]
+
+    @classmethod
+    def resolve(
+        cls, keywords: dict[str, Any], generation_config: GenerationConfig, recurrence: RecurrenceConfig
+    ) -> "DepthOptions":
+        """Each option: the keyword, then the generation config, then `config.recurrence`.
+
+        Raises:
+            ValueError: a value is outside its range.
+        """
+        defaults = {
+            "exit_criterion": recurrence.exit_criterion,
+            "exit_threshold": recurrence.exit_threshold,
+            "exit_first_step": recurrence.exit_first_step,
+            "exit_every": recurrence.exit_every,
+            "exit_in_prefill": recurrence.exit_in_prefill,
+            "state_warm_start": recurrence.state_warm_start,
+        }
+
+        def chosen(name: str) -> Any:
+            sources = keywords.get(name), getattr(generation_config, name, None), defaults.get(name)
+            return next((value for value in sources if value is not None), None)
+
+        def part(prefix: str) -> ExitOptions | NoiseOptions:
+            given = {item.name: chosen(f"{prefix}_{item.name}") for item in fields(PARTS[prefix])}
+            return PARTS[prefix](**{name: value for name, value in given.items() if value is not None})
+
+        return cls(chosen("num_steps"), part("exit"), part("noise"), bool(chosen("state_warm_start")))
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all tokens of a row take the same steps, and nothing else is asked for."""
+        return self.exits.criterion == "none" and not self.noise.level and not self.state_warm_start
+
+    def arguments_of_token(self, index: int, num_rows: int) -> dict[str, Any]:
+        """The arguments of `forward` for new token number `index`, counted from 0, which is read off the prompt. The
+        prompt takes all steps unless told otherwise, and a schedule is a number of steps.
+        """
+        steps, exits = self.num_steps, self.exits
+        if index == 0 and not exits.in_prefill:
+            exits = ExitOptions()
+        elif exits.criterion == "schedule":
+            steps, exits = exits.scheduled_steps(index), ExitOptions()
+        if isinstance(steps, torch.Tensor) and steps.ndim and len(steps) < num_rows:  # several sequences of a prompt
+            steps = steps.repeat_interleave(num_rows // len(steps))
+        asked = {"num_steps": steps} if steps is not None else {}
+        asked |= {"exits": exits} if exits.criterion != "none" else {}
+        asked |= {"noise": self.noise} if self.noise.level else {}
+        return asked | ({"initial_state": "last"} if self.state_warm_start else {})
+
+
+PARTS = {"exit": ExitOptions, "noise": NoiseOptions}
+"""What a keyword of `generate` begins with, such as `exit_threshold`, and where it goes."""

@@ -1,0 +1,526 @@
+"""The text models: MegaTransformerTextModel (embedding, prelude, core, coda), and with a head on top
+MegaTransformerForCausalLM and MegaTransformerForSequenceClassification. They know of no images and no sound.
+"""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple, logging
+
+from .attention import AttentionInputs, prepare_attention, select_rows
+from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, build_norm, sinusoidal_table
+from .cache import RecurrentCache
+from .configuration_megatransformer_text import MegaTransformerTextConfig
+from .cross_entropy import causal_loss, count_labels
+from .depth import NoiseOptions, resolve_depth
+from .exit_criteria import ExitController, ExitOptions, ExitProbe
+from .generation_text import RecurrentGenerationMixin
+from .initialization import MegaTransformerPreTrainedModel
+from .outputs import (
+    CACHE_NAME,
+    MegaTransformerCausalLMOutput,
+    MegaTransformerModelOutput,
+    pop_cache,
+    with_parameters,
+)
+from .recurrence import ActiveRows, RecurrentCore, default_state, iterate_core
+
+logger = logging.get_logger(__name__)
+
+PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""Arguments of flash attention and of state-space models, by which collators say where packed documents begin."""
+
+
+def check_kwargs(kwargs: dict[str, Any], forward: Callable, position_ids: torch.Tensor | None) -> None:
+    """Libraries around the model pass arguments of their own to every model. Those that ask for nothing, and those that
+    say again where the packed documents of `position_ids` begin, are accepted.
+
+    Raises:
+        ValueError: for any other, since `**kwargs` would swallow a misspelt one; and for documents that `position_ids`
+            do not begin.
+    """
+    for name, value in kwargs.items():
+        if name in PACKING_NAMES and position_ids is not None:
+            continue
+        if value is None or value is False:
+            continue
+        if name in PACKING_NAMES:
+            raise ValueError(f"{name} says where packed documents begin, which here do position_ids; give them as well")
+        near = difflib.get_close_matches(name, inspect.signature(forward).parameters, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see its docstring for those it takes"
+        raise ValueError(f"forward does not know the argument {name!r}; {hint}")
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is not None and (position_ids.flatten()[starts[:-1].long()] != 0).any():
+        raise ValueError(f"cu_seq_lens_q has documents begin at {starts.tolist()}, where position_ids do not restart")
+
+
+def check_state(state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    """The state, if it can be broadcast to (batch, sequence, hidden).
+
+    Raises:
+        ValueError: if not.
+    """
+    if state.ndim != 3 or any(size not in (1, wanted) for size, wanted in zip(state.shape, embeds.shape, strict=True)):
+        raise ValueError(
+            f"initial_state has shape {tuple(state.shape)}, which cannot be broadcast to (batch, new tokens, hidden) = "
+            f"{tuple(embeds.shape)}; in `generate`, where the number of new tokens changes, give (batch, 1, hidden)"
+        )
+    return state
+
+
+def last_state(name: str, cache: RecurrentCache | None) -> torch.Tensor | None:
+    """The state in which the token before ended, (batch, 1, hidden); None where there is none.
+
+    Raises:
+        ValueError: the name is another.
+    """
+    if name != "last":
+        raise ValueError(f"initial_state is {name!r}; give a tensor, or 'last'")
+    return None if cache is None else cache.last_state
+
+
+def tokens_of_chunk(attention_mask: torch.Tensor | None, sequence: int) -> torch.Tensor | None:
+    """(batch, sequence) of bool: which of the new places hold tokens, by a padding mask; None where there is none."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -sequence:].bool()
+
+
+class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
+    """Token ids to hidden states: embedding, prelude, core x r, coda, norm."""
+
+    config: MegaTransformerTextConfig
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.text_config = config.get_text_config()
+        # transformers chooses the backend of parts that are models; this part is one with the whole.
+        self.text_config._attn_implementation = self.get_correct_attn_implementation(
+            self.text_config._attn_implementation or config._attn_implementation, is_init_check=True
+        )
+        config = self.text_config
+        self.embed_tokens = ScaledEmbedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_scale
+        )
+        if config.position_embedding == "learned":
+            self.embed_positions = PositionEmbedding(config.max_position_embeddings, config.hidden_size)
+        self.prelude = BlockStack(config, config.num_prelude_layers)
+        self.core = RecurrentCore(config) if config.num_core_layers else None
+        self.coda = BlockStack(config, config.num_coda_layers)
+        self.norm = build_norm(config)
+        self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
+        self.gradient_checkpointing, self.units_are_compiled = False, False
+        self._drawn_state: tuple[tuple, torch.Tensor | None] = ((), None)
+        self._state_to_export = self._state_key(), default_state(self.text_config)  # since a trace cannot draw
+        self.post_init()
+
+    def add_exit_probe(self) -> ExitProbe:
+        """A fresh probe in place of none, or of the one that is there; it is saved with the model."""
+        self.text_config.recurrence.exit_probe = True
+        self.exit_probe = ExitProbe(self.text_config.hidden_size).to(self.embed_tokens.weight)
+        self.exit_probe.apply(self._init_weights)
+        return self.exit_probe
+
+    def compile_units(self, **kwargs) -> None:
+        """Compiles prelude, one core step, and coda, each as a unit, with `torch.compile(**kwargs)`. The loop around
+        them has a varying length and stays outside: compiled with it, every new depth would be a new graph.
+        """
+        # One count of graphs for all three, since they share a wrapper of transformers: each needs one or two, for each
+        # of training and evaluation, of a fixed and a varying length.
+        torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 32)
+        for unit in (self.prelude, self.core, self.coda):
+            if unit is not None:
+                unit.compile(**kwargs)
+        self.units_are_compiled = True
+
+    @with_parameters("past_key_values")
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: RecurrentCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
+        initial_state: torch.FloatTensor | Literal["last"] | None = None,
+        output_states: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        noise: NoiseOptions | None = None,
+        exit_controller: ExitController | None = None,
+        **kwargs,
+    ) -> MegaTransformerModelOutput:
+        """
+        Args:
+            input_ids: (batch, sequence), below `vocab_size`.
+            attention_mask: (batch, past + sequence) with 1 for real tokens and 0 for padding, or 4-D.
+            position_ids: (batch, sequence). Default: counted over the real tokens. Without mask and cache, a restart at
+                0 begins a new document, and attention does not cross it.
+            cache: Cache of the tokens before; it is extended in place. One of transformers, such as prefix tuning has,
+                is copied: go on with that of the output.
+            inputs_embeds: (batch, sequence, hidden) instead of `input_ids`; already scaled, positions not yet added.
+            num_steps: Core steps: an int, a pair (without gradient, with gradient), or (batch,). See `resolve_depth`.
+            initial_state: s_0, broadcastable to (batch, sequence, hidden); or "last": a single new token behind a cache
+                starts from the state in which the token before ended. Default: one fixed draw.
+            output_states: Return s_0 .. s_r.
+            output_hidden_states: Return `hidden_states`. Default: what the config says.
+            output_attentions: Return `attentions`, which are then computed eagerly. Default: what the config says.
+            noise: What perturbs the state before each step. Default: nothing.
+            exit_controller: Says which rows stop early, and after which step. Made by the model with the head.
+
+        Raises:
+            ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, or a
+                depth that is none.
+        """
+        cache = pop_cache(cache, kwargs)
+        check_kwargs(kwargs, self.forward, position_ids)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, sequence, _ = inputs_embeds.shape
+        if use_cache is None:
+            use_cache = self.config.use_cache and self.text_config.use_cache and not self.training
+        if use_cache and cache is None:
+            cache = RecurrentCache(self.text_config)
+        if cache is not None and not hasattr(cache, "row_steps"):
+            cache = RecurrentCache.of_prefix(self.text_config, cache)
+        past = self._check_inputs(batch, sequence, attention_mask, cache)
+        depth = resolve_depth(num_steps, self.text_config, batch, self.training)
+        attention_mask, position_ids = self._place(inputs_embeds, past, attention_mask, position_ids)
+        hidden = self._add_positions(inputs_embeds, position_ids)
+        if cache is not None:
+            cache.begin(hidden, depth.total)
+        asked = self.asked_outputs(output_hidden_states, output_attentions)
+        attentions = [] if asked["output_attentions"] else None
+        inputs = prepare_attention(self.text_config, hidden, attention_mask, position_ids, cache, attentions=attentions)
+        inputs.hidden_states = [hidden] if asked["output_hidden_states"] else None
+
+        slots = cache.prelude_slots if cache is not None else None
+        hidden = self.prelude(hidden, inputs=inputs, slots=slots)
+        if self.core is None:
+            hidden, state, states, exit_steps = self._read(hidden, inputs, cache), None, None, None
+        else:
+            is_warm = isinstance(initial_state, str)
+            if is_warm:
+                initial_state = last_state(initial_state, cache if past and sequence == 1 else None)
+            state = self._first_state(hidden, initial_state)
+            states = [state] if output_states or inputs.hidden_states is not None else None
+            perturb = functools.partial(self._perturb, noise, position_ids) if noise and noise.level else None
+            check_exits = None
+            if exit_controller is not None:
+                exit_controller.begin(state, tokens_of_chunk(attention_mask, sequence))
+                check_exits = functools.partial(self._check_exits, exit_controller, cache)
+            state, exit_steps = iterate_core(
+                self.core, state, hidden, depth, inputs, cache, states, perturb, check_exits
+            )
+            if cache is not None:
+                cache.settle_steps(exit_steps, num_new_tokens=sequence)
+            if inputs.hidden_states is not None:
+                inputs.hidden_states += states[1:]
+            state = self.norm(state)
+            if cache is not None and is_warm:
+                cache.last_state = state[:, -1:].clone()
+            hidden = self._read_unless_seen(state, inputs, cache, exit_steps, exit_controller)
+        if cache is not None:
+            cache.advance(sequence)
+        if inputs.hidden_states is not None:
+            inputs.hidden_states[-1] = hidden
+        return MegaTransformerModelOutput(
+            last_hidden_state=hidden,
+            **{CACHE_NAME: cache if use_cache else None},
+            hidden_states=None if inputs.hidden_states is None else tuple(inputs.hidden_states),
+            attentions=None if inputs.attentions is None else tuple(inputs.attentions),
+            state=state,
+            states=tuple(states) if output_states and states else None,
+            exit_steps=exit_steps,
+        )
+
+    def asked_outputs(
+        self, output_hidden_states: bool | None = None, output_attentions: bool | None = None, **others: Any
+    ) -> dict[str, bool]:
+        """Which outputs are asked for, by argument, else by config."""
+        given = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        return {name: bool(getattr(self.config, name) if value is None else value) for name, value in given.items()}
+
+    def _place(
+        self, embeds: torch.Tensor, past: int, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Mask and positions of the new tokens, checked."""
+        batch, sequence, _ = embeds.shape
+        if position_ids is not None and past == 0 and attention_mask is not None and attention_mask.ndim == 2:
+            # A mask that hides nothing would hide that positions restart, and with them documents.
+            attention_mask = None if attention_mask.all() else attention_mask
+        if position_ids is None:
+            position_ids = self._default_positions(sequence, past, attention_mask, embeds.device)
+        self._check_positions(position_ids, batch, sequence)
+        return attention_mask, position_ids
+
+    def _first_state(self, hidden: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
+        """s_0, (batch, sequence, hidden), in one memory layout, so that there is one compiled graph."""
+        state = self._fixed_state(hidden) if initial_state is None else check_state(initial_state, hidden)
+        return state.to(hidden).expand_as(hidden).contiguous()
+
+    def _fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`default_state` on the device and in the type of `hidden`, drawn once."""
+        key = (*self._state_key(), hidden.device, hidden.dtype)
+        if self._drawn_state[0] != key:
+            if torch.compiler.is_exporting():
+                drawn, state = self._state_to_export
+                if drawn != self._state_key():
+                    raise ValueError(
+                        f"state_init, state_scale and state_seed were {drawn} when the model was made, and are now "
+                        f"{self._state_key()}: run it once before torch.export, which cannot draw another state"
+                    )
+                return state.to(hidden)
+            self._drawn_state = (key, default_state(self.text_config).to(hidden))
+        return self._drawn_state[1]
+
+    def _state_key(self) -> tuple[str, float, int]:
+        """The options on which `default_state` depends."""
+        recurrence = self.text_config.recurrence
+        return recurrence.state_init, recurrence.state_scale, recurrence.state_seed
+
+    def _perturb(
+        self, noise: NoiseOptions, position_ids: torch.LongTensor, step: int, active: ActiveRows
+    ) -> torch.Tensor:
+        """The states with noise, normed as the core leaves its states."""
+        position_ids = position_ids if active.index is None else select_rows(position_ids, active.index)
+        return self.core.layers[-1].mlp_norm_out(noise.mix(step, active.state, position_ids, self.text_config))
+
+    def _read(self, state, inputs: AttentionInputs, cache) -> torch.Tensor:
+        """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""
+        slots = cache.coda_slots if cache is not None else None
+        return self.norm(self.coda(state, inputs=inputs, slots=slots))
+
+    def _check_exits(
+        self, controller: ExitController, cache: RecurrentCache | None, step: int, active: ActiveRows
+    ) -> torch.Tensor | None:
+        """Which of the rows stop after `step` steps; None where they are not checked."""
+        if not controller.is_due(step):
+            return None
+        # Only the last reading is part of the output; the mask is already that of the backend that gives attentions.
+        attentions = None if active.inputs.attentions is None else list(active.inputs.attentions)
+        inputs, hidden = replace(active.inputs, hidden_states=None, attentions=attentions), None
+        if controller.criterion.reads_logits:
+            hidden = self._read(self.norm(active.state), inputs, cache)
+        return controller.check(step, active.state, hidden, active.index)
+
+    def _read_unless_seen(
+        self,
+        state: torch.Tensor,
+        inputs: AttentionInputs,
+        cache: RecurrentCache | None,
+        exit_steps: torch.LongTensor,
+        controller: ExitController | None,
+    ) -> torch.Tensor:
+        """The last readings, of which those made at a row's last check need not be made again."""
+        is_recorded = inputs.hidden_states is not None or inputs.attentions is not None
+        if controller is None or controller.hidden is None or is_recorded:
+            return self._read(state, inputs, cache)
+        unseen = (controller.steps_at_check != exit_steps).nonzero().squeeze(1).to(state.device)
+        if len(unseen):
+            controller.keep(self._read(state[unseen], inputs.of(unseen), cache), unseen)
+        return controller.hidden
+
+    def _check_inputs(self, batch: int, sequence: int, attention_mask, cache) -> int:
+        """Number of tokens in the cache; raises for inputs that would fail late or broadcast silently."""
+        if sequence == 0:
+            raise ValueError("the input sequence is empty; it needs at least one token")
+        past = cache.get_seq_length() if cache is not None else 0
+        if attention_mask is not None and attention_mask.ndim != 4 and attention_mask.shape != (batch, past + sequence):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, past + sequence) = "
+                f"({batch}, {past + sequence}) or a 4-D mask"
+            )
+        if self.training and self.gradient_checkpointing and cache is not None:
+            raise ValueError(
+                "a cache is not possible with gradient checkpointing in training mode, which computes keys and values "
+                "again; call model.eval(), or pass use_cache=False"
+            )
+        return past
+
+    def _check_positions(self, position_ids: torch.Tensor, batch: int, sequence: int) -> None:
+        """Raises ValueError for positions of another shape, or past the table."""
+        if position_ids.shape not in ((1, sequence), (batch, sequence)):
+            raise ValueError(
+                f"position_ids (counted over the attention mask in `generate`) has shape {tuple(position_ids.shape)}, "
+                f"expected (batch, sequence) = ({batch}, {sequence})"
+            )
+        table = self.text_config.max_position_embeddings
+        has_table = self.text_config.position_embedding in ("learned", "sinusoidal")
+        if has_table and not torch.compiler.is_exporting() and position_ids.max() >= table:
+            raise ValueError(
+                f"{int(position_ids.max()) + 1} positions are more than the {table} of the "
+                f"{self.text_config.position_embedding} table (max_position_embeddings); shorten the input, or use "
+                "rope or alibi"
+            )
+
+    @staticmethod
+    def _default_positions(sequence: int, past: int, attention_mask, device) -> torch.Tensor:
+        """(1 or batch, sequence): counted over the real tokens, so that a padded row stands where it would stand
+        alone.
+        """
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -sequence:]
+        return torch.arange(past, past + sequence, device=device)[None]
+
+    def _add_positions(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        if self.text_config.position_embedding == "learned":
+            return embeds + self.embed_positions(position_ids)
+        if self.text_config.position_embedding == "sinusoidal":
+            table = sinusoidal_table(self.text_config.max_position_embeddings, self.text_config.hidden_size)
+            return embeds + table.to(embeds)[position_ids]
+        return embeds
+
+
+class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenerationMixin, GenerationMixin):
+    """The text model with a linear head."""
+
+    config: MegaTransformerTextConfig
+    _auto_class = "AutoModelForCausalLM"
+    base_model_class = MegaTransformerTextModel
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.model = self.base_model_class(config)
+        self.text_config = config = config.get_text_config()
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    # `generate` hands the last on, and PEFT has its own function to prepare inputs.
+    @with_parameters("past_key_values", "depth_options")
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: RecurrentCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        loss_weights: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        num_steps: int | tuple[int, int] | torch.LongTensor | None = None,
+        initial_state: torch.FloatTensor | Literal["last"] | None = None,
+        output_states: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        exits: ExitOptions | None = None,
+        noise: NoiseOptions | None = None,
+        **kwargs,
+    ) -> MegaTransformerCausalLMOutput:
+        """Arguments of the base model, and:
+
+        Args:
+            labels: (batch, sequence), -100 where there is no loss. They are shifted inside: position i predicts label i
+                + 1.
+            loss_weights: (batch, sequence), what the loss of each label is multiplied by. Default: 1.
+            logits_to_keep: Number of last positions whose logits are computed (0: all), or their indices.
+            skip_logits: With labels: compute the loss a chunk of tokens at a time, and return no logits, since all of
+                them are batch * sequence * vocab numbers, several times over.
+            num_items_in_batch: The loss is the mean over labels, by their weights, or, where the trainer gives this
+                count (the sum of the weights of all labels of an accumulation window, on all ranks), their sum divided
+                by it. 0 without labels.
+            exits: What stops rows before `num_steps` steps, all tokens of the chunk together, judged by the last.
+                Default: nothing.
+            noise: See the base model.
+            kwargs: `shift_labels`, (batch, sequence), in place of labels: position i predicts label i. Trainers that
+                spread a sequence over ranks give them, since the last position of a part predicts the first token of
+                the next.
+        """
+        # No parameter: `Trainer` takes all with "label" in their names for labels, and needs each of them to evaluate.
+        shift_labels = kwargs.pop("shift_labels", None)
+        cache = pop_cache(cache, kwargs)
+        check_kwargs(kwargs, self.forward, position_ids)
+        is_shifted = shift_labels is not None
+        labels = shift_labels if is_shifted else labels
+        if labels is not None:
+            num_items_in_batch = count_labels(labels, num_items_in_batch, loss_weights, is_shifted)
+            use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
+        controller = None
+        if exits is not None and exits.criterion != "none":
+            controller = ExitController(exits, self._logits, self.model.exit_probe)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_steps=num_steps,
+            initial_state=initial_state,
+            output_states=output_states,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            noise=noise,
+            exit_controller=controller,
+            return_dict=True,
+        )
+        logits, hidden = None, outputs.last_hidden_state
+        is_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        if is_last and controller is not None and controller.logits is not None:
+            logits = controller.logits[:, None]  # read at the last checks
+        elif labels is None or not skip_logits:
+            logits = self._logits(slice_logits_to_keep(hidden, logits_to_keep))
+        loss, token_losses, vocab_size = None, None, self.text_config.vocab_size
+        if labels is not None and (logits is None or loss_weights is not None):  # a chunk of tokens at a time
+            loss, token_losses = causal_loss(
+                self._logits, hidden, labels, vocab_size, num_items_in_batch, loss_weights, is_shifted
+            )
+        elif labels is not None:
+            shifted = labels if is_shifted else None
+            loss = self.loss_function(logits, labels, vocab_size, num_items_in_batch, shift_labels=shifted)
+        return MegaTransformerCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: outputs.cache},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            state=outputs.state,
+            states=outputs.states,
+            exit_steps=outputs.exit_steps,
+            token_losses=token_losses,
+            last_hidden_state=hidden,
+        )
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) -> (..., vocab)."""
+        logits = self.lm_head(hidden)
+        cap = self.text_config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class MegaTransformerForSequenceClassification(GenericForSequenceClassification, MegaTransformerPreTrainedModel):
+    """The text model with a linear head on the last token of a row that is no padding: `logits` (batch, num_labels).
+    `forward` takes the arguments of the text model, such as `num_steps`, and `labels`: classes (batch,), or numbers
+    where `num_labels` is 1.
+    """
+
+    config: MegaTransformerTextConfig
+    _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = False  # its loss is the mean over the rows of a batch
+
+    def __init__(self, config: MegaTransformerTextConfig):
+        # Not that of GenericForSequenceClassification, which finds no model that is not registered.
+        MegaTransformerPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MegaTransformerTextModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
