@@ -21,8 +21,8 @@ from trainers.resuming import TRAINER_STATE_NAME, save_state_of
 from trainers.run_lock import RunLock
 from trainers.signals import StopCallback, StopRequest, watch_launcher
 
-from . import ResolvedConfig, one_line_errors
 from .resuming import Start, config_text, find_start
+from .runs import ResolvedConfig, one_line_errors
 
 logger = logging.getLogger(__name__)
 
