@@ -22,7 +22,7 @@ from trainers.finetuners import FINETUNERS
 from trainers.finetuning import ModelOptions
 
 from . import finetuning
-from .loader import build_parser, nested_class, options_of
+from .loader import build_parser, nested_class, option_types
 from .runs import MODEL_CONFIGS, SECTIONS, RunConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
@@ -72,10 +72,10 @@ WORDS = {
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(render(), encoding="utf-8")
+    PAGE.write_text(render_page(), encoding="utf-8")
 
 
-def render() -> str:
+def render_page() -> str:
     """The page, in Markdown."""
     headings = headings_of_run()
     parts = [
@@ -131,7 +131,7 @@ def documented(cls: type) -> dict[str, Any]:
     """Names and types of the options, in the order of the class; of training arguments those declared here."""
     own = inspect.get_annotations(cls)
     return {
-        name: hint for name, hint in options_of(cls).items() if name in own or not issubclass(cls, TrainingArguments)
+        name: hint for name, hint in option_types(cls).items() if name in own or not issubclass(cls, TrainingArguments)
     }
 
 
@@ -211,7 +211,7 @@ def type_in_words(hint: Any) -> str:
 
 
 def name_of(kind: Any) -> str:
-    """Of a class, or of a list of something."""
+    """The name of a class, or of a list of something."""
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 

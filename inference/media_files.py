@@ -1,4 +1,4 @@
-"""Pictures and sound that a model has written, to files."""
+"""Images and audio that a model has generated, to files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {"image": (".png", ".jpg", ".webp"), "audio": (".wav", ".flac", ".ogg")}
-_GAP = 2  # pixels between the pictures of a sheet
+_GAP = 2  # pixels between the images of a sheet
 
 
 def check_path(path: Path, modality: str) -> Path:
-    """The path, if a medium can be written there.
+    """The path, if an item of a modality can be written there.
 
     Raises:
-        ValueError: for a name that is not of this kind of medium, or a folder that does not exist.
+        ValueError: the name is not one of this modality, or its folder does not exist.
     """
     if path.suffix.lower() not in SUFFIXES[modality]:
         raise ValueError(f"--out {path} is no name for {modality}: end it in {', '.join(SUFFIXES[modality])}.")
@@ -36,12 +36,12 @@ def check_path(path: Path, modality: str) -> Path:
 
 
 def save_images(images: Sequence[Image.Image], path: Path) -> None:
-    """One picture as it is, several as a sheet, row by row; ValueError if it cannot be written."""
+    """One image as it is, several as a sheet, row by row; ValueError if it cannot be written."""
     with whole_file(path) as beside:
-        (images[0] if len(images) == 1 else contact_sheet(images)).save(beside)
+        (images[0] if len(images) == 1 else image_grid(images)).save(beside)
 
 
-def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
     """Pictures of one size side by side, on white; by default in as many columns as rows, or one more."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = (side + _GAP for side in images[0].size)
@@ -53,17 +53,19 @@ def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> 
     return sheet
 
 
-def save_audio(clips: Sequence[torch.Tensor], sampling_rate: int, path: Path) -> list[Path]:
-    """Each recording in a file of its own, numbered where there are several. Returns their paths.
+def save_audio(waveforms: Sequence[torch.Tensor], sampling_rate: int, path: Path) -> list[Path]:
+    """Each waveform in a file of its own, numbered where there are several. Returns their paths.
 
     Args:
-        clips: float (samples,) in -1 .. 1.
+        waveforms: float (samples,) in -1 .. 1.
 
     Raises:
         ValueError: they cannot be written; then none is.
     """
-    names = [path] if len(clips) == 1 else [path.with_stem(f"{path.stem}-{n}") for n in range(1, len(clips) + 1)]
+    names = (
+        [path] if len(waveforms) == 1 else [path.with_stem(f"{path.stem}-{n}") for n in range(1, len(waveforms) + 1)]
+    )
     with ExitStack() as files:
-        for name, clip in zip(names, clips, strict=True):
-            write_audio(files.enter_context(whole_file(name)), clip, sampling_rate)
+        for name, waveform in zip(names, waveforms, strict=True):
+            write_audio(files.enter_context(whole_file(name)), waveform, sampling_rate)
     return names

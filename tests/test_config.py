@@ -385,8 +385,8 @@ def test_every_option_is_in_the_resolved_file() -> None:
     """E2: defaults too, so that a later default does not change an old run."""
     run = load()
     for name, section in (("model", run.model), ("data", run.data), ("training", run.training)):
-        assert set(run.resolved[name]) - {"model_type"} == set(loader.options_of(type(section)))
-    assert set(run.resolved["model"]["recurrence"]) == set(loader.options_of(RecurrenceConfig))
+        assert set(run.resolved[name]) - {"model_type"} == set(loader.option_types(type(section)))
+    assert set(run.resolved["model"]["recurrence"]) == set(loader.option_types(RecurrenceConfig))
 
 
 def test_secrets_are_no_option(refused) -> None:
@@ -535,7 +535,7 @@ def test_every_config_loads(path: Path) -> None:
 def test_the_plain_twin_differs_in_the_core_alone() -> None:
     """The same unique layers and the same of everything else, but for names and depths."""
     recurrent, plain = (
-        configs.flatten(configs.resolve(["--config", str(ROOT / f"configs/{name}_lm.yaml")]))
+        configs.flatten_keys(configs.resolve(["--config", str(ROOT / f"configs/{name}_lm.yaml")]))
         for name in ("recurrent", "plain")
     )
     different = {key for key in recurrent if recurrent[key] != plain[key] and not key.startswith("model.recurrence.")}
@@ -778,7 +778,7 @@ def float_options() -> dict[str, type]:
     """Each key of a run that takes a number with a point, and the class it stands in; of lists the class alone."""
     found = {}
     for cls, keys in classes_of_run().items():
-        for name, hint in loader.options_of(cls).items():
+        for name, hint in loader.option_types(cls).items():
             if float in (hint, *typing.get_args(hint)) and typing.get_origin(hint) is not list:
                 found[f"{keys[0]}.{name}"] = cls
     return found

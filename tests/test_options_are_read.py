@@ -58,7 +58,7 @@ READ_BY_TRANSFORMERS |= {name.format(modality) for name in OF_PLACES for modalit
 def classes_within(cls: type, path: str = "") -> Iterable[tuple[type, str]]:
     """A configuration class and those in it, each with the name of the field that holds it."""
     yield cls, path
-    for name, hint in loader.options_of(cls).items():
+    for name, hint in loader.option_types(cls).items():
         if nested := loader.nested_class(hint):
             yield from classes_within(nested, name)
 

@@ -142,8 +142,8 @@ def test_several_differences_are_one_line(base):
 
 def test_every_pattern_is_of_an_option():
     """A misspelt one would leave nothing free."""
-    classes = {f"training.{name}" for _, cls in FINETUNERS.values() for name in loader.options_of(cls)}
-    keys = classes | set(configs.flatten(configs.resolve([]))) | {"training.parameter_groups[0].learning_rate"}
+    classes = {f"training.{name}" for _, cls in FINETUNERS.values() for name in loader.option_types(cls)}
+    keys = classes | set(configs.flatten_keys(configs.resolve([]))) | {"training.parameter_groups[0].learning_rate"}
     keys |= {f"training.parameter_groups[0].{name}" for name in ("lr_factor", "weight_decay", "freeze_steps")}
     for pattern, reason in {**FREE, **CHANGEABLE}.items():
         assert reason and (
