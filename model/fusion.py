@@ -34,7 +34,7 @@ class Projector(nn.Module):
         return self.norm_out(self.down_proj(hidden)) * self.scale
 
 
-class Reader(nn.Module):
+class ModalityEncoder(nn.Module):
     """An encoder and its projector.
 
     Args:
@@ -116,7 +116,7 @@ def take_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
 def read_media(
     readers: nn.ModuleDict, media: dict[str, Any], run_all: bool, **asked: bool
 ) -> dict[str, BaseModelOutputWithPooling]:
-    """Reads media, by modality; see `Reader.read`.
+    """Reads media, by modality; see `ModalityEncoder.read`.
 
     Args:
         media: Inputs of all readers by name.

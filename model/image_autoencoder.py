@@ -6,10 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .adversarial import Discriminator
 from .configuration_codecs import MegaTransformerImageAutoencoderConfig
-from .convnext import ConvNeXtBlock
-from .reconstruction import ReconstructionModel, ReconstructionOutput
+from .reconstruction import ConvNeXtBlock, Discriminator, ReconstructionModel, ReconstructionOutput
 
 COMPONENTS_SIZE = 0.5
 """Of the principal components of a patch together, beside the constant; see `begin_with_components`."""
@@ -78,7 +76,7 @@ class Sphere(nn.Module):
         """The nearest ones on the sphere."""
         return self(latents)
 
-    def disturb(self, latents: torch.Tensor) -> torch.Tensor:
+    def perturb(self, latents: torch.Tensor) -> torch.Tensor:
         """With noise whose deviation is drawn for each image, back on the sphere."""
         if not self.noise:
             return latents
@@ -116,7 +114,7 @@ class FiniteScalars(nn.Module):
         digits = (latents * (levels // 2)).round() + levels // 2
         return (digits.clamp(min=0).minimum(levels - 1) - levels // 2) / (levels // 2)
 
-    def disturb(self, latents: torch.Tensor) -> torch.Tensor:
+    def perturb(self, latents: torch.Tensor) -> torch.Tensor:
         """As they are: rounding is noise enough."""
         return latents
 
@@ -306,7 +304,7 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
             step: Updates that were made; see `compare`.
         """
         latents = self.encode(pixel_values)
-        made = self.decode(self.bottleneck.disturb(latents) if self.training else latents).float()
+        made = self.decode(self.bottleneck.perturb(latents) if self.training else latents).float()
         pixels = {"absolute": absolute_loss, "logarithmic": logarithmic_loss}[self.config.pixel_loss]
         losses = {"pixels": pixels(made, pixel_values), "gradients": gradient_loss(made, pixel_values)}
         return self.compare(made, pixel_values, losses, step)

@@ -9,11 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from .adversarial import Discriminator
 from .configuration_codecs import MegaTransformerVocoderConfig
-from .convnext import ConvNeXtBlock
 from .feature_extraction_megatransformer import FLOOR, LOG_MEAN, LOG_STD, window_and_filters
-from .reconstruction import ReconstructionModel, ReconstructionOutput
+from .reconstruction import ConvNeXtBlock, Discriminator, ReconstructionModel, ReconstructionOutput
 
 QUIET = 1e-7
 """Smallest power in the loss on spectrograms."""
