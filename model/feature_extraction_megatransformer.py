@@ -44,7 +44,7 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
         max_seconds: Longer recordings are cut.
 
     Raises:
-        ValueError: for frames that nothing can be computed from; for recordings, see `load_audio`.
+        ValueError: nothing can be computed from such frames; for recordings, see `load_audio`.
     """
 
     model_input_names = ["input_features", "input_features_mask"]
@@ -153,7 +153,7 @@ def window_and_filters(sampling_rate: int, n_fft: int, num_mel_bins: int) -> tup
 
 MOMENTUM = 0.99
 NUM_UPDATES = 50
-"""Of the powers that a mel spectrum is made of."""
+"""Number of updates of the powers that a mel spectrum is made of."""
 TINY = 1e-20
 """Far below the power of silence."""
 
@@ -176,7 +176,7 @@ def waveform_of(
         float32 (samples,), (frames - 1) * hop_length of them.
 
     Raises:
-        ValueError: for frames that do not overlap by half.
+        ValueError: frames do not overlap by half.
     """
     if 2 * hop_length > n_fft:
         raise ValueError(

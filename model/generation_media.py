@@ -57,18 +57,18 @@ class MediaOptions:
 
     Args:
         mode: "image" or "audio" write one medium, "any" text in which the model opens media itself.
-        guidance_scale: Classifier-unconditional guidance, at least 0; 1 is none.
+        guidance_scale: Classifier-free guidance, at least 0; 1 is none.
         num_flow_steps: Euler steps of a latent, at least 1.
         flow_temperature: Variance of the noise that a latent begins with, at least 0.
-        velocity_threshold: With an `exit_criterion`, the relative change of the head's velocity, above 0, below which a
-            place of a medium takes no more core steps.
+        velocity_threshold: Relative change of the head's velocity, above 0, below which a latent takes no more core
+            steps, where an `exit_criterion` is given.
         num_steps: Core steps: of all places, or by what is written there: "text", "image", "audio".
         flow_seeds: One for each row, for the noise. Default: drawn from torch's global generator.
         on_chunk: Called with each `MediaChunk`: after `chunk_size` latents of a medium each, and when it is complete.
         chunk_size: Latents from one chunk to the next. Default: 16.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: a value is outside its range.
     """
 
     mode: str = "any"
@@ -117,10 +117,10 @@ class MediaGenerateOutput(GenerateDecoderOnlyOutput):
         sequences: (rows, tokens), prompt included, with placeholders where media are.
         images: PIL images, row by row, in their order.
         audio: Waveforms, float32 (samples,), row by row, in their order.
-        sampling_rate: Of the waveforms.
-        segments: For each row what it wrote, in order: ("text", token ids), ("image", index in `images`), ("audio",
+        sampling_rate: Samples of the waveforms in a second.
+        segments: What each row holds, in order: ("text", token ids), ("image", index in `images`), ("audio",
             index in `audio`).
-        latents: By modality, of each medium, (tokens, latent_size), as `images` and `audio`.
+        latents: Latents of each item, (tokens, latent_size), by modality, ordered as `images` and `audio`.
         exit_steps: (rows, new tokens), core steps taken for each new place; 0 behind the end of a row.
     """
 
@@ -153,7 +153,7 @@ class MediaGenerationMixin:
         num_steps: int | dict[str, int] | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput | torch.LongTensor:
-        """As in `RecurrentGenerationMixin`, and:
+        """`generate` of `RecurrentGenerationMixin`, and:
 
         Args:
             generation_mode: "text"; "image" or "audio" write one medium; "any" text in which the model opens media.
@@ -165,7 +165,7 @@ class MediaGenerationMixin:
             In the other modes a `MediaGenerateOutput`, unless `return_dict_in_generate=False`.
 
         Raises:
-            ValueError: for a modality that this model does not write, or a value outside its range.
+            ValueError: this model does not generate the modality, or a value is outside its range.
         """
         options = {"num_flow_steps": num_flow_steps, "flow_temperature": flow_temperature, "flow_seeds": flow_seeds}
         options |= {"on_chunk": on_chunk, "chunk_size": chunk_size}
@@ -241,7 +241,7 @@ class MediaGenerationMixin:
         inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
         **kwargs: Any,
     ) -> dict:
-        """As the original, without the features of placeholders that are in the cache."""
+        """Prepares as the original does, without the features of placeholders that are in the cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         outputs = inputs.get("mm_encoder_outputs")
         num_seen = 0 if inputs.get("input_ids") is None else input_ids.shape[1] - inputs["input_ids"].shape[1]
@@ -267,7 +267,7 @@ class Row:
     modality: str | None = None
     """What it is within; None: text."""
     latents: list[torch.Tensor] = field(default_factory=list)
-    """Of the medium it is within."""
+    """Those of the item that is being generated."""
     noise: torch.Tensor | None = None
     """(places, latent_size), of the medium it is within."""
     num_media: int = 0
@@ -669,7 +669,7 @@ class VelocityOrText(ExitCriterion):
     Args:
         text: The criterion of texts.
         vocab_size: A check's `logits` are those of texts, and behind them v, zeros in rows of text.
-        threshold: Of velocities.
+        threshold: Threshold of velocities.
     """
 
     def __init__(self, text: ExitCriterion, vocab_size: int, threshold: float):
@@ -705,7 +705,7 @@ class MediaExitController(ExitController):
         logits: (rows, hidden) -> (rows, vocab).
         velocities: (rows, hidden), and which rows of the batch they are, (rows,) or None for all -> (rows, size), zeros
             in rows of text.
-        vocab_size: Of the logits.
+        vocab_size: Number of the logits.
         velocity_threshold: Below which a row that writes a latent stops.
 
     Raises:

@@ -10,11 +10,11 @@ from .configuration_codecs import MegaTransformerImageAutoencoderConfig
 from .reconstruction import ConvNeXtBlock, Discriminator, ReconstructionModel, ReconstructionOutput
 
 COMPONENTS_SIZE = 0.5
-"""Of the principal components of a patch together, beside the constant; see `begin_with_components`."""
+"""Size of the principal components of a patch together, beside the constant; see `begin_with_components`."""
 
 
 REFINEMENT_RATE = 0.03
-"""Of the first step of `refine`, for numbers whose mean square is 1."""
+"""Rate of the first step of `refine`, for numbers whose mean square is 1."""
 
 
 class ImageEncoder(nn.Module):
@@ -77,7 +77,7 @@ class Sphere(nn.Module):
         return self(latents)
 
     def perturb(self, latents: torch.Tensor) -> torch.Tensor:
-        """With noise whose deviation is drawn for each image, back on the sphere."""
+        """Adds noise whose deviation is drawn for each image, and goes back to the sphere."""
         if not self.noise:
             return latents
         deviation = self.noise * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
@@ -115,7 +115,7 @@ class FiniteScalars(nn.Module):
         return (digits.clamp(min=0).minimum(levels - 1) - levels // 2) / (levels // 2)
 
     def perturb(self, latents: torch.Tensor) -> torch.Tensor:
-        """As they are: rounding is noise enough."""
+        """Leaves them as they are: rounding is noise enough."""
         return latents
 
     def ids(self, latents: torch.Tensor) -> torch.LongTensor:
@@ -174,7 +174,7 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         """(images, channels, side, side) in -1 .. 1 -> (images, tokens, latent_size).
 
         Raises:
-            ValueError: for images that are no squares of whole patches.
+            ValueError: images are no squares of whole patches.
         """
         patch, channels = self.config.patch_size, self.config.num_channels
         shape = tuple(pixel_values.shape)
@@ -216,7 +216,7 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         """(images, tokens, latent_size) -> (images, channels, side, side), about -1 .. 1.
 
         Raises:
-            ValueError: for latents of another size, or that make no square.
+            ValueError: latents have another size, or make no square.
         """
         shape = tuple(latents.shape)
         if len(shape) != 3 or shape[2] != self.latent_size or math.isqrt(shape[1]) ** 2 != shape[1] or not shape[1]:
@@ -236,7 +236,7 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
             images: (images, channels, side, side) in -1 .. 1; together they have at least latent_size patches.
 
         Raises:
-            ValueError: for fewer patches.
+            ValueError: there are fewer patches.
         """
         patches = nn.functional.pixel_unshuffle(images.float(), self.config.patch_size).movedim(1, -1).flatten(0, -2)
         count = min(self.latent_size - 1, patches.shape[1])

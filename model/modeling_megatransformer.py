@@ -106,9 +106,9 @@ class MediaArguments:
     """The arguments of `forward` that are media, or say how they are read; those that are None are not there."""
 
     inputs: dict[str, Any]
-    """Of readers; also of modalities that the model does not read, which then says so."""
+    """Inputs of modality encoders; also of modalities that the model does not read, which then says so."""
     targets: dict[str, Any]
-    """Of writers."""
+    """Targets of output heads."""
     mm_encoder_outputs: dict[str, ModelOutput]
     flow_seeds: torch.LongTensor | None
     num_written_in_batch: dict[str, int | torch.Tensor]
@@ -294,7 +294,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
             audio_targets_mask: (clips, frames), 1 for real frames. Default: all are real.
             flow_seeds: (batch,), of the noise on written latents that are read back, and of that and the times of their
                 losses. Default: drawn in training, else 0.
-            num_written_in_batch: By modality, the written latents of an accumulation window on all ranks, by which the
+            num_written_in_batch: Target latents of an accumulation window on all ranks, by modality, by which the
                 trainer has the sum of their losses divided. Default: those of this batch.
             output_hidden_states: Also those of the encoders, in `image_outputs` and `audio_outputs`.
             output_attentions: The same of attentions.

@@ -40,11 +40,11 @@ class Targets:
     """What the losses of a batch's written media need beside hidden states."""
 
     latents: dict[str, TargetLatents]
-    """By modality; without those that there are none of."""
+    """Latents by modality; one that there is none of is left out."""
     seeds: torch.Tensor
     """(batch,), of noise and times."""
     num_in_batch: dict[str, int | torch.Tensor]
-    """By modality, by what the sum of losses is divided; those that are missing by the number of latents."""
+    """Numbers by modality by which the sum of losses is divided. Default: the number of latents."""
 
 
 class OutputHead(nn.Module):
@@ -52,8 +52,8 @@ class OutputHead(nn.Module):
 
     Args:
         name: "image" or "audio".
-        config: Of the output_head.
-        text_config: Of the language model.
+        config: Configuration of the output head.
+        text_config: Configuration of the language model.
     """
 
     def __init__(self, name: str, config: WriterConfig, text_config: MegaTransformerTextConfig):
@@ -74,7 +74,7 @@ class OutputHead(nn.Module):
 
     @property
     def some_weight(self) -> nn.Parameter:
-        """For its device and type; see `ModalityEncoder.some_weight`."""
+        """A weight that has their device and type; see `ModalityEncoder.some_weight`."""
         return next(self.norm.parameters())
 
     def embed(self, latents: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,8 @@ def encode_targets(
         input_ids: (batch, sequence), with their placeholders.
 
     Raises:
-        ValueError: For targets of what this model does not write, more or fewer than placeholders, or not finite.
+        ValueError: a target is of what this model does not generate, or not finite; or they and placeholders differ
+            in number.
     """
     given = [name for name, value in targets.items() if value is not None]
     unknown = [name for name in given if name.partition("_")[0] not in writers]
@@ -176,7 +177,7 @@ def put_codes(
     """Token ids with the codes of images in their places, where the head is "fsq"; these targets are taken out.
 
     Raises:
-        ValueError: For more or fewer images than places, or some that are not finite.
+        ValueError: there are more or fewer images than placeholders, or some that are not finite.
     """
     for name, output_head in writers.items():
         if output_head.head is not None or targets.get(output_head.target_name) is None:
@@ -210,7 +211,7 @@ def embed_latents(
 
     Args:
         embeds: (batch, sequence, hidden).
-        found: From `encode_targets`.
+        found: What `encode_targets` gives.
         seeds: (batch,), of the noise that is added: generation reads latents that are not quite right. None: no noise.
         run_all: Whether writers without latents run as well; see `read_media`.
     """
@@ -255,7 +256,7 @@ def images_of_codes(codec: Codec, offset: int, sequences: torch.LongTensor) -> l
     """PIL images of token ids (rows, tokens), row by row: each run of as many codes as an image has.
 
     Raises:
-        ValueError: for a run of codes that is no whole number of images.
+        ValueError: a run of codes is no whole number of images.
     """
     images = []
     for row, ids in enumerate(sequences):

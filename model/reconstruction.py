@@ -61,7 +61,7 @@ class Discriminator(nn.Module):
     Args:
         view: A batch of media to (media, channels, rows, columns).
         channels: Channels of the view.
-        width: Of the first layer; the others have twice as many as the one before.
+        width: Channels of the first layer; each further one has twice as many as the one before.
         kernel: Rows and columns that a layer looks at, and by whose half, rounded up, it shortens them.
     """
 
@@ -143,7 +143,7 @@ class ReconstructionOutput(ModelOutput):
     losses: dict[str, torch.FloatTensor] | None = None
     """The parts by name, without weights and without gradient."""
     reconstruction: torch.FloatTensor | None = None
-    """Of the shape of the media."""
+    """A tensor that has the shape of the media."""
 
 
 class ReconstructionModel(MegaTransformerPreTrainedModel):
