@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .chat_guard import control_tokens, guard_template, guard_tokenizer, split_at_marks, without_guard
-from .chat_rendering import Rendered, UnboundedTemplateError, render, template_of
+from .chat_rendering import Rendered, UnboundedTemplateError, render_template, template_of
 from .media_sources import own_part
 from .message_keys import WHAT_TO_DO, reason_against_message
 from .text_encoding import encode_texts, normalized
@@ -185,8 +185,8 @@ def render_outline(
     such marks, it is what a message adds to the conversation before it, with that which lets the assistant speak.
 
     Raises:
-        ValueError: the template cannot be rendered (`chat_rendering.render`), leaves out what a message says, or writes
-            what no message says.
+        ValueError: the template cannot be rendered (`chat_rendering.render_template`), leaves out what a message
+            says, or writes what no message says.
     """
     problems = []
     for types_of_text in (None, ("text",)):
@@ -246,8 +246,8 @@ def _pieces(text: str, answers: list[tuple[int, int]]) -> Iterable[tuple[str | i
 
 
 def render_messages(template: str, messages: list[dict[str, Any]], **variables: Any) -> Rendered:
-    """`chat_rendering.render`, which trusts what was made here."""
-    return render(template, messages, is_trusted=template in _MADE_HERE, **variables)
+    """`chat_rendering.render_template`, which trusts what was made here."""
+    return render_template(template, messages, is_trusted=template in _MADE_HERE, **variables)
 
 
 def _check_places(text: str, num_texts: int) -> None:

@@ -15,7 +15,7 @@ from .configuration_megatransformer_text import (
     check_heads,
     check_heads_divide_width,
     check_positive,
-    checked,
+    validated,
 )
 
 
@@ -90,7 +90,7 @@ class EncoderConfig(StrictConfig):
         check_positive(self, "attn_logit_softcapping", "initializer_range")
 
 
-@checked
+@validated
 class MegaTransformerVisionConfig(EncoderConfig):
     """An encoder of images: patches, a transformer in which they all see each other, and a pixel shuffle.
 
@@ -142,7 +142,7 @@ class MegaTransformerVisionConfig(EncoderConfig):
                 )
 
 
-@checked
+@validated
 class MegaTransformerAudioConfig(EncoderConfig):
     """An encoder of sound: a log-mel spectrogram, convolutions that shorten it, a transformer in which all frames see
     each other.
@@ -219,7 +219,7 @@ class WriterConfig(StrictConfig):
     loss_weight: float | int = interval(min=0.0)(default=1.0)
 
 
-@checked
+@validated
 class MegaTransformerImageWriterConfig(WriterConfig):
     """How images are written: all of one size.
 
@@ -258,7 +258,7 @@ class MegaTransformerImageWriterConfig(WriterConfig):
             raise ValueError("codec 'autoencoder' needs codec_name_or_path, the folder of a trained one")
 
 
-@checked
+@validated
 class MegaTransformerAudioWriterConfig(WriterConfig):
     """How sound is written: a log-mel spectrogram, some frames at a time.
 
@@ -305,7 +305,7 @@ class MegaTransformerAudioWriterConfig(WriterConfig):
             raise ValueError("head 'fsq' needs an autoencoder, which there is for images alone; use head 'flow'")
 
 
-@checked
+@validated
 class MegaTransformerConfig(StrictConfig):
     """A language model that reads, and may write, images and sound.
 

@@ -195,7 +195,7 @@ def _orientation(image: "Image.Image") -> int:
     try:
         orientation = _exif_of(image).get(_EXIF_ORIENTATION)
     except (SyntaxError, ValueError, KeyError, TypeError, IndexError, EOFError, struct.error) as error:
-        name = shortened(str(getattr(image, "filename", "") or f"a picture of {image.width} x {image.height} pixels"))
+        name = quoted(str(getattr(image, "filename", "") or f"a picture of {image.width} x {image.height} pixels"))
         logger.warning_once(f"{name} has damaged EXIF ({error}), which is not read; only XMP may turn it upright")
         orientation = None
     if orientation in range(1, 9):
@@ -483,9 +483,9 @@ def _file(source: Any, kind: str) -> str | io.BytesIO:
         raise MediaError(f"{path[:100]!r} is an address, and addresses are never fetched; download the {kind} before")
     if not os.path.isfile(path):
         is_there = os.path.exists(path)
-        raise MediaError(f"{shortened(path)} {'is no file' if is_there else 'does not exist'}; correct the path")
+        raise MediaError(f"{quoted(path)} {'is no file' if is_there else 'does not exist'}; correct the path")
     if not os.path.getsize(path):
-        raise MediaError(f"{shortened(path)} has 0 bytes; remove it")
+        raise MediaError(f"{quoted(path)} has 0 bytes; remove it")
     _check_file_size(source, kind, os.path.getsize(path))
     return path
 
@@ -497,7 +497,7 @@ def _check_file_size(source: Any, kind: str, size: int) -> None:
         )
 
 
-def shortened(source: str) -> str:
+def quoted(source: str) -> str:
     """A string as it stands in an error: its beginning, if it is longer than names of files are."""
     return repr(source if len(source) <= 300 else source[:100] + "...")
 
@@ -507,7 +507,7 @@ def _name(source: Any) -> str:
     if isinstance(source, dict) and source.keys() & {"bytes", "path"}:
         source = source.get("path") or source.get("bytes")
     if isinstance(source, (str, Path)):
-        return shortened(str(source))
+        return quoted(str(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"a file of {len(source)} bytes"
     return f"a {type(source).__name__}"

@@ -164,7 +164,7 @@ def encode_targets(
         with torch.no_grad():
             latents, lengths = output_head.codec.encode(values, targets.get(f"{output_head.target_name}_mask"))
         check_counts(f"a written {name}", counts, lengths)
-        check_finite(output_head, latents)
+        check_finite_targets(output_head, latents)
         rows, columns = is_place.nonzero(as_tuple=True)
         places = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])
         found[name] = TargetLatents(latents, rows, columns, places)
@@ -184,7 +184,7 @@ def put_codes(
             continue
         is_place = input_ids == getattr(config, f"written_{name}_token_id")
         images = targets.pop(output_head.target_name)
-        check_finite(output_head, images)  # NaN has a code, too
+        check_finite_targets(output_head, images)  # NaN has a code, too
         with torch.no_grad():
             codes = output_head.codec.encode_ids(images)  # (images, tokens)
         check_counts(f"a written {name}", is_place.sum(dim=1).tolist(), [codes.shape[1]] * len(codes))
@@ -192,7 +192,7 @@ def put_codes(
     return input_ids
 
 
-def check_finite(output_head: OutputHead, values: torch.Tensor) -> None:
+def check_finite_targets(output_head: OutputHead, values: torch.Tensor) -> None:
     """Raises ValueError for targets, or their latents, that are NaN or infinite."""
     if not torch.isfinite(values).all():
         raise ValueError(

@@ -32,7 +32,7 @@ from .processor_inputs import (
     IDLE_CHAT_OPTIONS,
     as_list,
     deal_media,
-    flatten,
+    flatten_media,
     limit_of,
     preprocess_parts,
     read_options,
@@ -317,7 +317,7 @@ class MegaTransformerProcessor(ProcessorMixin):
                 would cut an item, or an option asks for what is not done.
             TypeError: an option is unknown.
         """
-        if "video" not in self.kinds and any(video is not None for video in flatten(videos)):
+        if "video" not in self.kinds and any(video is not None for video in flatten_media(videos)):
             raise ValueError("videos are not read; give their frames as images")
         options = {"add_special_tokens": True, "allow_fetch": False, "sampling_rate": None, "return_tensors": None}
         further = {name: kwargs.pop(name, None) for name in self.kinds if name not in ("image", "audio")}
@@ -328,9 +328,11 @@ class MegaTransformerProcessor(ProcessorMixin):
         media = {"image": list(images) if isinstance(images, tuple) else images, "audio": audio, **further}
         media |= {} if videos is None else {"video": videos}
         media = {name: as_list(it) for name, it in media.items() if it is not None}
-        media = {name: it for name, it in media.items() if flatten(it)}
+        media = {name: it for name, it in media.items() if flatten_media(it)}
         if text is None:
-            found = {name: [self._preprocess(name, it, allow_fetch) for it in flatten(media[name])] for name in media}
+            found = {
+                name: [self._preprocess(name, it, allow_fetch) for it in flatten_media(media[name])] for name in media
+            }
             return BatchFeature(self.collate_media(found), tensor_type=_tensor_type(options["return_tensors"]))
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):

@@ -220,7 +220,7 @@ def deal_media(media: list[Any], counts: list[int], modality: Modality) -> list[
     Raises:
         ValueError: if they differ in number; the message names the first text that they do not fit.
     """
-    flat = flatten(media)
+    flat = flatten_media(media)
     if media and all(isinstance(part, list) for part in media):
         given = [len(part) for part in media]
         wrong = next((i for i, pair in enumerate(zip_longest(given, counts, fillvalue=0)) if pair[0] != pair[1]), None)
@@ -251,8 +251,8 @@ def with_rate(audio: Any, rate: int) -> Any:
     return (audio, rate) if isinstance(audio, (np.ndarray, torch.Tensor)) else audio
 
 
-def flatten(media: Any) -> list[Any]:
+def flatten_media(media: Any) -> list[Any]:
     """The media of a list of any depth, or a single one, in order."""
     if not isinstance(media, list):
         return [media]
-    return [medium for part in media for medium in flatten(part)]
+    return [medium for part in media for medium in flatten_media(part)]

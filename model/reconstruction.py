@@ -106,14 +106,14 @@ def adversarial_losses(
             judged, theirs = discriminator(made)
         said, ours = discriminator(media)
         generator.append(-judged.mean())
-        features += [distance(mine.detach(), other) for mine, other in zip(ours, theirs, strict=True)]
+        features += [relative_distance(mine.detach(), other) for mine, other in zip(ours, theirs, strict=True)]
         fake, _ = discriminator(made.detach())
         learned.append(nn.functional.relu(1 - said).mean() + nn.functional.relu(1 + fake).mean())
     parts = {"generator": generator, "features": features, "discriminator": learned}
     return {name: torch.stack(values).mean() for name, values in parts.items()}
 
 
-def distance(wanted: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+def relative_distance(wanted: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     """Mean |wanted - made| by mean |wanted|."""
     return (wanted - made).abs().mean() / wanted.abs().mean().clamp(min=1e-6)
 
