@@ -37,8 +37,7 @@ from .decoding import (
 )
 from .devices import choose_threads, device_report
 from .loading import add_loading_arguments, load_as_asked
-from .media_files import SUFFIXES, check_path, save_audio, save_images
-from .output import TerminalStreamer, whole_file, write_result
+from .output import SUFFIXES, TerminalStreamer, check_path, save_audio, save_images, whole_file, write_result
 from .prompts import (
     MAX_BYTES,
     check_characters,

@@ -22,7 +22,7 @@ from model import (
 from model.backbones import reason_of
 from model.weight_files import build_skeleton, check_fit, declared_weights
 
-from .checkpoints import read_json
+from .checkpoints import PROCESSOR, read_json
 
 MODELS: dict[str, type[PreTrainedModel]] = {
     cls.__name__: cls
@@ -36,7 +36,6 @@ MODELS: dict[str, type[PreTrainedModel]] = {
         MegaTransformerVocoder,
     )
 }
-PROCESSOR = "processor_config.json"
 MANIFEST = "manifest.json"  # of the files as training saved them; a refreshed checkpoint has none
 
 
@@ -49,7 +48,7 @@ def refresh(folder: Path, output: Path | None = None) -> list[str]:
 
     Args:
         folder: Folder of the checkpoint; of a run, that of its final weights or one of its checkpoint-N.
-        output: where the refreshed checkpoint goes, empty or new; None: in place.
+        output: Folder of the refreshed checkpoint, empty or new; None: in place.
 
     Returns:
         Names of the files that were written anew.

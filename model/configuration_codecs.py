@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers.utils.type_validators import interval
 
-from .configuration_megatransformer_text import MOST_LAYERS, StrictConfig, checked
+from .configuration_megatransformer_text import MOST_LAYERS, StrictConfig, validated
 
 
 class CodecConfig(StrictConfig):
@@ -50,7 +50,7 @@ class CodecConfig(StrictConfig):
             raise ValueError(f"initializer_range ({self.initializer_range}) must be greater than 0")
 
 
-@checked
+@validated
 class MegaTransformerImageAutoencoderConfig(CodecConfig):
     """Pictures to a few numbers for each patch, and back.
 
@@ -137,7 +137,7 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
             raise ValueError(f"latent_size ({self.latent_size}) must be at least 2: a sphere of one number is a sign")
 
 
-@checked
+@validated
 class MegaTransformerVocoderConfig(CodecConfig):
     """Log-mel spectrograms to sound. Source: Siuzdak 2023 (Vocos), arXiv 2306.00814.
 

@@ -48,7 +48,7 @@ MOST_LAYERS = 10_000
 """Layers of one part: ten times as many as anybody has trained."""
 
 
-def checked(cls):
+def validated(cls):
     """Class decorator: `@strict` of huggingface_hub, with every failed check raised as a one-line `ValueError`.
 
     Source: `huggingface_hub.dataclasses.strict`, whose own errors are no `ValueError` and span two lines.
@@ -93,7 +93,7 @@ class StrictConfig(PreTrainedConfig):
     `attribute_map` are old names of others, which are taken with a warning too.
 
     Raises:
-        ValueError: for a key that is neither a field of the class nor one of transformers' own.
+        ValueError: a key is neither a field of the class nor one of transformers' own.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -173,7 +173,7 @@ def check_num_labels(values: dict[str, Any]) -> None:
         raise ValueError(f"num_labels is {count!r:.60}; give a whole number of at most {MOST_LABELS}")
 
 
-@checked
+@validated
 class RecurrenceConfig(StrictConfig):
     """How the core is iterated.
 
@@ -203,7 +203,7 @@ class RecurrenceConfig(StrictConfig):
         exit_check_interval: Steps from one exit check to the next.
         exit_in_prefill: Whether a prompt may exit too, all its tokens together.
         exit_probe: Whether the model has the trained head of the criterion "probe". `finetune.py` adds it.
-        state_warm_start: In `generate`, a new token's iteration starts where that of the token before has ended.
+        state_warm_start: Whether, in `generate`, the iteration of a token starts where that of the token before ended.
     """
 
     model_type = "megatransformer_recurrence"
@@ -238,7 +238,7 @@ class RecurrenceConfig(StrictConfig):
     state_warm_start: bool = False
 
 
-@checked
+@validated
 class MegaTransformerTextConfig(StrictConfig):
     """A causal language model: prelude, a core that is iterated, coda.
 

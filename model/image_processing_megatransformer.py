@@ -12,7 +12,7 @@ from transformers.utils.import_utils import is_vision_available
 
 from .media import MAX_PIXELS, load_image
 from .media_sources import read_source
-from .processor_inputs import IDLE_IMAGE_OPTIONS, check_number, check_whole, flatten, read_options
+from .processor_inputs import IDLE_IMAGE_OPTIONS, check_number, check_whole, flatten_media, read_options
 
 if is_vision_available():
     from PIL import Image
@@ -37,7 +37,7 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         image_std: Divides each channel after that.
 
     Raises:
-        ValueError: for sizes that hold no whole tokens; for pictures, see `load_image`.
+        ValueError: sizes hold no whole tokens; for images, see `load_image`.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]
@@ -137,7 +137,7 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
             TypeError, ValueError: for options that ask for something; they belong to the processor itself.
         """
         read_options(kwargs, (), IDLE_IMAGE_OPTIONS, [self], "set it on the image processor")
-        pictures = [read_source(image, "image") for image in flatten(images)]
+        pictures = [read_source(image, "image") for image in flatten_media(images)]
         return BatchFeature(self.pad([self.preprocess_one(picture) for picture in pictures]), return_tensors)
 
     def fetch_images(self, images: Any) -> Any:
