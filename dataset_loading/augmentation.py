@@ -352,7 +352,7 @@ class TextNoise:
 _BLANKS = ("Ġ", "Ċ", "ĉ", "▁", " ", "\n", "\t")  # how tokens begin that begin a word, byte-level ones and others
 
 
-class ConditionDrop:
+class CFGDropout:
     """Puts a token that says nothing in the place of each token of a prompt, so that all others keep their positions.
 
     Special tokens stay, such as those of roles, and of the start and end of media. So do media that the user shows

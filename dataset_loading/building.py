@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from model import MODALITIES
 
-from .augmentation import AugmentationConfig, Augmenter, ConditionDrop
+from .augmentation import AugmentationConfig, Augmenter, CFGDropout
 from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
 from .packing.documents import MediaDocuments, read_documents, tokenize_rows
@@ -139,7 +139,7 @@ class Builder:
         )
         return Augmenter(config.augmentation, self.tokenizer, sampling_rates, max_samples)
 
-    def condition_drop(self, role: str) -> ConditionDrop | None:
+    def cfg_dropout(self, role: str) -> CFGDropout | None:
         """What hides prompts of media that are written, if anything does."""
         config = self.config
         if role != "train" or config.condition_drop == 0:
@@ -148,7 +148,7 @@ class Builder:
             raise ValueError(
                 f"data.condition_drop is {config.condition_drop}, but the model writes text alone; set it to 0"
             )
-        return ConditionDrop(config.condition_drop, self.reader)
+        return CFGDropout(config.condition_drop, self.reader)
 
     def stream(self, split: Split) -> StreamingDataset:
         """The train set of a run of which a source streams."""
@@ -157,8 +157,8 @@ class Builder:
         reader = self.reader if any(source.is_media for source in sources) else None
         for source in sources if reader else ():
             _check_kinds(source, reader)
-        condition_drop = self.condition_drop("train") if reader else None
-        return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters, condition_drop)
+        cfg_dropout = self.cfg_dropout("train") if reader else None
+        return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters, cfg_dropout)
 
     def build(self, role: str, source: SourceConfig, rows: HubDataset) -> PackedDataset | MediaDataset:
         """The dataset of one source."""
@@ -175,7 +175,7 @@ class Builder:
                 seed=self.seed,
                 shuffle=role == "train",
                 augmenter=augmenter,
-                condition_drop=self.condition_drop(role),
+                cfg_dropout=self.cfg_dropout(role),
             )
             num_documents, num_tokens = len(documents), int(documents.lengths.sum())
         else:

@@ -17,10 +17,11 @@ from model import Modality
 from .augmentation import AugmentationConfig, change_audio, change_image, torch_seeded_by
 from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
-from .packing.media_reader import UnreadableMedium
+from .packing.media_reader import UnreadableItem, read_item
 from .packing.mixture import MixtureDataset, RowDataset
 from .sources.messages import media_of
-from .sources.references import ArrowRow, place_of, read_reference
+from .sources.references import ArrowRow
+from .sources.tables import map_in_memory
 from .splits import load_split
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class MediaAlone(RowDataset):
                 continue
             try:
                 return self._tensor(number, rng)
-            except UnreadableMedium as error:
+            except UnreadableItem as error:
                 self._unreadable.add(number)
                 self.bad_rows.add(self.name, f"row {self.places[number, 0] + 1}", str(error))
         raise ValueError(f"no medium of {self.name!r} can be read any more; are its files gone?")
@@ -75,7 +76,7 @@ class MediaAlone(RowDataset):
     def _tensor(self, number: int, rng: np.random.Generator | None) -> torch.Tensor:
         row_number, place = self.places[number].tolist()
         row = ArrowRow(self.rows[row_number : row_number + 1])
-        medium = _load(self.media, _references(row["messages"], self.media.name)[place], row)
+        medium = read_item(self.media.load, _references(row["messages"], self.media.name)[place], row)
         return self.media.codec_input(medium if rng is None else self._changed(medium, rng), rng)
 
     def _changed(self, medium: Any, rng: np.random.Generator) -> Any:
@@ -149,19 +150,14 @@ def _look_into(
     source: SourceConfig, rows: HubDataset, config: DataConfig, media: Modality, bad_rows: BadRows
 ) -> np.ndarray:
     """Where the media are: int64 (media, 2), row and number within it."""
-    workers = config.preprocessing_workers
-    found = rows.with_format("arrow").map(
+    found = map_in_memory(
+        rows.with_format("arrow"),
         _look_into_batch,
-        batched=True,
-        batch_size=100,
-        fn_kwargs={"media": media, "decode": config.check_media},
-        remove_columns=rows.column_names,
-        features=_FEATURES,
-        num_proc=min(workers, len(rows)) if workers > 1 else None,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint="media",
-        desc=f"looking into {source.label}",
+        _FEATURES,
+        config.preprocessing_workers,
+        f"looking into {source.label}",
+        media=media,
+        decode=config.check_media,
     )[:]
     places, columns = [], (rows["where"], found["media"].to_pylist(), found["problem"].to_pylist())
     for number, (where, count, problem) in enumerate(zip(*columns, strict=True)):
@@ -183,8 +179,8 @@ def _look_into_batch(batch: pa.Table, media: Modality, decode: bool) -> dict[str
         try:
             for reference in references:
                 if decode and "task" not in reference:  # what a task makes is whole
-                    _load(media, reference, ArrowRow(batch, number))
-        except UnreadableMedium as error:
+                    read_item(media.load, reference, ArrowRow(batch, number))
+        except UnreadableItem as error:
             problem = str(error)
         counts.append(len(references))
         problems.append(problem)
@@ -193,11 +189,3 @@ def _look_into_batch(batch: pa.Table, media: Modality, decode: bool) -> dict[str
 
 def _references(messages: str, kind: str) -> Sequence[Mapping]:
     return [part for part in media_of(json.loads(messages)) if part["type"] == kind]
-
-
-def _load(media: Modality, reference: Mapping, row: Mapping[str, object]) -> Any:
-    try:
-        return media.load(read_reference(reference, row))
-    except (ValueError, OSError) as error:
-        place = place_of(reference)
-        raise UnreadableMedium(str(error) if place in str(error) else f"{place}: {error}") from error

@@ -56,7 +56,7 @@ class MediaExamples(Sequence):
         """One example, or a list of them.
 
         Raises:
-            UnreadableMedium: a medium can be read no more.
+            UnreadableItem: a medium can be read no more.
         """
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]

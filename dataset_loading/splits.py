@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
-from .sources.conversations import conversations_of_stream
-from .sources.loading import columns_of, load_rows, open_stream, reason_against_text
+from .sources.loading import load_rows, open_stream, rows_of_stream
 from .sources.tables import expand_paths
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def load_split(config: DataConfig, seed: int, bad_rows: BadRows, limit: int | No
             split.validation.append((source, validation))
     for source, rows in split.validation:
         if source.kind != "generated":  # generated roles share nothing by construction
-            split.validation_digests.update(digests(rows))
+            split.validation_digests.update(document_digests(rows))
     split.train = [
         (source, _without_validation(source, rows, split.validation_digests)) for source, rows in split.train
     ]
@@ -112,7 +111,7 @@ def _texts_of_conversations(rows: Dataset) -> Iterator[str]:
             yield from (part["text"] for message in conversation for part in message["content"] if "text" in part)
 
 
-def digest(row: dict[str, str]) -> bytes:
+def document_digest(row: dict[str, str]) -> bytes:
     """A fingerprint of a document's text and media, the same in every process."""
     if "digest" in row:
         return row["digest"]
@@ -120,30 +119,14 @@ def digest(row: dict[str, str]) -> bytes:
     return blake2b(text.encode(), digest_size=16).digest()
 
 
-def digests(rows: Dataset) -> list[bytes]:
+def document_digests(rows: Dataset) -> list[bytes]:
     """The fingerprint of every row."""
-    return [digest(row) for row in _without_media(rows)]
+    return [document_digest(row) for row in _without_media(rows)]
 
 
 def _without_media(rows: Dataset) -> Dataset:
     """Of conversations the column that tells them apart: others may hold media, which would be decoded."""
     return rows.select_columns("digest") if "digest" in rows.column_names else rows
-
-
-def rows_of_stream(source: SourceConfig, stream: IterableDataset, bad_rows: BadRows) -> Dataset:
-    """The usable rows of a finite stream, read into memory."""
-    if source.is_media:
-        return conversations_of_stream(source, stream, bad_rows)
-    columns = columns_of(source)
-    kept: dict[str, list[str]] = {name: [] for name in columns.values()}
-    for number, row in enumerate(stream, start=1):
-        reason = reason_against_text(source, row)
-        if reason is not None:
-            bad_rows.add(source.label, f"row {number}", reason)
-            continue
-        for column, name in columns.items():
-            kept[name].append(row[column])
-    return Dataset.from_dict(kept, features=Features(dict.fromkeys(kept, Value("large_string"))))
 
 
 def _load_train_source(
@@ -219,7 +202,7 @@ def split_rows(label: str, rows: Dataset, fraction: float, seed: int) -> tuple[D
 
 def _is_drawn(row: dict[str, str], fraction: float, seed: int) -> bool:
     """Whether a document is validation: true for `fraction` of all, by the digest of its text and the seed alone."""
-    key = blake2b(digest(row), digest_size=8, key=str(seed).encode())
+    key = blake2b(document_digest(row), digest_size=8, key=str(seed).encode())
     return int.from_bytes(key.digest()) < fraction * 2**64
 
 
@@ -239,7 +222,7 @@ def _without_validation(
 ) -> Dataset | IterableDataset:
     if source.kind == "generated" or isinstance(rows, IterableDataset) or not forbidden:
         return rows
-    kept = [number for number, mark in enumerate(digests(rows)) if mark not in forbidden]
+    kept = [number for number, mark in enumerate(document_digests(rows)) if mark not in forbidden]
     if len(kept) == len(rows):
         return rows
     if not kept:

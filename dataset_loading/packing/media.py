@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..augmentation import Augmenter, ConditionDrop
+from ..augmentation import Augmenter, CFGDropout
 from ..bad_rows import BadRows
 from ..sources.messages import media_of, text_of
 from .documents import MediaDocument, MediaDocuments
-from .media_reader import MediaReader, UnreadableMedium
+from .media_reader import MediaReader, UnreadableItem
 from .mixture import RowDataset
 from .texts import IGNORED
 
@@ -53,7 +53,7 @@ class MediaDataset(RowDataset):
         seed: of the order in which documents are packed, and of what is random about them.
         shuffle: pack documents in a random order; else in theirs.
         augmenter: changes media and texts.
-        condition_drop: hides prompts of media that are written.
+        cfg_dropout: hides prompts of media that are written.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class MediaDataset(RowDataset):
         seed: int = 0,
         shuffle: bool = False,
         augmenter: Augmenter | None = None,
-        condition_drop: ConditionDrop | None = None,
+        cfg_dropout: CFGDropout | None = None,
     ):
         super().__init__(seed)
-        self.augmenter, self.condition_drop = augmenter, condition_drop
+        self.augmenter, self.cfg_dropout = augmenter, cfg_dropout
         self.documents, self.reader, self.bad_rows, self.name = documents, reader, bad_rows, name
         self.row_length = block_size if packing else None
         if packing:
@@ -88,7 +88,7 @@ class MediaDataset(RowDataset):
         return np.add.reduceat(self.documents.lengths[self.members], np.concatenate([[0], self.ends[:-1]]))
 
     def draw(self, index: int, occurrence: int) -> dict[str, Any]:
-        rng = self.generator(index, occurrence) if self.augmenter or self.condition_drop else None
+        rng = self.generator(index, occurrence) if self.augmenter or self.cfg_dropout else None
         for shift in range(len(self)):
             pieces = self._pieces((index + shift) % len(self), rng)
             if pieces is not None:
@@ -101,9 +101,9 @@ class MediaDataset(RowDataset):
             return None
         documents = [self.documents[number] for number in numbers]
         augmenters = [self.augmenter] * len(documents)
-        pieces = read_pieces(documents, self.reader, augmenters, rng, self.condition_drop)
+        pieces = read_pieces(documents, self.reader, augmenters, rng, self.cfg_dropout)
         for number, document, piece in zip(numbers, documents, pieces, strict=True):
-            if isinstance(piece, UnreadableMedium):
+            if isinstance(piece, UnreadableItem):
                 self._unreadable.add(number)
                 self.bad_rows.add(self.name, document.row["where"], str(piece))
         return pieces if self._unreadable.isdisjoint(numbers) else None
@@ -141,10 +141,10 @@ def read_piece(
     """A document with its media.
 
     Raises:
-        UnreadableMedium: a medium is not what it was.
+        UnreadableItem: a medium is not what it was.
     """
     (piece,) = read_pieces([document], reader, [augmenter], rng)
-    if isinstance(piece, UnreadableMedium):
+    if isinstance(piece, UnreadableItem):
         raise piece
     return piece
 
@@ -154,8 +154,8 @@ def read_pieces(
     reader: MediaReader | None,
     augmenters: Sequence[Augmenter | None],
     rng: np.random.Generator | None,
-    condition_drop: ConditionDrop | None = None,
-) -> list[Piece | UnreadableMedium]:
+    cfg_dropout: CFGDropout | None = None,
+) -> list[Piece | UnreadableItem]:
     """Documents with their media; of one that cannot be read, why.
 
     A step is made for all of them before the next one, since a processor's caches do not hold the code of all steps.
@@ -164,7 +164,7 @@ def read_pieces(
         reader: None: they have no media.
         augmenters: of each document.
         rng: for the augmenters and the condition drop, if there are any.
-        condition_drop: hides prompts.
+        cfg_dropout: hides prompts.
     """
     conversations = [json.loads(document.row["messages"] or "[]") for document in documents]
     if reader is not None:
@@ -173,7 +173,7 @@ def read_pieces(
     for number, (document, messages) in enumerate(zip(documents, conversations, strict=True)):
         try:
             loaded.append([(it["type"], reader.load(it, document.row)) for it in media_of(messages)])
-        except UnreadableMedium as error:
+        except UnreadableItem as error:
             loaded.append([])
             unreadable[number] = error
     media = []
@@ -181,7 +181,7 @@ def read_pieces(
         text = " ".join(map(text_of, messages)) if augmenter else ""
         media.append([(kind, _tensor(kind, medium, text, reader, augmenter, rng)) for kind, medium in found])
     return [
-        unreadable.get(number) or _piece(document, media[number], reader, augmenter, rng, condition_drop)
+        unreadable.get(number) or _piece(document, media[number], reader, augmenter, rng, cfg_dropout)
         for number, (document, augmenter) in enumerate(zip(documents, augmenters, strict=True))
     ]
 
@@ -206,18 +206,18 @@ def _piece(
     reader: MediaReader | None,
     augmenter: Augmenter | None,
     rng: np.random.Generator | None,
-    condition_drop: ConditionDrop | None,
-) -> Piece | UnreadableMedium:
+    cfg_dropout: CFGDropout | None,
+) -> Piece | UnreadableItem:
     tokens, is_label = document.tokens, document.is_label
     if media:
         tokens, is_label = reader.encoder.expand(tokens, is_label, by_kind(media))
     if len(tokens) > document.length:
-        return UnreadableMedium(f"{len(tokens)} tokens, where headers promised at most {document.length}; replace it")
+        return UnreadableItem(f"{len(tokens)} tokens, where headers promised at most {document.length}; replace it")
     shown, seen = tokens, tuple(media)
     if augmenter and augmenter.text.is_on:
         shown = augmenter.text(tokens, is_label, rng)
-    if condition_drop and media:
-        shown, seen = condition_drop(shown, media, rng)
+    if cfg_dropout and media:
+        shown, seen = cfg_dropout(shown, media, rng)
     return Piece(tokens, is_label, shown, document.modality, seen)
 
 

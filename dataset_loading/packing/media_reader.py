@@ -16,7 +16,7 @@ _CUT_SECONDS = 0.1
 """What may be cut off a recording: no word is as short."""
 
 
-class UnreadableMedium(ValueError):
+class UnreadableItem(ValueError):
     """A medium that cannot be used; the message is the reason."""
 
 
@@ -93,14 +93,14 @@ class MediaReader:
             silence: how many seconds may be added to a recording then.
 
         Raises:
-            UnreadableMedium: as far as it was read.
+            UnreadableItem: as far as it was read.
         """
         name = reference["type"]
         kind = self.kinds[name]
         if "task" in reference:
             size = get_task(reference["task"]).medium_size(reference["medium"])
         else:
-            size = self._guarded(lambda source: self._size(name, source, decode), reference, row)
+            size = read_item(lambda source: self._size(name, source, decode), reference, row)
         stretch = stretch if name == "audio" else 1.0
         if name in self.sampling_rates and (stretch > 1 or silence > 0):
             size = size * stretch + silence + 0.01  # a changed rate is rounded to whole numbers of samples
@@ -126,17 +126,26 @@ class MediaReader:
         """A medium decoded: a picture, or samples at the processor's rate.
 
         Raises:
-            UnreadableMedium: missing, damaged, or outside of the processor's limits.
+            UnreadableItem: missing, damaged, or outside of the processor's limits.
         """
-        return self._guarded(self.kinds[reference["type"]].load, reference, row)
-
-    def _guarded(self, read: Callable[[Any], Any], reference: Mapping, row: Mapping[str, object]) -> Any:
-        try:
-            return read(read_reference(reference, row))
-        except (ValueError, OSError) as error:
-            place = place_of(reference)
-            raise UnreadableMedium(str(error) if place in str(error) else f"{place}: {error}") from error
+        return read_item(self.kinds[reference["type"]].load, reference, row)
 
     def tensor(self, kind: str, medium: Any) -> torch.Tensor:
         """What `load` gave, as the model's input for one medium."""
         return self.kinds[kind].preprocess(medium)
+
+
+def read_item(read: Callable[[Any], Any], reference: Mapping, row: Mapping[str, object]) -> Any:
+    """What a function makes of an item of media.
+
+    Args:
+        read: takes a path, bytes, or what a generated task makes.
+
+    Raises:
+        UnreadableItem: the item is missing, damaged, or refused by the function.
+    """
+    try:
+        return read(read_reference(reference, row))
+    except (ValueError, OSError) as error:
+        place = place_of(reference)
+        raise UnreadableItem(str(error) if place in str(error) else f"{place}: {error}") from error

@@ -15,16 +15,16 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from ..augmentation import Augmenter, ConditionDrop
+from ..augmentation import Augmenter, CFGDropout
 from ..bad_rows import BadRows, reason_against
 from ..configuration import DataConfig, SourceConfig
 from ..sources.conversations import STORED_MEDIA, conversation_of_stream
 from ..sources.loading import columns_of, reason_against_text
 from ..sources.references import fingerprint
-from ..splits import Split, digest
+from ..splits import Split, document_digest
 from .documents import MediaDocument, encode_batch, read_conversations
 from .media import join_pieces, read_pieces
-from .media_reader import MediaReader, UnreadableMedium
+from .media_reader import MediaReader, UnreadableItem
 
 _FEATURES = datasets.Features(
     {
@@ -58,7 +58,7 @@ class StreamingDataset(IterableDataset):
         reader: reads media; None: there are none, and rows have texts alone.
         augmenters: by name of the source.
         seed: of what is random about the rows.
-        condition_drop: hides prompts of media that are written.
+        cfg_dropout: hides prompts of media that are written.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class StreamingDataset(IterableDataset):
         reader: MediaReader | None = None,
         augmenters: Mapping[str, Augmenter] | None = None,
         seed: int = 0,
-        condition_drop: ConditionDrop | None = None,
+        cfg_dropout: CFGDropout | None = None,
     ):
         self.stream, self.reader, self.pad_id, self.seed = stream, reader, pad_id, seed
         self.block_size, self.packing, self.max_bad_rows = config.block_size, config.packing, config.max_bad_rows
-        self.loss_on, self.augmenters, self.condition_drop = loss_on, augmenters or {}, condition_drop
+        self.loss_on, self.augmenters, self.cfg_dropout = loss_on, augmenters or {}, cfg_dropout
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
         self._pending: list[MediaDocument] = []
         self._num_rows = 0
@@ -177,10 +177,10 @@ class StreamingDataset(IterableDataset):
     def _join(self, documents: Sequence[MediaDocument], bad_rows: BadRows) -> dict[str, Any] | None:
         augmenters = [self.augmenters.get(document.row["source"]) for document in documents]
         pieces = []
-        rng = self._generator() if any(augmenters) or self.condition_drop else None
-        found = read_pieces(documents, self.reader, augmenters, rng, self.condition_drop)
+        rng = self._generator() if any(augmenters) or self.cfg_dropout else None
+        found = read_pieces(documents, self.reader, augmenters, rng, self.cfg_dropout)
         for document, piece in zip(documents, found, strict=True):
-            if isinstance(piece, UnreadableMedium):
+            if isinstance(piece, UnreadableItem):
                 bad_rows.add(document.row["source"], f"row {document.row['row']}", str(piece))
             else:
                 pieces.append(piece)
@@ -235,14 +235,14 @@ def build_stream(
     seed: int,
     reader: MediaReader | None = None,
     augmenters: Mapping[str, Augmenter] | None = None,
-    condition_drop: ConditionDrop | None = None,
+    cfg_dropout: CFGDropout | None = None,
 ) -> StreamingDataset:
     """Mix the train sources document by document, those in memory included, until each has been read whole once.
 
     Args:
         reader: None: no source has media.
         augmenters: by name of the source.
-        condition_drop: hides prompts of media that are written.
+        cfg_dropout: hides prompts of media that are written.
     """
     streams = []
     for source, rows in split.train:
@@ -265,7 +265,7 @@ def build_stream(
             streams, probabilities=list(shares / shares.sum()), seed=seed, stopping_strategy="all_exhausted"
         )
     loss_on = {source.label: source.loss_on for source, _ in split.train}
-    return StreamingDataset(stream, config, tokenizer.pad_token_id, loss_on, reader, augmenters, seed, condition_drop)
+    return StreamingDataset(stream, config, tokenizer.pad_token_id, loss_on, reader, augmenters, seed, cfg_dropout)
 
 
 def _encode_text(
@@ -282,7 +282,7 @@ def _encode_text(
     if reason is not None:
         return result | {"problem": reason}
     texts = {name: row[column] for column, name in columns.items()}
-    if digest(texts) in forbidden:
+    if document_digest(texts) in forbidden:
         return result
     encoded = encode_batch({name: [text] for name, text in texts.items()}, tokenizer, source.separator, source.loss_on)
     return result | {name: values[0] for name, values in encoded.items()}

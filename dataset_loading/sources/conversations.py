@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from model import MODALITIES
+from model.terminal import one_line
 
 from ..bad_rows import BadRows, reason_against, reason_against_columns
 from ..configuration import DataConfig, SourceConfig
@@ -44,7 +45,7 @@ from .tables import (
     columns_of_stream,
     expand_paths,
     load_hub,
-    one_line,
+    map_in_memory,
     open_parquet,
 )
 from .tars import read_tar
@@ -68,7 +69,7 @@ def load_conversations(
         limit: the most rows to load.
 
     Raises:
-        ValueError: missing file or column, nothing usable, or too many bad rows.
+        ValueError: missing file or column, or too many bad rows.
     """
     if source.kind == "generated":
         return _generated(source, role, config, seed, limit)
@@ -82,12 +83,7 @@ def load_conversations(
         rows = concatenate_datasets(parts)
     else:
         rows = _of_rows(source, _ROWS[source.kind](source), bad_rows, limit)
-    rows = _usable(source, rows, config.preprocessing_workers, bad_rows) if len(rows) else rows
-    if len(rows) == 0:
-        raise ValueError(
-            f"source {source.label!r} has no usable rows: {bad_rows.reasons_of(source.label) or 'it has none'}"
-        )
-    return rows
+    return _usable(source, rows, config.preprocessing_workers, bad_rows) if len(rows) else rows
 
 
 def open_conversations(source: SourceConfig) -> IterableDataset:
@@ -199,14 +195,18 @@ def conversation_of(
 # ------------------------------------------------------------------------------------------------------ generated tasks
 
 
-def _generated(source: SourceConfig, role: Role, config: DataConfig, seed: int, limit: int | None) -> Dataset:
+def draw_rows(source: SourceConfig, role: Role, config: DataConfig, seed: int, limit: int | None) -> Dataset:
+    """The rows of a generated source, for a role if it names none itself, and `limit` at most."""
     task = get_task(source.task)
     num_rows = source.num_rows if limit is None else min(source.num_rows, limit)
     difficulty = tuple(source.difficulty or task.default_difficulty)
     seeds = (seed, source.seed)
-    rows = generate_rows(task, difficulty, source.role or role, seeds, num_rows, config.preprocessing_workers)
-    found = _Found()
-    turns = source.turns
+    return generate_rows(task, difficulty, source.role or role, seeds, num_rows, config.preprocessing_workers)
+
+
+def _generated(source: SourceConfig, role: Role, config: DataConfig, seed: int, limit: int | None) -> Dataset:
+    task, rows = get_task(source.task), draw_rows(source, role, config, seed, limit)
+    found, turns = _Found(), source.turns
     for number, row in enumerate(rows, start=1):
         direction, prompt = turns[(number - 1) % len(turns)]
         if not source.has_media:
@@ -359,22 +359,9 @@ def _of_table(
 
 def _usable(source: SourceConfig, rows: Dataset, workers: int, bad_rows: BadRows) -> Dataset:
     """The rows that have messages, and whose media are there, with their digests."""
-    found = (
-        rows.with_format("arrow")
-        .map(
-            _digest_batch,
-            batched=True,
-            batch_size=100,
-            remove_columns=rows.column_names,
-            features=Features({"digest": Value("binary"), "problem": Value("string")}),
-            num_proc=min(workers, len(rows)) if workers > 1 else None,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            new_fingerprint="digests",
-            desc=f"reading {source.label}",
-        )[:]
-        .to_pydict()
-    )
+    features = Features({"digest": Value("binary"), "problem": Value("string")})
+    purpose = f"reading {source.label}"
+    found = map_in_memory(rows.with_format("arrow"), _digest_batch, features, workers, purpose)[:].to_pydict()
     for where, problem in zip(rows["where"], found["problem"], strict=True):
         if problem:
             bad_rows.add(source.label, where, problem)

@@ -10,9 +10,8 @@ from datasets import Dataset, Features, Value
 from ..bad_rows import BadRows, checked_columns, reason_against, reason_against_columns
 from ..configuration import DataConfig, SourceConfig
 from ..tasks.base import Role
-from ..tasks.registry import generate_rows, get_task
-from .conversations import load_conversations, open_conversations
-from .tables import CHECKED_AT_ONCE, READERS, check_columns, columns_of_stream, expand_paths, load_hub
+from .conversations import conversations_of_stream, draw_rows, load_conversations, open_conversations
+from .tables import CHECKED_AT_ONCE, READERS, Rows, check_columns, columns_of_stream, expand_paths, load_hub
 
 
 def columns_of(source: SourceConfig) -> dict[str, str]:
@@ -44,14 +43,11 @@ def load_rows(
         ValueError: missing file, unknown task or column, nothing usable, or too many bad rows.
     """
     if source.is_media:
-        return load_conversations(source, role, config, seed, bad_rows, limit)
-    if source.kind == "generated":
-        num_rows = source.num_rows if limit is None else min(source.num_rows, limit)
-        task = get_task(source.task)
-        difficulty = tuple(source.difficulty or task.default_difficulty)
-        role, seeds = source.role or role, (seed, source.seed)
-        return generate_rows(task, difficulty, role, seeds, num_rows, config.preprocessing_workers)
-    rows = _read_files(source, bad_rows) if source.kind == "files" else _read_hub(source, bad_rows, limit)
+        rows = load_conversations(source, role, config, seed, bad_rows, limit)
+    elif source.kind == "generated":
+        return draw_rows(source, role, config, seed, limit)
+    else:
+        rows = _read_files(source, bad_rows) if source.kind == "files" else _read_hub(source, bad_rows, limit)
     if len(rows) == 0:
         raise ValueError(
             f"source {source.label!r} has no usable rows: {bad_rows.reasons_of(source.label) or 'it has none'}"
@@ -73,16 +69,29 @@ def open_stream(source: SourceConfig) -> datasets.IterableDataset:
 
 
 def _read_files(source: SourceConfig, bad_rows: BadRows) -> Dataset:
+    columns = tuple(columns_of(source))
+    rows = (row for path in expand_paths(source) for row in READERS[path.suffix](path, columns))
+    return _usable_texts(source, rows, bad_rows)
+
+
+def rows_of_stream(source: SourceConfig, stream: datasets.IterableDataset, bad_rows: BadRows) -> Dataset:
+    """The usable rows of a finite stream, read into memory."""
+    if source.is_media:
+        return conversations_of_stream(source, stream, bad_rows)
+    rows = ((f"row {number}", row, None) for number, row in enumerate(stream, start=1))
+    return _usable_texts(source, rows, bad_rows)
+
+
+def _usable_texts(source: SourceConfig, rows: Rows, bad_rows: BadRows) -> Dataset:
     columns = columns_of(source)
     kept: dict[str, list[str]] = {name: [] for name in columns.values()}
-    for path in expand_paths(source):
-        for where, row, reason in READERS[path.suffix](path, tuple(columns)):
-            reason = reason or reason_against_text(source, row)
-            if reason is not None:
-                bad_rows.add(source.label, where, reason)
-                continue
-            for column, name in columns.items():
-                kept[name].append(row[column])
+    for where, row, reason in rows:
+        reason = reason or reason_against_text(source, row)
+        if reason is not None:
+            bad_rows.add(source.label, where, reason)
+            continue
+        for column, name in columns.items():
+            kept[name].append(row[column])
     return Dataset.from_dict(kept, features=Features(dict.fromkeys(kept, Value("large_string"))))
 
 

@@ -22,7 +22,7 @@ from model import MODALITIES
 
 from ..tasks.registry import get_task
 
-MAX_MEDIUM_BYTES = 2**28
+MAX_ITEM_BYTES = 2**28
 """Most bytes of a medium that a tar or a table holds, since it is read as a whole."""
 MAX_FILE_BYTES = 2**32
 """Most bytes of a file with a medium, of which a digest is taken piece by piece."""
@@ -117,7 +117,7 @@ def read_reference(reference: Mapping, row: Mapping[str, object]) -> object:
 
 
 def _part_of_file(path: str, offset: int, size: int, **_: object) -> bytes:
-    _check_size(size, MAX_MEDIUM_BYTES)
+    _check_size(size, MAX_ITEM_BYTES)
     with open(path, "rb") as file:
         file.seek(offset)
         content = file.read(size)
@@ -134,7 +134,7 @@ def _stored(reference: Mapping, row: Mapping[str, object]) -> bytes:
     if not isinstance(value, bytes):
         held = "nothing" if value is None else type(value).__name__
         raise ValueError(f"column {reference['column']!r} holds {held}, neither the bytes of a medium nor its name")
-    _check_size(len(value), MAX_MEDIUM_BYTES)
+    _check_size(len(value), MAX_ITEM_BYTES)
     return value
 
 

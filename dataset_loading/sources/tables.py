@@ -5,7 +5,8 @@ import csv
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from model.terminal import one_line
+
 from ..bad_rows import KEPT_COLUMNS
 from ..configuration import SourceConfig
 from .references import in_other_form, is_within
@@ -23,7 +26,7 @@ from .texts import (
     MAX_TEXT_FILE_BYTES,
     NoListError,
     bounded_lines,
-    check_encoding,
+    check_utf8,
     decode_text,
     list_items,
     too_long,
@@ -48,11 +51,6 @@ _TEXT_FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 
 # A row with where it is, the reason against it, and the folder that its names of files are relative to, if any are.
 RowsInFolders = Iterator[tuple[str, dict[str, object], str | None, Path | None]]
-
-
-def one_line(error: object) -> str:
-    """What a library says, which may have several lines and any length."""
-    return " ".join(str(error).split())[:500]
 
 
 def expand_paths(source: SourceConfig) -> list[Path]:
@@ -118,7 +116,7 @@ def _read_txt(path: Path, columns: tuple[str, ...]) -> Rows:
 
 def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Rows:
     """One row a line, read one by one so that a damaged line costs itself only; blank lines are no rows."""
-    check_encoding(path, whole=False)
+    check_utf8(path, whole=False)
     is_checked = False
     with path.open("rb") as lines:
         for number, raw in enumerate(bounded_lines(lines), start=1):
@@ -126,7 +124,7 @@ def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Rows:
                 continue
             where, (line, reason) = f"{path} line {number}", _decode(raw.rstrip(b"\r\n"))
             if reason is not None and not is_checked:
-                check_encoding(path)
+                check_utf8(path)
                 is_checked = True
             row: object = {}
             if reason is None:
@@ -216,7 +214,7 @@ def _values_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> I
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> Rows:
     """One row a line, all values text; the first line names the columns."""
-    check_encoding(path)
+    check_utf8(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.DictReader(map(_checked_line, bounded_lines(lines)))
         try:
@@ -239,7 +237,7 @@ def _read_json(path: Path, columns: tuple[str, ...]) -> Rows:
     Raises:
         ValueError: it is no JSON, in another encoding than UTF-8, or not a list.
     """
-    check_encoding(path, whole=False)
+    check_utf8(path, whole=False)
     items = list_items(path)
     for number in count(1):
         try:
@@ -282,7 +280,7 @@ def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
         for path in sorted(
             path for path in Path(source.path).rglob("*") if path.suffix in _TEXT_FORMATS and path.is_file()
         ):
-            check_encoding(path)
+            check_utf8(path)
         raise ValueError(f"source {source.label!r}: {source.path!r} cannot be loaded: {reason}") from error
 
 
@@ -326,6 +324,36 @@ def check_columns(source: SourceConfig, needed: Iterable[str], found: Sequence[s
         if column not in found:
             there = ", ".join(found) or "none"
             raise ValueError(f"source {source.label!r} has no column {column!r}, only {there}; correct it")
+
+
+def map_in_memory(
+    rows: Dataset,
+    function: Callable[..., Mapping[str, list]],
+    features: datasets.Features,
+    workers: int,
+    purpose: str,
+    batch_size: int = 100,
+    **options: object,
+) -> Dataset:
+    """What a function makes of batches of rows, in `workers` processes; it stays in memory and leaves no files.
+
+    Args:
+        function: takes a batch and the `options`, and gives the columns of `features`, a value for each row.
+        purpose: is shown beside the progress.
+    """
+    return rows.map(
+        function,
+        batched=True,
+        batch_size=batch_size,
+        fn_kwargs=options,
+        remove_columns=rows.column_names,
+        features=features,
+        num_proc=min(workers, len(rows)) if workers > 1 else None,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=f"{zlib.crc32(purpose.encode()):08x}",
+        desc=purpose,
+    )
 
 
 def columns_of_stream(stream: datasets.IterableDataset) -> list[str]:

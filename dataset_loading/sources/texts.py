@@ -39,7 +39,7 @@ def decode_text(raw: bytes) -> str:
         raise ValueError(f"not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start})") from error
 
 
-def check_encoding(path: Path, whole: bool = True) -> None:
+def check_utf8(path: Path, whole: bool = True) -> None:
     """Refuse a file of lines that has another encoding as a whole. One damaged line is none.
 
     Args:

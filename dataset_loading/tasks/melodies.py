@@ -79,7 +79,7 @@ class MelodyTask(GeneratedMediaTask):
         start, tones = rng.uniform(0.02, 0.15), []
         for number, note in enumerate(notes):
             begin = start + number * beat + rng.uniform(0, 0.01)
-            tones.append(f"{frequency_of(note) * tuning:.2f} Hz at {begin:.3f} for {_SOUNDING * beat:.3f}")
+            tones.append(f"{frequency_of_note(note) * tuning:.2f} Hz at {begin:.3f} for {_SOUNDING * beat:.3f}")
         seconds = start + len(notes) * beat + rng.uniform(0.02, 0.15)
         volume, noise = rng.uniform(0.25, 0.9), rng.uniform(0.0005, 0.005)
         return (
@@ -121,7 +121,7 @@ class Tunes(Melodies):
     def _write(self, rng: random.Random, notes: list[str]) -> str:
         beat, start, rest = 0.2, 0.04, 0.03
         tones = [
-            f"{frequency_of(note):.2f} Hz at {start + number * beat:.3f} for {_SOUNDING * beat:.3f}"
+            f"{frequency_of_note(note):.2f} Hz at {start + number * beat:.3f} for {_SOUNDING * beat:.3f}"
             for number, note in enumerate(notes)
         ]
         seconds = start + len(notes) * beat + rest
@@ -186,7 +186,7 @@ def parse_melody(medium: str) -> Sound:
     )
 
 
-def frequency_of(note: str) -> float:
+def frequency_of_note(note: str) -> float:
     """In Hz, equal temperament with A4 at 440 Hz."""
     semitones = _KEYS.index(note[:-1]) - _KEYS.index("A") + 12 * (int(note[-1]) - 4)
     return 440 * 2 ** (semitones / 12)
