@@ -1,4 +1,4 @@
-"""From a config to the datasets of a run."""
+"""The datasets of a run, built from its configuration."""
 
 import logging
 from dataclasses import dataclass
@@ -61,13 +61,13 @@ def build_datasets(
     """Read, check, split, tokenise, pack and mix the sources of a run; the same on every rank.
 
     Args:
-        processor: that of the model, or its tokenizer if no source has media.
-        seed: seed of the run: what is generated, split off and mixed.
-        vocab_size: rows of the model's embedding table; the tokenizer's largest id is checked against it.
-        batch_size: rows that one optimizer step takes, over all ranks; a smaller train set is an error.
+        processor: The model's processor, or its tokenizer if no source has media.
+        seed: Seed of the run, which decides what is generated, split off and mixed.
+        vocab_size: Rows of the model's embedding table, against which the tokenizer's largest id is checked.
+        batch_size: Rows that one optimizer step takes, over all ranks; a smaller train set is an error.
 
     Raises:
-        ValueError: a source cannot be read or has too many bad rows, the tokenizer is larger than the vocabulary, or
+        ValueError: A source cannot be read or has too many bad rows, the tokenizer is larger than the vocabulary, or
             there is too little to train on.
     """
     builder = Builder(config, processor, seed, vocab_size)
@@ -92,7 +92,7 @@ def build_validation(
     """The `validation` of `build_datasets` without its train set, for evaluating a trained model.
 
     Raises:
-        ValueError: as `build_datasets`.
+        ValueError: The reasons are those of `build_datasets`.
     """
     builder = Builder(config, processor, seed, vocab_size)
     validation = {
@@ -121,7 +121,7 @@ class Builder:
 
     @cached_property
     def reader(self) -> MediaReader:
-        """Made where a source needs it, so that a run of text needs no processor."""
+        """The reader of media, made where a source needs it, so that a run of text needs no processor."""
         return MediaReader(self.processor)
 
     def read(self, source: SourceConfig, rows: HubDataset, augmenter: Augmenter | None = None) -> MediaDocuments:
@@ -140,7 +140,7 @@ class Builder:
         return Augmenter(config.augmentation, self.tokenizer, sampling_rates, max_samples)
 
     def cfg_dropout(self, role: str) -> CFGDropout | None:
-        """What hides prompts of media that are written, if anything does."""
+        """The CFG dropout of a source, if there is any."""
         config = self.config
         if role != "train" or config.condition_drop == 0:
             return None

@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 _FEATURES = Features({"media": Value("int64"), "problem": Value("string")})
 
 
-class MediaAlone(RowDataset):
-    """The media of a source with random access: what `media.codec_input` makes of each. One that can be read no more is
-    replaced by the next one.
+class CodecDataset(RowDataset):
+    """The media of a source with random access, each item as `media.codec_input` gives it. An item that can be read no
+    more is replaced by the next one.
 
     Args:
-        rows: with the columns of `load_conversations`.
-        places: int64 (media, 2), the row of each medium, and its number among the row's media of that kind.
-        media: loads them, as the codec takes them.
-        bad_rows: counts those that can be read no more.
-        name: of the source.
-        seed: of what is random about them.
-        augmentation: how they are changed and cut for training. None: they are whole, and as they are.
+        rows: Rows with the columns of `load_conversations`.
+        places: int64 (items, 2), the row of each item, and its number among the row's items of that modality.
+        media: The modality, which loads items as the codec takes them.
+        bad_rows: Counts the items that can be read no more.
+        name: Name of the source.
+        seed: Seed of all random changes.
+        augmentation: Changes of the items, which are also cut, for training. None: they stay whole and as they are.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class MediaAlone(RowDataset):
         return self.media.codec_input(medium if rng is None else self._changed(medium, rng), rng)
 
     def _changed(self, medium: Any, rng: np.random.Generator) -> Any:
-        """No text goes with a medium that a change could falsify."""
+        """The item changed at random; it has no text that a change could falsify."""
         with torch_seeded_by(rng):
             if self.media.name == "image":
                 return change_image(medium, "", self.augmentation.image, rng)
@@ -89,17 +89,17 @@ class MediaAlone(RowDataset):
 
 def build_codec_datasets(
     config: DataConfig, media: Modality, seed: int = 0, batch_size: int | None = None
-) -> tuple[Dataset, dict[str, MediaAlone]]:
+) -> tuple[Dataset, dict[str, CodecDataset]]:
     """The media of a run's sources, to learn from, and by source to evaluate on; the same on every rank.
 
     Args:
-        media: of the codec.
-        seed: of what is generated, split off, cut and mixed.
-        batch_size: media that one optimizer step takes, over all ranks; a smaller train set is an error.
+        media: Modality of the codec.
+        seed: Seed of the run, which decides what is generated, split off, cut and mixed.
+        batch_size: Items that one optimizer step takes, over all ranks; a smaller train set is an error.
 
     Raises:
-        ValueError: a source streams, cannot be read, has no media of the kind or too many bad rows, or there is too
-            little to train on.
+        ValueError: A source streams, cannot be read, has no media of the modality or too many bad rows, or there is
+            too little to train on.
     """
     for source in (*config.train, *config.validation):
         _check_source(source, media.name)
@@ -135,7 +135,7 @@ def _build(
     media: Modality,
     seed: int,
     bad_rows: BadRows,
-) -> MediaAlone:
+) -> CodecDataset:
     places = _look_into(source, rows, config, media, bad_rows)
     logger.info("%s: %d media of type %r for %s", source.label, len(places), media.name, role)
     augmentation = None
@@ -143,7 +143,7 @@ def _build(
         # Generated media vary exactly as their tasks want it.
         is_changed = source.augment and source.kind != "generated"
         augmentation = config.augmentation if is_changed else AugmentationConfig()
-    return MediaAlone(rows, places, media, BadRows(config.max_bad_rows), source.label, seed, augmentation)
+    return CodecDataset(rows, places, media, BadRows(config.max_bad_rows), source.label, seed, augmentation)
 
 
 def _look_into(

@@ -31,10 +31,10 @@ def load_split(config: DataConfig, seed: int, bad_rows: BadRows, limit: int | No
     """Load every source, split validation off where none is configured, drop train documents that validation has.
 
     Args:
-        limit: the most rows of a generated source to draw.
+        limit: Most rows of a generated source to draw.
 
     Raises:
-        ValueError: no train source, one file in both lists, or any error of loading a source.
+        ValueError: No train source, one file in both lists, or any error of loading a source.
     """
     if not config.train:
         raise ValueError(
@@ -63,7 +63,7 @@ def load_validation(config: DataConfig, seed: int, bad_rows: BadRows) -> list[tu
     """The validation rows of `load_split` alone; generated train rows are not drawn for them.
 
     Raises:
-        ValueError: as `load_split`.
+        ValueError: The reasons are those of `load_split`.
     """
     if config.validation:
         return [(source, load_rows(source, "validation", config, seed, bad_rows)) for source in config.validation]
@@ -74,7 +74,7 @@ def load_held_out(source: SourceConfig, config: DataConfig, seed: int, bad_rows:
     """What is split off a train source where `config` has no validation sources.
 
     Raises:
-        ValueError: as `load_split`.
+        ValueError: The reasons are those of `load_split`.
     """
     if source.kind == "generated":
         return load_rows(_held_out(source, config), "validation", config, seed, bad_rows)
@@ -125,7 +125,7 @@ def document_digests(rows: Dataset) -> list[bytes]:
 
 
 def _without_media(rows: Dataset) -> Dataset:
-    """Of conversations the column that tells them apart: others may hold media, which would be decoded."""
+    """The rows as they are told apart: other columns of conversations may hold media, which would be decoded."""
     return rows.select_columns("digest") if "digest" in rows.column_names else rows
 
 
@@ -173,7 +173,7 @@ def split_rows(label: str, rows: Dataset, fraction: float, seed: int) -> tuple[D
     prompt with its answer, is on one side as a whole.
 
     Raises:
-        ValueError: one of the sides is empty.
+        ValueError: One of the sides is empty.
     """
     train, validation, parts = [], [], []
     for number, row in enumerate(_without_media(rows)):

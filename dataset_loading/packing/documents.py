@@ -77,7 +77,7 @@ def tokenize_rows(
     """Tokenise checked rows in batches, in `workers` processes; the result stays in memory and leaves no files.
 
     Args:
-        loss_on: "all" or "answer", in place of the source's own.
+        loss_on: "all" or "answer", instead of the source's own.
     """
     options = {"tokenizer": tokenizer, "separator": source.separator, "loss_on": loss_on or source.loss_on}
     purpose = f"tokenising {source.label}"
@@ -116,13 +116,13 @@ class MediaDocument:
     """One conversation; its media are where its row says."""
 
     tokens: np.ndarray
-    """int32 (tokens,): one placeholder for each medium."""
+    """int32 (tokens,): one placeholder for each item of media."""
     is_label: np.ndarray
     """bool (tokens,): whether a token is learned."""
     length: int
     """The most tokens that it has when its media are read."""
     modality: int
-    """The last of its kinds of media, as in `MediaReader.modality_ids`; 0: text alone."""
+    """Number of the last modality of its media, as in `MediaReader.modality_ids`; 0: text alone."""
     row: Mapping[str, Any]
     """Its messages as JSON, where it is from, and what its references refer to."""
 
@@ -166,13 +166,13 @@ def read_documents(
     bad_rows: BadRows,
     augmenter: Augmenter | None = None,
 ) -> MediaDocuments:
-    """Tokenise conversations and look into their media, in `config.preprocessing_workers` processes.
+    """Tokenise conversations and find the sizes of their media, in `config.preprocessing_workers` processes.
 
     Args:
-        augmenter: may make recordings longer, for which room is left.
+        augmenter: Changes that may make audio longer, for which capacity is left.
 
     Raises:
-        ValueError: none of them can be used, or too many cannot.
+        ValueError: None of them can be used, or too many cannot.
     """
     longer = {"stretch": augmenter.stretch, "silence": augmenter.silence} if augmenter else {}
     found = map_in_memory(
@@ -233,9 +233,10 @@ def read_conversations(
     """Tokens, is_label, most tokens, modality and the reason against it (or "") of each conversation.
 
     Args:
-        rows: messages, and what their references refer to.
-        decode: read the media whole, not their headers only.
-        stretch, silence: how much longer recordings may become.
+        rows: Messages, and what their references refer to.
+        decode: Whether the media are read whole, and not their headers only.
+        stretch: How many times as long audio may become.
+        silence: How many seconds longer it may become then.
     """
     nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     for encoded, (_, row) in zip(reader.encode([messages for messages, _ in rows]), rows, strict=True):

@@ -35,25 +35,25 @@ class Piece:
     modality: int = 0
     """What the tokens are counted as."""
     media: tuple[tuple[str, torch.Tensor], ...] = ()
-    """Kind and tensor of each medium that is seen, in order."""
+    """Modality and tensor of each item that is seen, in order."""
 
 
 class MediaDataset(RowDataset):
     """Rows of conversations with random access: {"input_ids", "labels", "position_ids", "modality_ids"}, int64
-    (length,) each, and "media": {kind: [tensor, ...]} in the order of the placeholders.
+    (length,) each, and "media": {modality: [tensor, ...]} in the order of the placeholders.
 
-    Media are read when a row is asked for. A row with a medium that cannot be read is replaced by the next one.
+    Media are read when a row is asked for. A row with an item that cannot be read is replaced by the next one.
 
     Args:
-        documents: in the order in which they are laid out.
-        reader: reads their media.
-        block_size: tokens in a row.
-        packing: fill rows with documents; else every document is a row.
-        bad_rows: counts documents whose media can be read no more; in each process that reads rows by itself.
-        seed: of the order in which documents are packed, and of what is random about them.
-        shuffle: pack documents in a random order; else in theirs.
-        augmenter: changes media and texts.
-        cfg_dropout: hides prompts of media that are written.
+        documents: Documents in the order in which they are laid out.
+        reader: Reads their media.
+        block_size: Tokens in a row.
+        packing: Whether rows are filled with documents; else every document is a row.
+        bad_rows: Counts documents whose media can be read no more, in each process that reads rows by itself.
+        seed: Seed of the order in which documents are packed, and of all random changes.
+        shuffle: Whether documents are packed in a random order; else in theirs.
+        augmenter: Changes of media and texts.
+        cfg_dropout: Hides prompts of generated targets.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class MediaDataset(RowDataset):
 
 
 def pack_whole(lengths: np.ndarray, block_size: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Documents to rows of at most `block_size` tokens: each goes where it leaves the least room, or begins a row.
+    """Documents to rows of at most `block_size` tokens: each goes where it leaves the least capacity, or begins a row.
 
     Args:
-        seed: of the order in which they are laid out; None: as they come.
+        seed: Seed of the order in which they are laid out; None: they are laid out as they come.
 
     Returns:
         The numbers of the documents row by row, and where each row ends among them.
@@ -141,7 +141,7 @@ def read_piece(
     """A document with its media.
 
     Raises:
-        UnreadableItem: a medium is not what it was.
+        UnreadableItem: An item is not what it was.
     """
     (piece,) = read_pieces([document], reader, [augmenter], rng)
     if isinstance(piece, UnreadableItem):
@@ -161,14 +161,14 @@ def read_pieces(
     A step is made for all of them before the next one, since a processor's caches do not hold the code of all steps.
 
     Args:
-        reader: None: they have no media.
-        augmenters: of each document.
-        rng: for the augmenters and the condition drop, if there are any.
-        cfg_dropout: hides prompts.
+        reader: Reads their media; None: they have none.
+        augmenters: The augmenter of each document.
+        rng: Random numbers of the augmenters and of CFG dropout, if there are any.
+        cfg_dropout: Hides prompts.
     """
     conversations = [json.loads(document.row["messages"] or "[]") for document in documents]
     if reader is not None:
-        conversations = list(map(reader.with_kinds, conversations))
+        conversations = list(map(reader.with_modalities, conversations))
     loaded, unreadable = [], {}
     for number, (document, messages) in enumerate(zip(documents, conversations, strict=True)):
         try:
@@ -210,7 +210,7 @@ def _piece(
 ) -> Piece | UnreadableItem:
     tokens, is_label = document.tokens, document.is_label
     if media:
-        tokens, is_label = reader.encoder.expand(tokens, is_label, by_kind(media))
+        tokens, is_label = reader.encoder.expand(tokens, is_label, by_modality(media))
     if len(tokens) > document.length:
         return UnreadableItem(f"{len(tokens)} tokens, where headers promised at most {document.length}; replace it")
     shown, seen = tokens, tuple(media)
@@ -236,12 +236,12 @@ def join_pieces(pieces: Sequence[Piece], row_length: int | None, pad_id: int) ->
     labels[0] = IGNORED  # a begin token, or the repeated token of a text that was cut
     values = {"input_ids": ids, "labels": labels, "position_ids": positions, "modality_ids": modality_ids}
     row: dict[str, Any] = {name: torch.from_numpy(it) for name, it in values.items()}
-    row["media"] = by_kind([medium for piece in pieces for medium in piece.media])
+    row["media"] = by_modality([medium for piece in pieces for medium in piece.media])
     return row
 
 
-def by_kind(media: Sequence[tuple[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-    """Media by kind, each kind in order."""
+def by_modality(media: Sequence[tuple[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+    """Media by modality, each in order."""
     found: dict[str, list[torch.Tensor]] = {}
     for kind, tensor in media:
         found.setdefault(kind, []).append(tensor)

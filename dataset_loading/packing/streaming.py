@@ -51,14 +51,14 @@ class StreamingDataset(IterableDataset):
     `state_dict` after any row, loaded into a new object, goes on with the next row.
 
     Args:
-        stream: rows with the columns of `_FEATURES`: a problem, the tokens of a text, of which those from `loss_start`
+        stream: Rows with the columns of `_FEATURES`: a problem, the tokens of a text, of which those from `loss_start`
             on are learned, a conversation, or nothing, which is passed over.
-        config: for block_size, packing and max_bad_rows: more rows that cannot be used in one pass stop the run.
-        loss_on: by name of the source.
-        reader: reads media; None: there are none, and rows have texts alone.
-        augmenters: by name of the source.
-        seed: of what is random about the rows.
-        cfg_dropout: hides prompts of media that are written.
+        config: Gives block_size, packing and max_bad_rows; more bad rows in one pass stop the run.
+        loss_on: What is learned, by name of the source.
+        reader: Reads media; None: there are none, and rows have texts alone.
+        augmenters: Augmenters by name of the source.
+        seed: Seed of what is random about the rows.
+        cfg_dropout: Hides prompts of generated targets.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class StreamingDataset(IterableDataset):
         self._start: dict[str, Any] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Let what is random about the rows be that of another epoch."""
+        """Let the random changes be those of another epoch."""
         self.epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -121,7 +121,7 @@ class StreamingDataset(IterableDataset):
         self._num_rows = start["num_rows"] if start else 0
 
     def _accept(self, source: str, rows: Sequence[dict[str, Any]], bad_rows: BadRows) -> None:
-        """Let what rows of a source hold wait for its place. Of media only the headers are read yet."""
+        """Let the documents of rows wait until they fit into a row. Only the headers of media are read yet."""
         conversations = [(json.loads(row["messages"]), row) for row in rows if row["messages"]]
         read = iter(self._read(source, conversations) if conversations else ())
         for row in rows:
@@ -156,7 +156,7 @@ class StreamingDataset(IterableDataset):
         """The documents of the next row, from the front of those that wait; none, if it is not full.
 
         Args:
-            flush: take what there is.
+            flush: Whether a row that is not full is taken, too.
         """
         taken: list[MediaDocument] = []
         room, waiting = self.block_size, list(self._pending)
@@ -240,9 +240,9 @@ def build_stream(
     """Mix the train sources document by document, those in memory included, until each has been read whole once.
 
     Args:
-        reader: None: no source has media.
-        augmenters: by name of the source.
-        cfg_dropout: hides prompts of media that are written.
+        reader: Reads media; None: no source has any.
+        augmenters: Augmenters by name of the source.
+        cfg_dropout: Hides prompts of generated targets.
     """
     streams = []
     for source, rows in split.train:

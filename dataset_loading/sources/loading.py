@@ -1,5 +1,5 @@
-"""Sources to rows: every kind becomes a `datasets.Dataset` of checked rows, of texts with the columns text, or prompt
-and answer, of conversations with those of `conversations.py`.
+"""Sources to rows: every kind of source becomes a `datasets.Dataset` of checked rows. Texts have the columns text, or
+prompt and answer, and conversations those of `conversations.py`.
 """
 
 from collections.abc import Mapping
@@ -36,11 +36,11 @@ def load_rows(
     the columns of `load_conversations`.
 
     Args:
-        role: what a generated source is drawn for, where it names no role itself.
-        limit: the most rows of a hub or generated source to load.
+        role: Role that a generated source is drawn for, where it names no role itself.
+        limit: Most rows of a hub or generated source to load.
 
     Raises:
-        ValueError: missing file, unknown task or column, nothing usable, or too many bad rows.
+        ValueError: Missing file, unknown task or column, nothing usable, or too many bad rows.
     """
     if source.is_media:
         rows = load_conversations(source, role, config, seed, bad_rows, limit)
@@ -59,7 +59,7 @@ def open_stream(source: SourceConfig) -> datasets.IterableDataset:
     """The raw rows of a streaming source.
 
     Raises:
-        ValueError: it cannot be opened, or lacks a column.
+        ValueError: It cannot be opened, or lacks a column.
     """
     if source.is_media:
         return open_conversations(source)

@@ -33,9 +33,9 @@ from .texts import (
 )
 
 MAX_CHUNK_BYTES = 2**28
-"""Of a column of a row group: only one that is compressed well within reason may become larger."""
+"""Most bytes of a column of a row group, unless it is compressed within reason."""
 MAX_RATIO = 50
-"""How much smaller such a column may have been in its file."""
+"""How many times smaller a larger column may have been in its file."""
 PARQUET_ERRORS = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError),
     *(pa.ArrowException, datasets.exceptions.DatasetsError),
@@ -58,7 +58,7 @@ def expand_paths(source: SourceConfig) -> list[Path]:
     config, then of the names.
 
     Raises:
-        ValueError: a path or pattern names no file, or a file of an unknown format.
+        ValueError: A path or pattern names no file, or a file of an unknown format.
     """
     found: dict[Path, Path] = {}
     for path in source.paths:
@@ -170,7 +170,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     fill the memory otherwise.
 
     Raises:
-        ValueError: it is none, or it would fill the memory all the same.
+        ValueError: It is none, or it would fill the memory all the same.
     """
     try:
         table = pq.ParquetFile(path)
@@ -186,7 +186,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _plain_values(array: pa.Array) -> Iterator[object]:
-    """The values of a column, texts as bytes; in place of one that is not UTF-8 deep inside, or damaged, the error."""
+    """The values of a column, texts as bytes; where one is not UTF-8 deep inside, or damaged, the error instead."""
     if pa.types.is_dictionary(array.type):
         texts, indices = array.dictionary, array.indices
         size = pc.sum(pc.take(pc.binary_length(texts), indices)).as_py() or 0
@@ -235,7 +235,7 @@ def _read_json(path: Path, columns: tuple[str, ...]) -> Rows:
     """One row an item of the list that the file is.
 
     Raises:
-        ValueError: it is no JSON, in another encoding than UTF-8, or not a list.
+        ValueError: It is no JSON, in another encoding than UTF-8, or not a list.
     """
     check_utf8(path, whole=False)
     items = list_items(path)
@@ -265,7 +265,7 @@ FORMATS = {
     "chat": (".json", ".jsonl", ".parquet"),
     "webdataset": (".tar",),
 }
-"""Of the kinds of source that have `paths`: what their files may be."""
+"""Formats of files, by the kinds of source that have `paths`."""
 
 
 def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
@@ -276,7 +276,9 @@ def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
             source.path, name=source.config_name, split=source.split, streaming=source.streaming
         )
     except (StopIteration, *PARQUET_ERRORS) as error:  # of what has no rows at all, `datasets` takes the first one
-        reason = "it is empty" if isinstance(error, StopIteration) else one_line(f"{error} {error.__cause__ or ''}")
+        reason = (
+            "it is empty" if isinstance(error, StopIteration) else one_line(f"{error} {error.__cause__ or ''}")[:500]
+        )
         for path in sorted(
             path for path in Path(source.path).rglob("*") if path.suffix in _TEXT_FORMATS and path.is_file()
         ):
@@ -288,7 +290,7 @@ def _check_data_files(source: SourceConfig, files: Mapping[str, Sequence[str]]) 
     """A dataset says itself where its files are, which might be anywhere on this machine or elsewhere.
 
     Raises:
-        ValueError: one is not in its folder or repository, or is no regular file.
+        ValueError: One is not in its folder or repository, or is no regular file.
     """
     is_folder = os.path.isdir(source.path)
     for name in (name.rpartition("::")[2] for names in files.values() for name in names):
@@ -298,10 +300,10 @@ def _check_data_files(source: SourceConfig, files: Mapping[str, Sequence[str]]) 
 
 
 def check_compression(path: str, file: pq.ParquetFile) -> None:
-    """Refuses tables of which a small file would fill the memory.
+    """Refuse tables of which a small file would fill the memory.
 
     Raises:
-        ValueError: a column becomes more than `MAX_CHUNK_BYTES` at once, and more than `MAX_RATIO` times its size.
+        ValueError: A column becomes more than `MAX_CHUNK_BYTES` at once, and more than `MAX_RATIO` times its size.
     """
     for group in range(file.metadata.num_row_groups):
         for number in range(file.metadata.num_columns):
@@ -318,7 +320,7 @@ def check_columns(source: SourceConfig, needed: Iterable[str], found: Sequence[s
     """Refuse a table that lacks a column.
 
     Raises:
-        ValueError: the message names the column, and those that there are.
+        ValueError: The message names the column, and those that there are.
     """
     for column in needed:
         if column not in found:
@@ -338,8 +340,8 @@ def map_in_memory(
     """What a function makes of batches of rows, in `workers` processes; it stays in memory and leaves no files.
 
     Args:
-        function: takes a batch and the `options`, and gives the columns of `features`, a value for each row.
-        purpose: is shown beside the progress.
+        function: Takes a batch and the `options`, and gives the columns of `features`, a value for each row.
+        purpose: Text that is shown with the progress.
     """
     return rows.map(
         function,
