@@ -124,7 +124,9 @@ def build_media_examples(run: ResolvedConfig, processor: Processor) -> dict[str,
     """
     count = max(run.callbacks.media_samples.num_examples, run.callbacks.written_samples.num_examples)
     return {  # directions take turns
-        source.label: build_examples(source, run.data, processor, count * len(source.turns), seed=run.training.seed)
+        source.label: build_examples(
+            source, run.data, processor, count * len(source.directed_prompts), seed=run.training.seed
+        )
         for source in run.data.validation or run.data.train
         if source.is_media and not source.streaming and count
     }

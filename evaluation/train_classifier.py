@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from dataset_loading import DataConfig, SourceConfig
-from dataset_loading.media_sources import load_conversations
-from dataset_loading.references import read_medium
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources.loading import load_rows
+from dataset_loading.sources.references import read_reference
 from inference import arguments
 from inference.devices import choose_threads
 from inference.output import whole_folder, writable_folder, write_result
@@ -98,9 +98,9 @@ def labelled_media(folder: Path, args: argparse.Namespace) -> LabelledMedia:
     """The media of a folder with their labels."""
     source, data = SourceConfig(KINDS[args.modality], path=str(folder), answer_column=args.label_column), DataConfig()
     found = LabelledMedia()
-    for row in load_conversations(source, "train", data, args.seed, BadRows(data.max_bad_rows)):
+    for row in load_rows(source, "train", data, args.seed, BadRows(data.max_bad_rows)):
         question, answer = (message["content"] for message in json.loads(row["messages"]))
-        found.media.append(decode(read_medium(question[0], row), args))
+        found.media.append(decode(read_reference(question[0], row), args))
         found.labels.append(answer[0]["text"])
     return found
 

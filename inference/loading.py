@@ -129,7 +129,7 @@ def load_model(
         check_finite(tuned, model)
     if all((tuned / name).is_file() for name in TOKENIZER):
         folder = tuned
-    processor = load_processor(folder) if reads_media(config.model_type) else load_checked_tokenizer(folder)
+    processor = load_processor(folder) if reads_media(config.model_type) else load_checkpoint_tokenizer(folder)
     check_processor(folder, processor, config)
     check_template(processor)
     if is_quantized:
@@ -288,7 +288,7 @@ def refuse_foreign_code(content: Any) -> None:
                 raise ValueError(f"quantization_config has quant_method {repr(method)[:60]}, not 'bitsandbytes'")
 
 
-def load_checked_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_checkpoint_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; ValueError names its files if they are damaged."""
     with blamed_on(f"{' or '.join(TOKENIZER)} in {folder} is damaged", "use another."):
         # Left out, transformers asks at the terminal whether it may run the model's code.

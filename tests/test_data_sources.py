@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataset_loading import DataConfig, SourceConfig, TokenizerConfig, build_datasets, build_tokenizer
-from dataset_loading.sources import load_rows
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources.loading import load_rows
 
 
 def load(source, max_bad_rows=0, limit=None):
@@ -92,7 +92,7 @@ BAD_LINES = [
 
 
 def test_a_bad_line_costs_itself_and_is_reported(tmp_path, caplog):
-    """D1: skipped, counted, and logged with source, line and reason; the rows around it are kept."""
+    """Skipped, counted, and logged with source, line and reason; the rows around it are kept."""
     good = [f'{{"text": "good {number}"}}'.encode() for number in range(len(BAD_LINES))]
     lines = [line for pair in zip(good, (bad for bad, _ in BAD_LINES), strict=True) for line in pair]
     (tmp_path / "mixed.jsonl").write_bytes(b"\n\n".join(lines))  # blank lines are no rows
@@ -107,7 +107,7 @@ def test_a_bad_line_costs_itself_and_is_reported(tmp_path, caplog):
 
 
 def test_too_many_bad_rows_stop_the_run_and_are_named(tmp_path):
-    """D1: one more than the limit."""
+    """One more than the limit."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "good"}, {"text": 1}, {"text": "good"}, {"text": ""}])
     source = SourceConfig("files", paths=[path])
     assert len(load(source, max_bad_rows=2)[0]) == 2
@@ -120,7 +120,7 @@ def test_too_many_bad_rows_stop_the_run_and_are_named(tmp_path):
 
 
 def test_bad_parquet_rows(tmp_path):
-    """D1: a null, and a string that is not UTF-8."""
+    """A null, and a string that is not UTF-8."""
     binary = pa.array([b"fine", None, b"\xff", b"also fine"], pa.binary())
     column = pa.Array.from_buffers(pa.string(), 4, binary.buffers(), null_count=1)  # pyarrow does not check
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
@@ -161,7 +161,7 @@ def test_a_txt_file_that_is_not_utf8_is_a_bad_row(tmp_path):
     ],
 )
 def test_errors_name_the_path(tmp_path, name, message):
-    """D8, D4: a missing, unreadable or empty file."""
+    """A missing, unreadable or empty file."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "table.csv").write_text("text\n")
     (tmp_path / "broken.parquet").write_text("PAR1 and no more")
@@ -203,7 +203,6 @@ def test_hub_reads_a_local_folder_by_split_and_column(tmp_path, own_cache):
 
 
 def test_a_hub_folder_that_is_missing_is_named(tmp_path, own_cache):
-    """D8."""
     path = f"{tmp_path}/nowhere"
     with pytest.raises(ValueError, match=f"source 'nowhere': '{path}' cannot be loaded: ") as error:
         load(SourceConfig("hub", path=path))

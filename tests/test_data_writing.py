@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples, get_task
-from dataset_loading.augmentation_options import AudioAugmentationConfig, AugmentationConfig, ImageAugmentationConfig
+from dataset_loading.augmentation import AudioAugmentationConfig, AugmentationConfig, ImageAugmentationConfig
+from dataset_loading.bad_rows import BadRows
 from dataset_loading.splits import load_split
-from dataset_loading.synthetic import generate_row
-from dataset_loading.validation import BadRows
+from dataset_loading.tasks.registry import generate_row
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor, writing_processor
 
 PROCESSOR = writing_processor()
@@ -386,7 +386,7 @@ def test_examples_of_tasks_are_checked_by_what_their_prompt_asks_for():
 
 
 def test_a_text_and_its_media_are_on_one_side_whichever_shows_the_other(tmp_path):
-    """D3: two sources of one folder share nothing between training and validation."""
+    """Two sources of one folder share nothing between training and validation."""
     place = tmp_path / "data"
     place.mkdir()
     for number in range(40):
@@ -474,7 +474,7 @@ def test_rows_that_cannot_be_written_are_bad_rows(tmp_path):
 
 
 def test_what_is_written_is_cut_mirrored_moved_and_made_louder_alone(tmp_path):
-    """D6: of all changes of pictures and recordings only these, and not where the text forbids them."""
+    """Of all changes of pictures and recordings only these, and not where the text forbids them."""
     place = tmp_path / "data"
     place.mkdir()
     picture(16, 16).save(place / "0.png")
