@@ -7,6 +7,8 @@ from model import RecurrenceConfig
 from model.terminal import say_new_name
 
 RENAMED = {
+    "data.condition_drop": "cfg_dropout",
+    "data.max_bad_rows": "max_invalid_rows",
     **{f"recurrence.{old}": new for old, new in RecurrenceConfig.attribute_map.items()},
 }
 """The end of a dotted key, without the places in lists, and the new name of its last part."""

@@ -63,7 +63,7 @@ FREE = {
     "training.deepspeed.dump_state": "what is said while it trains",
     "training.deepspeed.comms_logger*": "what is said while it trains",
     "training.deepspeed.flops_profiler*": "what is said while it trains",
-    "data.max_bad_rows": "when to give up; the rows are the same",
+    "data.max_invalid_rows": "when to give up; the rows are the same",
     "data.preprocessing_workers": "who prepares the rows, whose order stays",
     "callbacks.*": "what is watched beside the training, and what happens where a loss is not finite",
     "log_level": "what is said while it trains",

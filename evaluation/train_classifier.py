@@ -98,7 +98,7 @@ def labelled_media(folder: Path, args: argparse.Namespace) -> LabelledMedia:
     """The media of a folder with their labels."""
     source, data = SourceConfig(KINDS[args.modality], path=str(folder), answer_column=args.label_column), DataConfig()
     found = LabelledMedia()
-    for row in load_rows(source, "train", data, args.seed, BadRows(data.max_bad_rows)):
+    for row in load_rows(source, "train", data, args.seed, BadRows(data.max_invalid_rows)):
         question, answer = (message["content"] for message in json.loads(row["messages"]))
         found.media.append(decode(read_reference(question[0], row), args))
         found.labels.append(answer[0]["text"])
