@@ -34,7 +34,8 @@ Written by `make docs` from the configuration classes; to change a text, change 
 A run is one YAML with the sections below; what is left out has its default. Every key is also a flag, written with its
 section: `--model.recurrence.mean_steps 8`. Several `--config` files may be given; later files and flags override
 earlier ones. What is wrong with a key, a type, a choice or a range is said in one line that names the key, before
-anything is built. The `config.yaml` of a run folder holds every option as it was resolved.
+anything is built. The `config.yaml` of a run folder holds every option as it was resolved. An option that has been
+renamed is still read by its old name, and a line on standard error says the new one.
 
 `training.optimizer` and `training.rewards` may name functions, which are imported and run. Where a file names one that
 is not in `trainers` or `evaluation`, it is refused unless the command line has `--allow-code`, which no file can say.
