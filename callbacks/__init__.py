@@ -91,7 +91,7 @@ def add_callbacks(
 
 
 def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
-    """Of the callbacks those that a model without tokens has a use for."""
+    """Add the callbacks that a model without tokens has a use for."""
     if config.model_size.enabled:
         trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
     trainer.add_callback(NonFiniteCallback(config.non_finite))

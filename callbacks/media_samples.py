@@ -12,14 +12,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 from model import tokenizer_of
 
-from .reporting import Reporter, WritingCallback, aside, depths_of, verbatim
+from .reporting import PeriodicCallback, Reporter, aside, check_samples, depths_of, verbatim
 
 logger = logging.getLogger(__name__)
 
@@ -43,24 +41,18 @@ class MediaSamplesConfig:
     """Most tokens of an answer, at least 1."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_examples", 0), ("every_steps", 1), ("max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"media_samples.{name} is {getattr(self, name)}, must be at least {least}.")
-        if not self.num_steps or min(self.num_steps) < 1:
-            raise ValueError(
-                f"media_samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1."
-            )
+        check_samples("media_samples", self, num_examples=0, every_steps=1, max_new_tokens=1)
 
 
-class MediaSamplesCallback(WritingCallback):
+class MediaSamplesCallback(PeriodicCallback):
     """Writes prompt, reference and answers at several depths of each example, to the reports and to the log. What
     belongs to them stands beside them in TensorBoard: pictures, spectrograms and players, as the model sees and hears
     them, once when training begins.
 
     Args:
         processor: that of the model, or its tokenizer if it reads text alone.
-        examples: by source, each with `prompt_ids`, `media` (tensors by kind), `prompt`, `answer`, and, for the player,
-            `waveforms`, a function that gives them (float, (samples,), at the sampling rate of the processor).
+        examples: Examples by source, each with `prompt_ids`, `media` (tensors by kind), `prompt`, `answer`, and, for
+            the player, `waveforms`, a function that gives them (float, (samples,), at the rate of the processor).
     """
 
     def __init__(
@@ -79,7 +71,7 @@ class MediaSamplesCallback(WritingCallback):
             for number in range(min(config.num_examples, len(rows)))
         }
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Show the media."""
         writer = self.reporter.summary_writer()
         if writer is None:
@@ -99,7 +91,7 @@ class MediaSamplesCallback(WritingCallback):
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
         return (pixels.cpu().float() * std + mean).clamp(0, 1)
 
-    def texts(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
+    def write(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
         """One text per example: its prompt, its reference, and an answer for each depth."""
         texts = {}
         for name, example in self.examples.items():
@@ -113,7 +105,7 @@ class MediaSamplesCallback(WritingCallback):
         return texts
 
     def answer(self, model: PreTrainedModel, example: Example, depth: int | None) -> str:
-        """By greedy decoding, special tokens left out. Examples go one by one: a few, and none is padded."""
+        """The answer by greedy decoding, without special tokens. Examples go one by one: a few, and none is padded."""
         inputs, tokenizer = inputs_of(example, model, self.processor, depth), tokenizer_of(self.processor)
         with aside(model):
             output = model.generate(**inputs, max_new_tokens=self.config.max_new_tokens)

@@ -1,11 +1,11 @@
-"""How callbacks report, to whatever `report_to` names, and what those that let the model write every few steps share."""
+"""How callbacks report, to whatever `report_to` names, and how they let the model write every few steps."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -61,50 +61,33 @@ class PeriodicCallback(ReportingCallback):
         self.every_steps = every_steps
         self.last_step: int | None = None
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs,
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
         """Write if this step is due."""
         if state.global_step % self.every_steps == 0:
             self.last_step = state.global_step
             self.write_all(args, state, control, model)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs,
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
         """Write unless the last step did."""
         if state.global_step != self.last_step:
             self.write_all(args, state, control, model)
 
-    @abstractmethod
-    def write_all(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel
-    ) -> None:
+    def write_all(self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel) -> None:
         """All that the model writes at this step, to where the run reports to."""
-
-
-class WritingCallback(PeriodicCallback):
-    """Lets the model write texts."""
-
-    def write_all(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel
-    ) -> None:
-        """All texts of this step, where the run reports to."""
-        self.reporter.write(args, state, control, self.texts(model, state))
+        self.reporter.write(args, state, control, self.write(model, state))
 
     @abstractmethod
-    def texts(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
-        """Markdown by name."""
+    def write(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str | float]:
+        """Let the model write; Markdown and numbers by name."""
+
+
+def check_samples(section: str, config: Any, **least: int) -> None:
+    """Raises ValueError for a number of a section of options below its least value, and for depths that are none."""
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise ValueError(f"{section}.{name} is {getattr(config, name)}, must be at least {value}.")
+    if not config.num_steps or min(config.num_steps) < 1:
+        raise ValueError(f"{section}.num_steps is {config.num_steps}, must hold at least one depth, each at least 1.")
 
 
 def depths_of(model: PreTrainedModel, num_steps: list[int]) -> list[int | None]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from .reporting import Reporter, WritingCallback, aside, depths_of, verbatim
+from .reporting import PeriodicCallback, Reporter, aside, check_samples, depths_of, verbatim
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +41,15 @@ class SamplesConfig:
     """Of the draws, at least 0; the same at every sample, so that only the model changes. Read if do_sample is true."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"samples.{name} is {getattr(self, name)}, must be at least 1.")
-        if not self.num_steps or min(self.num_steps) < 1:
-            raise ValueError(f"samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1.")
+        check_samples("samples", self, every_steps=1, max_new_tokens=1, seed=0)
         if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"samples.temperature is {self.temperature}, must be above 0 and finite; "
                 "for the likeliest token set do_sample: false."
             )
-        if self.seed < 0:
-            raise ValueError(f"samples.seed is {self.seed}, must be at least 0.")
 
 
-class SamplesCallback(WritingCallback):
+class SamplesCallback(PeriodicCallback):
     """Writes samples, to the reports and to the log."""
 
     def __init__(self, config: SamplesConfig, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> None:
@@ -68,7 +62,7 @@ class SamplesCallback(WritingCallback):
         self.config = config
         self.tokenizer = tokenizer
 
-    def texts(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
+    def write(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
         """One text per prompt and depth."""
         texts = {}
         for depth in depths_of(model, self.config.num_steps):
@@ -110,7 +104,5 @@ class SamplesCallback(WritingCallback):
 
 def as_markdown(prompts: Sequence[str], continuations: Sequence[str]) -> str:
     """Prompts in bold and what follows them, as TensorBoard's text page shows it: verbatim, in code blocks."""
-    blocks = []
-    for prompt, continuation in zip(prompts, continuations, strict=True):
-        blocks.append(verbatim(f"{prompt}⟶{continuation}"))
-    return "\n\n---\n\n".join(blocks)
+    pairs = zip(prompts, continuations, strict=True)
+    return "\n\n---\n\n".join(verbatim(f"{prompt}⟶{continuation}") for prompt, continuation in pairs)

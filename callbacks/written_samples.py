@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, ProcessorMixin, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin, TrainerState
 
 from model import draw_codes
 from model.chat import WRITTEN_PREFIX
 
 from .media_samples import Example, inputs_of, spectrogram_image
-from .reporting import PeriodicCallback, Reporter, aside, depths_of, verbatim
+from .reporting import PeriodicCallback, Reporter, aside, check_samples, depths_of, verbatim
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,7 @@ class WrittenSamplesConfig:
     """
 
     def __post_init__(self) -> None:
-        for name, least in (("num_examples", 0), ("every_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"written_samples.{name} is {getattr(self, name)}, must be at least {least}.")
-        if not self.num_steps or min(self.num_steps) < 1:
-            raise ValueError(
-                f"written_samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1."
-            )
+        check_samples("written_samples", self, num_examples=0, every_steps=1)
         if not 1 < self.largest_drift < math.inf:
             raise ValueError(f"written_samples.largest_drift is {self.largest_drift}, must be above 1 and finite.")
 
@@ -72,8 +66,9 @@ class WrittenSamplesCallback(PeriodicCallback):
     where it leaves 1, what is written drifts away from what was learned.
 
     Args:
-        examples: by source and kind, each with `prompt_ids`, `media` and `targets` (tensors by kind), `modality`
-            ("written_image" or "written_audio"), `prompt`, `reference` (a PIL image, or (samples, rate)).
+        examples: Examples by source and modality, each with `prompt_ids`, `media` and `targets` (tensors
+            by kind), `modality` ("written_image" or "written_audio"), `prompt`, and `reference` (PIL image, or samples
+            and their rate).
     """
 
     def __init__(
@@ -88,7 +83,7 @@ class WrittenSamplesCallback(PeriodicCallback):
         self.processor = processor
         self.examples = {source: rows[: config.num_examples] for source, rows in examples.items()}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let the references be heard."""
         writer = self.reporter.summary_writer()
         if writer is None:
@@ -97,20 +92,18 @@ class WrittenSamplesCallback(PeriodicCallback):
             for number, example in enumerate(rows):
                 self.add_player(writer, f"{source}_{number}/reference", example["reference"], state)
 
-    def write_all(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel
-    ) -> None:
-        """Media of all prompts and depths, and how large their latents are."""
-        depths = depths_of(model, self.config.num_steps)
+    def write(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str | float]:
+        """The prompts and how large the latents are; media of all prompts and depths are shown."""
+        depths, report = depths_of(model, self.config.num_steps), {}
         for source, rows in self.examples.items():
             seeded = list(enumerate(rows))
-            written = {depth: [self.write(model, row, depth, seed) for seed, row in seeded] for depth in depths}
-            report: dict[str, str | float] = {f"written_samples/{source}": prompts_of(rows)}
-            report |= dict(self.drifts(source, rows, written, model, state))
-            self.reporter.write(args, state, control, report)
+            written = {depth: [self.sample(model, row, depth, seed) for seed, row in seeded] for depth in depths}
+            report[f"written_samples/{source}"] = prompts_of(rows)
+            report |= self.drifts(source, rows, written, model, state)
             self.show(source, rows, written, state)
+        return report
 
-    def write(self, model: PreTrainedModel, example: Example, depth: int | None, seed: int) -> Sample:
+    def sample(self, model: PreTrainedModel, example: Example, depth: int | None, seed: int) -> Sample:
         """What the model writes for one prompt. They go one by one: a few, and none is padded."""
         kind = kind_of(example)
         inputs = inputs_of(example, model, self.processor, depth)

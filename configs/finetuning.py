@@ -34,7 +34,7 @@ from trainers.finetuning import (
     ModelOptions,
     PeftOptions,
     StepLoraOptions,
-    lora_config,
+    peft_config,
     prepare_quantized_training,
     step_lora_targets,
 )
@@ -277,7 +277,7 @@ def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.n
     """
     if not run.has_adapters:
         return model, []
-    lora = run.peft and lora_config(run.peft, model)  # while all linear layers are those of the model
+    lora = run.peft and peft_config(run.peft, model)  # while all linear layers are those of the model
     steps = []
     if run.step_lora is not None:
         options = run.step_lora

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint at several depths; writes a table to standard output, and JSON, Markdown and PNG files.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for bad input.
+        SystemExit: Code 2 after one line on standard error, for bad input.
     """
     parser = build_parser()
     own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
@@ -88,7 +88,7 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     """Write tables of what a language model says, and of the media that it writes, at each depth.
 
     Raises:
-        ValueError: as `load_model`; for data that cannot be read or have too long examples; for a folder that cannot be
+        ValueError: The model cannot be loaded, data cannot be read or have too long examples, or a folder cannot be
             written.
     """
     device = choose_device(args.device)
@@ -137,7 +137,7 @@ def evaluate_codec(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -
     """Write a table of how well a codec reconstructs the validation media of its run.
 
     Raises:
-        ValueError: as `load_codec`; for data that cannot be read.
+        ValueError: The codec cannot be loaded, or data cannot be read.
     """
     model = load_codec(checkpoint, choose_device(args.device))
     choose_threads(model)
@@ -190,7 +190,7 @@ def build_parser() -> arguments.OneLineParser:
 
 
 def add_media_arguments(parser: arguments.OneLineParser) -> None:
-    """Of the pictures and sounds that the model writes."""
+    """Add the options of the images and audio that the model generates."""
     parser.add_argument("--no-media", action="store_true", help="write neither pictures nor sounds")
     parser.add_argument(
         "--judge", type=Path, nargs="+", default=[], help="folders that evaluation.train_classifier has written"

@@ -184,7 +184,7 @@ def train_classifier(
     """A classifier, trained; its accuracy on what is held out is its `real_accuracy`.
 
     Args:
-        batch_size: at most; fewer where there are few media, so that there are enough updates.
+        batch_size: Most media of a batch; fewer where there are few media, so that there are enough updates.
 
     Raises:
         ValueError: too few media, or a label that the configuration does not name.
@@ -204,7 +204,7 @@ def train_classifier(
 
 
 def some_of(media: Sequence[Any]) -> list[Any]:
-    """At most `MOST_FEATURES` of them, in random order: files are often sorted by what they show."""
+    """The first `MOST_FEATURES` of them in a random order: files are often sorted by what they show."""
     return [media[index] for index in torch.randperm(len(media))[:MOST_FEATURES].tolist()]
 
 

@@ -85,7 +85,7 @@ class MediaGenerator:
 
     Args:
         writer: makes batches of prompts.
-        options: of `generate`, such as guidance_scale; what is not among them is as the model's configuration says.
+        options: Options of `generate`, such as guidance_scale; the model's configuration gives the others.
     """
 
     def __init__(self, writer: AnswerGenerator, options: Mapping[str, Any] | None = None) -> None:
@@ -98,9 +98,9 @@ class MediaGenerator:
         """The media of one batch, None for a row that has none, and the core steps of each place, if they vary.
 
         Args:
-            examples: of one modality, with `prompt_ids` and `media`.
+            examples: Rows of one modality, with `prompt_ids` and `media`.
             num_steps: core steps per place; None for a model without a core.
-            seeds: of the noise, one for each example.
+            seeds: Seeds of the noise, one for each example.
         """
         medium, tokenizer = medium_of(examples), self.writer.tokenizer
         inputs = {
@@ -179,8 +179,8 @@ class MediaEvaluator:
     Args:
         model: called through `generate`.
         writer: writes media.
-        classifiers: by name; each classifies all media of its kind.
-        networks: by name; each compares all pictures with their references.
+        classifiers: Classifiers by name; each classifies all media of its kind.
+        networks: Networks by name; each compares all pictures with their references.
         round_trip: lets the model read what it wrote; None: it does not.
         batch_size: media that are written at the same time.
     """
@@ -264,7 +264,7 @@ def medium_of(examples: Sequence[Example]) -> str:
 
 
 def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:
-    """Of each name that occurs: the share of those that have it in which it is true."""
+    """The share of media that are right, by name of a check, among those that have the check."""
     values: dict[str, list[bool]] = defaultdict(list)
     for one in found:
         for name, is_right in one.items():
@@ -286,14 +286,14 @@ def media_table(
 
     Args:
         depths: numbers of core steps; [None] for a model whose depth cannot vary.
-        examples: by source, each source with one kind of medium: `prompt_ids`, `media`, `prompt`, `modality`
+        examples: Rows by source, each source with one modality: `prompt_ids`, `media`, `prompt`, `modality`
             ("written_image" or "written_audio"), `reference` (a PIL image, or (samples, rate)), and `check`, a function
             that says of such a medium what is right in it, or None.
         writer: writes media.
-        classifiers: by name.
+        classifiers: Classifiers by name.
         round_trip: lets the model read what it wrote.
         batch_size: media that are written at the same time.
-        networks: by name; whose features of pictures are compared with those of references.
+        networks: Networks by name, whose features of pictures are compared with those of references.
 
     Raises:
         ValueError: a source without rows, or with several kinds of media.

@@ -103,7 +103,7 @@ def written_table(rows: Sequence[DepthRow], name: str) -> str:
 
 
 def written_cells(scores: TextScores) -> list[str]:
-    """In the order of `WRITTEN`."""
+    """Cells in the order of `WRITTEN`."""
     errors = (scores.word_error_rate, scores.character_error_rate)
     return [percent(share) for share in (scores.exact_match, *errors, scores.bleu, scores.chrf)]
 
@@ -305,12 +305,12 @@ def show(medium: Medium | None, axes: Axes, label: str) -> None:
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(label, fontsize=7)
     if isinstance(medium, tuple):
-        axes.imshow(log_spectrogram(*medium), origin="lower", aspect="auto", cmap="magma")
+        axes.imshow(spectrogram_levels(*medium), origin="lower", aspect="auto", cmap="magma")
     elif medium is not None:
         axes.imshow(medium, interpolation="nearest")
 
 
-def log_spectrogram(samples: np.ndarray, rate: int) -> np.ndarray:
+def spectrogram_levels(samples: np.ndarray, rate: int) -> np.ndarray:
     """Levels in powers of ten, (frequencies, frames), those far below the loudest cut off."""
     size, hop = round(WINDOW * rate), round(HOP * rate)
     waveform = torch.as_tensor(samples, dtype=torch.float32)

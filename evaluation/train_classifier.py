@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train a classifier on the labels of a folder, measure it on media held out, and save it.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for bad input.
+        SystemExit: Code 2 after one line on standard error, for bad input.
     """
     parser = build_parser()
     args = parser.parse_args(argv)

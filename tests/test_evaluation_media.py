@@ -13,7 +13,7 @@ from evaluation.answers import AnswerGenerator
 from evaluation.classifiers import ClassifierConfig, ClassifierScores
 from evaluation.distances import FeatureDistances
 from evaluation.media_generation import MediaGenerator, MediaSample, RoundTrip, media_table, medium_of
-from evaluation.report import log_spectrogram, media_markdown, plot_source, save_contact_sheet, save_media_table
+from evaluation.report import media_markdown, plot_source, save_contact_sheet, save_media_table, spectrogram_levels
 from tests.tiny_processor import tiny_processor
 
 GREY = [Image.new("RGB", (16, 16), (value, value, value)) for value in range(0, 200, 10)]
@@ -295,7 +295,7 @@ def test_contact_sheets_show_each_medium_in_a_frame_of_its_verdict(tmp_path):
 
 def test_spectrograms_show_tones_where_they_are():
     time = np.arange(4000) / 8000
-    levels = log_spectrogram(np.sin(2 * np.pi * 1000 * time).astype(np.float32), 8000)
+    levels = spectrogram_levels(np.sin(2 * np.pi * 1000 * time).astype(np.float32), 8000)
     assert (levels.argmax(axis=0) == 1000 / (8000 / 256)).all()
     assert levels.max() - levels.min() <= 7.001
-    assert np.isfinite(log_spectrogram(np.zeros(100, np.float32), 8000)).all()
+    assert np.isfinite(spectrogram_levels(np.zeros(100, np.float32), 8000)).all()

@@ -15,7 +15,7 @@ def get_trainer_class(name: str) -> type[RecurrentTrainer | ReconstructionTraine
     """The trainer registered under `name`.
 
     Raises:
-        ValueError: for an unknown name; the message lists the known ones.
+        ValueError: The name is unknown; the message lists the known ones.
     """
     if name not in TRAINERS:
         raise ValueError(f"trainer {name!r} is unknown; known trainers: {', '.join(TRAINERS)}")

@@ -83,12 +83,12 @@ class RecurrentTrainingArguments(TrainingArguments):
         parameter_groups: Parameters that learn at a rate of their own, or later than the rest.
         optimizer: Name of an optimizer in `OPTIMIZERS`, or import name of a function that builds one from the groups of
             parameters, the training arguments and the model; by default `optim` names the optimizer.
-        muon_learning_rate: At least 0. Muon then trains the matrices inside the layers, at this rate; the rest is
+        muon_learning_rate: Rate of Muon, at least 0, which then trains the matrices inside the layers; the rest is
             trained by `optim` at `learning_rate`.
-        ema_decay: At least 0, below 1. The run then leaves the exponential moving average of its weights behind, and
+        ema_decay: Decay, at least 0 and below 1, of the exponential moving average of weights that a run leaves behind;
             evaluations during training are of that average.
         dataloader_drop_last: Whether a last batch that is smaller is left out in training; evaluation takes all rows.
-        stall_seconds: At least 0. A run in which nothing happens for so long says what it waits for.
+        stall_seconds: Seconds, at least 0, after which a run in which nothing happens says what it waits for.
     """
 
     report_to: str | list[str] | None = "tensorboard"
@@ -261,7 +261,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         return [*get_available_reporting_integrations(), "flyte"]  # flyte is there where flyte runs
 
     def to_dict(self) -> dict:
-        """As plain values, those of ours too."""
+        """The arguments as plain values, those of ours too."""
         groups = [asdict(group) for group in self.parameter_groups]
         return {**super().to_dict(), "modality_weights": asdict(self.modality_weights), "parameter_groups": groups}
 

@@ -54,7 +54,7 @@ class NamedMetrics(Trainer):
     """Goes behind a trainer of TRL, whose metrics of an evaluation do not say which of several it was."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As eval_SOURCE_NAME, like the loss; without those that were never a number."""
+        """Log them as eval_SOURCE_NAME, like the loss, without those that were never a number."""
         loss = next((name for name in logs if name.startswith("eval_") and name.endswith("_loss")), None)
         if loss is not None:
             source = loss.removesuffix("loss")
@@ -115,7 +115,7 @@ class PreferenceTrainer(RecurrentTrainer, DPOTrainer, NamedMetrics):
 
     @torch.no_grad()
     def _probe_recurrence(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """On the chosen answers."""
+        """Probe on the chosen answers."""
         pairs = len(inputs["input_ids"]) // 2
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         chosen = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}

@@ -269,12 +269,12 @@ def describe_needs(model: PreTrainedModel, args: PlannedTrainingArguments, block
     """Memory, operations and time of a run, as Markdown.
 
     Args:
-        model: On any device, the meta device too. What the arguments freeze is frozen in it.
+        model: Model on any device, the meta device too. What the arguments freeze is frozen in it.
         block_size: Tokens in a row.
         packing: Whether a row holds several documents.
 
     Raises:
-        ValueError: for a number of GPUs that is none, and patterns of parameters that match none.
+        ValueError: The number of GPUs is none, or a pattern of parameters matches none.
     """
     plan, config = Plan(args, args.deepspeed_settings, block_size), model.config.get_text_config()
     freeze(model, args.freeze)

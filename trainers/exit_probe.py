@@ -38,10 +38,10 @@ class ExitProbeTrainer(BaseTrainer):
     decision after each step, up to the mean depth.
 
     Args:
-        kwargs: As for `transformers.Trainer`.
+        kwargs: The arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: For options that the libraries refuse, and for several processes; nothing is written then.
+        ValueError: The libraries refuse an option, or there are several processes; nothing is written then.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

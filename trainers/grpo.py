@@ -96,10 +96,10 @@ class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
     Evaluation writes greedily, at the mean depth. All steps carry gradient.
 
     Args:
-        kwargs: As for `trl.GRPOTrainer`, without `reward_funcs`, which the arguments name.
+        kwargs: The arguments of `trl.GRPOTrainer`, without `reward_funcs`, which the arguments name.
 
     Raises:
-        ValueError: for a reward that cannot be imported, and for options that the libraries refuse.
+        ValueError: A reward cannot be imported, or the libraries refuse an option.
     """
 
     args: RolloutArguments
@@ -177,7 +177,7 @@ class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
     # -------------------------------------------------------------------------------------------------------- scoring
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """At the depths at which the completions were written."""
+        """The loss at the depths at which the completions were generated."""
         with self.scoring_at(inputs.get("num_steps")):
             return super().compute_loss(model, inputs, *args, **kwargs)
 

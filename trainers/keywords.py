@@ -79,7 +79,7 @@ def check_keywords(args: TrainingArguments) -> None:
     """Look at the keywords of training arguments.
 
     Raises:
-        ValueError: for one that nobody takes, with the closest one that is taken.
+        ValueError: Nobody takes a keyword; the message has the closest one that is taken.
     """
     known = {*inspect.signature(checkpoint).parameters, *OF_TRANSFORMERS, *SWITCHES} - {"function", "args", "kwargs"}
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
@@ -107,7 +107,7 @@ def recorded_fsdp(value: Any, is_used: bool) -> dict[str, Any] | None:
     """The options of FSDP, given as such or in a file, so that those which transformers reads are known afterwards.
 
     Raises:
-        ValueError: for a file that is none, and where FSDP is off.
+        ValueError: The file is none, or FSDP is off.
     """
     content = read("fsdp_config", value)
     if not content:
@@ -123,7 +123,7 @@ def check_fsdp(value: Any) -> Any:
     """The options of FSDP as a plain mapping, once transformers has read them.
 
     Raises:
-        ValueError: for one that it has not looked for.
+        ValueError: There is an option that it has not looked for.
     """
     if not isinstance(value, Recorder):
         return value

@@ -36,7 +36,7 @@ class ModalityLosses:
     The sums stay on the device, so that nothing waits for it before the log.
 
     Args:
-        weights: Of the modalities.
+        weights: Weights of the modalities.
     """
 
     def __init__(self, weights: ModalityWeights):
@@ -102,7 +102,7 @@ class WrittenLosses:
     """Counts the latents of an accumulation window, and sums up their losses between two logs.
 
     Args:
-        config: Of the model; its writers' placeholders are `written_NAME_token_id`.
+        config: Configuration of the model; its output heads' placeholders are `written_NAME_token_id`.
     """
 
     def __init__(self, config: Any):

@@ -18,10 +18,10 @@ class ReconstructionTrainer(BaseTrainer):
 
     Args:
         score: (reconstructions, batch) -> (media, scores), float.
-        kwargs: As for `transformers.Trainer`; compute_metrics gets the scores of all media.
+        kwargs: The arguments of `transformers.Trainer`; compute_metrics gets the scores of all media.
 
     Raises:
-        ValueError: For options that the libraries refuse; nothing is written then.
+        ValueError: The libraries refuse an option; nothing is written then.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class RecurrentTrainer(BaseTrainer):
     logged by modality, and weighted, if the arguments say so.
 
     Raises:
-        ValueError: For options that the libraries refuse; nothing is written then.
+        ValueError: The libraries refuse an option; nothing is written then.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -90,7 +90,7 @@ class RecurrentTrainer(BaseTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """As in `Trainer`; labels hold the codes of images, where these are tokens."""
+        """The step of `Trainer`; labels hold the codes of images, where these are tokens."""
         with_codes = getattr(self.model, "with_codes", dict)  # models of text alone have none
         return super().prediction_step(model, with_codes(self._prepare_inputs(inputs)), *args, **kwargs)
 
@@ -128,7 +128,7 @@ class RecurrentTrainer(BaseTrainer):
         return self._grouped(super().get_train_dataloader, self.train_dataset, rows)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """As in training."""
+        """The loader, grouped as in training."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         build = functools.partial(super().get_eval_dataloader, eval_dataset)
@@ -217,8 +217,8 @@ class LengthSampler(LengthGroupedSampler):
 
     Args:
         batch_size: Rows that should be of similar length.
-        lengths: Of all rows, known in advance.
-        seed: At least 0.
+        lengths: Lengths of all rows, known in advance.
+        seed: Seed of the orders, at least 0.
     """
 
     def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
