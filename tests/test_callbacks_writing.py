@@ -82,7 +82,7 @@ def drawn(examples):
 
 
 def test_grids_have_the_reference_and_what_is_written_at_each_depth(run, examples):
-    """G5: after steps 2 and 3; with the weights of that moment."""
+    """After steps 2 and 3; with the weights of that moment."""
     folder, trainer = run
     found = events(folder).Images("train/written_samples/drawings_image")
     assert [event.step for event in found] == [2, 3]
@@ -105,7 +105,7 @@ def test_prompts_are_listed_and_answers_in_text_are_elsewhere(run, examples):
 
 
 def test_sounds_can_be_heard_and_seen(run, examples):
-    """G5: the reference when training begins; what is written later, within -1 and 1."""
+    """The reference when training begins; what is written later, within -1 and 1."""
     folder, trainer = run
     found = events(folder)
     samples_of_it, rate = examples["tunes"][1]["reference"]
