@@ -17,11 +17,19 @@ from transformers import (
 
 from model import tokenizer_of
 
-from .reporting import PeriodicCallback, Reporter, aside, check_samples, depths_of, verbatim
+from .reporting import (
+    Example,
+    PeriodicCallback,
+    Reporter,
+    aside,
+    check_samples,
+    depths_of,
+    generate_text,
+    inputs_of,
+    verbatim,
+)
 
 logger = logging.getLogger(__name__)
-
-Example = Mapping[str, Any]
 
 
 @dataclass
@@ -106,31 +114,9 @@ class MediaSamplesCallback(PeriodicCallback):
 
     def answer(self, model: PreTrainedModel, example: Example, depth: int | None) -> str:
         """The answer by greedy decoding, without special tokens. Examples go one by one: a few, and none is padded."""
-        inputs, tokenizer = inputs_of(example, model, self.processor, depth), tokenizer_of(self.processor)
+        inputs = inputs_of(example, model, self.processor, depth)
         with aside(model):
-            output = model.generate(**inputs, max_new_tokens=self.config.max_new_tokens)
-        new = output[0, inputs["input_ids"].shape[1] :]
-        return tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def inputs_of(
-    example: Example, model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin, depth: int | None
-) -> dict[str, Any]:
-    """Arguments of `generate`: a prompt and its media, the likeliest tokens, and the depth."""
-    tokenizer, media = tokenizer_of(processor), example["media"] and processor.collate_media(example["media"])
-    ids = torch.tensor([example["prompt_ids"]], device=model.device)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "do_sample": False,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        **({} if depth is None else {"num_steps": depth}),
-        **{
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in media.items()
-        },
-    }
+            return generate_text(model, tokenizer_of(self.processor), inputs, self.config.max_new_tokens)
 
 
 def spectrogram_image(features: torch.Tensor) -> torch.Tensor:

@@ -8,11 +8,25 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+
+from model import tokenizer_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+Example = Mapping[str, Any]
 
 
 class Reporter:
@@ -106,6 +120,35 @@ def aside(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def inputs_of(
+    example: Example, model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin, depth: int | None
+) -> dict[str, Any]:
+    """Arguments of `generate`: a prompt and its media, the likeliest tokens, and the depth."""
+    tokenizer, media = tokenizer_of(processor), example["media"] and processor.collate_media(example["media"])
+    ids = torch.tensor([example["prompt_ids"]], device=model.device)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **({} if depth is None else {"num_steps": depth}),
+        **{
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in media.items()
+        },
+    }
+
+
+def generate_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Any], max_new_tokens: int
+) -> str:
+    """What a model writes after one prompt, without special tokens."""
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def verbatim(text: str) -> str:

@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from .reporting import PeriodicCallback, Reporter, aside, check_samples, depths_of, verbatim
+from .reporting import PeriodicCallback, Reporter, aside, check_samples, depths_of, generate_text, inputs_of, verbatim
 
 logger = logging.getLogger(__name__)
 
@@ -76,30 +75,18 @@ class SamplesCallback(PeriodicCallback):
 
     def continue_prompts(self, model: PreTrainedModel, depth: int | None) -> list[str]:
         """The text after each prompt, special tokens left out."""
-        options = {"max_new_tokens": self.config.max_new_tokens, "do_sample": self.config.do_sample}
-        if self.config.do_sample:
-            options.update(temperature=self.config.temperature, top_k=0, top_p=1.0)
-        if depth is not None:
-            options["num_steps"] = depth
         with aside(model, self.config.seed):
-            return [self.continue_prompt(model, prompt, options) for prompt in self.config.prompts]
+            return [self.continue_prompt(model, prompt, depth) for prompt in self.config.prompts]
 
-    def continue_prompt(self, model: PreTrainedModel, prompt: str, options: dict) -> str:
+    def continue_prompt(self, model: PreTrainedModel, prompt: str, depth: int | None) -> str:
         """The text after one prompt. Prompts go one by one: a few short ones, and none is padded."""
         ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id, *ids]
-        inputs = torch.tensor([ids], device=model.device)
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **options,
-        )
-        return self.tokenizer.decode(
-            output[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        inputs = inputs_of({"prompt_ids": ids, "media": {}}, model, self.tokenizer, depth)
+        if self.config.do_sample:
+            inputs |= {"do_sample": True, "temperature": self.config.temperature, "top_k": 0, "top_p": 1.0}
+        return generate_text(model, self.tokenizer, inputs, self.config.max_new_tokens)
 
 
 def as_markdown(prompts: Sequence[str], continuations: Sequence[str]) -> str:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerState
 from model import draw_codes
 from model.chat import WRITTEN_PREFIX
 
-from .media_samples import Example, inputs_of, spectrogram_image
-from .reporting import PeriodicCallback, Reporter, aside, check_samples, depths_of, verbatim
+from .media_samples import spectrogram_image
+from .reporting import Example, PeriodicCallback, Reporter, aside, check_samples, depths_of, inputs_of, verbatim
 
 logger = logging.getLogger(__name__)
 

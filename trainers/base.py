@@ -277,6 +277,31 @@ class BaseTrainer(Trainer):
         """Theirs would say how to load models of other kinds; the run's own card is written by a callback."""
 
 
+class ScoringTrainer(BaseTrainer):
+    """Trainer whose `compute_metrics` gets the scores of all rows."""
+
+    def scores_of(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Scores of the rows of a batch: what `compute_loss` returns as outputs, where it is not overridden."""
+        return outputs
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The loss, and the scores in the place of predictions, and of labels, without which `Trainer` computes no
+        metrics.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        scores = None if prediction_loss_only else self.scores_of(outputs, inputs)
+        return loss, scores, scores
+
+
 class EpochCallback(TrainerCallback):
     """Tells sampler and dataset which epoch begins. accelerate tells only the first of them that it finds, and none
     where a run of several ranks is resumed within an epoch. Of a stream, which has no sampler, it tells the dataset.

@@ -17,7 +17,7 @@ from model.depth import sample_depth
 
 from .arguments import RecurrentTrainingArguments, check_choices
 from .base import BaseTrainer
-from .dpo import NamedMetrics, disable_attention_dropout, forget_reference
+from .dpo import NamedMetrics, prepare_models
 from .user_functions import load_reward
 
 # With these a token is written with the probability that the pass of the loss computes for it.
@@ -40,24 +40,16 @@ FOREIGN = ("use_vllm", "use_transformers_continuous_batching", "use_transformers
 
 @dataclass
 class RolloutArguments(RecurrentTrainingArguments, GRPOConfig):
-    """Arguments of GRPO; see `trl.GRPOConfig` for the inherited ones.
-
-    Args:
-        rewards: Import names of the reward functions; see `load_reward`.
-        disable_dropout: Whether there is none, so that a token is written with the probability that the loss computes.
-    """
+    """Arguments of GRPO; see `trl.GRPOConfig` for the inherited ones."""
 
     learning_rate: float = 1e-5
     gradient_checkpointing: bool | None = None  # off, as everywhere; TRL turns it on
-    disable_dropout: bool = True  # or what scores a completion would not be what has written it
+    disable_dropout: bool = True
+    """Whether there is none, so that a token is generated with the probability that the loss computes."""
     num_generations_eval: int | None = 1  # greedily, all would be the same
-    rewards: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Reward functions by import name, module:function, such as evaluation.rewards:exact_answer; their "
-            "sum is the reward, by reward_weights where those are given."
-        },
-    )
+    rewards: list[str] = field(default_factory=list)
+    """Reward functions by import name, module:function, such as evaluation.rewards:exact_answer; their sum is the
+    reward, by `reward_weights` where those are given."""
 
     def __post_init__(self) -> None:
         if self.greater_is_better is None:
@@ -107,10 +99,7 @@ class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
     def __init__(self, *args: Any, **kwargs: Any):
         rewards = [load_reward(name) for name in kwargs["args"].rewards]
         super().__init__(*args, reward_funcs=rewards, **kwargs)
-        forget_reference(self.model)
-        if self.args.disable_dropout:
-            disable_attention_dropout(self.model)
-            disable_attention_dropout(self.ref_model)
+        prepare_models(self)
         self.text_config = self.model.config.get_text_config()
         self.is_recurrent = self.text_config.num_core_layers > 0
         self._position = (-1, -1)  # (global step, micro-batch within it) of the training step in progress

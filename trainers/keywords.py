@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, KeysView, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,24 +55,8 @@ class Recorder(dict):
         self.note(name)
         return super().__contains__(name)
 
-    def keys(self) -> Any:
-        return RecordedKeys(self)
-
-
-class RecordedKeys:
-    """The keys of a `Recorder`, which remembers those that are looked for here too."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.recorder
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.recorder)
-
-    def __len__(self) -> int:
-        return len(self.recorder)
+    def keys(self) -> KeysView[str]:
+        return KeysView(self)  # which looks keys up by the methods above
 
 
 def check_keywords(args: TrainingArguments) -> None:
