@@ -1,4 +1,4 @@
-"""Answers that the model gives during training, to questions and to media, beside what it saw and heard."""
+"""Answers that the model gives during training, to questions and to media, next to what it saw and heard."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class MediaSamplesConfig:
 
 class MediaSamplesCallback(PeriodicCallback):
     """Writes prompt, reference and answers at several depths of each example, to the reports and to the log. What
-    belongs to them stands beside them in TensorBoard: pictures, spectrograms and players, as the model sees and hears
+    belongs to them stands next to them in TensorBoard: pictures, spectrograms and players, as the model sees and hears
     them, once when training begins.
 
     Args:

@@ -1,5 +1,5 @@
 """What depth buys a trained model: `python -m evaluation runs/recurrent_lm --num-steps 1 2 4 8 16`. Or how well a codec
-reconstructs, beside what needs no training: `python -m evaluation runs/vocoder`.
+reconstructs, next to what needs no training: `python -m evaluation runs/vocoder`.
 """
 
 from __future__ import annotations

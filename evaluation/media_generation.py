@@ -1,4 +1,4 @@
-"""Pictures and sound that a model writes at several depths: what of them is right, and what they look like."""
+"""Images and audio that a model generates at several depths: what of them is right, and what they look like."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class MediaGenerator:
             num_steps: core steps per place; None for a model without a core.
             seeds: Seeds of the noise, one for each example.
         """
-        medium, tokenizer = medium_of(examples), self.writer.tokenizer
+        medium, tokenizer = modality_of(examples), self.writer.tokenizer
         inputs = {
             **to_model(self.writer.prompts(examples), model),
             **({} if num_steps is None else {"num_steps": num_steps}),
@@ -128,7 +128,7 @@ class RoundTrip:
 
     Args:
         writer: writes down what the model reads; its processor makes the prompts.
-        question: said beside the medium; "": nothing.
+        question: Text that comes with the medium; "": none.
     """
 
     def __init__(self, writer: AnswerGenerator, question: str = "") -> None:
@@ -139,7 +139,7 @@ class RoundTrip:
         self, model: PreTrainedModel, examples: Sequence[Example], media: Sequence[Medium | None], num_steps: int | None
     ) -> list[Answer]:
         """What the model reads in media, with the prompts they were written for as references; "" of no medium."""
-        kind = medium_of(examples)
+        kind = modality_of(examples)
         there = [number for number, medium in enumerate(media) if medium is not None]
         questions = [self.example(kind, media[number], examples[number]["prompt"]) for number in there]
         texts = dict(zip(there, self.writer.write(model, questions, num_steps) if there else [], strict=True))
@@ -149,7 +149,7 @@ class RoundTrip:
         ]
 
     def example(self, kind: str, medium: Medium, expected: str) -> Example:
-        """A question about a medium, with room for an answer as long as what is expected."""
+        """A question about a medium, with the capacity for an answer as long as what is expected."""
         said = [{"type": "text", "text": self.question}] if self.question else []
         messages = [{"role": "user", "content": [{"type": kind, kind: medium}, *said]}]
         encoded = self.writer.processor.encode_chat(messages, add_generation_prompt=True)
@@ -212,7 +212,7 @@ class MediaEvaluator:
         media, steps = self.writer.write(self.model, chunk, num_steps, seeds)
         wait_for(self.model.device)
         found.seconds += time.perf_counter() - start
-        found.kind = medium_of(chunk)
+        found.kind = modality_of(chunk)
         found.media += media
         found.prompts += [example["prompt"] for example in chunk]
         found.references += [example["reference"] for example in chunk]
@@ -251,7 +251,7 @@ def what_is_right(example: Example, medium: Medium | None) -> dict[str, bool]:
     return dict.fromkeys(check(example["reference"]), False) if medium is None else check(medium)
 
 
-def medium_of(examples: Sequence[Example]) -> str:
+def modality_of(examples: Sequence[Example]) -> str:
     """The kind of medium that examples ask for.
 
     Raises:

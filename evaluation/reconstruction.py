@@ -169,7 +169,7 @@ def reconstruction_table(
     """Scores of a codec and of the other way, for each source, as Markdown.
 
     Args:
-        model: An autoencoder of images, beside principal components, or a vocoder, beside Griffin and Lim's iteration.
+        model: Autoencoder of images, next to principal components, or vocoder, next to Griffin and Lim's iteration.
         train: Media that the codec was trained on, of which the components are.
         validation: Media that are reconstructed, by source.
         limit: How many of each source; default: all.

@@ -36,7 +36,7 @@ READERS = {
     "CallbacksConfig": ("callbacks", "config"),
     "SamplesConfig": ("callbacks/samples.py", r"(self\.)?config"),
     "MediaSamplesConfig": ("callbacks/media_samples.py", r"(self\.)?config"),
-    "WrittenSamplesConfig": ("callbacks/written_samples.py", r"(self\.)?config"),
+    "GeneratedMediaConfig": ("callbacks/generated_media.py", r"(self\.)?config"),
     "ThroughputConfig": ("callbacks", None),
     "ModelSizeConfig": ("callbacks", None),
     "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),

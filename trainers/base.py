@@ -208,7 +208,7 @@ class BaseTrainer(Trainer):
         return bool(self.auxiliary) and not is_peft_model(self.model)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Also what is saved beside the model and, while it trains, the average of the weights. In a checkpoint all of
+        """Also the auxiliary parts and, while it trains, the average of the weights. In a checkpoint all of
         it stands before the manifest that makes that complete.
         """
         folder = output_dir or self.args.output_dir

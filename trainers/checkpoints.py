@@ -29,7 +29,7 @@ DELETED = "deleted-"  # in front of a name, so that a half of it is never taken 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 UNFINISHED = "was not finished, its saving was cut off"
-# What no run reads when it goes on, and what may be rewritten beside the weights.
+# What no run reads when it goes on, and what may be rewritten next to the weights.
 IGNORED = ("README.md", "*.py", MANIFEST_NAME)
 DEEPSPEED_FOLDERS = "global_step*"
 # What goes on from a checkpoint reads; training_args.bin, also a pickle, is read by nobody.

@@ -175,7 +175,7 @@ def step_lora_targets(model: nn.Module, names: str | list[str], lora: LoraConfig
     """The linear layers of the core that are named, or all of them, as the core calls them.
 
     Args:
-        lora: What is added beside it.
+        lora: Adapters that are added with it.
 
     Raises:
         ValueError: The same as `find_targets`; also for layers with DoRA, which would scale the deltas of steps as

@@ -81,7 +81,7 @@ class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
 
     Each completion has one depth, the same for all completions of a prompt, so that they are compared with each other
     and not with what another depth would have written. It is drawn from (seed, global step, micro-batch, prompt) and
-    recorded beside the completion, through TRL's shuffling and splitting, so that every pass that scores the completion
+    recorded with the completion, through TRL's shuffling and splitting, so that every pass that scores the completion
     (of the policy, of the policy before, of the reference) runs at it: from the fixed initial state, without exits.
     Under ZeRO-3, where ranks must take the same steps, a depth is that of a whole batch of completions.
 
@@ -140,7 +140,7 @@ class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
         return [[tokenizer.bos_token_id, *row] for row in ids], None, {}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Writes each completion at its depth, which is recorded beside it."""
+        """Writes each completion at its depth, which is recorded with it."""
         options = EXACT | {"top_k": self.top_k if self.model.training else 1}
         depths = self._draw_depths(len(inputs)) if self.is_recurrent else None
         if depths is not None:

@@ -98,7 +98,7 @@ class ModalityLosses:
         return figures
 
 
-class WrittenLosses:
+class TargetLosses:
     """Counts the latents of an accumulation window, and sums up their losses between two logs.
 
     Args:

@@ -10,7 +10,7 @@ from torch import nn
 from .base import ScoringTrainer
 
 ONLY_FOR_SCORES = ("lengths",)
-"""What a batch has beside the arguments of the model."""
+"""What a batch has besides the arguments of the model."""
 
 
 class ReconstructionTrainer(ScoringTrainer):

@@ -18,7 +18,7 @@ from model.depth import sample_depth
 from model.recurrence import draw_training_states
 
 from .base import BaseTrainer
-from .losses import ModalityLosses, WrittenLosses, flow_seeds
+from .losses import ModalityLosses, TargetLosses, flow_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class RecurrentTrainer(BaseTrainer):
             self.accelerator.dataloader_config.dispatch_batches = False
         self.is_recurrent = self.text_config.num_core_layers > 0
         self.last_num_steps: tuple[int, int] | None = None
-        self.written = WrittenLosses(self.model.config)
+        self.targets = TargetLosses(self.model.config)
         self._position = (-1, -1)  # (global step, micro-batch within it) of the forward pass in progress
         self._gathered: dict[str, list[float]] = defaultdict(list)
 
@@ -76,17 +76,17 @@ class RecurrentTrainer(BaseTrainer):
         inputs["skip_logits"] = True
         if self.is_recurrent:
             inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
-        if self.written.token_ids:
+        if self.targets.token_ids:
             inputs["flow_seeds"] = flow_seeds(self._keys(len(inputs["input_ids"])))
-            inputs["num_written_in_batch"] = self.written.num_in_window
+            inputs["num_written_in_batch"] = self.targets.num_in_window
         if modality_ids is not None and self.modalities.are_weighted:
             inputs["loss_weights"] = self.modalities.loss_weights(modality_ids)
-        if not (return_outputs or modality_ids is not None or self.written.token_ids):
+        if not (return_outputs or modality_ids is not None or self.targets.token_ids):
             return super().compute_loss(model, inputs, **kwargs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if modality_ids is not None:
             self.modalities.add(outputs["token_losses"], inputs["labels"], modality_ids)
-        self.written.add(outputs.get("written_losses") or {})
+        self.targets.add(outputs.get("written_losses") or {})
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
@@ -100,8 +100,8 @@ class RecurrentTrainer(BaseTrainer):
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._gathered.items()}}
             self._gathered.clear()
             logs |= self.modalities.flush(lambda sums: self.accelerator.reduce(sums, "sum"))
-            if self.written.token_ids:
-                logs |= self.written.flush(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum"))
+            if self.targets.token_ids:
+                logs |= self.targets.flush(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum"))
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- rows and windows
@@ -117,9 +117,9 @@ class RecurrentTrainer(BaseTrainer):
             num_items = sum(self.modalities.sum_of_weights(batch) for batch in batches).to(device)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, "sum")
-        if self.written.token_ids and batches:
+        if self.targets.token_ids and batches:
             share = self.args.average_tokens_across_devices
-            self.written.count(batches, lambda it: self.accelerator.reduce(it.to(device), "sum") if share else it)
+            self.targets.count(batches, lambda it: self.accelerator.reduce(it.to(device), "sum") if share else it)
         return batches, num_items
 
     def get_train_dataloader(self) -> DataLoader:
@@ -159,7 +159,7 @@ class RecurrentTrainer(BaseTrainer):
 
     def _keys(self, batch: int) -> list[tuple[int, int, int]]:
         """(seed, global step, row in the global batch) of each row of the current micro-batch, in the order in which
-        accelerate deals out batches: those of the ranks side by side, micro-batch after micro-batch.
+        accelerate assigns batches: those of the ranks side by side, micro-batch after micro-batch.
         """
         step, micro_batch = self._position
         first = (micro_batch * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size

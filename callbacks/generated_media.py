@@ -1,4 +1,4 @@
-"""Pictures and sound that the model writes during training, beside what they should be, at several depths."""
+"""Images and audio that the model generates during training, next to their references, at several depths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PARTS = 3  # of the places of a medium, in each of which the latents are watche
 
 
 @dataclass
-class WrittenSamplesConfig:
+class GeneratedMediaConfig:
     """Pictures and sound written for fixed prompts of the validation sources."""
 
     num_examples: int = 4
@@ -58,9 +58,9 @@ class Sample:
     """(places, latent size)."""
 
 
-class WrittenSamplesCallback(PeriodicCallback):
+class GeneratedMediaCallback(PeriodicCallback):
     """Shows in TensorBoard a grid for each source, with a line for each prompt: the reference, and what is written at
-    each depth. Of sound it has spectrograms, and players beside it. The prompts are listed as text.
+    each depth. Of sound it has spectrograms, and players, too. The prompts are listed as text.
 
     The root mean square of latents, divided by that of the references', is logged by depth and third of the places:
     where it leaves 1, what is written drifts away from what was learned.
@@ -73,7 +73,7 @@ class WrittenSamplesCallback(PeriodicCallback):
 
     def __init__(
         self,
-        config: WrittenSamplesConfig,
+        config: GeneratedMediaConfig,
         processor: ProcessorMixin,
         examples: Mapping[str, Sequence[Example]],
         reporter: Reporter,
@@ -105,7 +105,7 @@ class WrittenSamplesCallback(PeriodicCallback):
 
     def sample(self, model: PreTrainedModel, example: Example, depth: int | None, seed: int) -> Sample:
         """What the model writes for one prompt. They go one by one: a few, and none is padded."""
-        kind = kind_of(example)
+        kind = target_modality(example)
         inputs = inputs_of(example, model, self.processor, depth)
         if kind == "image" and getattr(model, "decode_image_tokens", None):
             with aside(model, seed):
@@ -177,12 +177,12 @@ class WrittenSamplesCallback(PeriodicCallback):
             writer.add_audio(f"train/written_samples/{name}", sound, state.global_step, rate)
 
 
-def is_written(example: Example) -> bool:
+def is_generated(example: Example) -> bool:
     """Whether the answer is a medium."""
     return example.get("modality", "text").startswith(WRITTEN_PREFIX)
 
 
-def kind_of(example: Example) -> str:
+def target_modality(example: Example) -> str:
     """That of the medium, "image" or "audio"."""
     return example["modality"].removeprefix(WRITTEN_PREFIX)
 
@@ -195,7 +195,7 @@ def prompts_of(rows: Sequence[Example]) -> str:
 def target_latents(example: Example, model: PreTrainedModel) -> torch.Tensor:
     """(places, latent size) of what should be written."""
     (target,) = example["targets"][example["modality"]]
-    codec = model.model.writers[kind_of(example)].codec
+    codec = model.model.writers[target_modality(example)].codec
     with torch.no_grad():
         return codec.encode(target[None].to(model.device))[0]
 
