@@ -44,10 +44,10 @@ class CallbacksConfig:
     """Texts from fixed prompts, at several depths."""
 
     media_samples: MediaSamplesConfig = field(default_factory=MediaSamplesConfig)
-    """Answers to fixed pictures and sounds, at several depths."""
+    """Answers to fixed images and audio, at several depths."""
 
     written_samples: GeneratedMediaConfig = field(default_factory=GeneratedMediaConfig)
-    """Pictures and sound that are written for fixed prompts, at several depths."""
+    """Images and audio that are generated for fixed prompts, at several depths."""
 
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
     """Tokens and core steps per second."""

@@ -26,7 +26,7 @@ _PARTS = 3  # of the places of a medium, in each of which the latents are watche
 
 @dataclass
 class GeneratedMediaConfig:
-    """Pictures and sound written for fixed prompts of the validation sources."""
+    """Images and audio generated for fixed prompts of the validation sources."""
 
     num_examples: int = 4
     """Prompts of each source, at least 0; 0: no samples."""
@@ -35,11 +35,11 @@ class GeneratedMediaConfig:
     """Optimizer steps between samples, at least 1; there are some at the end as well."""
 
     num_steps: list[int] = field(default_factory=lambda: [1, 4, 8])
-    """Core steps per place, each at least 1, one sample for each. A model without a core gives one sample."""
+    """Core steps per position, each at least 1, one sample for each. A model without a core gives one sample."""
 
     largest_drift: float = 2.0
-    """An alarm is logged where the latents of what is written are this many times larger or smaller than those of what
-    should be, in the first, the middle or the last third of their places; above 1.
+    """An alarm is logged where generated latents are this many times larger or smaller than those of the references, in
+    the first, the middle or the last third of their positions; above 1.
     """
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ class SamplesConfig:
     """Divides the logits before a draw, above 0; read if do_sample is true."""
 
     seed: int = 0
-    """Of the draws, at least 0; the same at every sample, so that only the model changes. Read if do_sample is true."""
+    """Seed of the draws, at least 0; the same each time, so that only the model changes. Read if do_sample is true."""
 
     def __post_init__(self) -> None:
         check_samples("samples", self, every_steps=1, max_new_tokens=1, seed=0)

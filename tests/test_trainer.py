@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
 from transformers.integrations import integration_utils
 
+from configs import load_config
 from model.depth import sample_depth
 from model.recurrence import draw_training_states
 from tests.tiny import tiny_ids, tiny_model
-from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point, get_trainer_class
+from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point
 from trainers.recurrent import state_changes, token_correlation
 
 
@@ -466,9 +467,10 @@ def test_training_arguments_out_of_range(tmp_path, settings, message):
         RecurrentTrainingArguments(str(tmp_path), **settings)
 
 
-def test_unknown_trainer_is_an_error_that_lists_the_known():
-    with pytest.raises(ValueError, match="trainer 'pretain' is unknown; known trainers: pretrain"):
-        get_trainer_class("pretain")
+def test_unknown_trainer_is_an_error_that_lists_the_known(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        load_config(["--trainer", "pretain"])
+    assert "'pretain' is unknown; did you mean pretrain? known: pretrain, reconstruction" in capsys.readouterr().err
 
 
 def test_bf16_trains_and_keeps_float32_weights(tmp_path):

@@ -67,15 +67,15 @@ class TargetOptions:
     prelude: str | list[str] | None = None
     """Layers that run once, in front of the core."""
     core: str | list[str] | None = None
-    """Layers that are iterated, and the injection (`proj` or `gate`); one delta serves all steps."""
+    """Layers that are iterated, and the injection (`proj` or `gate`); one low-rank update serves all steps."""
     coda: str | list[str] | None = None
     """Layers that run once, behind the core."""
     vision: str | list[str] | None = None
     """The encoder of images."""
     audio: str | list[str] | None = None
-    """The encoder of sound."""
+    """The encoder of audio."""
     projectors: str | list[str] | None = None
-    """What maps features of images and sound onto the model's width."""
+    """What maps features of images and audio onto the model's width."""
 
 
 @dataclass
@@ -104,10 +104,10 @@ class PeftOptions:
 
 @dataclass
 class StepLoraOptions:
-    """A low-rank delta of the core's weights for each of its first steps, instead of one for all."""
+    """A low-rank update of the core's weights for each of its first steps, instead of one for all."""
 
     num_steps: int = 8
-    """Steps that have a delta, the first ones, at least 1; later steps have none."""
+    """Steps that have a low-rank update, the first ones, at least 1; later steps have none."""
     rank: int = 4
     """Rank of the low-rank update, at least 1."""
     alpha: int = 8

@@ -16,11 +16,11 @@ class ModalityWeights:
     """How much a learned token counts, by what its document contains; a modality that is not named here counts 1."""
 
     text: float = 1.0
-    """Of documents that are text alone, at least 0."""
+    """Weight of documents that are text alone, at least 0."""
     image: float = 1.0
-    """Of documents with images, at least 0."""
+    """Weight of documents with images, at least 0."""
     audio: float = 1.0
-    """Of documents with sound, at least 0."""
+    """Weight of documents with audio, at least 0."""
 
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
