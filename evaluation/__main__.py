@@ -1,5 +1,5 @@
 """What depth buys a trained model: `python -m evaluation runs/recurrent_lm --num-steps 1 2 4 8 16`. Or how well a codec
-reconstructs, beside what needs no training: `python -m evaluation runs/vocoder`.
+reconstructs, next to what needs no training: `python -m evaluation runs/vocoder`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import datasets
 from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from configs import RunConfig, read_run_config
 from configs.runs import split_overrides
@@ -34,16 +34,15 @@ from model import codec_media, tokenizer_of
 from model.chat import WRITTEN_PREFIX
 from model.exit_criteria import EXIT_CRITERIA
 
-from .answers import Writer
+from .answers import AnswerGenerator
 from .checks import CHECKS
+from .classifiers import load_classifier
 from .depth import depth_table
-from .feature_networks import FeatureNetwork
-from .judges import Judge, load_judge
-from .media_report import media_markdown, save_media_table
-from .media_writing import BackReader, MediaTable, MediaWriter, media_table
+from .distances import FeatureNetwork
+from .media_generation import MediaGenerator, RoundTrip, media_table
 from .metrics import token_byte_lengths
 from .reconstruction import reconstruction_table
-from .report import markdown_table, save_depth_table
+from .report import markdown_table, media_markdown, save_depth_table, save_media_table
 
 logger = logging.getLogger("evaluation")  # __name__ is __main__ when run with -m
 
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint at several depths; writes a table to standard output, and JSON, Markdown and PNG files.
 
     Raises:
-        SystemExit: the input is bad; the code is 2, after one line on standard error.
+        SystemExit: Code 2 after one line on standard error, for bad input.
     """
     parser = build_parser()
     own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
@@ -86,20 +85,20 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     """Write tables of what a language model says, and of the media that it writes, at each depth.
 
     Raises:
-        ValueError: the checkpoint cannot be loaded, data cannot be read or have too long examples, or the folder cannot
-            be written.
+        ValueError: The model cannot be loaded, data cannot be read or have too long examples, or a folder cannot be
+            written.
     """
     model, processor = load_as_asked(checkpoint, args)
     choose_threads(model)
-    judges = load_named(args.classifier, load_judge)
+    classifiers = load_named(args.classifier, load_classifier)
     networks = load_named(args.feature_network, FeatureNetwork)
     texts = validation_texts(run, processor, args.limit)
-    examples, prompts = texts_and_media(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
+    examples, prompts = split_by_answer(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
     depths = sorted(set(args.num_steps))
     if model.config.get_text_config().num_core_layers == 0:
         logger.warning("%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint)
         depths = [None]
-    writer = Writer(processor, args.max_new_tokens)
+    writer = AnswerGenerator(processor, args.max_new_tokens)
     limit = prompt_limit(model, args.max_prompt_tokens)
     check_lengths({**examples, **prompts}, limit)
     output = writable_folder(args.output or Path(args.checkpoint) / "evaluation")
@@ -118,7 +117,9 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     with whole_folder(output) as made:
         names = [path.name for path in save_depth_table(rows, made, about)]
     if prompts and not args.no_media:
-        table = score_media(model, depths, prompts, writer, judges, networks, args)
+        generator = MediaGenerator(writer, generate_options(args))
+        reader = None if args.round_trip is None else RoundTrip(writer, args.round_trip)
+        table = media_table(model, depths, prompts, generator, classifiers, reader, args.batch_size, networks)
         write_result(f"\n{media_markdown(table)}")
         how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.classifier]}
         how["feature_networks"] = [str(path) for path in args.feature_network]
@@ -131,7 +132,7 @@ def evaluate_codec(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -
     """Write a table of how well a codec reconstructs the validation media of its run.
 
     Raises:
-        ValueError: the codec cannot be loaded, or data cannot be read.
+        ValueError: The codec cannot be loaded, or data cannot be read.
     """
     model = load_codec(checkpoint, choose_device(args.device))
     choose_threads(model)
@@ -184,7 +185,7 @@ def build_parser() -> arguments.OneLineParser:
 
 
 def add_media_arguments(parser: arguments.OneLineParser) -> None:
-    """The options of what is measured on the images and the audio that the model generates."""
+    """Add the options of the images and audio that the model generates."""
     parser.add_argument("--no-media", action="store_true", help="generate neither images nor audio")
     parser.add_argument(
         "--classifier", type=Path, nargs="+", default=[], help="folders that evaluation.train_classifier has written"
@@ -273,25 +274,9 @@ def load_named(paths: Sequence[Path], load: Callable[[Path], T]) -> dict[str, T]
     return {path.name: load(path) for path in paths}
 
 
-def score_media(
-    model: PreTrainedModel,
-    depths: Sequence[int | None],
-    prompts: dict[str, Sequence[dict]],
-    writer: Writer,
-    judges: dict[str, Judge],
-    networks: dict[str, FeatureNetwork],
-    args: argparse.Namespace,
-) -> MediaTable:
-    """The images and audio that prompts ask for, at each depth."""
-    reader = None if args.round_trip is None else BackReader(writer, args.round_trip)
-    return media_table(
-        model, depths, prompts, MediaWriter(writer, generate_options(args)), judges, reader, args.batch_size, networks
-    )
-
-
-def texts_and_media(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequence[dict]], dict[str, Sequence[dict]]]:
-    """The examples whose answer is text, and those whose answer is an image or audio, by source; a source with several
-    modalities is divided by them.
+def split_by_answer(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequence[dict]], dict[str, Sequence[dict]]]:
+    """The examples whose answer is text, and those whose answer is a medium, by source; a source with several kinds of
+    media is divided by them.
     """
     texts, media = {}, {}
     for name, rows in examples.items():

@@ -32,7 +32,7 @@ class Answer:
 
 
 @dataclass
-class WrittenScores:
+class TextScores:
     """Texts written by greedy decoding against the references, blanks at both ends left out. Shares in [0, 1], but for
     the error rates, which have no upper end.
     """
@@ -61,7 +61,7 @@ def prompt_of(example: Example) -> list[int]:
     return example["input_ids"][:start]
 
 
-class Writer:
+class AnswerGenerator:
     """Answers prompts by greedy decoding, in batches that are padded on the left.
 
     Args:
@@ -78,7 +78,7 @@ class Writer:
         """The answers of one batch, special tokens and blanks at both ends left out.
 
         Args:
-            examples: with `prompt_ids`, or labels that begin with the answer; `media` by kind.
+            examples: Rows with `prompt_ids`, or labels that begin with the answer, and `media` by modality.
             num_steps: core steps per token; None for a model without a core.
         """
         most = [self.most_tokens(example) for example in examples]
@@ -133,7 +133,7 @@ def to_model(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[
     }
 
 
-def written_scores(answers: Sequence[Answer]) -> WrittenScores:
+def text_scores(answers: Sequence[Answer]) -> TextScores:
     """Scores of the texts of all answers together.
 
     Raises:
@@ -160,7 +160,7 @@ def written_scores(answers: Sequence[Answer]) -> WrittenScores:
             "bleu": float(not any(written)),
         }
     right = [text == reference for text, reference in zip(written, references, strict=True)]
-    return WrittenScores(
+    return TextScores(
         num_examples=len(answers),
         exact_match=sum(right) / len(right),
         **of_words,
@@ -196,7 +196,7 @@ def character_ngrams(text: str, n: int) -> Counter[str]:
 
 
 def attribute_accuracy(answers: Sequence[Answer]) -> dict[str, float]:
-    """Of each attribute that references have: the share of them whose answer has the same."""
+    """The share of right answers by attribute that references have."""
     right: dict[str, list[bool]] = {}
     for answer in answers:
         if answer.attributes is not None:

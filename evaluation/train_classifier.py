@@ -1,4 +1,4 @@
-"""Trains a classifier of media, by which those that a model writes are judged:
+"""Trains a classifier of media, by which those that a model generates are measured:
 `python -m evaluation.train_classifier my/speech --modality audio --label-column speaker --output classifiers/speaker`.
 """
 
@@ -9,7 +9,6 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 # isort: split
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,13 +27,11 @@ from inference.devices import choose_threads
 from inference.output import whole_folder, writable_folder, write_result
 from model import load_audio, load_image
 
-from .judges import Judge, JudgeConfig, LabelledMedia, save_judge, train_judge
+from .classifiers import Classifier, ClassifierConfig, LabelledMedia, save_classifier, train_classifier
 
-logger = logging.getLogger("evaluation.train_classifier")  # __name__ is __main__ when run with -m
-
-epochs = arguments.counted("the number of times all media are seen, 1 or more")
-pixels = arguments.counted("the number of pixels of a side, 1 or more")
-hertz = arguments.counted("the number of samples per second, 1 or more")
+EPOCHS = arguments.counted("the number of times all media are seen, 1 or more")
+PIXELS = arguments.counted("the number of pixels of a side, 1 or more")
+HERTZ = arguments.counted("the number of samples per second, 1 or more")
 KINDS = {"image": "imagefolder", "audio": "audiofolder"}
 HELD_OUT = 0.1
 """Share of the media that measures the classifier, where no others are named."""
@@ -46,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train a classifier on the labels of a folder, measure it on media held out, and save it.
 
     Raises:
-        SystemExit: the input is bad; the code is 2, after one line on standard error.
+        SystemExit: Code 2 after one line on standard error, for bad input.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -59,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             train, held_out = hold_out(train, args.seed)
         else:
             held_out = labelled_media(args.validation, args)
-        config = judge_config(train, args)
+        config = classifier_config(train, args)
         with torch.device("meta"):
-            choose_threads(Judge(config))
-        judge = train_judge(config, train, held_out, args.epochs, seed=args.seed)
+            choose_threads(Classifier(config))
+        classifier = train_classifier(config, train, held_out, args.epochs, seed=args.seed)
         about = {"data": str(args.data), "label_column": args.label_column, "validation": str(args.validation)}
         counts = {"num_train": len(train.media), "num_held_out": len(held_out.media), "seed": args.seed}
         with whole_folder(output) as made:
-            digest = save_judge(judge, made, {**about, **counts})
+            digest = save_classifier(classifier, made, {**about, **counts})
     write_result(
-        f"{judge.real_accuracy:.1%} of {len(held_out.media)} media held out have the right one of "
+        f"{classifier.real_accuracy:.1%} of {len(held_out.media)} media held out have the right one of "
         f"{len(config.labels)} labels; written to {output}, digest {digest}\n"
     )
     return 0
@@ -86,10 +83,10 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("--modality", choices=tuple(KINDS), required=True, help="what the folder holds")
     parser.add_argument("--label-column", default="text", help="column of the metadata with the labels")
     parser.add_argument("--validation", type=Path, help="folder to measure with; default: a tenth of the data")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the classifier, which gets its name")
-    parser.add_argument("--epochs", type=epochs, default=15, help="times all media are seen")
-    parser.add_argument("--image-size", type=pixels, default=32, help="pixels of a side that are seen")
-    parser.add_argument("--sampling-rate", type=hertz, default=8000, help="samples per second heard")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the classifier, whose name it is")
+    parser.add_argument("--epochs", type=EPOCHS, default=15, help="times all media are seen")
+    parser.add_argument("--image-size", type=PIXELS, default=32, help="pixels of a side that are seen")
+    parser.add_argument("--sampling-rate", type=HERTZ, default=8000, help="samples per second heard")
     parser.add_argument("--seed", type=arguments.seed, default=0, help="seed of weights, order and what is held out")
     return parser
 
@@ -122,13 +119,13 @@ def hold_out(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMed
     )
 
 
-def judge_config(train: LabelledMedia, args: argparse.Namespace) -> JudgeConfig:
+def classifier_config(train: LabelledMedia, args: argparse.Namespace) -> ClassifierConfig:
     """Labels and sizes."""
     sizes: dict[str, Any] = {"image_size": args.image_size}
     if args.modality == "audio":
         seconds = np.quantile([len(samples) / rate for samples, rate in train.media], MOST_HEARD)
         sizes = {"sampling_rate": args.sampling_rate, "seconds": round(max(float(seconds), 0.2), 2)}
-    return JudgeConfig(args.modality, sorted(set(train.labels)), **sizes)
+    return ClassifierConfig(args.modality, sorted(set(train.labels)), **sizes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every option has a reader: no field of a configuration class is only declared and checked (T10)."""
+"""Every option has a reader: no field of a configuration class is only declared and checked."""
 
 import ast
 import dataclasses
@@ -35,13 +35,13 @@ READERS = {
     "CallbacksConfig": ("callbacks", "config"),
     "SamplesConfig": ("callbacks/samples.py", r"(self\.)?config"),
     "MediaSamplesConfig": ("callbacks/media_samples.py", r"(self\.)?config"),
-    "WrittenSamplesConfig": ("callbacks/written_samples.py", r"(self\.)?config"),
+    "GeneratedMediaConfig": ("callbacks/generated_media.py", r"(self\.)?config"),
     "ThroughputConfig": ("callbacks", None),
     "ModelSizeConfig": ("callbacks", None),
     "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),
     "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
-    "ModalityWeights": ("trainers/modalities.py", "weights"),
-    "ParameterGroup": ("trainers/parameter_groups.py", "group"),
+    "ModalityWeights": ("trainers/losses.py", "weights"),
+    "ParameterGroup": ("trainers/optimizers.py", "group"),
     "ModelOptions": ("configs/finetuning.py", r"options|run\.model"),
     "PeftOptions": ("trainers/finetuning.py", "options"),
     "TargetOptions": ("trainers/finetuning.py", "options"),
@@ -105,7 +105,6 @@ ALL = [found for cls in SECTIONS for found in classes_within(cls)]
 
 @pytest.mark.parametrize(("cls", "name"), dict(ALL).items(), ids=[cls.__name__ for cls in dict(ALL)])
 def test_every_option_is_read(cls: type, name: str) -> None:
-    """T10."""
     assert cls.__name__ in READERS, f"say in READERS where the options of {cls.__name__} are read"
     place, receiver = READERS[cls.__name__]
     files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
@@ -113,7 +112,7 @@ def test_every_option_is_read(cls: type, name: str) -> None:
 
 
 def test_every_part_of_a_run_is_read() -> None:
-    """T10: the name of the trainer and the log level too."""
+    """The name of the trainer and the log level too."""
     fields = [item.name for item in dataclasses.fields(runs.RunConfig)]
     names = ("runs", "pretraining", "running")
     files = [ROOT / "pretrain.py", *(ROOT / f"configs/{name}.py" for name in names)]

@@ -16,7 +16,8 @@ from tests.test_quantization import BITS, save_run, tiny_base
 from tests.tiny import tiny_ids
 from tests.tiny_finetuning import write_tuning_config
 from tests.tiny_language_model import tiny_tokenizer
-from trainers.quantization import is_quantized, make_trained_weights_float32, prepare_quantized_training
+from trainers.base import is_quantized, make_trained_weights_float32
+from trainers.finetuning import prepare_quantized_training
 
 ADAPTERS = {"target_modules": ["qkv_proj", "down_proj", "proj"], "r": 2, "init_lora_weights": False}
 
@@ -55,7 +56,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_have_the_gradient_of_the_rounded_model_also_after_an_evaluation(checkpoint, bits, checkpointing):
-    """T7: against plain matrices rounded by the formula. In training, 8 bits round no inputs on a CPU."""
+    """Against plain matrices rounded by the formula. In training, 8 bits round no inputs on a CPU."""
     kwargs = {"use_reentrant": False} if checkpointing else None
     ours = load(checkpoint, bits, gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=kwargs)
     with torch.no_grad():
@@ -71,7 +72,7 @@ def test_adapters_have_the_gradient_of_the_rounded_model_also_after_an_evaluatio
 
 @pytest.mark.parametrize("bits", BITS)
 def test_what_is_not_rounded_is_float32_and_nothing_but_adapters_learns(checkpoint, bits):
-    """T7, of a checkpoint that is loaded in bfloat16, also after an evaluation: the first layer's adapter gets its
+    """Of a checkpoint that is loaded in bfloat16, also after an evaluation: the first layer's adapter gets its
     gradient through all other layers.
     """
     model = with_adapters(load(checkpoint, bits, torch.bfloat16))

@@ -104,7 +104,7 @@ def write_files(folder: Path) -> None:
 
 
 def test_every_command_runs(tmp_path):
-    """E7, E9: in order, as a reader would type them."""
+    """In order, as a reader would type them."""
     write_files(tmp_path)
     ran = []
     for command in commands("bash"):

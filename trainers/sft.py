@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from .arguments import RecurrentTrainingArguments
-from .quantization import make_trained_weights_float32
 from .recurrent import RecurrentTrainer
 
 
@@ -41,7 +40,7 @@ class LossOfTextOrModel(SFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
-        """As in pretraining; TRL's would compute the logits in a forward pass of their own."""
+        """The step of pretraining; TRL's would compute the logits in a forward pass of their own."""
         return super(SFTTrainer, self).prediction_step(*args, **kwargs)
 
 
@@ -49,18 +48,17 @@ class SupervisedTrainer(RecurrentTrainer, LossOfTextOrModel):
     """`trl.SFTTrainer` for models that take `num_steps` and `initial_state`, on rows that are tokenised already.
 
     Args:
-        train_dataset: As `RecurrentTrainer` takes it.
-        kwargs: As for `RecurrentTrainer`.
+        train_dataset: Rows that `RecurrentTrainer` takes.
+        kwargs: The arguments of `RecurrentTrainer`.
 
     Raises:
-        ValueError: For options that the libraries refuse, and a loss that models with media do not have.
+        ValueError: The libraries refuse an option, or models with media do not have the loss.
     """
 
     def __init__(self, *args: Any, train_dataset: Dataset, **kwargs: Any):
         # TRL takes no other datasets than these, which it would tokenise; ours take the place of the one below.
         stand_in = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
         super().__init__(*args, train_dataset=stand_in, **kwargs)
-        make_trained_weights_float32(self.model)
         self.train_dataset = train_dataset
         if self.args.loss_type != "nll" and self.has_media:
             raise ValueError(f"training.loss_type: {self.args.loss_type!r} is for models of text alone; leave it out")
