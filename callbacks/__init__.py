@@ -46,7 +46,7 @@ class CallbacksConfig:
     media_samples: MediaSamplesConfig = field(default_factory=MediaSamplesConfig)
     """Answers to fixed images and audio, at several depths."""
 
-    written_samples: GeneratedMediaConfig = field(default_factory=GeneratedMediaConfig)
+    generated_samples: GeneratedMediaConfig = field(default_factory=GeneratedMediaConfig)
     """Images and audio that are generated for fixed prompts, at several depths."""
 
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
@@ -85,8 +85,8 @@ def add_callbacks(
     read, written = split_examples(examples or {})
     if read and config.media_samples.num_examples:
         trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, read, reporter))
-    if written and config.written_samples.num_examples:
-        trainer.add_callback(GeneratedMediaCallback(config.written_samples, processor, written, reporter))
+    if written and config.generated_samples.num_examples:
+        trainer.add_callback(GeneratedMediaCallback(config.generated_samples, processor, written, reporter))
     trainer.add_callback(NonFiniteCallback(config.non_finite))
 
 

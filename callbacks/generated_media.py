@@ -43,9 +43,9 @@ class GeneratedMediaConfig:
     """
 
     def __post_init__(self) -> None:
-        check_samples("written_samples", self, num_examples=0, every_steps=1)
+        check_samples("generated_samples", self, num_examples=0, every_steps=1)
         if not 1 < self.largest_drift < math.inf:
-            raise ValueError(f"written_samples.largest_drift is {self.largest_drift}, must be above 1 and finite.")
+            raise ValueError(f"generated_samples.largest_drift is {self.largest_drift}, must be above 1 and finite.")
 
 
 @dataclass

@@ -122,7 +122,7 @@ def build_media_examples(run: ResolvedConfig, processor: Processor) -> dict[str,
     """The examples that are shown during training, of each source with media: of what is held out of the train sources
     where the run names none for validation. A stream has none.
     """
-    count = max(run.callbacks.media_samples.num_examples, run.callbacks.written_samples.num_examples)
+    count = max(run.callbacks.media_samples.num_examples, run.callbacks.generated_samples.num_examples)
     return {  # directions take turns
         source.label: build_examples(
             source, run.data, processor, count * len(source.directed_prompts), seed=run.training.seed

@@ -7,6 +7,7 @@ from model import RecurrenceConfig
 from model.terminal import say_new_name
 
 RENAMED = {
+    "callbacks.written_samples": "generated_samples",
     "data.condition_drop": "cfg_dropout",
     "data.max_bad_rows": "max_invalid_rows",
     **{f"recurrence.{old}": new for old, new in RecurrenceConfig.attribute_map.items()},

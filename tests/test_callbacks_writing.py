@@ -59,7 +59,7 @@ def train(folder, config, examples, image=None, **options):
 def samples(**options):
     return CallbacksConfig(
         media_samples=MediaSamplesConfig(num_examples=1, num_steps=[2], max_new_tokens=3),
-        written_samples=GeneratedMediaConfig(**{"num_examples": 2, "num_steps": [1, 4], "every_steps": 2, **options}),
+        generated_samples=GeneratedMediaConfig(**{"num_examples": 2, "num_steps": [1, 4], "every_steps": 2, **options}),
     )
 
 
@@ -190,7 +190,7 @@ def test_samples_do_not_disturb_the_training(run, tmp_path):
 
 def test_none_are_asked_for(tmp_path, examples):
     config = CallbacksConfig(
-        media_samples=MediaSamplesConfig(num_examples=0), written_samples=GeneratedMediaConfig(num_examples=0)
+        media_samples=MediaSamplesConfig(num_examples=0), generated_samples=GeneratedMediaConfig(num_examples=0)
     )
     train(tmp_path, config, examples)
     assert not any(
@@ -239,10 +239,10 @@ def test_sizes_are_root_mean_squares_of_what_there_is():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_examples": -1}, "written_samples.num_examples is -1, must be at least 0"),
-        ({"every_steps": 0}, "written_samples.every_steps is 0, must be at least 1"),
-        ({"num_steps": []}, r"written_samples.num_steps is \[\], must hold at least one depth"),
-        ({"largest_drift": 1.0}, "written_samples.largest_drift is 1.0, must be above 1"),
+        ({"num_examples": -1}, "generated_samples.num_examples is -1, must be at least 0"),
+        ({"every_steps": 0}, "generated_samples.every_steps is 0, must be at least 1"),
+        ({"num_steps": []}, r"generated_samples.num_steps is \[\], must hold at least one depth"),
+        ({"largest_drift": 1.0}, "generated_samples.largest_drift is 1.0, must be above 1"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import load_run_config, read_yaml, renamed, resolve
+from configs import flatten_keys, load_run_config, read_yaml, renamed, resolve
 from configs.finetuning import FinetuningConfig
 from inference.arguments import OneLineParser, counted
 from model.terminal import say_new_name
@@ -88,3 +88,11 @@ def test_old_flags_of_small_commands(capsys) -> None:
     with pytest.raises(SystemExit):
         parser.parse_args(["--old", "0"])
     assert capsys.readouterr().err == "command: error: argument --new: 0 is less than 1: give a number.\n"
+
+
+def test_each_old_name_is_gone_and_each_new_one_is_an_option() -> None:
+    keys = set(flatten_keys(resolve([])))
+    for old, new in renamed.RENAMED.items():
+        new_key = ".".join([*old.split(".")[:-1], new])
+        assert any(f".{new_key}." in f".{key}." for key in keys), new_key
+        assert not any(f".{old}." in f".{key}." for key in keys), old

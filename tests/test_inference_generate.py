@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from inference.generate import encode_prompt, main, write_continuation
 from model import RecurrentCache
+from model.exit_criteria import ExitOptions
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,7 @@ def test_exits_reach_the_model_and_their_steps_are_logged(checkpoint, capsys):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     ids, cache, steps = torch.tensor([[1, *tokenizer("the cat")["input_ids"]]]), RecurrentCache(model.config), []
     chunk, length = ids, ids.shape[1]
-    exits = {"exit_criterion": "latent_difference", "exit_threshold": 0.5}
+    exits = {"exits": ExitOptions("latent_difference", 0.5)}
     for _ in range(6):
         with torch.no_grad():
             out = model(chunk, cache=cache, num_steps=9, **(exits if steps else {}))

@@ -232,7 +232,7 @@ def test_media_are_shown_of_train_sources_where_there_is_no_validation(tmp_path)
     config = ["--config", str(write_config(tmp_path, data=data))]
     run, processor = load_config(config), tiny_processor()
     examples = build_media_examples(run, processor)
-    counts = run.callbacks.media_samples.num_examples, run.callbacks.written_samples.num_examples
+    counts = run.callbacks.media_samples.num_examples, run.callbacks.generated_samples.num_examples
     assert list(examples) == ["scenes"] and len(examples["scenes"]) == max(counts) == 4
     scenes = get_task("scenes")
     rows = [
