@@ -105,7 +105,7 @@ def decide(choose: Callable[[], Answer], args: TrainingArguments) -> Answer:
     """What the first rank finds, on all ranks: each might find something else in a folder that is being written.
 
     Raises:
-        ValueError: on all ranks, where the first one has found a ValueError or an OSError.
+        ValueError: the first rank has found a ValueError or an OSError; all ranks raise it.
     """
     if args.world_size == 1:
         return choose()
