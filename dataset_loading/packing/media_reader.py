@@ -36,7 +36,7 @@ class MediaReader:
         else:
             self.tokenizer, self.kinds = processor, {}
         self.encoder = ConversationEncoder(self.tokenizer, self.kinds, processor.chat_template or CHAT_TEMPLATE)
-        self.written = [name for name, kind in self.kinds.items() if any(kind.learned)]
+        self.generated = [name for name, kind in self.kinds.items() if any(kind.learned)]
         self.modality_ids = {name: modality_names().index(name) for name in self.kinds}
 
     @property
@@ -47,8 +47,8 @@ class MediaReader:
     @property
     def sampling_rates(self) -> dict[str, int]:
         """Sampling rates in Hz by modality, of those that are audio."""
-        recordings = {name: kind for name, kind in self.kinds.items() if name in ("audio", "written_audio")}
-        return {name: kind.sampling_rate for name, kind in recordings.items()}
+        audio = {name: kind for name, kind in self.kinds.items() if name in ("audio", "written_audio")}
+        return {name: kind.sampling_rate for name, kind in audio.items()}
 
     def with_modalities(self, messages: list[dict]) -> list[dict]:
         """Messages in which media of the assistant have the type of the modality that is generated, if there is one.
@@ -75,7 +75,7 @@ class MediaReader:
         """The reason against an answer of which nothing can be learned, if there is one."""
         for message in self.with_modalities(messages):
             shown = [part["type"] for part in message["content"]]
-            if message["role"] == "assistant" and set(shown).isdisjoint(("text", *self.written)):
+            if message["role"] == "assistant" and set(shown).isdisjoint(("text", *self.generated)):
                 return ValueError(
                     f"the assistant shows type {shown[0]!r}, which the model does not write, and says nothing"
                 )
