@@ -366,19 +366,19 @@ class CFGDropout:
 
     def __init__(self, probability: float, reader: MediaReader):
         self.probability, tokenizer = probability, reader.tokenizer
-        self.null, self.generated = special_id(tokenizer, NULL_TOKEN), reader.generated
+        self.null, self.written = special_id(tokenizer, NULL_TOKEN), reader.written
         self.is_special, self.is_placeholder, self.is_target = np.zeros(
             (3, max(tokenizer.get_vocab().values()) + 1), dtype=bool
         )
         self.is_special[[*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]] = True
         self.is_placeholder[list(reader.encoder.placeholders.values())] = True
-        self.is_target[[reader.encoder.placeholders[name] for name in reader.generated]] = True
+        self.is_target[[reader.encoder.placeholders[name] for name in reader.written]] = True
 
     def __call__(
         self, tokens: np.ndarray, media: Sequence[tuple[str, torch.Tensor]], rng: np.random.Generator
     ) -> tuple[np.ndarray, tuple[tuple[str, torch.Tensor], ...]]:
         """Tokens (tokens,) and media of a conversation, as they are or without their prompt."""
-        first = next((number for number, (kind, _) in enumerate(media) if kind in self.generated), None)
+        first = next((number for number, (kind, _) in enumerate(media) if kind in self.written), None)
         if first is None or rng.random() >= self.probability:
             return tokens, tuple(media)
         is_prompt = np.arange(len(tokens)) < self.is_target[tokens].argmax()

@@ -144,7 +144,7 @@ class Builder:
         config = self.config
         if role != "train" or config.condition_drop == 0:
             return None
-        if not self.reader.generated:
+        if not self.reader.written:
             raise ValueError(
                 f"data.condition_drop is {config.condition_drop}, but the model writes text alone; set it to 0"
             )
@@ -203,7 +203,7 @@ def _check_kinds(source: SourceConfig, reader: MediaReader) -> None:
         )
     if not source.has_media or source.messages_column is not None:
         return
-    written = {kind.removeprefix("written_") for kind in reader.generated}
+    written = {kind.removeprefix("written_") for kind in reader.written}
     for direction in source.directions:
         missing = [kind for kind in MODALITIES if kind in direction.answered and kind not in written]
         if missing:

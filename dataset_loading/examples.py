@@ -66,7 +66,7 @@ class MediaExamples(Sequence):
         given = json.loads(document.row["messages"])
         messages = self.reader.with_modalities(given)
         prompt, answer = prompt_and_answer(messages)
-        shown = [it for it in media_of([messages[last_answer(messages)]]) if it["type"] in self.reader.generated]
+        shown = [it for it in media_of([messages[last_answer(messages)]]) if it["type"] in self.reader.written]
         media = row["media"]
         targets = {
             kind: _take_last(media, kind, number) for kind, number in Counter(it["type"] for it in shown).items()
@@ -95,7 +95,7 @@ class MediaExamples(Sequence):
         return encoded.answer_start + sum(self.reader.kinds[kind].num_tokens(tensor) + 1 for kind, tensor in shown)
 
     def _last_kind(self, media: dict[str, list]) -> str:
-        kinds = (kind for kind in media if kind not in self.reader.generated)
+        kinds = (kind for kind in media if kind not in self.reader.written)
         return max(kinds, key=self.reader.modality_ids.get, default="text")
 
     def _reference(self, reference: dict, document: MediaDocument) -> Any:

@@ -36,7 +36,7 @@ class MediaReader:
         else:
             self.tokenizer, self.kinds = processor, {}
         self.encoder = ConversationEncoder(self.tokenizer, self.kinds, processor.chat_template or CHAT_TEMPLATE)
-        self.generated = [name for name, kind in self.kinds.items() if any(kind.learned)]
+        self.written = [name for name, kind in self.kinds.items() if any(kind.learned)]
         self.modality_ids = {name: modality_names().index(name) for name in self.kinds}
 
     @property
@@ -75,7 +75,7 @@ class MediaReader:
         """The reason against an answer of which nothing can be learned, if there is one."""
         for message in self.with_modalities(messages):
             shown = [part["type"] for part in message["content"]]
-            if message["role"] == "assistant" and set(shown).isdisjoint(("text", *self.generated)):
+            if message["role"] == "assistant" and set(shown).isdisjoint(("text", *self.written)):
                 return ValueError(
                     f"the assistant shows type {shown[0]!r}, which the model does not write, and says nothing"
                 )
