@@ -41,6 +41,7 @@ _MUSIC = (
 )
 _LOUDNESS = "loud|louder|quiet|quieter|noise|noisy|volume|how loud"
 _MAGNITUDES = 31
+_BLANKS = ("Ġ", "Ċ", "ĉ", "▁", " ", "\n", "\t")  # how tokens begin that begin a word, byte-level ones and others
 
 
 @dataclass
@@ -349,9 +350,6 @@ class TextNoise:
         return np.resize(np.repeat(np.tile([False, True], len(runs)), runs.flatten()), length)
 
 
-_BLANKS = ("Ġ", "Ċ", "ĉ", "▁", " ", "\n", "\t")  # how tokens begin that begin a word, byte-level ones and others
-
-
 class CFGDropout:
     """CFG dropout: replaces each token of a prompt by the null token, so that all other tokens keep their positions.
 
@@ -369,12 +367,12 @@ class CFGDropout:
     def __init__(self, probability: float, reader: MediaReader):
         self.probability, tokenizer = probability, reader.tokenizer
         self.null, self.written = special_id(tokenizer, NULL_TOKEN), reader.written
-        self.is_special, self.is_place, self.is_written = np.zeros(
+        self.is_special, self.is_placeholder, self.is_target = np.zeros(
             (3, max(tokenizer.get_vocab().values()) + 1), dtype=bool
         )
         self.is_special[[*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]] = True
-        self.is_place[list(reader.encoder.placeholders.values())] = True
-        self.is_written[[reader.encoder.placeholders[name] for name in reader.written]] = True
+        self.is_placeholder[list(reader.encoder.placeholders.values())] = True
+        self.is_target[[reader.encoder.placeholders[name] for name in reader.written]] = True
 
     def __call__(
         self, tokens: np.ndarray, media: Sequence[tuple[str, torch.Tensor]], rng: np.random.Generator
@@ -383,8 +381,8 @@ class CFGDropout:
         first = next((number for number, (kind, _) in enumerate(media) if kind in self.written), None)
         if first is None or rng.random() >= self.probability:
             return tokens, tuple(media)
-        is_prompt = np.arange(len(tokens)) < self.is_written[tokens].argmax()
+        is_prompt = np.arange(len(tokens)) < self.is_target[tokens].argmax()
         is_text = is_prompt & ~self.is_special[tokens]
         if is_text.any():
             return np.where(is_text, self.null, tokens), tuple(media)
-        return np.where(is_prompt & self.is_place[tokens], self.null, tokens), tuple(media[first:])
+        return np.where(is_prompt & self.is_placeholder[tokens], self.null, tokens), tuple(media[first:])

@@ -47,8 +47,8 @@ class MediaReader:
     @property
     def sampling_rates(self) -> dict[str, int]:
         """Sampling rates in Hz by modality, of those that are audio."""
-        recordings = {name: kind for name, kind in self.kinds.items() if name in ("audio", "written_audio")}
-        return {name: kind.sampling_rate for name, kind in recordings.items()}
+        audio = {name: kind for name, kind in self.kinds.items() if name in ("audio", "written_audio")}
+        return {name: kind.sampling_rate for name, kind in audio.items()}
 
     def with_modalities(self, messages: list[dict]) -> list[dict]:
         """Messages in which media of the assistant have the type of the modality that is generated, if there is one.

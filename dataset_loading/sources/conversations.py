@@ -195,17 +195,10 @@ def conversation_of(
 # ------------------------------------------------------------------------------------------------------ generated tasks
 
 
-def draw_rows(source: SourceConfig, role: Role, config: DataConfig, seed: int, limit: int | None) -> Dataset:
-    """The rows of a generated source, for a role if it names none itself, and `limit` at most."""
-    task = get_task(source.task)
-    num_rows = source.num_rows if limit is None else min(source.num_rows, limit)
-    difficulty = tuple(source.difficulty or task.default_difficulty)
-    seeds = (seed, source.seed)
-    return generate_rows(task, difficulty, source.role or role, seeds, num_rows, config.preprocessing_workers)
-
-
 def _generated(source: SourceConfig, role: Role, config: DataConfig, seed: int, limit: int | None) -> Dataset:
-    task, rows = get_task(source.task), draw_rows(source, role, config, seed, limit)
+    task, num_rows = get_task(source.task), source.num_rows if limit is None else min(source.num_rows, limit)
+    role, seeds = source.role or role, (seed, source.seed)
+    rows = generate_rows(task, source.difficulty, role, seeds, num_rows, config.preprocessing_workers)
     found, turns = _Found(), source.directed_prompts
     for number, row in enumerate(rows, start=1):
         direction, prompt = turns[(number - 1) % len(turns)]

@@ -10,7 +10,8 @@ from datasets import Dataset, Features, Value
 from ..bad_rows import BadRows, checked_columns, reason_against, reason_against_columns
 from ..configuration import DataConfig, SourceConfig
 from ..tasks.base import Role
-from .conversations import conversations_of_stream, draw_rows, load_conversations, open_conversations
+from ..tasks.registry import generate_rows, get_task
+from .conversations import conversations_of_stream, load_conversations, open_conversations
 from .tables import CHECKED_AT_ONCE, READERS, Rows, check_columns, columns_of_stream, expand_paths, load_hub
 
 
@@ -45,7 +46,9 @@ def load_rows(
     if source.is_media:
         rows = load_conversations(source, role, config, seed, bad_rows, limit)
     elif source.kind == "generated":
-        return draw_rows(source, role, config, seed, limit)
+        task, num_rows = get_task(source.task), source.num_rows if limit is None else min(source.num_rows, limit)
+        role, seeds = source.role or role, (seed, source.seed)
+        return generate_rows(task, source.difficulty, role, seeds, num_rows, config.preprocessing_workers)
     else:
         rows = _read_files(source, bad_rows) if source.kind == "files" else _read_hub(source, bad_rows, limit)
     if len(rows) == 0:

@@ -1,6 +1,7 @@
 """Generated data: tasks by name, and rows drawn from them, the same on every machine, process and rank."""
 
 import random
+from collections.abc import Sequence
 from hashlib import blake2b
 
 from datasets import Dataset, Features, Value
@@ -83,7 +84,7 @@ def generate_row(
 
 def generate_rows(
     task: GeneratedTask,
-    difficulty: tuple[int, int],
+    difficulty: Sequence[int] | None,
     role: Role,
     seed: tuple[int, ...],
     num_rows: int,
@@ -92,7 +93,7 @@ def generate_rows(
     """Rows 0 to `num_rows` - 1 in memory: columns prompt, answer, difficulty, and medium of a task with media.
 
     Args:
-        difficulty: Smallest and largest difficulty, both included, drawn evenly.
+        difficulty: Smallest and largest difficulty, both included, drawn evenly; None: the task's own.
         seed: Numbers that all become part of the key.
         workers: Processes that share the work; the rows do not depend on it.
 
@@ -103,7 +104,12 @@ def generate_rows(
     return Dataset.from_dict({"index": range(num_rows)}).map(
         _generate_batch,
         batched=True,
-        fn_kwargs={"name": task.name, "difficulty": difficulty, "role": role, "seed": seed},
+        fn_kwargs={
+            "name": task.name,
+            "difficulty": tuple(difficulty or task.default_difficulty),
+            "role": role,
+            "seed": seed,
+        },
         remove_columns="index",
         features=Features(features),
         num_proc=min(workers, num_rows) if workers > 1 else None,
