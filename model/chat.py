@@ -353,7 +353,7 @@ def spelled_roles(tokenizer: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """A conversation as token ids, in which each medium is one placeholder."""
+    """A conversation as token ids, in which each item is one placeholder."""
 
     ids: np.ndarray
     """int32 (tokens,)"""
@@ -405,7 +405,7 @@ class ConversationEncoder:
 
         Raises:
             ValueError: the cases of `outline_of`, `check_texts` and `render_outline`; or the template does not write
-                one placeholder for each medium.
+                one placeholder for each item.
         """
         open_end = add_generation_prompt, continue_final_message
         (found,) = self.encode_all([messages], False, continue_final_message, open_end)
@@ -483,12 +483,12 @@ class ConversationEncoder:
     def expand(
         self, ids: np.ndarray, is_learned: np.ndarray, media: Mapping[str, Sequence[Any]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids with start, placeholders and end of each medium in place of its one placeholder, and which are learned.
+        """Ids with start, placeholders and end of each item in place of its one placeholder, and which are learned.
 
         Args:
             ids: (tokens,)
             is_learned: bool (tokens,); of media that are, what their kind says (`Modality.learned`).
-            media: Preprocessed, by kind, in the order of their placeholders.
+            media: Preprocessed, by modality, in the order of their placeholders.
         """
         counts, is_inside = np.ones(len(ids), dtype=np.int64), is_learned.copy()
         places = {name: (ids == self.token_ids[name][0]).nonzero()[0] for name in media}

@@ -52,7 +52,7 @@ class CodecConfig(StrictConfig):
 
 @validated
 class MegaTransformerImageAutoencoderConfig(CodecConfig):
-    """Pictures to a few numbers for each patch, and back.
+    """Images to a few numbers for each patch, and back.
 
     Args:
         num_channels: Channels of an image.
@@ -139,15 +139,15 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
 
 @validated
 class MegaTransformerVocoderConfig(CodecConfig):
-    """Log-mel spectrograms to sound. Source: Siuzdak 2023 (Vocos), arXiv 2306.00814.
+    """Log-mel spectrograms to audio. Source: Siuzdak 2023 (Vocos), arXiv 2306.00814.
 
     Args:
-        sampling_rate: Samples per second; recordings of another rate are resampled.
+        sampling_rate: Samples per second; waveforms of another rate are resampled.
         n_fft: Samples in a frame, under a Hann window.
         hop_length: Samples from a frame to the next, at most half of n_fft.
         num_mel_bins: Mel bands of a frame.
-        max_seconds: Longest recording; what follows is not read.
-        clip_seconds: What is cut out of each recording for training, anywhere; shorter ones are followed by silence.
+        max_seconds: Longest waveform; what follows is not read.
+        clip_seconds: What is cut out of each waveform for training, anywhere; shorter ones are followed by silence.
         num_hidden_layers: Number of blocks.
         stft_sizes: Windows of the loss on spectrograms, in samples.
         stft_loss_weight: Factor on that loss.
@@ -181,12 +181,12 @@ class MegaTransformerVocoderConfig(CodecConfig):
 
     @property
     def clip_samples(self) -> int:
-        """Samples of a clip for training: whole frames, at least one."""
+        """Samples of a waveform for training: whole frames, at least one."""
         return max(1, round(self.clip_seconds * self.sampling_rate / self.hop_length)) * self.hop_length
 
     @property
     def mean_executed_layers(self) -> int:
-        """Blocks between a spectrogram and its sound."""
+        """Blocks between a spectrogram and its audio."""
         return self.num_hidden_layers
 
     def validate_sizes(self) -> None:

@@ -22,7 +22,7 @@ MAX_BYTES = 256 * 2**20
 MAX_PERCENTS = 2**23
 """Most characters of a `data:` URI in which some stand as percents: each of those takes a hundred times its size."""
 FETCH_SECONDS = 30.0
-"""Within which a medium is fetched as a whole."""
+"""Within which an item is fetched as a whole."""
 
 _WORDS = {"image": "picture", "audio": "recording"}
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]{32,}")
@@ -181,7 +181,7 @@ def own_part(part: Any) -> Any:
 
 
 def source_of(part: dict[str, Any], allow_fetch: bool = False) -> Any:
-    """The medium of a part, {"type": KIND, and KIND, "path", "bytes", "url" or "base64": medium}; None: it has none.
+    """The item of a part, {"type": KIND, and KIND, "path", "bytes", "url" or "base64": item}; None: it has none.
 
     Raises:
         MediaError: the cases of `read_source`.
