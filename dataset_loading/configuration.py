@@ -215,8 +215,7 @@ class SourceConfig:
             self.image_column = "file_name"
         if self.kind == "audiofolder" and self.audio_column is None:
             self.audio_column = "file_name"
-        columns = {self.image_column: "image", self.audio_column: "audio"}
-        named = {column: kind for column, kind in columns.items() if column is not None}
+        named = self.named_columns
         for column, kind in self.media_columns.items():
             if kind not in MODALITIES:
                 raise ValueError(
@@ -299,6 +298,12 @@ class SourceConfig:
         """Whether the rows are conversations, which may hold media, rather than texts."""
         is_chat = self.kind == "chat" or self.messages_column is not None or self.prompt is not None
         return is_chat or self.has_media or (self.kind == "generated" and get_task(self.task).is_chat)
+
+    @property
+    def named_columns(self) -> dict[str, str]:
+        """The columns of media that have a field of their own, with their modalities."""
+        columns = {self.image_column: "image", self.audio_column: "audio"}
+        return {column: kind for column, kind in columns.items() if column is not None}
 
     @property
     def has_media(self) -> bool:
