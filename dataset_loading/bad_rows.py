@@ -35,7 +35,7 @@ class BadRows:
     """Collects the rows of one run that are skipped.
 
     Args:
-        limit: Number of rows that may be skipped before the run stops (`data.max_bad_rows`).
+        limit: Number of rows that may be skipped before the run stops (`data.max_invalid_rows`).
         silent: Whether the log is left out, as in a first pass over rows that are read again.
     """
 
@@ -64,8 +64,8 @@ class BadRows:
             more = f"; and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
             first = [f"{source}, {where}: {reason}" for source, where, reason in self.found[:_SHOWN]]
             raise ValueError(
-                f"{len(self.found)} rows are bad, data.max_bad_rows is {self.limit}: "
-                f"{'; '.join(first)}{more}; repair them or raise data.max_bad_rows"
+                f"{len(self.found)} rows are bad, data.max_invalid_rows is {self.limit}: "
+                f"{'; '.join(first)}{more}; repair them or raise data.max_invalid_rows"
             )
 
     def report(self) -> None:

@@ -115,7 +115,7 @@ class Builder:
     ):
         self.config, self.processor, self.seed = config, processor, seed
         self.tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
-        self.bad_rows = BadRows.of_building(config.max_bad_rows)
+        self.bad_rows = BadRows.of_building(config.max_invalid_rows)
         self.report: list[SourceReport] = []
         _check_vocabulary(self.tokenizer, vocab_size)
 
@@ -142,13 +142,11 @@ class Builder:
     def cfg_dropout(self, role: str) -> CFGDropout | None:
         """The CFG dropout of a source, if there is any."""
         config = self.config
-        if role != "train" or config.condition_drop == 0:
+        if role != "train" or config.cfg_dropout == 0:
             return None
         if not self.reader.written:
-            raise ValueError(
-                f"data.condition_drop is {config.condition_drop}, but the model writes text alone; set it to 0"
-            )
-        return CFGDropout(config.condition_drop, self.reader)
+            raise ValueError(f"data.cfg_dropout is {config.cfg_dropout}, but the model writes text alone; set it to 0")
+        return CFGDropout(config.cfg_dropout, self.reader)
 
     def stream(self, split: Split) -> StreamingDataset:
         """The train set of a run of which a source streams."""
@@ -170,7 +168,7 @@ class Builder:
                 self.reader,
                 config.block_size,
                 config.packing,
-                BadRows(config.max_bad_rows),
+                BadRows(config.max_invalid_rows),
                 source.label,
                 seed=self.seed,
                 shuffle=role == "train",

@@ -103,7 +103,7 @@ def build_codec_datasets(
     """
     for source in (*config.train, *config.validation):
         _check_source(source, media.name)
-    bad_rows = BadRows.of_building(config.max_bad_rows)
+    bad_rows = BadRows.of_building(config.max_invalid_rows)
     split = load_split(config, seed, bad_rows)
     parts = [_build(source, rows, "train", config, media, seed, bad_rows) for source, rows in split.train]
     train = parts[0] if len(parts) == 1 else MixtureDataset(parts, [source.weight for source in config.train], seed)
@@ -143,7 +143,7 @@ def _build(
         # Generated media vary exactly as their tasks want it.
         is_changed = source.augment and source.kind != "generated"
         augmentation = config.augmentation if is_changed else AugmentationConfig()
-    return CodecDataset(rows, places, media, BadRows(config.max_bad_rows), source.label, seed, augmentation)
+    return CodecDataset(rows, places, media, BadRows(config.max_invalid_rows), source.label, seed, augmentation)
 
 
 def _look_into(

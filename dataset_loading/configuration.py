@@ -100,7 +100,7 @@ class SourceConfig:
     pattern, its folder) or the end of path."""
     weight: float = 1.0
     """Share of this source among the train sources, in blocks (streaming: in documents); above 0, on any scale."""
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"is_path": True})
     """hub: dataset name on the Hugging Face hub, or a local folder; imagefolder, audiofolder, folder: the folder."""
     config_name: str | None = None
     """hub: configuration of the dataset (the `name` argument of `datasets.load_dataset`)."""
@@ -108,7 +108,7 @@ class SourceConfig:
     """hub: split to read, slices such as `train[:1%]` included."""
     streaming: bool = False
     """hub, webdataset: read while training instead of downloading or indexing first; the run then needs `max_steps`."""
-    paths: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list, metadata={"is_path": True})
     """files: paths and glob patterns ending in .txt (one document a file), .jsonl or .parquet; webdataset: in .tar;
     chat: in .json, .jsonl or .parquet."""
     task: str | None = None
@@ -374,7 +374,7 @@ class DataConfig:
     """Tokens in a row. At least 2."""
     packing: bool = True
     """Fill rows of exactly block_size tokens with one document after another; else each document starts a row."""
-    max_bad_rows: int = 100
+    max_invalid_rows: int = 100
     """Rows that cannot be used are skipped and reported; more than this many (at least 0) stop the run."""
     preprocessing_workers: int = 1
     """Processes that generate and tokenise rows before training, at least 1."""
@@ -383,7 +383,7 @@ class DataConfig:
     check_media: bool = True
     """Decode every image and audio file once before training, in preprocessing_workers processes, so that damaged ones
     are found then; else only their headers are read."""
-    condition_drop: float = 0.0
+    cfg_dropout: float = 0.0
     """CFG dropout: probability, at least 0 and below 1, with which a train conversation with media in an answer loses
     what precedes them, as classifier-free guidance needs it; 0.1 is usual."""
 
@@ -395,11 +395,11 @@ class DataConfig:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; give a number between 0 and 1, e.g. 0.05"
             )
-        if not 0 <= self.condition_drop < 1:
-            raise ValueError(f"condition_drop is {self.condition_drop}; give at least 0 and less than 1, e.g. 0.1")
+        if not 0 <= self.cfg_dropout < 1:
+            raise ValueError(f"cfg_dropout is {self.cfg_dropout}; give at least 0 and less than 1, e.g. 0.1")
         if self.preprocessing_workers > MAX_WORKERS:
             raise ValueError(f"preprocessing_workers is {self.preprocessing_workers}; give at most {MAX_WORKERS}")
-        smallest = {"block_size": 2, "max_bad_rows": 0, "preprocessing_workers": 1, "streaming_validation_rows": 1}
+        smallest = {"block_size": 2, "max_invalid_rows": 0, "preprocessing_workers": 1, "streaming_validation_rows": 1}
         for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least {least}")
@@ -428,7 +428,7 @@ class DataConfig:
 class TokenizerConfig:
     """A tokenizer that exists, or one trained on the run's own data."""
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"is_path": True})
     """Hugging Face name or folder of a tokenizer; if null, a byte-level BPE is trained on the train documents."""
     vocab_size: int = 1024
     """Size of the trained vocabulary, 3 special tokens and 256 bytes included: at least 259, which is pure bytes."""

@@ -72,7 +72,7 @@ def _build(config: DataConfig, seed: int, convert: Callable[[SourceConfig, Datas
             raise ValueError(f"source {source.label!r} has media; preferences and rewards are for text alone")
         if not source.has_answers:
             raise ValueError(f"source {source.label!r} has no answers; set prompt_column and answer_column")
-    bad_rows = BadRows.of_building(config.max_bad_rows)
+    bad_rows = BadRows.of_building(config.max_invalid_rows)
     split = load_split(config, seed, bad_rows)
     streaming = [source.label for source, rows in split.train if isinstance(rows, IterableDataset)]
     if streaming:
@@ -138,7 +138,7 @@ def _pairs_of_conversations(
     else:
         column = "answer_column" if source.messages_column is None else "messages_column"
         other = replace(source, rejected_column=None, **{column: source.rejected_column})
-        unusable = BadRows(config.max_bad_rows, silent=True)
+        unusable = BadRows(config.max_invalid_rows, silent=True)
         found = load_rows(other, "train", config, seed, unusable)
         reasons = {where: reason for _, where, reason in unusable.found}
         by_place = dict(zip(found["where"], _conversations(other, found), strict=True))

@@ -86,11 +86,11 @@ def iterate_training_texts(config: DataConfig, seed: int, limit: int) -> Iterato
 
     Bad rows are skipped in silence, since loading the datasets reports them.
     """
-    split = load_split(config, seed, BadRows(config.max_bad_rows, silent=True), limit)
+    split = load_split(config, seed, BadRows(config.max_invalid_rows, silent=True), limit)
     for source, rows in split.train:
         if isinstance(rows, IterableDataset):
             front = rows.skip(_rows_taken(config)).take(limit)
-            rows = rows_of_stream(source, front, BadRows(config.max_bad_rows, silent=True))
+            rows = rows_of_stream(source, front, BadRows(config.max_invalid_rows, silent=True))
             rows = _without_validation(source, rows, split.validation_digests)
         elif source.kind == "hub":  # after the split, so that no validation document is among them
             rows = rows.take(min(limit, len(rows)))

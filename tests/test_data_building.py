@@ -169,7 +169,7 @@ def test_the_vocabulary_of_a_few_rows_sees_no_validation_document(tmp_path, monk
 def test_report_counts(tmp_path):
     write_texts(tmp_path / "a.jsonl", ["abc", "", "defg"])
     config = DataConfig(
-        train=[files(tmp_path / "a.jsonl")], validation=[generated(num_rows=7)], block_size=4, max_bad_rows=1
+        train=[files(tmp_path / "a.jsonl")], validation=[generated(num_rows=7)], block_size=4, max_invalid_rows=1
     )
     validation, train = build_datasets(config, BYTES).report
     assert (train.role, train.name, train.documents, train.tokens, train.rows, train.bad_rows) == (

@@ -43,7 +43,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def build(source, packing=False, **fields):
-    fields = {"validation": VALIDATION, "block_size": 256, "max_bad_rows": 0, **fields}
+    fields = {"validation": VALIDATION, "block_size": 256, "max_invalid_rows": 0, **fields}
     return build_datasets(DataConfig(train=[source], packing=packing, **fields), PROCESSOR)
 
 

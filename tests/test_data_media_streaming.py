@@ -260,14 +260,14 @@ def test_the_first_rows_of_a_stream_are_its_validation(tmp_path, kind):
 def test_bad_rows_of_a_stream_are_skipped_and_counted(tmp_path, caplog):
     """What the header tells when the row arrives, the rest when it is made; in every pass anew."""
     source = SourceConfig(**webdataset(tmp_path / "data", bad=(2, 7)), streaming=True, name="it")
-    stream = build([source], max_bad_rows=2).train
+    stream = build([source], max_invalid_rows=2).train
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert texts_of(stream) == [text for text in TEXTS if text[-1] not in "27"]
     places = [record.message.split(":")[0] for record in caplog.records if "bad row" in record.message]
     assert places == ["skipped a bad row of it, row 3", "skipped a bad row of it, row 8"] * 2
-    with pytest.raises(ValueError, match=r"2 rows are bad, data\.max_bad_rows is 1: it, row 3: "):
-        list(build([source], max_bad_rows=1).train)
+    with pytest.raises(ValueError, match=r"2 rows are bad, data\.max_invalid_rows is 1: it, row 3: "):
+        list(build([source], max_invalid_rows=1).train)
 
 
 def test_documents_longer_than_a_row_are_bad_rows(tmp_path, caplog):

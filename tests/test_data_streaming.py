@@ -157,7 +157,7 @@ def test_bad_rows_of_a_stream_are_skipped_and_counted(folder, caplog):
     """In every pass anew."""
     lines = [json.dumps({"text": text}) + "\n" for text in ("good", "", "fine", " ")]
     (folder / "train-0.jsonl").write_text("".join(lines))
-    stream = build([hub(folder)], max_bad_rows=2, packing=False, block_size=256).train
+    stream = build([hub(folder)], max_invalid_rows=2, packing=False, block_size=256).train
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert texts_of(stream) == ["good", "fine", *TEXTS[30:]]
@@ -165,11 +165,11 @@ def test_bad_rows_of_a_stream_are_skipped_and_counted(folder, caplog):
     said += ["2 rows cannot be used and are left out: 2 of hub (2 x column 'text' is empty)"]
     assert [record.getMessage() for record in caplog.records] == said * 2
     with pytest.raises(
-        ValueError, match=r"2 rows are bad, data\.max_bad_rows is 1: hub, row 2: column 'text' is empty"
+        ValueError, match=r"2 rows are bad, data\.max_invalid_rows is 1: hub, row 2: column 'text' is empty"
     ):
-        list(build([hub(folder)], max_bad_rows=1).train)
+        list(build([hub(folder)], max_invalid_rows=1).train)
     with pytest.raises(ValueError, match="hub, row 4:"):  # numbered from the front, where one row went to validation
-        list(build([hub(folder)], max_bad_rows=1, validation=[], streaming_validation_rows=1).train)
+        list(build([hub(folder)], max_invalid_rows=1, validation=[], streaming_validation_rows=1).train)
 
 
 @pytest.mark.parametrize("is_parquet", [False, True])

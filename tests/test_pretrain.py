@@ -289,7 +289,7 @@ def test_empty_file_and_corrupt_rows(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' + "{broken\n" * 3)
     for name, message in (("empty.txt", "'empty' has no usable rows"), ("rows.jsonl", "line 2")):
-        data = {"train": [{"kind": "files", "paths": [name]}], "max_bad_rows": 2}
+        data = {"train": [{"kind": "files", "paths": [name]}], "max_invalid_rows": 2}
         config = write_config(tmp_path, data=data)
         with pytest.raises(SystemExit) as stopped:
             pretrain.main(["--config", str(config), "--training.output_dir", str(tmp_path / "out")])

@@ -53,7 +53,7 @@ class StreamingDataset(IterableDataset):
     Args:
         stream: Rows with the columns of `_FEATURES`: a problem, the tokens of a text, of which those from `loss_start`
             on are learned, a conversation, or nothing, which is passed over.
-        config: Gives block_size, packing and max_bad_rows; more bad rows in one pass stop the run.
+        config: Gives block_size, packing and max_invalid_rows; more bad rows in one pass stop the run.
         loss_on: What is learned, by name of the source.
         reader: Reads media; None: there are none, and rows have texts alone.
         augmenters: Augmenters by name of the source.
@@ -73,7 +73,11 @@ class StreamingDataset(IterableDataset):
         cfg_dropout: CFGDropout | None = None,
     ):
         self.stream, self.reader, self.pad_id, self.seed = stream, reader, pad_id, seed
-        self.block_size, self.packing, self.max_bad_rows = config.block_size, config.packing, config.max_bad_rows
+        self.block_size, self.packing, self.max_invalid_rows = (
+            config.block_size,
+            config.packing,
+            config.max_invalid_rows,
+        )
         self.loss_on, self.augmenters, self.cfg_dropout = loss_on, augmenters or {}, cfg_dropout
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
         self._pending: list[MediaDocument] = []
@@ -85,7 +89,7 @@ class StreamingDataset(IterableDataset):
         self.epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        is_whole, is_empty, bad_rows = self._start is None, True, BadRows(self.max_bad_rows)
+        is_whole, is_empty, bad_rows = self._start is None, True, BadRows(self.max_invalid_rows)
         for row in self._pass(bad_rows):
             is_empty = False
             yield row
