@@ -1,4 +1,6 @@
-"""Writes docs/config.md (`python -m configs.reference`): every option of a run, read from the class that holds it."""
+"""Writes docs/config.md (`python -m configs.reference`): every option of a run, read from the class that holds it; and
+docs/api.md.
+"""
 
 import dataclasses
 import inspect
@@ -21,7 +23,7 @@ from trainers.arguments import MINIMUMS, MOMENTS
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import ModelOptions
 
-from . import MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, finetuning, nested_class, options_of
+from . import MODEL_CONFIGS, SECTIONS, RunConfig, api_reference, build_parser, finetuning, nested_class, options_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
@@ -69,8 +71,9 @@ WORDS = {
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page, and that of the names of the code."""
     PAGE.write_text(render(), encoding="utf-8")
+    api_reference.PAGE.write_text(api_reference.render(), encoding="utf-8")
 
 
 def render() -> str:
