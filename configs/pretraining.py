@@ -29,7 +29,7 @@ from model.backbones import reason_of
 from model.chat import ROLE_TOKENS, prepare_tokenizer
 from trainers import TRAINERS, RecurrentTrainer, RecurrentTrainingArguments, check_weights, describe_needs
 
-from . import ResolvedConfig, RunConfig, one_line_errors
+from .runs import ResolvedConfig, RunConfig, one_line_errors
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 

@@ -23,7 +23,9 @@ from trainers.arguments import MINIMUMS, MOMENTS
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import ModelOptions
 
-from . import MODEL_CONFIGS, SECTIONS, RunConfig, api_reference, build_parser, finetuning, nested_class, options_of
+from . import api_reference, finetuning
+from .loader import build_parser, nested_class, options_of
+from .runs import MODEL_CONFIGS, SECTIONS, RunConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
@@ -48,7 +50,7 @@ one, and `training` has the options of the trainer as well.
 """
 OF_TRAINING = """\
 The options that this project adds to `transformers.TrainingArguments`, or declares anew; all others are those of
-`transformers.TrainingArguments`. `deepspeed` may also be a name in `configs/deepspeed/`. `metric_for_best_model` is
+`transformers.TrainingArguments`. `metric_for_best_model` is
 `eval_NAME_loss`, `eval_NAME_perplexity` or `eval_NAME_bits_per_byte` of a validation source; where a best model is
 asked for, the loss of the first source by default. `max_steps` is at least 1, or -1 to count in `num_train_epochs`, and
 these inherited ones have a range here that transformers does not check:
@@ -82,11 +84,11 @@ def render() -> str:
     parts = [
         INTRODUCTION,
         "## The run\n",
-        HEAD + "".join(rows_of_run(build_parser(next(iter(MODEL_CONFIGS.values()))))),
+        HEAD + "".join(rows_of_run(build_parser(RunConfig.layout([])))),
     ]
     for cls, heading in headings.items():
         if cls is ModelOptions:
-            rows = rows_of_run(finetuning.build_parser(finetuning.DEFAULT_TRAINER))
+            rows = rows_of_run(build_parser(finetuning.FinetuningConfig.layout([])))
             parts += ["## The run [finetune.py]\n", HEAD + "".join(rows)]
         level = "###" if "." in heading.partition(" [")[0] else "##"
         parts += [f"{level} {heading}\n", about(cls), HEAD + "".join(rows_of(cls, headings))]

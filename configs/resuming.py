@@ -10,8 +10,9 @@ from typing import Any
 from trainers import RecurrentTrainingArguments
 from trainers.resuming import TRAINER_STATE_NAME, find_resume_point, holds_checkpoints, is_finished
 
-from . import OPTIONAL_SECTIONS, ResolvedConfig, check_output_dir, read_yaml, to_yaml
 from .deepspeed_files import deepspeed_content
+from .loader import OPTIONAL_SECTIONS, read_yaml, to_yaml
+from .runs import ResolvedConfig, check_output_dir
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from trainers.resuming import TRAINER_STATE_NAME, save_state_of
 from trainers.run_lock import RunLock
 from trainers.signals import StopCallback, StopRequest, watch_launcher
 
-from . import ResolvedConfig, one_line_errors
 from .resuming import Start, config_text, find_start
+from .runs import ResolvedConfig, one_line_errors
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,14 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         trainer.add_callback(card)
         trainer.stop = StopCallback(request)
         with one_line_errors((ResumeError, NoRowsError)):
-            train(trainer, start.checkpoint, card)
+            with request.deferred():
+                trainer.train(resume_from_checkpoint=start.checkpoint)
+                if trainer.state.global_step == 0:
+                    raise NoRowsError(
+                        "data.train: not one row came of it, and nothing was trained; look at its sources"
+                    )
+                trainer.save_model()
+            finish(trainer, card)
     return 0
 
 
@@ -113,18 +120,8 @@ class NoRowsError(ValueError):
     """Data of which not one row came, as only their end shows."""
 
 
-def train(trainer: Trainer, resume_point: str | None, card: ModelCardWriter) -> None:
-    """Train, save weights, tokenizer and code in the run folder, evaluate; last the state, which says that all of it is
-    there.
-
-    Raises:
-        NoRowsError: for data that gave none.
-    """
-    with trainer.stop.request.deferred():
-        trainer.train(resume_from_checkpoint=resume_point)
-        if trainer.state.global_step == 0:
-            raise NoRowsError("data.train: not one row came of it, and nothing was trained; look at its sources")
-        trainer.save_model()
+def finish(trainer: Trainer, card: ModelCardWriter) -> None:
+    """Evaluate what is trained and saved; last write the state, which says that all of the run is there."""
     state = copy.copy(trainer.state)
     state.log_history = list(state.log_history)  # the evaluation below has a file of its own
     metrics = trainer.evaluate()

@@ -105,7 +105,7 @@ def _check_node(node: yaml.Node, line: int) -> None:
             names.add(key.value)
 
 
-def load(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """Plain values.
 
     Raises:

@@ -63,7 +63,7 @@ class SourceConfig:
     pattern, the folder it looks in) or the end of path."""
     weight: float = 1.0
     """Share of this source among the train sources, in blocks (streaming: in documents); above 0, of any scale."""
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"is_path": True})
     """hub: dataset name on the Hugging Face hub, or a local folder; imagefolder, audiofolder, folder: the folder."""
     config_name: str | None = None
     """hub: configuration of the dataset (the `name` argument of `datasets.load_dataset`)."""
@@ -71,7 +71,7 @@ class SourceConfig:
     """hub: split to read, slices such as `train[:1%]` included."""
     streaming: bool = False
     """hub, webdataset: read while training instead of downloading or indexing first; the run then needs `max_steps`."""
-    paths: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list, metadata={"is_path": True})
     """files: paths and glob patterns ending in .txt (one document a file), .jsonl or .parquet; webdataset: in .tar;
     chat: in .json, .jsonl or .parquet."""
     task: str | None = None
@@ -391,7 +391,7 @@ class DataConfig:
 class TokenizerConfig:
     """A tokenizer that exists, or one trained on the run's own data."""
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"is_path": True})
     """Hugging Face name or folder of a tokenizer; if null, a byte-level BPE is trained on the train documents."""
     vocab_size: int = 1024
     """Size of the trained vocabulary, 3 special tokens and 256 bytes included: at least 259, which is pure bytes."""

@@ -20,7 +20,8 @@ import torch
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from configs import RunConfig, read_run_config, split_overrides
+from configs import RunConfig, read_run_config
+from configs.runs import split_overrides
 from dataset_loading import Collator, build_examples, build_validation
 from dataset_loading.codec_data import build_codec_datasets
 from inference import arguments

@@ -3,6 +3,7 @@ whole. They are as strict as that of the text model.
 """
 
 import math
+from dataclasses import field
 from typing import Any, Literal
 
 from transformers.configuration_utils import SubConfigSpec
@@ -65,7 +66,7 @@ class EncoderConfig(StrictConfig):
     attention_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
     hidden_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
     initializer_range: float | int | None = None
-    backbone: str | None = None
+    backbone: str | None = field(default=None, metadata={"is_path": True})
     backbone_config: dict | None = None
     freeze_backbone: bool = True
 
@@ -239,7 +240,7 @@ class MegaTransformerImageWriterConfig(WriterConfig):
     image_size: int = interval(min=1)(default=32)
     codec: Literal["patch", "autoencoder"] = "patch"
     patch_size: int = interval(min=1)(default=8)
-    codec_name_or_path: str | None = None
+    codec_name_or_path: str | None = field(default=None, metadata={"is_path": True})
     codec_config: dict | None = None
 
     @property
@@ -284,7 +285,7 @@ class MegaTransformerAudioWriterConfig(WriterConfig):
     num_mel_bins: int = interval(min=1)(default=64)
     frames_per_token: int = interval(min=1)(default=4)
     max_seconds: float | int = interval(min=0.0, exclude_min=True)(default=4.0)
-    vocoder_name_or_path: str | None = None
+    vocoder_name_or_path: str | None = field(default=None, metadata={"is_path": True})
     vocoder_config: dict | None = None
 
     @property

@@ -7,7 +7,7 @@ Source of what has no other named: Geiping et al. 2025, arXiv 2502.05171 ("the p
 import hashlib
 import math
 import operator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -211,8 +211,7 @@ class DepthOptions:
     @staticmethod
     def names() -> list[str]:
         """The keywords of `generate` from which the options come."""
-        parts = [f"{prefix}_{item.name}" for prefix, part in PARTS.items() for item in fields(part)]
-        return ["num_steps", *parts, "state_warm_start"]
+        return ["num_steps", *EXIT_KEYWORDS, *NOISE_KEYWORDS, "state_warm_start"]
 
     @classmethod
     def resolve(
@@ -223,24 +222,16 @@ class DepthOptions:
         Raises:
             ValueError: a value is outside its range.
         """
-        defaults = {
-            "exit_criterion": recurrence.exit_criterion,
-            "exit_threshold": recurrence.exit_threshold,
-            "exit_first_step": recurrence.exit_first_step,
-            "exit_every": recurrence.exit_every,
-            "exit_in_prefill": recurrence.exit_in_prefill,
-            "state_warm_start": recurrence.state_warm_start,
-        }
+        sources = (keywords, vars(generation_config), vars(recurrence))
 
         def chosen(name: str) -> Any:
-            sources = keywords.get(name), getattr(generation_config, name, None), defaults.get(name)
-            return next((value for value in sources if value is not None), None)
+            return next((source[name] for source in sources if source.get(name) is not None), None)
 
-        def part(prefix: str) -> ExitOptions | NoiseOptions:
-            given = {item.name: chosen(f"{prefix}_{item.name}") for item in fields(PARTS[prefix])}
-            return PARTS[prefix](**{name: value for name, value in given.items() if value is not None})
+        def part(names: dict[str, str]) -> dict[str, Any]:
+            return {field: value for name, field in names.items() if (value := chosen(name)) is not None}
 
-        return cls(chosen("num_steps"), part("exit"), part("noise"), bool(chosen("state_warm_start")))
+        exits, noise = ExitOptions(**part(EXIT_KEYWORDS)), NoiseOptions(**part(NOISE_KEYWORDS))
+        return cls(chosen("num_steps"), exits, noise, bool(chosen("state_warm_start")))
 
     @property
     def is_fixed(self) -> bool:
@@ -264,5 +255,14 @@ class DepthOptions:
         return asked | ({"initial_state": "last"} if self.state_warm_start else {})
 
 
-PARTS = {"exit": ExitOptions, "noise": NoiseOptions}
-"""What a keyword of `generate` begins with, such as `exit_threshold`, and where it goes."""
+EXIT_KEYWORDS = {
+    "exit_criterion": "criterion",
+    "exit_threshold": "threshold",
+    "min_steps": "min_steps",
+    "exit_check_interval": "check_interval",
+    "exit_in_prefill": "in_prefill",
+    "exit_schedule": "schedule",
+}
+"""Keywords of `generate`, and the fields of `ExitOptions` that they fill."""
+NOISE_KEYWORDS = {"noise_level": "level", "noise_schedule": "schedule"}
+"""The same for `NoiseOptions`."""

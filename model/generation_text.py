@@ -17,6 +17,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput
 
 from .cache import RecurrentCache
+from .configuration_megatransformer_text import under_new_names
 from .depth import Depth, DepthOptions, resolve_depth
 from .outputs import CACHE_NAME
 
@@ -41,8 +42,8 @@ class RecurrentGenerationMixin:
         Args:
             num_steps: Core steps of each token: an int, or (batch,). Default: `config.num_steps`, else the mean.
             exit_criterion: What ends a row's iteration earlier: an entry of `EXIT_CRITERIA`, "schedule", or "none".
-            exit_threshold, exit_first_step, exit_every, exit_in_prefill, exit_schedule: See `ExitOptions`. Default: the
-                prompt takes all steps.
+            exit_threshold, min_steps, exit_check_interval, exit_in_prefill, exit_schedule: See `ExitOptions`. Default:
+                the prompt takes all steps.
             state_warm_start: A new token's iteration starts where that of the token before has ended.
             noise_level, noise_schedule: See `NoiseOptions`.
             cache_policy, num_kept_steps: See `RecurrentCache`.
@@ -108,9 +109,13 @@ class RecurrentGenerationMixin:
         that are neither. Each option: the keyword, then the generation config, then that of the model; of depth then
         `config.recurrence`, of the cache where it is made.
         """
+        old_names = self.text_config.recurrence.attribute_map
+        kwargs = under_new_names(kwargs, old_names)
         given = {name: kwargs.pop(name, None) for name in (*DepthOptions.names(), *CACHE_OPTIONS)}
         config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
-        config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        vars(config).update(under_new_names(vars(config), old_names))
+        defaults = under_new_names(self.generation_config.to_dict(), old_names)
+        config.update(**defaults, defaults_only=True, allow_custom_entries=True)
         kwargs = config.update(**kwargs)
         depth = DepthOptions.resolve(given, config, self.text_config.recurrence)
         for name in CACHE_OPTIONS:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from model import ExitOptions, NoiseOptions, RecurrentCache
+from model import ExitOptions, NoiseOptions, RecurrenceConfig, RecurrentCache
 from model.depth import NOISE_SCHEDULES, keyed_generator
 from model.exit_criteria import EXIT_CRITERIA, ExitCheck
 from tests.tiny import PAD, for_forward, tiny_config, tiny_ids, tiny_model
@@ -133,7 +134,7 @@ def test_first_check_and_every_n_steps(model):
     """After steps 3, 5 and 7: with a threshold that all pass, rows stop at the first check; with one that none passes,
     at the end.
     """
-    checks = {"exit_criterion": "cosine", "exit_first_step": 3, "exit_every": 2, "num_steps": MOST}
+    checks = {"exit_criterion": "cosine", "min_steps": 3, "exit_check_interval": 2, "num_steps": MOST}
 
     def steps_of(rows: int, **options) -> list[int]:
         return model(tiny_ids(rows, 4), **for_forward(**{**checks, **options})).exit_steps.tolist()
@@ -141,6 +142,31 @@ def test_first_check_and_every_n_steps(model):
     assert steps_of(2, exit_threshold=2.0) == [3, 3]
     assert steps_of(2, exit_threshold=1e-9) == [MOST, MOST]
     assert set(steps_of(8, exit_criterion="argmax_stability", exit_threshold=1)) <= {5, 7, 8}
+
+
+def test_old_names_of_options_work_with_a_line_that_names_the_new_ones(model, monkeypatch):
+    settings = {"num_steps": MOST, "max_new_tokens": 4, "return_dict_in_generate": True, "exit_in_prefill": True}
+    settings |= {"exit_criterion": "cosine", "exit_threshold": 2.0}
+    new = model.generate(tiny_ids(2, 4), min_steps=3, exit_check_interval=2, **settings).exit_steps
+    assert new.tolist() == [[3] * 4] * 2
+    old = {"exit_first_step": 3, "exit_every": 2}
+    said = []
+    monkeypatch.setattr("model.configuration_megatransformer_text.logger.warning_once", said.append)
+    by_keyword = model.generate(tiny_ids(2, 4), **old, **settings).exit_steps
+    assert said == [
+        "exit_first_step is now called min_steps; the old name will not be known to the next version",
+        "exit_every is now called exit_check_interval; the old name will not be known to the next version",
+    ]
+    by_config = model.generate(tiny_ids(2, 4), GenerationConfig(**old, **settings)).exit_steps
+    assert torch.equal(by_keyword, new) and torch.equal(by_config, new)
+    recurrence = RecurrenceConfig(exit_first_step=3, exit_every=2)
+    assert (recurrence.min_steps, recurrence.exit_check_interval, recurrence.exit_every) == (3, 2, 2)
+    assert RecurrenceConfig.from_dict(old).to_dict() == recurrence.to_dict()
+    assert "exit_every" not in recurrence.to_dict()
+    with pytest.raises(ValueError, match="exit_every and exit_check_interval are two names of the same option; give"):
+        model.generate(tiny_ids(2, 4), exit_every=2, exit_check_interval=2, **settings)
+    with pytest.raises(ValueError, match="exit_check_interval"):
+        RecurrenceConfig(exit_every=0)
 
 
 def test_depth_of_each_token_is_reported_without_exits_too(model):
@@ -203,9 +229,7 @@ def test_rows_with_a_budget_and_an_exit_stop_at_the_first_of_both(model):
     free = model(ids, num_steps=MOST, **exits).exit_steps
     budgets = torch.tensor([1, MOST, 2, MOST])
     assert model(ids, num_steps=budgets, **exits).exit_steps.tolist() == torch.minimum(free, budgets).tolist()
-    checked_late = for_forward(
-        exit_criterion="kl_divergence", exit_first_step=3, exit_threshold=THRESHOLDS["kl_divergence"]
-    )
+    checked_late = for_forward(exit_criterion="kl_divergence", min_steps=3, exit_threshold=THRESHOLDS["kl_divergence"])
     out = model(ids, num_steps=budgets, **checked_late)
     for row, steps in enumerate(out.exit_steps.tolist()):
         expected = logits_of(model, ids[row : row + 1], num_steps=steps)[0]
@@ -374,8 +398,8 @@ def test_warm_start_begins_where_the_token_before_ended(model):
         ({"exit_criterion": "patience"}, "exit_criterion 'patience' is unknown; choose one of none, schedule, kl_div"),
         ({"exit_criterion": "cosine", "exit_threshold": 2.5}, "of cosine must be above 0 and at most 2.0, got 2.5"),
         ({"exit_criterion": "kl_divergence", "exit_threshold": 0}, "must be above 0 and at most inf, got 0"),
-        ({"exit_criterion": "cosine", "exit_first_step": 0}, "exit_first_step must be an integer of at least 1, got 0"),
-        ({"exit_criterion": "cosine", "exit_every": 1.5}, "exit_every must be an integer of at least 1, got 1.5"),
+        ({"exit_criterion": "cosine", "min_steps": 0}, "min_steps must be an integer of at least 1, got 0"),
+        ({"exit_criterion": "cosine", "exit_check_interval": 1.5}, "exit_check_interval must be an integer of at leas"),
         ({"exit_criterion": "schedule"}, "needs an exit_schedule"),
         ({"exit_criterion": "cosine", "use_cache": False}, "'cosine' is not possible with use_cache=False"),
         ({"exit_criterion": "cosine", "prompt_lookup_num_tokens": 2}, "not possible with assisted generation"),
@@ -402,7 +426,7 @@ def test_bad_options_are_one_clear_error(model, options, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: ExitOptions("cosine", every=0), "exit_every must be an integer of at least 1, got 0"),
+        (lambda model: ExitOptions("cosine", check_interval=0), "exit_check_interval must be an integer of at least 1"),
         (lambda model: NoiseOptions(-1.0), "noise_level must be at least 0, got -1.0"),
         (lambda model: model(tiny_ids(1, 4), exits=ExitOptions("schedule", schedule=[2])), "give num_steps"),
         (lambda model: model(tiny_ids(1, 4), initial_state="first"), "initial_state is 'first'; give a tensor, or"),

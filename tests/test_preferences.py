@@ -11,7 +11,8 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import finetune
-from configs.finetuning import build_trainer, load_finetuning_config
+from configs import load_config
+from configs.finetuning import FinetuningConfig, build_trainer
 from dataset_loading.configuration import DataConfig, SourceConfig
 from dataset_loading.preferences import build_pairs, build_prompts, spoiled
 from dataset_loading.synthetic import get_task
@@ -136,7 +137,7 @@ def test_the_reference_has_no_deltas_of_steps_either(tiny_run, tmp_path):
     training = {"max_steps": 2, "learning_rate": 0.1, "save_strategy": "no"}
     config = write_tuning_config(tmp_path, tiny_run, trainer="dpo", training=training, **sections)
     trainer = build_trainer(
-        load_finetuning_config(["--config", str(config), "--training.output_dir", str(tmp_path / "out")])
+        load_config(["--config", str(config), "--training.output_dir", str(tmp_path / "out")], FinetuningConfig)
     )
     trainer.train()
     ids, (base, _) = torch.randint(3, 200, (2, 7)), load_model(tiny_run)
