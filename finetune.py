@@ -9,7 +9,7 @@ from configs import load_config, one_line_errors
 from configs.finetuning import FinetuningConfig, build_trainer
 from configs.running import run_training, set_up_output
 from inference.shutdown import run_to_the_end
-from trainers.rewards import RewardError
+from trainers.user_functions import RewardError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,7 +48,7 @@ from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from tests.tiny_media import tiny_media_config
 from tests.tiny_media_run import TINY_MEDIA_RUN
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor
-from trainers import check_weights, find_resume_point, manifest
+from trainers import check_weights, checkpoints, find_resume_point
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = SourceConfig("generated", task="addition", num_rows=3)
@@ -491,7 +491,7 @@ def save_run(folder: Path, has_manifests: bool) -> None:
         save_training(folder / f"checkpoint-{step}", step)
         if has_manifests:
             small_run().save(folder / f"checkpoint-{step}" / "config.yaml")
-            manifest.complete(folder / f"checkpoint-{step}")
+            checkpoints.complete_checkpoint(folder / f"checkpoint-{step}")
 
 
 def save_training(folder: Path, step: int) -> None:

@@ -82,7 +82,7 @@ def add_callbacks(
         trainer.add_callback(ModelSizeCallback(reporter))
     if config.samples.prompts:
         trainer.add_callback(SamplesCallback(config.samples, tokenizer_of(processor), reporter))
-    read, written = divide(examples or {})
+    read, written = split_examples(examples or {})
     if read and config.media_samples.num_examples:
         trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, read, reporter))
     if written and config.written_samples.num_examples:
@@ -97,7 +97,7 @@ def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
     trainer.add_callback(NonFiniteCallback(config.non_finite))
 
 
-def divide(examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, list[Mapping[str, Any]]]]:
+def split_examples(examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, list[Mapping[str, Any]]]]:
     """The examples whose answer is text, by source; and those whose answer is a medium, by source and kind."""
     read: dict[str, list[Mapping[str, Any]]] = {}
     written: dict[str, list[Mapping[str, Any]]] = {}

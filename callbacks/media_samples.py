@@ -19,8 +19,7 @@ from transformers import (
 
 from model import tokenizer_of
 
-from .periodic import WritingCallback, aside, depths_of, verbatim
-from .reporting import Reporter
+from .reporting import Reporter, WritingCallback, aside, depths_of, verbatim
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ class MediaSamplesCallback(WritingCallback):
             for number, pixels in enumerate(example["media"].get("image", [])):
                 writer.add_image(f"train/{name}/picture_{number}", self.picture(pixels), state.global_step)
             for number, features in enumerate(example["media"].get("audio", [])):
-                writer.add_image(f"train/{name}/spectrogram_{number}", spectrogram(features), state.global_step)
+                writer.add_image(f"train/{name}/spectrogram_{number}", spectrogram_image(features), state.global_step)
             for number, waveform in enumerate(example["waveforms"]()):
                 sound, rate = torch.as_tensor(waveform)[None], self.processor.feature_extractor.sampling_rate
                 writer.add_audio(f"train/{name}/sound_{number}", sound, state.global_step, rate)
@@ -142,7 +141,7 @@ def inputs_of(
     }
 
 
-def spectrogram(features: torch.Tensor) -> torch.Tensor:
+def spectrogram_image(features: torch.Tensor) -> torch.Tensor:
     """(1, mel bins, frames) in [0, 1], low tones at the bottom, from (mel bins, frames)."""
     features = features.cpu().float()
     low, high = features.min(), features.max()

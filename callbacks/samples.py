@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from .periodic import WritingCallback, aside, depths_of, verbatim
-from .reporting import Reporter
+from .reporting import Reporter, WritingCallback, aside, depths_of, verbatim
 
 logger = logging.getLogger(__name__)
 

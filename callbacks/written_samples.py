@@ -15,9 +15,8 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerControl, Traine
 from model import draw_codes
 from model.chat import WRITTEN_PREFIX
 
-from .media_samples import Example, inputs_of, spectrogram
-from .periodic import PeriodicCallback, aside, depths_of, verbatim
-from .reporting import Reporter
+from .media_samples import Example, inputs_of, spectrogram_image
+from .reporting import PeriodicCallback, Reporter, aside, depths_of, verbatim
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +172,7 @@ class WrittenSamplesCallback(PeriodicCallback):
     def cell(self, medium: Any | None) -> np.ndarray | None:
         """(height, width, 3) of uint8: a picture, or the spectrogram of a recording, as the model learns them."""
         if isinstance(medium, tuple):
-            levels = spectrogram(self.processor.kinds[f"{WRITTEN_PREFIX}audio"].preprocess(medium))[0]
+            levels = spectrogram_image(self.processor.kinds[f"{WRITTEN_PREFIX}audio"].preprocess(medium))[0]
             return (levels * 255).round().byte().numpy()[..., None].repeat(3, axis=-1)
         return None if medium is None else np.asarray(medium.convert("RGB"))
 

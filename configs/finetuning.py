@@ -24,12 +24,19 @@ from model.chat import prepare_tokenizer
 from model.quantization import QuantizationConfig
 from model.step_lora import StepLora, add_step_lora
 from trainers import RecurrentTrainingArguments, check_weights
+from trainers.base import is_quantized
 from trainers.dpo import PreferenceArguments, PreferenceTrainer
 from trainers.exit_probe import ExitProbeArguments, ExitProbeTrainer
-from trainers.finetuners import FINETUNERS
-from trainers.finetuning import ModelOptions, PeftOptions, StepLoraOptions, lora_config, step_lora_targets
+from trainers.finetuning import (
+    FINETUNERS,
+    ModelOptions,
+    PeftOptions,
+    StepLoraOptions,
+    lora_config,
+    prepare_quantized_training,
+    step_lora_targets,
+)
 from trainers.grpo import RolloutArguments, RolloutTrainer
-from trainers.quantization import is_quantized, prepare_quantized_training
 from trainers.sft import SupervisedArguments
 
 from .loader import NOT_OPTIONS, OPTIONAL_SECTIONS, Layout, closest
@@ -153,7 +160,7 @@ def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Tra
         for part in beside:
             part.load(resume_point)
     trainer = BUILDERS[run.trainer](run, model, processor)
-    trainer.beside = beside
+    trainer.auxiliary = beside
     return trainer
 
 

@@ -20,8 +20,7 @@ from transformers import TrainingArguments
 from model import CODEC_CONFIGS
 from trainers import RecurrentTrainingArguments
 from trainers.arguments import MINIMUMS, MOMENTS
-from trainers.finetuners import FINETUNERS
-from trainers.finetuning import ModelOptions
+from trainers.finetuning import FINETUNERS, ModelOptions
 
 from . import api_reference, finetuning
 from .loader import build_parser, nested_class, options_of

@@ -7,24 +7,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from datasets import disable_progress_bars
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from callbacks import ModelCardWriter, sources_of
 from inference.devices import choose_threads, device_report
 from inference.logs import set_up_logging
-from trainers.ranks import decide
-from trainers.resumed import ResumeError
-from trainers.resuming import TRAINER_STATE_NAME, save_state_of
-from trainers.run_lock import RunLock
+from trainers.locks import RunLock
+from trainers.resuming import TRAINER_STATE_NAME, ResumeError, save_state_of
 from trainers.signals import StopCallback, StopRequest, watch_launcher
 
 from .resuming import Start, config_text, find_start
 from .runs import ResolvedConfig, one_line_errors
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 
 def set_up_output(log_level: str) -> None:
@@ -98,6 +99,26 @@ def begin(run: ResolvedConfig, lock: RunLock) -> Start:
     if start.checkpoint is None and start.may_be_complete:
         logger.warning("%s holds no whole checkpoint to go on from: the run begins anew", run.training.output_dir)
     return start
+
+
+def decide(choose: Callable[[], Answer], args: TrainingArguments) -> Answer:
+    """What the first rank finds, on all ranks: each might find something else in a folder that is being written.
+
+    Raises:
+        ValueError: on all ranks, where the first one has found a ValueError or an OSError.
+    """
+    if args.world_size == 1:
+        return choose()
+    answer: list = [None, None]
+    if args.process_index == 0:
+        try:
+            answer[0] = choose()
+        except (ValueError, OSError) as error:
+            answer[1] = str(error)
+    torch.distributed.broadcast_object_list(answer, src=0, device=args.device)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return answer[0]
 
 
 class ConfigWriter(TrainerCallback):

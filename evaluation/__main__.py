@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import datasets
 import torch
 from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from configs import RunConfig, read_run_config
 from configs.runs import split_overrides
@@ -35,16 +35,15 @@ from model.chat import WRITTEN_PREFIX
 from model.exit_criteria import EXIT_CRITERIA
 from model.quantization import QuantizationConfig
 
-from .answers import Writer
+from .answers import AnswerGenerator
 from .checks import CHECKS
+from .classifiers import load_classifier
 from .depth import depth_table
-from .feature_networks import FeatureNetwork
-from .judges import Judge, load_judge
-from .media_report import media_markdown, save_media_table
-from .media_writing import BackReader, MediaTable, MediaWriter, media_table
+from .distances import FeatureNetwork
+from .media_generation import MediaGenerator, RoundTrip, media_table
 from .metrics import token_byte_lengths
 from .reconstruction import reconstruction_table
-from .report import markdown_table, save_depth_table
+from .report import markdown_table, media_markdown, save_depth_table, save_media_table
 
 logger = logging.getLogger("evaluation")  # __name__ is __main__ when run with -m
 
@@ -97,15 +96,15 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     dtype = args.dtype and getattr(torch, args.dtype)
     model, processor = load_model(checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
     choose_threads(model)
-    judges = load_named(args.judge, load_judge)
+    classifiers = load_named(args.judge, load_classifier)
     networks = load_named(args.feature_network, FeatureNetwork)
     texts = validation_texts(run, processor, args.limit)
-    examples, prompts = divide(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
+    examples, prompts = split_by_answer(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
     depths = sorted(set(args.num_steps))
     if model.config.get_text_config().num_core_layers == 0:
         logger.warning("%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint)
         depths = [None]
-    writer = Writer(processor, args.max_new_tokens)
+    writer = AnswerGenerator(processor, args.max_new_tokens)
     limit = prompt_limit(model, args.max_prompt_tokens)
     check_lengths({**examples, **prompts}, limit)
     output = writable_folder(args.output or Path(args.checkpoint) / "evaluation")
@@ -124,7 +123,9 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     with whole_folder(output) as made:
         names = [path.name for path in save_depth_table(rows, made, about)]
     if prompts and not args.no_media:
-        table = write_media(model, depths, prompts, writer, judges, networks, args)
+        generator = MediaGenerator(writer, generate_options(args))
+        reader = None if args.read_back is None else RoundTrip(writer, args.read_back)
+        table = media_table(model, depths, prompts, generator, classifiers, reader, args.batch_size, networks)
         write_result(f"\n{media_markdown(table)}")
         how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.judge]}
         how["feature_networks"] = [str(path) for path in args.feature_network]
@@ -282,23 +283,7 @@ def load_named(paths: Sequence[Path], load: Callable[[Path], T]) -> dict[str, T]
     return {path.name: load(path) for path in paths}
 
 
-def write_media(
-    model: PreTrainedModel,
-    depths: Sequence[int | None],
-    prompts: dict[str, Sequence[dict]],
-    writer: Writer,
-    judges: dict[str, Judge],
-    networks: dict[str, FeatureNetwork],
-    args: argparse.Namespace,
-) -> MediaTable:
-    """The pictures and sounds that prompts ask for, at each depth."""
-    reader = None if args.read_back is None else BackReader(writer, args.read_back)
-    return media_table(
-        model, depths, prompts, MediaWriter(writer, generate_options(args)), judges, reader, args.batch_size, networks
-    )
-
-
-def divide(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequence[dict]], dict[str, Sequence[dict]]]:
+def split_by_answer(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequence[dict]], dict[str, Sequence[dict]]]:
     """The examples whose answer is text, and those whose answer is a medium, by source; a source with several kinds of
     media is divided by them.
     """

@@ -32,7 +32,7 @@ class Answer:
 
 
 @dataclass
-class WrittenScores:
+class TextScores:
     """Texts written by greedy decoding against the references, blanks at both ends left out. Shares in [0, 1], but for
     the error rates, which have no upper end.
     """
@@ -61,7 +61,7 @@ def prompt_of(example: Example) -> list[int]:
     return example["input_ids"][:start]
 
 
-class Writer:
+class AnswerGenerator:
     """Answers prompts by greedy decoding, in batches that are padded on the left.
 
     Args:
@@ -133,7 +133,7 @@ def to_model(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[
     }
 
 
-def written_scores(answers: Sequence[Answer]) -> WrittenScores:
+def text_scores(answers: Sequence[Answer]) -> TextScores:
     """Scores of the texts of all answers together.
 
     Raises:
@@ -160,7 +160,7 @@ def written_scores(answers: Sequence[Answer]) -> WrittenScores:
             "bleu": float(not any(written)),
         }
     right = [text == reference for text, reference in zip(written, references, strict=True)]
-    return WrittenScores(
+    return TextScores(
         num_examples=len(answers),
         exact_match=sum(right) / len(right),
         **of_words,

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .pitch_reader import read_notes
-from .scene_reader import COLOURS, SHAPES, SeenObject, read_scene
+from .recognition import COLOURS, SHAPES, SeenObject, read_notes, read_scene
 
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("a", "two", "three", "four", "five", "six", "seven", "eight", "nine")

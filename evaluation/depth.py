@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from model import modality_names
 
-from .answers import Answer, Example, Writer, WrittenScores, prompt_of, to_model, written_scores
+from .answers import Answer, AnswerGenerator, Example, TextScores, prompt_of, text_scores, to_model
 from .metrics import metrics_from_sums, token_scores
 
 Item = Mapping[str, Any]
@@ -42,7 +43,7 @@ class ModalityScores:
     """Loss, perplexity and bits per byte of the validation sources; empty if none has it."""
     exact_match: float | None
     """Of the sources with answers; None if none has it."""
-    written: WrittenScores | None
+    written: TextScores | None
 
 
 @dataclass
@@ -62,7 +63,7 @@ class DepthRow:
     """Loss, perplexity and bits per byte of each validation source."""
     exact_match: dict[str, ExactMatch]
     """By source with answers."""
-    written: dict[str, WrittenScores] = field(default_factory=dict)
+    written: dict[str, TextScores] = field(default_factory=dict)
     """By source with answers, if texts were written."""
     modalities: dict[str, ModalityScores] = field(default_factory=dict)
     """By modality, where there are others than text."""
@@ -104,6 +105,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@dataclass
 class DepthEvaluator:
     """Runs one model at one depth after the other over the same rows.
 
@@ -116,20 +118,11 @@ class DepthEvaluator:
         writer: writes answers; None for none.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        collate: Collate,
-        byte_lengths: torch.LongTensor | None,
-        batch_size: int,
-        writer: Writer | None,
-    ) -> None:
-        self.model = model
-        self.collate = collate
-        self.byte_lengths = byte_lengths
-        self.batch_size = batch_size
-        self.modalities = modality_names()
-        self.writer = writer
+    model: PreTrainedModel
+    collate: Collate
+    byte_lengths: torch.LongTensor | None
+    batch_size: int
+    writer: AnswerGenerator | None
 
     def batches(self, items: Iterable[Item]) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of at most `batch_size` items, in order, as `batch_of` makes them."""
@@ -152,7 +145,7 @@ class DepthEvaluator:
         """Sums of `token_scores` over all tokens of each modality, (modalities, 2 or 3), seconds in forward passes, and
         positions passed.
         """
-        sums = torch.zeros(len(self.modalities), 2 if self.byte_lengths is None else 3, dtype=torch.float64)
+        sums = torch.zeros(len(modality_names()), 2 if self.byte_lengths is None else 3, dtype=torch.float64)
         seconds, positions = 0.0, 0
         for batch in self.batches(items):
             wait_for(self.model.device)
@@ -207,7 +200,7 @@ class DepthEvaluator:
             milliseconds_per_token=1000 * seconds / positions,
             sources={name: metrics_from_sums(*part.sum(dim=0).tolist()) for name, part in sums.items()},
             exact_match={name: exact_match(found) for name, found in answers.items()},
-            written={name: written_scores(found) for name, found in answers.items() if self.writer is not None},
+            written={name: text_scores(found) for name, found in answers.items() if self.writer is not None},
             modalities=self.score_modalities(by_modality, [answer for found in answers.values() for answer in found]),
         )
 
@@ -219,14 +212,14 @@ class DepthEvaluator:
             answers: of all sources.
         """
         found = {}
-        for name, part in zip(self.modalities, sums.tolist(), strict=True):
+        for name, part in zip(modality_names(), sums.tolist(), strict=True):
             own = [answer for answer in answers if answer.modality == name]
             if not own and part[1] == 0:
                 continue
             found[name] = ModalityScores(
                 losses=metrics_from_sums(*part) if part[1] else {},
                 exact_match=exact_match(own).total if own else None,
-                written=written_scores(own) if own and self.writer is not None else None,
+                written=text_scores(own) if own and self.writer is not None else None,
             )
         return {} if set(found) <= {"text"} else found
 
@@ -257,7 +250,6 @@ def check_rows(texts: Mapping[str, Sequence[Item]], examples: Mapping[str, Seque
                 raise ValueError(f"Row {index} of {name!r} has no labelled answer token: check its answer column.")
 
 
-@torch.no_grad()
 def depth_table(
     model: PreTrainedModel,
     depths: Sequence[int | None],
@@ -266,7 +258,7 @@ def depth_table(
     collate: Collate,
     byte_lengths: torch.LongTensor | None = None,
     batch_size: int = 8,
-    writer: Writer | None = None,
+    writer: AnswerGenerator | None = None,
 ) -> list[DepthRow]:
     """Evaluate a model at each depth; it is left in the mode (train or eval) it came in.
 
@@ -286,9 +278,7 @@ def depth_table(
     """
     check_rows(texts, examples)
     evaluator = DepthEvaluator(model, collate, byte_lengths, batch_size, writer)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         # The first passes pay for kernel selection and memory; they are not part of any depth's time.
         first = next(iter(texts.values()))
         evaluator.score_texts([first[index] for index in range(min(batch_size, len(first)))], depths[0])
@@ -296,5 +286,15 @@ def depth_table(
             evaluator.row(num_steps, texts, examples)
             for num_steps in tqdm(depths, desc="depths", unit="depth", disable=None)
         ]
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """A context in which a model is in evaluation mode and has no gradients, and after which it is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
     finally:
         model.train(was_training)

@@ -1,21 +1,31 @@
-"""What depth buys as Markdown, JSON and a picture."""
+"""What depth buys, and what a model has generated, as Markdown, JSON, curves and contact sheets."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answers import WrittenScores
+import numpy as np
+import torch
+
+from .answers import TextScores
 from .depth import DepthRow, ModalityScores
+from .media_generation import MediaRow, MediaSample, MediaScores, MediaTable, Medium
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WRITTEN = ("exact text", "WER", "CER", "BLEU", "chrF")
 LINES = ("-", "--", ":", "-.")
+VERBS = {"image": "Drawn", "audio": "Played"}
+RIGHT, WRONG = "#2a9d2a", "#d62728"
+WINDOW, HOP = 0.032, 0.008  # seconds of a frame of a spectrogram, and from one to the next
+RANGE = 7.0  # powers of ten of a spectrogram that are shown
 
 
 def percent(share: float) -> str:
@@ -92,7 +102,7 @@ def written_table(rows: Sequence[DepthRow], name: str) -> str:
     return format_table(["steps", *WRITTEN, *attributes], lines)
 
 
-def written_cells(scores: WrittenScores) -> list[str]:
+def written_cells(scores: TextScores) -> list[str]:
     """In the order of `WRITTEN`."""
     errors = (scores.word_error_rate, scores.character_error_rate)
     return [percent(share) for share in (scores.exact_match, *errors, scores.bleu, scores.chrf)]
@@ -106,43 +116,127 @@ def format_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-# -------------------------------------------------------------------------------------------------------------- picture
+# ------------------------------------------------------------------------------------------------------ tables of media
 
 
-def plot(rows: Sequence[DepthRow], path: Path) -> None:
+def media_markdown(table: MediaTable) -> str:
+    """A table for each source: a line for each depth, and one for real media."""
+    parts = []
+    for name, first in table.rows[0].sources.items():
+        title = f"{VERBS[first.medium]} for {name} ({first.num_examples}):\n"
+        parts += [title, source_table(table, name)]
+    return "\n".join(parts)
+
+
+def source_table(table: MediaTable, name: str) -> str:
+    """Checks, what classifiers say, what is read back, and time."""
+    scores = [row.sources[name] for row in table.rows]
+    lines = [[depth_name(row.num_steps), *cells(row.sources[name])] for row in table.rows]
+    lines.append(["real", *real_cells(table.real[name], scores[0])])
+    return format_table(["steps", *header_of(scores[0])], lines)
+
+
+def names_of_checks(checks: Mapping[str, float]) -> list[str]:
+    """All of them together first."""
+    return sorted(checks, key=lambda name: name != "all")
+
+
+def header_of(scores: MediaScores) -> list[str]:
+    """Names of the columns behind that of the depth."""
+    judged = [f"{name} {what}" for name in scores.judged for what in ("classifier", "Frechet", "KID")]
+    judged += [f"{name} {what}" for name in scores.distances for what in ("Frechet", "KID")]
+    read_back = ["read back", "read back WER"] if scores.read_back else []
+    return [*names_of_checks(scores.checks), *judged, *read_back, *(["mean steps"] if scores.mean_steps else []), "ms"]
+
+
+def cells(scores: MediaScores) -> list[str]:
+    """Figures of one depth, in the order of `header_of`."""
+    found = [percent(scores.checks[name]) for name in names_of_checks(scores.checks)]
+    for it in scores.judged.values():
+        found += [percent(it.accuracy), distance_cell(it.frechet_distance), distance_cell(it.kernel_distance)]
+    for it in scores.distances.values():
+        found += [distance_cell(it.frechet_distance), distance_cell(it.kernel_distance)]
+    if scores.read_back:
+        found += [percent(scores.read_back.exact_match), percent(scores.read_back.word_error_rate)]
+    return [*found, *([f"{scores.mean_steps:.2f}"] if scores.mean_steps else []), f"{scores.milliseconds:.1f}"]
+
+
+def real_cells(checks: Mapping[str, float], scores: MediaScores) -> list[str]:
+    """The same figures of real media; a dash where there are none."""
+    found = [percent(checks[name]) for name in names_of_checks(scores.checks)]
+    for it in scores.judged.values():
+        found += [
+            percent(it.real_accuracy),
+            distance_cell(it.real_frechet_distance),
+            distance_cell(it.real_kernel_distance),
+        ]
+    for it in scores.distances.values():
+        found += [distance_cell(it.real_frechet_distance), distance_cell(it.real_kernel_distance)]
+    return [*found, *["-"] * (len(header_of(scores)) - len(found))]
+
+
+def distance_cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def plot_depths(rows: Sequence[DepthRow], path: Path) -> None:
     """Loss, exact match and time against depth, side by side, as PNG; depth on a logarithmic axis. Below them, if texts
-    were written, error rates, BLEU and chrF, and attributes.
+    were generated, error rates, BLEU and chrF, and attributes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     num_lines = 2 if rows[0].written else 1
-    figure = Figure(figsize=(13, 4 * num_lines), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
+    figure = new_figure(13, 4 * num_lines)
     panels = figure.subplots(num_lines, 3, squeeze=False)
     plot_losses(rows, *panels[0])
     if rows[0].written:
         plot_texts(rows, *panels[1])
-    depths = depths_of(rows)
     for axes in panels.flat:
-        if len(depths) > 1:
-            axes.set_xscale("log", base=2)
-        axes.set_xticks(depths, [depth_name(row.num_steps) for row in rows])
-        axes.set_xlabel("core steps")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+        label_depths(axes, rows)
     figure.savefig(path, dpi=120)
 
 
-def depths_of(rows: Sequence[DepthRow]) -> list[int]:
-    """Places on the axis."""
+def plot_media(table: MediaTable, path: Path) -> None:
+    """Each source's checks and accuracies against depth, as PNG; dotted lines are what real media reach."""
+    names = list(table.rows[0].sources)
+    figure = new_figure(6.5 * len(names), 4.5)
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        plot_source([row.sources[name] for row in table.rows], places_of(table.rows), table.real[name], axes)
+        label_depths(axes, table.rows)
+        axes.set(title=name, ylim=(-0.02, 1.02))
+    figure.savefig(path, dpi=120)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of a size in inches that is drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def label_depths(axes: Axes, rows: Sequence[DepthRow | MediaRow]) -> None:
+    """Make the horizontal axis that of the depths, and add grid and legend."""
+    if len(rows) > 1:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(places_of(rows), [depth_name(row.num_steps) for row in rows])
+    axes.set_xlabel("core steps")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+
+
+def places_of(rows: Sequence[DepthRow | MediaRow]) -> list[int]:
+    """Places of the depths on the horizontal axis."""
     return [row.num_steps or 0 for row in rows]
 
 
 def plot_losses(rows: Sequence[DepthRow], loss: Axes, exact: Axes, duration: Axes) -> None:
     """The panels that every evaluation has."""
-    depths = depths_of(rows)
+    depths = places_of(rows)
     modalities = [name for name, scores in rows[0].modalities.items() if scores.losses]
     loss.plot(depths, [row.loss for row in rows], marker="o", label="all" if modalities else None)
     for name in modalities:
@@ -159,7 +253,7 @@ def plot_losses(rows: Sequence[DepthRow], loss: Axes, exact: Axes, duration: Axe
 
 def plot_texts(rows: Sequence[DepthRow], errors: Axes, scores: Axes, attributes: Axes) -> None:
     """The panels of what was written."""
-    depths = depths_of(rows)
+    depths = places_of(rows)
     for number, (name, first) in enumerate(rows[0].written.items()):
         written = [row.written[name] for row in rows]
         (line,) = errors.plot(depths, [it.word_error_rate for it in written], marker="o", label=f"{name}, words")
@@ -177,6 +271,55 @@ def plot_texts(rows: Sequence[DepthRow], errors: Axes, scores: Axes, attributes:
         axes.set_ylim(-0.02, 1.02)
 
 
+def plot_source(scores: Sequence[MediaScores], depths: Sequence[int], real: Mapping[str, float], axes: Axes) -> None:
+    """The curves of one source."""
+    curves = {name: ([it.checks[name] for it in scores], real[name]) for name in names_of_checks(scores[0].checks)}
+    for name, first in scores[0].judged.items():
+        curves[f"{name} classifier"] = [it.judged[name].accuracy for it in scores], first.real_accuracy
+    for name, (values, limit) in curves.items():
+        (line,) = axes.plot(depths, values, marker="o" if name == "all" else ".", label=name)
+        axes.axhline(limit, color=line.get_color(), ls=":", lw=0.8)
+    if scores[0].read_back:
+        axes.plot(depths, [it.read_back.exact_match for it in scores], marker=".", ls="--", label="read back")
+
+
+def save_contact_sheet(samples: Sequence[MediaSample], path: Path) -> None:
+    """A line for each prompt, as PNG: the reference, and what was written at each depth, framed by whether it is right.
+    Of sound the spectrogram is shown.
+    """
+    depths = list(samples[0].written)
+    figure = new_figure(1.5 * (len(depths) + 1), 1.8 * len(samples))
+    for sample, part in zip(samples, figure.subfigures(len(samples), squeeze=False)[:, 0], strict=True):
+        part.suptitle(textwrap.shorten(sample.prompt, 60, placeholder="..."), fontsize=7, x=0.01, ha="left")
+        first, *others = part.subplots(1, len(depths) + 1, squeeze=False)[0]
+        show(sample.reference, first, "reference")
+        for depth, axes in zip(depths, others, strict=True):
+            show(sample.written[depth], axes, depth_name(depth))
+            if depth in sample.is_right:
+                axes.spines[:].set(color=RIGHT if sample.is_right[depth] else WRONG, linewidth=2)
+    figure.savefig(path, dpi=150)
+
+
+def show(medium: Medium | None, axes: Axes, label: str) -> None:
+    """A picture, or the spectrogram of a recording; nothing of none."""
+    axes.set(xticks=[], yticks=[])
+    axes.set_xlabel(label, fontsize=7)
+    if isinstance(medium, tuple):
+        axes.imshow(log_spectrogram(*medium), origin="lower", aspect="auto", cmap="magma")
+    elif medium is not None:
+        axes.imshow(medium, interpolation="nearest")
+
+
+def log_spectrogram(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Levels in powers of ten, (frequencies, frames), those far below the loudest cut off."""
+    size, hop = round(WINDOW * rate), round(HOP * rate)
+    waveform = torch.as_tensor(samples, dtype=torch.float32)
+    window = torch.hann_window(size)
+    spectrum = torch.stft(waveform, size, hop, window=window, pad_mode="constant", return_complex=True)
+    levels = spectrum.abs().square().clamp(min=1e-12).log10()
+    return levels.clamp(min=levels.max() - RANGE).numpy()
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -184,14 +327,37 @@ def save_depth_table(rows: Sequence[DepthRow], folder: Path, about: Mapping[str,
     """Write depth.json, depth.md and depth.png into the folder and return their paths.
 
     Args:
-        rows: from `depth_table`.
-        folder: made if missing.
-        about: what was evaluated (checkpoint, sources, limit); stands beside the rows in the JSON.
+        rows: The result of `depth_table`.
+        folder: Folder of the files, made if missing.
+        about: What was evaluated (checkpoint, sources, limit); it stands next to the rows in the JSON.
     """
+    paths = save_table(folder, "depth", {**about, "rows": [asdict(row) for row in rows]}, markdown_table(rows))
+    plot_depths(rows, paths[-1])
+    return paths
+
+
+def save_media_table(table: MediaTable, folder: Path, about: Mapping[str, Any]) -> list[Path]:
+    """Write media.json, media.md, media.png and a contact sheet media_SOURCE.png of each source into the folder and
+    return their paths.
+
+    Args:
+        table: The result of `media_table`.
+        folder: Folder of the files, made if missing.
+        about: What was evaluated; it stands next to the rows in the JSON.
+    """
+    content = {**about, "real": table.real, "rows": [asdict(row) for row in table.rows]}
+    paths = save_table(folder, "media", content, media_markdown(table))
+    plot_media(table, paths[-1])
+    for name, samples in table.samples.items():
+        paths.append(folder / f"media_{''.join(it if it.isalnum() else '_' for it in name)}.png")
+        save_contact_sheet(samples, paths[-1])
+    return paths
+
+
+def save_table(folder: Path, name: str, content: Mapping[str, Any], markdown: str) -> list[Path]:
+    """Write NAME.json and NAME.md, and return their paths with that of NAME.png, which is still to be drawn."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"depth.{suffix}" for suffix in ("json", "md", "png")]
-    content = {**about, "rows": [asdict(row) for row in rows]}
+    paths = [folder / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
     paths[0].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown_table(rows), encoding="utf-8")
-    plot(rows, paths[2])
+    paths[1].write_text(markdown, encoding="utf-8")
     return paths

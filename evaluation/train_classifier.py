@@ -1,4 +1,4 @@
-"""Trains a classifier of media, by which those that a model writes are judged:
+"""Trains a classifier of media, by which those that a model generates are measured:
 `python -m evaluation.train_classifier my/speech --medium audio --label-column speaker --output classifiers/speaker`.
 """
 
@@ -28,19 +28,19 @@ from inference.devices import choose_threads
 from inference.output import whole_folder, writable_folder, write_result
 from model import load_audio, load_image
 
-from .judges import Judge, JudgeConfig, LabelledMedia, save_judge, train_judge
+from .classifiers import Classifier, ClassifierConfig, LabelledMedia, save_classifier, train_classifier
 
 logger = logging.getLogger("evaluation.train_classifier")  # __name__ is __main__ when run with -m
 
 KINDS = {"image": "imagefolder", "audio": "audiofolder"}
 HELD_OUT = 0.1
-"""Of the media, where no others are named to measure the judge with."""
+"""Of the media, where no others are named to measure the classifier with."""
 MOST_HEARD = 0.98
 """Of the recordings are heard whole."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train a judge on the labels of a folder, measure it on media held out, and save it.
+    """Train a classifier on the labels of a folder, measure it on media held out, and save it.
 
     Raises:
         SystemExit: with code 2 after one line on standard error, for bad input.
@@ -53,22 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = writable_folder(args.output)
         train = labelled_media(args.data, args)
         if args.validation is None:
-            train, held_out = divide(train, args.seed)
+            train, held_out = hold_out(train, args.seed)
         else:
             held_out = labelled_media(args.validation, args)
-        config = judge_config(train, args)
+        config = classifier_config(train, args)
         with torch.device("meta"):
-            choose_threads(Judge(config))
-        judge = train_judge(config, train, held_out, args.epochs, seed=args.seed)
+            choose_threads(Classifier(config))
+        classifier = train_classifier(config, train, held_out, args.epochs, seed=args.seed)
         about = {"data": str(args.data), "label_column": args.label_column, "validation": str(args.validation)}
         counts = {"num_train": len(train.media), "num_held_out": len(held_out.media), "seed": args.seed}
         with whole_folder(output) as made:
-            digest = save_judge(judge, made, {**about, **counts})
+            digest = save_classifier(classifier, made, {**about, **counts})
     except (ValueError, OSError) as error:
         logger.debug("Where it failed:", exc_info=True)
         parser.error(str(error))
     write_result(
-        f"{judge.real_accuracy:.1%} of {len(held_out.media)} media held out have the right one of "
+        f"{classifier.real_accuracy:.1%} of {len(held_out.media)} media held out have the right one of "
         f"{len(config.labels)} labels; written to {output}, digest {digest}\n"
     )
     return 0
@@ -85,7 +85,7 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument("--medium", choices=tuple(KINDS), required=True, help="what the folder holds")
     parser.add_argument("--label-column", default="text", help="column of the metadata with the labels")
     parser.add_argument("--validation", type=Path, help="folder to measure with; default: a tenth of the data")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the judge; its name is the judge's")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the classifier, whose name it is")
     parser.add_argument("--epochs", type=arguments.new_tokens, default=15, help="times all media are seen")
     parser.add_argument("--image-size", type=arguments.new_tokens, default=32, help="pixels of a side that are seen")
     parser.add_argument("--sampling-rate", type=arguments.new_tokens, default=8000, help="samples per second heard")
@@ -111,7 +111,7 @@ def decode(medium: Any, args: argparse.Namespace) -> Any:
     return load_audio(medium, args.sampling_rate), args.sampling_rate
 
 
-def divide(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMedia]:
+def hold_out(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMedia]:
     """What is learned, and what is held out; at least two media."""
     order = np.random.default_rng(seed).permutation(len(data.media)).tolist()
     count = max(2, round(HELD_OUT * len(order)))
@@ -121,13 +121,13 @@ def divide(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMedia
     )
 
 
-def judge_config(train: LabelledMedia, args: argparse.Namespace) -> JudgeConfig:
+def classifier_config(train: LabelledMedia, args: argparse.Namespace) -> ClassifierConfig:
     """Labels and sizes."""
     sizes: dict[str, Any] = {"image_size": args.image_size}
     if args.medium == "audio":
         seconds = np.quantile([len(samples) / rate for samples, rate in train.media], MOST_HEARD)
         sizes = {"sampling_rate": args.sampling_rate, "seconds": round(max(float(seconds), 0.2), 2)}
-    return JudgeConfig(args.medium, sorted(set(train.labels)), **sizes)
+    return ClassifierConfig(args.medium, sorted(set(train.labels)), **sizes)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from callbacks import CallbacksConfig, MediaSamplesConfig, add_callbacks
-from callbacks.media_samples import MediaSamplesCallback, spectrogram
+from callbacks.media_samples import MediaSamplesCallback, spectrogram_image
 from callbacks.model_size import part_sizes
 from dataset_loading import Collator, DataConfig, SourceConfig, build_examples, get_task
 from dataset_loading.synthetic import generate_row
@@ -177,10 +177,10 @@ def test_low_tones_stand_at_the_bottom_of_a_spectrogram():
         tiny_processor().preprocess_medium("audio", torch.sin(2 * torch.pi * tone * time).numpy())
         for tone in (200, 3000)
     ]
-    low, high = (spectrogram(it)[0].mean(dim=1).argmax().item() for it in features)
+    low, high = (spectrogram_image(it)[0].mean(dim=1).argmax().item() for it in features)
     assert high < 5 < 12 < low
-    assert spectrogram(features[0]).min() == 0 and spectrogram(features[0]).max() == 1
-    assert torch.isfinite(spectrogram(torch.zeros(4, 5))).all()  # silence
+    assert spectrogram_image(features[0]).min() == 0 and spectrogram_image(features[0]).max() == 1
+    assert torch.isfinite(spectrogram_image(torch.zeros(4, 5))).all()  # silence
 
 
 def test_samples_do_not_disturb_the_training(run, tmp_path):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from tests.test_trainer import build, resume_point, save_whole
-from trainers import manifest
+from trainers import checkpoints
+from trainers.checkpoints import CheckpointKeeper, rotate
 from trainers.resuming import damage
-from trainers.rotation import CheckpointKeeper, rotate
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_no_file_of_a_checkpoint_runs_code(run, name, has_manifest):
 def damage_of_new(folder, has_manifest):
     """Of a folder whose files are as they should be, for all that a manifest can say."""
     if has_manifest:
-        manifest.complete(folder)
+        checkpoints.complete_checkpoint(folder)
     else:
         (folder / "manifest.json").unlink(missing_ok=True)
     return damage(folder)
@@ -258,9 +258,9 @@ def saved(folder, *steps, unfinished=()):
     """Checkpoints with a manifest, of which some were cut off; the newest of them is touched first."""
     for step in sorted(steps, reverse=True):
         save_whole(folder / f"checkpoint-{step}", step)
-        manifest.complete(folder / f"checkpoint-{step}")
+        checkpoints.complete_checkpoint(folder / f"checkpoint-{step}")
     for step in unfinished:
-        manifest.begin(folder / f"checkpoint-{step}")
+        checkpoints.begin_checkpoint(folder / f"checkpoint-{step}")
 
 
 def left(folder):
@@ -302,7 +302,7 @@ def test_without_a_limit_only_what_was_cut_off_goes(tmp_path):
 def test_one_that_was_saved_not_finite_pushes_out_none(tmp_path):
     saved(tmp_path, 1, 2)
     save_whole(tmp_path / "checkpoint-3", 3)
-    manifest.complete(tmp_path / "checkpoint-3", "has weights that are not finite (a)")
+    checkpoints.complete_checkpoint(tmp_path / "checkpoint-3", "has weights that are not finite (a)")
     rotate(tmp_path / "checkpoint-3", 2)
     assert left(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
@@ -316,7 +316,7 @@ def test_a_kill_within_a_deletion_leaves_no_checkpoint_of_that_name(tmp_path, mo
             (path / "model.safetensors").unlink()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainers.rotation.shutil.rmtree", killed)
+    monkeypatch.setattr("trainers.checkpoints.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         rotate(tmp_path / "checkpoint-3", 1)
     assert left(tmp_path) == ["checkpoint-2", "checkpoint-3", "deleted-checkpoint-1"]
@@ -328,7 +328,7 @@ def test_a_kill_within_a_deletion_leaves_no_checkpoint_of_that_name(tmp_path, mo
 def test_a_save_replaces_what_was_cut_off_there(tmp_path):
     """Files of the older attempt, here of another rank, are not mixed with the new ones."""
     saved(tmp_path, 3)
-    manifest.begin(tmp_path / "checkpoint-3")
+    checkpoints.begin_checkpoint(tmp_path / "checkpoint-3")
     keeper, args = CheckpointKeeper(), SimpleNamespace(save_total_limit=2, should_save=True, output_dir=str(tmp_path))
     keeper.begin(tmp_path / "checkpoint-3", args)
     assert left(tmp_path / "checkpoint-3") == ["manifest.json"]

@@ -26,10 +26,9 @@ from model import (
 from trainers import RecurrentTrainingArguments
 from trainers.dpo import PreferenceArguments
 from trainers.exit_probe import ExitProbeArguments
-from trainers.finetuners import FINETUNERS
-from trainers.finetuning import ModelOptions
+from trainers.finetuning import FINETUNERS, ModelOptions
 from trainers.grpo import RolloutArguments
-from trainers.parameter_groups import ParameterGroup
+from trainers.optimizers import ParameterGroup
 from trainers.sft import SupervisedArguments
 
 PAGE = reference.PAGE.read_text(encoding="utf-8")

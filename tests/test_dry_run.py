@@ -24,7 +24,7 @@ from tests.hub_encoders import local_encoders
 from tests.test_pretrain import write_config
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 from trainers import PlannedTrainingArguments, RecurrentTrainingArguments
-from trainers.estimates import (
+from trainers.dry_run import (
     StepCounts,
     activation_bytes,
     expected_steps,

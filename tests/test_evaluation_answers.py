@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataset_loading import Collator
-from evaluation.answers import Answer, Writer, WrittenScores, attribute_accuracy, prompt_of, written_scores
+from evaluation.answers import Answer, AnswerGenerator, TextScores, attribute_accuracy, prompt_of, text_scores
 from evaluation.depth import DepthRow, ExactMatch, ModalityScores, depth_table
 from evaluation.metrics import token_byte_lengths
 from evaluation.report import markdown_table, save_depth_table
@@ -40,7 +40,7 @@ def distance(one, other):
 def test_error_rates_are_those_of_the_definition():
     """Over all texts together: distances divided by the length of the references."""
     pairs = [("one two", "one too"), ("three", "three three"), ("four five six", "six"), ("a", "")]
-    scores = written_scores(answers_of(*pairs))
+    scores = text_scores(answers_of(*pairs))
     words = sum(distance(reference.split(), written.split()) for reference, written in pairs)
     assert scores.word_error_rate == pytest.approx(words / 7)
     characters = sum(distance(list(reference), list(written)) for reference, written in pairs)
@@ -49,7 +49,7 @@ def test_error_rates_are_those_of_the_definition():
 
 
 def test_blanks_at_the_ends_of_a_reference_are_no_error():
-    scores = written_scores(answers_of((" one two\n", "one two")))
+    scores = text_scores(answers_of((" one two\n", "one two")))
     assert scores.exact_match == 1 and scores.word_error_rate == scores.character_error_rate == 0
 
 
@@ -72,14 +72,14 @@ def test_bleu_is_that_of_the_definition():
         ("a small red circle left of a large blue square", "a small red circle left of a small blue square"),
         ("a large green star above a small red ring", "a large green star below a red ring"),
     ]
-    assert written_scores(answers_of(*pairs)).bleu == pytest.approx(bleu(pairs, 4), rel=1e-4)
+    assert text_scores(answers_of(*pairs)).bleu == pytest.approx(bleu(pairs, 4), rel=1e-4)
 
 
 def test_bleu_of_short_answers_counts_the_n_grams_there_are():
     """With four words in none of them, right answers would have 0."""
-    assert written_scores(answers_of(("C4 E4 G4", "C4 E4 G4"), ("A4", "A4"))).bleu == 1
+    assert text_scores(answers_of(("C4 E4 G4", "C4 E4 G4"), ("A4", "A4"))).bleu == 1
     pairs = [("C4 E4 G4", "C4 E4 A4"), ("A4 B4 C5", "A4 B4 C5")]
-    assert written_scores(answers_of(*pairs)).bleu == pytest.approx(bleu(pairs, 3), rel=1e-4)
+    assert text_scores(answers_of(*pairs)).bleu == pytest.approx(bleu(pairs, 3), rel=1e-4)
 
 
 def test_chrf_is_that_of_the_definition():
@@ -96,7 +96,7 @@ def test_chrf_is_that_of_the_definition():
         shares.append((right / found, right / wanted))
     precision, recall = (sum(part) / 6 for part in zip(*shares, strict=True))
     expected = 5 * precision * recall / (4 * precision + recall)
-    assert written_scores(answers_of(*pairs)).chrf == pytest.approx(expected, rel=1e-4)
+    assert text_scores(answers_of(*pairs)).chrf == pytest.approx(expected, rel=1e-4)
 
 
 SACREBLEU = [
@@ -114,28 +114,28 @@ SACREBLEU = [
 @pytest.mark.parametrize(("pairs", "expected"), SACREBLEU)
 def test_chrf_is_that_of_sacrebleu(pairs, expected):
     """Values of sacrebleu 2.6, divided by 100."""
-    assert written_scores(answers_of(*pairs)).chrf == pytest.approx(expected, abs=1e-6)
+    assert text_scores(answers_of(*pairs)).chrf == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("text", ["a", "red", "C4 E4", "a red ring", "\u00e4\u4e2d", ""])
 def test_what_is_right_has_the_best_scores_however_short_it_is(text):
     for pairs in ([(text, text)], [(text, text), ("two stars", "two stars")], [(text, text), ("", "")]):
-        scores = written_scores(answers_of(*pairs))
+        scores = text_scores(answers_of(*pairs))
         assert (scores.exact_match, scores.bleu, scores.chrf) == (1, 1, 1), pairs
         assert scores.word_error_rate == scores.character_error_rate == 0, pairs
 
 
 def test_empty_references_divide_nothing_by_zero():
-    scores = written_scores(answers_of(("", "two stars"), (" ", "")))
+    scores = text_scores(answers_of(("", "two stars"), (" ", "")))
     assert (scores.exact_match, scores.bleu, scores.chrf) == (0.5, 0, 0)
     assert (scores.word_error_rate, scores.character_error_rate) == (2, 9)
-    scores = written_scores(answers_of(("two stars", "")))
+    scores = text_scores(answers_of(("two stars", "")))
     assert (scores.exact_match, scores.bleu, scores.chrf) == (0, 0, 0)
     assert scores.word_error_rate == scores.character_error_rate == 1
-    scores = written_scores(answers_of(("", "two"), ("a star", "a star")))
+    scores = text_scores(answers_of(("", "two"), ("a star", "a star")))
     assert scores.word_error_rate == pytest.approx(1 / 2) and scores.character_error_rate == pytest.approx(3 / 6)
     with pytest.raises(ValueError, match="0 answers have no scores"):
-        written_scores([])
+        text_scores([])
 
 
 def test_attributes_are_those_of_the_reference():
@@ -146,8 +146,8 @@ def test_attributes_are_those_of_the_reference():
 
     answers = answers_of(("a=1 b=2", "a=1 b=3"), ("a=1", "b=2"), ("b=2", "a=9 b=2"), attributes=read)
     assert attribute_accuracy(answers + answers_of(("a=1", "a=2"))) == {"a": 1 / 2, "b": 1 / 2}
-    assert written_scores(answers).attributes == {"a": 1 / 2, "b": 1 / 2}
-    assert written_scores(answers_of(("x", "x"))).attributes == {}
+    assert text_scores(answers).attributes == {"a": 1 / 2, "b": 1 / 2}
+    assert text_scores(answers_of(("x", "x"))).attributes == {}
 
 
 # Writing
@@ -185,7 +185,7 @@ def test_written_in_batches_is_written_alone(num_steps):
     """Padded prompts with media of several lengths, against whole forward passes of each alone."""
     model, processor = tiny_reader(), tiny_processor()
     examples = examples_with_media(processor)
-    found = Writer(processor, max_new_tokens=5).write(model, examples, num_steps)
+    found = AnswerGenerator(processor, max_new_tokens=5).write(model, examples, num_steps)
     alone = [answer(model, example, num_steps, 5).strip() for example in examples]
     assert found == alone and len(set(found)) > 2
 
@@ -202,9 +202,9 @@ def test_an_answer_is_cut_at_twice_its_reference_whatever_else_is_in_the_batch()
             return torch.cat((input_ids, torch.tensor([letter * max_new_tokens] * len(input_ids))), dim=1)
 
     examples = examples_with_media(processor)
-    found = Writer(processor).write(Endless(), examples, 2)
+    found = AnswerGenerator(processor).write(Endless(), examples, 2)
     assert found == ["a" * 2 * (len(example["answer"]) + 1) for example in examples]
-    assert Writer(processor, 7).write(Endless(), examples, 2) == ["a" * 7] * len(examples)
+    assert AnswerGenerator(processor, 7).write(Endless(), examples, 2) == ["a" * 7] * len(examples)
 
 
 def test_prompts_of_texts_end_where_labels_begin():
@@ -235,7 +235,7 @@ def test_the_table_has_losses_and_answers_by_source_modality_and_depth():
         *(model, [1, 3], texts, {"first": examples[:2], "second": examples[2:]}, Collator(processor)),
         byte_lengths=lengths,
         batch_size=3,
-        writer=Writer(processor, max_new_tokens=4),
+        writer=AnswerGenerator(processor, max_new_tokens=4),
     )
     for depth_row in table:
         depth = depth_row.num_steps
@@ -260,9 +260,9 @@ def test_the_table_has_losses_and_answers_by_source_modality_and_depth():
         written = [answer(model, example, depth, 4).strip() for example in examples]
         for name, indices in (("text", [2]), ("image", [0, 4]), ("audio", [1, 3])):
             chosen = answers_of(*((examples[index]["answer"], written[index]) for index in indices))
-            assert depth_row.modalities[name].written == written_scores(chosen)
+            assert depth_row.modalities[name].written == text_scores(chosen)
         chosen = answers_of(*((examples[index]["answer"], written[index]) for index in (2, 3, 4)))
-        assert depth_row.written["second"] == written_scores(chosen)
+        assert depth_row.written["second"] == text_scores(chosen)
 
 
 def test_a_modality_may_have_losses_or_answers_alone():
@@ -271,7 +271,7 @@ def test_a_modality_may_have_losses_or_answers_alone():
     examples = {"sounds": [media_example(processor, [AUDIO], "", "C4")]}
     (depth_row,) = depth_table(
         *(tiny_reader(), [1], texts, examples, Collator(processor)),
-        writer=Writer(processor, 2),
+        writer=AnswerGenerator(processor, 2),
     )
     image, audio = depth_row.modalities["image"], depth_row.modalities["audio"]
     assert image.losses == depth_row.sources["scenes"] and image.exact_match is None and image.written is None
@@ -303,7 +303,7 @@ def test_what_is_written_is_right_where_every_token_is_the_likeliest():
     texts = {"scenes": [row(processor, chat([IMAGE], "", "a"))]}
     table = depth_table(
         *(model, [2], texts, {"scenes": examples}, Collator(processor)),
-        writer=Writer(processor, max_new_tokens=3),
+        writer=AnswerGenerator(processor, max_new_tokens=3),
     )
     assert table[0].exact_match["scenes"] == ExactMatch(0.5, 4, {1: 0.5, 2: 0.5})
     assert table[0].written["scenes"].exact_match == table[0].modalities["image"].exact_match == 0.5
@@ -315,11 +315,11 @@ def test_a_model_of_text_writes_too_and_has_no_modalities():
     example = {"input_ids": [1, *ids, 2], "labels": [-100] * 3 + [*ids, 2][2:], "answer": tokenizer.decode(ids[2:])}
     (depth_row,) = depth_table(
         *(model, [2], {"text": [{"input_ids": ids, "labels": ids}]}, {"cats": [example]}, Collator(tokenizer)),
-        writer=Writer(tokenizer, max_new_tokens=3),
+        writer=AnswerGenerator(tokenizer, max_new_tokens=3),
     )
     output = model.generate(torch.tensor([[1, *ids[:2]]]), num_steps=2, max_new_tokens=3, do_sample=False)
     written = tokenizer.decode(output[0, 3:], skip_special_tokens=True)
-    expected = written_scores(answers_of((example["answer"], written.strip())))
+    expected = text_scores(answers_of((example["answer"], written.strip())))
     assert depth_row.written == {"cats": expected} and depth_row.modalities == {}
 
 
@@ -328,7 +328,7 @@ def test_a_model_of_text_writes_too_and_has_no_modalities():
 
 def known_rows():
     def written(share):
-        return WrittenScores(8, share, 1 - share, 0.5, share / 2, 0.75, {"colour": share, "shape": 0.25})
+        return TextScores(8, share, 1 - share, 0.5, share / 2, 0.75, {"colour": share, "shape": 0.25})
 
     def at(steps, share):
         match = ExactMatch(share, 8)

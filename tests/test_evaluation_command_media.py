@@ -8,7 +8,7 @@ import yaml
 
 from dataset_loading import DataConfig, SourceConfig, build_examples, get_task
 from evaluation.__main__ import main
-from evaluation.answers import written_scores
+from evaluation.answers import text_scores
 from tests.test_callbacks_media import answer
 from tests.test_evaluation_answers import answers_of
 from tests.tiny_processor import tiny_processor
@@ -54,7 +54,7 @@ def test_answers_attributes_and_errors_by_source_modality_and_depth(run_folder, 
             assert bool(scores["attributes"]) == (modality != "text")
     examples = build_examples(data.train[0], data, processor, 5, seed=5)
     pairs = [(example["answer"], answer(model, example, 3, 6).strip()) for example in examples]
-    expected = written_scores(answers_of(*pairs, attributes=get_task("scenes").attributes))
+    expected = text_scores(answers_of(*pairs, attributes=get_task("scenes").attributes))
     assert rows[1]["written"]["scenes"] == asdict(expected) and "colour1" in expected.attributes
     assert "Texts written for melodies (5):" in out and "By modality:" in out
 

@@ -8,9 +8,9 @@ import yaml
 from PIL import Image
 
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
-from evaluation.__main__ import divide, main
+from evaluation.__main__ import main, split_by_answer
 from evaluation.checks import CHECKS, check_scene
-from evaluation.judges import JudgeConfig, LabelledMedia, load_judge, save_judge, train_judge
+from evaluation.classifiers import ClassifierConfig, LabelledMedia, load_classifier, save_classifier, train_classifier
 from tests.tiny_artist import CODES, artist_processor, save_artist, tiny_artist, write_codes
 
 SOURCES = [
@@ -31,12 +31,12 @@ def run_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def judge_folder(tmp_path_factory):
-    """A judge of colours that has seen a few plain pictures."""
+def classifier_folder(tmp_path_factory):
+    """A classifier of colours that has seen a few plain pictures."""
     colours = {"red": (220, 40, 40), "blue": (50, 80, 220)}
     media = LabelledMedia([Image.new("RGB", (32, 32), colour) for colour in colours.values()] * 2, list(colours) * 2)
     folder = tmp_path_factory.mktemp("judges") / "colours"
-    save_judge(train_judge(JudgeConfig("image", list(colours)), media, media, num_epochs=1), folder, {})
+    save_classifier(train_classifier(ClassifierConfig("image", list(colours)), media, media, num_epochs=1), folder, {})
     return folder
 
 
@@ -46,11 +46,11 @@ def run(folder, output, *flags):
     return json.loads((output / "depth.json").read_text())["rows"]
 
 
-def test_what_is_written_is_checked_by_source_and_depth(run_folder, judge_folder, tmp_path, capsys):
+def test_what_is_written_is_checked_by_source_and_depth(run_folder, classifier_folder, tmp_path, capsys):
     """Against one by one; the exact scores of texts are of those sources, and of those rows, that answer with text."""
     network = torch.jit.script(torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten()))  # 12 features
     torch.jit.save(network, tmp_path / "pixels.pt")
-    flags = ["--judge", judge_folder, "--read-back", "--guidance-scale", 1.5, "--num-flow-steps", 3]
+    flags = ["--judge", classifier_folder, "--read-back", "--guidance-scale", 1.5, "--num-flow-steps", 3]
     flags += ["--feature-network", tmp_path / "pixels.pt"]
     rows = run(run_folder, tmp_path, *flags)
     out = capsys.readouterr().out
@@ -65,7 +65,7 @@ def test_what_is_written_is_checked_by_source_and_depth(run_folder, judge_folder
     assert {name: scores["num_examples"] for name, scores in deep.items()} == {"drawings": 4, "tunes": 4, "scenes": 2}
     assert set(deep["tunes"]["checks"]) == {"note1", "note2", "note3", "length", "all"}
     assert content["real"]["drawings"]["all"] == content["real"]["tunes"]["all"] == 1.0
-    assert deep["drawings"]["judged"]["colours"]["digest"] == load_judge(judge_folder).digest
+    assert deep["drawings"]["judged"]["colours"]["digest"] == load_classifier(classifier_folder).digest
     assert deep["drawings"]["distances"]["pixels.pt"]["kernel_distance"] > 0
     assert deep["tunes"]["judged"] == deep["tunes"]["distances"] == {}
     assert deep["drawings"]["read_back"]["num_examples"] == 4
@@ -147,7 +147,7 @@ def test_without_media_none_are_written(run_folder, tmp_path, capsys, monkeypatc
 def test_rows_are_divided_by_what_answers_them():
     kinds = ["image", "written_image", "written_audio", "written_image"]
     mixed = [{"modality": kind, "number": number} for number, kind in enumerate(kinds)]
-    texts, media = divide({"mixed": mixed, "plain": [{"number": 0}], "drawn": mixed[1:2]})
+    texts, media = split_by_answer({"mixed": mixed, "plain": [{"number": 0}], "drawn": mixed[1:2]})
     assert {name: [row["number"] for row in rows] for name, rows in texts.items()} == {"mixed": [0], "plain": [0]}
     assert {name: [row["number"] for row in rows] for name, rows in media.items()} == {
         "mixed written_image": [1, 3],
@@ -161,7 +161,7 @@ def test_rows_are_divided_by_what_answers_them():
     [
         (
             ["--judge", "nowhere"],
-            "nowhere holds no judge (judge.json is missing): give a folder that",
+            "nowhere holds no classifier (judge.json is missing): give a folder that",
         ),
         (["--num-flow-steps", "0"], "argument --num-flow-steps: 0 is less than 1"),
         (["--guidance-scale", "-1"], "argument --guidance-scale: -1 is less than 0: give a number, 0 or more."),

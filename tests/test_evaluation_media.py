@@ -9,11 +9,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from evaluation.answers import Writer
-from evaluation.feature_networks import FeatureDistances
-from evaluation.judges import JudgeConfig, JudgeScores
-from evaluation.media_report import contact_sheet, media_markdown, plot_source, save_media_table, spectrogram
-from evaluation.media_writing import BackReader, MediaSample, MediaWriter, media_table, medium_of
+from evaluation.answers import AnswerGenerator
+from evaluation.classifiers import ClassifierConfig, ClassifierScores
+from evaluation.distances import FeatureDistances
+from evaluation.media_generation import MediaGenerator, MediaSample, RoundTrip, media_table, medium_of
+from evaluation.report import log_spectrogram, media_markdown, plot_source, save_contact_sheet, save_media_table
 from tests.tiny_processor import tiny_processor
 
 GREY = [Image.new("RGB", (16, 16), (value, value, value)) for value in range(0, 200, 10)]
@@ -75,9 +75,9 @@ def cells_of(text):
     return dict(zip(header, map(list, zip(*lines, strict=True)), strict=True))
 
 
-def table(depths=(4, 8), judges=None, options=None, back_reader=None, networks=None, **sources):
-    model, writer = Painter(), MediaWriter(Writer(tiny_processor(), 8), options)
-    found = media_table(model, list(depths), sources, writer, judges, back_reader, 2, networks)
+def table(depths=(4, 8), classifiers=None, options=None, round_trip=None, networks=None, **sources):
+    model, writer = Painter(), MediaGenerator(AnswerGenerator(tiny_processor(), 8), options)
+    found = media_table(model, list(depths), sources, writer, classifiers, round_trip, 2, networks)
     assert model.training  # as it was
     return found, model
 
@@ -141,7 +141,7 @@ class Coder(Painter):
 
 
 def test_images_that_are_tokens_are_drawn_by_plain_generate():
-    model, writer = Coder(), MediaWriter(Writer(tiny_processor(), 8))
+    model, writer = Coder(), MediaGenerator(AnswerGenerator(tiny_processor(), 8))
     before = torch.get_rng_state()
     media, steps = writer.write(model, examples("image", 2, None), 4, [5, 6])
     assert [medium and level(medium) for medium in media] == [40, None] and steps is None
@@ -155,7 +155,7 @@ def test_images_that_are_tokens_are_drawn_by_plain_generate():
 class Stub(torch.nn.Module):
     """Says how bright pictures are; its features are their levels."""
 
-    config = JudgeConfig("image", ["p0", "p1"])
+    config = ClassifierConfig("image", ["p0", "p1"])
     digest, real_accuracy = "abc", 0.75
     real_features = torch.tensor([[0.0, 1.0], [10.0, 2.0], [20.0, 0.0]])
     held_out_features = real_features + 1
@@ -167,12 +167,14 @@ class Stub(torch.nn.Module):
         return ["p0" if row[0] < 45 else "p1" for row in features]
 
 
-def test_judges_judge_media_of_their_kind():
-    found, _ = table(judges={"stub": Stub()}, pictures=examples("image", 3, None), sounds=examples("audio", 2, None))
+def test_classifiers_classify_media_of_their_kind():
+    found, _ = table(
+        classifiers={"stub": Stub()}, pictures=examples("image", 3, None), sounds=examples("audio", 2, None)
+    )
     shallow, deep = (row.sources["pictures"].judged["stub"] for row in found.rows)
     assert (shallow.num_examples, shallow.accuracy) == (2, 1.0)  # levels 40 and 50; no label is p2
     assert deep.accuracy == 0.5 and deep.real_accuracy == 0.75 and deep.digest == "abc"
-    assert isinstance(deep, JudgeScores) and deep.frechet_distance > shallow.frechet_distance > 0
+    assert isinstance(deep, ClassifierScores) and deep.frechet_distance > shallow.frechet_distance > 0
     assert all(row.sources["sounds"].judged == {} for row in found.rows)
 
 
@@ -195,8 +197,8 @@ def test_networks_compare_pictures_with_their_references():
 
 def test_what_is_written_is_read_back():
     """The model reads p1 in every picture; the fourth has none."""
-    reader = BackReader(Writer(tiny_processor(), 8), "what is it?")
-    found, model = table(depths=[4], back_reader=reader, pictures=examples("image", 4, None))
+    reader = RoundTrip(AnswerGenerator(tiny_processor(), 8), "what is it?")
+    found, model = table(depths=[4], round_trip=reader, pictures=examples("image", 4, None))
     scores = found.rows[0].sources["pictures"].read_back
     assert scores.num_examples == 4 and scores.exact_match == 1 / 4
     assert scores.character_error_rate == (1 + 0 + 1 + 2) / 8
@@ -220,8 +222,8 @@ def test_media_of_several_kinds_are_no_source():
 
 def test_the_table_has_a_line_for_each_depth_and_one_for_real_media():
     found, _ = table(
-        judges={"stub": Stub()},
-        back_reader=BackReader(Writer(tiny_processor(), 8)),
+        classifiers={"stub": Stub()},
+        round_trip=RoundTrip(AnswerGenerator(tiny_processor(), 8)),
         pictures=examples("image", 5, bright),
         sounds=examples("audio", 2, loud),
     )
@@ -240,7 +242,7 @@ def test_the_table_has_a_line_for_each_depth_and_one_for_real_media():
     header, _, shallow, deep, real = (
         [cell.strip() for cell in line.split("|")[1:-1]] for line in parts[1].splitlines()
     )
-    assert header[:6] == ["steps", "all", "bright", "stub judge", "stub Frechet", "stub KID"]
+    assert header[:6] == ["steps", "all", "bright", "stub classifier", "stub Frechet", "stub KID"]
     assert shallow[:4] == ["4", "0.0 %", "0.0 %", "100.0 %"] and deep[:4] == ["8", "40.0 %", "40.0 %", "50.0 %"]
     judged = found.rows[1].sources["pictures"].judged["stub"]
     assert deep[4] == f"{judged.frechet_distance:.3f}" and real[4] == f"{judged.real_frechet_distance:.3f}"
@@ -248,14 +250,14 @@ def test_the_table_has_a_line_for_each_depth_and_one_for_real_media():
     assert real[:4] == ["real", "100.0 %", "100.0 %", "75.0 %"] and real[-3:] == ["-", "-", "-"]
 
 
-def test_curves_are_checks_judges_and_what_is_read_back_against_depth():
+def test_curves_are_checks_classifiers_and_what_is_read_back_against_depth():
     """Dotted: what real media reach."""
-    reader = BackReader(Writer(tiny_processor(), 8))
-    found, _ = table(judges={"stub": Stub()}, back_reader=reader, pictures=examples("image", 5, bright))
+    reader = RoundTrip(AnswerGenerator(tiny_processor(), 8))
+    found, _ = table(classifiers={"stub": Stub()}, round_trip=reader, pictures=examples("image", 5, bright))
     axes = Figure().subplots()
     plot_source([row.sources["pictures"] for row in found.rows], [4, 8], found.real["pictures"], axes)
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines if line.get_linestyle() != ":"}
-    assert curves == {"all": [0, 0.4], "bright": [0, 0.4], "stub judge": [1, 0.5], "read back": [0.2, 0.2]}
+    assert curves == {"all": [0, 0.4], "bright": [0, 0.4], "stub classifier": [1, 0.5], "read back": [0.2, 0.2]}
     assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [1, 1, 0.75]
     assert all(list(line.get_xdata()) == [4, 8] for line in axes.lines if line.get_linestyle() != ":")
 
@@ -283,17 +285,17 @@ def colours_of(path):
 def test_contact_sheets_show_each_medium_in_a_frame_of_its_verdict(tmp_path):
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ((250, 10, 20), (10, 20, 250)))
     sample = MediaSample("a wall", red, {1: blue, 2: None}, {1: True, 2: False})
-    contact_sheet([sample], tmp_path / "one.png")
+    save_contact_sheet([sample], tmp_path / "one.png")
     found = colours_of(tmp_path / "one.png")
     assert found[(250, 10, 20)] > 5000 and abs(found[(250, 10, 20)] - found[(10, 20, 250)]) < 0.1 * found[(10, 20, 250)]
     assert found[(42, 157, 42)] > 100 and found[(214, 39, 40)] > 100  # the frames, green and red
-    contact_sheet([MediaSample("a wall", red, {1: blue})], tmp_path / "two.png")
+    save_contact_sheet([MediaSample("a wall", red, {1: blue})], tmp_path / "two.png")
     assert (42, 157, 42) not in colours_of(tmp_path / "two.png")
 
 
 def test_spectrograms_show_tones_where_they_are():
     time = np.arange(4000) / 8000
-    levels = spectrogram(np.sin(2 * np.pi * 1000 * time).astype(np.float32), 8000)
+    levels = log_spectrogram(np.sin(2 * np.pi * 1000 * time).astype(np.float32), 8000)
     assert (levels.argmax(axis=0) == 1000 / (8000 / 256)).all()
     assert levels.max() - levels.min() <= 7.001
-    assert np.isfinite(spectrogram(np.zeros(100, np.float32), 8000)).all()
+    assert np.isfinite(log_spectrogram(np.zeros(100, np.float32), 8000)).all()

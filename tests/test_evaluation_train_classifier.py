@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.judges import load_judge
+from evaluation.classifiers import load_classifier
 from evaluation.train_classifier import main
 from tests.tiny_processor import audio_file
 
@@ -45,21 +45,24 @@ def run(*argv):
     assert main([str(argument) for argument in argv]) == 0
 
 
-def test_a_judge_of_pictures_is_trained_on_a_column_and_measured_on_another_folder(tmp_path, capsys):
+def test_a_classifier_of_pictures_is_trained_on_a_column_and_measured_on_another_folder(tmp_path, capsys):
     train, other = write_pictures(tmp_path / "train", 48), write_pictures(tmp_path / "other", 10, 100)
     flags = ["--medium", "image", "--label-column", "colour", "--image-size", 16, "--epochs", 12]
     run(train, *flags, "--validation", other, "--output", tmp_path / "colours")
-    judge, content = load_judge(tmp_path / "colours"), json.loads((tmp_path / "colours" / "judge.json").read_text())
-    assert judge.config.labels == ["blue", "red"] and judge.config.image_size == 16
-    assert judge.real_accuracy >= 0.9
+    classifier, content = (
+        load_classifier(tmp_path / "colours"),
+        json.loads((tmp_path / "colours" / "judge.json").read_text()),
+    )
+    assert classifier.config.labels == ["blue", "red"] and classifier.config.image_size == 16
+    assert classifier.real_accuracy >= 0.9
     assert (content["num_train"], content["num_held_out"], content["label_column"]) == (48, 10, "colour")
     out = capsys.readouterr().out
-    assert "of 10 media held out have the right one of 2 labels" in out and judge.digest in out
+    assert "of 10 media held out have the right one of 2 labels" in out and classifier.digest in out
     pictures = [Image.new("RGB", (30, 30), colour) for colour in COLOURS.values()]
-    assert judge.labels(judge.features(pictures)) == ["red", "blue"]
+    assert classifier.labels(classifier.features(pictures)) == ["red", "blue"]
 
 
-def test_a_judge_of_recordings_holds_a_tenth_back(tmp_path, capsys):
+def test_a_classifier_of_recordings_holds_a_tenth_back(tmp_path, capsys):
     folder = write_sounds(tmp_path / "sounds", 40)
     run(folder, "--medium", "audio", "--epochs", 6, "--output", tmp_path / "height")
     content = json.loads((tmp_path / "height" / "judge.json").read_text())

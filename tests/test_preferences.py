@@ -147,7 +147,7 @@ def test_the_reference_has_no_deltas_of_steps_either(tiny_run, tmp_path):
         assert (model(input_ids=ids, num_steps=4).logits - expected).abs().max() > 1e-3
         with model.disable_adapter():
             assert torch.equal(model(input_ids=ids, num_steps=4).logits, expected)
-    (steps,) = [part for part in trainer.beside if isinstance(part, StepLora)]
+    (steps,) = [part for part in trainer.auxiliary if isinstance(part, StepLora)]
     assert all(deltas.up.abs().max() > 0 for deltas in steps.deltas.values())  # they have learned, and were off
 
 

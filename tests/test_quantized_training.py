@@ -16,7 +16,8 @@ from tests.test_quantization import BITS, save_run, tiny_base
 from tests.tiny import tiny_ids
 from tests.tiny_finetuning import write_tuning_config
 from tests.tiny_language_model import tiny_tokenizer
-from trainers.quantization import is_quantized, make_trained_weights_float32, prepare_quantized_training
+from trainers.base import is_quantized, make_trained_weights_float32
+from trainers.finetuning import prepare_quantized_training
 
 ADAPTERS = {"target_modules": ["qkv_proj", "down_proj", "proj"], "r": 2, "init_lora_weights": False}
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import pretrain
 from tests.test_pretrain import content, losses, refused, run, write_config  # noqa: F401  a fixture
-from trainers.run_lock import LOCK_NAME, RunLock
+from trainers.locks import LOCK_NAME, RunLock
 
 AGAIN = ("--training.resume_from_checkpoint", "true")
 
@@ -207,7 +207,7 @@ def test_options_of_an_old_checkpoint_are_known_by_its_optimizer(run, tmp_path, 
 
 HOLDER = """
 import os, sys, time
-from trainers.run_lock import RunLock
+from trainers.locks import RunLock
 lock = RunLock(sys.argv[1])
 lock.take()
 if os.fork() == 0:  # as the workers of a DataLoader, which outlive a kill

@@ -9,7 +9,7 @@ import torch
 from tests.test_trainer import Interrupt, build, losses
 from tests.tiny import tiny_model
 from trainers import ParameterGroup
-from trainers.resumed import ResumeError
+from trainers.resuming import ResumeError
 
 PEAK = 1e-2
 

@@ -18,7 +18,7 @@ from model.chat import encode_conversation, prepare_tokenizer
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from trainers import grpo
 from trainers.grpo import RolloutArguments, RolloutTrainer
-from trainers.rewards import RewardError, load_reward
+from trainers.user_functions import RewardError, load_reward
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 PROMPTS = ["the cat", "sat on the mat", "a", "the mat. the"]
@@ -322,8 +322,8 @@ def test_rewards_that_fail_are_named(tmp_path, rewards, function, reason):
         ("exact_answer", "names no function"),
         ("evaluation:", "names no function"),
         ("no_such_module:f", "no_such_module cannot be imported"),
-        ("trainers.rewards:no_such", "has no function 'no_such', only .*load_reward"),
-        ("trainers.rewards:math", "has no function 'math'"),
+        ("trainers.user_functions:no_such", "has no function 'no_such', only .*load_reward"),
+        ("trainers.user_functions:math", "has no function 'math'"),
     ],
 )
 def test_rewards_that_cannot_be_found(name, reason):

@@ -13,8 +13,8 @@ from tests.test_trainer import Interrupt, build, losses
 from tests.test_trainer_parameter_groups import train, weights_of
 from tests.tiny import tiny_model
 from trainers import ParameterGroup, find_resume_point
-from trainers.checked import CheckedTrainer
-from trainers.optimizers import OPTIMIZERS, MuonBeside, matrices_of
+from trainers.base import BaseTrainer
+from trainers.optimizers import OPTIMIZERS, MuonWithAuxiliary, matrices_of
 
 
 def names_of_matrices(model):
@@ -34,7 +34,7 @@ def test_both_do_what_they_do_alone():
     chosen = dict(together.named_parameters())
     assert {id(weight) for weight in matrices_of(together)} == {id(chosen[name]) for name in names} and names
     settings = {"lr": 1e-3, "weight_decay": 0.1}
-    both = MuonBeside(torch.optim.AdamW(together.parameters(), **settings), matrices_of(together), 1e-2)
+    both = MuonWithAuxiliary(torch.optim.AdamW(together.parameters(), **settings), matrices_of(together), 1e-2)
     alone = dict(apart.named_parameters())
     rest = torch.optim.AdamW([weight for name, weight in alone.items() if name not in names], **settings)
     muon = torch.optim.Muon([alone[name] for name in names], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
@@ -142,7 +142,7 @@ def test_an_optimizer_that_is_registered_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "plain", sgd)
     assert type(build(tmp_path, optimizer="plain").optimizer) is torch.optim.SGD
     named, chosen = (train(tmp_path, muon_learning_rate=0.01, optimizer=name)[0] for name in ("muon", None))
-    assert losses(named) == losses(chosen) and isinstance(named.optimizer.optimizer, MuonBeside)
+    assert losses(named) == losses(chosen) and isinstance(named.optimizer.optimizer, MuonWithAuxiliary)
 
 
 def raises(groups, args, model):
@@ -179,7 +179,7 @@ def test_an_optimizer_of_deepspeeds_file_is_not_given_twice(option):
     args = SimpleNamespace(optimizer=None, parameter_groups=[], max_steps=-1, deepspeed="z.json")
     args.hf_deepspeed_config = found
     trainer = SimpleNamespace(args=args, is_deepspeed_enabled=True)
-    CheckedTrainer._check_deepspeed_settings(trainer)
+    BaseTrainer._check_deepspeed_settings(trainer)
     setattr(args, option, "mine:build")
     with pytest.raises(ValueError, match=f"training.{option} has no effect on the optimizer .* out of z.json"):
-        CheckedTrainer._check_deepspeed_settings(trainer)
+        BaseTrainer._check_deepspeed_settings(trainer)

@@ -9,7 +9,7 @@ from model import MegaTransformerForConditionalGeneration
 from tests.test_trainer import Interrupt, losses
 from tests.tiny_artist import CODES, artist_config, artist_processor
 from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point
-from trainers.modalities import flow_seeds
+from trainers.losses import flow_seeds
 
 SOURCES = [
     SourceConfig("generated", task="drawings", num_rows=16, direction="text -> image"),

@@ -1,10 +1,9 @@
 """Trainers by name."""
 
-from .arguments import RecurrentTrainingArguments
+from .arguments import PlannedTrainingArguments, RecurrentTrainingArguments
 from .dry_run import describe_needs
-from .modalities import ModalityWeights
-from .parameter_groups import ParameterGroup
-from .planned_arguments import PlannedTrainingArguments
+from .losses import ModalityWeights
+from .optimizers import ParameterGroup
 from .reconstruction import ReconstructionTrainer
 from .recurrent import RecurrentTrainer
 from .resuming import check_weights, find_resume_point

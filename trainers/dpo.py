@@ -13,7 +13,6 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from .arguments import RecurrentTrainingArguments, check_choices
-from .quantization import make_trained_weights_float32
 from .recurrent import RecurrentTrainer
 
 logger = logging.getLogger(__name__)
@@ -81,7 +80,6 @@ class PreferenceTrainer(RecurrentTrainer, DPOTrainer, NamedMetrics):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        make_trained_weights_float32(self.model)
         forget_reference(self.model)
         if self.args.disable_dropout:
             disable_attention_dropout(self.model)

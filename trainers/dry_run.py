@@ -1,31 +1,224 @@
-"""The estimates of a run as text."""
+"""What a run will need, from its shapes alone: memory, floating-point operations and time, and these as text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .estimates import (
-    PEAK_TFLOPS,
-    UTILISATION,
-    ActivationBytes,
-    Flops,
-    Precision,
-    StepCounts,
-    activation_bytes,
-    expected_steps,
-    flops_per_token,
-    precision_of,
-    state_bytes,
-)
-from .parameter_groups import freeze
-from .planned_arguments import PlannedTrainingArguments
+from model.depth import sample_depth
+from model.recurrence import INJECTIONS
 
+from .arguments import PlannedTrainingArguments
+from .optimizers import freeze
+
+# Dense bf16 peaks in TFLOPS, from NVIDIA's data sheets (the SXM versions, without sparsity).
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+# Share of the peak that training is assumed to reach. Well-tuned dense models of a billion parameters and more report
+# 35 to 45 %; narrow models, short rows and slow networks reach less. A run logs `train/tokens_per_second`.
+UTILISATION = 0.4
+NUM_DRAWS = 20_000
 ENCODERS_LEFT_OUT = (
     "Encoders of images and sound run once per medium, of which a row may have none: their weights are counted above, "
     "their operations and activations are not."
 )
+
+
+# ---------------------------------------------------------------------------------------------------------------- depth
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Core steps of a micro-batch: means of those without and with gradient, and the most with gradient."""
+
+    no_grad: float
+    grad: float
+    most_grad: int
+
+
+def expected_steps(recurrence: PreTrainedConfig, seed: int) -> StepCounts:
+    """Means over `NUM_DRAWS` draws, those of the run's own first micro-batches; their standard error is below half a
+    percent of the mean depth.
+
+    The mean of the configured distribution need not be `mean_steps`: that of the log-normal Poisson is mean_steps + 1.
+    """
+    draws = [sample_depth(recurrence, seed, step, 0) for step in range(NUM_DRAWS)]
+    no_grad, grad = (sum(counts) / NUM_DRAWS for counts in zip(*draws, strict=True))
+    return StepCounts(no_grad, grad, max(steps for _, steps in draws))
+
+
+# ----------------------------------------------------------------------------------------------------------- operations
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per token, one multiplication and one addition each counted as one."""
+
+    forward: float
+    training: float
+    """Forward and backward."""
+    recomputed: float
+    """On top of these: what activation checkpointing computes a second time."""
+
+
+def linear_parameters(module: nn.Module | None) -> int:
+    """Elements of the weight matrices in a module that tokens are multiplied with."""
+    parts = module.modules() if module is not None else ()
+    return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
+
+
+def flops_per_token(model: PreTrainedModel, steps: StepCounts, row: int) -> Flops:
+    """Operations of the matrix products, per token of a row of `row` tokens.
+
+    A weight costs 2 per token and execution, and attention 4 * row * heads * head_dim per layer and execution (queries
+    with keys, probabilities with values). As in PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) the half
+    that a causal mask hides is counted. A backward pass costs twice its forward pass; core steps without gradient have
+    none. Left out: norms, activations, softmax, loss and optimizer, which are no matrix products, logits that are
+    computed twice by a loss in chunks, and the encoders of images and sound, which run once per medium.
+    """
+    config, base = model.config.get_text_config(), model.base_model
+    attention = 4 * row * config.num_attention_heads * config.head_dim
+    ends = 2 * (linear_parameters(base.prelude) + linear_parameters(base.coda))
+    ends += attention * (config.num_prelude_layers + config.num_coda_layers)
+    step = 2 * linear_parameters(base.core) + attention * config.num_core_layers
+    head = 2 * linear_parameters(model.get_output_embeddings())
+    with_gradient = ends + head + steps.grad * step
+    forward = with_gradient + steps.no_grad * step
+    return Flops(forward, training=forward + 2 * with_gradient, recomputed=ends + steps.grad * step)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes for each parameter (weight, gradient, optimizer, cast) and for each number that a forward pass keeps."""
+
+    weight: int
+    gradient: int
+    optimizer: int
+    """Both moments of AdamW in float32, and the float32 weights where the model's own are shorter."""
+    cast: int
+    """The bf16 copies that autocast makes of float32 weights and keeps until the backward pass has ended."""
+    activation: int
+    residual: int
+    """For numbers of the residual stream, which autocast leaves in float32."""
+
+
+def precision_of(is_half: bool, by_deepspeed: bool, is_compiled: bool = False) -> Precision:
+    """Without `is_half` (bf16 or fp16) all is float32: 4 + 4 + 8 bytes for weight, gradient and AdamW's two moments.
+
+    With it, DeepSpeed keeps weights and gradients in 2 bytes beside float32 weights and moments, 2 + 2 + 12 (the ZeRO
+    paper). Without DeepSpeed it is autocast: 4 + 4 + 8 as before, and the products run on copies of 2 bytes. A norm of
+    bf16 numbers with float32 weights is not fused then, and keeps its input twice in float32, unless it is compiled.
+    """
+    if not is_half:
+        return Precision(weight=4, gradient=4, optimizer=8, cast=0, activation=4, residual=4)
+    if by_deepspeed:
+        return Precision(weight=2, gradient=2, optimizer=12, cast=0, activation=2, residual=2)
+    return Precision(weight=4, gradient=4, optimizer=8, cast=2, activation=2, residual=4 if is_compiled else 8)
+
+
+def state_bytes(
+    parameters: int, precision: Precision, stage: int, ranks: int, trained: int | None = None
+) -> tuple[float, float, float]:
+    """Bytes of parameters, gradients and optimizer states on each GPU; the last two of those that are trained (default:
+    all).
+
+    ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054, figure 1) divides among the ranks the optimizer states from stage 1
+    on, the gradients from stage 2 on, the parameters in stage 3.
+    """
+    shares = (ranks if stage >= least else 1 for least in (3, 2, 1))
+    trained = parameters if trained is None else trained
+    kinds = (
+        parameters * (precision.weight + precision.cast),
+        trained * precision.gradient,
+        trained * precision.optimizer,
+    )
+    return tuple(size / share for size, share in zip(kinds, shares, strict=True))
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes per token that a forward pass keeps for the backward pass."""
+
+    step: int
+    """One core step with gradient."""
+    whole: int
+    """All of them, prelude, coda and norms, at the most steps with gradient."""
+    checkpointed_step: int
+    checkpointed: int
+    """With activation checkpointing: what all units keep, and the largest unit while it is computed again."""
+    logits: int
+    """The logits and their gradient in the working precision, and both in float32, if they are all held at once."""
+
+
+def block_bytes(config: PreTrainedConfig, precision: Precision, row: int, packed: bool) -> int:
+    """What one transformer block keeps per token, for a fused attention kernel and without dropout.
+
+    With r bytes for a number of the residual stream and a bytes for one inside a layer:
+
+        r h                for the input of each norm
+        a 2 h              for the two normalised inputs of the layers
+        a (H + 2 K) d      for queries, keys and values as projected, once more without the values where RoPE turns them
+        a H d              for what attention puts out
+        a 4 m              for gate, up, activation and product of a gated feed-forward layer; 2 m of a plain one
+        a row              for the mask, where documents are packed: each layer makes its own
+
+    Compiled units keep less, as they compute cheap parts again. Left out: the bias of ALiBi, which all layers share.
+    """
+    hidden, row_mask = config.hidden_size, row if packed else 0
+    norms = 4 if config.norm_placement == "sandwich" else 2
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = 2 * query + 2 * key + (query + key if config.position_embedding == "rope" else 0)
+    feedforward = (2 if config.mlp == "mlp" else 4) * config.intermediate_size
+    inner = 2 * hidden + attention + feedforward + row_mask
+    return precision.residual * norms * hidden + precision.activation * inner
+
+
+def injection_widths(name: str) -> int:
+    """Numbers per token, divided by the width of the model, that autograd keeps of an injection, such as [s; e]: each
+    storage once, without its weights and without e, which all steps share.
+    """
+    width, kept = 8, {}
+    injection = INJECTIONS[name](width)
+    state, embeds = (torch.ones(1, 1, width, requires_grad=True) for _ in range(2))
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        injection(state, embeds)
+    shared = {tensor.untyped_storage().data_ptr() for tensor in (embeds, *injection.parameters())}
+    sizes = [it.untyped_storage().nbytes() // it.element_size() for place, it in kept.items() if place not in shared]
+    return sum(sizes) // width
+
+
+def activation_bytes(
+    config: PreTrainedConfig, precision: Precision, most_grad: int, row: int, packed: bool
+) -> ActivationBytes:
+    """What the model keeps per token: `block_bytes` for each block that runs with gradient, and for each core step what
+    its injection keeps. Checkpointing keeps the input of prelude, coda and each core step, and e.
+    """
+    hidden, block = config.hidden_size, block_bytes(config, precision, row, packed)
+    injection = injection_widths(config.recurrence.injection) * hidden * precision.activation
+    step = config.num_core_layers * block + (injection if config.num_core_layers else 0)
+    prelude, coda = (layers * block for layers in (config.num_prelude_layers, config.num_coda_layers))
+    norms = hidden * (2 * precision.residual + precision.activation)
+    stream = hidden * precision.residual
+    return ActivationBytes(
+        step=step,
+        whole=prelude + coda + norms + most_grad * step,
+        checkpointed_step=stream,
+        checkpointed=3 * stream + norms + most_grad * stream + max(prelude, coda, step),
+        logits=config.vocab_size * (2 * precision.activation + 2 * 4),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- as text
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from model.exit_criteria import relative_change
 
 from .arguments import RecurrentTrainingArguments
-from .checked import CheckedTrainer
+from .base import BaseTrainer
 from .recurrent import inputs_of_model
 
 
@@ -33,7 +33,7 @@ class ExitProbeArguments(RecurrentTrainingArguments):
                 raise ValueError(f"{type(self).__name__}.{name}: {getattr(self, name)} is not above 0; raise it")
 
 
-class ExitProbeTrainer(CheckedTrainer):
+class ExitProbeTrainer(BaseTrainer):
     """`transformers.Trainer` for the exit probe of a model whose other weights are frozen: binary cross-entropy of its
     decision after each step, up to the mean depth.
 

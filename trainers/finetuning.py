@@ -1,11 +1,30 @@
-"""What a fine-tuning run starts from, and which low-rank adapters it adds where."""
+"""The trainers of fine-tuning by name, what a run starts from, and which low-rank adapters it adds where. Apart from
+pretraining, which needs neither TRL nor PEFT.
+"""
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from peft import LoraConfig
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, prepare_model_for_kbit_training
 from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from .arguments import RecurrentTrainingArguments
+from .dpo import PreferenceArguments, PreferenceTrainer
+from .exit_probe import ExitProbeArguments, ExitProbeTrainer
+from .grpo import RolloutArguments, RolloutTrainer
+from .recurrent import RecurrentTrainer
+from .sft import SupervisedArguments, SupervisedTrainer
+
+FINETUNERS: dict[str, tuple[type[Trainer], type[RecurrentTrainingArguments]]] = {
+    "continued": (RecurrentTrainer, RecurrentTrainingArguments),
+    "sft": (SupervisedTrainer, SupervisedArguments),
+    "dpo": (PreferenceTrainer, PreferenceArguments),
+    "grpo": (RolloutTrainer, RolloutArguments),
+    "exit_probe": (ExitProbeTrainer, ExitProbeArguments),
+}
 
 ALL_LINEAR = "all-linear"
 # Patterns of the names of modules.
@@ -207,3 +226,36 @@ def last_name(name: str) -> str:
 def describe(layers: dict[str, list[str]]) -> str:
     """The parts and the names of their layers."""
     return ", ".join(f"{part} ({', '.join(dict.fromkeys(map(last_name, names)))})" for part, names in layers.items())
+
+
+# ----------------------------------------------------------------------------------------------------- quantised models
+
+
+def prepare_quantized_training(model: PreTrainedModel, args: TrainingArguments, has_lora: bool) -> PreTrainedModel:
+    """Freeze a model that is loaded in 8 or 4 bits, and make what is not rounded float32; before adapters are added.
+
+    Raises:
+        ValueError: without adapters of PEFT, under ZeRO-3, and with torch.compile.
+    """
+    if not has_lora:
+        raise ValueError(
+            "peft: weights of 8 and 4 bits do not learn, and step_lora alone is not trained beside them; add adapters, "
+            "or load the base in more bits"
+        )
+    if args.deepspeed and args.hf_deepspeed_config.is_zero3():
+        raise ValueError(
+            "training.deepspeed: ZeRO-3 does not divide weights of 8 and 4 bits among ranks; use zero2, where each "
+            "rank holds all of them, or load the base in more bits"
+        )
+    if args.torch_compile:
+        raise ValueError("training.torch_compile: it is not possible with weights of 8 and 4 bits; leave it out")
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # In evaluation, on CPUs with bfloat16 instructions, it would arrange the weights for a kernel that has no
+            # gradient, and which training would use from then on.
+            module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(
+        model=model,
+        use_gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+    )

@@ -16,10 +16,9 @@ from model.chat import encode_conversation
 from model.depth import sample_depth
 
 from .arguments import RecurrentTrainingArguments, check_choices
-from .checked import CheckedTrainer
+from .base import BaseTrainer
 from .dpo import NamedMetrics, disable_attention_dropout, forget_reference
-from .quantization import make_trained_weights_float32
-from .rewards import load_reward
+from .user_functions import load_reward
 
 # With these a token is written with the probability that the pass of the loss computes for it.
 EXACT = {
@@ -85,7 +84,7 @@ class RolloutArguments(RecurrentTrainingArguments, GRPOConfig):
                 raise ValueError(f"{name} is on, but it knows no recurrent depth; leave it out")
 
 
-class RolloutTrainer(CheckedTrainer, GRPOTrainer, NamedMetrics):
+class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
     """TRL's GRPO for models that take `num_steps`.
 
     Each completion has one depth, the same for all completions of a prompt, so that they are compared with each other
@@ -108,7 +107,6 @@ class RolloutTrainer(CheckedTrainer, GRPOTrainer, NamedMetrics):
     def __init__(self, *args: Any, **kwargs: Any):
         rewards = [load_reward(name) for name in kwargs["args"].rewards]
         super().__init__(*args, reward_funcs=rewards, **kwargs)
-        make_trained_weights_float32(self.model)
         forget_reference(self.model)
         if self.args.disable_dropout:
             disable_attention_dropout(self.model)

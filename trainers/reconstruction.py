@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checked import CheckedTrainer
+from .base import BaseTrainer
 
 ONLY_FOR_SCORES = ("lengths",)
 """What a batch has beside the arguments of the model."""
 
 
-class ReconstructionTrainer(CheckedTrainer):
+class ReconstructionTrainer(BaseTrainer):
     """`transformers.Trainer` for models that take media and return how well they came through.
 
     Args:

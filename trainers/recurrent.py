@@ -17,13 +17,13 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from model.depth import sample_depth
 from model.recurrence import draw_training_states
 
-from .checked import CheckedTrainer
-from .modalities import ModalityLosses, WrittenLosses, flow_seeds
+from .base import BaseTrainer
+from .losses import ModalityLosses, WrittenLosses, flow_seeds
 
 logger = logging.getLogger(__name__)
 
 
-class RecurrentTrainer(CheckedTrainer):
+class RecurrentTrainer(BaseTrainer):
     """`transformers.Trainer` for models that take `num_steps` and `initial_state`.
 
     The depth of a micro-batch is drawn from (seed, global step, micro-batch) and the initial state of a row from (seed,

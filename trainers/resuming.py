@@ -1,25 +1,39 @@
-"""Where a run goes on, and whether it can."""
+"""Where a run goes on, whether it can, and with which options of the optimizer and the schedule."""
 
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from . import manifest
-from .rotation import checkpoints_in
-from .saved_tensors import DEEPSPEED_FOLDERS, corrupt, not_finite, unreadable
+from .checkpoints import (
+    DEEPSPEED_FOLDERS,
+    checkpoints_in,
+    corrupt,
+    has_manifest,
+    is_unfinished,
+    manifest_fault,
+    not_finite,
+    unreadable,
+)
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "step_lora.safetensors")
+Options = dict[str, Any]
+# Options that most optimizers have, by the names of torch.
+COMPARED = ("lr", "betas", "eps", "weight_decay")
+# The name of a group for which weight decay is off, in DeepSpeed's own optimizer.
+UNDECAYED = "no_decay"
 
 
 def find_resume_point(args: TrainingArguments) -> str | None:
@@ -69,7 +83,7 @@ def holds_checkpoints(folder: Path) -> str | None:
     or nothing.
     """
     found = (path for path in checkpoints_in(folder) if (path / TRAINER_STATE_NAME).is_file())
-    return next((path.name for path in found if not manifest.is_unfinished(path)), None)
+    return next((path.name for path in found if not is_unfinished(path)), None)
 
 
 def is_finished(folder: Path, args: TrainingArguments) -> bool:
@@ -120,11 +134,11 @@ def damage(folder: Path) -> str | None:
     """
     try:
         return (
-            manifest.fault(folder)
+            manifest_fault(folder)
             or faulty_state(folder)
             or missing_part(folder)
             or unreadable(folder)
-            or (None if manifest.exists(folder) else faulty_without_manifest(folder))
+            or (None if has_manifest(folder) else faulty_without_manifest(folder))
         )
     except OSError as error:
         return f"cannot be read ({error})"
@@ -169,7 +183,7 @@ def faulty_latest(folder: Path) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         return f"has no {path.name} that can be read ({error}), from which DeepSpeed goes on"
     if not (re.fullmatch(r"global_step\d+", name) and (folder / name).is_dir()):
-        return f"has a damaged {path.name} (there is no {shortened_text(name)} in the folder)"
+        return f"has a damaged {path.name} (there is no {name[:40]!r} in the folder)"
     if not any((folder / name).glob("*_states.pt")):
         return f"has no states in {name}"
     return None
@@ -215,7 +229,7 @@ def check_weights(checkpoint: str, model: PreTrainedModel | PeftModel) -> None:
         "of another shape": [f"{name} ({there[name]}, not {here[name]})" for name in reshaped],
     }
     if any(problems.values()):
-        listed = ", ".join(f"{problem} {shortened(names)}" for problem, names in problems.items())
+        listed = ", ".join(f"{problem} {first_names(names)}" for problem, names in problems.items())
         raise ValueError(f"training.resume_from_checkpoint: {checkpoint} does not fit the model: {listed}")
 
 
@@ -227,12 +241,124 @@ def forget_tied_weights(model: PreTrainedModel, loaded: Any) -> None:
     loaded.missing_keys[:] = [name for name in loaded.missing_keys if tied.get(name, name) in missing]
 
 
-def shortened_text(text: str) -> str:
-    """The beginning of a text that may be anything, as Python would write it."""
-    return repr(text[:40])
-
-
-def shortened(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
     """The first three names, and whether there are more."""
     names = sorted(names)
     return ", ".join(names[:3]) + ", ..." * (len(names) > 3) if names else "none"
+
+
+# ----------------------------------------------------------------------------------------------- optimizer and schedule
+
+
+def group_options(groups: Sequence[Options]) -> list[Options]:
+    """The options of each group of an optimizer, without its parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+
+def options_by_arguments(args: TrainingArguments, group: Options) -> Options:
+    """What a group of DeepSpeed's own optimizer has, which is built from its file, that the Trainer compares with the
+    arguments. The group of what does not decay is known by its name, which Muon lengthens.
+    """
+    betas, decay = (args.adam_beta1, args.adam_beta2), args.weight_decay
+    if group.get("name", "").startswith(UNDECAYED):
+        decay = 0.0
+    return {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": decay}
+
+
+class ResumeError(ValueError):
+    """A checkpoint that a run cannot go on from, as is found out when training begins."""
+
+
+class OptionsOfRun(TrainerCallback):
+    """Gives optimizer and schedule, whose states a checkpoint has brought, the rates of this run when training begins.
+
+    The schedule is that of the run's own number of steps, of which the checkpoint knows nothing: the rate of the next
+    update is computed anew. Other options are the checkpoint's, unless `allow_changes` is true.
+    """
+
+    def __init__(self) -> None:
+        self.options: list[Options] = []
+        self.options_in_use: list[Options] = []
+
+    def remember(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the options of an optimizer that the run has built, before a checkpoint replaces them."""
+        groups = optimizer.param_groups
+        self.options, self.options_in_use = (
+            group_options(groups),
+            group_options([one for one in groups if one["params"]]),
+        )
+        optimizer.register_load_state_dict_pre_hook(check_sizes)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **kwargs: Any
+    ) -> None:
+        """Do so.
+
+        Raises:
+            ResumeError: for options of the checkpoint that are others, where that is not allowed.
+        """
+        if state.global_step == 0:
+            return
+        groups = optimizer.param_groups
+        wanted = self.options or [options_by_arguments(args, group) for group in groups]
+        if len(groups) < len(wanted):  # ZeRO-1 and -2 leave out a group of no parameters, as beside adapters is
+            wanted = self.options_in_use
+        if args.allow_changes:
+            change_options(groups, wanted)
+        else:
+            check_options(groups, wanted)
+        set_rates(groups, lr_scheduler)
+
+
+def change_options(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
+    """Give the groups of an optimizer other options; the rates become those that a schedule begins with."""
+    for group, options in zip(groups, wanted, strict=True):
+        group |= {name: value for name, value in options.items() if name in group}
+        group["initial_lr"] = options["lr"]
+
+
+def check_options(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
+    """Raises ResumeError for groups that were trained in another way: of checkpoints without a record of options, this
+    alone shows it.
+    """
+    for group, options in zip(groups, wanted, strict=True):
+        there = {**group, "lr": group.get("initial_lr", options["lr"])}
+        for name in COMPARED:
+            if name in options and name in there and not are_alike(there[name], options[name]):
+                raise ResumeError(
+                    f"training.resume_from_checkpoint: the optimizer there has {name} {there[name]}, and here "
+                    f"{options[name]}; give the same, or add --training.allow_changes true"
+                )
+
+
+def check_sizes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raises ResumeError for a state whose groups are others than those of the optimizer that is to have it."""
+    there, here = (
+        [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if there != here:
+        raise ResumeError(
+            f"training.resume_from_checkpoint: the optimizer there has groups of {there} parameters, here of {here}; "
+            "others decay or have rates of their own: begin anew, or go on with the code of that run"
+        )
+
+
+def are_alike(there: Any, here: Any) -> bool:
+    """Whether two options are equal; a pair may be a list in a file."""
+    return list(there) == list(here) if isinstance(there, (list, tuple)) else there == here
+
+
+def set_rates(groups: Sequence[Options], scheduler: Any) -> None:
+    """Set the rates of the next update: those of the step where a schedule stands, by its own formula.
+
+    Those that follow from measurements, and not from the number of the step, keep what they have.
+    """
+    schedule = getattr(scheduler, "scheduler", scheduler)  # what accelerate has wrapped
+    if isinstance(schedule, LambdaLR):
+        bases = [group["initial_lr"] for group in groups]
+        rates = [base * factor(schedule.last_epoch) for base, factor in zip(bases, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict({**schedule.state_dict(), "base_lrs": bases, "_last_lr": rates})
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+    elif hasattr(schedule, "last_batch_iteration"):  # DeepSpeed's, which knows no other way
+        schedule.step(schedule.last_batch_iteration)

@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from .arguments import RecurrentTrainingArguments
-from .quantization import make_trained_weights_float32
 from .recurrent import RecurrentTrainer
 
 
@@ -60,7 +59,6 @@ class SupervisedTrainer(RecurrentTrainer, LossOfTextOrModel):
         # TRL takes no other datasets than these, which it would tokenise; ours take the place of the one below.
         stand_in = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
         super().__init__(*args, train_dataset=stand_in, **kwargs)
-        make_trained_weights_float32(self.model)
         self.train_dataset = train_dataset
         if self.args.loss_type != "nll" and self.has_media:
             raise ValueError(f"training.loss_type: {self.args.loss_type!r} is for models of text alone; leave it out")

@@ -11,8 +11,7 @@ from dataset_loading import get_task
 from dataset_loading.synthetic import generate_row
 from dataset_loading.synthetic_scenes import read_medium
 from evaluation.checks import CHECKS, check_notes, check_scene, read_request
-from evaluation.pitch_reader import note_name, read_notes
-from evaluation.scene_reader import UNCLEAR, SeenObject, read_scene
+from evaluation.recognition import UNCLEAR, SeenObject, note_name, read_notes, read_scene
 
 
 def rows_of(name, difficulty, count):

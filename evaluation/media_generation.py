@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from model import draw_codes
 from model.chat import WRITTEN_PREFIX
 
-from .answers import Answer, Example, Writer, WrittenScores, to_model, written_scores
-from .depth import chunks, wait_for
-from .feature_networks import FeatureDistances, FeatureNetwork
-from .judges import Judge, JudgeScores, judge_media
+from .answers import Answer, AnswerGenerator, Example, TextScores, text_scores, to_model
+from .classifiers import Classifier, ClassifierScores, classify_media
+from .depth import chunks, evaluating, wait_for
+from .distances import FeatureDistances, FeatureNetwork
 
 NUM_SAMPLES = 8
 """Media of each source that are kept to be shown."""
@@ -36,11 +36,11 @@ class MediaScores:
     num_examples: int
     checks: dict[str, float]
     """By what can be read exactly: share of media in which it is as asked for; empty where nothing can."""
-    judged: dict[str, JudgeScores]
-    """By the name of the judge."""
+    judged: dict[str, ClassifierScores]
+    """By the name of the classifier."""
     distances: dict[str, FeatureDistances]
     """Of pictures, by the name of the network."""
-    read_back: WrittenScores | None
+    read_back: TextScores | None
     """What the model itself reads in its media against their prompts; None where it was not asked."""
     milliseconds: float
     """To write a medium, in batches as they came."""
@@ -80,7 +80,7 @@ class MediaTable:
     """By source."""
 
 
-class MediaWriter:
+class MediaGenerator:
     """Answers prompts with media, in batches. Noise is drawn for each example alone, whatever else is in its batch.
 
     Args:
@@ -88,7 +88,7 @@ class MediaWriter:
         options: of `generate`, such as guidance_scale; what is not among them is as the model's configuration says.
     """
 
-    def __init__(self, writer: Writer, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, writer: AnswerGenerator, options: Mapping[str, Any] | None = None) -> None:
         self.writer = writer
         self.options = dict(options or {})
 
@@ -123,7 +123,7 @@ class MediaWriter:
         return [None if number is None else media[number] for number in numbers], steps
 
 
-class BackReader:
+class RoundTrip:
     """Lets a model read what it has written.
 
     Args:
@@ -131,7 +131,7 @@ class BackReader:
         question: said beside the medium; "": nothing.
     """
 
-    def __init__(self, writer: Writer, question: str = "") -> None:
+    def __init__(self, writer: AnswerGenerator, question: str = "") -> None:
         self.writer = writer
         self.question = question
 
@@ -159,7 +159,7 @@ class BackReader:
 
 
 @dataclass
-class WrittenMedia:
+class GeneratedMedia:
     """What one source comes to at one depth, batch by batch."""
 
     kind: str = ""
@@ -172,37 +172,29 @@ class WrittenMedia:
     steps: list[int] = field(default_factory=list)
 
 
+@dataclass
 class MediaEvaluator:
     """Lets one model write media at one depth after the other.
 
     Args:
         model: called through `generate`.
         writer: writes media.
-        judges: by name; each judges all media of its kind.
+        classifiers: by name; each classifies all media of its kind.
         networks: by name; each compares all pictures with their references.
-        back_reader: lets the model read what it wrote; None: it does not.
+        round_trip: lets the model read what it wrote; None: it does not.
         batch_size: media that are written at the same time.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        writer: MediaWriter,
-        judges: Mapping[str, Judge],
-        networks: Mapping[str, FeatureNetwork],
-        back_reader: BackReader | None,
-        batch_size: int,
-    ) -> None:
-        self.model = model
-        self.writer = writer
-        self.judges = judges
-        self.networks = networks
-        self.back_reader = back_reader
-        self.batch_size = batch_size
+    model: PreTrainedModel
+    writer: MediaGenerator
+    classifiers: Mapping[str, Classifier]
+    networks: Mapping[str, FeatureNetwork]
+    round_trip: RoundTrip | None
+    batch_size: int
 
     def source(self, examples: Sequence[Example], num_steps: int | None, samples: Sequence[MediaSample]) -> MediaScores:
         """One source at one depth; what is to be shown is added to the samples."""
-        found = WrittenMedia()
+        found = GeneratedMedia()
         for chunk in chunks(examples, self.batch_size):
             self.write(chunk, num_steps, found)
         count = len(samples)  # those of the first examples
@@ -212,7 +204,7 @@ class MediaEvaluator:
                 sample.is_right[num_steps] = right["all"]
         return self.scores(found)
 
-    def write(self, chunk: Sequence[Example], num_steps: int | None, found: WrittenMedia) -> None:
+    def write(self, chunk: Sequence[Example], num_steps: int | None, found: GeneratedMedia) -> None:
         """One batch, added to what was found."""
         seeds = range(len(found.media), len(found.media) + len(chunk))
         wait_for(self.model.device)
@@ -227,15 +219,15 @@ class MediaEvaluator:
         found.right += [what_is_right(example, medium) for example, medium in zip(chunk, media, strict=True)]
         if steps is not None:
             found.steps += steps[steps > 0].tolist()
-        if self.back_reader is not None:
-            found.answers += self.back_reader.read(self.model, chunk, media, num_steps)
+        if self.round_trip is not None:
+            found.answers += self.round_trip.read(self.model, chunk, media, num_steps)
 
-    def scores(self, found: WrittenMedia) -> MediaScores:
+    def scores(self, found: GeneratedMedia) -> MediaScores:
         """What all batches come to."""
         judged = {
-            label: judge_media(judge, found.prompts, found.media)
-            for label, judge in self.judges.items()
-            if judge.config.medium == found.kind
+            label: classify_media(classifier, found.prompts, found.media)
+            for label, classifier in self.classifiers.items()
+            if classifier.config.medium == found.kind
         }
         written = [medium for medium in found.media if medium is not None]
         networks = self.networks if found.kind == "image" else {}
@@ -245,7 +237,7 @@ class MediaEvaluator:
             checks=shares(found.right),
             judged={label: scores for label, scores in judged.items() if scores is not None},
             distances={label: it.distances(found.references, written) for label, it in networks.items()},
-            read_back=written_scores(found.answers) if found.answers else None,
+            read_back=text_scores(found.answers) if found.answers else None,
             milliseconds=1000 * found.seconds / len(found.media),
             mean_steps=sum(found.steps) / len(found.steps) if found.steps else None,
         )
@@ -280,14 +272,13 @@ def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:
     return {name: sum(right) / len(right) for name, right in values.items()}
 
 
-@torch.no_grad()
 def media_table(
     model: PreTrainedModel,
     depths: Sequence[int | None],
     examples: Mapping[str, Sequence[Example]],
-    writer: MediaWriter,
-    judges: Mapping[str, Judge] | None = None,
-    back_reader: BackReader | None = None,
+    writer: MediaGenerator,
+    classifiers: Mapping[str, Classifier] | None = None,
+    round_trip: RoundTrip | None = None,
     batch_size: int = 8,
     networks: Mapping[str, FeatureNetwork] | None = None,
 ) -> MediaTable:
@@ -299,8 +290,8 @@ def media_table(
             ("written_image" or "written_audio"), `reference` (a PIL image, or (samples, rate)), and `check`, a function
             that says of such a medium what is right in it, or None.
         writer: writes media.
-        judges: by name.
-        back_reader: lets the model read what it wrote.
+        classifiers: by name.
+        round_trip: lets the model read what it wrote.
         batch_size: media that are written at the same time.
         networks: by name; whose features of pictures are compared with those of references.
 
@@ -310,21 +301,17 @@ def media_table(
     empty = [name for name, rows in examples.items() if len(rows) == 0]
     if empty:
         raise ValueError(f"Source {empty[0]!r} has 0 rows to write media for: give it more data or a larger share.")
-    evaluator = MediaEvaluator(model, writer, judges or {}, networks or {}, back_reader, batch_size)
+    evaluator = MediaEvaluator(model, writer, classifiers or {}, networks or {}, round_trip, batch_size)
     real, samples = {}, {}
     for name, rows in examples.items():
         real[name] = shares([what_is_right(row, row["reference"]) for row in rows])
         first = [rows[number] for number in range(min(NUM_SAMPLES, len(rows)))]
         samples[name] = [MediaSample(row["prompt"], row["reference"]) for row in first]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for rows in examples.values():  # pays for kernel selection and memory, which is no depth's time
             writer.write(model, [rows[0]], depths[0], [0])
         table = [
             MediaRow(depth, {name: evaluator.source(rows, depth, samples[name]) for name, rows in examples.items()})
             for depth in tqdm(depths, desc="depths", unit="depth", disable=None)
         ]
-    finally:
-        model.train(was_training)
     return MediaTable(table, real, samples)

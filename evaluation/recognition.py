@@ -1,11 +1,17 @@
-"""What a picture of a scene shows, read from its pixels alone, so that what a model has drawn is read like the rest.
+"""What a picture of a scene shows and which notes a melody has, read from pixels and samples alone, so that media that
+a model has generated are read like the rest.
+
+Scenes:
 
     1. The background is a plane of colour, near most pixels of the border.
     2. An object is a connected part that differs from it; its own colour is that of its clearest pixels.
     3. Between the two, each pixel is covered from 0 to 1. The covered area is that of a shape of some radius; the
        shape whose drawing there is most like what is seen is taken.
 
-It shares no code with what draws scenes, and knows of it only the names below and what they look like.
+Melodies: a note begins where the loudness rises out of a pause, and ends where it has fallen. Its pitch is the
+frequency whose multiples together are strongest in the spectrum of what lies between.
+
+The file shares no code with what draws and plays, and knows of it only the names below and what they look like.
 """
 
 from __future__ import annotations
@@ -36,6 +42,18 @@ _LEAST_BACKGROUND = 0.2  # of the picture
 _LEAST_AREA = 0.01  # of the picture; the smallest object has three times as much
 _WORST_FIT = 0.25  # squared difference from the best shape, as a part of the area; a circle as a square has 0.18
 _FINE = 8  # points along a pixel at which a shape is looked up
+
+KEYS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+
+_WINDOW, _HOP = 0.02, 0.004  # seconds of which the loudness is taken, and from one to the next
+_SILENCE = 0.12  # of the loudness of the loud parts: below, nothing sounds
+_FALL, _RISE = 0.35, 2.0  # a note ends at this part of its loudest; the next begins at so many times the quietest since
+_SHORTEST = 0.04  # seconds of a note; what is shorter is a click
+_LOWEST_OCTAVE, _OCTAVES = 3, 4  # that are searched: C3 (131 Hz) to B6
+_PER_SEMITONE = 20  # frequencies that are tried
+_PARTIALS, _FADING = 8, 0.8  # multiples that count, and how much less each counts than the one below
+_HIGHEST_PART = 0.47  # of the sampling rate, up to which multiples count
+_BINS = 2**15  # of the spectrum: a quarter of a hertz at 8 kHz
 
 
 class SeenObject(NamedTuple):
@@ -71,7 +89,7 @@ def read_scene(picture: Image.Image) -> list[SeenObject]:
     background = background_of(pixels)
     differs = np.linalg.norm(pixels - background, axis=-1)
     parts = [part for part in connected_parts(differs > _CONTRAST) if part.mean() >= _LEAST_AREA]
-    return sorted((read_object(pixels, background, part) for part in parts), key=lambda it: it.place[1])
+    return sorted((recognize_object(pixels, background, part) for part in parts), key=lambda it: it.place[1])
 
 
 def background_of(pixels: np.ndarray) -> np.ndarray:
@@ -106,7 +124,7 @@ def connected_parts(mask: np.ndarray) -> list[np.ndarray]:
     return parts
 
 
-def read_object(pixels: np.ndarray, background: np.ndarray, part: np.ndarray) -> SeenObject:
+def recognize_object(pixels: np.ndarray, background: np.ndarray, part: np.ndarray) -> SeenObject:
     """What one part of a picture shows."""
     fill = colour_of(pixels, background, part)
     coverage = coverage_of(pixels, background, fill) * grown(part)
@@ -153,3 +171,70 @@ def drawing_of(shape: Shape, x: float, y: float, radius: float, size: tuple[int,
     down = ((np.arange(height * _FINE) + 0.5) / _FINE - y) / radius
     points = shape.covers(across, down[:, None])
     return points.reshape(height, _FINE, width, _FINE).mean(axis=(1, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------- notes
+
+
+def read_notes(waveform: np.ndarray, sampling_rate: int) -> list[str]:
+    """The names of the notes in their order, such as ["C4", "F#5"]; A4 has 440 Hz.
+
+    Args:
+        waveform: (samples,).
+        sampling_rate: in Hz.
+    """
+    waveform = np.asarray(waveform, dtype=np.float64)
+    skipped = round(_WINDOW / 2 * sampling_rate)  # in which a note is still rising
+    notes = []
+    for start, end in find_notes(loudness_of(waveform, sampling_rate)):
+        first, last = round(start * _HOP * sampling_rate), round(end * _HOP * sampling_rate)
+        if (end - start) * _HOP >= _SHORTEST:
+            notes.append(note_name(pitch_of(waveform[first + skipped : last], sampling_rate)))
+    return notes
+
+
+def loudness_of(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
+    """Root of the mean power around each place, `_HOP` seconds from one to the next."""
+    window, hop = round(_WINDOW * sampling_rate), round(_HOP * sampling_rate)
+    power = np.concatenate(([0], np.cumsum(np.pad(waveform, window // 2) ** 2)))
+    starts = np.arange(0, len(power) - window, hop)
+    return np.sqrt(np.maximum(power[starts + window] - power[starts], 0) / window)
+
+
+def find_notes(loudness: np.ndarray) -> list[tuple[int, int]]:
+    """First place of each note, and the first one after it."""
+    if not len(loudness):
+        return []
+    silence = _SILENCE * np.quantile(loudness, 0.95)
+    notes, start, loudest, quietest = [], None, 0.0, 0.0
+    for place, value in enumerate([*loudness, 0.0]):
+        if start is None:
+            quietest = min(quietest, value)
+            if value > max(silence, _RISE * quietest):
+                start, loudest = place, value
+        else:
+            loudest = max(loudest, value)
+            if value <= max(silence, _FALL * loudest):
+                notes.append((start, place))
+                start, quietest = None, value
+    return notes
+
+
+def pitch_of(tone: np.ndarray, sampling_rate: int) -> float:
+    """In Hz, of the candidates the one whose multiples are strongest."""
+    bins = max(_BINS, 2 ** math.ceil(math.log2(len(tone))))
+    spectrum = np.abs(np.fft.rfft(tone * np.hanning(len(tone)), bins))
+    semitones = np.arange(-0.5, 12 * _OCTAVES - 0.5, 1 / _PER_SEMITONE) + 12 * (_LOWEST_OCTAVE + 1)
+    candidates = 440 * 2 ** ((semitones - 69) / 12)
+    strength = np.zeros(len(candidates))
+    for number in range(1, _PARTIALS + 1):
+        partial = number * candidates
+        found = np.interp(partial * bins / sampling_rate, np.arange(len(spectrum)), spectrum)
+        strength += np.where(partial < _HIGHEST_PART * sampling_rate, _FADING ** (number - 1) * found, 0)
+    return float(candidates[strength.argmax()])
+
+
+def note_name(frequency: float) -> str:
+    """That of the nearest key."""
+    semitone = round(69 + 12 * math.log2(frequency / 440))  # 60 is C4
+    return f"{KEYS[semitone % 12]}{semitone // 12 - 1}"

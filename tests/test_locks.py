@@ -6,7 +6,7 @@ import pytest
 from torch.utils import file_baton
 
 from trainers import RecurrentTrainingArguments
-from trainers.build_locks import build_locks, in_words, warn_of_build_locks
+from trainers.locks import build_locks, in_words, warn_of_build_locks
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""One run at a time in a folder."""
+"""Locks: of the folder of a run, in which no other may write, and of builds that torch waits for without a word."""
 
 import fcntl
 import json
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class RunLock:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
-                holder = holder_of(file)
+                holder = holder_in(file)
                 os.close(file)
                 raise ValueError(
                     f"training.output_dir: {self.path.parent} is in use by {holder}; wait for that run, stop it, or "
@@ -66,7 +67,7 @@ class RunLock:
             self.file = None
 
 
-def holder_of(file: int) -> str:
+def holder_in(file: int) -> str:
     """Who has written itself into the file of a lock."""
     try:
         holder = json.loads(os.pread(file, 1000, 0))
@@ -81,3 +82,65 @@ def is_same(file: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
         return False
+
+
+# ------------------------------------------------------------------------------------------------------ locks of builds
+
+
+def warn_of_build_locks() -> None:
+    """Say which locks lie where DeepSpeed builds its operations, on one rank of each machine, before it does. A build
+    that is killed leaves its own; none is removed here, as another machine may be building in the same folder.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    for path, age in build_locks():
+        holder = process_with(path)
+        if holder is None:
+            logger.warning(
+                "%s is the lock of a build, %s old, that no process of this machine holds: DeepSpeed waits for it "
+                "without an end. If no other machine builds there, remove it: rm %s",
+                path,
+                in_words(age),
+                path,
+            )
+        else:
+            logger.warning(
+                "%s is the lock of a build of process %d, begun %s ago: DeepSpeed waits until it is done",
+                path,
+                holder,
+                in_words(age),
+            )
+
+
+def build_locks() -> list[tuple[Path, float]]:
+    """The locks of builds, and their age in seconds."""
+    from torch.utils.cpp_extension import get_default_build_root  # says on import that there is no GPU
+
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    found = Path(named).glob("*/lock") if named else Path(get_default_build_root()).glob("*/*/lock")
+    locks = []
+    for path in sorted(found):
+        try:
+            locks.append((path, max(time.time() - path.stat().st_mtime, 0.0)))
+        except FileNotFoundError:  # its build has ended
+            continue
+    return locks
+
+
+def process_with(path: Path) -> int | None:
+    """A process of this machine that has a file open; None if there is none that may be looked at."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if link.samefile(path):
+                return int(link.parts[2])
+        except OSError:  # it has ended, or closed it, or is another user's
+            continue
+    return None
+
+
+def in_words(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"

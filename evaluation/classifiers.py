@@ -1,12 +1,11 @@
 """Small networks that name what a picture shows or who says what, trained on labels of real media in about a minute.
 
-They judge what a model has drawn or played: by the label asked for, and by the distance of their features from those of
-real media. Beside each figure stands that of real media held out from the judge.
+They classify what a model has drawn or played: by the label asked for, and by the distance of their features from
+those of real media. Next to each figure stands that of real media held out from the classifier.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.audio_utils import mel_filter_bank
 
-from .frechet import frechet_distance, kernel_distance
+from .distances import compare_features, digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +45,8 @@ MOST_FEATURES = 2000
 
 
 @dataclass
-class JudgeConfig:
-    """What a judge is given and what it may say.
+class ClassifierConfig:
+    """What a classifier is given and what it may say.
 
     Raises:
         ValueError: an unknown kind, fewer than two labels, or sizes that are none.
@@ -65,20 +64,20 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         if self.medium not in ("image", "audio"):
-            raise ValueError(f"a judge of {self.medium!r} is unknown; choose image or audio")
+            raise ValueError(f"a classifier of {self.medium!r} is unknown; choose image or audio")
         if len(self.labels) < 2:
-            raise ValueError(f"a judge has labels {self.labels}; give at least two, of which it can choose")
+            raise ValueError(f"a classifier has labels {self.labels}; give at least two, of which it can choose")
         for name, least in (("image_size", 16), ("sampling_rate", 1000), ("seconds", 0.2)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} of a judge is {getattr(self, name)}; give at least {least}")
+                raise ValueError(f"{name} of a classifier is {getattr(self, name)}; give at least {least}")
 
 
 @dataclass
-class JudgeScores:
-    """What a judge says of written media. Shares in [0, 1]."""
+class ClassifierScores:
+    """What a classifier says of written media. Shares in [0, 1]."""
 
     digest: str
-    """Of the judge's weights."""
+    """Of the classifier's weights."""
     num_examples: int
     """Media whose prompt names exactly one of its labels."""
     accuracy: float
@@ -93,14 +92,14 @@ class JudgeScores:
     real_kernel_distance: float | None
 
 
-class Judge(nn.Module):
+class Classifier(nn.Module):
     """Convolutions on a picture or a log-mel spectrogram; the mean over all places are the features.
 
     Args:
         config: what it is given, and may say.
     """
 
-    def __init__(self, config: JudgeConfig) -> None:
+    def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
         channels = (3 if config.medium == "image" else 1, *CHANNELS)
@@ -173,16 +172,16 @@ class LabelledMedia:
     labels: list[str] = field(default_factory=list)
 
 
-def train_judge(
-    config: JudgeConfig,
+def train_classifier(
+    config: ClassifierConfig,
     train: LabelledMedia,
     held_out: LabelledMedia,
     num_epochs: int = 15,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
     seed: int = 0,
-) -> Judge:
-    """A judge, trained; its accuracy on what is held out is its `real_accuracy`.
+) -> Classifier:
+    """A classifier, trained; its accuracy on what is held out is its `real_accuracy`.
 
     Args:
         batch_size: at most; fewer where there are few media, so that there are enough updates.
@@ -194,14 +193,14 @@ def train_judge(
     label_indices(config, held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge(config)
-        inputs = torch.stack([judge.prepare(medium) for medium in train.media])
+        classifier = Classifier(config)
+        inputs = torch.stack([classifier.prepare(medium) for medium in train.media])
         rows = min(batch_size, max(LEAST_ROWS, len(inputs) // LEAST_ROWS), len(inputs))
-        fit(judge, inputs, targets, num_epochs, rows, learning_rate)
-        judge.real_features = judge.features(some_of(train.media))
-        judge.held_out_features = judge.features(some_of(held_out.media))
-    judge.real_accuracy = share_of_equals(judge.labels(judge.features(held_out.media)), held_out.labels)
-    return judge
+        fit(classifier, inputs, targets, num_epochs, rows, learning_rate)
+        classifier.real_features = classifier.features(some_of(train.media))
+        classifier.held_out_features = classifier.features(some_of(held_out.media))
+    classifier.real_accuracy = share_of_equals(classifier.labels(classifier.features(held_out.media)), held_out.labels)
+    return classifier
 
 
 def some_of(media: Sequence[Any]) -> list[Any]:
@@ -210,17 +209,22 @@ def some_of(media: Sequence[Any]) -> list[Any]:
 
 
 def fit(
-    judge: Judge, inputs: torch.Tensor, targets: torch.Tensor, num_epochs: int, batch_size: int, learning_rate: float
+    classifier: Classifier,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    num_epochs: int,
+    batch_size: int,
+    learning_rate: float,
 ) -> None:
     """Cross-entropy with AdamW, a learning rate that rises and falls, and media moved a little."""
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=0.01)
     updates = num_epochs * (len(inputs) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=updates)
     for epoch in range(num_epochs):
-        judge.train()
+        classifier.train()
         losses = []
         for rows in torch.randperm(len(inputs)).unfold(0, batch_size, batch_size):  # whole batches
-            logits = judge.head(judge(disturbed(inputs[rows], judge.config.medium)))
+            logits = classifier.head(classifier(disturbed(inputs[rows], classifier.config.medium)))
             loss = F.cross_entropy(logits, targets[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -240,10 +244,12 @@ def disturbed(inputs: torch.Tensor, medium: str) -> torch.Tensor:
     return torch.stack(moved) + NOISE * torch.randn_like(inputs)
 
 
-def label_indices(config: JudgeConfig, data: LabelledMedia) -> torch.LongTensor:
+def label_indices(config: ClassifierConfig, data: LabelledMedia) -> torch.LongTensor:
     """(media,), places of their labels among those of the configuration."""
     if len(data.media) < 2:
-        raise ValueError(f"{len(data.media)} labelled media; a judge needs at least two, to learn and to be measured")
+        raise ValueError(
+            f"{len(data.media)} labelled media; a classifier needs at least two, to learn and to be measured"
+        )
     unknown = sorted(set(data.labels) - set(config.labels))
     if unknown:
         raise ValueError(f"label {unknown[0]!r} is none of {', '.join(config.labels)}; give all of them in training")
@@ -258,22 +264,29 @@ def share_of_equals(found: Sequence[str | None], asked: Sequence[str]) -> float:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def save_judge(judge: Judge, folder: Path, about: dict[str, Any]) -> str:
+def save_classifier(classifier: Classifier, folder: Path, about: dict[str, Any]) -> str:
     """Write judge.safetensors and judge.json into a folder, made if missing; returns the digest of the weights.
 
     Args:
         about: what it was trained on; stands in the JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in judge.state_dict().items()}, folder / "judge.safetensors")
-    judge.digest = digest_of(folder / "judge.safetensors")
-    content = {"config": asdict(judge.config), "real_accuracy": judge.real_accuracy, "digest": judge.digest, **about}
+    save_file(
+        {name: value.contiguous() for name, value in classifier.state_dict().items()}, folder / "judge.safetensors"
+    )
+    classifier.digest = digest_of(folder / "judge.safetensors")
+    content = {
+        "config": asdict(classifier.config),
+        "real_accuracy": classifier.real_accuracy,
+        "digest": classifier.digest,
+        **about,
+    }
     (folder / "judge.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return judge.digest
+    return classifier.digest
 
 
-def load_judge(folder: Path) -> Judge:
-    """The judge that `save_judge` has written.
+def load_classifier(folder: Path) -> Classifier:
+    """The classifier that `save_classifier` has written.
 
     Raises:
         ValueError: there is none, or its weights are not those it was saved with.
@@ -282,62 +295,55 @@ def load_judge(folder: Path) -> Judge:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ValueError(
-            f"{folder} holds no judge ({missing[0].name} is missing): give a folder that evaluation.train_classifier "
-            "wrote"
+            f"{folder} holds no classifier ({missing[0].name} is missing): give a folder that "
+            "evaluation.train_classifier wrote"
         )
     content, digest = json.loads(paths[0].read_bytes()), digest_of(paths[1])
     if digest != content["digest"]:
         raise ValueError(
-            f"{paths[1]} has digest {digest}, where judge.json says {content['digest']}: train the judge again"
+            f"{paths[1]} has digest {digest}, where judge.json says {content['digest']}: train the classifier again"
         )
-    judge = Judge(JudgeConfig(**content["config"]))
+    classifier = Classifier(ClassifierConfig(**content["config"]))
     state = load_file(paths[1])
     for name in ("real_features", "held_out_features"):
-        setattr(judge, name, torch.zeros_like(state[name]))  # as many as there are
-    judge.load_state_dict(state)
-    judge.real_accuracy, judge.digest = content["real_accuracy"], digest
-    return judge.eval()
-
-
-def digest_of(path: Path) -> str:
-    """The first half of a file's SHA-256, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        setattr(classifier, name, torch.zeros_like(state[name]))  # as many as there are
+    classifier.load_state_dict(state)
+    classifier.real_accuracy, classifier.digest = content["real_accuracy"], digest
+    return classifier.eval()
 
 
 # -------------------------------------------------------------------------------------------------------------- judging
 
 
-def judge_media(judge: Judge, prompts: Sequence[str], media: Sequence[Any | None]) -> JudgeScores | None:
-    """What a judge says of written media; None where no prompt names one of its labels.
+def classify_media(
+    classifier: Classifier, prompts: Sequence[str], media: Sequence[Any | None]
+) -> ClassifierScores | None:
+    """What a classifier says of written media; None where no prompt names one of its labels.
 
     Args:
         prompts: what was asked for.
         media: what was written; None where nothing was.
     """
-    asked = [label_in(prompt, judge.config.labels) for prompt in prompts]
+    asked = [label_in(prompt, classifier.config.labels) for prompt in prompts]
     if not any(asked):
         return None
     is_there = [medium is not None for medium in media]
-    features = judge.features([medium for medium in media if medium is not None])
-    names = iter(judge.labels(features))
+    features = classifier.features([medium for medium in media if medium is not None])
+    names = iter(classifier.labels(features))
     found = [next(names) if there else None for there in is_there]
     pairs = [(name, label) for name, label in zip(found, asked, strict=True) if label is not None]
-    return JudgeScores(
-        digest=judge.digest,
+    return ClassifierScores(
+        digest=classifier.digest,
         num_examples=len(pairs),
         accuracy=share_of_equals(*zip(*pairs, strict=True)),
-        real_accuracy=judge.real_accuracy,
-        **distances(judge, features),
+        real_accuracy=classifier.real_accuracy,
+        **compare_features(
+            {
+                "": (classifier.real_features, features),
+                "real_": (classifier.real_features, classifier.held_out_features[: max(len(features), 2)]),
+            }
+        ),
     )
-
-
-def distances(judge: Judge, features: torch.Tensor) -> dict[str, float | None]:
-    """Distances of written media from the real ones that a judge was trained on, and of as many held out ones."""
-    found: dict[str, float | None] = {}
-    for prefix, part in (("", features), ("real_", judge.held_out_features[: max(len(features), 2)])):
-        for name, distance in (("frechet_distance", frechet_distance), ("kernel_distance", kernel_distance)):
-            found[prefix + name] = distance(judge.real_features, part) if len(part) >= 2 else None
-    return found
 
 
 def label_in(prompt: str, labels: Sequence[str]) -> str | None:

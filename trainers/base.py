@@ -19,11 +19,18 @@ from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
-from .optimizers import build_optimizer
-from .parameter_groups import FreezeStepsCallback, assign, divide, freeze, parameters_of_norms
-from .resumed import UNDECAYED, OptionsOfRun, ResumeError
-from .resuming import check_weights, damage, forget_tied_weights, nothing_left, read_state
-from .rotation import CHECKPOINT_NAME, CheckpointKeeper
+from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper
+from .optimizers import FreezeStepsCallback, assign, build_optimizer, freeze, parameters_of_norms, split_groups
+from .resuming import (
+    UNDECAYED,
+    OptionsOfRun,
+    ResumeError,
+    check_weights,
+    damage,
+    forget_tied_weights,
+    nothing_left,
+    read_state,
+)
 from .signals import StopCallback, StopRequest, sheltered
 from .stalls import StallCallback
 
@@ -34,10 +41,10 @@ CONFIG_NAME = "config.yaml"
 REFUSALS = (ImportError, RuntimeError, TypeError)
 
 
-class CheckedTrainer(Trainer):
+class BaseTrainer(Trainer):
     """Optimizers, parameter groups, averages and compilation by our arguments, and checkpoints that have to fit.
 
-    `beside` are parts that are saved with each checkpoint, in files of their own: objects with `save(folder,
+    `auxiliary` are parts that are saved with each checkpoint, in files of their own: objects with `save(folder,
     state_dict)`, which gets the state of the whole model where it has been gathered from the ranks, and `load(folder)`.
     A model that has any, and is not PEFT's, does not learn itself and is not saved. `config_text` is kept in each
     checkpoint as config.yaml, where it is given.
@@ -56,9 +63,10 @@ class CheckedTrainer(Trainer):
             super().__init__(*args, **kwargs)
         except REFUSALS as error:
             raise ValueError(f"training: {error}") from error
+        make_trained_weights_float32(self.model)
         if self.optimizer is None:
-            self.optimizer = self.checked_optimizer
-        self.beside: list[Any] = []
+            self.optimizer = self.built_optimizer
+        self.auxiliary: list[Any] = []
         self.keeper = CheckpointKeeper()
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
@@ -78,7 +86,7 @@ class CheckedTrainer(Trainer):
         """Also builds what options describe and `Trainer` builds when training begins, before it makes a folder."""
         super().create_accelerator_and_postprocess()
         # As `Trainer` sets them a little later, which forgets what is built here.
-        self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = self.checked_optimizer = None
+        self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = self.built_optimizer = None
         freeze(self.model, self.args.freeze)
         assign(self.model, self.args.parameter_groups)
         self._check_deepspeed_settings()
@@ -98,7 +106,7 @@ class CheckedTrainer(Trainer):
                 unwrap_peft_model(self.model).base_model.compile_units(**self.args.compile_options)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # they take it over when they wrap the weights
             with naming("optim or optim_args") if self.args.optimizer is None else nullcontext():
-                self.checked_optimizer = self.create_optimizer()
+                self.built_optimizer = self.create_optimizer()
         with naming("lr_scheduler_type or lr_scheduler_kwargs"):
             unused = torch.optim.SGD(self.model.parameters())
             self.create_scheduler(max(self.args.max_steps, 1), unused)
@@ -144,7 +152,7 @@ class CheckedTrainer(Trainer):
             groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
             self.optimizer = optimizer = build_optimizer(name, groups, self.args, model)
         if self.args.parameter_groups:
-            divide(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
+            split_groups(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
         self.options_of_run.remember(optimizer)
         return optimizer
 
@@ -195,9 +203,9 @@ class CheckedTrainer(Trainer):
         return [group for group in groups if group["params"]]
 
     @property
-    def learns_beside(self) -> bool:
+    def base_is_frozen(self) -> bool:
         """Whether the weights of the model itself stay as they are."""
-        return bool(self.beside) and not is_peft_model(self.model)
+        return bool(self.auxiliary) and not is_peft_model(self.model)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Also what is saved beside the model and, while it trains, the average of the weights. In a checkpoint all of
@@ -211,13 +219,13 @@ class CheckedTrainer(Trainer):
             Path(folder, CONFIG_NAME).write_text(self.config_text, encoding="utf-8")
         if self.average is not None and self.is_in_train and self.args.should_save:
             self.average.save(folder)
-        if not self.learns_beside:
+        if not self.base_is_frozen:
             super().save_model(folder, *args, **kwargs)
         elif self.args.should_save:
             self.processing_class.save_pretrained(folder)
-        state_dict = self.accelerator.get_state_dict(self.model) if self.beside and self.is_fsdp_enabled else None
-        with whole_weights_of(self.beside):
-            for part in self.beside if self.args.should_save else ():
+        state_dict = self.accelerator.get_state_dict(self.model) if self.auxiliary and self.is_fsdp_enabled else None
+        with whole_weights_of(self.auxiliary):
+            for part in self.auxiliary if self.args.should_save else ():
                 part.save(folder, state_dict)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -237,11 +245,11 @@ class CheckedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Missing or unexpected weights are errors; `Trainer` warns and trains on."""
-        for part in self.beside:
+        for part in self.auxiliary:
             part.load(resume_from_checkpoint)
         if self.average is not None:
             self.average.load(resume_from_checkpoint)
-        if not self.learns_beside:
+        if not self.base_is_frozen:
             check_weights(resume_from_checkpoint, model or self.model)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -257,9 +265,9 @@ class CheckedTrainer(Trainer):
             return
         if self.average is not None:
             self.average.load(self.state.best_model_checkpoint)
-        for part in self.beside:
+        for part in self.auxiliary:
             part.load(self.state.best_model_checkpoint)
-        if not self.learns_beside:
+        if not self.base_is_frozen:
             super()._load_best_model()
 
     def _send_telemetry(self) -> None:
@@ -314,3 +322,17 @@ def naming(keys: str) -> Iterator[None]:
         yield
     except (*REFUSALS, ValueError) as error:
         raise ValueError(f"training.{keys}: {error}") from error
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the model, or what its adapters are on, was loaded in 8 or 4 bits."""
+    return getattr(model, "is_quantized", False)  # transformers sets it on such models alone
+
+
+def make_trained_weights_float32(model: nn.Module) -> None:
+    """TRL makes the adapters of quantised models bfloat16, in which small updates are lost."""
+    if not is_quantized(model):
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
