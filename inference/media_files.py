@@ -26,7 +26,7 @@ def check_path(path: Path, modality: str) -> Path:
     """The path, if a medium can be written there.
 
     Raises:
-        ValueError: for a name that is not of this kind of medium, or a folder that does not exist.
+        ValueError: the name is not that of such a file, or its folder does not exist.
     """
     if path.suffix.lower() not in SUFFIXES[modality]:
         raise ValueError(f"--out {path} is no name for {modality}: end it in {', '.join(SUFFIXES[modality])}.")

@@ -66,7 +66,7 @@ def writing(path: Path) -> Iterator[None]:
     """Say of whatever fails that a path cannot be written; libraries raise all sorts when a disk is full.
 
     Raises:
-        ValueError: in the place of every other exception.
+        ValueError: every other exception is raised as one.
     """
     try:
         yield

@@ -47,8 +47,8 @@ def refresh(folder: Path, output: Path | None = None) -> list[str]:
     place, the code of before goes, and all other files stay.
 
     Args:
-        folder: of the checkpoint; of a run, that of its final weights or one of its checkpoint-N.
-        output: where the refreshed checkpoint goes, empty or new; None: in place.
+        folder: Folder of the checkpoint; of a run, that of its final weights or one of its checkpoint-N.
+        output: Folder of the refreshed checkpoint, empty or new; None: in place.
 
     Returns:
         Names of the files that were written anew.

@@ -80,7 +80,7 @@ class MegaTransformerAudioModel(MegaTransformerPreTrainedModel):
             None if all are.
 
         Raises:
-            ValueError: for tensors of the wrong shape, or a clip without a frame.
+            ValueError: a tensor has the wrong shape, or a clip has no frame.
         """
         lengths = self._check_lengths(input_features, input_features_mask)
         hidden, lengths = self.stem(input_features, lengths)

@@ -22,7 +22,7 @@ class Backbone(nn.Module):
     them.
 
     Args:
-        config: Of which `backbone` and `backbone_config` are read; the latter is filled in if it is missing.
+        config: Configuration of the encoder, whose `backbone_config` is filled in if it is missing.
         main_input_name: "pixel_values" or "input_features".
 
     Raises:

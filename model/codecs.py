@@ -14,8 +14,7 @@ from .configuration_megatransformer import (
     MegaTransformerImageWriterConfig,
     WriterConfig,
 )
-from .feature_extraction_megatransformer import FLOOR, LOG_MEAN, LOG_STD
-from .griffin_lim import waveform_of
+from .feature_extraction_megatransformer import LOG_MEAN, LOG_STD, SILENCE, waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
 from .vocoder import MegaTransformerVocoder
 
@@ -24,8 +23,6 @@ if is_vision_available():
 
 PIXEL_SCALE = 2.0
 """Pixels in -1 .. 1 have a deviation of about a half; latents should have one of 1."""
-SILENCE = (torch.tensor(FLOOR).log10().item() - LOG_MEAN) / LOG_STD
-"""Least value of a log-mel spectrogram."""
 LOUDEST = (2.0 - LOG_MEAN) / LOG_STD
 """More than full scale has."""
 

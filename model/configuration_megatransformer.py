@@ -31,15 +31,15 @@ class EncoderConfig(StrictConfig):
         num_key_value_heads: Number of key/value heads, at least 1; divides the number of query heads. Default: as many.
         head_dim: Width of a head. Default: hidden_size / num_attention_heads, which must then divide hidden_size.
         rope_theta: Base of the RoPE frequencies.
-        norm: As in the language model.
-        norm_eps: As in the language model.
-        norm_placement: As in the language model.
-        mlp: As in the language model.
-        qk_norm: As in the language model.
-        qk_bias: As in the language model.
-        attn_logit_softcapping: As in the language model, above 0. Default: none.
-        attention_dropout: As in the language model.
-        hidden_dropout: As in the language model.
+        norm: Kind of all norms, as in the language model.
+        norm_eps: Epsilon of the norms.
+        norm_placement: Place of the norms, as in the language model.
+        mlp: Feed-forward layer, as in the language model.
+        qk_norm: RMSNorm over the features of each query and key head.
+        qk_bias: Learned bias on queries and keys.
+        attn_logit_softcapping: c in c tanh(logit / c) on attention logits, above 0. Default: none.
+        attention_dropout: Dropout on attention probabilities.
+        hidden_dropout: Dropout on the output of each attention and feed-forward layer.
         initializer_range: Standard deviation of the weights, above 0. Default: sqrt(2 / (5 hidden_size)).
         backbone: Name on the Hugging Face hub, or folder, of a pretrained model whose encoder takes the place of ours;
             of the options above none is read then.
@@ -101,7 +101,7 @@ class MegaTransformerVisionConfig(EncoderConfig):
         patch_size: Side of a patch in pixels.
         stem: How a patch becomes a vector: "patch" is one linear map, "conv" a stack of 3 x 3 convolutions (Xiao et al.
             2021, arXiv 2106.14881), for a patch size that is a power of 2.
-        stem_depth: With stem "conv", how many convolutions each halving of the image has.
+        stem_depth: Number of convolutions of each halving of the image, with stem "conv".
         pixel_shuffle: Side of a square of patches that becomes one token of the language model.
         image_size: Height and width to which every image is resized, at least 1. Default: images keep their shape.
         max_image_size: Longest side of an image that keeps its shape; larger ones are scaled down.
@@ -193,7 +193,7 @@ class WriterConfig(StrictConfig):
         flow_num_layers: Layers of the flow head.
         flow_prediction: What the flow head gives: "v" the velocity, "x" the latent itself (Li and He 2025, arXiv
             2511.13720). Default: "v" for latents of up to 64 numbers, else "x".
-        flow_min_sigma: With prediction "x", the smallest 1 - t by which the loss divides: 0.4 suits small models, 0.05
+        flow_min_sigma: Smallest 1 - t by which the loss divides, with prediction "x": 0.4 suits small models, 0.05
             large ones.
         num_draws: Draws of noise and time for each latent in training.
         input_noise: Largest standard deviation of the noise on latents that are read back, in training.
@@ -327,7 +327,7 @@ class MegaTransformerConfig(StrictConfig):
         audio_end_token_id: The same for sound.
         null_token_id: Id of the token that stands for text that guidance leaves out.
         structure_token_ids: Ids that guidance leaves in: padding, begin, roles, and those of media.
-        image_code_offset: With head "fsq", the id of code 0; the codes follow each other.
+        image_code_offset: Id of code 0, with head "fsq"; the codes follow each other.
         use_cache: Whether `forward` returns a cache; that of the text_config has to say so too.
         tie_word_embeddings: That of the text_config, whatever is given.
     """
@@ -411,7 +411,7 @@ class MegaTransformerConfig(StrictConfig):
 
     @property
     def sampling_rate(self) -> int | None:
-        """Of the sound that is written. Pipelines ask for it."""
+        """The rate of generated audio. Pipelines ask for it."""
         return None if self.audio_writer_config is None else self.audio_writer_config.sampling_rate
 
     def validate_token_ids(self) -> None:

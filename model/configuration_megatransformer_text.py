@@ -93,7 +93,7 @@ class StrictConfig(PreTrainedConfig):
     `attribute_map` are old names of others, which are taken with a warning too.
 
     Raises:
-        ValueError: for a key that is neither a field of the class nor one of transformers' own.
+        ValueError: a key is neither a field of the class nor one of transformers' own.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ class RecurrenceConfig(StrictConfig):
         exit_check_interval: Steps from one exit check to the next.
         exit_in_prefill: Whether a prompt may exit too, all its tokens together.
         exit_probe: Whether the model has the trained head of the criterion "probe". `finetune.py` adds it.
-        state_warm_start: In `generate`, a new token's iteration starts where that of the token before has ended.
+        state_warm_start: Whether, in `generate`, the iteration of a token starts where that of the token before ended.
     """
 
     model_type = "megatransformer_recurrence"

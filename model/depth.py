@@ -76,7 +76,7 @@ def resolve_depth(
             `backprop_steps` carry gradient.
 
     Raises:
-        ValueError: for a number below 1, a tensor of the wrong shape or type, or any `num_steps` for a model without
+        ValueError: a number is below 1, a tensor has the wrong shape or type, or the model has no
         core.
     """
     if config.num_core_layers == 0:

@@ -65,11 +65,11 @@ class FlowHead(nn.Module):
     """Hidden states to latents.
 
     Args:
-        config: Of the writer.
+        config: Configuration of the output head.
         hidden_size: Width of the language model.
         latent_size: Numbers in a latent.
         num_places: Places of a medium; later ones count as the last.
-        norm_eps: Of the norm on hidden states.
+        norm_eps: Epsilon of the norm on hidden states.
     """
 
     def __init__(self, config: WriterConfig, hidden_size: int, latent_size: int, num_places: int, norm_eps: float):

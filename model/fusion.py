@@ -34,13 +34,13 @@ class Projector(nn.Module):
         return self.norm_out(self.down_proj(hidden)) * self.scale
 
 
-class Reader(nn.Module):
+class ModalityEncoder(nn.Module):
     """An encoder and its projector.
 
     Args:
         name: That of the modality.
-        config: Of the encoder.
-        text_config: Of the language model.
+        config: Configuration of the encoder.
+        text_config: Configuration of the language model.
     """
 
     def __init__(self, name: str, config: EncoderConfig, text_config: MegaTransformerTextConfig):
@@ -56,8 +56,9 @@ class Reader(nn.Module):
 
     @property
     def some_weight(self) -> nn.Parameter:
-        """For its device and type; of a norm, since quantised matrices have another. Not by its name: ZeRO-3 gathers a
-        weight that is asked for by name, in the order in which a rank does so, and ranks differ in what they read.
+        """A weight that has their device and type: that of a norm, since quantised matrices have another. Not by its
+        name: ZeRO-3 gathers a weight that is asked for by name, in the order in which a rank does so, and ranks differ
+        in what they read.
         """
         return next(self.projector.norm_in.parameters())
 
@@ -116,7 +117,7 @@ def take_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
 def read_media(
     readers: nn.ModuleDict, media: dict[str, Any], run_all: bool, **asked: bool
 ) -> dict[str, BaseModelOutputWithPooling]:
-    """Reads media, by modality; see `Reader.read`.
+    """Reads media, by modality; see `ModalityEncoder.read`.
 
     Args:
         media: Inputs of all readers by name.
@@ -124,7 +125,7 @@ def read_media(
         asked: `output_hidden_states`, `output_attentions`.
 
     Raises:
-        ValueError: For what no reader takes, or what is no input without another.
+        ValueError: no encoder takes an input, or it is no input without another.
     """
     known = {name for reader in readers.values() for name in reader.input_names}
     unknown = [name for name, value in media.items() if value is not None and name not in known]
@@ -155,8 +156,8 @@ def embed_media(
 
     Args:
         embeds: (batch, sequence, hidden).
-        is_token: From the id of a token, (batch, sequence) of bool, where it stands.
-        features: By modality, of each medium, (tokens, hidden), in the order of the placeholders, row by row.
+        is_token: Function of the id of a token that gives where it stands, (batch, sequence) of bool.
+        features: Features of each item, (tokens, hidden), by modality, in the order of the placeholders, row by row.
         is_whole: Whether each of the features is that of a whole medium, which lies in one row.
 
     Raises:
@@ -184,7 +185,7 @@ def check_counts(name: str, places: list[int], lengths: list[int], is_whole: boo
     Args:
         places: Placeholders in each row.
         lengths: Tokens of each medium.
-        is_whole: As in `embed_media`.
+        is_whole: Whether each of the features is that of a whole item, which lies in one row.
 
     Raises:
         ValueError: If they differ; the message names the first row that does not fit.

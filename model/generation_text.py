@@ -52,7 +52,7 @@ class RecurrentGenerationMixin:
             As the original; with `return_dict_in_generate=True` it has `exit_steps`, (rows, new tokens).
 
         Raises:
-            ValueError: for an option outside its range, or a combination that is not possible.
+            ValueError: an option is outside its range, or a combination is not possible.
         """
         config, depth, cache_options, kwargs = self._merge_options(generation_config, kwargs)
         mode = config.get_generation_mode(kwargs.get("assistant_model"))
@@ -167,7 +167,7 @@ class RecurrentGenerationMixin:
         """The cache that was given, by either name, or a new one; transformers' own have no slots for steps.
 
         Raises:
-            ValueError: for a kind of cache that there is not here.
+            ValueError: there is no such kind of cache here.
         """
         given = [
             cache for cache in (kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if cache is not None
@@ -196,7 +196,7 @@ class RecurrentGenerationMixin:
         """Checks that drafts can be verified, and counts the tokens that the cache holds before.
 
         Raises:
-            ValueError: for what it cannot do.
+            ValueError: they cannot be verified.
         """
         if kwargs.get("inputs_embeds") is not None:
             # transformers 5.23 and 5.24 lose the prompt then, for Llama too, and say nothing.
@@ -277,7 +277,7 @@ class RecurrentGenerationMixin:
         return inputs | depth_options.arguments_of_token(index, len(input_ids))
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:
-        """As the original; the pass without the prompt, by which guidance is taken, has the same depth."""
+        """The original's processors; the pass without the prompt, by which guidance is taken, has the same depth."""
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
@@ -290,7 +290,7 @@ class RecurrentGenerationMixin:
     def _get_candidate_generator(
         self, *, generation_config: GenerationConfig, model_kwargs: dict, assistant_model=None, **kwargs: Any
     ) -> Any:
-        """As the original; the model that drafts has a depth of its own, from its generation config."""
+        """The original's generator; the model that drafts has a depth of its own, from its generation config."""
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
         if assistant_model is not None:
             generation_config = copy.deepcopy(generation_config)

@@ -37,7 +37,7 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         image_std: Divides each channel after that.
 
     Raises:
-        ValueError: for sizes that hold no whole tokens; for pictures, see `load_image`.
+        ValueError: sizes hold no whole tokens; for images, see `load_image`.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]

@@ -39,7 +39,7 @@ MAX_FILE_BYTES = 2**27
 """Largest file of a picture, which some decoders read as a whole, and of which texts are copied."""
 _BYTES_PER_PIXEL = 8
 _BYTES_PER_PIXEL_OF = {"WEBP": 17, "JPEG2000": 25, "AVIF": 17}
-"""Of decoders that hold a picture more than once. Measured."""
+"""Bytes that decoders which hold an image more than once take for a pixel. Measured."""
 MAX_SECONDS = 30.0
 """What is read of a recording."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -101,7 +101,7 @@ def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of what `load_image` gives, from the header.
 
     Raises:
-        MediaError: as far as the header tells.
+        MediaError: the header tells that it cannot be used.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _image_from_array(source).size[::-1]
@@ -258,7 +258,7 @@ def _on_white(image: "Image.Image") -> "Image.Image":
 
 
 def _from_numbers(image: "Image.Image") -> "Image.Image":
-    """Of integers and floats: Pillow's own conversion cuts all above 255 off."""
+    """RGB of integers and floats: Pillow's own conversion cuts all above 255 off."""
     values = np.asarray(image)
     return _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
 
@@ -324,11 +324,11 @@ def audio_seconds(source: Any, sampling_rate: int | None = None) -> float:
     """Duration of the whole recording in seconds, from the header.
 
     Args:
-        source: as for `load_audio`.
-        sampling_rate: that of an array which comes without.
+        source: What `load_audio` takes.
+        sampling_rate: Samples of a second of an array which comes without.
 
     Raises:
-        MediaError: as far as the header tells.
+        MediaError: the header tells that it cannot be used.
         ValueError: an array without a rate.
     """
     array, rate = _as_array(source, sampling_rate)

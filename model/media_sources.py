@@ -184,7 +184,7 @@ def source_of(part: dict[str, Any], allow_fetch: bool = False) -> Any:
     """The medium of a part, {"type": KIND, and KIND, "path", "bytes", "url" or "base64": medium}; None: it has none.
 
     Raises:
-        MediaError: as `read_source`.
+        MediaError: the cases of `read_source`.
     """
     name = part["type"]
     kind = name.removeprefix("written_")

@@ -22,9 +22,9 @@ class Modality(ABC):
     """
 
     name: str
-    """In configs, processors and logs; of targets with "written_" in front."""
+    """The name in configs, processors and logs; targets have "written_" in front."""
     config_class: type
-    """Of the encoder's configuration."""
+    """The class of the encoder's configuration."""
     config_key: str | None = None
     """Where that stands in `MegaTransformerConfig`. None: in its `modality_configs`, by name."""
     input_names: tuple[str, ...]

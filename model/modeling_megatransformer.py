@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .backbones import Backbone
 from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerConfig
-from .fusion import Reader, embed_media, read_media, take_inputs
+from .fusion import ModalityEncoder, embed_media, read_media, take_inputs
 from .generation_media import MediaGenerationMixin
 from .modalities import MODALITIES, modality_configs, save_modalities
 from .modeling_megatransformer_text import (
@@ -25,23 +25,23 @@ from .modeling_megatransformer_text import (
     MegaTransformerForSequenceClassification,
     MegaTransformerTextModel,
 )
+from .output_heads import (
+    OutputHead,
+    Targets,
+    check_codes,
+    embed_latents,
+    encode_targets,
+    images_of_codes,
+    output_head_configs,
+    put_codes,
+    take_targets,
+)
 from .outputs import (
     MegaTransformerCausalLMOutput,
     MegaTransformerModelOutput,
     pop_cache,
     with_parameters,
     with_parameters_of,
-)
-from .writers import (
-    Writer,
-    Written,
-    check_codes,
-    embed_latents,
-    encode_targets,
-    images_of_codes,
-    put_codes,
-    take_targets,
-    writer_configs,
 )
 
 __all__ = [  # also those under whose names in this file old checkpoints look for text models
@@ -95,7 +95,7 @@ class Embedded(NamedTuple):
     """(batch, sequence, hidden)."""
     encoded: dict[str, ModelOutput]
     """What readers gave, by modality."""
-    written: Written | None = None
+    written: Targets | None = None
     """The latents of what is written, for their losses."""
     input_ids: torch.LongTensor | None = None
     """(batch, sequence), with the codes of images in the places of those that are written as codes."""
@@ -106,9 +106,9 @@ class MediaArguments:
     """The arguments of `forward` that are media, or say how they are read; those that are None are not there."""
 
     inputs: dict[str, Any]
-    """Of readers; also of modalities that the model does not read, which then says so."""
+    """Inputs of modality encoders; also of modalities that the model does not read, which then says so."""
     targets: dict[str, Any]
-    """Of writers."""
+    """Targets of output heads."""
     mm_encoder_outputs: dict[str, ModelOutput]
     flow_seeds: torch.LongTensor | None
     num_written_in_batch: dict[str, int | torch.Tensor]
@@ -153,10 +153,10 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
     def __init__(self, config: MegaTransformerConfig):
         super().__init__(config)
         self.readers = nn.ModuleDict(
-            {name: Reader(name, part, config.text_config) for name, part in modality_configs(config).items()}
+            {name: ModalityEncoder(name, part, config.text_config) for name, part in modality_configs(config).items()}
         )
         self.writers = nn.ModuleDict(
-            {name: Writer(name, part, config.text_config) for name, part in writer_configs(config).items()}
+            {name: OutputHead(name, part, config.text_config) for name, part in output_head_configs(config).items()}
         )
         check_codes(self.writers, config)
         self.post_init()
@@ -211,7 +211,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         seeds = self._flow_seeds(media.flow_seeds, input_ids.shape[0])
         noise_seeds = seeds if self.training else None
         embeds = embed_latents(embeds, self.writers, latents, noise_seeds, run_all=self.must_run_alike)
-        return Embedded(embeds, encoded, Written(latents, seeds, media.num_written_in_batch), input_ids)
+        return Embedded(embeds, encoded, Targets(latents, seeds, media.num_written_in_batch), input_ids)
 
     @property
     def must_run_alike(self) -> bool:
@@ -222,8 +222,8 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
 
     def load_backbones(self) -> None:
         """Fetches the weights of pretrained encoders and codecs, which are random in a fresh model."""
-        for writer in self.writers.values():
-            writer.codec.load()
+        for output_head in self.writers.values():
+            output_head.codec.load()
         for reader in self.readers.values():
             if isinstance(reader.encoder, Backbone):
                 reader.encoder.load()
@@ -294,7 +294,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
             audio_targets_mask: (clips, frames), 1 for real frames. Default: all are real.
             flow_seeds: (batch,), of the noise on written latents that are read back, and of that and the times of their
                 losses. Default: drawn in training, else 0.
-            num_written_in_batch: By modality, the written latents of an accumulation window on all ranks, by which the
+            num_written_in_batch: Target latents of an accumulation window on all ranks, by modality, by which the
                 trainer has the sum of their losses divided. Default: those of this batch.
             output_hidden_states: Also those of the encoders, in `image_outputs` and `audio_outputs`.
             output_attentions: The same of attentions.
@@ -369,10 +369,10 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
         """Token ids (rows, tokens) to the images that they hold as codes, in order; only where the head is "fsq".
         Pipelines ask whether there is such a function.
         """
-        writer = dict(self.model.writers.items()).get("image")
-        if writer is None or writer.head is not None:
+        output_head = dict(self.model.writers.items()).get("image")
+        if output_head is None or output_head.head is not None:
             raise AttributeError("decode_image_tokens")
-        return functools.partial(images_of_codes, writer.codec, self.config.image_code_offset)
+        return functools.partial(images_of_codes, output_head.codec, self.config.image_code_offset)
 
     @with_parameters_of(MegaTransformerForCausalLM.forward)
     @with_parameters(*MEDIA_NAMES)
@@ -423,17 +423,17 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
         labels = labels if labels is None else torch.where(labels == ids, coded, labels)
         return {**batch, "input_ids": coded, "labels": labels, "image_targets": targets.get("image_targets")}
 
-    def _with_flow_loss(self, outputs: MegaTransformerCausalLMOutput, written: Written | None) -> dict[str, Any]:
+    def _with_flow_loss(self, outputs: MegaTransformerCausalLMOutput, written: Targets | None) -> dict[str, Any]:
         """`loss`, with those of latents added, and `written_losses`."""
         loss, hidden, of_modalities = outputs.loss, outputs.last_hidden_state, {}
-        for name, writer in self.model.writers.items():
-            if writer.head is None:
+        for name, output_head in self.model.writers.items():
+            if output_head.head is None:
                 continue
             if written is None or name not in written.latents:
-                loss = loss + (writer.no_loss(hidden) if self.model.must_run_alike else 0.0)
+                loss = loss + (output_head.no_loss(hidden) if self.model.must_run_alike else 0.0)
                 continue
-            of_latents = writer.losses(hidden, written.latents[name], written.seeds)
+            of_latents = output_head.losses(hidden, written.latents[name], written.seeds)
             of_modalities[name] = of_latents.detach().sum(), len(of_latents)
             count = written.num_in_batch.get(name, len(of_latents))
-            loss = loss + writer.config.loss_weight * of_latents.sum() / count
+            loss = loss + output_head.config.loss_weight * of_latents.sum() / count
         return {"loss": loss, "written_losses": of_modalities or None}

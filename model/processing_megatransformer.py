@@ -66,7 +66,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         audio_writer: Arguments of `AudioModality.as_target`. None: no sound is written.
 
     Raises:
-        ValueError: for parts that do not fit each other, and for texts, messages and media that cannot be used.
+        ValueError: parts do not fit each other, or texts, messages and media cannot be used.
     """
 
     _auto_class = "AutoProcessor"
@@ -119,7 +119,7 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """As in `ProcessorMixin`, with the parts that not every processor has loaded."""
+        """The parts that `ProcessorMixin` gives, and those that not every processor has loaded."""
         config, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None would ask on standard input
         for name, auto_class in (("image_processor", AutoImageProcessor), ("feature_extractor", AutoFeatureExtractor)):
@@ -171,7 +171,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         """(height, width) of an image, seconds of a recording, from the header; of further kinds, their tokens.
 
         Raises:
-            MediaError: as far as the header tells.
+            MediaError: the header tells that it cannot be used.
         """
         return self._kind(kind).size(source_of({"type": kind, kind: source}))
 
@@ -215,10 +215,10 @@ class MegaTransformerProcessor(ProcessorMixin):
                 {"type": "text", "text": ...} or {"type": KIND, KIND: medium}; "path", "bytes", "url" or "base64" may
                 stand in the place of the second KIND. So are parts of OpenAI's format, "image_url" and "input_audio".
                 A medium that is a string is a path, a `data:` or `file://` URI, or base64 (`read_source`).
-            media: By kind, media of the parts that have none themselves. A tensor of floats counts as preprocessed.
+            media: Items of the parts that have none themselves, by modality. A tensor of floats counts as preprocessed.
             add_generation_prompt: Ends with the token that lets the assistant speak.
             continue_final_message: The last message stays open.
-            chat_template: In the place of the processor's own.
+            chat_template: A template in the place of the processor's own.
             allow_fetch: Whether media at http and https addresses are fetched, wherever these lead.
 
         Returns:
@@ -228,8 +228,8 @@ class MegaTransformerProcessor(ProcessorMixin):
             media: Preprocessed media by kind, in the order of their placeholders; only kinds that occur.
 
         Raises:
-            ValueError: for a message or part of unknown role, type or form, one without content, media that are more or
-                fewer than the parts for them, and media that cannot be read (`MediaError`).
+            ValueError: a message or part has an unknown role, type or form, or no content; items are more or
+                fewer than the parts for them, or cannot be read (`MediaError`).
         """
         encoder = ConversationEncoder(self.tokenizer, self.kinds, template_of(self.chat_template, chat_template))
         encoded = encoder.encode(messages, add_generation_prompt, continue_final_message)
@@ -259,8 +259,8 @@ class MegaTransformerProcessor(ProcessorMixin):
             processor_kwargs, kwargs: Options of padding and truncation (`__call__`), and allow_fetch (`encode_chat`).
 
         Raises:
-            ValueError: as `encode_chat`, and for an option that asks for what is not done, such as tools.
-            TypeError: for an unknown option.
+            ValueError: the cases of `encode_chat`, and an option asks for what is not done, such as tools.
+            TypeError: an option is unknown.
         """
         given = {"return_tensors": return_tensors, **(processor_kwargs or {}), **kwargs}
         options = {"allow_fetch": False, **self._read_options(given, CHAT_OPTIONS, IDLE_CHAT_OPTIONS)}
@@ -302,7 +302,7 @@ class MegaTransformerProcessor(ProcessorMixin):
             images: An image, a list of all, or a list of lists (or None), one for each text (`media.load_image`).
             text: One or several; none: media alone.
             videos: Media of a further modality "video", if there is one.
-            audio: As images (`media.load_audio`); arrays are at `sampling_rate`, by default ours.
+            audio: Waveforms, given as images are (`media.load_audio`); arrays are at `sampling_rate`, by default ours.
             kwargs: Media of further modalities by name; return_tensors, padding, max_length, pad_to_multiple_of,
                 padding_side, return_attention_mask, truncation, add_special_tokens, sampling_rate, allow_fetch
                 (`encode_chat`), also within `text_kwargs`, `audio_kwargs` or `common_kwargs`. Other options of
@@ -313,9 +313,9 @@ class MegaTransformerProcessor(ProcessorMixin):
             input_ids first, then attention_mask and what the model takes for the media.
 
         Raises:
-            ValueError: for placeholders and media that differ in number, media that cannot be read, truncation that
-                would cut a medium, and an option that asks for what is not done.
-            TypeError: for an unknown option.
+            ValueError: placeholders and media differ in number, media cannot be read, truncation
+                would cut an item, or an option asks for what is not done.
+            TypeError: an option is unknown.
         """
         if "video" not in self.kinds and any(video is not None for video in flatten(videos)):
             raise ValueError("videos are not read; give their frames as images")
@@ -353,7 +353,7 @@ class MegaTransformerProcessor(ProcessorMixin):
                 row a list of parts as messages have them.
 
         Raises:
-            ValueError: for another mode, or one that was not generated.
+            ValueError: the mode is another, or was not generated.
         """
         if generation_mode in (None, "text"):
             ids = getattr(generated_outputs, "sequences", generated_outputs)
@@ -391,7 +391,7 @@ class MegaTransformerProcessor(ProcessorMixin):
             sampling_rate: Default: that of the sound that the model writes.
 
         Raises:
-            ValueError: for more or fewer paths than waveforms.
+            ValueError: there are more or fewer paths than waveforms.
         """
         clips = audio if isinstance(audio, list) else [audio]
         paths = saving_path if isinstance(saving_path, list) else [saving_path]
@@ -484,14 +484,14 @@ def build_processor(
     """The processor of a model.
 
     Args:
-        config: Of which the parts that read and write media are read. A backbone brings its own image processor or
+        config: Configuration of the model. A backbone brings its own image processor or
             feature extractor along.
         tokenizer: A fast one that knows `MEDIA_TOKENS`.
         num_image_tokens: Tokens of an image, if the vision encoder is a backbone.
         num_audio_tokens: The same of a recording.
 
     Raises:
-        ValueError: as `MegaTransformerProcessor`.
+        ValueError: the cases of `MegaTransformerProcessor`.
     """
     vision, audio, further = config.vision_config, config.audio_config, config.modality_configs or {}
     images, recordings = config.image_writer_config, config.audio_writer_config

@@ -109,8 +109,8 @@ def read_options(
         advice: What to do in place of giving an option that asks for something.
 
     Raises:
-        TypeError: for an option that is not known; the message names the nearest one.
-        ValueError: for one that is known, but asks for what is not done.
+        TypeError: an option is not known; the message names the nearest one.
+        ValueError: an option is known, but asks for what is not done.
     """
     options = {}
     for group in _GROUPS:
@@ -141,7 +141,7 @@ def limit_of(truncation: Any, max_length: int | None, default: int) -> int | Non
         default: That of the tokenizer, where max_length is not given.
 
     Raises:
-        ValueError: for a way of truncation that is none.
+        ValueError: there is no such way of truncation.
     """
     if truncation not in _TRUNCATING:
         raise ValueError(f"truncation is {truncation!r}; give True or False")
@@ -177,8 +177,8 @@ def preprocess_parts(
     Args:
         parts: {"type": KIND, and KIND, "path", "bytes", "url" or "base64": medium}, or without a medium. An array of
             samples may have its "sampling_rate" beside it.
-        media: By kind, for parts without one, in order; a tensor of floats counts as preprocessed.
-        allow_fetch: As for `read_source`.
+        media: Items for parts without one, by modality, in order; a tensor of floats counts as preprocessed.
+        allow_fetch: Whether `read_source` may fetch.
 
     Raises:
         ValueError: if there are more or fewer media than parts for them, and for media that cannot be read.

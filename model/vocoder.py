@@ -9,16 +9,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from .adversarial import Discriminator
 from .configuration_codecs import MegaTransformerVocoderConfig
-from .convnext import ConvNeXtBlock
 from .feature_extraction_megatransformer import FLOOR, LOG_MEAN, LOG_STD, window_and_filters
-from .reconstruction import ReconstructionModel, ReconstructionOutput
+from .reconstruction import ConvNeXtBlock, Discriminator, ReconstructionModel, ReconstructionOutput
 
 QUIET = 1e-7
 """Smallest power in the loss on spectrograms."""
 PERIODS = (2, 3, 5, 7, 11)
-"""Of the discriminators that see sound folded. Source: Kong et al. 2020 (HiFi-GAN), arXiv 2010.05646."""
+"""Periods at which discriminators fold audio. Source: Kong et al. 2020 (HiFi-GAN), arXiv 2010.05646."""
 
 
 class MegaTransformerVocoder(ReconstructionModel):
@@ -54,7 +52,7 @@ class MegaTransformerVocoder(ReconstructionModel):
         """(clips, mel bins, frames) -> float32 (clips, (frames - 1) * hop_length).
 
         Raises:
-            ValueError: for a tensor of another shape.
+            ValueError: the tensor has another shape.
         """
         config = self.config
         if log_mels.ndim != 3 or log_mels.shape[1] != config.num_mel_bins or not log_mels.shape[2]:
@@ -82,7 +80,7 @@ class MegaTransformerVocoder(ReconstructionModel):
             step: Updates that were made; see `compare`.
 
         Raises:
-            ValueError: for clips shorter than a frame.
+            ValueError: clips are shorter than a frame.
         """
         hop = self.config.hop_length
         if waveforms.ndim != 2 or waveforms.shape[1] < hop:

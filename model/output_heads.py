@@ -22,7 +22,7 @@ from .modalities import WRITTEN
 
 
 @dataclass
-class WrittenLatents:
+class TargetLatents:
     """Latents of one modality, and where they stand."""
 
     latents: torch.Tensor
@@ -36,24 +36,24 @@ class WrittenLatents:
 
 
 @dataclass
-class Written:
+class Targets:
     """What the losses of a batch's written media need beside hidden states."""
 
-    latents: dict[str, WrittenLatents]
-    """By modality; without those that there are none of."""
+    latents: dict[str, TargetLatents]
+    """Latents by modality; one that there is none of is left out."""
     seeds: torch.Tensor
     """(batch,), of noise and times."""
     num_in_batch: dict[str, int | torch.Tensor]
-    """By modality, by what the sum of losses is divided; those that are missing by the number of latents."""
+    """Numbers by modality by which the sum of losses is divided. Default: the number of latents."""
 
 
-class Writer(nn.Module):
+class OutputHead(nn.Module):
     """A codec, and, where its head is a flow, what embeds latents and what makes them.
 
     Args:
         name: "image" or "audio".
-        config: Of the writer.
-        text_config: Of the language model.
+        config: Configuration of the output head.
+        text_config: Configuration of the language model.
     """
 
     def __init__(self, name: str, config: WriterConfig, text_config: MegaTransformerTextConfig):
@@ -74,7 +74,7 @@ class Writer(nn.Module):
 
     @property
     def some_weight(self) -> nn.Parameter:
-        """For its device and type; see `Reader.some_weight`."""
+        """A weight that has their device and type; see `ModalityEncoder.some_weight`."""
         return next(self.norm.parameters())
 
     def embed(self, latents: torch.Tensor) -> torch.Tensor:
@@ -82,25 +82,25 @@ class Writer(nn.Module):
         hidden = nn.functional.gelu(self.up_proj(latents.to(self.some_weight.dtype)))
         return self.norm(self.down_proj(hidden)) * self.scale
 
-    def losses(self, hidden: torch.Tensor, written: WrittenLatents, seeds: torch.Tensor) -> torch.Tensor:
+    def losses(self, hidden: torch.Tensor, targets: TargetLatents, seeds: torch.Tensor) -> torch.Tensor:
         """The loss of each latent, float32 (tokens,).
 
         Args:
             hidden: (batch, sequence, hidden), after the final norm.
-            written: The latents.
+            targets: The latents.
             seeds: (batch,), of noise and times.
         """
         draws, size = self.head.num_draws, self.codec.latent_size
         noise, times = [], []
-        for row, count in zip(*written.rows.unique_consecutive(return_counts=True), strict=True):
+        for row, count in zip(*targets.rows.unique_consecutive(return_counts=True), strict=True):
             generator = keyed_generator("flow", self.name, int(seeds[row]))
             noise.append(torch.randn((int(count), draws, size), generator=generator))
             times.append(draw_times((int(count), draws), generator))
         device = hidden.device
         with torch.autocast(device.type, enabled=False):
-            condition = self.condition(hidden[written.rows, written.columns - 1], written.places)
+            condition = self.condition(hidden[targets.rows, targets.columns - 1], targets.places)
             return self.head.losses(
-                condition, written.latents, torch.cat(noise).to(device), torch.cat(times).to(device)
+                condition, targets.latents, torch.cat(noise).to(device), torch.cat(times).to(device)
             )
 
     def condition(self, before: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -116,7 +116,7 @@ class Writer(nn.Module):
             return 0.0 * (self.head(latents.to(condition), places.to(condition), condition).sum())
 
 
-def writer_configs(config: MegaTransformerConfig) -> dict[str, WriterConfig]:
+def output_head_configs(config: MegaTransformerConfig) -> dict[str, WriterConfig]:
     """The configurations of all writers of a model, by modality."""
     configs = {name: getattr(config, f"{name}_writer_config") for name in WRITTEN}
     return {name: part for name, part in configs.items() if part is not None}
@@ -130,7 +130,7 @@ def take_targets(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def encode_targets(
     writers: nn.ModuleDict, targets: Mapping[str, Any], input_ids: torch.LongTensor, config: MegaTransformerConfig
-) -> dict[str, WrittenLatents]:
+) -> dict[str, TargetLatents]:
     """The latents of what is to be written, or was, by modality.
 
     Args:
@@ -138,35 +138,36 @@ def encode_targets(
         input_ids: (batch, sequence), with their placeholders.
 
     Raises:
-        ValueError: For targets of what this model does not write, more or fewer than placeholders, or not finite.
+        ValueError: a target is of what this model does not generate, or not finite; or they and placeholders differ
+            in number.
     """
     given = [name for name, value in targets.items() if value is not None]
     unknown = [name for name in given if name.partition("_")[0] not in writers]
     if unknown:
         raise ValueError(
             f"{unknown[0]} was given, but this model writes {', '.join(['text', *writers])}; leave it out, or take a "
-            "model with such a writer"
+            "model with such a output_head"
         )
     found = {}
-    for name, writer in writers.items():
+    for name, output_head in writers.items():
         token_id = getattr(config, f"written_{name}_token_id")
-        values = targets.get(writer.target_name)
+        values = targets.get(output_head.target_name)
         is_place = torch.zeros_like(input_ids, dtype=torch.bool) if token_id is None else input_ids == token_id
         counts = is_place.sum(dim=1).tolist()
         if values is None:
             if sum(counts):
                 raise ValueError(
-                    f"there are {sum(counts)} places for a written {name}, but no {writer.target_name}; make text and "
-                    "media with the same processor, or let `generate` fill them"
+                    f"there are {sum(counts)} places for a written {name}, but no {output_head.target_name}; make text "
+                    "and media with the same processor, or let `generate` fill them"
                 )
             continue
         with torch.no_grad():
-            latents, lengths = writer.codec.encode(values, targets.get(f"{writer.target_name}_mask"))
+            latents, lengths = output_head.codec.encode(values, targets.get(f"{output_head.target_name}_mask"))
         check_counts(f"a written {name}", counts, lengths)
-        check_finite(writer, latents)
+        check_finite(output_head, latents)
         rows, columns = is_place.nonzero(as_tuple=True)
         places = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])
-        found[name] = WrittenLatents(latents, rows, columns, places)
+        found[name] = TargetLatents(latents, rows, columns, places)
     return found
 
 
@@ -176,31 +177,33 @@ def put_codes(
     """Token ids with the codes of images in their places, where the head is "fsq"; these targets are taken out.
 
     Raises:
-        ValueError: For more or fewer images than places, or some that are not finite.
+        ValueError: there are more or fewer images than placeholders, or some that are not finite.
     """
-    for name, writer in writers.items():
-        if writer.head is not None or targets.get(writer.target_name) is None:
+    for name, output_head in writers.items():
+        if output_head.head is not None or targets.get(output_head.target_name) is None:
             continue
         is_place = input_ids == getattr(config, f"written_{name}_token_id")
-        images = targets.pop(writer.target_name)
-        check_finite(writer, images)  # NaN has a code, too
+        images = targets.pop(output_head.target_name)
+        check_finite(output_head, images)  # NaN has a code, too
         with torch.no_grad():
-            codes = writer.codec.encode_ids(images)  # (images, tokens)
+            codes = output_head.codec.encode_ids(images)  # (images, tokens)
         check_counts(f"a written {name}", is_place.sum(dim=1).tolist(), [codes.shape[1]] * len(codes))
         input_ids = input_ids.masked_scatter(is_place, codes + config.image_code_offset)
     return input_ids
 
 
-def check_finite(writer: Writer, values: torch.Tensor) -> None:
+def check_finite(output_head: OutputHead, values: torch.Tensor) -> None:
     """Raises ValueError for targets, or their latents, that are NaN or infinite."""
     if not torch.isfinite(values).all():
-        raise ValueError(f"{writer.target_name} has values that are NaN or infinite; check the {writer.name} files")
+        raise ValueError(
+            f"{output_head.target_name} has values that are NaN or infinite; check the {output_head.name} files"
+        )
 
 
 def embed_latents(
     embeds: torch.Tensor,
     writers: nn.ModuleDict,
-    found: Mapping[str, WrittenLatents],
+    found: Mapping[str, TargetLatents],
     seeds: torch.Tensor | None,
     run_all: bool,
 ) -> torch.Tensor:
@@ -208,43 +211,44 @@ def embed_latents(
 
     Args:
         embeds: (batch, sequence, hidden).
-        found: From `encode_targets`.
+        found: What `encode_targets` gives.
         seeds: (batch,), of the noise that is added: generation reads latents that are not quite right. None: no noise.
         run_all: Whether writers without latents run as well; see `read_media`.
     """
-    for name, writer in writers.items():
-        if writer.head is None:
+    for name, output_head in writers.items():
+        if output_head.head is None:
             continue
         if name in found:
             written = found[name]
-            latents = written.latents if seeds is None else disturb(writer, written, seeds)
-            embeds = embeds.index_put((written.rows, written.columns), writer.embed(latents).to(embeds))
+            latents = written.latents if seeds is None else perturb(output_head, written, seeds)
+            embeds = embeds.index_put((written.rows, written.columns), output_head.embed(latents).to(embeds))
         elif run_all:
-            nothing = writer.embed(torch.zeros(1, writer.codec.latent_size, device=embeds.device))
+            nothing = output_head.embed(torch.zeros(1, output_head.codec.latent_size, device=embeds.device))
             embeds = embeds + 0.0 * nothing.to(embeds)
     return embeds
 
 
-def disturb(writer: Writer, written: WrittenLatents, seeds: torch.Tensor) -> torch.Tensor:
+def perturb(output_head: OutputHead, targets: TargetLatents, seeds: torch.Tensor) -> torch.Tensor:
     """Latents with noise of a deviation that is drawn for each, from 0 to `input_noise`. Source: CALM, arXiv
     2510.27688.
     """
     parts = []
-    for row, count in zip(*written.rows.unique_consecutive(return_counts=True), strict=True):
-        generator = keyed_generator("input noise", writer.name, int(seeds[row]))
-        amount = writer.config.input_noise * torch.rand(int(count), 1, generator=generator)
-        parts.append(amount * torch.randn(int(count), writer.codec.latent_size, generator=generator))
-    return writer.codec.project(written.latents + torch.cat(parts).to(written.latents))
+    for row, count in zip(*targets.rows.unique_consecutive(return_counts=True), strict=True):
+        generator = keyed_generator("input noise", output_head.name, int(seeds[row]))
+        amount = output_head.config.input_noise * torch.rand(int(count), 1, generator=generator)
+        parts.append(amount * torch.randn(int(count), output_head.codec.latent_size, generator=generator))
+    return output_head.codec.project(targets.latents + torch.cat(parts).to(targets.latents))
 
 
 def check_codes(writers: nn.ModuleDict, config: MegaTransformerConfig) -> None:
     """Raises ValueError for a vocabulary without room for the codes of a head "fsq"."""
     offset, size = config.image_code_offset, config.text_config.vocab_size
-    for name, writer in writers.items():
-        if writer.head is None and offset is not None and offset + writer.codec.num_codes > size:
+    for name, output_head in writers.items():
+        if output_head.head is None and offset is not None and offset + output_head.codec.num_codes > size:
             raise ValueError(
-                f"the {writer.codec.num_codes} codes of a written {name} follow {offset} tokens of text, but "
-                f"vocab_size is {size}; raise model.text_config.vocab_size to {offset + writer.codec.num_codes} or more"
+                f"the {output_head.codec.num_codes} codes of a written {name} follow {offset} tokens of text, but "
+                f"vocab_size is {size}; raise model.text_config.vocab_size to "
+                f"{offset + output_head.codec.num_codes} or more"
             )
 
 
@@ -252,7 +256,7 @@ def images_of_codes(codec: Codec, offset: int, sequences: torch.LongTensor) -> l
     """PIL images of token ids (rows, tokens), row by row: each run of as many codes as an image has.
 
     Raises:
-        ValueError: for a run of codes that is no whole number of images.
+        ValueError: a run of codes is no whole number of images.
     """
     images = []
     for row, ids in enumerate(sequences):
