@@ -1,12 +1,14 @@
-"""Random changes of train rows: pictures, recordings, spectrograms, texts.
+"""Random changes of train rows: images, recordings, spectrograms, texts, and prompts that are left out.
 
 A change that would falsify the text of a conversation is left out for it. Which it would is told by English words; for
 texts of other languages switch off what could do harm.
 """
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,9 @@ from torchaudio.transforms import FrequencyMasking, TimeMasking
 from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerFast
 
-from .augmentation_options import (
-    AudioAugmentationConfig,
-    AugmentationConfig,
-    ImageAugmentationConfig,
-    TextAugmentationConfig,
-)
+from model.chat import NULL_TOKEN, special_id
+
+from .packing.media_reader import MediaReader
 
 _SIDES = "left|right|leftmost|rightmost|east|west|eastern|western|clockwise|counterclockwise"
 _HEIGHTS = (
@@ -41,8 +40,111 @@ _MUSIC = (
     "[a-g][#b]?[0-8]"
 )
 _LOUDNESS = "loud|louder|quiet|quieter|noise|noisy|volume|how loud"
-
 _MAGNITUDES = 31
+
+
+@dataclass
+class ImageAugmentationConfig:
+    """Changes of pictures. What would falsify the text that goes with a picture is left out for it."""
+
+    crop: float = 1.0
+    """Smallest part of the area that a random crop keeps, scaled to full size then; above 0, at most 1 (no crop)."""
+    flip: float = 0.0
+    """Probability of mirroring left and right, at least 0, at most 1."""
+    vertical_flip: float = 0.0
+    """Probability of mirroring top and bottom, at least 0, at most 1."""
+    colour: float = 0.0
+    """Largest change of brightness, contrast and saturation, as a part of them, at least 0, at most 1."""
+    hue: float = 0.0
+    """Largest change of hue, as a part of the colour circle, at least 0, at most 0.5."""
+    trivial: float = 0.0
+    """Probability of one random operation of random strength (TrivialAugment), at least 0, at most 1."""
+    erasing: float = 0.0
+    """Probability of erasing a rectangle, at least 0, at most 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop is {self.crop}; give a part of the area above 0 and at most 1, which is no crop")
+        for name, most in {
+            "hue": 0.5,
+            **dict.fromkeys(("flip", "vertical_flip", "colour", "trivial", "erasing"), 1),
+        }.items():
+            _check_between(name, getattr(self, name), most)
+
+
+@dataclass
+class AudioAugmentationConfig:
+    """Changes of recordings. What would falsify the text that goes with a recording is left out for it."""
+
+    speed: list[float] = field(default_factory=list)
+    """Factors of speed, and so of pitch, of which one is drawn, 0.5 to 2 each; e.g. [0.9, 1.0, 1.1]."""
+    noise_snr: float | None = None
+    """Least signal-to-noise ratio of white noise that is added, in dB, at least -20, at most 100; up to 20 dB more are
+    drawn. null: no noise."""
+    volume: float = 0.0
+    """Largest change of the volume in dB, at least 0, at most 60."""
+    shift: float = 0.0
+    """Longest silence in seconds that is put in front, at least 0, at most 10."""
+    time_masks: int = 0
+    """Stretches of time that are hidden in the spectrogram (SpecAugment), at least 0."""
+    time_mask_frames: int = 20
+    """Longest of them, in frames, at least 1; no more than half of the recording."""
+    frequency_masks: int = 0
+    """Bands of frequencies that are hidden in the spectrogram, at least 0."""
+    frequency_mask_bins: int = 8
+    """Widest of them, in mel bins, at least 1."""
+
+    def __post_init__(self) -> None:
+        for factor in self.speed:
+            if not 0.5 <= factor <= 2:
+                raise ValueError(f"speed has {factor}; give factors from 0.5 to 2, e.g. [0.9, 1.0, 1.1]")
+        if self.noise_snr is not None and not -20 <= self.noise_snr <= 100:
+            raise ValueError(f"noise_snr is {self.noise_snr}; give -20 to 100 dB, or null for no noise")
+        _check_between("volume", self.volume, 60)
+        _check_between("shift", self.shift, 10)
+        for name, least in {
+            "time_masks": 0,
+            "time_mask_frames": 1,
+            "frequency_masks": 0,
+            "frequency_mask_bins": 1,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least {least}")
+
+
+@dataclass
+class TextAugmentationConfig:
+    """Holes in texts: learned tokens that the model does not see, while what is to be predicted stays the same."""
+
+    word_drop: float = 0.0
+    """Probability with which a word is hidden, at least 0, at most 1."""
+    span_corruption: float = 0.0
+    """Part of the tokens that is hidden in spans, at least 0, at most 0.5."""
+    span_length: float = 3.0
+    """Mean length of a span in tokens, at least 1."""
+
+    def __post_init__(self) -> None:
+        _check_between("word_drop", self.word_drop, 1)
+        _check_between("span_corruption", self.span_corruption, 0.5)
+        if not 1 <= self.span_length < math.inf:
+            raise ValueError(f"span_length is {self.span_length}; give at least 1 token")
+
+
+@dataclass
+class AugmentationConfig:
+    """Changes of train rows, other ones in each epoch; validation is never changed."""
+
+    image: ImageAugmentationConfig = field(default_factory=ImageAugmentationConfig)
+    """Of pictures."""
+    audio: AudioAugmentationConfig = field(default_factory=AudioAugmentationConfig)
+    """Of recordings."""
+    text: TextAugmentationConfig = field(default_factory=TextAugmentationConfig)
+    """Of texts."""
+
+
+def _check_between(name: str, value: float, most: float) -> None:
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} is {value}; give 0 to {most}")
 
 
 def _words(*alternatives: str) -> re.Pattern:
@@ -248,3 +350,38 @@ class TextNoise:
 
 
 _BLANKS = ("Ġ", "Ċ", "ĉ", "▁", " ", "\n", "\t")  # how tokens begin that begin a word, byte-level ones and others
+
+
+class ConditionDrop:
+    """Puts a token that says nothing in the place of each token of a prompt, so that all others keep their positions.
+
+    Special tokens stay, such as those of roles, and of the start and end of media. So do media that the user shows
+    beside a text; a prompt of media alone loses them, and their placeholders are hidden like text.
+
+    Args:
+        probability: with which a conversation that shows written media loses what stands before the first of them.
+        reader: of their media.
+    """
+
+    def __init__(self, probability: float, reader: MediaReader):
+        self.probability, tokenizer = probability, reader.tokenizer
+        self.null, self.written = special_id(tokenizer, NULL_TOKEN), reader.written
+        self.is_special, self.is_place, self.is_written = np.zeros(
+            (3, max(tokenizer.get_vocab().values()) + 1), dtype=bool
+        )
+        self.is_special[[*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]] = True
+        self.is_place[list(reader.encoder.placeholders.values())] = True
+        self.is_written[[reader.encoder.placeholders[name] for name in reader.written]] = True
+
+    def __call__(
+        self, tokens: np.ndarray, media: Sequence[tuple[str, torch.Tensor]], rng: np.random.Generator
+    ) -> tuple[np.ndarray, tuple[tuple[str, torch.Tensor], ...]]:
+        """Tokens (tokens,) and media of a conversation, as they are or without their prompt."""
+        first = next((number for number, (kind, _) in enumerate(media) if kind in self.written), None)
+        if first is None or rng.random() >= self.probability:
+            return tokens, tuple(media)
+        is_prompt = np.arange(len(tokens)) < self.is_written[tokens].argmax()
+        is_text = is_prompt & ~self.is_special[tokens]
+        if is_text.any():
+            return np.where(is_text, self.null, tokens), tuple(media)
+        return np.where(is_prompt & self.is_place[tokens], self.null, tokens), tuple(media[first:])

@@ -1,10 +1,8 @@
 """From a config to the datasets of a run."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from datasets import Dataset as HubDataset
 from datasets import IterableDataset
@@ -13,21 +11,16 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from model import MODALITIES
 
-from .augmentation import Augmenter
-from .augmentation_options import AugmentationConfig
-from .condition_drop import ConditionDrop
+from .augmentation import AugmentationConfig, Augmenter, ConditionDrop
+from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
-from .documents import tokenize_rows
-from .media_dataset import MediaDataset
-from .media_documents import MediaDocuments, read_documents
-from .media_examples import MediaExamples
-from .media_reader import MediaReader
-from .mixture import MixtureDataset
-from .packing import IGNORED, PackedDataset
-from .sources import load_rows
-from .splits import Split, load_held_out, load_split, load_validation
-from .streaming import StreamingDataset, build_stream
-from .validation import BadRows
+from .packing.documents import MediaDocuments, read_documents, tokenize_rows
+from .packing.media import MediaDataset
+from .packing.media_reader import MediaReader
+from .packing.mixture import MixtureDataset
+from .packing.streaming import StreamingDataset, build_stream
+from .packing.texts import PackedDataset
+from .splits import Split, load_split, load_validation
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +70,7 @@ def build_datasets(
         ValueError: a source cannot be read or has too many bad rows, the tokenizer is larger than the vocabulary, or
             there is too little to train on.
     """
-    builder = _Builder(config, processor, seed, vocab_size)
+    builder = Builder(config, processor, seed, vocab_size)
     split = load_split(config, seed, builder.bad_rows)
     validation = {source.label: builder.build("validation", source, rows) for source, rows in split.validation}
     if any(isinstance(rows, IterableDataset) for _, rows in split.train):
@@ -101,7 +94,7 @@ def build_validation(
     Raises:
         ValueError: as `build_datasets`.
     """
-    builder = _Builder(config, processor, seed, vocab_size)
+    builder = Builder(config, processor, seed, vocab_size)
     validation = {
         source.label: builder.build("validation", source, rows)
         for source, rows in load_validation(config, seed, builder.bad_rows)
@@ -110,55 +103,7 @@ def build_validation(
     return validation
 
 
-def build_examples(
-    source: SourceConfig,
-    config: DataConfig,
-    processor: PreTrainedTokenizerFast | ProcessorMixin,
-    limit: int | None = None,
-    seed: int = 0,
-    checks: Mapping[str, Callable[[str, Any], dict[str, bool]]] | None = None,
-) -> Sequence[dict]:
-    """Prompts and answers one by one, for checking answers: generated sources without a role are drawn from "test", and
-    of a train source whose validation part is split off, only that is taken.
-
-    Args:
-        checks: by name of the generated task, functions that take a prompt and what was drawn or played for it.
-
-    Returns:
-        {"input_ids", "labels"} as lists of int, labels only on the answer (with its separator) and the end token;
-        "prompt_ids", those before the answer; "prompt", "answer", "difficulty" (None where the source has none), and
-        "attributes", a function that says what an answer names (None but for some generated tasks). Of a source with
-        media also what `MediaExamples` has; those are read when an example is asked for.
-
-    Raises:
-        ValueError: the source has no answers or cannot be read.
-    """
-    if not source.has_answers:
-        raise ValueError(f"source {source.label!r} has no answers to check; set prompt_column and answer_column")
-    if source.streaming:
-        raise ValueError(f"source {source.label!r} is streaming; set streaming: false and use a slice as split")
-    builder = _Builder(config, processor, seed)
-    if source in config.train and not config.validation and source.kind != "generated":
-        rows = load_held_out(source, config, seed, builder.bad_rows)
-    else:
-        rows = load_rows(source, "test", config, seed, builder.bad_rows, limit)
-    rows = rows if limit is None else rows.take(min(limit, len(rows)))
-    if source.is_media:
-        documents = builder.read(replace(source, loss_on="answer"), rows)
-        builder.bad_rows.report()
-        return MediaExamples(source, documents, builder.reader, (checks or {}).get(source.task))
-    builder.bad_rows.report()
-    documents = tokenize_rows(source, rows, builder.tokenizer, config.preprocessing_workers, loss_on="answer")
-    examples = []
-    for row, (tokens, loss_start) in zip(rows, documents, strict=True):
-        ids = tokens.tolist()
-        labels = [IGNORED] * loss_start + ids[loss_start:]
-        example = {"input_ids": ids, "labels": labels, "prompt_ids": ids[:loss_start], **row}
-        examples.append(example | {"difficulty": row.get("difficulty"), "attributes": None})
-    return examples
-
-
-class _Builder:
+class Builder:
     """Checked rows to datasets, one source after another."""
 
     def __init__(

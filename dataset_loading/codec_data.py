@@ -14,19 +14,16 @@ from torch.utils.data import Dataset
 
 from model import Modality
 
-from .augmentation import change_audio, change_image, torch_seeded_by
-from .augmentation_options import AugmentationConfig
+from .augmentation import AugmentationConfig, change_audio, change_image, torch_seeded_by
+from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
-from .conversations import media_of
-from .media_reader import UnreadableMedium
-from .mixture import MixtureDataset
-from .random_rows import RowDataset
-from .references import ArrowRow, place_of, read_medium
+from .packing.media_reader import UnreadableMedium
+from .packing.mixture import MixtureDataset, RowDataset
+from .sources.messages import media_of
+from .sources.references import ArrowRow, place_of, read_reference
 from .splits import load_split
-from .validation import BadRows
 
 logger = logging.getLogger(__name__)
-
 _FEATURES = Features({"media": Value("int64"), "problem": Value("string")})
 
 
@@ -200,7 +197,7 @@ def _references(messages: str, kind: str) -> Sequence[Mapping]:
 
 def _load(media: Modality, reference: Mapping, row: Mapping[str, object]) -> Any:
     try:
-        return media.load(read_medium(reference, row))
+        return media.load(read_reference(reference, row))
     except (ValueError, OSError) as error:
         place = place_of(reference)
         raise UnreadableMedium(str(error) if place in str(error) else f"{place}: {error}") from error

@@ -9,10 +9,10 @@ from typing import Literal
 
 from model import MODALITIES
 
-from .augmentation_options import AugmentationConfig
-from .directions import Direction, parse_direction
-from .synthetic import MEDIA_TASKS, Role, get_task
-from .templates import template_columns
+from .augmentation import AugmentationConfig
+from .sources.messages import template_columns
+from .tasks.base import Role
+from .tasks.registry import MEDIA_TASKS, get_task
 
 # What names the data of a source, by its kind.
 _NEEDED_FIELD = {
@@ -40,14 +40,51 @@ _KINDS_OF_FIELD = {
 }
 # Fields that only documents without media read, and what does the same for those with media.
 _TEXT_ONLY = {"prompt_column": "prompt: '{column}'", "separator": "prompt"}
-
 MAX_WORKERS = 1024
 """Processes that read data."""
 MAX_GENERATED_ROWS = 10**8
 """Of a generated source, whose rows are all in memory."""
-
 # Folders that are called so are called by the folder above.
 _NAMES_OF_SPLITS = ("train", "validation", "valid", "val", "test", "data")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What of a row the user gives, and what the assistant answers with."""
+
+    given: tuple[str, ...]
+    """Of "text" and the names of modalities, such as "image" and "audio"."""
+    answered: tuple[str, ...]
+    """The same; nothing is in both."""
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.given)} -> {', '.join(self.answered)}"
+
+    @property
+    def media(self) -> set[str]:
+        """The kinds of media that take part."""
+        return {*self.given, *self.answered} - {"text"}
+
+
+def parse_direction(text: str) -> Direction:
+    """What a config says, such as "text, image -> audio".
+
+    Raises:
+        ValueError: it has another form, names something unknown, or something twice.
+    """
+    given, arrow, answered = text.partition("->")
+    sides = [[name.strip() for name in side.split(",")] for side in (given, answered)]
+    names = sides[0] + sides[1]
+    known = ["text", *MODALITIES]
+    if not arrow or not set(names) <= set(known):
+        raise ValueError(
+            f"direction is {text!r}; name {', '.join(known[:-1])} or {known[-1]} on both sides of an arrow, e.g. "
+            "'text -> image'"
+        )
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"direction is {text!r}, with {twice[0]} twice; name it on one side, once")
+    return Direction(*map(tuple, sides))
 
 
 @dataclass

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from model.chat import CHAT_TEMPLATE, ConversationEncoder
 from model.text_encoding import encode_texts
 
+from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
-from .conversations import last_answer, media_of, text_of
-from .sources import load_rows
+from .sources.loading import load_rows
+from .sources.messages import last_answer, media_of, text_of
 from .splits import load_split
-from .validation import BadRows
 
 Datasets = tuple[Dataset, dict[str, Dataset]]
 """What is trained on, and by name of the source what is held out."""

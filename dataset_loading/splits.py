@@ -8,14 +8,13 @@ from hashlib import blake2b
 
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
+from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
-from .media_sources import conversations_of_stream
-from .readers import expand_paths
-from .sources import columns_of, load_rows, open_stream, reason_against_text
-from .validation import BadRows
+from .sources.conversations import conversations_of_stream
+from .sources.loading import columns_of, load_rows, open_stream, reason_against_text
+from .sources.tables import expand_paths
 
 logger = logging.getLogger(__name__)
-
 SHORTEST_TAIL = 500
 """Characters of a tail that is worth evaluating on by itself."""
 

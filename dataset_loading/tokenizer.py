@@ -13,7 +13,6 @@ from .configuration import DataConfig, TokenizerConfig
 from .splits import iterate_training_texts
 
 logger = logging.getLogger(__name__)
-
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from dataset_loading import DataConfig, SourceConfig
-from dataset_loading.media_sources import load_conversations
-from dataset_loading.references import read_medium
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources.conversations import load_conversations
+from dataset_loading.sources.references import read_reference
 from inference import arguments
 from inference.devices import choose_threads
 from inference.output import whole_folder, writable_folder, write_result
@@ -99,7 +99,7 @@ def labelled_media(folder: Path, args: argparse.Namespace) -> LabelledMedia:
     found = LabelledMedia()
     for row in load_conversations(source, "train", data, args.seed, BadRows(data.max_bad_rows)):
         question, answer = (message["content"] for message in json.loads(row["messages"]))
-        found.media.append(decode(read_medium(question[0], row), args))
+        found.media.append(decode(read_reference(question[0], row), args))
         found.labels.append(answer[0]["text"])
     return found
 

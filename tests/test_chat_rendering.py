@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dataset_loading.media_reader import MediaReader
+from dataset_loading.packing.media_reader import MediaReader
 from inference import chat, generate
 from inference.conversation import Conversation
 from model.chat import CHAT_TEMPLATE, encode_conversation, prepare_tokenizer, render_outline

@@ -25,8 +25,8 @@ from dataset_loading import (
     build_validation,
     train_tokenizer,
 )
+from dataset_loading.bad_rows import BadRows
 from dataset_loading.splits import iterate_training_texts, load_split
-from dataset_loading.validation import BadRows
 
 BYTES = train_tokenizer([], 259)
 

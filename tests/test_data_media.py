@@ -25,10 +25,10 @@ from dataset_loading import (
     get_task,
     train_tokenizer,
 )
-from dataset_loading.media_dataset import pack_whole
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.packing.media import pack_whole
 from dataset_loading.splits import load_split
-from dataset_loading.synthetic import generate_row
-from dataset_loading.validation import BadRows
+from dataset_loading.tasks.registry import generate_row
 from model import MEDIA_TOKENS
 from model.modalities import MODALITIES, Modality
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor

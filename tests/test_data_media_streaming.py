@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset_loading import Collator, DataConfig, SourceConfig, StreamingDataset, build_datasets
-from dataset_loading.augmentation_options import (
+from dataset_loading.augmentation import (
     AudioAugmentationConfig,
     AugmentationConfig,
     ImageAugmentationConfig,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dataset_loading import MEDIA_TASKS, get_task
-from dataset_loading.synthetic import generate_row, generate_rows
-from dataset_loading.synthetic_melodies import TIMBRES, frequency_of
-from dataset_loading.synthetic_task import split_of
+from dataset_loading.tasks.base import split_of
+from dataset_loading.tasks.melodies import TIMBRES, frequency_of
+from dataset_loading.tasks.registry import generate_row, generate_rows
 
 MELODIES, QUESTIONS = MEDIA_TASKS["melodies"], MEDIA_TASKS["melody_questions"]
 ROLES = ("train", "validation", "test")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dataset_loading import Collator, PackedDataset, train_tokenizer
-from dataset_loading.documents import Documents, encode_batch
+from dataset_loading.packing.documents import Documents, encode_batch
 
 PAD, BEGIN, END = 0, 1, 2
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataset_loading import DataConfig, SourceConfig, TokenizerConfig, build_datasets, build_tokenizer
-from dataset_loading.sources import load_rows
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources.loading import load_rows
 
 
 def load(source, max_bad_rows=0, limit=None):

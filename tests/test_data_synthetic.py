@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 
 from dataset_loading import TASKS, SourceConfig, get_task
-from dataset_loading.synthetic import generate_row, generate_rows
-from dataset_loading.synthetic_cups import MOVES
-from dataset_loading.synthetic_task import split_of
+from dataset_loading.tasks.base import split_of
+from dataset_loading.tasks.cups import MOVES
+from dataset_loading.tasks.registry import generate_row, generate_rows
 
 
 def draw(name, role, count, difficulty, seed=0):

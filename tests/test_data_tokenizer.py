@@ -19,7 +19,7 @@ from dataset_loading import (
     load_tokenizer,
     train_tokenizer,
 )
-from dataset_loading.documents import encode_batch
+from dataset_loading.packing.documents import encode_batch
 from model import text_encoding
 from tests.test_pretrain import write_config
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples, get_task
-from dataset_loading.augmentation_options import AudioAugmentationConfig, AugmentationConfig, ImageAugmentationConfig
+from dataset_loading.augmentation import AudioAugmentationConfig, AugmentationConfig, ImageAugmentationConfig
+from dataset_loading.bad_rows import BadRows
 from dataset_loading.splits import load_split
-from dataset_loading.synthetic import generate_row
-from dataset_loading.validation import BadRows
+from dataset_loading.tasks.registry import generate_row
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor, writing_processor
 
 PROCESSOR = writing_processor()

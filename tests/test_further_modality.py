@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import pretrain
 from dataset_loading import DataConfig, SourceConfig
-from dataset_loading.media_sources import load_conversations
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources.conversations import load_conversations
 from inference import generate
 from inference.loading import load_model
 from model import MODALITIES, MegaTransformerConfig, MegaTransformerForConditionalGeneration

@@ -15,7 +15,7 @@ from configs import load_config
 from configs.finetuning import FinetuningConfig, build_trainer
 from dataset_loading.configuration import DataConfig, SourceConfig
 from dataset_loading.preferences import build_pairs, build_prompts, spoiled
-from dataset_loading.synthetic import get_task
+from dataset_loading.tasks.registry import get_task
 from inference.loading import load_model
 from model.depth import sample_depth
 from model.recurrence import draw_training_states

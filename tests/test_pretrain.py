@@ -22,7 +22,7 @@ import pretrain
 from configs import load_config
 from configs.pretraining import build_media_examples, whole_weights
 from dataset_loading import get_task
-from dataset_loading.synthetic import generate_row
+from dataset_loading.tasks.registry import generate_row
 from evaluation.__main__ import main as evaluate
 from inference.loading import load_model
 from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, encode_conversation
