@@ -36,17 +36,17 @@ METHODS = {
     ),
 }
 """Methods of the model with a section of their own, and what stands above the table."""
-OPTIONS = ("ExitOptions", "NoiseOptions", "WritingOptions")
+OPTIONS = ("ExitOptions", "NoiseOptions", "MediaOptions")
 """Classes whose fields are explained below those."""
 REGISTRIES = (
     ("Injections", "`recurrence.injection` of a configuration", "model.recurrence", "INJECTIONS"),
     ("Exit criteria", "`exit_criterion` of `generate`", "model.exit_criteria", "EXIT_CRITERIA"),
     ("Modalities", "What is read, and generated", "model.modality", "MODALITIES"),
     ("Trainers", "`trainer` of `pretrain.py`", "trainers", "TRAINERS"),
-    ("Trainers of fine-tuning", "`trainer` of `finetune.py`", "trainers.finetuners", "FINETUNERS"),
+    ("Trainers of fine-tuning", "`trainer` of `finetune.py`", "trainers.finetuning", "FINETUNERS"),
     ("Optimizers", f"`training.optimizer`, {OR_FUNCTION}", "trainers.optimizers", "OPTIMIZERS"),
-    ("Generated tasks", "`task` of a source of kind `generated`", "dataset_loading.synthetic", "TASKS"),
-    ("Generated tasks with media", "The same, of images and audio", "dataset_loading.synthetic", "MEDIA_TASKS"),
+    ("Generated tasks", "`task` of a source of kind `generated`", "dataset_loading.tasks.registry", "TASKS"),
+    ("Generated tasks with media", "The same, of images and audio", "dataset_loading.tasks.registry", "MEDIA_TASKS"),
     ("Checks", "What `python -m evaluation` reads from generated media", "evaluation.checks", "CHECKS"),
 )
 """Heading, what a name is for, and the registry that holds it: its module and its name there."""
