@@ -31,8 +31,7 @@ from . import arguments
 from .decoding import FiniteLogits, add_decoding_arguments, check_depth, decoding_options
 from .devices import choose_device, choose_threads, device_report
 from .loading import load_model
-from .media_files import SUFFIXES, check_path, save_audio, save_images
-from .output import TerminalStreamer, whole_file, write_result
+from .output import SUFFIXES, TerminalStreamer, check_path, save_audio, save_images, whole_file, write_result
 from .prompts import (
     MAX_BYTES,
     check_characters,

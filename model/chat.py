@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .chat_guard import control_tokens, guard_template, guard_tokenizer, split_at_marks, without_guard
-from .chat_rendering import Rendered, UnboundedTemplateError, render, template_of
+from .chat_rendering import Rendered, UnboundedTemplateError, render_template, template_of
 from .media_sources import own_part
 from .message_keys import WHAT_TO_DO, reason_against_message
 from .text_encoding import encode_texts, normalized
@@ -185,8 +185,8 @@ def render_outline(
     such marks, it is what a message adds to the conversation before it, with that which lets the assistant speak.
 
     Raises:
-        ValueError: the template cannot be rendered (`chat_rendering.render`), leaves out what a message says, or writes
-            what no message says.
+        ValueError: the template cannot be rendered (`chat_rendering.render_template`), leaves out what a message
+            says, or writes what no message says.
     """
     problems = []
     for types_of_text in (None, ("text",)):
@@ -246,8 +246,8 @@ def _pieces(text: str, answers: list[tuple[int, int]]) -> Iterable[tuple[str | i
 
 
 def render_messages(template: str, messages: list[dict[str, Any]], **variables: Any) -> Rendered:
-    """`chat_rendering.render`, which trusts what was made here."""
-    return render(template, messages, is_trusted=template in _MADE_HERE, **variables)
+    """`chat_rendering.render_template`, which trusts what was made here."""
+    return render_template(template, messages, is_trusted=template in _MADE_HERE, **variables)
 
 
 def _check_places(text: str, num_texts: int) -> None:
@@ -353,7 +353,7 @@ def spelled_roles(tokenizer: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """A conversation as token ids, in which each medium is one placeholder."""
+    """A conversation as token ids, in which each item is one placeholder."""
 
     ids: np.ndarray
     """int32 (tokens,)"""
@@ -405,7 +405,7 @@ class ConversationEncoder:
 
         Raises:
             ValueError: the cases of `outline_of`, `check_texts` and `render_outline`; or the template does not write
-                one placeholder for each medium.
+                one placeholder for each item.
         """
         open_end = add_generation_prompt, continue_final_message
         (found,) = self.encode_all([messages], False, continue_final_message, open_end)
@@ -483,12 +483,12 @@ class ConversationEncoder:
     def expand(
         self, ids: np.ndarray, is_learned: np.ndarray, media: Mapping[str, Sequence[Any]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids with start, placeholders and end of each medium in place of its one placeholder, and which are learned.
+        """Ids with start, placeholders and end of each item in place of its one placeholder, and which are learned.
 
         Args:
             ids: (tokens,)
             is_learned: bool (tokens,); of media that are, what their kind says (`Modality.learned`).
-            media: Preprocessed, by kind, in the order of their placeholders.
+            media: Preprocessed, by modality, in the order of their placeholders.
         """
         counts, is_inside = np.ones(len(ids), dtype=np.int64), is_learned.copy()
         places = {name: (ids == self.token_ids[name][0]).nonzero()[0] for name in media}

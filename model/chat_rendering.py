@@ -65,7 +65,9 @@ def template_of(chat_template: Any, name: str | None = None) -> str:
     return chat_template
 
 
-def render(template: str, messages: list[dict[str, Any]], is_trusted: bool = False, **variables: Any) -> Rendered:
+def render_template(
+    template: str, messages: list[dict[str, Any]], is_trusted: bool = False, **variables: Any
+) -> Rendered:
     """A conversation as a template writes it.
 
     Args:

@@ -28,10 +28,10 @@ LOUDEST = (2.0 - LOG_MEAN) / LOG_STD
 
 
 class Codec(nn.Module):
-    """Media of one modality to latents, (tokens, `latent_size`), at most `max_tokens` of a medium, and back.
+    """Media of one modality to latents, (tokens, `latent_size`), at most `max_tokens` of an item, and back.
 
     `encode` takes targets, as the processor makes them, and gives the latents of all media and how many each has; for a
-    wrong shape it raises ValueError. `project` gives the nearest latents that it could have given, `decode` one medium.
+    wrong shape it raises ValueError. `project` gives the nearest latents that it could have given, `decode` one item.
     """
 
     latent_size: int
@@ -150,7 +150,9 @@ class AudioCodec(Codec):
             load_weights(self.vocoder, self.name)
 
     def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
-        """(clips, mel bins, frames), a multiple of `frames_per_token`, and (clips, frames), 1 for real frames."""
+        """(waveforms, mel bins, frames), a multiple of `frames_per_token`, and (waveforms, frames), 1 for real
+        frames.
+        """
         clips, bins, frames = targets.shape
         together = self.config.frames_per_token
         if bins != self.config.num_mel_bins or frames % together:
@@ -183,7 +185,7 @@ class AudioCodec(Codec):
 
 
 def build_codec(config: WriterConfig) -> Codec:
-    """The codec that a writer's configuration names."""
+    """The codec that an output head's configuration names."""
     if config.model_type == MegaTransformerAudioWriterConfig.model_type:  # a remotely loaded class is another object
         return AudioCodec(config)
     return ImageCodec(config)

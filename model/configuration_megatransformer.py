@@ -1,4 +1,4 @@
-"""Configurations of the models that read, and may write, images and sound: of encoders, of what writes, and of the
+"""Configurations of the models that read, and may write, images and audio: of encoders, of what writes, and of the
 whole. They are as strict as that of the text model.
 """
 
@@ -16,7 +16,7 @@ from .configuration_megatransformer_text import (
     check_heads,
     check_heads_divide_width,
     check_positive,
-    checked,
+    validated,
 )
 
 
@@ -91,7 +91,7 @@ class EncoderConfig(StrictConfig):
         check_positive(self, "attn_logit_softcapping", "initializer_range")
 
 
-@checked
+@validated
 class MegaTransformerVisionConfig(EncoderConfig):
     """An encoder of images: patches, a transformer in which they all see each other, and a pixel shuffle.
 
@@ -143,9 +143,9 @@ class MegaTransformerVisionConfig(EncoderConfig):
                 )
 
 
-@checked
+@validated
 class MegaTransformerAudioConfig(EncoderConfig):
-    """An encoder of sound: a log-mel spectrogram, convolutions that shorten it, a transformer in which all frames see
+    """An encoder of audio: a log-mel spectrogram, convolutions that shorten it, a transformer in which all frames see
     each other.
 
     Args:
@@ -154,7 +154,7 @@ class MegaTransformerAudioConfig(EncoderConfig):
         n_fft: Samples in the window of a frame.
         hop_length: Samples from a frame to the next.
         num_mel_bins: Mel bands of a frame.
-        max_seconds: Longest sound; what follows is not read.
+        max_seconds: Longest audio; what follows is not read.
         subsampling: Frames that become one token of the language model, a power of 2.
     """
 
@@ -184,7 +184,7 @@ class MegaTransformerAudioConfig(EncoderConfig):
 
 
 class WriterConfig(StrictConfig):
-    """What the writers have in common: a head that turns hidden states into latents, one token after the other.
+    """What the output heads have in common: a head that turns hidden states into latents, one token after the other.
 
     Args:
         head: "flow" is a rectified flow per token (`flow.py`), "fsq" a codebook whose codes are tokens of the
@@ -199,7 +199,7 @@ class WriterConfig(StrictConfig):
         input_noise: Largest standard deviation of the noise on latents that are read back, in training.
         num_flow_steps: Euler steps of a latent in `generate`, unless it is told otherwise.
         guidance_scale: Classifier-free guidance in `generate`, unless it is told otherwise; 1 is none.
-        guidance_schedule: "constant", or "linear" from 1 at a medium's first token to `guidance_scale` at its last.
+        guidance_schedule: "constant", or "linear" from 1 at an item's first token to `guidance_scale` at its last.
         flow_shift: s in t' = t / (s - (s - 1) t), the times of the Euler steps; above 1 they are denser near the noise.
         flow_temperature: Variance of the noise that a latent begins with in `generate`.
         loss_weight: Factor on the loss of this modality.
@@ -220,7 +220,7 @@ class WriterConfig(StrictConfig):
     loss_weight: float | int = interval(min=0.0)(default=1.0)
 
 
-@checked
+@validated
 class MegaTransformerImageWriterConfig(WriterConfig):
     """How images are written: all of one size.
 
@@ -259,9 +259,9 @@ class MegaTransformerImageWriterConfig(WriterConfig):
             raise ValueError("codec 'autoencoder' needs codec_name_or_path, the folder of a trained one")
 
 
-@checked
+@validated
 class MegaTransformerAudioWriterConfig(WriterConfig):
-    """How sound is written: a log-mel spectrogram, some frames at a time.
+    """How audio is written: a log-mel spectrogram, some frames at a time.
 
     Args:
         sampling_rate: Samples per second.
@@ -269,7 +269,7 @@ class MegaTransformerAudioWriterConfig(WriterConfig):
         hop_length: Samples from a frame to the next.
         num_mel_bins: Mel bands of a frame.
         frames_per_token: Frames that are one latent.
-        max_seconds: Longest sound that is learned or written.
+        max_seconds: Longest audio that is learned or written.
         vocoder_name_or_path: Name on the Hugging Face hub, or folder, of a `MegaTransformerVocoder`. Default: the
             phases are found by Griffin and Lim's iteration.
         vocoder_config: Its configuration, filled in when the model is built.
@@ -290,7 +290,7 @@ class MegaTransformerAudioWriterConfig(WriterConfig):
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest sound."""
+        """Tokens of the longest audio."""
         frames = math.ceil(self.max_seconds * self.sampling_rate) // self.hop_length + 1
         return -(-frames // self.frames_per_token)
 
@@ -306,25 +306,25 @@ class MegaTransformerAudioWriterConfig(WriterConfig):
             raise ValueError("head 'fsq' needs an autoencoder, which there is for images alone; use head 'flow'")
 
 
-@checked
+@validated
 class MegaTransformerConfig(StrictConfig):
-    """A language model that reads, and may write, images and sound.
+    """A language model that reads, and may write, images and audio.
 
     Args:
         text_config: The language model.
         vision_config: The encoder of images. Default: none, no images are read.
-        audio_config: The encoder of sound. Default: none.
+        audio_config: The encoder of audio. Default: none.
         image_writer_config: What writes images. Default: none, no images are written.
-        audio_writer_config: What writes sound. Default: none.
+        audio_writer_config: What writes audio. Default: none.
         modality_configs: Configurations of further modalities by their names in `MODALITIES`.
         image_token_id: Id of the token in whose place the features of an image are put.
-        audio_token_id: The same for sound. A further modality called NAME has its NAME_token_id.
-        written_image_token_id: Id of the token in whose place the latents of a written image are put.
-        written_audio_token_id: The same for sound.
+        audio_token_id: The same for audio. A further modality called NAME has its NAME_token_id.
+        written_image_token_id: Id of the token in whose place the latents of a generated image are put.
+        written_audio_token_id: The same for audio.
         image_start_token_id: Id of the token that opens an image; the latent after it is the first.
         image_end_token_id: Id of the token that closes it.
-        audio_start_token_id: The same for sound.
-        audio_end_token_id: The same for sound.
+        audio_start_token_id: The same for audio.
+        audio_end_token_id: The same for audio.
         null_token_id: Id of the token that stands for text that guidance leaves out.
         structure_token_ids: Ids that guidance leaves in: padding, begin, roles, and those of media.
         image_code_offset: Id of code 0, with head "fsq"; the codes follow each other.

@@ -48,7 +48,7 @@ MOST_LAYERS = 10_000
 """Layers of one part: ten times as many as anybody has trained."""
 
 
-def checked(cls):
+def validated(cls):
     """Class decorator: `@strict` of huggingface_hub, with every failed check raised as a one-line `ValueError`.
 
     Source: `huggingface_hub.dataclasses.strict`, whose own errors are no `ValueError` and span two lines.
@@ -173,7 +173,7 @@ def check_num_labels(values: dict[str, Any]) -> None:
         raise ValueError(f"num_labels is {count!r:.60}; give a whole number of at most {MOST_LABELS}")
 
 
-@checked
+@validated
 class RecurrenceConfig(StrictConfig):
     """How the core is iterated.
 
@@ -238,7 +238,7 @@ class RecurrenceConfig(StrictConfig):
     state_warm_start: bool = False
 
 
-@checked
+@validated
 class MegaTransformerTextConfig(StrictConfig):
     """A causal language model: prelude, a core that is iterated, coda.
 

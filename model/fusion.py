@@ -70,7 +70,7 @@ class ModalityEncoder(nn.Module):
     def forward(
         self, layers: dict[str, list[torch.Tensor]] | None = None, **inputs: torch.Tensor
     ) -> tuple[torch.Tensor, list[int]]:
-        """The features of all media, (tokens, hidden), and how many tokens each medium has. `layers` are the lists in
+        """The features of all media, (tokens, hidden), and how many tokens each item has. `layers` are the lists in
         which an encoder gathers what its layers give.
 
         One tensor, since ZeRO-3 gathers the weights of a module once for each that it returns, and ranks with more
@@ -89,7 +89,7 @@ class ModalityEncoder(nn.Module):
     def read(
         self, output_hidden_states: bool = False, output_attentions: bool = False, **inputs: torch.Tensor
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered. Of an
+        """`pooler_output`: the features of each item, a tuple of (tokens, hidden), ready to be scattered. Of an
         encoder that shows its layers also `last_hidden_state`, except in training, where nobody would read it; and
         what is asked for.
         """
@@ -109,7 +109,9 @@ class ModalityEncoder(nn.Module):
 
 
 def take_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Takes what readers read out of `kwargs`, also where a model has no such reader, which then says so."""
+    """Takes what modality encoders read out of `kwargs`, also where a model has no such modality encoder, which then
+    says so.
+    """
     names = [name for modality in MODALITIES.values() for name in modality.input_names if name in kwargs]
     return {name: kwargs.pop(name) for name in names}
 
@@ -120,8 +122,9 @@ def read_media(
     """Reads media, by modality; see `ModalityEncoder.read`.
 
     Args:
-        media: Inputs of all readers by name.
-        run_all: Whether readers without input read something, of which nothing is kept but the gradient, which is 0.
+        media: Inputs of all modality encoders by name.
+        run_all: Whether modality encoders without input read something, of which nothing is kept but the gradient,
+            which is 0.
         asked: `output_hidden_states`, `output_attentions`.
 
     Raises:
@@ -152,16 +155,16 @@ def embed_media(
     config: MegaTransformerConfig,
     is_whole: bool = True,
 ) -> torch.Tensor:
-    """The embeddings with features in the places of their placeholders.
+    """The embeddings with features in the positions of their placeholders.
 
     Args:
         embeds: (batch, sequence, hidden).
         is_token: Function of the id of a token that gives where it stands, (batch, sequence) of bool.
         features: Features of each item, (tokens, hidden), by modality, in the order of the placeholders, row by row.
-        is_whole: Whether each of the features is that of a whole medium, which lies in one row.
+        is_whole: Whether each of the features is that of a whole item, which lies in one row.
 
     Raises:
-        ValueError: If the counts differ, or a medium is spread over two rows.
+        ValueError: If the counts differ, or an item is spread over two rows.
     """
     for name in MODALITIES:
         token_id = getattr(config, f"{name}_token_id", None)
@@ -184,7 +187,7 @@ def check_counts(name: str, places: list[int], lengths: list[int], is_whole: boo
 
     Args:
         places: Placeholders in each row.
-        lengths: Tokens of each medium.
+        lengths: Tokens of each item.
         is_whole: Whether each of the features is that of a whole item, which lies in one row.
 
     Raises:

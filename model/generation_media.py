@@ -42,7 +42,7 @@ RANGES = {
 
 @dataclass
 class MediaChunk:
-    """What a caller gets to see of a medium that is being written."""
+    """What a caller gets to see of an item that is being written."""
 
     row: int
     modality: str
@@ -56,15 +56,15 @@ class MediaOptions:
     """How media are written; None: as the output_head's configuration says.
 
     Args:
-        mode: "image" or "audio" write one medium, "any" text in which the model opens media itself.
+        mode: "image" or "audio" write one item, "any" text in which the model opens media itself.
         guidance_scale: Classifier-free guidance, at least 0; 1 is none.
         num_flow_steps: Euler steps of a latent, at least 1.
         flow_temperature: Variance of the noise that a latent begins with, at least 0.
         velocity_threshold: Relative change of the head's velocity, above 0, below which a latent takes no more core
             steps, where an `exit_criterion` is given.
-        num_steps: Core steps: of all places, or by what is written there: "text", "image", "audio".
+        num_steps: Core steps: of all positions, or by what is written there: "text", "image", "audio".
         flow_seeds: One for each row, for the noise. Default: drawn from torch's global generator.
-        on_chunk: Called with each `MediaChunk`: after `chunk_size` latents of a medium each, and when it is complete.
+        on_chunk: Called with each `MediaChunk`: after `chunk_size` latents of an item each, and when it is complete.
         chunk_size: Latents from one chunk to the next. Default: 16.
 
     Raises:
@@ -96,7 +96,7 @@ class MediaOptions:
                 raise ValueError(f"num_steps names {unknown[0]!r}; the modalities are text, {', '.join(WRITTEN)}")
 
     def of(self, output_head: OutputHead) -> "MediaOptions":
-        """The same, with what a output_head's configuration says where nothing was given."""
+        """The same, with what an output head's configuration says where nothing was given."""
         own = {
             "guidance_scale": output_head.config.guidance_scale,
             "num_flow_steps": output_head.config.num_flow_steps,
@@ -105,7 +105,7 @@ class MediaOptions:
         return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
     def steps_of(self, modality: str) -> int | None:
-        """Core steps of places in which this is written."""
+        """Core steps of positions in which this is written."""
         return self.num_steps.get(modality) if isinstance(self.num_steps, dict) else self.num_steps
 
 
@@ -121,7 +121,7 @@ class MediaGenerateOutput(GenerateDecoderOnlyOutput):
         segments: What each row holds, in order: ("text", token ids), ("image", index in `images`), ("audio",
             index in `audio`).
         latents: Latents of each item, (tokens, latent_size), by modality, ordered as `images` and `audio`.
-        exit_steps: (rows, new tokens), core steps taken for each new place; 0 behind the end of a row.
+        exit_steps: (rows, new tokens), core steps taken for each new position; 0 behind the end of a row.
     """
 
     images: list | None = None
@@ -156,7 +156,7 @@ class MediaGenerationMixin:
         """`generate` of `RecurrentGenerationMixin`, and:
 
         Args:
-            generation_mode: "text"; "image" or "audio" write one medium; "any" text in which the model opens media.
+            generation_mode: "text"; "image" or "audio" write one item; "any" text in which the model opens media.
             guidance_scale, num_flow_steps, flow_temperature, flow_seeds, velocity_threshold, on_chunk, chunk_size: See
                 `MediaOptions`; in mode "text" guidance is that of the logits, and there are no others.
             num_steps: Also by what is written: {"text": 8, "image": 16, "audio": 4}.
@@ -188,13 +188,13 @@ class MediaGenerationMixin:
         return super().generate(inputs, *args, num_steps=most, custom_generate=loop, **kwargs)
 
     def _room_for(self, generation_mode: str) -> int:
-        """New tokens where nobody says how many: those of one medium, or of one of each kind and as many of text."""
+        """New tokens where nobody says how many: those of one item, or of one of each kind and as many of text."""
         places = {name: output_head.num_places + 2 for name, output_head in self.model.writers.items()}
         return 2 * sum(places.values()) if generation_mode == "any" else places.get(generation_mode, 1)
 
     def _read_media(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keywords with features of all media in `mm_encoder_outputs`, by modality, in place of the inputs of the
-        readers.
+        modality encoders.
         """
         kwargs = dict(kwargs)
         media = take_inputs(kwargs)
@@ -212,7 +212,7 @@ class MediaGenerationMixin:
 
     @property
     def placeholder_ids(self) -> list[int]:
-        """Tokens in whose places media stand."""
+        """Tokens in whose positions media stand."""
         names = [f"{name}_token_id" for name in self.model.readers]
         names += [f"written_{name}_token_id" for name in self.model.writers]
         return [getattr(self.config, name) for name in names if getattr(self.config, name) is not None]
@@ -269,7 +269,7 @@ class Row:
     latents: list[torch.Tensor] = field(default_factory=list)
     """Those of the item that is being generated."""
     noise: torch.Tensor | None = None
-    """(places, latent_size), of the medium it is within."""
+    """(positions, latent_size), of the item it is within."""
     num_media: int = 0
     is_done: bool = False
     segments: list[tuple[str, Any]] = field(default_factory=list)
@@ -336,7 +336,7 @@ class MediaGeneration:
         self._check_room()
 
     def _check_room(self) -> None:
-        """Raises ValueError where the medium that is asked for cannot be completed."""
+        """Raises ValueError where the item that is asked for cannot be completed."""
         mode, room = self.media_options.mode, self.generation_config.max_length - self.prompt_length
         least = 3 if mode == "audio" else self.writers[mode].num_places + 2 if mode == "image" else 1
         if room < least:
@@ -370,7 +370,7 @@ class MediaGeneration:
         return self._forward(mask, input_ids=ids, mm_encoder_outputs=features or None, **targets)
 
     def advance(self, embeds: torch.Tensor) -> torch.Tensor:
-        """The next places: (rows, hidden) -> (rows, hidden), or twice as many with guidance."""
+        """The next positions: (rows, hidden) -> (rows, hidden), or twice as many with guidance."""
         mask = self.mask
         if self.is_guided:
             embeds, mask = torch.cat((embeds, embeds)), torch.cat((mask, mask))
@@ -391,7 +391,7 @@ class MediaGeneration:
         return outputs.last_hidden_state[:, -1]
 
     def _num_steps(self) -> int | torch.LongTensor | None:
-        """Core steps for the next place of each row, by what will be written there."""
+        """Core steps for the next position of each row, by what will be written there."""
         steps = [self.media_options.steps_of(row.modality or self._next_modality(row)) for row in self.rows]
         if len(set(steps)) == 1:
             return steps[0]
@@ -458,7 +458,7 @@ class MediaGeneration:
         return unconditional
 
     def _features_twice(self, name: str, output: Any, unconditional: torch.LongTensor) -> BaseModelOutputWithPooling:
-        """The features of the prompts, and those whose places are left in the unconditional ones."""
+        """The features of the prompts, and those whose positions are left in the unconditional ones."""
         counts = self.model._count_places(name, self.ids)
         rows = torch.cat(list(output.pooler_output)).split(counts)
         left = [row for row, count in zip(rows, self.model._count_places(name, unconditional), strict=True) if count]
@@ -467,7 +467,7 @@ class MediaGeneration:
     # -------------------------------------------------------------------------------------------------- what comes next
 
     def choose(self, hidden: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
-        """The next place of each row: its token, (rows,), and its embedding, (rows, hidden)."""
+        """The next position of each row: its token, (rows,), and its embedding, (rows, hidden)."""
         conditional, unconditional = hidden.chunk(2) if self.is_guided else (hidden, None)
         logits = self.model._logits(conditional).float()
         ids = self._next_tokens(logits)
@@ -498,7 +498,7 @@ class MediaGeneration:
         return torch.tensor(tokens, device=self.device)
 
     def _text_tokens(self, logits: torch.Tensor) -> torch.LongTensor:
-        """What each row would write as text: a token, or the start of a medium for which there is room."""
+        """What each row would write as text: a token, or the start of an item for which there is room."""
         forbidden = [f"{name}_end" for name in WRITTEN] + ["null"]
         for name in WRITTEN:
             room = self.generation_config.max_length - self.ids.shape[1]
@@ -513,7 +513,7 @@ class MediaGeneration:
         return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
 
     def _media_token(self, row: Row, logits: torch.Tensor) -> int:
-        """A placeholder or the end of the medium that the row is within: an image has its size, sound ends when the
+        """A placeholder or the end of the item that the row is within: an image has its size, audio ends when the
         model says so.
         """
         place, end = self._id(f"written_{row.modality}"), self._id(f"{row.modality}_end")
@@ -526,7 +526,7 @@ class MediaGeneration:
     def _next_latents(
         self, name: str, rows: torch.LongTensor, conditional: torch.Tensor, unconditional: torch.Tensor | None
     ) -> torch.Tensor:
-        """(len(rows), latent_size), of rows that are within a medium of this modality; they are remembered there."""
+        """(len(rows), latent_size), of rows that are within an item of this modality; they are remembered there."""
         output_head, options = self.writers[name], self.options[name]
         places = torch.tensor([len(self.rows[row].latents) for row in rows.tolist()], device=self.device)
         noise = torch.stack([self.rows[row].noise[len(self.rows[row].latents)] for row in rows.tolist()])
@@ -596,7 +596,7 @@ class MediaGeneration:
         self.media_options.on_chunk(MediaChunk(number, row.modality, item, is_complete))
 
     def is_done(self) -> bool:
-        """Whether no row goes on. A medium that was begun is always completed, so room was looked for before."""
+        """Whether no row goes on. An item that was begun is always completed, so room was looked for before."""
         return all(row.is_done for row in self.rows) or self.ids.shape[1] >= self.generation_config.max_length
 
     # ---------------------------------------------------------------------------------------------------- what came out

@@ -45,7 +45,7 @@ class RecurrentGenerationMixin:
             exit_threshold, min_steps, exit_check_interval, exit_in_prefill, exit_schedule: See `ExitOptions`. Default:
                 the prompt takes all steps.
             state_warm_start: A new token's iteration starts where that of the token before has ended.
-            noise_level, noise_schedule: See `NoiseOptions`.
+            noise_level: See `NoiseOptions`.
             cache_policy, num_kept_steps: See `RecurrentCache`.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Pictures to a few numbers for each patch, and back."""
+"""Images to a few numbers for each patch, and back."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The models that read, and may write, images and sound: MegaTransformerModel, which embeds them for the text model,
+"""The models that read, and may write, images and audio: MegaTransformerModel, which embeds them for the text model,
 and MegaTransformerForConditionalGeneration, which adds the losses of what is written.
 """
 
@@ -67,7 +67,7 @@ class MegaTransformerMediaModelOutput(MegaTransformerModelOutput):
     Args:
         image_outputs: What the encoder of images gave, as `get_image_features` returns it; not in training, unless
             hidden states or attentions are asked for. None where there were no images.
-        audio_outputs: The same of sound.
+        audio_outputs: The same of audio.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -79,7 +79,7 @@ class MegaTransformerMediaCausalLMOutput(MegaTransformerCausalLMOutput):
     """Output of the language model, the base model's `image_outputs` and `audio_outputs`, and:
 
     Args:
-        written_losses: The sum of the losses of written latents by modality, without weight and gradient, and their
+        written_losses: The sum of the losses of target latents by modality, without weight and gradient, and their
             number; with labels, where there are any. Their mean times its weight is part of `loss`.
     """
 
@@ -94,11 +94,11 @@ class Embedded(NamedTuple):
     embeds: torch.Tensor
     """(batch, sequence, hidden)."""
     encoded: dict[str, ModelOutput]
-    """What readers gave, by modality."""
+    """What modality encoders gave, by modality."""
     written: Targets | None = None
     """The latents of what is written, for their losses."""
     input_ids: torch.LongTensor | None = None
-    """(batch, sequence), with the codes of images in the places of those that are written as codes."""
+    """(batch, sequence), with the codes of images in the positions of those that are written as codes."""
 
 
 @dataclass
@@ -130,7 +130,7 @@ def take_media(kwargs: dict[str, Any]) -> MediaArguments:
 
 
 class BackbonesFollow:
-    """Goes before a model with readers: pretrained encoders follow where the attention backend is set."""
+    """Goes before a model with modality encoders: pretrained encoders follow where the attention backend is set."""
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
@@ -143,9 +143,9 @@ class BackbonesFollow:
 
 
 class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
-    """The text model with readers of images, sound and whatever else the config names: their features stand where the
-    placeholders were, and the rest is as if they were tokens. So do the latents of what writers write. A checkpoint of
-    the text model loads into it.
+    """The text model with modality encoders of images, audio and whatever else the config names: their features stand
+    where the placeholders were, and the rest is as if they were tokens. So do the latents of what output heads write. A
+    checkpoint of the text model loads into it.
     """
 
     config: MegaTransformerConfig
@@ -174,7 +174,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         inputs_embeds: torch.Tensor | None = None,
         **asked: bool,
     ) -> Embedded:
-        """Embeds tokens, and media in the places of their placeholders.
+        """Embeds tokens, and media in the positions of their placeholders.
 
         Args:
             input_ids: (batch, sequence).
@@ -215,8 +215,8 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
 
     @property
     def must_run_alike(self) -> bool:
-        """Whether all readers run even if there is nothing to read: ranks that did not would leave others waiting, for
-        gradients in training and for weights under ZeRO-3.
+        """Whether all modality encoders run even if there is nothing to read: ranks that did not would leave others
+        waiting, for gradients in training and for weights under ZeRO-3.
         """
         return self.training or is_deepspeed_zero3_enabled()
 
@@ -245,7 +245,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         output_attentions: bool | None = None,
         **inputs: torch.Tensor | None,
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered. Of our
+        """`pooler_output`: the features of each item, a tuple of (tokens, hidden), ready to be scattered. Of our
         encoders, and pretrained ones, also `last_hidden_state`, in front of the projector, and by request
         `hidden_states` and `attentions`.
 
@@ -265,7 +265,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
     def get_audio_features(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **asked: bool
     ):
-        """`get_features` of sound; see `MegaTransformerAudioModel` for the inputs."""
+        """`get_features` of audio; see `MegaTransformerAudioModel` for the inputs."""
         inputs = {"input_features": input_features, "input_features_mask": input_features_mask}
         return self.get_features("audio", **inputs, **asked)
 
@@ -286,13 +286,13 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
             pixel_values: (images, channels, height, width), in the order of their placeholders, row by row, padded with
                 zeros at the right and the bottom.
             image_sizes: (images, 2), height and width of each without padding. Default: all are as large as the tensor.
-            input_features: (clips, mel bins, frames), padded with zeros at the end.
-            input_features_mask: (clips, frames), 1 for real frames. Default: all are real.
+            input_features: (waveforms, mel bins, frames), padded with zeros at the end.
+            input_features_mask: (waveforms, frames), 1 for real frames. Default: all are real.
             mm_encoder_outputs: Features read before, by modality, instead of the inputs above; see `get_features`.
-            image_targets: (images, channels, side, side) in -1 .. 1, written images in the order of their places.
-            audio_targets: (clips, mel bins, frames), the normalised log-mel spectrograms of written sound.
-            audio_targets_mask: (clips, frames), 1 for real frames. Default: all are real.
-            flow_seeds: (batch,), of the noise on written latents that are read back, and of that and the times of their
+            image_targets: (images, channels, side, side) in -1 .. 1, generated images in the order of their positions.
+            audio_targets: (waveforms, mel bins, frames), the normalised log-mel spectrograms of generated audio.
+            audio_targets_mask: (waveforms, frames), 1 for real frames. Default: all are real.
+            flow_seeds: (batch,), of the noise on target latents that are read back, and of that and the times of their
                 losses. Default: drawn in training, else 0.
             num_written_in_batch: Target latents of an accumulation window on all ranks, by modality, by which the
                 trainer has the sum of their losses divided. Default: those of this batch.
@@ -334,7 +334,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
 
 
 class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMixin, MegaTransformerForCausalLM):
-    """The model that reads and writes images and sound: a linear head for tokens, a flow for latents."""
+    """The model that reads and writes images and audio: a linear head for tokens, a flow for latents."""
 
     config: MegaTransformerConfig
     _auto_class = "AutoModelForMultimodalLM"
@@ -412,8 +412,9 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
         return MegaTransformerMediaCausalLMOutput(**found)
 
     def with_codes(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch with codes where `input_ids` and `labels` hold places of images, and without these images, where the
-        head is "fsq"; others stay as they are. `forward` does it by itself; who compares logits with labels needs it.
+        """A batch with codes where `input_ids` and `labels` hold positions of images, and without these images, where
+        the head is "fsq"; others stay as they are. `forward` does it by itself; who compares logits with labels needs
+        it.
         """
         ids, labels = batch.get("input_ids"), batch.get("labels")
         if ids is None or batch.get("image_targets") is None:

@@ -1,5 +1,5 @@
 """The text models: MegaTransformerTextModel (embedding, prelude, core, coda), and with a head on top
-MegaTransformerForCausalLM and MegaTransformerForSequenceClassification. They know of no images and no sound.
+MegaTransformerForCausalLM and MegaTransformerForSequenceClassification. They know of no images and no audio.
 """
 
 import difflib

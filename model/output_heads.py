@@ -1,8 +1,8 @@
 """What is written: a codec, the way in for what was written before, and the way out.
 
-The latents of a medium stand in the places of its placeholders, one each. A place's own latent is what goes in; what
-comes out of the place before it, of the start token for the first, is that latent, so that nothing sees what it is to
-predict, and a medium that the model has written is read from its cache like text.
+The latents of an item stand in the positions of its placeholders, one each. A position's own latent is what goes in;
+what comes out of the position before it, of the start token for the first, is that latent, so that nothing sees what it
+is to predict, and an item that the model has written is read from its cache like text.
 """
 
 from collections.abc import Mapping
@@ -32,12 +32,12 @@ class TargetLatents:
     columns: torch.Tensor
     """(tokens,): their positions in the row."""
     places: torch.Tensor
-    """(tokens,): their numbers in their medium, from 0."""
+    """(tokens,): their numbers in their item, from 0."""
 
 
 @dataclass
 class Targets:
-    """What the losses of a batch's written media need beside hidden states."""
+    """What the losses of a batch's generated media need beside hidden states."""
 
     latents: dict[str, TargetLatents]
     """Latents by modality; one that there is none of is left out."""
@@ -104,7 +104,7 @@ class OutputHead(nn.Module):
             )
 
     def condition(self, before: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """What the head is told: hidden states of the places before, (tokens, hidden), and (tokens,) places."""
+        """What the head is told: hidden states of the positions before, (tokens, hidden), and (tokens,) positions."""
         return self.head.condition(before.to(self.some_weight.dtype), places)
 
     def no_loss(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ class OutputHead(nn.Module):
 
 
 def output_head_configs(config: MegaTransformerConfig) -> dict[str, WriterConfig]:
-    """The configurations of all writers of a model, by modality."""
+    """The configurations of all output heads of a model, by modality."""
     configs = {name: getattr(config, f"{name}_writer_config") for name in WRITTEN}
     return {name: part for name, part in configs.items() if part is not None}
 
@@ -164,7 +164,7 @@ def encode_targets(
         with torch.no_grad():
             latents, lengths = output_head.codec.encode(values, targets.get(f"{output_head.target_name}_mask"))
         check_counts(f"a written {name}", counts, lengths)
-        check_finite(output_head, latents)
+        check_finite_targets(output_head, latents)
         rows, columns = is_place.nonzero(as_tuple=True)
         places = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])
         found[name] = TargetLatents(latents, rows, columns, places)
@@ -174,7 +174,7 @@ def encode_targets(
 def put_codes(
     writers: nn.ModuleDict, targets: dict[str, Any], input_ids: torch.LongTensor, config: MegaTransformerConfig
 ) -> torch.LongTensor:
-    """Token ids with the codes of images in their places, where the head is "fsq"; these targets are taken out.
+    """Token ids with the codes of images in their positions, where the head is "fsq"; these targets are taken out.
 
     Raises:
         ValueError: there are more or fewer images than placeholders, or some that are not finite.
@@ -184,7 +184,7 @@ def put_codes(
             continue
         is_place = input_ids == getattr(config, f"written_{name}_token_id")
         images = targets.pop(output_head.target_name)
-        check_finite(output_head, images)  # NaN has a code, too
+        check_finite_targets(output_head, images)  # NaN has a code, too
         with torch.no_grad():
             codes = output_head.codec.encode_ids(images)  # (images, tokens)
         check_counts(f"a written {name}", is_place.sum(dim=1).tolist(), [codes.shape[1]] * len(codes))
@@ -192,7 +192,7 @@ def put_codes(
     return input_ids
 
 
-def check_finite(output_head: OutputHead, values: torch.Tensor) -> None:
+def check_finite_targets(output_head: OutputHead, values: torch.Tensor) -> None:
     """Raises ValueError for targets, or their latents, that are NaN or infinite."""
     if not torch.isfinite(values).all():
         raise ValueError(
@@ -207,13 +207,13 @@ def embed_latents(
     seeds: torch.Tensor | None,
     run_all: bool,
 ) -> torch.Tensor:
-    """The embeddings with those of latents in their places.
+    """The embeddings with those of latents in their positions.
 
     Args:
         embeds: (batch, sequence, hidden).
         found: What `encode_targets` gives.
         seeds: (batch,), of the noise that is added: generation reads latents that are not quite right. None: no noise.
-        run_all: Whether writers without latents run as well; see `read_media`.
+        run_all: Whether output heads without latents run as well; see `read_media`.
     """
     for name, output_head in writers.items():
         if output_head.head is None:

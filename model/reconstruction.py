@@ -21,7 +21,7 @@ class ConvNeXtBlock(nn.Module):
     Source: Liu et al. 2022, arXiv 2201.03545. Its factor on the branch is left out: the last layer begins small.
 
     Args:
-        dimensions: 1 for sound, 2 for pictures.
+        dimensions: 1 for audio, 2 for images.
         has_linear_path: Whether the convolution has a residual path of its own instead, m + W2 gelu(W1 norm(m)) with
             m = x + depthwise convolution of x. From the first to the last block there is a linear map then, which a
             norm does not deprive of how strong things are.
@@ -53,10 +53,10 @@ class ConvNeXtBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Judges each patch of a view of a medium.
+    """Judges each patch of a view of an item.
 
     Source: Isola et al. 2016 (PatchGAN), arXiv 1611.07004, without its batch norms, which would make the judgement of a
-    medium depend on others.
+    item depend on others.
 
     Args:
         view: A batch of media to (media, channels, rows, columns).
@@ -106,14 +106,14 @@ def adversarial_losses(
             judged, theirs = discriminator(made)
         said, ours = discriminator(media)
         generator.append(-judged.mean())
-        features += [distance(mine.detach(), other) for mine, other in zip(ours, theirs, strict=True)]
+        features += [relative_distance(mine.detach(), other) for mine, other in zip(ours, theirs, strict=True)]
         fake, _ = discriminator(made.detach())
         learned.append(nn.functional.relu(1 - said).mean() + nn.functional.relu(1 + fake).mean())
     parts = {"generator": generator, "features": features, "discriminator": learned}
     return {name: torch.stack(values).mean() for name, values in parts.items()}
 
 
-def distance(wanted: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+def relative_distance(wanted: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     """Mean |wanted - made| by mean |wanted|."""
     return (wanted - made).abs().mean() / wanted.abs().mean().clamp(min=1e-6)
 

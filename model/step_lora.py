@@ -142,7 +142,7 @@ def load_step_lora(model: nn.Module, folder: str | Path) -> StepLora:
     """
     path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     try:
-        options = read_options(json.loads(path.read_text(encoding="utf-8")))
+        options = adapter_options(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); save the adapter again") from error
     try:
@@ -162,7 +162,7 @@ def load_step_lora(model: nn.Module, folder: str | Path) -> StepLora:
     return adapter
 
 
-def read_options(content: object) -> dict[str, Any]:
+def adapter_options(content: object) -> dict[str, Any]:
     """The arguments of `add_step_lora`; ValueError if they are not."""
     numbers = ("num_steps", "rank", "alpha")
     if not isinstance(content, dict) or content.keys() != {*numbers, "targets"}:

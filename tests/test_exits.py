@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from model import ExitOptions, NoiseOptions, RecurrenceConfig, RecurrentCache
-from model.depth import NOISE_SCHEDULES, keyed_generator
+from model.depth import keyed_generator
 from model.exit_criteria import EXIT_CRITERIA, ExitCheck
 from tests.tiny import PAD, for_forward, tiny_config, tiny_ids, tiny_model
 
@@ -413,7 +413,7 @@ def test_warm_start_begins_where_the_token_before_ended(model):
         ({"attention_mask": torch.zeros(1, 4)}, "row 0 of the prompt is all padding"),
         ({"attention_mask": torch.ones(1, 3)}, r"has shape \(1, 3\), expected \(batch, sequence\) = \(1, 4\)"),
         ({"noise_level": -1.0}, "noise_level must be at least 0, got -1.0"),
-        ({"noise_level": 0.1, "noise_schedule": "pink"}, "noise_schedule 'pink' is unknown; choose one of geom, sqrt"),
+        ({"noise_level": 0.1, "noise_schedule": "sqrt"}, "noise_schedule is 'sqrt', but noise falls with the number"),
         ({"num_steps": torch.tensor([0])}, "at least 1 in every row"),
     ],
 )
@@ -446,26 +446,18 @@ def test_a_model_without_core_has_no_exits():
 # ---------------------------------------------------------------------------------------------------------------- noise
 
 
-@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
-def test_noise_is_mixed_in_before_each_step_and_normed(schedule):
-    """Two steps by hand; the weight in closed form, the mean depth being 4."""
+def test_noise_is_mixed_in_before_each_step_and_normed():
+    """Two steps by hand; the weight in closed form."""
     model, ids = tiny_model(scale=2.0, num_prelude_layers=0, num_coda_layers=0), tiny_ids(1, 3)
     core, embeds, state = model.model.core, model.model.embed_tokens(ids), torch.full((1, 3, 32), 0.3)
     amount = 0.5 * math.sqrt(2 / 5)  # the embedding scale is sqrt(h)
     inputs = []
     hook = core.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    ours = logits_of(model, ids, num_steps=2, initial_state=state, noise_level=0.5, noise_schedule=schedule)
+    ours = logits_of(model, ids, num_steps=2, initial_state=state, noise_level=0.5)
     hook.remove()
     for step in (0, 1):
         noise = [torch.randn(32, generator=keyed_generator("noise", 0, step, position)) for position in range(3)]
-        uniform = float(torch.rand((), generator=keyed_generator("noise weight", 0, step)))
-        w = {
-            "geom": amount / (step + 1),
-            "sqrt": amount / math.sqrt(step + 1),
-            "line": max(amount, (4 - step) / 4),
-            "chi": 2 * uniform * amount,
-            "fixed": amount,
-        }[schedule]
+        w = amount / (step + 1)
         state = core.layers[-1].mlp_norm_out((1 - w) * state + w * torch.stack(noise))
         torch.testing.assert_close(inputs[step], state)
         state = logits_states(model, embeds, state)
@@ -493,6 +485,6 @@ def test_noise_of_a_token_does_not_depend_on_its_batch_or_chunk(model):
 
 
 def test_noise_of_level_one_is_as_large_as_the_initial_state():
-    noise, config = NoiseOptions(1.0, "fixed"), tiny_config(hidden_size=64)
+    noise, config = NoiseOptions(1.0), tiny_config(hidden_size=64)
     mixed = noise.mix(0, torch.zeros(1, 400, 64), torch.arange(400)[None], config)
     assert mixed.std() == pytest.approx(math.sqrt(2 / 5), rel=0.02)
