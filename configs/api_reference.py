@@ -52,25 +52,25 @@ REGISTRIES = (
 """Heading, what a name is for, and the registry that holds it: its module and its name there."""
 
 
-def render() -> str:
+def render_names() -> str:
     """The page, in Markdown."""
     parts = [INTRODUCTION, "## `model`\n", "What `from model import ...` gives.\n"]
     parts += [entry(model, name) for name in model.__all__ if name not in OPTIONS]
     for name, introduction in METHODS.items():
-        parts += [f"## `{name}`\n", introduction, table("argument", arguments_of(name))]
+        parts += [f"## `{name}`\n", introduction, table_of("argument", arguments_of(name))]
     parts += [entry(model, name) for name in OPTIONS]
     parts += ["## Registries\n"]
     for heading, what, module_name, name in REGISTRIES:
         module = importlib.import_module(module_name)
-        parts += [f"### {heading}\n", f"{what}; `{name}` in `{path_of(module)}`.\n"]
-        parts.append(table("name", meanings(getattr(module, name))))
-    parts += ["### Rewards\n", f"`training.rewards`, {OR_FUNCTION}; functions of `{path_of(rewards)}`.\n"]
+        parts += [f"### {heading}\n", f"{what}; `{name}` in `{file_of(module)}`.\n"]
+        parts.append(table_of("name", meanings(getattr(module, name))))
+    parts += ["### Rewards\n", f"`training.rewards`, {OR_FUNCTION}; functions of `{file_of(rewards)}`.\n"]
     parts.append(
-        table("name", {f"{rewards.__name__}:{name}": text for name, text in meanings(reward_functions()).items()})
+        table_of("name", {f"{rewards.__name__}:{name}": text for name, text in meanings(reward_functions()).items()})
     )
     parts += ["### Kinds of source\n", "`kind` of a source of data ([data](data.md#sources)).\n", kinds_of_source()]
-    parts += ["### Callbacks\n", f"`callbacks` of a run; fields of `CallbacksConfig` in `{path_of(callbacks)}`.\n"]
-    parts.append(table("group", meanings(get_type_hints(callbacks.CallbacksConfig))))
+    parts += ["### Callbacks\n", f"`callbacks` of a run; fields of `CallbacksConfig` in `{file_of(callbacks)}`.\n"]
+    parts.append(table_of("group", meanings(get_type_hints(callbacks.CallbacksConfig))))
     return "\n".join(parts)
 
 
@@ -86,9 +86,9 @@ def entry(package: Any, name: str) -> str:
     elif callable(value) and not is_error(value):
         lines += [f"`{path}`. {text}\n", f"```python\n{signature(name, value)}\n```\n"]
         if name in OPTIONS:
-            lines.append(table("field", described(value)))
+            lines.append(table_of("field", described(value)))
         elif isinstance(value, type) and (methods := methods_of(value)):
-            lines.append(table("method", methods))
+            lines.append(table_of("method", methods))
     else:
         lines.append(f"`{path}`. {text}\n")
     return "\n".join(lines)
@@ -107,7 +107,7 @@ def origin_of(package: Any, name: str) -> tuple[str, str]:
         tree = ast.parse(inspect.getsource(module))
     value = getattr(package, name)
     text = inspect.getdoc(value) if callable(value) else text_below(tree, name)
-    return path_of(module), first_paragraph(text)
+    return file_of(module), first_paragraph(text)
 
 
 def imported_from(tree: ast.Module, name: str) -> str:
@@ -142,7 +142,7 @@ def signature(name: str, value: Callable[..., Any]) -> str:
         star |= parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL)
         parts.append(argument(parameter))
     result = "" if found.return_annotation in (inspect.Signature.empty, None) else found.return_annotation
-    end = f") -> {in_words(result)}" if result else ")"
+    end = f") -> {without_modules(result)}" if result else ")"
     line = f"{name}({', '.join(parts)}{end}"
     return line if len(line) <= 100 else "\n".join([f"{name}(", *(f"    {part}," for part in parts), end])
 
@@ -151,13 +151,13 @@ def argument(parameter: inspect.Parameter) -> str:
     """A parameter as it stands in a signature."""
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
     is_typed = parameter.annotation is not inspect.Parameter.empty
-    kind = f": {in_words(parameter.annotation)}" if is_typed else ""
+    kind = f": {without_modules(parameter.annotation)}" if is_typed else ""
     default = "..." if "factory" in repr(parameter.default) else repr(parameter.default)
     value = "" if parameter.default is inspect.Parameter.empty else f" = {default}"
     return f"{stars}{parameter.name}{kind}{value}"
 
 
-def in_words(annotation: Any) -> str:
+def without_modules(annotation: Any) -> str:
     """A type as it is written, without the modules that its names come from."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"(?:\b\w+\.)+(?=\w)", "", text).replace("'", "").replace('"', "")
@@ -195,7 +195,8 @@ def arguments_of(method: str) -> dict[str, str]:
 
 def described(value: Any) -> dict[str, str]:
     """The arguments that a docstring explains."""
-    return {item.arg_name: item.description for item in docstring_parser.parse(inspect.getdoc(value) or "").params}
+    items = docstring_parser.parse(inspect.getdoc(value) or "").params
+    return {item.arg_name: item.description for item in items if item.arg_name != "kwargs"}
 
 
 def reward_functions() -> dict[str, Callable[..., Any]]:
@@ -204,7 +205,7 @@ def reward_functions() -> dict[str, Callable[..., Any]]:
     return {name: value for name, value in functions if {"completions", "columns"} <= set(names_of(value))}
 
 
-def path_of(module: ModuleType) -> str:
+def file_of(module: ModuleType) -> str:
     """The file of a module, from the root."""
     return str(Path(inspect.getfile(module)).relative_to(ROOT))
 
@@ -222,7 +223,7 @@ def kinds_of_source() -> str:
     return " ".join(text.split()) + "\n"
 
 
-def table(heading: str, meanings: Mapping[str, str]) -> str:
+def table_of(heading: str, meanings: Mapping[str, str]) -> str:
     """A table of names and what they mean."""
     rows = (f"| `{name}` | {' '.join(text.split()).replace('|', BAR)} |" for name, text in meanings.items())
     return "\n".join([f"| {heading} | what it is |", "|---|---|", *rows, ""])

@@ -74,7 +74,7 @@ WORDS = {
 def main() -> None:
     """Write the page, and that of the names of the code."""
     PAGE.write_text(render(), encoding="utf-8")
-    api_reference.PAGE.write_text(api_reference.render(), encoding="utf-8")
+    api_reference.PAGE.write_text(api_reference.render_names(), encoding="utf-8")
 
 
 def render() -> str:

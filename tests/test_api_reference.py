@@ -13,7 +13,7 @@ SECTIONS = dict(re.findall(r"^### ([^\n]+)\n\n(.*?)(?=^##|\Z)", PAGE, flags=re.M
 
 
 def test_page_is_up_to_date():
-    assert api_reference.render() == PAGE, "docs/api.md is stale: run `make docs` and commit it"
+    assert api_reference.render_names() == PAGE, "docs/api.md is stale: run `make docs` and commit it"
 
 
 @pytest.mark.parametrize("name", model.__all__)
