@@ -31,7 +31,7 @@ registry.
 METHODS = {
     "forward": "Arguments of the models of text, and of those with images and audio.\n",
     "generate": (
-        "Arguments beside those of transformers. What a call does not name is taken from the generation config, then\n"
+        "Arguments besides those of transformers. What a call does not name is taken from the generation config, then\n"
         "from the config of the model.\n"
     ),
 }
