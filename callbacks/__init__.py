@@ -1,4 +1,4 @@
-"""What is watched and written during training, beside the trainer's own logs."""
+"""What is watched and written during training, with the trainer's own logs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 
 from model import tokenizer_of
 
+from .generated_media import GeneratedMediaCallback, GeneratedMediaConfig, is_generated, target_modality
 from .media_samples import MediaSamplesCallback, MediaSamplesConfig
 from .model_card import ModelCardWriter, model_card, sources_of
 from .model_size import ModelSizeCallback, ModelSizeConfig, size_table
@@ -17,17 +18,16 @@ from .non_finite import NonFiniteCallback, NonFiniteConfig
 from .reporting import Reporter
 from .samples import SamplesCallback, SamplesConfig
 from .throughput import ThroughputCallback, ThroughputConfig
-from .written_samples import WrittenSamplesCallback, WrittenSamplesConfig, is_written, kind_of
 
 __all__ = [
     "CallbacksConfig",
+    "GeneratedMediaConfig",
     "MediaSamplesConfig",
     "ModelCardWriter",
     "ModelSizeConfig",
     "NonFiniteConfig",
     "SamplesConfig",
     "ThroughputConfig",
-    "WrittenSamplesConfig",
     "add_callbacks",
     "add_codec_callbacks",
     "model_card",
@@ -44,10 +44,10 @@ class CallbacksConfig:
     """Texts from fixed prompts, at several depths."""
 
     media_samples: MediaSamplesConfig = field(default_factory=MediaSamplesConfig)
-    """Answers to fixed pictures and sounds, at several depths."""
+    """Answers to fixed images and audio, at several depths."""
 
-    written_samples: WrittenSamplesConfig = field(default_factory=WrittenSamplesConfig)
-    """Pictures and sound that are written for fixed prompts, at several depths."""
+    generated_samples: GeneratedMediaConfig = field(default_factory=GeneratedMediaConfig)
+    """Images and audio that are generated for fixed prompts, at several depths."""
 
     throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
     """Tokens and core steps per second."""
@@ -73,7 +73,7 @@ def add_callbacks(
     Args:
         processor: that of the model, or its tokenizer, if it reads text alone.
         examples: questions about media with their answers, by source, see `MediaSamplesCallback`; or prompts with media
-            as answers, see `WrittenSamplesCallback`.
+            as answers, see `GeneratedMediaCallback`.
     """
     reporter = Reporter(trainer)
     if config.throughput.enabled:
@@ -85,13 +85,13 @@ def add_callbacks(
     read, written = split_examples(examples or {})
     if read and config.media_samples.num_examples:
         trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, read, reporter))
-    if written and config.written_samples.num_examples:
-        trainer.add_callback(WrittenSamplesCallback(config.written_samples, processor, written, reporter))
+    if written and config.generated_samples.num_examples:
+        trainer.add_callback(GeneratedMediaCallback(config.generated_samples, processor, written, reporter))
     trainer.add_callback(NonFiniteCallback(config.non_finite))
 
 
 def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
-    """Of the callbacks those that a model without tokens has a use for."""
+    """Add the callbacks that a model without tokens has a use for."""
     if config.model_size.enabled:
         trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
     trainer.add_callback(NonFiniteCallback(config.non_finite))
@@ -103,8 +103,8 @@ def split_examples(examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[
     written: dict[str, list[Mapping[str, Any]]] = {}
     for source, rows in examples.items():
         for row in rows:
-            if is_written(row):
-                written.setdefault(f"{source}_{kind_of(row)}", []).append(row)
+            if is_generated(row):
+                written.setdefault(f"{source}_{target_modality(row)}", []).append(row)
             else:
                 read.setdefault(source, []).append(row)
     return [read, written]

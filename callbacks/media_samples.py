@@ -1,4 +1,4 @@
-"""Answers that the model gives during training, to questions and to media, beside what it saw and heard."""
+"""Answers that the model gives during training, to questions and to media, next to what it saw and heard."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 from model import tokenizer_of
 
-from .reporting import Reporter, WritingCallback, aside, depths_of, verbatim
+from .reporting import (
+    Example,
+    PeriodicCallback,
+    Reporter,
+    aside,
+    check_samples,
+    depths_of,
+    generate_text,
+    inputs_of,
+    verbatim,
+)
 
 logger = logging.getLogger(__name__)
-
-Example = Mapping[str, Any]
 
 
 @dataclass
@@ -43,24 +49,18 @@ class MediaSamplesConfig:
     """Most tokens of an answer, at least 1."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_examples", 0), ("every_steps", 1), ("max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"media_samples.{name} is {getattr(self, name)}, must be at least {least}.")
-        if not self.num_steps or min(self.num_steps) < 1:
-            raise ValueError(
-                f"media_samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1."
-            )
+        check_samples("media_samples", self, num_examples=0, every_steps=1, max_new_tokens=1)
 
 
-class MediaSamplesCallback(WritingCallback):
+class MediaSamplesCallback(PeriodicCallback):
     """Writes prompt, reference and answers at several depths of each example, to the reports and to the log. What
-    belongs to them stands beside them in TensorBoard: pictures, spectrograms and players, as the model sees and hears
+    belongs to them stands next to them in TensorBoard: pictures, spectrograms and players, as the model sees and hears
     them, once when training begins.
 
     Args:
         processor: that of the model, or its tokenizer if it reads text alone.
-        examples: by source, each with `prompt_ids`, `media` (tensors by kind), `prompt`, `answer`, and, for the player,
-            `waveforms`, a function that gives them (float, (samples,), at the sampling rate of the processor).
+        examples: Examples by source, each with `prompt_ids`, `media` (tensors by kind), `prompt`, `answer`, and, for
+            the player, `waveforms`, a function that gives them (float, (samples,), at the rate of the processor).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MediaSamplesCallback(WritingCallback):
             for number in range(min(config.num_examples, len(rows)))
         }
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Show the media."""
         writer = self.reporter.summary_writer()
         if writer is None:
@@ -99,7 +99,7 @@ class MediaSamplesCallback(WritingCallback):
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
         return (pixels.cpu().float() * std + mean).clamp(0, 1)
 
-    def texts(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
+    def write(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
         """One text per example: its prompt, its reference, and an answer for each depth."""
         texts = {}
         for name, example in self.examples.items():
@@ -113,32 +113,10 @@ class MediaSamplesCallback(WritingCallback):
         return texts
 
     def answer(self, model: PreTrainedModel, example: Example, depth: int | None) -> str:
-        """By greedy decoding, special tokens left out. Examples go one by one: a few, and none is padded."""
-        inputs, tokenizer = inputs_of(example, model, self.processor, depth), tokenizer_of(self.processor)
+        """The answer by greedy decoding, without special tokens. Examples go one by one: a few, and none is padded."""
+        inputs = inputs_of(example, model, self.processor, depth)
         with aside(model):
-            output = model.generate(**inputs, max_new_tokens=self.config.max_new_tokens)
-        new = output[0, inputs["input_ids"].shape[1] :]
-        return tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def inputs_of(
-    example: Example, model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin, depth: int | None
-) -> dict[str, Any]:
-    """Arguments of `generate`: a prompt and its media, the likeliest tokens, and the depth."""
-    tokenizer, media = tokenizer_of(processor), example["media"] and processor.collate_media(example["media"])
-    ids = torch.tensor([example["prompt_ids"]], device=model.device)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "do_sample": False,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        **({} if depth is None else {"num_steps": depth}),
-        **{
-            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in media.items()
-        },
-    }
+            return generate_text(model, tokenizer_of(self.processor), inputs, self.config.max_new_tokens)
 
 
 def spectrogram_image(features: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
-from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedConfig, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, unwrap_peft_model
 
 from .model_size import parameter_count
@@ -85,14 +85,7 @@ class ModelCardWriter(TrainerCallback):
     def __init__(self, resolved: Mapping[str, Any], sources: Mapping[str, Sequence[str]]) -> None:
         self.resolved, self.sources = resolved, sources
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Write it into the checkpoint."""
         if state.is_world_process_zero:
             self.write(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", model, state)
@@ -101,7 +94,7 @@ class ModelCardWriter(TrainerCallback):
         """Write it into a folder that a model was saved in.
 
         Args:
-            state: Of its training: what was logged last stands in the card.
+            state: State of its training: what was logged last stands in the card.
         """
         card = model_card(Path(folder), model, self.resolved, self.sources, results_of(state))
         card.save(Path(folder) / FILE)
@@ -137,7 +130,7 @@ def model_card(
 
     Args:
         folder: Where the model was saved.
-        model: With its adapters, if there are any.
+        model: The model with its adapters, if there are any.
         resolved: Options of its training.
         sources: What it was trained and evaluated on, by role.
         results: What was measured, by name.
@@ -173,14 +166,14 @@ def card_data(folder: Path, config: PreTrainedConfig, resolved: Mapping[str, Any
     )
 
 
-def is_adapter(folder: Path) -> bool:
+def holds_adapter(folder: Path) -> bool:
     """Whether a folder holds adapters, and not the model that they are for."""
     return (folder / ADAPTER).is_file() or (folder / STEP_ADAPTER).is_file()
 
 
 def description(folder: Path, model: nn.Module, resolved: Mapping[str, Any]) -> str:
     """A sentence or two on the model: what it reads and writes, and its size."""
-    if is_adapter(folder):
+    if holds_adapter(folder):
         count = sum(parameter_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
         return f"Low-rank adapters of {count:,} parameters for the model in `{resolved['model']['path']}`."
     config = model.config

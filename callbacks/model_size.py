@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import unwrap_peft_model
 
 from .reporting import ReportingCallback
@@ -99,12 +100,7 @@ class ModelSizeCallback(ReportingCallback):
     """Logs `size_table` once, when the training starts, and writes it to the reports."""
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs,
+        self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
         """Write the table, on rank 0."""
         if state.is_world_process_zero:

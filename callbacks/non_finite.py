@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,7 @@ class NonFiniteCallback(TrainerCallback):
         self.hook: torch.utils.hooks.RemovableHandle | None = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs,
+        self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
         """Start to keep the batches of the model.
 
@@ -97,12 +92,7 @@ class NonFiniteCallback(TrainerCallback):
             self.batches.append(MicroBatch(inputs, kwargs.get("num_steps"), loss))
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs,
+        self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
         """Take away gradients that are not finite, so that the optimizer has nothing to do."""
         if self.config.action != "skip":
@@ -112,14 +102,7 @@ class NonFiniteCallback(TrainerCallback):
             logger.warning("The gradient of step %d is not finite: its update is skipped.", state.global_step + 1)
             model.zero_grad(set_to_none=True)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Act if the log of a training step is not finite.
 
         Raises:
@@ -158,7 +141,7 @@ class NonFiniteCallback(TrainerCallback):
         save_file(tensors, path, metadata={"num_steps": str(batch.num_steps), "step": str(step)})
         return f"The {which} on rank {rank} is in {path}."
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let the batches go."""
         self.hook.remove()
         self.batches.clear()

@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from .reporting import Reporter, WritingCallback, aside, depths_of, verbatim
+from .reporting import PeriodicCallback, Reporter, aside, check_samples, depths_of, generate_text, inputs_of, verbatim
 
 logger = logging.getLogger(__name__)
 
@@ -38,24 +37,18 @@ class SamplesConfig:
     """Divides the logits before a draw, above 0; read if do_sample is true."""
 
     seed: int = 0
-    """Of the draws, at least 0; the same at every sample, so that only the model changes. Read if do_sample is true."""
+    """Seed of the draws, at least 0; the same each time, so that only the model changes. Read if do_sample is true."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"samples.{name} is {getattr(self, name)}, must be at least 1.")
-        if not self.num_steps or min(self.num_steps) < 1:
-            raise ValueError(f"samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1.")
+        check_samples("samples", self, every_steps=1, max_new_tokens=1, seed=0)
         if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"samples.temperature is {self.temperature}, must be above 0 and finite; "
                 "for the likeliest token set do_sample: false."
             )
-        if self.seed < 0:
-            raise ValueError(f"samples.seed is {self.seed}, must be at least 0.")
 
 
-class SamplesCallback(WritingCallback):
+class SamplesCallback(PeriodicCallback):
     """Writes samples, to the reports and to the log."""
 
     def __init__(self, config: SamplesConfig, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> None:
@@ -68,7 +61,7 @@ class SamplesCallback(WritingCallback):
         self.config = config
         self.tokenizer = tokenizer
 
-    def texts(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
+    def write(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str]:
         """One text per prompt and depth."""
         texts = {}
         for depth in depths_of(model, self.config.num_steps):
@@ -82,35 +75,21 @@ class SamplesCallback(WritingCallback):
 
     def continue_prompts(self, model: PreTrainedModel, depth: int | None) -> list[str]:
         """The text after each prompt, special tokens left out."""
-        options = {"max_new_tokens": self.config.max_new_tokens, "do_sample": self.config.do_sample}
-        if self.config.do_sample:
-            options.update(temperature=self.config.temperature, top_k=0, top_p=1.0)
-        if depth is not None:
-            options["num_steps"] = depth
         with aside(model, self.config.seed):
-            return [self.continue_prompt(model, prompt, options) for prompt in self.config.prompts]
+            return [self.continue_prompt(model, prompt, depth) for prompt in self.config.prompts]
 
-    def continue_prompt(self, model: PreTrainedModel, prompt: str, options: dict) -> str:
+    def continue_prompt(self, model: PreTrainedModel, prompt: str, depth: int | None) -> str:
         """The text after one prompt. Prompts go one by one: a few short ones, and none is padded."""
         ids = self.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id, *ids]
-        inputs = torch.tensor([ids], device=model.device)
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **options,
-        )
-        return self.tokenizer.decode(
-            output[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        inputs = inputs_of({"prompt_ids": ids, "media": {}}, model, self.tokenizer, depth)
+        if self.config.do_sample:
+            inputs |= {"do_sample": True, "temperature": self.config.temperature, "top_k": 0, "top_p": 1.0}
+        return generate_text(model, self.tokenizer, inputs, self.config.max_new_tokens)
 
 
 def as_markdown(prompts: Sequence[str], continuations: Sequence[str]) -> str:
     """Prompts in bold and what follows them, as TensorBoard's text page shows it: verbatim, in code blocks."""
-    blocks = []
-    for prompt, continuation in zip(prompts, continuations, strict=True):
-        blocks.append(verbatim(f"{prompt}⟶{continuation}"))
-    return "\n\n---\n\n".join(blocks)
+    pairs = zip(prompts, continuations, strict=True)
+    return "\n\n---\n\n".join(verbatim(f"{prompt}⟶{continuation}") for prompt, continuation in pairs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 
 @dataclass
@@ -42,12 +42,7 @@ class ThroughputCallback(TrainerCallback):
         self.interrupted = False
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **kwargs,
+        self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
         """Start counting the forward passes of the model."""
         self.hook = model.register_forward_pre_hook(self.count, with_kwargs=True)
@@ -66,11 +61,11 @@ class ThroughputCallback(TrainerCallback):
         if config.num_core_layers:
             self.core_steps += count_steps(kwargs.get("num_steps"), config)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Count the time of the step and of the wait for its data."""
         self.count_time()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Leave the time out."""
         self.interrupt()
 
@@ -86,14 +81,7 @@ class ThroughputCallback(TrainerCallback):
         self.seconds += now - self.mark
         self.mark = now
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         """Add the figures to the log of a training step and to the history."""
         if "loss" not in logs or self.seconds == 0:
             return
@@ -106,7 +94,7 @@ class ThroughputCallback(TrainerCallback):
         self.reset()
         self.interrupted = interrupted
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Stop counting."""
         self.hook.remove()
 

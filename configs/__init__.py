@@ -1,6 +1,6 @@
 """Configuration of runs: YAML files and flags, the classes that hold their options, and runs from begin to end."""
 
-from .loader import flatten, read_yaml, to_yaml
+from .loader import flatten_keys, read_yaml, to_yaml
 from .runs import (
     ResolvedConfig,
     RunConfig,
@@ -14,7 +14,7 @@ from .runs import (
 __all__ = [
     "ResolvedConfig",
     "RunConfig",
-    "flatten",
+    "flatten_keys",
     "load_config",
     "load_run_config",
     "one_line_errors",

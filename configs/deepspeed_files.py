@@ -37,7 +37,7 @@ def find_deepspeed(value: Any) -> Any:
     the file begins with a byte-order mark, which not every reader knows; checked, as one that is given as such is.
 
     Raises:
-        ValueError: for a file that is not there or holds no JSON object, and for what DeepSpeed would not read in it.
+        ValueError: the file is not there or holds no JSON object, or DeepSpeed would not read all of it.
     """
     if value is None:
         return None
@@ -64,7 +64,7 @@ def deepspeed_content(value: Any) -> Any:
     """What a file says that is given as for `find_deepspeed`; a value that is no string is the content.
 
     Raises:
-        ValueError: as `find_deepspeed`, but for what DeepSpeed would not read.
+        ValueError: the file is not there or holds no JSON object.
     """
     if not isinstance(value, str):
         return value
@@ -84,7 +84,7 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ValueError: for a key that is there twice, of which one would be lost.
+        ValueError: a key is there twice, of which one would be lost.
     """
     names = [name for name, _ in pairs]
     for name in names:
@@ -100,8 +100,7 @@ def check_deepspeed(content: dict[str, Any], where: str) -> None:
         where: What an error begins with.
 
     Raises:
-        ValueError: for a key that nobody looks for, with the closest one that is, and for a value that DeepSpeed
-            refuses.
+        ValueError: nobody looks for a key, in which case the closest known one is named; or DeepSpeed refuses a value.
     """
     from deepspeed.runtime.config import DeepSpeedConfig  # it takes seconds, and is not always there
 
@@ -155,7 +154,7 @@ def check_optimizer(part: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: optimizer.type is {name!r}, which is unknown; {advice(name, DEEPSPEED_OPTIMIZERS)}")
     if cls := ours.get(name.lower()):
         known = {*inspect.signature(cls).parameters, *BESIDE_ARGUMENTS} - {"params"}
-        check_known(part.get("params", {}), known, f"{where}: unknown key optimizer.params")
+        refuse_unknown(part.get("params", {}), known, f"{where}: unknown key optimizer.params")
 
 
 def check_scheduler(part: dict[str, Any], where: str) -> None:
@@ -169,10 +168,10 @@ def check_scheduler(part: dict[str, Any], where: str) -> None:
         known = lr_schedules.VALID_LR_SCHEDULES
         raise ValueError(f"{where}: scheduler.type is {name!r}, which is unknown; {advice(name, known)}")
     known = set(inspect.signature(vars(lr_schedules)[name]).parameters) - {"optimizer"}
-    check_known(part.get("params", {}), known, f"{where}: unknown key scheduler.params")
+    refuse_unknown(part.get("params", {}), known, f"{where}: unknown key scheduler.params")
 
 
-def check_known(part: dict[str, Any], known: set[str], beginning: str) -> None:
+def refuse_unknown(part: dict[str, Any], known: set[str], beginning: str) -> None:
     """Raises ValueError for the first name that is not known."""
     for name in part:
         if name not in known:

@@ -32,7 +32,7 @@ from trainers.finetuning import (
     ModelOptions,
     PeftOptions,
     StepLoraOptions,
-    lora_config,
+    peft_config,
     prepare_quantized_training,
     step_lora_targets,
 )
@@ -41,7 +41,7 @@ from trainers.sft import SupervisedArguments
 
 from .loader import NOT_OPTIONS, OPTIONAL_SECTIONS, Layout, closest
 from .pretraining import build_recurrent_trainer, build_rows, whole_weights
-from .runs import ResolvedConfig, resolve
+from .runs import ResolvedConfig
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 
@@ -124,27 +124,23 @@ class FinetuningConfig(ResolvedConfig):
 
     @classmethod
     def layout(cls, trees: Sequence[dict[str, Any]]) -> Layout:
-        """As said there."""
+        """The sections of fine-tuning, and the training arguments of the trainer that is named."""
         trainer = next((tree["trainer"] for tree in reversed(trees) if "trainer" in tree), DEFAULT_TRAINER)
         if trainer not in FINETUNERS:
             raise ValueError(f"trainer: {trainer!r} is unknown; {closest(trainer, list(FINETUNERS))}")
         sections = (*SECTIONS.items(), ("training", FINETUNERS[trainer][1]))
         return Layout(tuple(FINETUNERS), DEFAULT_TRAINER, sections, OPTIONAL_SECTIONS)
 
-    def defaults(self) -> dict[str, Any]:
-        """What is resolved where nothing is given but the trainer and the checkpoint."""
-        return resolve(["--trainer", self.trainer, "--model.path", self.model.path], type(self))
-
 
 # ------------------------------------------------------------------------------------------------------- the trainer
 
 
-def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Trainer:
+def build_finetuning(run: FinetuningConfig, resume_point: str | None = None) -> Trainer:
     """Model, adapters, data and trainer of a run, all checked, nothing written.
 
     Raises:
-        ValueError: for a checkpoint that cannot be loaded, adapters that do not fit it, data that cannot be read, or
-            options of training that do not fit.
+        ValueError: the checkpoint cannot be loaded, adapters or options of training do not fit it, or data cannot be
+            read.
     """
     folder = find_checkpoint(run.model.path)
     base = base_model(folder)
@@ -152,7 +148,7 @@ def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Tra
     set_seed(run.training.seed)
     if run.trainer == "exit_probe":
         add_exit_probe(model)
-    model, adapters = add_adapters(run, model)
+    model, adapters = add_fresh_adapters(run, model)
     beside = [base, *adapters] if run.has_adapters else []
     if resume_point is not None:
         check_adapters(run, resume_point)
@@ -197,7 +193,7 @@ def add_exit_probe(model: PreTrainedModel) -> None:
     model.model.add_exit_probe().float().requires_grad_(True)
 
 
-def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.nn.Module, list[StepLora]]:
+def add_fresh_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.nn.Module, list[StepLora]]:
     """The model with fresh adapters, which alone learn, and those of them that are not PEFT's; the model as it is where
     the run has none.
 
@@ -206,7 +202,7 @@ def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.n
     """
     if not run.has_adapters:
         return model, []
-    lora = run.peft and lora_config(run.peft, model)  # while all linear layers are those of the model
+    lora = run.peft and peft_config(run.peft, model)  # while all linear layers are those of the model
     steps = []
     if run.step_lora is not None:
         options = run.step_lora

@@ -103,23 +103,24 @@ class Given:
         """What the parser gets to see, at last. It knows no group that is not there; and it merges a list of groups,
         item by item, into an earlier one of the same length, which is therefore emptied first.
         """
-        lists = {key: value for key, value in flatten(self.tree).items() if isinstance(value, list)}
+        lists = {key: value for key, value in flatten_keys(self.tree).items() if isinstance(value, list)}
         emptied = [f"--{key}=[]" for key, items in lists.items() if any(isinstance(item, dict) for item in items)]
         if self.file is not None:
             return [*emptied, "--config", json.dumps(without_absent_groups(self.tree), default=str)]
         return [*emptied, *self.flags]
 
 
-def read_options(given: Sequence[Given], layout: Layout, is_to_run: bool = False) -> dict[str, Any]:
+def option_values(given: Sequence[Given], layout: Layout, is_to_run: bool = False) -> dict[str, Any]:
     """Every option as plain values, from defaults, files and flags; types are checked, nothing is built. That code is
     allowed is none of them: no file that a run leaves behind allows its own.
 
     Args:
-        given: from `read_arguments`.
+        given: What `read_arguments` gives.
         is_to_run: Whether a run follows, in which the code that it names would run.
 
     Raises:
-        ValueError: for an unknown key, a wrong type or choice; as `check_code`, unless the command line allows it.
+        ValueError: a key is unknown, a type or a choice is wrong, or a file names code that the command line does not
+            allow.
     """
     schema = layout.schema()
     for item in given:
@@ -157,7 +158,7 @@ def read_arguments(argv: Sequence[str]) -> Iterator[Given]:
     """What each flag of a command line gives; a configuration file gives its content.
 
     Raises:
-        ValueError: for what is no flag, a flag without its value, and as `read_yaml`.
+        ValueError: an argument is no flag, a flag has no value, or a file cannot be read.
     """
     rest = list(argv)
     while rest:
@@ -196,7 +197,7 @@ def read_value(flag: str, value: str) -> Any:
     """What a flag is given, if that is a list or a mapping; else its text, since the parser knows what is expected.
 
     Raises:
-        ValueError: for what `strict_yaml` refuses.
+        ValueError: `strict_yaml` refuses it.
     """
     try:
         value.encode("utf-8")  # what an argument has that is not UTF-8 came as surrogates
@@ -214,8 +215,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The content of a configuration file, in which old names of options are replaced by the new ones.
 
     Raises:
-        ValueError: for a file that is missing, no YAML or no mapping, or names a key twice, or is refused otherwise
-            (`strict_yaml`).
+        ValueError: the file is missing, is no YAML or no mapping, names a key twice, or is refused by `strict_yaml`.
     """
     try:
         tree = strict_yaml.parse_yaml(strict_yaml.read_text(Path(path)))
@@ -267,7 +267,7 @@ def check_code(given: Sequence[Given]) -> None:
     allows it.
 
     Raises:
-        ValueError: for one that is not this project's and is named by a file.
+        ValueError: a file names one that is not this project's.
     """
     for key in CODE_OPTIONS:
         sections = [(item.origin, item.tree["training"]) for item in given if "training" in item.tree]
@@ -292,7 +292,7 @@ def nested_class(hint: Any) -> type | None:
     return next((found for part in typing.get_args(hint) if (found := nested_class(part))), None)
 
 
-def options_of(cls: type) -> dict[str, Any]:
+def option_types(cls: type) -> dict[str, Any]:
     """Names and types of the fields that are options."""
     skipped = set().union(*(names for base, names in NOT_OPTIONS.items() if issubclass(cls, base)))
     hints = typing.get_type_hints(cls, localns={"torch": torch})  # PreTrainedConfig imports it for type checkers only
@@ -302,7 +302,7 @@ def options_of(cls: type) -> dict[str, Any]:
 def schema_of(cls: type) -> dict[str, Any]:
     """Each key of a class with None, or `PATH`, or the schema of the class it holds, in a list if it holds many."""
     schema, fields = {}, {item.name: item for item in dataclasses.fields(cls)}
-    for name, hint in options_of(cls).items():
+    for name, hint in option_types(cls).items():
         inner = schema_of(nested) if (nested := nested_class(hint)) else None
         is_list, is_path = typing.get_origin(hint) is list, fields[name].metadata.get("is_path", False)
         schema[name] = PATH if is_path else [inner] if inner and is_list else inner
@@ -354,7 +354,7 @@ def add_group(parser: ArgumentParser, cls: type, key: str) -> None:
     """Add the options of a class, and those of each class in it as a group of its own; each has a `--help` of its own,
     such as `--training.help`.
     """
-    options = options_of(cls)
+    options = option_types(cls)
     single = {name: hint for name, hint in options.items() if typing.get_origin(hint) is not list}
     groups = {name: nested for name, hint in single.items() if (nested := nested_class(hint))}
     skip = {item.name for item in dataclasses.fields(cls)} - set(options) | set(groups)
@@ -422,9 +422,9 @@ def closest(name: Any, known: Sequence[str], else_where: str = "--help lists the
     return f"did you mean {near[0]}? {listed}" if near else listed
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys as dotted ones."""
     flat = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -23,7 +23,7 @@ from trainers.arguments import MINIMUMS, MOMENTS
 from trainers.finetuning import FINETUNERS, ModelOptions
 
 from . import api_reference, finetuning
-from .loader import build_parser, nested_class, options_of
+from .loader import build_parser, nested_class, option_types
 from .runs import MODEL_CONFIGS, SECTIONS, RunConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
@@ -35,7 +35,8 @@ Written by `make docs` from the configuration classes; to change a text, change 
 A run is one YAML with the sections below; what is left out has its default. Every key is also a flag, written with its
 section: `--model.recurrence.mean_steps 8`. Several `--config` files may be given; later files and flags override
 earlier ones. What is wrong with a key, a type, a choice or a range is said in one line that names the key, before
-anything is built. The `config.yaml` of a run folder holds every option as it was resolved.
+anything is built. The `config.yaml` of a run folder holds every option as it was resolved. An option that has been
+renamed is still read by its old name, and a line on standard error says the new one.
 
 `training.optimizer` and `training.rewards` may name functions, which are imported and run. Where a file names one that
 is not in `trainers` or `evaluation`, it is refused unless the command line has `--allow-code`, which no file can say.
@@ -73,11 +74,11 @@ WORDS = {
 
 def main() -> None:
     """Write the page, and that of the names of the code."""
-    PAGE.write_text(render(), encoding="utf-8")
+    PAGE.write_text(render_page(), encoding="utf-8")
     api_reference.PAGE.write_text(api_reference.render_names(), encoding="utf-8")
 
 
-def render() -> str:
+def render_page() -> str:
     """The page, in Markdown."""
     headings = headings_of_run()
     parts = [
@@ -133,7 +134,7 @@ def documented(cls: type) -> dict[str, Any]:
     """Names and types of the options, in the order of the class; of training arguments those declared here."""
     own = inspect.get_annotations(cls)
     return {
-        name: hint for name, hint in options_of(cls).items() if name in own or not issubclass(cls, TrainingArguments)
+        name: hint for name, hint in option_types(cls).items() if name in own or not issubclass(cls, TrainingArguments)
     }
 
 
@@ -213,7 +214,7 @@ def type_in_words(hint: Any) -> str:
 
 
 def name_of(kind: Any) -> str:
-    """Of a class, or of a list of something."""
+    """The name of a class, or of a list of something."""
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 

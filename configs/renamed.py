@@ -1,12 +1,17 @@
 """Old names of options. In a YAML file or on the command line they still work, with a line that says the new one."""
 
-import functools
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-RENAMED: dict[str, str] = {}
+from model import RecurrenceConfig
+from model.terminal import say_new_name
+
+RENAMED = {
+    "callbacks.written_samples": "generated_samples",
+    "data.condition_drop": "cfg_dropout",
+    "data.max_bad_rows": "max_invalid_rows",
+    **{f"recurrence.{old}": new for old, new in RecurrenceConfig.attribute_map.items()},
+}
 """The end of a dotted key, without the places in lists, and the new name of its last part."""
 
 
@@ -18,7 +23,7 @@ def with_new_names(tree: Any, origin: str = "", keys: Sequence[str] = ()) -> Any
         keys: The keys of the groups around the tree.
 
     Raises:
-        ValueError: for an option that is given by both names.
+        ValueError: an option is given by both names.
     """
     if isinstance(tree, list):
         return [with_new_names(item, origin, keys) for item in tree]
@@ -39,13 +44,6 @@ def new_name(keys: Sequence[str], origin: str = "") -> str:
     """The last of the keys that lead to an option, or the name that has taken its place, which is then said."""
     for old, new in RENAMED.items():
         if tuple(keys[-len(old.split(".")) :]) == tuple(old.split(".")):
-            say_once(f"{origin}{'.'.join(keys)} is now called {'.'.join([*keys[:-1], new])}")
+            say_new_name(f"{origin}{'.'.join(keys)}", ".".join([*keys[:-1], new]))
             return new
     return keys[-1]
-
-
-@functools.cache
-def say_once(notice: str) -> None:
-    """Write a line on standard error; the first rank of a machine does so for all."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write(f"{notice}\n")

@@ -43,7 +43,7 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         build: run and checkpoint to go on from -> trainer.
 
     Raises:
-        SystemExit: as `main`, and with 143 or 130 after SIGTERM or Ctrl-C.
+        SystemExit: the input is bad, with code 2; after SIGTERM or Ctrl-C, with 143 or 130.
     """
     logger.info("%s", device_report())
     args, lock = run.training, RunLock(run.training.output_dir)
@@ -51,7 +51,7 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         watch_launcher()
         with one_line_errors():
             args.check_launcher()
-            start = decide(lambda: begin(run, lock), args)
+            start = decide(lambda: begin_run(run, lock), args)
             if start.is_finished:
                 logger.info("%s holds the finished run: nothing is left to do", args.output_dir)
                 return 0
@@ -87,11 +87,11 @@ def leaving(lock: RunLock) -> Iterator[None]:
         lock.release()
 
 
-def begin(run: ResolvedConfig, lock: RunLock) -> Start:
+def begin_run(run: ResolvedConfig, lock: RunLock) -> Start:
     """Where a run begins, in a folder that no other run writes to; a folder that is not there yet is not made.
 
     Raises:
-        ValueError: as `find_start`, and for a folder in use.
+        ValueError: the run cannot begin there, or the folder is in use.
     """
     start = find_start(run)
     if not start.is_finished:
@@ -105,7 +105,7 @@ def decide(choose: Callable[[], Answer], args: TrainingArguments) -> Answer:
     """What the first rank finds, on all ranks: each might find something else in a folder that is being written.
 
     Raises:
-        ValueError: on all ranks, where the first one has found a ValueError or an OSError.
+        ValueError: the first rank has found a ValueError or an OSError; all ranks raise it.
     """
     if args.world_size == 1:
         return choose()

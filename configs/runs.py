@@ -26,12 +26,12 @@ from .deepspeed_files import find_deepspeed
 from .loader import (
     Layout,
     closest,
-    flatten,
+    flatten_keys,
     make_paths_absolute,
     nested_class,
-    options_of,
+    option_types,
+    option_values,
     read_arguments,
-    read_options,
     read_yaml,
     to_yaml,
 )
@@ -60,7 +60,7 @@ class ResolvedConfig:
         """What a YAML of this kind of run may hold, as the trees of what is given say, the last one first.
 
         Raises:
-            ValueError: for a trainer or a type of model that is not known.
+            ValueError: a trainer or a type of model is not known.
         """
         raise NotImplementedError
 
@@ -69,7 +69,7 @@ class ResolvedConfig:
         """Build the classes of what `resolve` gives; `skip` names sections that stay None.
 
         Raises:
-            ValueError: for a value out of range, with its section.
+            ValueError: a value is out of range; names its section.
         """
         built = {}
         for name, section in cls.layout([tree]).sections:
@@ -95,14 +95,14 @@ class ResolvedConfig:
 
     def defaults(self) -> dict[str, Any]:
         """What is resolved where nothing is given but what selects the classes."""
-        raise NotImplementedError
+        return option_values([], self.layout([self.resolved]))
 
     def reread(self, path: str | Path) -> dict[str, Any]:
         """Every option of a run of this kind as plain values, as a resolved YAML of earlier code says; options that are
         younger than that have their defaults.
 
         Raises:
-            ValueError: for what is no such file.
+            ValueError: it is no such file.
         """
         return resolve(["--config", str(path)], type(self))
 
@@ -150,31 +150,27 @@ class RunConfig(ResolvedConfig):
 
     @classmethod
     def layout(cls, trees: Sequence[dict[str, Any]]) -> Layout:
-        """As said there."""
+        """The sections of pretraining, with the class that the type of the model selects."""
         config_class = model_config_class(trees)
         optional = (f"model.{name}" for name, spec in config_class.sub_configs_defaults.items() if spec.optional)
         sections = (("model", config_class), *SECTIONS.items())
         return Layout(tuple(TRAINERS), "pretrain", sections, tuple(optional), config_class.model_type, has_dry_run=True)
-
-    def defaults(self) -> dict[str, Any]:
-        """What is resolved where nothing is given but the class of the model."""
-        return resolve(["--model.model_type", self.model.model_type])
 
 
 def load_config(argv: Sequence[str] | None = None, kind: type[ResolvedConfig] = RunConfig) -> ResolvedConfig:
     """The run of a kind that a command line (default: `sys.argv`) describes.
 
     Raises:
-        SystemExit: with code 2, after one line on stderr, for whatever is wrong.
+        SystemExit: something is wrong; the code is 2, after one line on stderr.
     """
     with one_line_errors():
         return kind.from_options(resolve(sys.argv[1:] if argv is None else argv, kind, is_to_run=True))
 
 
 def resolve(argv: Sequence[str], kind: type[ResolvedConfig] = RunConfig, is_to_run: bool = False) -> dict[str, Any]:
-    """Every option of a kind of run as plain values, from defaults, files and flags; see `read_options`."""
+    """Every option of a kind of run as plain values, from defaults, files and flags; see `option_values`."""
     given = list(read_arguments(argv))
-    return read_options(given, kind.layout([item.tree for item in given]), is_to_run)
+    return option_values(given, kind.layout([item.tree for item in given]), is_to_run)
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
@@ -184,7 +180,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> Resolved
     Those look for the devices of the machine, and a run may be evaluated on another one than it was trained on.
 
     Raises:
-        ValueError: for whatever is wrong, in one line.
+        ValueError: something is wrong, which one line says.
     """
     kind, model = RunConfig, read_yaml(path).get("model")
     if isinstance(model, dict) and "path" in model:
@@ -272,7 +268,7 @@ def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...
         return None
     content = read_yaml(folder / "config.yaml")
     make_paths_absolute(content, run.layout([run.resolved]).schema(), Path.cwd())  # as all are that today's code writes
-    there, here = flatten(run.defaults()) | flatten(content), flatten(run.resolved)
+    there, here = flatten_keys(run.defaults()) | flatten_keys(content), flatten_keys(run.resolved)
     different = (key for key in here | there if key.startswith(prefixes) and there.get(key) != here.get(key))
     key = next(different, None)
     return key and f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
@@ -294,7 +290,7 @@ def model_config_class(trees: Sequence[dict[str, Any]]) -> type[PreTrainedConfig
 def build(cls: type, values: dict[str, Any], key: str) -> Any:
     """An instance of a configuration class, from the inside out, so that an error names the innermost key."""
     values = dict(values)
-    for name, hint in options_of(cls).items():
+    for name, hint in option_types(cls).items():
         value, nested = values.get(name), nested_class(hint)
         if not (nested or all(map(math.isfinite, numbers_in(value)))):
             raise ValueError(f"{key}.{name}: {value} is not finite; give a number")

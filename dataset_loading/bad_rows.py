@@ -1,4 +1,4 @@
-"""Rows that cannot be used: why they cannot, how many there are, and past a limit an error.
+"""Rows that cannot be used: the reasons, how many there are, and past a limit an error.
 
 A key that changes what is to be learned, and is not read, makes its row a bad one: left out in silence, it would teach
 something else. `model.message_keys` has what messages may say.
@@ -35,8 +35,8 @@ class BadRows:
     """Collects the rows of one run that are skipped.
 
     Args:
-        limit: how many rows may be skipped before the run stops (`data.max_bad_rows`).
-        silent: leave out the log, for a first pass over rows that are read again.
+        limit: Number of rows that may be skipped before the run stops (`data.max_invalid_rows`).
+        silent: Whether the log is left out, as in a first pass over rows that are read again.
     """
 
     def __init__(self, limit: int, silent: bool = False):
@@ -44,18 +44,18 @@ class BadRows:
         self.level = logging.DEBUG if silent else logging.WARNING
         self.counts: dict[str, int] = {}
         self.found: list[tuple[str, str, str]] = []
-        """Source, place and reason of each."""
+        """Source, position and reason of each."""
 
     @classmethod
     def of_building(cls, limit: int) -> "BadRows":
-        """For rows that every rank of a run reads: the first one alone says what is skipped."""
+        """The collection for rows that every rank of a run reads, of which only the first one logs what is skipped."""
         return cls(limit, silent=os.environ.get("RANK", "0") != "0")
 
     def add(self, source: str, where: str, reason: str) -> None:
         """Report one bad row of `source`; `where` says which (e.g. "notes.jsonl line 3").
 
         Raises:
-            ValueError: more than `limit` rows are bad; the message names the first of them with their reasons.
+            ValueError: More than `limit` rows are bad; the message names the first of them with their reasons.
         """
         self.counts[source] = self.counts.get(source, 0) + 1
         self.found.append((source, where, reason))
@@ -64,8 +64,8 @@ class BadRows:
             more = f"; and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
             first = [f"{source}, {where}: {reason}" for source, where, reason in self.found[:_SHOWN]]
             raise ValueError(
-                f"{len(self.found)} rows are bad, data.max_bad_rows is {self.limit}: "
-                f"{'; '.join(first)}{more}; repair them or raise data.max_bad_rows"
+                f"{len(self.found)} rows are bad, data.max_invalid_rows is {self.limit}: "
+                f"{'; '.join(first)}{more}; repair them or raise data.max_invalid_rows"
             )
 
     def report(self) -> None:
@@ -112,8 +112,8 @@ def checked_columns(used: Collection[str], is_chat: bool) -> frozenset[str]:
     """Columns without media that may not be left out, where a table has them.
 
     Args:
-        used: columns that are read.
-        is_chat: whether these are messages, rather than a prompt and its answer.
+        used: Columns that are read.
+        is_chat: Whether these are messages, rather than a prompt and its answer.
     """
     columns = _CHAT_COLUMNS if is_chat else _PROMPT_COLUMNS | ({"input"} if "instruction" in used else frozenset())
     return columns - set(used)

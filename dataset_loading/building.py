@@ -1,4 +1,4 @@
-"""From a config to the datasets of a run."""
+"""The datasets of a run, built from its configuration."""
 
 import logging
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from model import MODALITIES
 
-from .augmentation import AugmentationConfig, Augmenter, ConditionDrop
+from .augmentation import AugmentationConfig, Augmenter, CFGDropout
 from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
 from .packing.documents import MediaDocuments, read_documents, tokenize_rows
@@ -61,13 +61,13 @@ def build_datasets(
     """Read, check, split, tokenise, pack and mix the sources of a run; the same on every rank.
 
     Args:
-        processor: that of the model, or its tokenizer if no source has media.
-        seed: seed of the run: what is generated, split off and mixed.
-        vocab_size: rows of the model's embedding table; the tokenizer's largest id is checked against it.
-        batch_size: rows that one optimizer step takes, over all ranks; a smaller train set is an error.
+        processor: The model's processor, or its tokenizer if no source has media.
+        seed: Seed of the run, which decides what is generated, split off and mixed.
+        vocab_size: Rows of the model's embedding table, against which the tokenizer's largest id is checked.
+        batch_size: Rows that one optimizer step takes, over all ranks; a smaller train set is an error.
 
     Raises:
-        ValueError: a source cannot be read or has too many bad rows, the tokenizer is larger than the vocabulary, or
+        ValueError: A source cannot be read or has too many bad rows, the tokenizer is larger than the vocabulary, or
             there is too little to train on.
     """
     builder = Builder(config, processor, seed, vocab_size)
@@ -92,7 +92,7 @@ def build_validation(
     """The `validation` of `build_datasets` without its train set, for evaluating a trained model.
 
     Raises:
-        ValueError: as `build_datasets`.
+        ValueError: The reasons are those of `build_datasets`.
     """
     builder = Builder(config, processor, seed, vocab_size)
     validation = {
@@ -115,13 +115,13 @@ class Builder:
     ):
         self.config, self.processor, self.seed = config, processor, seed
         self.tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
-        self.bad_rows = BadRows.of_building(config.max_bad_rows)
+        self.bad_rows = BadRows.of_building(config.max_invalid_rows)
         self.report: list[SourceReport] = []
         _check_vocabulary(self.tokenizer, vocab_size)
 
     @cached_property
     def reader(self) -> MediaReader:
-        """Made where a source needs it, so that a run of text needs no processor."""
+        """The reader of media, made where a source needs it, so that a run of text needs no processor."""
         return MediaReader(self.processor)
 
     def read(self, source: SourceConfig, rows: HubDataset, augmenter: Augmenter | None = None) -> MediaDocuments:
@@ -139,16 +139,14 @@ class Builder:
         )
         return Augmenter(config.augmentation, self.tokenizer, sampling_rates, max_samples)
 
-    def condition_drop(self, role: str) -> ConditionDrop | None:
-        """What hides prompts of media that are written, if anything does."""
+    def cfg_dropout(self, role: str) -> CFGDropout | None:
+        """The CFG dropout of a source, if there is any."""
         config = self.config
-        if role != "train" or config.condition_drop == 0:
+        if role != "train" or config.cfg_dropout == 0:
             return None
         if not self.reader.written:
-            raise ValueError(
-                f"data.condition_drop is {config.condition_drop}, but the model writes text alone; set it to 0"
-            )
-        return ConditionDrop(config.condition_drop, self.reader)
+            raise ValueError(f"data.cfg_dropout is {config.cfg_dropout}, but the model writes text alone; set it to 0")
+        return CFGDropout(config.cfg_dropout, self.reader)
 
     def stream(self, split: Split) -> StreamingDataset:
         """The train set of a run of which a source streams."""
@@ -157,8 +155,8 @@ class Builder:
         reader = self.reader if any(source.is_media for source in sources) else None
         for source in sources if reader else ():
             _check_kinds(source, reader)
-        condition_drop = self.condition_drop("train") if reader else None
-        return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters, condition_drop)
+        cfg_dropout = self.cfg_dropout("train") if reader else None
+        return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters, cfg_dropout)
 
     def build(self, role: str, source: SourceConfig, rows: HubDataset) -> PackedDataset | MediaDataset:
         """The dataset of one source."""
@@ -170,12 +168,12 @@ class Builder:
                 self.reader,
                 config.block_size,
                 config.packing,
-                BadRows(config.max_bad_rows),
+                BadRows(config.max_invalid_rows),
                 source.label,
                 seed=self.seed,
                 shuffle=role == "train",
                 augmenter=augmenter,
-                condition_drop=self.condition_drop(role),
+                cfg_dropout=self.cfg_dropout(role),
             )
             num_documents, num_tokens = len(documents), int(documents.lengths.sum())
         else:

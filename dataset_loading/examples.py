@@ -23,20 +23,19 @@ from .tasks.registry import MEDIA_TASKS
 
 
 class MediaExamples(Sequence):
-    """Conversations of a source, of which the last message of the assistant is the answer.
+    """Examples of a source: conversations whose answer is the last message of the assistant.
 
     Each is {"input_ids", "labels", "prompt_ids": lists of int, the last up to and with the token that lets the
-    assistant speak; "media": {kind: [tensor, ...]}, all before the answer; "modality": kind of the last medium that the
-    answer shows, else the last of the kinds that are read, or "text"; "prompt", "answer", "difficulty", "attributes";
-    "waveforms": a function that gives all recordings that are read, float32 (samples,) each, at the processor's rate}.
-    Of an answer that shows media, "targets" are those, {kind: [tensor, ...]}, "reference" is the last of them, a
-    picture or (samples, rate), as it would be written at best, and "check" a function of such a picture or sound that
-    says what of the prompt it fulfils; elsewhere, and where there is none, they are {} and None. Media are read when an
-    example is asked for.
+    assistant speak; "media": {modality: [tensor, ...]}, all before the answer; "modality": that of the last item of the
+    answer, else the last modality that is read, or "text"; "prompt", "answer", "difficulty", "attributes"; "waveforms":
+    a function that gives all audio that is read, float32 (samples,) each, at the processor's rate}. If the answer has
+    media, "targets" are those, {modality: [tensor, ...]}, "reference" is the last of them, an image or (samples, rate),
+    as good as the model could generate it, and "check" is a function of such an image or audio that says what of the
+    prompt it fulfils. Otherwise they are {} and None. Media are read when an example is asked for.
 
     Args:
-        documents: with labels on answers only.
-        check: takes a prompt and what was written for it.
+        documents: Documents whose labels are on answers only.
+        check: Takes a prompt and what was generated for it.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class MediaExamples(Sequence):
         """One example, or a list of them.
 
         Raises:
-            UnreadableMedium: a medium can be read no more.
+            UnreadableItem: An item can be read no more.
         """
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
@@ -65,7 +64,7 @@ class MediaExamples(Sequence):
         row = join_pieces([piece], None, self.reader.tokenizer.pad_token_id)
         ids = row["input_ids"].tolist()
         given = json.loads(document.row["messages"])
-        messages = self.reader.with_kinds(given)
+        messages = self.reader.with_modalities(given)
         prompt, answer = prompt_and_answer(messages)
         shown = [it for it in media_of([messages[last_answer(messages)]]) if it["type"] in self.reader.written]
         media = row["media"]
@@ -103,12 +102,12 @@ class MediaExamples(Sequence):
         return self.reader.kinds[reference["type"]].reference(self.reader.load(reference, document.row))
 
     def _waveforms(self, document: MediaDocument) -> list[np.ndarray]:
-        references = media_of(self.reader.with_kinds(json.loads(document.row["messages"])))
+        references = media_of(self.reader.with_modalities(json.loads(document.row["messages"])))
         return [self.reader.load(it, document.row) for it in references if it["type"] == "audio"]
 
 
 def _take_last(media: dict[str, list], kind: str, number: int) -> list:
-    """Takes the last of a kind out of `media`."""
+    """Take the last items of a modality out of `media`."""
     found = media.pop(kind)
     if len(found) > number:
         media[kind] = found[:-number]
@@ -127,7 +126,7 @@ def build_examples(
     of a train source whose validation part is split off, only that is taken.
 
     Args:
-        checks: by name of the generated task, functions that take a prompt and what was drawn or played for it.
+        checks: Functions by name of the generated task, which take a prompt and what was generated for it.
 
     Returns:
         {"input_ids", "labels"} as lists of int, labels only on the answer (with its separator) and the end token;
@@ -136,7 +135,7 @@ def build_examples(
         media also what `MediaExamples` has; those are read when an example is asked for.
 
     Raises:
-        ValueError: the source has no answers or cannot be read.
+        ValueError: The source has no answers or cannot be read.
     """
     if not source.has_answers:
         raise ValueError(f"source {source.label!r} has no answers to check; set prompt_column and answer_column")

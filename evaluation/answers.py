@@ -78,7 +78,7 @@ class AnswerGenerator:
         """The answers of one batch, special tokens and blanks at both ends left out.
 
         Args:
-            examples: with `prompt_ids`, or labels that begin with the answer; `media` by kind.
+            examples: Rows with `prompt_ids`, or labels that begin with the answer, and `media` by modality.
             num_steps: core steps per token; None for a model without a core.
         """
         most = [self.most_tokens(example) for example in examples]
@@ -196,7 +196,7 @@ def character_ngrams(text: str, n: int) -> Counter[str]:
 
 
 def attribute_accuracy(answers: Sequence[Answer]) -> dict[str, float]:
-    """Of each attribute that references have: the share of them whose answer has the same."""
+    """The share of right answers by attribute that references have."""
     right: dict[str, list[bool]] = {}
     for answer in answers:
         if answer.attributes is not None:

@@ -68,7 +68,7 @@ def check_scene(prompt: str, picture: Image.Image) -> dict[str, bool]:
         return {}
     seen = read_scene(picture)
     orders = orders_of(seen, len(request.kinds))
-    found, _ = max((compare(request, order) for order in orders), key=lambda result: sum(result[1]))
+    found, _ = max((compare_objects(request, order) for order in orders), key=lambda result: sum(result[1]))
     right = {"number": len(seen) == len(request.kinds), **found}
     return {**right, "all": all(right.values())}
 
@@ -82,8 +82,8 @@ def orders_of(seen: Sequence[SeenObject], count: int) -> Iterator[tuple[SeenObje
     yield from permutations([*seen, *[None] * max(0, count - len(seen))], count)
 
 
-def compare(request: Request, order: Sequence[SeenObject | None]) -> tuple[dict[str, bool], list[bool]]:
-    """By attribute whether all objects are right; and what is right one by one."""
+def compare_objects(request: Request, order: Sequence[SeenObject | None]) -> tuple[dict[str, bool], list[bool]]:
+    """Whether all objects are right, by attribute; and what is right one by one."""
     single: list[bool] = []
     right: dict[str, bool] = {}
     for place, name in enumerate(("size", "colour", "shape")):

@@ -184,7 +184,7 @@ def train_classifier(
     """A classifier, trained; its accuracy on what is held out is its `real_accuracy`.
 
     Args:
-        batch_size: at most; fewer where there are few media, so that there are enough updates.
+        batch_size: Most media of a batch; fewer where there are few media, so that there are enough updates.
 
     Raises:
         ValueError: too few media, or a label that the configuration does not name.
@@ -204,7 +204,7 @@ def train_classifier(
 
 
 def some_of(media: Sequence[Any]) -> list[Any]:
-    """At most `MOST_FEATURES` of them, in random order: files are often sorted by what they show."""
+    """The first `MOST_FEATURES` of them in a random order: files are often sorted by what they show."""
     return [media[index] for index in torch.randperm(len(media))[:MOST_FEATURES].tolist()]
 
 
@@ -224,7 +224,7 @@ def fit(
         classifier.train()
         losses = []
         for rows in torch.randperm(len(inputs)).unfold(0, batch_size, batch_size):  # whole batches
-            logits = classifier.head(classifier(disturbed(inputs[rows], classifier.config.medium)))
+            logits = classifier.head(classifier(perturbed(inputs[rows], classifier.config.medium)))
             loss = F.cross_entropy(logits, targets[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -234,7 +234,7 @@ def fit(
         logger.info("epoch %d: loss %.4f", epoch + 1, sum(losses) / len(losses))
 
 
-def disturbed(inputs: torch.Tensor, medium: str) -> torch.Tensor:
+def perturbed(inputs: torch.Tensor, medium: str) -> torch.Tensor:
     """Each medium of a batch moved by a few places, its border repeated, and with noise."""
     media, _, height, width = inputs.shape
     down, across = round(SHIFT * height) if medium == "image" else 0, round(SHIFT * width)

@@ -208,8 +208,8 @@ class DepthEvaluator:
         """Scores by modality; none where all is text.
 
         Args:
-            sums: of `score_texts`.
-            answers: of all sources.
+            sums: Result of `score_texts`.
+            answers: Answers of all sources.
         """
         found = {}
         for name, part in zip(modality_names(), sums.tolist(), strict=True):

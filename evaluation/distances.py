@@ -53,7 +53,7 @@ def kernel_distance(real: torch.Tensor, written: torch.Tensor) -> float:
         real, written: as for `frechet_distance`.
 
     Raises:
-        ValueError: as there.
+        ValueError: The same as there.
     """
     from torchmetrics.image.kid import poly_mmd
 
@@ -135,7 +135,7 @@ class FeatureNetwork:
             raise ValueError(f"the network does not take pixels of shape {tuple(pixels.shape)} ({reason})") from error
 
     def distances(self, references: Sequence[Image.Image], written: Sequence[Image.Image]) -> FeatureDistances:
-        """Of what was written from what should be, and of the references from each other."""
+        """Distances of generated pictures from their references, and of the references from each other."""
         real = self.features(references)
         made = self.features(written) if written else real[:0]
         return FeatureDistances(self.digest, **compare_features({"": (real, made), "real_": (real[::2], real[1::2])}))

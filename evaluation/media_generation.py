@@ -1,4 +1,4 @@
-"""Pictures and sound that a model writes at several depths: what of them is right, and what they look like."""
+"""Images and audio that a model generates at several depths: what of them is right, and what they look like."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class MediaGenerator:
 
     Args:
         writer: makes batches of prompts.
-        options: of `generate`, such as guidance_scale; what is not among them is as the model's configuration says.
+        options: Options of `generate`, such as guidance_scale; the model's configuration gives the others.
     """
 
     def __init__(self, writer: AnswerGenerator, options: Mapping[str, Any] | None = None) -> None:
@@ -98,11 +98,11 @@ class MediaGenerator:
         """The media of one batch, None for a row that has none, and the core steps of each place, if they vary.
 
         Args:
-            examples: of one modality, with `prompt_ids` and `media`.
+            examples: Rows of one modality, with `prompt_ids` and `media`.
             num_steps: core steps per place; None for a model without a core.
-            seeds: of the noise, one for each example.
+            seeds: Seeds of the noise, one for each example.
         """
-        medium, tokenizer = medium_of(examples), self.writer.tokenizer
+        medium, tokenizer = modality_of(examples), self.writer.tokenizer
         inputs = {
             **to_model(self.writer.prompts(examples), model),
             **({} if num_steps is None else {"num_steps": num_steps}),
@@ -128,7 +128,7 @@ class RoundTrip:
 
     Args:
         writer: writes down what the model reads; its processor makes the prompts.
-        question: said beside the medium; "": nothing.
+        question: Text that comes with the medium; "": none.
     """
 
     def __init__(self, writer: AnswerGenerator, question: str = "") -> None:
@@ -139,7 +139,7 @@ class RoundTrip:
         self, model: PreTrainedModel, examples: Sequence[Example], media: Sequence[Medium | None], num_steps: int | None
     ) -> list[Answer]:
         """What the model reads in media, with the prompts they were written for as references; "" of no medium."""
-        kind = medium_of(examples)
+        kind = modality_of(examples)
         there = [number for number, medium in enumerate(media) if medium is not None]
         questions = [self.example(kind, media[number], examples[number]["prompt"]) for number in there]
         texts = dict(zip(there, self.writer.write(model, questions, num_steps) if there else [], strict=True))
@@ -149,7 +149,7 @@ class RoundTrip:
         ]
 
     def example(self, kind: str, medium: Medium, expected: str) -> Example:
-        """A question about a medium, with room for an answer as long as what is expected."""
+        """A question about a medium, with the capacity for an answer as long as what is expected."""
         said = [{"type": "text", "text": self.question}] if self.question else []
         messages = [{"role": "user", "content": [{"type": kind, kind: medium}, *said]}]
         encoded = self.writer.processor.encode_chat(messages, add_generation_prompt=True)
@@ -179,8 +179,8 @@ class MediaEvaluator:
     Args:
         model: called through `generate`.
         writer: writes media.
-        classifiers: by name; each classifies all media of its kind.
-        networks: by name; each compares all pictures with their references.
+        classifiers: Classifiers by name; each classifies all media of its kind.
+        networks: Networks by name; each compares all pictures with their references.
         round_trip: lets the model read what it wrote; None: it does not.
         batch_size: media that are written at the same time.
     """
@@ -212,7 +212,7 @@ class MediaEvaluator:
         media, steps = self.writer.write(self.model, chunk, num_steps, seeds)
         wait_for(self.model.device)
         found.seconds += time.perf_counter() - start
-        found.kind = medium_of(chunk)
+        found.kind = modality_of(chunk)
         found.media += media
         found.prompts += [example["prompt"] for example in chunk]
         found.references += [example["reference"] for example in chunk]
@@ -251,7 +251,7 @@ def what_is_right(example: Example, medium: Medium | None) -> dict[str, bool]:
     return dict.fromkeys(check(example["reference"]), False) if medium is None else check(medium)
 
 
-def medium_of(examples: Sequence[Example]) -> str:
+def modality_of(examples: Sequence[Example]) -> str:
     """The kind of medium that examples ask for.
 
     Raises:
@@ -264,7 +264,7 @@ def medium_of(examples: Sequence[Example]) -> str:
 
 
 def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:
-    """Of each name that occurs: the share of those that have it in which it is true."""
+    """The share of media that are right, by name of a check, among those that have the check."""
     values: dict[str, list[bool]] = defaultdict(list)
     for one in found:
         for name, is_right in one.items():
@@ -286,14 +286,14 @@ def media_table(
 
     Args:
         depths: numbers of core steps; [None] for a model whose depth cannot vary.
-        examples: by source, each source with one kind of medium: `prompt_ids`, `media`, `prompt`, `modality`
+        examples: Rows by source, each source with one modality: `prompt_ids`, `media`, `prompt`, `modality`
             ("written_image" or "written_audio"), `reference` (a PIL image, or (samples, rate)), and `check`, a function
             that says of such a medium what is right in it, or None.
         writer: writes media.
-        classifiers: by name.
+        classifiers: Classifiers by name.
         round_trip: lets the model read what it wrote.
         batch_size: media that are written at the same time.
-        networks: by name; whose features of pictures are compared with those of references.
+        networks: Networks by name, whose features of pictures are compared with those of references.
 
     Raises:
         ValueError: a source without rows, or with several kinds of media.

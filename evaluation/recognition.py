@@ -181,7 +181,7 @@ def read_notes(waveform: np.ndarray, sampling_rate: int) -> list[str]:
 
     Args:
         waveform: (samples,).
-        sampling_rate: in Hz.
+        sampling_rate: Samples per second.
     """
     waveform = np.asarray(waveform, dtype=np.float64)
     skipped = round(_WINDOW / 2 * sampling_rate)  # in which a note is still rising
@@ -221,7 +221,7 @@ def find_notes(loudness: np.ndarray) -> list[tuple[int, int]]:
 
 
 def pitch_of(tone: np.ndarray, sampling_rate: int) -> float:
-    """In Hz, of the candidates the one whose multiples are strongest."""
+    """The candidate in Hz whose multiples are strongest."""
     bins = max(_BINS, 2 ** math.ceil(math.log2(len(tone))))
     spectrum = np.abs(np.fft.rfft(tone * np.hanning(len(tone)), bins))
     semitones = np.arange(-0.5, 12 * _OCTAVES - 0.5, 1 / _PER_SEMITONE) + 12 * (_LOWEST_OCTAVE + 1)

@@ -32,7 +32,7 @@ Batch = Mapping[str, torch.Tensor]
 
 
 class PictureScores:
-    """Of each picture: psnr, the peak signal-to-noise ratio in dB, and ssim, structural similarity, at most 1."""
+    """Scores of each picture: psnr, the peak signal-to-noise ratio in dB, and ssim, the structural similarity."""
 
     names = ("psnr", "ssim")
 
@@ -45,8 +45,8 @@ class PictureScores:
 
 
 class SoundScores:
-    """Of each clip: mel_l1, the mean error of its log-mel spectrogram; mr_stft, that of its spectrograms; and si_sdr,
-    the scale-invariant signal-to-distortion ratio in dB, which wants the phases to be right, NaN for silent clips.
+    """Scores of each clip: mel_l1, the mean error of its log-mel spectrogram; mr_stft, that of its spectrograms; and
+    si_sdr, the scale-invariant signal-to-distortion ratio in dB, which wants right phases, NaN for silent clips.
 
     Where the package pesq is installed and knows the sampling rate (narrow-band at 8 kHz, wide-band at 16), also pesq,
     about 1 to 4.5, and pesq_failed, 1 for a clip that it could not rate, such as a silent one, whose pesq is NaN. Both
@@ -142,7 +142,7 @@ class PrincipalComponents:
         num_numbers: How many numbers describe a medium.
 
     Raises:
-        ValueError: for fewer media than numbers.
+        ValueError: There are fewer media than numbers.
     """
 
     def __init__(self, media: torch.Tensor, num_numbers: int):
@@ -169,7 +169,7 @@ def reconstruction_table(
     """Scores of a codec and of the other way, for each source, as Markdown.
 
     Args:
-        model: An autoencoder of images, beside principal components, or a vocoder, beside Griffin and Lim's iteration.
+        model: Autoencoder of images, next to principal components, or vocoder, next to Griffin and Lim's iteration.
         train: Media that the codec was trained on, of which the components are.
         validation: Media that are reconstructed, by source.
         limit: How many of each source; default: all.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WRITTEN = ("exact text", "WER", "CER", "BLEU", "chrF")
+TEXT_SCORES = ("exact text", "WER", "CER", "BLEU", "chrF")
 LINES = ("-", "--", ":", "-.")
 VERBS = {"image": "Drawn", "audio": "Played"}
 RIGHT, WRONG = "#2a9d2a", "#d62728"
@@ -58,7 +58,7 @@ def markdown_table(rows: Sequence[DepthRow]) -> str:
         if len(rows[0].exact_match[name].by_difficulty) > 1:
             parts += [f"Exact match of {name} by difficulty:\n", difficulty_table(rows, name)]
     for name, first in rows[0].written.items():
-        parts += [f"Texts written for {name} ({first.num_examples}):\n", written_table(rows, name)]
+        parts += [f"Texts generated for {name} ({first.num_examples}):\n", text_table(rows, name)]
     return "\n".join(parts)
 
 
@@ -80,30 +80,30 @@ def modality_table(rows: Sequence[DepthRow]) -> str:
         for name in rows[0].modalities
         for row in rows
     ]
-    return format_table(["modality", "steps", "loss", "exact", *(WRITTEN[1:] if with_texts else ())], lines)
+    return format_table(["modality", "steps", "loss", "exact", *(TEXT_SCORES[1:] if with_texts else ())], lines)
 
 
 def modality_cells(scores: ModalityScores, with_texts: bool) -> list[str]:
     """Figures of one modality; a dash where there are none."""
     loss = f"{scores.losses['loss']:.4f}" if scores.losses else "-"
     exact = "-" if scores.exact_match is None else percent(scores.exact_match)
-    texts = ["-"] * (len(WRITTEN) - 1) if scores.written is None else written_cells(scores.written)[1:]
+    texts = ["-"] * (len(TEXT_SCORES) - 1) if scores.written is None else text_cells(scores.written)[1:]
     return [loss, exact, *(texts if with_texts else ())]
 
 
-def written_table(rows: Sequence[DepthRow], name: str) -> str:
+def text_table(rows: Sequence[DepthRow], name: str) -> str:
     """Scores of the texts of a source, and of the attributes that they name."""
     attributes = list(rows[0].written[name].attributes)
     lines = []
     for row in rows:
         scores = row.written[name]
         named = [percent(scores.attributes[attribute]) for attribute in attributes]
-        lines.append([depth_name(row.num_steps), *written_cells(scores), *named])
-    return format_table(["steps", *WRITTEN, *attributes], lines)
+        lines.append([depth_name(row.num_steps), *text_cells(scores), *named])
+    return format_table(["steps", *TEXT_SCORES, *attributes], lines)
 
 
-def written_cells(scores: TextScores) -> list[str]:
-    """In the order of `WRITTEN`."""
+def text_cells(scores: TextScores) -> list[str]:
+    """Cells in the order of `TEXT_SCORES`."""
     errors = (scores.word_error_rate, scores.character_error_rate)
     return [percent(share) for share in (scores.exact_match, *errors, scores.bleu, scores.chrf)]
 
@@ -129,7 +129,7 @@ def media_markdown(table: MediaTable) -> str:
 
 
 def source_table(table: MediaTable, name: str) -> str:
-    """Checks, what classifiers say, what is read back, and time."""
+    """Checks, what classifiers say, the round trip, and time."""
     scores = [row.sources[name] for row in table.rows]
     lines = [[depth_name(row.num_steps), *cells(row.sources[name])] for row in table.rows]
     lines.append(["real", *real_cells(table.real[name], scores[0])])
@@ -145,7 +145,7 @@ def header_of(scores: MediaScores) -> list[str]:
     """Names of the columns behind that of the depth."""
     judged = [f"{name} {what}" for name in scores.judged for what in ("classifier", "Frechet", "KID")]
     judged += [f"{name} {what}" for name in scores.distances for what in ("Frechet", "KID")]
-    read_back = ["read back", "read back WER"] if scores.read_back else []
+    read_back = ["round trip", "round trip WER"] if scores.read_back else []
     return [*names_of_checks(scores.checks), *judged, *read_back, *(["mean steps"] if scores.mean_steps else []), "ms"]
 
 
@@ -280,7 +280,7 @@ def plot_source(scores: Sequence[MediaScores], depths: Sequence[int], real: Mapp
         (line,) = axes.plot(depths, values, marker="o" if name == "all" else ".", label=name)
         axes.axhline(limit, color=line.get_color(), ls=":", lw=0.8)
     if scores[0].read_back:
-        axes.plot(depths, [it.read_back.exact_match for it in scores], marker=".", ls="--", label="read back")
+        axes.plot(depths, [it.read_back.exact_match for it in scores], marker=".", ls="--", label="round trip")
 
 
 def save_contact_sheet(samples: Sequence[MediaSample], path: Path) -> None:
@@ -305,12 +305,12 @@ def show(medium: Medium | None, axes: Axes, label: str) -> None:
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(label, fontsize=7)
     if isinstance(medium, tuple):
-        axes.imshow(log_spectrogram(*medium), origin="lower", aspect="auto", cmap="magma")
+        axes.imshow(spectrogram_levels(*medium), origin="lower", aspect="auto", cmap="magma")
     elif medium is not None:
         axes.imshow(medium, interpolation="nearest")
 
 
-def log_spectrogram(samples: np.ndarray, rate: int) -> np.ndarray:
+def spectrogram_levels(samples: np.ndarray, rate: int) -> np.ndarray:
     """Levels in powers of ten, (frequencies, frames), those far below the loudest cut off."""
     size, hop = round(WINDOW * rate), round(HOP * rate)
     waveform = torch.as_tensor(samples, dtype=torch.float32)

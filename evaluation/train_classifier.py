@@ -1,5 +1,5 @@
 """Trains a classifier of media, by which those that a model generates are measured:
-`python -m evaluation.train_classifier my/speech --medium audio --label-column speaker --output classifiers/speaker`.
+`python -m evaluation.train_classifier my/speech --modality audio --label-column speaker --output classifiers/speaker`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 # isort: split
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.bad_rows import BadRows
-from dataset_loading.sources.conversations import load_conversations
+from dataset_loading.sources.loading import load_rows
 from dataset_loading.sources.references import read_reference
 from inference import arguments
 from inference.devices import choose_threads
@@ -30,26 +29,27 @@ from model import load_audio, load_image
 
 from .classifiers import Classifier, ClassifierConfig, LabelledMedia, save_classifier, train_classifier
 
-logger = logging.getLogger("evaluation.train_classifier")  # __name__ is __main__ when run with -m
-
+EPOCHS = arguments.counted("the number of times all media are seen, 1 or more")
+PIXELS = arguments.counted("the number of pixels of a side, 1 or more")
+HERTZ = arguments.counted("the number of samples per second, 1 or more")
 KINDS = {"image": "imagefolder", "audio": "audiofolder"}
 HELD_OUT = 0.1
-"""Of the media, where no others are named to measure the classifier with."""
+"""Share of the media that measures the classifier, where no others are named."""
 MOST_HEARD = 0.98
-"""Of the recordings are heard whole."""
+"""Share of the recordings that are heard whole."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train a classifier on the labels of a folder, measure it on media held out, and save it.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for bad input.
+        SystemExit: Code 2 after one line on standard error, for bad input.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     set_up_logging(args.log_level)
     datasets.disable_progress_bars()
-    try:
+    with parser.one_line_errors():
         output = writable_folder(args.output)
         train = labelled_media(args.data, args)
         if args.validation is None:
@@ -64,9 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts = {"num_train": len(train.media), "num_held_out": len(held_out.media), "seed": args.seed}
         with whole_folder(output) as made:
             digest = save_classifier(classifier, made, {**about, **counts})
-    except (ValueError, OSError) as error:
-        logger.debug("Where it failed:", exc_info=True)
-        parser.error(str(error))
     write_result(
         f"{classifier.real_accuracy:.1%} of {len(held_out.media)} media held out have the right one of "
         f"{len(config.labels)} labels; written to {output}, digest {digest}\n"
@@ -78,26 +75,27 @@ def build_parser() -> arguments.OneLineParser:
     """The command line."""
     parser = arguments.OneLineParser(
         prog="evaluation.train_classifier",
-        description="A small network that names what pictures show, or who says what, for "
-        "`python -m evaluation --judge`.",
+        renamed={"--medium": "--modality"},
+        description="A small network that names what images show, or who says what, for "
+        "`python -m evaluation --classifier`.",
     )
     parser.add_argument("data", type=Path, help="folder of media with a metadata.jsonl or .csv")
-    parser.add_argument("--medium", choices=tuple(KINDS), required=True, help="what the folder holds")
+    parser.add_argument("--modality", choices=tuple(KINDS), required=True, help="what the folder holds")
     parser.add_argument("--label-column", default="text", help="column of the metadata with the labels")
     parser.add_argument("--validation", type=Path, help="folder to measure with; default: a tenth of the data")
     parser.add_argument("--output", type=Path, required=True, help="folder of the classifier, whose name it is")
-    parser.add_argument("--epochs", type=arguments.new_tokens, default=15, help="times all media are seen")
-    parser.add_argument("--image-size", type=arguments.new_tokens, default=32, help="pixels of a side that are seen")
-    parser.add_argument("--sampling-rate", type=arguments.new_tokens, default=8000, help="samples per second heard")
-    parser.add_argument("--seed", type=arguments.seed, default=0, help="of weights, order and what is held out")
+    parser.add_argument("--epochs", type=EPOCHS, default=15, help="times all media are seen")
+    parser.add_argument("--image-size", type=PIXELS, default=32, help="pixels of a side that are seen")
+    parser.add_argument("--sampling-rate", type=HERTZ, default=8000, help="samples per second heard")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="seed of weights, order and what is held out")
     return parser
 
 
 def labelled_media(folder: Path, args: argparse.Namespace) -> LabelledMedia:
     """The media of a folder with their labels."""
-    source, data = SourceConfig(KINDS[args.medium], path=str(folder), answer_column=args.label_column), DataConfig()
+    source, data = SourceConfig(KINDS[args.modality], path=str(folder), answer_column=args.label_column), DataConfig()
     found = LabelledMedia()
-    for row in load_conversations(source, "train", data, args.seed, BadRows(data.max_bad_rows)):
+    for row in load_rows(source, "train", data, args.seed, BadRows(data.max_invalid_rows)):
         question, answer = (message["content"] for message in json.loads(row["messages"]))
         found.media.append(decode(read_reference(question[0], row), args))
         found.labels.append(answer[0]["text"])
@@ -105,8 +103,8 @@ def labelled_media(folder: Path, args: argparse.Namespace) -> LabelledMedia:
 
 
 def decode(medium: Any, args: argparse.Namespace) -> Any:
-    """A picture, or samples and their rate."""
-    if args.medium == "image":
+    """An image, or a waveform and its rate."""
+    if args.modality == "image":
         return load_image(medium)
     return load_audio(medium, args.sampling_rate), args.sampling_rate
 
@@ -124,10 +122,10 @@ def hold_out(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMed
 def classifier_config(train: LabelledMedia, args: argparse.Namespace) -> ClassifierConfig:
     """Labels and sizes."""
     sizes: dict[str, Any] = {"image_size": args.image_size}
-    if args.medium == "audio":
+    if args.modality == "audio":
         seconds = np.quantile([len(samples) / rate for samples, rate in train.media], MOST_HEARD)
         sizes = {"sampling_rate": args.sampling_rate, "seconds": round(max(float(seconds), 0.2), 2)}
-    return ClassifierConfig(args.medium, sorted(set(train.labels)), **sizes)
+    return ClassifierConfig(args.modality, sorted(set(train.labels)), **sizes)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ class TerminalStreamer(TextStreamer):
         write_result(text + "\n" * stream_end)
 
 
-# ------------------------------------------------------------------------------------------------- images and audio
+# ----------------------------------------------------------------------------------------------------- images and audio
 
 
 def check_path(path: Path, modality: str) -> Path:

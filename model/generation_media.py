@@ -183,14 +183,14 @@ class MediaGenerationMixin:
         most = max(depths.values(), default=None) if depths else num_steps
         kwargs = {"return_dict_in_generate": True, **kwargs}
         if not {"max_new_tokens", "max_length", "generation_config"} & kwargs.keys():
-            kwargs["max_new_tokens"] = self._room_for(generation_mode)
+            kwargs["max_new_tokens"] = self._default_new_tokens(generation_mode)
         loop = functools.partial(generate_media, media_options=media_options)
         return super().generate(inputs, *args, num_steps=most, custom_generate=loop, **kwargs)
 
-    def _room_for(self, generation_mode: str) -> int:
+    def _default_new_tokens(self, generation_mode: str) -> int:
         """New tokens where nobody says how many: those of one item, or of one of each kind and as many of text."""
-        places = {name: output_head.num_places + 2 for name, output_head in self.model.writers.items()}
-        return 2 * sum(places.values()) if generation_mode == "any" else places.get(generation_mode, 1)
+        lengths = {name: output_head.num_places + 2 for name, output_head in self.model.writers.items()}
+        return 2 * sum(lengths.values()) if generation_mode == "any" else lengths.get(generation_mode, 1)
 
     def _read_media(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keywords with features of all media in `mm_encoder_outputs`, by modality, in place of the inputs of the
@@ -223,7 +223,7 @@ class MediaGenerationMixin:
         """The features of each row as often as the row itself: [A, B] of one row -> [A, B, A, B]."""
         expanded = {}
         for name, output in mm_encoder_output.items():
-            rows = torch.cat(list(output.pooler_output)).split(self._count_places(name, input_ids))
+            rows = self._features_of_rows(name, output, input_ids)
             expanded[name] = BaseModelOutputWithPooling(
                 pooler_output=tuple(row for row in rows for _ in range(expand_size))
             )
@@ -232,6 +232,10 @@ class MediaGenerationMixin:
     def _count_places(self, name: str, input_ids: torch.LongTensor) -> list[int]:
         """Placeholders of a modality in each row."""
         return (input_ids == getattr(self.config, f"{name}_token_id")).sum(dim=1).tolist()
+
+    def _features_of_rows(self, name: str, output: ModelOutput, input_ids: torch.LongTensor) -> tuple:
+        """The features of a modality for each row, (tokens, hidden)."""
+        return torch.cat(list(output.pooler_output)).split(self._count_places(name, input_ids))
 
     @with_parameters_of(RecurrentGenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(
@@ -249,8 +253,7 @@ class MediaGenerationMixin:
             return inputs
         seen_ids, left = input_ids[:, :num_seen], {}
         for name, output in outputs.items():
-            rows = torch.cat(list(output.pooler_output)).split(self._count_places(name, input_ids))
-            seen = self._count_places(name, seen_ids)
+            rows, seen = self._features_of_rows(name, output, input_ids), self._count_places(name, seen_ids)
             unseen = tuple(row[count:] for row, count in zip(rows, seen, strict=True))
             left[name] = BaseModelOutputWithPooling(pooler_output=unseen)
         return {**inputs, "mm_encoder_outputs": left}
@@ -333,9 +336,9 @@ class MediaGeneration:
         self.mask = torch.ones_like(input_ids) if mask is None else mask
         self.finished: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in self.rows] for name in self.names}
         self.exit_steps: list[torch.Tensor] = []
-        self._check_room()
+        self._check_capacity()
 
-    def _check_room(self) -> None:
+    def _check_capacity(self) -> None:
         """Raises ValueError where the item that is asked for cannot be completed."""
         mode, room = self.media_options.mode, self.generation_config.max_length - self.prompt_length
         least = 3 if mode == "audio" else self.writers[mode].num_places + 2 if mode == "image" else 1
@@ -392,7 +395,10 @@ class MediaGeneration:
 
     def _num_steps(self) -> int | torch.LongTensor | None:
         """Core steps for the next position of each row, by what will be written there."""
-        steps = [self.media_options.steps_of(row.modality or self._next_modality(row)) for row in self.rows]
+        mode = self.media_options.mode
+        begun = mode if mode in WRITTEN else "text"
+        modalities = [row.modality or ("text" if row.num_media else begun) for row in self.rows]
+        steps = [self.media_options.steps_of(name) for name in modalities]
         if len(set(steps)) == 1:
             return steps[0]
         config = self.model.text_config
@@ -421,26 +427,27 @@ class MediaGeneration:
         """
         numbers = range(len(hidden)) if rows is None else rows.tolist()
         rows_of = [self.rows[number % len(self.rows)] for number in numbers]
-        velocities = hidden.new_zeros(
-            len(hidden), max(output_head.codec.latent_size for output_head in self.writers.values())
-        )
+        sizes = [output_head.codec.latent_size for output_head in self.writers.values()]
+        velocities = hidden.new_zeros(len(hidden), max(sizes))
         for name in self.names:
             chosen = [at for at, row in enumerate(rows_of) if row.modality == name and self._has_room(row)]
             if not chosen:
                 continue
             output_head, index = self.writers[name], torch.tensor(chosen, device=self.device)
-            places = torch.tensor([len(rows_of[at].latents) for at in chosen], device=self.device)
-            noise = torch.stack([rows_of[at].noise[len(rows_of[at].latents)] for at in chosen]).to(hidden.device)
-            condition = output_head.condition(hidden[index], places)
+            positions, noise = self._positions_and_noise([rows_of[at] for at in chosen])
+            condition = output_head.condition(hidden[index], positions)
             velocity = output_head.head.velocity(noise, torch.zeros(len(chosen), device=self.device), condition)
             velocities[index, : velocity.shape[1]] = velocity.to(velocities)
         return velocities
 
+    def _positions_and_noise(self, rows: list[Row]) -> tuple[torch.LongTensor, torch.Tensor]:
+        """The position of each row's next latent within its item, (rows,), and its noise, (rows, latent_size)."""
+        positions = [len(row.latents) for row in rows]
+        noise = torch.stack([row.noise[position] for row, position in zip(rows, positions, strict=True)])
+        return torch.tensor(positions, device=self.device), noise.to(self.device)
+
     def _has_room(self, row: Row) -> bool:
         return len(row.latents) < self.writers[row.modality].num_places
-
-    def _next_modality(self, row: Row) -> str:
-        return self.media_options.mode if self.media_options.mode in WRITTEN and not row.num_media else "text"
 
     def _unconditional_ids(self, ids: torch.LongTensor) -> torch.LongTensor:
         """The prompts with <|null|> for all that is no structure; of prompts of media alone, also for those."""
@@ -459,8 +466,7 @@ class MediaGeneration:
 
     def _features_twice(self, name: str, output: Any, unconditional: torch.LongTensor) -> BaseModelOutputWithPooling:
         """The features of the prompts, and those whose positions are left in the unconditional ones."""
-        counts = self.model._count_places(name, self.ids)
-        rows = torch.cat(list(output.pooler_output)).split(counts)
+        rows = self.model._features_of_rows(name, output, self.ids)
         left = [row for row, count in zip(rows, self.model._count_places(name, unconditional), strict=True) if count]
         return BaseModelOutputWithPooling(pooler_output=(*rows, *left))
 
@@ -528,17 +534,16 @@ class MediaGeneration:
     ) -> torch.Tensor:
         """(len(rows), latent_size), of rows that are within an item of this modality; they are remembered there."""
         output_head, options = self.writers[name], self.options[name]
-        places = torch.tensor([len(self.rows[row].latents) for row in rows.tolist()], device=self.device)
-        noise = torch.stack([self.rows[row].noise[len(self.rows[row].latents)] for row in rows.tolist()])
+        positions, noise = self._positions_and_noise([self.rows[row] for row in rows.tolist()])
         guidance = without = None
         if unconditional is not None:
-            guidance = torch.full_like(places, options.guidance_scale, dtype=torch.float)
+            guidance = torch.full_like(positions, options.guidance_scale, dtype=torch.float)
             if output_head.config.guidance_schedule == "linear":
-                guidance = 1 + (guidance - 1) * places / max(output_head.num_places - 1, 1)
-            without = output_head.condition(unconditional[rows], places)
+                guidance = 1 + (guidance - 1) * positions / max(output_head.num_places - 1, 1)
+            without = output_head.condition(unconditional[rows], positions)
         latents = output_head.head.sample(
-            output_head.condition(conditional[rows], places),
-            noise.to(self.device) * options.flow_temperature**0.5,
+            output_head.condition(conditional[rows], positions),
+            noise * options.flow_temperature**0.5,
             options.num_flow_steps,
             output_head.config.flow_shift,
             guidance,
@@ -556,7 +561,7 @@ class MediaGeneration:
         """Moves each row on by its new token."""
         starts = {self._id(f"{name}_start"): name for name in self.names}
         ends = {self._id(f"{name}_end") for name in self.names}
-        texts_end = self._texts_end()
+        texts_end = self.stopping_criteria(self.ids, None)  # (rows,) of bool
         for number, (row, token) in enumerate(zip(self.rows, ids.tolist(), strict=True)):
             if row.is_done:
                 continue
@@ -569,10 +574,6 @@ class MediaGeneration:
                     row.segments.append(("text", []))
                 row.segments[-1][1].append(token)
                 row.is_done = bool(texts_end[number])
-
-    def _texts_end(self) -> torch.Tensor:
-        """(rows,) of bool: what the stopping criteria say."""
-        return self.stopping_criteria(self.ids, None)
 
     def _open(self, row: Row, name: str) -> None:
         output_head = self.writers[name]

@@ -55,10 +55,10 @@ class StepLora(nn.Module):
         self.num_steps, self.scale = num_steps, alpha / rank
         self.step = 0  # of the step in progress; the core sets it, again where activations are computed again
         self.is_off: Callable[[], bool] = lambda: False  # who has a switch for other adapters puts it here
-        self.deltas = nn.ModuleDict()
+        self.deltas, device = nn.ModuleDict(), next(core.parameters()).device
         for target in self.options["targets"]:
             layer = core.get_submodule(target)
-            deltas = StepDeltas(layer.in_features, layer.out_features, num_steps, rank).to(core_device(core))
+            deltas = StepDeltas(layer.in_features, layer.out_features, num_steps, rank).to(device)
             self.deltas[target.replace(".", "__")] = deltas  # a name of a module has no dots
             layer.register_forward_hook(partial(self._add, deltas))
 
@@ -93,22 +93,14 @@ class StepLora(nn.Module):
         here = {name: weight.shape for name, weight in self.state_dict().items()}
         different = sorted(name for name in here | there if name not in there or there[name].shape != here.get(name))
         if different:
+            name = different[0]
+            found = tuple(there[name].shape) if name in there else "missing"
             raise ValueError(
-                f"{Path(folder) / WEIGHTS} does not fit: {different[0][:80]} is {shape_of(there.get(different[0]))} "
-                f"there and {tuple(here.get(different[0], ())) or 'missing'} here; it belongs to another base, or was "
-                "made with other options"
+                f"{Path(folder) / WEIGHTS} does not fit: {name[:80]} is {found} there and "
+                f"{tuple(here.get(name, ())) or 'missing'} here; it belongs to another base, or was made with other "
+                "options"
             )
         self.load_state_dict(there)
-
-
-def shape_of(weight: torch.Tensor | None) -> tuple[int, ...] | str:
-    """The shape of a weight in a file."""
-    return "missing" if weight is None else tuple(weight.shape)
-
-
-def core_device(core: nn.Module) -> torch.device:
-    """Where the core is."""
-    return next(core.parameters()).device
 
 
 def add_step_lora(model: nn.Module, targets: Iterable[str], num_steps: int, rank: int, alpha: int) -> StepLora:

@@ -30,7 +30,7 @@ def visible_entry(entries: list, step: int, policy: str, num_kept_steps: int | N
 
 @pytest.mark.parametrize(("policy", "kept"), POLICIES)
 def test_a_read_finds_what_the_rule_says(policy, kept):
-    """R4, R5: tokens of different depths, against a decoder that keeps every entry and applies the rule."""
+    """Tokens of different depths, against a decoder that keeps every entry and applies the rule."""
     model = tiny_model(scale=2.0, position_embedding="none", num_prelude_layers=0, num_coda_layers=0, num_core_layers=1)
     ids, depths = tiny_ids(1, 7), [3, 1, 5, 2, 6, 4, 6]
     cache, state = RecurrentCache(model.config, policy, kept), torch.full((1, 1, 32), 0.3)
@@ -138,7 +138,7 @@ def test_there_is_no_python_object_per_token(policy, kept, size):
 
 @pytest.mark.parametrize(("policy", "kept"), POLICIES)
 def test_rows_reordered_repeated_selected_and_tokens_cropped(policy, kept):
-    """G2: what beams and assisted decoding do to a cache, against prompts that were so from the start."""
+    """What beams and assisted decoding do to a cache, against prompts that were so from the start."""
     model, ids = tiny_model(scale=2.0), tiny_ids(2, 8)
 
     def cache_of(prompt: torch.Tensor) -> RecurrentCache:

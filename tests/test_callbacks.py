@@ -85,7 +85,7 @@ def verbatim(text):
 
 
 def test_samples_stand_in_tensorboard_at_each_depth_every_few_steps_and_at_the_end(tmp_path):
-    """G5, E10: with the weights of that moment; the last step is sampled once."""
+    """With the weights of that moment; the last step is sampled once."""
     trainer = build_trainer(tmp_path, callbacks=samples(every_steps=2, max_new_tokens=6), max_steps=5)
     trainer.train()
     model = trainer.model
@@ -349,7 +349,7 @@ def poisoned_trainer(folder, action, first, **options):
 
 
 def test_a_nan_stops_the_run_and_saves_the_offending_batch(tmp_path):
-    """A7: the third micro-batch is the first with a NaN, though the log comes after the fourth."""
+    """The third micro-batch is the first with a NaN, though the log comes after the fourth."""
     trainer = poisoned_trainer(tmp_path, "stop", first=3)
     batches = []
     trainer.model.register_forward_pre_hook(lambda module, args, kwargs: batches.append({**kwargs}), with_kwargs=True)
@@ -373,7 +373,7 @@ def test_a_nan_only_warns_where_asked(tmp_path, caplog):
 
 
 def test_a_poisoned_update_is_skipped_where_asked(tmp_path, caplog):
-    """A7: the weights stay as they were before the first bad batch; with "warn" they are lost."""
+    """The weights stay as they were before the first bad batch; with "warn" they are lost."""
     weights = {}
     for action in ("skip", "warn"):
         trainer = poisoned_trainer(tmp_path / action, action, first=3, max_steps=4, logging_steps=1)
@@ -442,7 +442,6 @@ def test_a_filter_that_hides_nan_is_refused(tmp_path):
     ],
 )
 def test_values_out_of_range_are_errors(build, message):
-    """E2."""
     with pytest.raises(ValueError, match=message):
         build()
 

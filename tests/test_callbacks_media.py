@@ -121,7 +121,7 @@ def run(tmp_path_factory):
 
 
 def test_prompt_reference_and_answers_stand_in_tensorboard(run):
-    """G5: with the weights of that moment, at each depth, of as many examples as asked for."""
+    """With the weights of that moment, at each depth, of as many examples as asked for."""
     folder, trainer, examples = run
     model = trainer.model.eval()
     for name, it in (
@@ -138,7 +138,7 @@ def test_prompt_reference_and_answers_stand_in_tensorboard(run):
 
 
 def test_pictures_stand_beside_them_as_they_are(run):
-    """G5: pictures of 32 x 16 are not resized, so that the model sees their pixels."""
+    """Pictures of 32 x 16 are not resized, so that the model sees their pixels."""
     found = events(run[0])
     for tag, seed in (("scenes_0/picture_0", 1), ("scenes_1/picture_0", 5), ("scenes_1/picture_1", 1)):
         (event,) = found.Images(f"train/samples/{tag}")
@@ -147,7 +147,7 @@ def test_pictures_stand_beside_them_as_they_are(run):
 
 
 def test_sounds_can_be_heard_and_seen(run):
-    """G5: a player with the samples at their rate, and a spectrogram."""
+    """A player with the samples at their rate, and a spectrogram."""
     found = events(run[0])
     (event,) = found.Audio("train/samples/digits_0/sound_0")
     heard, rate = soundfile.read(io.BytesIO(event.encoded_audio_string), dtype="float32")

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import TrainerState
 
-from callbacks import CallbacksConfig, MediaSamplesConfig, WrittenSamplesConfig, add_callbacks
-from callbacks.written_samples import Sample, WrittenSamplesCallback, grid_of, size_by_part
+from callbacks import CallbacksConfig, GeneratedMediaConfig, MediaSamplesConfig, add_callbacks
+from callbacks.generated_media import GeneratedMediaCallback, Sample, grid_of, size_by_part
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
 from tests.test_callbacks import events, texts
 from tests.tiny_artist import CODES, artist_processor, tiny_artist, write_codes
@@ -59,7 +59,7 @@ def train(folder, config, examples, image=None, **options):
 def samples(**options):
     return CallbacksConfig(
         media_samples=MediaSamplesConfig(num_examples=1, num_steps=[2], max_new_tokens=3),
-        written_samples=WrittenSamplesConfig(**{"num_examples": 2, "num_steps": [1, 4], "every_steps": 2, **options}),
+        generated_samples=GeneratedMediaConfig(**{"num_examples": 2, "num_steps": [1, 4], "every_steps": 2, **options}),
     )
 
 
@@ -82,7 +82,7 @@ def drawn(examples):
 
 
 def test_grids_have_the_reference_and_what_is_written_at_each_depth(run, examples):
-    """G5: after steps 2 and 3; with the weights of that moment."""
+    """After steps 2 and 3; with the weights of that moment."""
     folder, trainer = run
     found = events(folder).Images("train/written_samples/drawings_image")
     assert [event.step for event in found] == [2, 3]
@@ -105,7 +105,7 @@ def test_prompts_are_listed_and_answers_in_text_are_elsewhere(run, examples):
 
 
 def test_sounds_can_be_heard_and_seen(run, examples):
-    """G5: the reference when training begins; what is written later, within -1 and 1."""
+    """The reference when training begins; what is written later, within -1 and 1."""
     folder, trainer = run
     found = events(folder)
     samples_of_it, rate = examples["tunes"][1]["reference"]
@@ -144,7 +144,7 @@ def test_the_size_of_latents_is_logged_by_part(run, examples):
 
 def test_latents_that_drift_raise_an_alarm(tmp_path, examples, caplog):
     one = {"drawings": drawn(examples)[:1]}
-    with caplog.at_level(logging.WARNING, logger="callbacks.written_samples"):
+    with caplog.at_level(logging.WARNING, logger="callbacks.generated_media"):
         train(tmp_path / "strict", samples(largest_drift=1.000001, num_steps=[2], every_steps=5), one)
         alarms = [record.getMessage() for record in caplog.records if "drifts" in record.getMessage()]
         caplog.clear()
@@ -190,7 +190,7 @@ def test_samples_do_not_disturb_the_training(run, tmp_path):
 
 def test_none_are_asked_for(tmp_path, examples):
     config = CallbacksConfig(
-        media_samples=MediaSamplesConfig(num_examples=0), written_samples=WrittenSamplesConfig(num_examples=0)
+        media_samples=MediaSamplesConfig(num_examples=0), generated_samples=GeneratedMediaConfig(num_examples=0)
     )
     train(tmp_path, config, examples)
     assert not any(
@@ -208,7 +208,7 @@ def test_grids_hold_cells_of_several_sizes():
 
 def drifts_of(example, target, factor):
     """By name, of latents of which each number is `factor`, for a sound of three places; and the alarms."""
-    callback = WrittenSamplesCallback(WrittenSamplesConfig(), artist_processor(), {}, None)
+    callback = GeneratedMediaCallback(GeneratedMediaConfig(), artist_processor(), {}, None)
     rows = [{**example, "targets": {"written_audio": [target]}}]
     written = {None: [Sample(None, torch.full((3, 64), factor))]}
     return dict(callback.drifts("tunes", rows, written, tiny_artist(), TrainerState()))
@@ -216,7 +216,7 @@ def drifts_of(example, target, factor):
 
 @pytest.mark.parametrize(("factor", "is_drift"), [(1.9, False), (2.1, True), (0.51, False), (-0.49, True)])
 def test_latents_drift_when_they_are_twice_or_half_as_large(examples, caplog, factor, is_drift):
-    with caplog.at_level(logging.WARNING, logger="callbacks.written_samples"):
+    with caplog.at_level(logging.WARNING, logger="callbacks.generated_media"):
         ratios = drifts_of(examples["tunes"][1], torch.ones(16, 12), factor)
     assert list(ratios.values()) == pytest.approx([abs(factor)] * 3)
     assert len(caplog.records) == (3 if is_drift else 0)
@@ -239,12 +239,12 @@ def test_sizes_are_root_mean_squares_of_what_there_is():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_examples": -1}, "written_samples.num_examples is -1, must be at least 0"),
-        ({"every_steps": 0}, "written_samples.every_steps is 0, must be at least 1"),
-        ({"num_steps": []}, r"written_samples.num_steps is \[\], must hold at least one depth"),
-        ({"largest_drift": 1.0}, "written_samples.largest_drift is 1.0, must be above 1"),
+        ({"num_examples": -1}, "generated_samples.num_examples is -1, must be at least 0"),
+        ({"every_steps": 0}, "generated_samples.every_steps is 0, must be at least 1"),
+        ({"num_steps": []}, r"generated_samples.num_steps is \[\], must hold at least one depth"),
+        ({"largest_drift": 1.0}, "generated_samples.largest_drift is 1.0, must be above 1"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        WrittenSamplesConfig(**options)
+        GeneratedMediaConfig(**options)

@@ -146,7 +146,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize(("flags", "fragments"), [(flags, rest) for flags, *rest in BAD_FLAGS.values()], ids=BAD_FLAGS)
 def test_bad_flags_are_one_line_that_names_key_value_and_fix(refused, flags: str, fragments: list[str]) -> None:
-    """E2, E3, A9, D8, T5: the issue's bad input, as far as configuration can know of it."""
+    """The issue's bad input, as far as configuration can know of it."""
     flag, *value = flags.split(" ")
     message = refused(flag, *(part.replace(":", ": ") for part in value))
     for fragment in fragments:
@@ -203,7 +203,6 @@ BAD_FILES = {
 def test_bad_files_are_one_line_that_names_file_or_key(
     refused, tmp_path: Path, text: str, fragments: list[str]
 ) -> None:
-    """E2, E3."""
     path = tmp_path / "bad.yaml"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     message = refused("--config", str(path))
@@ -219,7 +218,7 @@ def test_bad_files_are_one_line_that_names_file_or_key(
     ],
 )
 def test_the_same_typo_through_the_python_interface(build) -> None:
-    """E2: nested keys are checked without YAML as well; those of a file are left out with a warning."""
+    """Nested keys are checked without YAML as well; those of a file are left out with a warning."""
     with pytest.raises(ValueError, match="mean_step"):
         build()
 
@@ -237,7 +236,6 @@ def test_no_option_can_be_abbreviated(refused) -> None:
 
 
 def test_a_file_executes_nothing(refused, yaml_file, empty_folder: Path) -> None:
-    """E1."""
     for tag in ("python/object/apply:os.mkdir", "python/object/new:os.mkdir"):
         path = yaml_file(f"training: {{seed: !!{tag} ['{empty_folder}/made']}}")
         assert "not valid YAML" in refused("--config", path)
@@ -331,7 +329,7 @@ def test_a_part_that_is_null_is_not_there(yaml_file, tmp_path) -> None:
 
 @pytest.mark.parametrize("flags", [["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"]])
 def test_the_launchers_local_rank_is_ignored(flags: list[str]) -> None:
-    """T6: DeepSpeed puts it before the user's flags; LOCAL_RANK of the environment rules."""
+    """DeepSpeed puts it before the user's flags; LOCAL_RANK of the environment rules."""
     assert load(*flags, "--training.seed", "3") == load("--training.seed", "3")
 
 
@@ -382,11 +380,11 @@ def test_the_resolved_file_alone_repeats_the_run(yaml_file, tmp_path: Path, monk
 
 
 def test_every_option_is_in_the_resolved_file() -> None:
-    """E2: defaults too, so that a later default does not change an old run."""
+    """Defaults too, so that a later default does not change an old run."""
     run = load()
     for name, section in (("model", run.model), ("data", run.data), ("training", run.training)):
-        assert set(run.resolved[name]) - {"model_type"} == set(loader.options_of(type(section)))
-    assert set(run.resolved["model"]["recurrence"]) == set(loader.options_of(RecurrenceConfig))
+        assert set(run.resolved[name]) - {"model_type"} == set(loader.option_types(type(section)))
+    assert set(run.resolved["model"]["recurrence"]) == set(loader.option_types(RecurrenceConfig))
 
 
 def test_secrets_are_no_option(refused) -> None:
@@ -394,7 +392,6 @@ def test_secrets_are_no_option(refused) -> None:
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C2."""
     path = tmp_path / "config.yaml"
     load("--training.seed", "1").save(path)
     before = path.read_text()
@@ -423,7 +420,7 @@ def test_a_run_is_read_without_its_training_arguments(yaml_file, monkeypatch: py
 
 
 def test_paths_are_relative_to_the_file_that_names_them(yaml_file, tmp_path: Path, empty_folder: Path) -> None:
-    """C8: in flags they are relative to the current folder; names that are no path here stay names."""
+    """In flags they are relative to the current folder; names that are no path here stay names."""
     (tmp_path / "words").mkdir()
     (tmp_path / "set").mkdir()
     (tmp_path / "my.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto"}))
@@ -458,12 +455,10 @@ def test_a_pretrained_encoder_is_named_relative_to_the_file_too(yaml_file, tmp_p
 
 @pytest.mark.parametrize("name", ["zero2", "zero2.json", str(ROOT / "configs/deepspeed/zero2.json")])
 def test_deepspeed_files_are_found_by_name_from_anywhere(name: str) -> None:
-    """C8."""
     assert runs.find_deepspeed(name) == str(ROOT / "configs/deepspeed/zero2.json")
 
 
 def test_a_missing_deepspeed_file_is_named(refused, yaml_file) -> None:
-    """D8."""
     message = refused("--config", yaml_file("training: {deepspeed: nets/zero2.json}"))
     assert "nets/zero2.json" in message and "zero3_offload" in message
 
@@ -535,7 +530,7 @@ def test_every_config_loads(path: Path) -> None:
 def test_the_plain_twin_differs_in_the_core_alone() -> None:
     """The same unique layers and the same of everything else, but for names and depths."""
     recurrent, plain = (
-        configs.flatten(configs.resolve(["--config", str(ROOT / f"configs/{name}_lm.yaml")]))
+        configs.flatten_keys(configs.resolve(["--config", str(ROOT / f"configs/{name}_lm.yaml")]))
         for name in ("recurrent", "plain")
     )
     different = {key for key in recurrent if recurrent[key] != plain[key] and not key.startswith("model.recurrence.")}
@@ -559,7 +554,6 @@ def test_deepspeed_files_leave_to_the_yaml_what_it_says(stage: int | str) -> Non
 
 
 def test_help_shows_the_docstrings(capsys) -> None:
-    """E2."""
     with pytest.raises(SystemExit) as end:
         load_config(["--help"])
     assert end.value.code == 0
@@ -570,7 +564,6 @@ def test_help_shows_the_docstrings(capsys) -> None:
 
 
 def test_each_option_of_ours_has_a_docstring() -> None:
-    """E2."""
     inherited = {f"training.{name}" for name in RecurrentTrainingArguments.__mro__[1].__dataclass_fields__}
     own = {f"training.{name}" for name in RecurrentTrainingArguments.__annotations__}
     for action in loader.build_parser(RunConfig.layout([]))._actions:
@@ -590,7 +583,7 @@ def test_print_config_prints_what_can_be_read_again(capsys, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_launcher_reports_one_line_and_the_scripts_exit_code(empty_folder: Path) -> None:
-    """E3: two ranks, one message, exit code 2, nothing written."""
+    """Two ranks, one message, exit code 2, nothing written."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", str(ROOT / "pretrain.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
@@ -778,7 +771,7 @@ def float_options() -> dict[str, type]:
     """Each key of a run that takes a number with a point, and the class it stands in; of lists the class alone."""
     found = {}
     for cls, keys in classes_of_run().items():
-        for name, hint in loader.options_of(cls).items():
+        for name, hint in loader.option_types(cls).items():
             if float in (hint, *typing.get_args(hint)) and typing.get_origin(hint) is not list:
                 found[f"{keys[0]}.{name}"] = cls
     return found

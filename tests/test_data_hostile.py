@@ -15,10 +15,9 @@ import pytest
 from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.bad_rows import BadRows
 from dataset_loading.sources import texts
-from dataset_loading.sources.loading import load_rows, open_stream
+from dataset_loading.sources.loading import load_rows, open_stream, rows_of_stream
 from dataset_loading.sources.tables import READERS, expand_paths
 from dataset_loading.sources.texts import MAX_ROW_BYTES, bounded_lines, list_items
-from dataset_loading.splits import rows_of_stream
 from tests.peak_memory import peak_of
 from tests.tiny_processor import image_file, picture
 

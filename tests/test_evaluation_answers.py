@@ -357,7 +357,7 @@ def test_markdown_has_a_table_of_modalities_and_one_of_texts():
         "|    image |    16 | 2.2500 | 100.0 % |  0.0 % | 50.0 % | 50.0 % | 75.0 % |\n"
         "|    audio |     1 |      - |  25.0 % | 75.0 % | 50.0 % | 12.5 % | 75.0 % |\n"
         "|    audio |    16 |      - | 100.0 % |  0.0 % | 50.0 % | 50.0 % | 75.0 % |",
-        "Texts written for scenes (8):",
+        "Texts generated for scenes (8):",
         "| steps | exact text |    WER |    CER |   BLEU |   chrF |  colour |  shape |\n"
         "| ----: | ---------: | -----: | -----: | -----: | -----: | ------: | -----: |\n"
         "|     1 |     25.0 % | 75.0 % | 50.0 % | 12.5 % | 75.0 % |  25.0 % | 25.0 % |\n"

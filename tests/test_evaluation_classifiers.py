@@ -11,9 +11,9 @@ from evaluation.classifiers import (
     ClassifierConfig,
     LabelledMedia,
     classify_media,
-    disturbed,
     label_in,
     load_classifier,
+    perturbed,
     save_classifier,
     train_classifier,
 )
@@ -102,9 +102,9 @@ def test_what_is_heard_does_not_depend_on_volume_and_is_around_the_middle(classi
 def test_media_are_moved_within_an_eighth_and_sounds_in_time_alone():
     torch.manual_seed(0)
     rows = torch.arange(16.0).view(1, 1, 16, 1).expand(40, 1, 16, 24)
-    still = disturbed(rows, "audio").round()
+    still = perturbed(rows, "audio").round()
     assert torch.equal(still, rows)
-    offsets = (disturbed(rows, "image").mean(dim=(1, 3))[:, 8] - 8).round().int()
+    offsets = (perturbed(rows, "image").mean(dim=(1, 3))[:, 8] - 8).round().int()
     assert set(offsets.tolist()) == {-2, -1, 0, 1, 2}
 
 

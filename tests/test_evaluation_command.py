@@ -150,7 +150,7 @@ BAD_ARGUMENTS = [
 
 @pytest.mark.parametrize(("argv", "message"), BAD_ARGUMENTS, ids=[" ".join(argv) for argv, _ in BAD_ARGUMENTS])
 def test_bad_arguments_are_one_line(plain_folder, tmp_path, capsys, argv, message):
-    """E3: names value, reason and fix; exit code 2; nothing is written."""
+    """Names value, reason and fix; exit code 2; nothing is written."""
     check_error(capsys, [str(plain_folder), "--output", str(tmp_path / "out"), *argv], message)
     assert not (tmp_path / "out").exists()
 
@@ -165,7 +165,6 @@ def check_error(capsys, argv, message):
 
 
 def test_bad_folders_are_one_line(plain_folder, tmp_path, capsys):
-    """D8."""
     check_error(capsys, [str(tmp_path / "nowhere")], f"{tmp_path / 'nowhere'} does not exist: give the folder of a run")
     (tmp_path / "empty").mkdir()
     check_error(capsys, [str(tmp_path / "empty")], "holds no complete model (it has no config.json)")
@@ -207,7 +206,7 @@ def test_a_checkpoint_without_a_run_takes_its_data_from_a_file(plain_folder, tmp
 
 @pytest.mark.slow
 def test_the_command_from_another_folder(run_folder, tmp_path):
-    """C8: a real process, with a relative path."""
+    """A real process, with a relative path."""
     command = [sys.executable, "-m", "evaluation", os.path.relpath(run_folder, tmp_path), "--num-steps"]
     options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
     result = subprocess.run([*command, "1", "2", "--limit", "4", "--output", "out"], **options)

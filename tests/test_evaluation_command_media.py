@@ -56,7 +56,7 @@ def test_answers_attributes_and_errors_by_source_modality_and_depth(run_folder, 
     pairs = [(example["answer"], answer(model, example, 3, 6).strip()) for example in examples]
     expected = text_scores(answers_of(*pairs, attributes=get_task("scenes").attributes))
     assert rows[1]["written"]["scenes"] == asdict(expected) and "colour1" in expected.attributes
-    assert "Texts written for melodies (5):" in out and "By modality:" in out
+    assert "Texts generated for melodies (5):" in out and "By modality:" in out
 
 
 def test_without_texts_nothing_is_written(run_folder, tmp_path, capsys, monkeypatch):

@@ -50,7 +50,7 @@ def test_what_is_written_is_checked_by_source_and_depth(run_folder, classifier_f
     """Against one by one; the exact scores of texts are of those sources, and of those rows, that answer with text."""
     network = torch.jit.script(torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten()))  # 12 features
     torch.jit.save(network, tmp_path / "pixels.pt")
-    flags = ["--judge", classifier_folder, "--read-back", "--guidance-scale", 1.5, "--num-flow-steps", 3]
+    flags = ["--classifier", classifier_folder, "--round-trip", "--guidance-scale", 1.5, "--num-flow-steps", 3]
     flags += ["--feature-network", tmp_path / "pixels.pt"]
     rows = run(run_folder, tmp_path, *flags)
     out = capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_what_is_written_is_checked_by_source_and_depth(run_folder, classifier_f
         right.append(check_scene(example["prompt"], output.images[0]))
     for name in ("number", "colour", "all"):
         assert deep["drawings"]["checks"][name] == sum(found[name] for found in right) / 4
-    assert "Drawn for drawings (4):" in out and "Played for tunes (4):" in out and "| read back |" in out
+    assert "Drawn for drawings (4):" in out and "Played for tunes (4):" in out and "| round trip |" in out
     for name in ("drawings", "tunes", "scenes"):
         assert (tmp_path / f"media_{name}.png").stat().st_size > 5000
 
@@ -160,7 +160,7 @@ def test_rows_are_divided_by_what_answers_them():
     ("argv", "message"),
     [
         (
-            ["--judge", "nowhere"],
+            ["--classifier", "nowhere"],
             "nowhere holds no classifier (judge.json is missing): give a folder that",
         ),
         (["--num-flow-steps", "0"], "argument --num-flow-steps: 0 is less than 1"),

@@ -153,7 +153,7 @@ def test_a_model_without_a_core_is_evaluated_without_a_depth():
     ],
 )
 def test_missing_rows_and_answers_are_errors(texts, examples, message):
-    """D4: counts in the message."""
+    """Counts in the message."""
     with pytest.raises(ValueError, match=message):
         depth_table(tiny_model(), [1], texts, examples, collate)
 

@@ -12,8 +12,8 @@ from PIL import Image
 from evaluation.answers import AnswerGenerator
 from evaluation.classifiers import ClassifierConfig, ClassifierScores
 from evaluation.distances import FeatureDistances
-from evaluation.media_generation import MediaGenerator, MediaSample, RoundTrip, media_table, medium_of
-from evaluation.report import log_spectrogram, media_markdown, plot_source, save_contact_sheet, save_media_table
+from evaluation.media_generation import MediaGenerator, MediaSample, RoundTrip, media_table, modality_of
+from evaluation.report import media_markdown, plot_source, save_contact_sheet, save_media_table, spectrogram_levels
 from tests.tiny_processor import tiny_processor
 
 GREY = [Image.new("RGB", (16, 16), (value, value, value)) for value in range(0, 200, 10)]
@@ -212,7 +212,7 @@ def test_what_is_written_is_read_back():
 
 def test_media_of_several_kinds_are_no_source():
     with pytest.raises(ValueError, match="examples ask for text, written_image; give those of one kind of medium"):
-        medium_of([{"modality": "text"}, {"modality": "written_image"}])
+        modality_of([{"modality": "text"}, {"modality": "written_image"}])
     with pytest.raises(ValueError, match="Source 'none' has 0 rows to write media for"):
         table(none=[])
 
@@ -233,11 +233,11 @@ def test_the_table_has_a_line_for_each_depth_and_one_for_real_media():
     parts = media_markdown(found).split("\n\n")
     assert parts[0] == "Drawn for pictures (5):" and parts[2] == "Played for sounds (2):"
     assert parts[3].splitlines() == [
-        "| steps |     all |    loud | read back | read back WER |  ms |",
-        "| ----: | ------: | ------: | --------: | ------------: | --: |",
-        "|     4 |   0.0 % |   0.0 % |    50.0 % |        50.0 % | 2.0 |",
-        "|     8 | 100.0 % | 100.0 % |    50.0 % |        50.0 % | 2.0 |",
-        "|  real | 100.0 % | 100.0 % |         - |             - |   - |",
+        "| steps |     all |    loud | round trip | round trip WER |  ms |",
+        "| ----: | ------: | ------: | ---------: | -------------: | --: |",
+        "|     4 |   0.0 % |   0.0 % |     50.0 % |         50.0 % | 2.0 |",
+        "|     8 | 100.0 % | 100.0 % |     50.0 % |         50.0 % | 2.0 |",
+        "|  real | 100.0 % | 100.0 % |          - |              - |   - |",
     ]
     header, _, shallow, deep, real = (
         [cell.strip() for cell in line.split("|")[1:-1]] for line in parts[1].splitlines()
@@ -257,7 +257,7 @@ def test_curves_are_checks_classifiers_and_what_is_read_back_against_depth():
     axes = Figure().subplots()
     plot_source([row.sources["pictures"] for row in found.rows], [4, 8], found.real["pictures"], axes)
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines if line.get_linestyle() != ":"}
-    assert curves == {"all": [0, 0.4], "bright": [0, 0.4], "stub classifier": [1, 0.5], "read back": [0.2, 0.2]}
+    assert curves == {"all": [0, 0.4], "bright": [0, 0.4], "stub classifier": [1, 0.5], "round trip": [0.2, 0.2]}
     assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [1, 1, 0.75]
     assert all(list(line.get_xdata()) == [4, 8] for line in axes.lines if line.get_linestyle() != ":")
 
@@ -295,7 +295,7 @@ def test_contact_sheets_show_each_medium_in_a_frame_of_its_verdict(tmp_path):
 
 def test_spectrograms_show_tones_where_they_are():
     time = np.arange(4000) / 8000
-    levels = log_spectrogram(np.sin(2 * np.pi * 1000 * time).astype(np.float32), 8000)
+    levels = spectrogram_levels(np.sin(2 * np.pi * 1000 * time).astype(np.float32), 8000)
     assert (levels.argmax(axis=0) == 1000 / (8000 / 256)).all()
     assert levels.max() - levels.min() <= 7.001
-    assert np.isfinite(log_spectrogram(np.zeros(100, np.float32), 8000)).all()
+    assert np.isfinite(spectrogram_levels(np.zeros(100, np.float32), 8000)).all()

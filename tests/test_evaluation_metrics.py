@@ -1,4 +1,4 @@
-"""Exact loss, perplexity and bits per byte (G6 for text), against closed forms and plain loops."""
+"""Exact loss, perplexity and bits per byte, against closed forms and plain loops."""
 
 import math
 

@@ -90,7 +90,7 @@ def closed_form(name: str, logits: list, states: list, step: int) -> float:
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_values_are_those_of_the_closed_form(name):
-    """R2, R3: four steps of two rows, each with its padding; against loops over Python numbers."""
+    """Four steps of two rows, each with its padding; against loops over Python numbers."""
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(2, 3, 5, generator=generator) for _ in range(5)]
     logits = [torch.randn(2, 7, generator=generator) * 3 + torch.eye(7)[2] * 6 for _ in range(4)]

@@ -159,7 +159,7 @@ def check_saved_again(again: Path, folder: Path) -> None:
 
 
 def test_text_model_elsewhere(exported, elsewhere):
-    """C7: AutoConfig, AutoModel, AutoModelForCausalLM with trust_remote_code=True, from another folder."""
+    """AutoConfig, AutoModel, AutoModelForCausalLM with trust_remote_code=True, from another folder."""
     folder, parts = exported
     found, _, again = elsewhere
     assert found["text"]["class"] == "MegaTransformerTextConfig"
@@ -188,7 +188,7 @@ def test_text_through_a_model_with_media(exported, elsewhere, name):
 
 @pytest.mark.parametrize("name", ["reader", "pretrained"])
 def test_model_with_media_and_its_processor_elsewhere(exported, elsewhere, name):
-    """C7 for a model that reads images and sound, with encoders of ours and of others."""
+    """A model that reads images and audio, with encoders of ours and of others, is the same elsewhere."""
     folder, parts = exported
     (model, processor), (found, messages, again) = parts[name], elsewhere
     batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", padding=True)
@@ -242,7 +242,7 @@ def test_base_model_saved_alone_loads_as_auto_model(tmp_path):
 
 
 def test_missing_weights_are_reported_by_the_loader(exported):
-    """C4: what transformers found is available to callers, who must raise; no key goes missing in a whole
+    """What transformers found is available to callers, who must raise; no key goes missing in a whole
     checkpoint.
     """
     folder, _ = exported

@@ -94,7 +94,7 @@ def test_the_loss_of_trl_is_that_of_the_model(tuned, tiny_run, tmp_path):
 
 
 def test_depths_are_those_of_the_keys(tuned, tiny_run):
-    """R6: the mean over the two micro-batches of each step of what (seed, step, micro-batch) gives."""
+    """The mean over the two micro-batches of each step of what (seed, step, micro-batch) gives."""
     from model.depth import sample_depth
 
     config = load_model(tiny_run)[0].config.recurrence

@@ -24,7 +24,6 @@ def model():
 
 
 def test_greedy_equals_recomputing_everything(model):
-    """G1, R4."""
     ids = tiny_ids(2, 5)
     for steps in (1, 5):
         ours = model.generate(ids, num_steps=steps, max_new_tokens=8, do_sample=False)
@@ -56,7 +55,7 @@ def test_depth_from_keyword_then_generation_config_then_config_then_mean(model):
 
 @pytest.mark.parametrize("position", ["rope", "alibi", "learned", "sinusoidal", "none"])
 def test_padded_batch_equals_each_alone(position):
-    """A3, G1: left padding in `generate`."""
+    """Left padding in `generate`."""
     model = tiny_model(scale=3.0, position_embedding=position)
     model.generation_config.eos_token_id = None
     long, short = tiny_ids(1, 7), tiny_ids(1, 4, seed=1)
@@ -78,7 +77,7 @@ def test_rows_may_have_their_own_depth(model):
 
 
 def test_beams_with_cache_equal_beams_without(model):
-    """G2: beam search reorders the recurrent cache."""
+    """Beam search reorders the recurrent cache."""
     ids = tiny_ids(2, 5)
     kwargs = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "num_steps": 3}
     assert torch.equal(model.generate(ids, **kwargs), model.generate(ids, use_cache=False, **kwargs))

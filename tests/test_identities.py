@@ -65,7 +65,6 @@ def training_call(model, rows: int = 4, first: int = 0, num_steps=(1, 2)) -> dic
 
 @pytest.mark.parametrize("chunks", [[1] * 12, [5, 4, 3]], ids=["token by token", "chunks"])
 def test_with_a_cache_equals_without(model, chunks):
-    """A2, A3, R4."""
     ids, cache = tiny_ids(2, 12), RecurrentCache(model.config)
     parts = [logits_of(model, part, num_steps=3, cache=cache) for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), logits_of(model, ids, num_steps=3), **CLOSE)
@@ -74,7 +73,7 @@ def test_with_a_cache_equals_without(model, chunks):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_in_a_batch_equals_the_row_alone(model, side):
-    """A3: a row does not see its padding, and stands at the positions where it would stand alone."""
+    """A row does not see its padding, and stands at the positions where it would stand alone."""
     long, short, pad = tiny_ids(1, 10), tiny_ids(1, 6, seed=1), torch.zeros(1, 4, dtype=torch.long)
     padded = torch.cat((pad, short) if side == "left" else (short, pad), dim=1)
     real = slice(4, 10) if side == "left" else slice(0, 6)
@@ -87,7 +86,7 @@ def test_a_padded_row_in_a_batch_equals_the_row_alone(model, side):
 
 
 def test_a_row_with_padding_inside_equals_the_row_without(model):
-    """A2, A3: positions are counted over the real tokens, also those of keys."""
+    """Positions are counted over the real tokens, also those of keys."""
     ids, mask = tiny_ids(1, 9), torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1, 1]])
     real = mask[0].bool()
     with_padding = logits_of(model, ids, attention_mask=mask, num_steps=3)[:, real]
@@ -95,7 +94,7 @@ def test_a_row_with_padding_inside_equals_the_row_without(model):
 
 
 def test_left_padding_with_a_cache_equals_the_row_alone(model):
-    """A2, A3: a prompt, then one token at a time."""
+    """A prompt, then one token at a time."""
     ids = tiny_ids(1, 8)
     padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), ids), dim=1)
     mask = (torch.arange(11) >= 3).long()[None]
@@ -106,7 +105,7 @@ def test_left_padding_with_a_cache_equals_the_row_alone(model):
 
 
 def test_packed_documents_equal_separate_ones(model):
-    """A3: attention does not cross a restart of the positions."""
+    """Attention does not cross a restart of the positions."""
     lengths = [5, 1, 7]
     documents = [tiny_ids(1, length, seed=length) for length in lengths]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -116,7 +115,7 @@ def test_packed_documents_equal_separate_ones(model):
 
 
 def test_saved_equals_loaded(model, tmp_path):
-    """C4, A11: bitwise, and a tied head stays tied."""
+    """Bitwise, and a tied head stays tied."""
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
@@ -129,7 +128,7 @@ def test_saved_equals_loaded(model, tmp_path):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
 def test_backends_agree_with_eager(variant, backend):
-    """A4, with padding. FlexAttention runs as plain tensor operations: its compiled kernel is for GPUs."""
+    """Backends agree with padding. FlexAttention runs as plain tensor operations: its compiled kernel is for GPUs."""
     ids, mask = tiny_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[1, :4] = 0
     with torch.compiler.set_stance("force_eager"):
@@ -143,7 +142,7 @@ def test_backends_agree_with_eager(variant, backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 def test_compiled_flex_attention_agrees_with_eager_on_a_gpu(position):
-    """A4: the kernel wants heads of at least 16."""
+    """The kernel wants heads of at least 16."""
     ids = tiny_ids(2, 200).cuda()
     eager, flex = (
         logits_of(
@@ -165,21 +164,20 @@ def test_compiled_flex_attention_agrees_with_eager_on_a_gpu(position):
 
 
 def test_steps_without_and_with_gradient_add_up(model):
-    """R1: n steps without gradient and k with equal n + k steps in value."""
+    """N steps without gradient and k with equal n + k steps in value."""
     ids = tiny_ids(2, 7)
     for split in ((0, 5), (3, 2), (5, 0)):
         assert torch.equal(model(ids, num_steps=split).logits, model(ids, num_steps=5).logits)
 
 
 def test_more_steps_change_the_output(model):
-    """R1."""
     outputs = [logits_of(model, tiny_ids(2, 7), num_steps=steps) for steps in (1, 2, 3)]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2 and (outputs[1] - outputs[2]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("injection", ["concat", "add", "gate"])
 def test_every_parameter_gets_a_gradient(variant, injection):
-    """R1: those of the injection too, and with steps without gradient before."""
+    """Those of the injection too, and with steps without gradient before."""
     options = {"qk_norm": True, "qk_bias": True, "norm": "layernorm", "mlp": "mlp"}
     model = tiny_model(recurrence={"injection": injection}, **options, **variant).train()
     ids = tiny_ids(2, 7)
@@ -210,7 +208,7 @@ def test_the_gradient_of_truncated_steps_is_that_of_the_last_steps_alone(model):
 
 
 def test_what_is_predicted_is_not_seen(model, variant):
-    """X1 for text: the loss at i has no gradient with respect to the inputs after i, the first of which it predicts."""
+    """The loss at i has no gradient with respect to the inputs after i, the first of which it predicts."""
     ids = tiny_ids(1, 8)
     embeds = model.model.embed_tokens(ids).detach().requires_grad_()
     losses = cross_entropy(model(inputs_embeds=embeds, num_steps=3).logits[0, :-1], ids[0, 1:], reduction="none")
@@ -224,7 +222,7 @@ def test_what_is_predicted_is_not_seen(model, variant):
 
 
 def test_activation_checkpointing_changes_nothing(model):
-    """T8: recomputed in backward, to the last bit."""
+    """Recomputed in backward, to the last bit."""
     model.train()
     call = training_call(model)
     without = loss_and_gradients(model, call)
@@ -233,7 +231,7 @@ def test_activation_checkpointing_changes_nothing(model):
 
 
 def test_four_micro_batches_of_one_row_equal_one_of_four(model):
-    """T8, T12: at a fixed depth, with a like-init state of its own for each row."""
+    """At a fixed depth, with a like-init state of its own for each row."""
     model.train()
     whole = loss_and_gradients(model, training_call(model))
     parts = loss_and_gradients(model, *(training_call(model, rows=1, first=row) for row in range(4)))
@@ -242,7 +240,7 @@ def test_four_micro_batches_of_one_row_equal_one_of_four(model):
 
 
 def test_the_loss_in_chunks_equals_that_of_all_logits(model, monkeypatch):
-    """T8: seven chunks of five tokens or fewer."""
+    """Seven chunks of five tokens or fewer."""
     model.train()
     call = training_call(model)
     reference = loss_and_gradients(model, call)

@@ -93,7 +93,7 @@ def not_exportable(source: str) -> list[str]:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_what_it_may(room: str) -> None:
-    """E5: layers without cycles."""
+    """Layers without cycles."""
     files = [path for path in (ROOT / room).rglob("*.py") if name_of(path) not in COMMANDS]
     depths = {path: len(path.relative_to(ROOT).parts) - 1 for path in files}
     found = {name_of(path): forbidden_imports(path.read_text(), room, depth) for path, depth in depths.items()}
@@ -128,7 +128,6 @@ def test_no_script_hides_a_library() -> None:
 
 
 def test_the_rules_make_no_cycle() -> None:
-    """E5."""
     order: list[str] = []
     while len(order) < len(MAY_IMPORT):
         free = [room for room, needs in MAY_IMPORT.items() if room not in order and needs <= set(order)]
@@ -213,12 +212,10 @@ def habits_broken(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_the_code_has_none_of_this(path: Path) -> None:
-    """E3, E4, E12, T6."""
     assert habits_broken(path.read_text()) == []
 
 
 def test_no_file_is_for_what_belongs_nowhere() -> None:
-    """E5."""
     names = {path.stem for path in SOURCES + TESTS} | {path.parent.name for path in SOURCES + TESTS}
     assert {name for name in names if re.search(r"(^|_)(utils?|helpers?|misc|common)(_|$)", name)} == set()
 

@@ -1,4 +1,4 @@
-"""E4: a device report that never crashes, and logging that is set up once."""
+"""A device report that never crashes, and logging that is set up once."""
 
 import logging
 import os

@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from inference.generate import encode_prompt, main, write_continuation
 from model import RecurrentCache
+from model.exit_criteria import ExitOptions
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,7 @@ def test_exits_reach_the_model_and_their_steps_are_logged(checkpoint, capsys):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     ids, cache, steps = torch.tensor([[1, *tokenizer("the cat")["input_ids"]]]), RecurrentCache(model.config), []
     chunk, length = ids, ids.shape[1]
-    exits = {"exit_criterion": "latent_difference", "exit_threshold": 0.5}
+    exits = {"exits": ExitOptions("latent_difference", 0.5)}
     for _ in range(6):
         with torch.no_grad():
             out = model(chunk, cache=cache, num_steps=9, **(exits if steps else {}))
@@ -92,7 +93,7 @@ def test_the_seed_decides_the_draws(checkpoint, capsys):
 
 
 def test_one_likeliest_token_is_greedy(checkpoint, capsys):
-    """top-k of 1 and a tiny nucleus leave one token, so a draw is the greedy choice (G1)."""
+    """top-k of 1 and a tiny nucleus leave one token, so a draw is the greedy choice."""
     greedy = run(capsys, checkpoint, "--prompt", "the cat", "--greedy", "--max-new-tokens", "10")
     for option in (["--top-k", "1"], ["--top-p", "1e-6"]):
         assert run(capsys, checkpoint, "--prompt", "the cat", "--sample", "--max-new-tokens", "10", *option) == greedy
@@ -105,7 +106,7 @@ def test_prompt_from_standard_input(checkpoint, capsys, monkeypatch):
 
 
 def test_characters_split_over_tokens_come_whole(capsys):
-    """G4: each piece that is written is valid text; a stand-in model says the bytes one token at a time."""
+    """Each piece that is written is valid text; a stand-in model says the bytes one token at a time."""
     tokenizer = tiny_tokenizer(vocab_size=259)  # the bytes and nothing else
     text = "naïve 日本 語😀 — é x"
     ids = torch.tensor(tokenizer(text)["input_ids"])
@@ -150,7 +151,7 @@ def test_special_tokens_in_a_prompt_are_text(checkpoint, capsys):
 
 
 def test_a_prompt_that_is_not_utf8_is_one_line(checkpoint, capsys, monkeypatch):
-    """G4: as an argument, where Python keeps such bytes as surrogates, and on standard input."""
+    """As an argument, where Python keeps such bytes as surrogates, and on standard input."""
     check_error(capsys, [checkpoint, "--prompt", os.fsdecode(b"caf\xe9")], "the prompt is not UTF-8 (surrogates not")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     check_error(capsys, [checkpoint], "the prompt is not UTF-8 (invalid continuation byte at 3): convert it")
@@ -201,7 +202,7 @@ BAD_ARGUMENTS = [
 
 @pytest.mark.parametrize(("argv", "message"), BAD_ARGUMENTS, ids=[" ".join(argv) for argv, _ in BAD_ARGUMENTS])
 def test_bad_arguments_are_one_line(checkpoint, capsys, argv, message):
-    """E3: one line on standard error that names value, reason and fix; exit code 2; nothing on standard output."""
+    """One line on standard error that names value, reason and fix; exit code 2; nothing on standard output."""
     check_error(capsys, [checkpoint, "--prompt", "the cat", *argv], message)
 
 
@@ -215,7 +216,7 @@ def check_error(capsys, argv, message):
 
 
 def test_bad_checkpoints_are_one_line(tmp_path, capsys):
-    """D8, C4: missing, no checkpoint, and a file."""
+    """Missing, no checkpoint, and a file."""
     missing = str(tmp_path / "nowhere")
     check_error(
         capsys, [missing, "--prompt", "x"], f"{missing} does not exist: give the folder of a run or of a checkpoint"
@@ -250,7 +251,7 @@ def test_help_names_every_option(capsys):
 
 @pytest.mark.slow
 def test_the_command_from_another_folder(checkpoint, tmp_path):
-    """C7, C8: a real process, in another folder, reads standard input and streams UTF-8."""
+    """A real process, in another folder, reads standard input and streams UTF-8."""
     command = [sys.executable, "-m", "inference.generate", checkpoint, "--greedy", "--num-steps", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(

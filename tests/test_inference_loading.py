@@ -34,7 +34,7 @@ def edit_config(folder, **changes):
 
 
 def test_loaded_is_saved(checkpoint):
-    """C7: the same logits, and the same text from the tokenizer."""
+    """The same logits, and the same text from the tokenizer."""
     model, tokenizer = load_model(checkpoint)
     ids = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -54,7 +54,6 @@ def test_dtype_is_that_of_the_checkpoint_or_as_asked(checkpoint):
 
 
 def test_missing_weights_are_an_error(checkpoint):
-    """C4."""
     edit_weights(checkpoint, lambda weights: weights.pop("model.norm.weight"))
     with pytest.raises(
         ValueError, match=r"lacks 1 of the weights \(model.norm.weight\): its weights and its config.json"
@@ -63,21 +62,19 @@ def test_missing_weights_are_an_error(checkpoint):
 
 
 def test_unexpected_weights_are_an_error(checkpoint):
-    """C4."""
     edit_weights(checkpoint, lambda weights: weights.update({f"model.extra_{i}": torch.ones(2) for i in range(5)}))
     with pytest.raises(ValueError, match=r"has unexpected 5 of the weights \(model.extra_0, .*extra_2, \.\.\.\)"):
         load_model(checkpoint)
 
 
 def test_weights_of_another_shape_are_an_error(checkpoint):
-    """C4."""
     edit_weights(checkpoint, lambda weights: weights.update({"model.norm.weight": torch.ones(16)}))
     with pytest.raises(ValueError, match=r"has of another shape 1 of the weights \(model.norm.weight\)"):
         load_model(checkpoint)
 
 
 def test_a_tied_head_is_not_missing(tmp_path):
-    """A11: it is not in the file, and shares the embedding's storage after loading."""
+    """It is not in the file, and shares the embedding's storage after loading."""
     model, _ = load_model(save_checkpoint(tmp_path, tie_word_embeddings=True))
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
@@ -140,7 +137,7 @@ def test_nobody_is_asked_whether_to_run_code(checkpoint, monkeypatch):
 
 
 def test_a_foreign_tokenizer_is_an_error(checkpoint):
-    """D9, C7: more tokens than the model has rows for."""
+    """More tokens than the model has rows for."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"word{i}" for i in range(100)])
     tokenizer.save_pretrained(checkpoint)
@@ -149,7 +146,7 @@ def test_a_foreign_tokenizer_is_an_error(checkpoint):
 
 
 def test_pickles_are_not_loaded(checkpoint):
-    """C1: a folder with pickled weights only is no checkpoint."""
+    """A folder with pickled weights only is no checkpoint."""
     torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model.safetensors"):
@@ -157,7 +154,7 @@ def test_pickles_are_not_loaded(checkpoint):
 
 
 def test_the_newest_complete_checkpoint_of_a_run(original, tmp_path, caplog):
-    """C3: by number, not by name; damaged ones are passed over with a warning that names file and reason."""
+    """By number, not by name; damaged ones are passed over with a warning that names file and reason."""
     for step in (9, 10, 200, 300, 400):
         shutil.copytree(original, tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-best").mkdir()

@@ -122,7 +122,7 @@ def test_a_model_of_text_reads_no_image(files, tmp_path, capsys):
 
 
 def test_loaded_is_saved(checkpoint, files):
-    """C7: model and processor."""
+    """Model and processor."""
     model, processor = load_model(checkpoint)
     assert not model.training and len(tokenizer_of(processor)) == len(tiny_processor().tokenizer)
     batches = [

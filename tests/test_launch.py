@@ -111,7 +111,7 @@ def test_resuming_on_two_ranks_with_zero_continues_exactly(tmp_path):
 
 
 def test_exit_code_of_the_launcher_is_that_of_the_script(tmp_path):
-    """E3: the launcher puts --local_rank before the flags; a typo is one line and exit code 2 all the same."""
+    """The launcher puts --local_rank before the flags; a typo is one line and exit code 2 all the same."""
     process = launch("--config", write_config(tmp_path), "--training.learning_rat", "1")
     assert process.returncode == 2
     lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]

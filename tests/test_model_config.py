@@ -42,7 +42,6 @@ from tests.tiny_media import tiny_media_config
     ],
 )
 def test_bad_settings_are_value_errors_that_name_them(settings, message):
-    """A1, A5, A9, E1-E3."""
     with pytest.raises(ValueError, match=message) as error:
         tiny_config(**settings)
     assert "\n" not in str(error.value)

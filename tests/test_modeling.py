@@ -64,7 +64,7 @@ def reference_logits(model, ids, num_steps, state):
 
 
 def test_forward_equals_the_equations_written_out():
-    """R1: the thought state, not the prelude's output, goes through the core."""
+    """The thought state, not the prelude's output, goes through the core."""
     model, ids = tiny_model(scale=2.0), tiny_ids(1, 9)
     state = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(1))
     expected = reference_logits(model, ids[0], 3, state[0])
@@ -123,7 +123,7 @@ def test_plain_pre_norm_model_equals_llama():
 
 
 def test_attention_soft_cap_is_applied_and_refused_where_it_would_be_lost():
-    """A8: a named option; the closed form c tanh(x / c) bounds logits, so a tiny cap gives uniform attention."""
+    """A named option; the closed form c tanh(x / c) bounds logits, so a tiny cap gives uniform attention."""
     ids = tiny_ids(1, 6)
     capped = tiny_model(scale=2.0, attn_logit_softcapping=1e-6)
     assert capped.config._attn_implementation == "eager"
@@ -160,7 +160,7 @@ def test_dropout_only_in_training_and_recomputed_alike():
 
 
 def test_labels_are_shifted_and_weighted_by_token():
-    """T1: padding is not in the loss; the loss is -log p of the next token, averaged over labels."""
+    """Padding is not in the loss; the loss is -log p of the next token, averaged over labels."""
     model, ids = tiny_model(scale=2.0), tiny_ids(2, 6)
     labels = ids.clone()
     labels[1, 4:] = -100
@@ -290,14 +290,12 @@ def test_a_batch_without_labels_has_loss_and_gradients_of_zero(skip_logits, num_
     ],
 )
 def test_bad_input_is_refused_at_the_door(arguments, message):
-    """A6."""
     with pytest.raises(ValueError, match=message):
         tiny_model()(**arguments)
 
 
 @pytest.mark.parametrize("position", ["learned", "sinusoidal"])
 def test_sequence_over_a_table_is_refused(position):
-    """A10."""
     model = tiny_model(position_embedding=position, max_position_embeddings=8)
     with pytest.raises(ValueError, match=f"9 positions are more than the 8 of the {position} table"):
         model(tiny_ids(1, 9))
@@ -308,7 +306,6 @@ def test_sequence_over_a_table_is_refused(position):
 
 @pytest.mark.parametrize("position", ["rope", "alibi", "none"])
 def test_open_positions_extrapolate(position):
-    """A10."""
     model = tiny_model(position_embedding=position, max_position_embeddings=8)
     assert logits_of(model, tiny_ids(1, 20)).isfinite().all()
 
@@ -319,7 +316,7 @@ def test_plain_model_refuses_steps():
 
 
 def test_foreign_cache_is_refused():
-    """R5: an empty one too, which is not extended in place as its owner expects."""
+    """An empty one too, which is not extended in place as its owner expects."""
     model, foreign = tiny_model(), DynamicCache()
     with pytest.raises(
         ValueError, match=r"DynamicCache with keys of shapes .* in 0 layers; this model needs a Recurrent"
@@ -355,7 +352,6 @@ def test_initialisation_follows_its_table():
 
 
 def test_tied_weights_share_storage_gradient_and_survive_saving(tmp_path):
-    """A11."""
     model, ids = tiny_model().train(), tiny_ids(2, 7)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     model(ids, labels=ids).loss.backward()
@@ -370,14 +366,13 @@ def test_tied_weights_share_storage_gradient_and_survive_saving(tmp_path):
 
 
 def test_embedding_scale_multiplies_the_embeddings():
-    """A11."""
     model, ids = tiny_model(embedding_scale=3.0), tiny_ids(1, 4)
     torch.testing.assert_close(model.model.embed_tokens(ids), 3.0 * model.model.embed_tokens.weight[ids])
     assert tiny_config().embedding_scale == pytest.approx(32**0.5)
 
 
 def test_rotary_angles_are_float32_in_half_precision():
-    """A5: at position 4001 the angles of bfloat16 arithmetic would be off by whole turns."""
+    """At position 4001 the angles of bfloat16 arithmetic would be off by whole turns."""
     from model.attention import rotary_angles, rotary_tables
 
     positions = torch.tensor([[4001]])

@@ -1,4 +1,4 @@
-"""Every option has a reader: no field of a configuration class is only declared and checked (T10)."""
+"""Every option has a reader: no field of a configuration class is only declared and checked."""
 
 import ast
 import dataclasses
@@ -35,7 +35,7 @@ READERS = {
     "CallbacksConfig": ("callbacks", "config"),
     "SamplesConfig": ("callbacks/samples.py", r"(self\.)?config"),
     "MediaSamplesConfig": ("callbacks/media_samples.py", r"(self\.)?config"),
-    "WrittenSamplesConfig": ("callbacks/written_samples.py", r"(self\.)?config"),
+    "GeneratedMediaConfig": ("callbacks/generated_media.py", r"(self\.)?config"),
     "ThroughputConfig": ("callbacks", None),
     "ModelSizeConfig": ("callbacks", None),
     "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),
@@ -58,7 +58,7 @@ READ_BY_TRANSFORMERS |= {name.format(modality) for name in OF_PLACES for modalit
 def classes_within(cls: type, path: str = "") -> Iterable[tuple[type, str]]:
     """A configuration class and those in it, each with the name of the field that holds it."""
     yield cls, path
-    for name, hint in loader.options_of(cls).items():
+    for name, hint in loader.option_types(cls).items():
         if nested := loader.nested_class(hint):
             yield from classes_within(nested, name)
 
@@ -105,7 +105,6 @@ ALL = [found for cls in SECTIONS for found in classes_within(cls)]
 
 @pytest.mark.parametrize(("cls", "name"), dict(ALL).items(), ids=[cls.__name__ for cls in dict(ALL)])
 def test_every_option_is_read(cls: type, name: str) -> None:
-    """T10."""
     assert cls.__name__ in READERS, f"say in READERS where the options of {cls.__name__} are read"
     place, receiver = READERS[cls.__name__]
     files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
@@ -113,7 +112,7 @@ def test_every_option_is_read(cls: type, name: str) -> None:
 
 
 def test_every_part_of_a_run_is_read() -> None:
-    """T10: the name of the trainer and the log level too."""
+    """The name of the trainer and the log level too."""
     fields = [item.name for item in dataclasses.fields(runs.RunConfig)]
     names = ("runs", "pretraining", "running")
     files = [ROOT / "pretrain.py", *(ROOT / f"configs/{name}.py" for name in names)]

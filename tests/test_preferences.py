@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 import finetune
 from configs import load_config
-from configs.finetuning import FinetuningConfig, build_trainer
+from configs.finetuning import FinetuningConfig, build_finetuning
 from dataset_loading.configuration import DataConfig, SourceConfig
 from dataset_loading.preferences import build_pairs, build_prompts, spoiled
 from dataset_loading.tasks.registry import get_task
@@ -136,7 +136,7 @@ def test_the_reference_has_no_deltas_of_steps_either(tiny_run, tmp_path):
     sections = {"data": {"train": [ADDITION], "validation": [ADDITION]}, "step_lora": {"num_steps": 3}}
     training = {"max_steps": 2, "learning_rate": 0.1, "save_strategy": "no"}
     config = write_tuning_config(tmp_path, tiny_run, trainer="dpo", training=training, **sections)
-    trainer = build_trainer(
+    trainer = build_finetuning(
         load_config(["--config", str(config), "--training.output_dir", str(tmp_path / "out")], FinetuningConfig)
     )
     trainer.train()

@@ -90,7 +90,7 @@ def run(tmp_path_factory):
 
 
 def test_run_folder_holds_all_that_is_needed(run):
-    """C7: weights, tokenizer and code in the run folder and in each checkpoint."""
+    """Weights, tokenizer and code in the run folder and in each checkpoint."""
     folder, _ = run
     for place in (folder, folder / "checkpoint-3", folder / "checkpoint-6"):
         for name in ("model.safetensors", "config.json", "tokenizer.json", "modeling_megatransformer_text.py"):
@@ -100,7 +100,7 @@ def test_run_folder_holds_all_that_is_needed(run):
 
 
 def test_tensorboard_shows_samples_and_scalars(run):
-    """G5, R7: samples at each depth, steps with and without gradient, state change per step, tokens per second."""
+    """Samples at each depth, steps with and without gradient, state change per step, tokens per second."""
     folder, _ = run
     events = EventAccumulator(str(next(folder.glob("runs/*"))))
     events.Reload()
@@ -117,7 +117,7 @@ def test_tensorboard_shows_samples_and_scalars(run):
 
 
 def test_resolved_yaml_alone_repeats_the_run(run, tmp_path):
-    """C8: the same losses, from any current folder."""
+    """The same losses, from any current folder."""
     folder, _ = run
     here = os.getcwd()
     os.chdir(tmp_path)
@@ -186,7 +186,7 @@ print(json.dumps([tokenizer(text).input_ids, logits.tolist()]))
 
 
 def test_checkpoint_loads_elsewhere_with_its_tokenizer(run, tmp_path):
-    """C7, T2: in another folder and process, without this repository: the same text, ids and logits; pad is not end."""
+    """In another folder and process, without this repository: the same text, ids and logits; pad is not end."""
     folder, _ = run
     ids = tiny_ids(1, 6)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "hf")}
@@ -232,7 +232,7 @@ def test_media_are_shown_of_train_sources_where_there_is_no_validation(tmp_path)
     config = ["--config", str(write_config(tmp_path, data=data))]
     run, processor = load_config(config), tiny_processor()
     examples = build_media_examples(run, processor)
-    counts = run.callbacks.media_samples.num_examples, run.callbacks.written_samples.num_examples
+    counts = run.callbacks.media_samples.num_examples, run.callbacks.generated_samples.num_examples
     assert list(examples) == ["scenes"] and len(examples["scenes"]) == max(counts) == 4
     scenes = get_task("scenes")
     rows = [
@@ -273,7 +273,6 @@ def test_models_are_built_whole_under_zero_3():
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, capsys, sections, message):
-    """D4, D8, D9, E3."""
     config = write_config(tmp_path, **sections)
     with pytest.raises(SystemExit) as stopped:
         pretrain.main(["--config", str(config), "--training.output_dir", str(tmp_path / "out")])
@@ -285,11 +284,11 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, capsys,
 
 
 def test_empty_file_and_corrupt_rows(tmp_path, capsys):
-    """D1, D4: an empty dataset stops the run; so do more corrupt rows than allowed, and the error says which."""
+    """An empty dataset stops the run; so do more corrupt rows than allowed, and the error says which."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' + "{broken\n" * 3)
     for name, message in (("empty.txt", "'empty' has no usable rows"), ("rows.jsonl", "line 2")):
-        data = {"train": [{"kind": "files", "paths": [name]}], "max_bad_rows": 2}
+        data = {"train": [{"kind": "files", "paths": [name]}], "max_invalid_rows": 2}
         config = write_config(tmp_path, data=data)
         with pytest.raises(SystemExit) as stopped:
             pretrain.main(["--config", str(config), "--training.output_dir", str(tmp_path / "out")])

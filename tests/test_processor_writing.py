@@ -67,7 +67,7 @@ def test_sound_that_the_assistant_plays_is_learned_to_go_on_and_to_end():
 
 
 def test_what_the_user_shows_is_read_and_what_the_assistant_shows_is_written():
-    """X1: the two roles are two kinds, whose tensors differ; text goes before and after."""
+    """The two roles are two kinds, whose tensors differ; text goes before and after."""
     messages = [
         {"role": "user", "content": [image(16, 8), {"type": "text", "text": "?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a"}, image(16, 8), {"type": "text", "text": "b"}]},

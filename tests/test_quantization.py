@@ -107,13 +107,12 @@ def plain_layers(model) -> set[str]:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_layers_compute_with_matrices_rounded_by_the_formula(quantized, bits):
-    """G3: each for itself, or one more rounding of an input would be iterated."""
+    """Each for itself, or one more rounding of an input would be iterated."""
     check_layers(quantized[bits], tiny_base(), bits, input_ids=tiny_ids(3, 7))
 
 
 @pytest.mark.parametrize("num_steps", [1, 6])
 def test_logits_of_4_bits_are_those_of_the_rounded_model(quantized, num_steps):
-    """G3."""
     ids = tiny_ids(3, 7)
     expected = logits_of(round_model(tiny_base(), "4bit"), ids, num_steps=num_steps)
     torch.testing.assert_close(logits_of(quantized["4bit"], ids, num_steps=num_steps), expected, **CLOSE)
@@ -194,7 +193,7 @@ def test_weights_of_bfloat16_are_computed_with_in_bfloat16(checkpoint):
 @pytest.mark.parametrize(("policy", "kept"), POLICIES)
 @pytest.mark.parametrize(("criterion", "threshold"), EXITS)
 def test_generation_with_every_cache_and_with_exits(quantized, bits, policy, kept, criterion, threshold):
-    """G3: token by token, each token stopping where the criterion says; of 4 bits with the rounded plain model."""
+    """Token by token, each token stopping where the criterion says; of 4 bits with the rounded plain model."""
     exits = {"exit_criterion": criterion, "exit_threshold": threshold}
     ours = quantized[bits].generate(
         tiny_ids(1, 6),

@@ -56,7 +56,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_have_the_gradient_of_the_rounded_model_also_after_an_evaluation(checkpoint, bits, checkpointing):
-    """T7: against plain matrices rounded by the formula. In training, 8 bits round no inputs on a CPU."""
+    """Against plain matrices rounded by the formula. In training, 8 bits round no inputs on a CPU."""
     kwargs = {"use_reentrant": False} if checkpointing else None
     ours = load(checkpoint, bits, gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=kwargs)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_adapters_have_the_gradient_of_the_rounded_model_also_after_an_evaluatio
 
 @pytest.mark.parametrize("bits", BITS)
 def test_what_is_not_rounded_is_float32_and_nothing_but_adapters_learns(checkpoint, bits):
-    """T7, of a checkpoint that is loaded in bfloat16, also after an evaluation: the first layer's adapter gets its
+    """Of a checkpoint that is loaded in bfloat16, also after an evaluation: the first layer's adapter gets its
     gradient through all other layers.
     """
     model = with_adapters(load(checkpoint, bits, torch.bfloat16))

@@ -19,7 +19,7 @@ def depths(config, count=4000):
 
 
 def test_lognormal_poisson_has_the_moments_of_its_definition():
-    """R6. Closed form: E[p] = mean + 1, Var[p] = mean + mean^2 (exp(sigma^2) - 1); the quantiles were computed from
+    """Closed form: E[p] = mean + 1, Var[p] = mean + mean^2 (exp(sigma^2) - 1); the quantiles were computed from
     200,000 draws of another implementation.
     """
     steps = depths(RecurrenceConfig(mean_steps=32, backprop_steps=8))
@@ -43,7 +43,7 @@ def test_other_distributions_have_their_moments(distribution, mean, variance):
 
 
 def test_depth_depends_on_its_key_alone_also_in_another_process():
-    """R6: whatever the global generators, the hash seed, the process."""
+    """Whatever the global generators, the hash seed, the process."""
     config = RecurrenceConfig(mean_steps=8)
     here = [sample_depth(config, 7, step, micro) for step in range(5) for micro in range(2)]
     torch.manual_seed(99)
@@ -133,7 +133,7 @@ def test_default_state_is_one_draw_for_all_rows_and_positions():
 
 
 def test_injections_compute_their_formula():
-    """R3: several injections by name, each against its closed form."""
+    """Several injections by name, each against its closed form."""
     torch.manual_seed(0)
     s, e = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     concat, add, gate = (INJECTIONS[name](8) for name in ("concat", "add", "gate"))

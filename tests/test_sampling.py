@@ -1,4 +1,4 @@
-"""The rules of sampling, by hand, on our model's own logits (G1, G2): transformers' `generate` with our cache."""
+"""The rules of sampling, by hand, on our model's own logits: transformers' `generate` with our cache."""
 
 import math
 

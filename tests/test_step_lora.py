@@ -82,7 +82,7 @@ def test_a_depth_without_them_gives_zeros():
 
 
 def test_recomputed_activations_see_their_own_step():
-    """T8: activation checkpointing runs the core again, when the loop is over."""
+    """Activation checkpointing runs the core again, when the loop is over."""
     ids, gradients = tiny_ids(2, 7), []
     for is_checkpointed in (False, True):
         model, steps = with_deltas()

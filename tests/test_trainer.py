@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
 from transformers.integrations import integration_utils
 
+from configs import load_config
 from model.depth import sample_depth
 from model.recurrence import draw_training_states
 from tests.tiny import tiny_ids, tiny_model
-from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point, get_trainer_class
+from trainers import RecurrentTrainer, RecurrentTrainingArguments, find_resume_point
 from trainers.recurrent import state_changes, token_correlation
 
 
@@ -67,7 +68,7 @@ class Interrupt(TrainerCallback):
 
 
 def test_resumed_equals_uninterrupted_bitwise(tmp_path):
-    """R6: 20 steps = 10 steps, a checkpoint, a new process' worth of new objects, 10 steps; also with accumulation and
+    """20 steps = 10 steps, a checkpoint, a new process' worth of new objects, 10 steps; also with accumulation and
     dropout.
     """
     settings = {"max_steps": 20, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
@@ -87,7 +88,6 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path):
 
 
 def test_depth_is_drawn_per_micro_batch_and_logged(tmp_path):
-    """R6, R7."""
     trainer = build(tmp_path, gradient_accumulation_steps=2, max_steps=3, seed=7)
     seen = []
     trainer.model.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["num_steps"]), with_kwargs=True)
@@ -105,7 +105,7 @@ def test_depth_is_drawn_per_micro_batch_and_logged(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_accumulation_equals_one_large_batch(tmp_path, accumulation):
-    """T12, invariant 6: with a fixed depth, 4 x 1 rows = 1 x 4 rows: states belong to rows, the loss to tokens."""
+    """With a fixed depth, 4 x 1 rows = 1 x 4 rows: states belong to rows, the loss to tokens."""
     results = []
     for per_device, steps in ((4, 1), (4 // accumulation, accumulation)):
         model = tiny_model(recurrence={"step_distribution": "fixed"})
@@ -170,7 +170,7 @@ def test_plain_model_trains_without_depth(tmp_path):
 
 
 def test_probe_compares_depths_on_the_next_batch(tmp_path):
-    """R7: loss at one step and at the mean, state change per step, token correlation, all without dropout; and training
+    """Loss at one step and at the mean, state change per step, token correlation, all without dropout; and training
     is not disturbed.
     """
     data, dropout = rows(4), {"hidden_dropout": 0.5}
@@ -284,7 +284,7 @@ def test_evaluation_runs_at_the_mean_depth_without_a_cache(tmp_path):
     ],
 )
 def test_resuming_from_another_model_is_an_error(tmp_path, saved, problem):
-    """C4: missing and unexpected weights, and those of another shape."""
+    """Missing and unexpected weights, and those of another shape."""
     tiny_model(tie_word_embeddings=True, **saved).save_pretrained(tmp_path / "checkpoint-1")
     trainer = build(tmp_path, max_steps=2, model=tiny_model(tie_word_embeddings=True))
     with pytest.raises(ValueError, match=rf"checkpoint-1 does not fit the model: .*{problem}"):
@@ -350,7 +350,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_checkpoints_are_no_resume_point(tmp_path, caplog, name):
-    """C3: the newest whole one is taken, and a warning says why; one that is named is refused."""
+    """The newest whole one is taken, and a warning says why; one that is named is refused."""
     for step in (9, 10):
         save_whole(tmp_path / f"checkpoint-{step}", step)
     damage, reason = DAMAGES[name]
@@ -463,19 +463,18 @@ def test_deepspeed_needs_a_launcher(tmp_path, monkeypatch):
     ],
 )
 def test_training_arguments_out_of_range(tmp_path, settings, message):
-    """T13, E2."""
     with pytest.raises(ValueError, match=message):
         RecurrentTrainingArguments(str(tmp_path), **settings)
 
 
-def test_unknown_trainer_is_an_error_that_lists_the_known():
-    """T5."""
-    with pytest.raises(ValueError, match="trainer 'pretain' is unknown; known trainers: pretrain"):
-        get_trainer_class("pretain")
+def test_unknown_trainer_is_an_error_that_lists_the_known(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        load_config(["--trainer", "pretain"])
+    assert "'pretain' is unknown; did you mean pretrain? known: pretrain, reconstruction" in capsys.readouterr().err
 
 
 def test_bf16_trains_and_keeps_float32_weights(tmp_path):
-    """T8, T9: mixed precision; the optimizer's state and the weights stay in float32."""
+    """Mixed precision; the optimizer's state and the weights stay in float32."""
     trainer = build(tmp_path, bf16=True, max_steps=3)
     trainer.train()
     assert all(torch.isfinite(torch.tensor(losses(trainer))))

@@ -53,7 +53,7 @@ def windows(data, num_windows, micro_batches, model, seed):
 
 
 def test_a_weighted_step_equals_ten_lines_by_hand(tmp_path):
-    """T12: the sum of weighted losses of both micro-batches, divided once by the weights of all their labels."""
+    """The sum of weighted losses of both micro-batches, divided once by the weights of all their labels."""
     data = mixed_rows(8)
     trainer = build_mixed(
         tmp_path,
@@ -79,7 +79,7 @@ def test_a_weighted_step_equals_ten_lines_by_hand(tmp_path):
 
 
 def test_weighted_accumulation_equals_one_large_batch(tmp_path):
-    """Invariant 6 and T12: 4 x 1 rows = 1 x 4 rows, though each row has weights of its own."""
+    """4 x 1 rows = 1 x 4 rows, though each row has weights of its own."""
     results = []
     for per_device, steps in ((4, 1), (1, 4)):
         model = tiny_model(recurrence={"step_distribution": "fixed"})
@@ -100,7 +100,7 @@ def test_weighted_accumulation_equals_one_large_batch(tmp_path):
 
 
 def test_losses_tokens_and_shares_are_logged_by_modality(tmp_path):
-    """T12: over the two windows since the last log; losses are not weighted. Nothing is learned, so that they can be
+    """Over the two windows since the last log; losses are not weighted. Nothing is learned, so that they can be
     computed afterwards.
     """
     data = mixed_rows(32)

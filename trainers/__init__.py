@@ -10,18 +10,6 @@ from .resuming import check_weights, find_resume_point
 
 TRAINERS = {"pretrain": RecurrentTrainer, "reconstruction": ReconstructionTrainer}
 
-
-def get_trainer_class(name: str) -> type[RecurrentTrainer | ReconstructionTrainer]:
-    """The trainer registered under `name`.
-
-    Raises:
-        ValueError: for an unknown name; the message lists the known ones.
-    """
-    if name not in TRAINERS:
-        raise ValueError(f"trainer {name!r} is unknown; known trainers: {', '.join(TRAINERS)}")
-    return TRAINERS[name]
-
-
 __all__ = [
     "TRAINERS",
     "ModalityWeights",
@@ -33,5 +21,4 @@ __all__ = [
     "check_weights",
     "describe_needs",
     "find_resume_point",
-    "get_trainer_class",
 ]

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -60,113 +60,65 @@ def check_choices(name: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; give one of {', '.join(known)}")
 
 
+def check_fixed(args: TrainingArguments, fixed: Mapping[str, tuple[Any, str]]) -> None:
+    """Raises ValueError for an option that has not the value that it has to have."""
+    for name, (value, reason) in fixed.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"{name} is {getattr(args, name)}, but {reason}; leave it out")
+
+
 @dataclass
 class RecurrentTrainingArguments(TrainingArguments):
     """Training arguments; see `transformers.TrainingArguments` for the inherited ones.
 
     Args:
-        report_to: Where metrics go; TensorBoard by default.
-        resume_from_checkpoint: Checkpoint folder to go on from; true for the newest whole one of the output folder, and
-            for a start where there is none yet, so that the same command may be given again and again.
-        allow_changes: Whether a run that goes on may have another learning rate, weight decay, other arguments of the
-            optimizer or another schedule than its checkpoint; they are then those of this run.
-        logging_nan_inf_filter: Whether losses that are not finite are hidden from the logs; off, so that they are seen.
-        remove_unused_columns: Off: rows hold what collator and trainer take, not the model alone.
-        recurrence_logging_steps: Every this many steps the loss of the next batch at one core step is compared with
-            that at the mean depth, and state change per step and token correlation are logged. 0 turns it off.
-        depth_gap_alarm: A warning is logged when, in the second half of training, the loss at one step is less than
-            this many nats above that at the mean depth: the recurrence is being ignored.
-        token_correlation_alarm: A warning is logged when the mean cosine between the states of different tokens is
-            above this (at least -1, at most 1): the states are collapsing.
-        modality_weights: How much a token counts in the loss, by what its document contains.
-        deepspeed: File of DeepSpeed, also by its name in `configs/deepspeed/`, or what stands in it.
-        freeze: Parameters that are not trained: patterns of their names.
-        parameter_groups: Parameters that learn at a rate of their own, or later than the rest.
-        optimizer: Name of an optimizer in `OPTIMIZERS`, or import name of a function that builds one from the groups of
-            parameters, the training arguments and the model; by default `optim` names the optimizer.
-        muon_learning_rate: At least 0. Muon then trains the matrices inside the layers, at this rate; the rest is
-            trained by `optim` at `learning_rate`.
-        ema_decay: At least 0, below 1. The run then leaves the exponential moving average of its weights behind, and
-            evaluations during training are of that average.
         dataloader_drop_last: Whether a last batch that is smaller is left out in training; evaluation takes all rows.
-        stall_seconds: At least 0. A run in which nothing happens for so long says what it waits for.
     """
 
     report_to: str | list[str] | None = "tensorboard"
+    """Where metrics go; TensorBoard by default."""
     resume_from_checkpoint: bool | str | None = None
+    """Checkpoint folder to go on from; true for the newest whole one of the output folder, and for a start where there
+    is none yet, so that the same command may be given again and again."""
     allow_changes: bool = False
+    """Whether a run that goes on may have another learning rate, weight decay, other arguments of the optimizer or
+    another schedule than its checkpoint; they are then those of this run."""
     logging_nan_inf_filter: bool = False
+    """Whether losses that are not finite are hidden from the logs; off, so that they are seen."""
     remove_unused_columns: bool | None = False
-    recurrence_logging_steps: int = field(
-        default=100,
-        metadata={
-            "help": "Every this many steps, log the loss of the next batch at one core step beside that at the mean "
-            "depth, the state change per step and the token correlation; 0 turns it off."
-        },
-    )
-    depth_gap_alarm: float = field(
-        default=0.01,
-        metadata={
-            "help": "Warn when, in the second half of training, the loss at one core step is less than this many nats "
-            "above the loss at the mean depth."
-        },
-    )
-    token_correlation_alarm: float = field(
-        default=0.95,
-        metadata={"help": "Warn when the mean cosine between the states of different tokens is above this."},
-    )
+    """Off: rows hold what collator and trainer take, not the model alone."""
+    recurrence_logging_steps: int = 100
+    """Every this many steps the loss of the next batch at one core step is compared with that at the mean depth, and
+    state change per step and token correlation are logged. 0 turns it off."""
+    depth_gap_alarm: float = 0.01
+    """A warning is logged when, in the second half of training, the loss at one step is less than this many nats above
+    that at the mean depth: the recurrence is being ignored."""
+    token_correlation_alarm: float = 0.95
+    """A warning is logged when the mean cosine between the states of different tokens is above this (at least -1, at
+    most 1): the states are collapsing."""
     modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
-    deepspeed: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "File of DeepSpeed, also by its name in configs/deepspeed/, or what stands in it.",
-            "is_path": True,
-        },
-    )
-    freeze: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Parameters that are not trained: patterns of their names with the wildcards * ? [] of a shell, "
-            "such as model.readers.image.*; each has to match."
-        },
-    )
-    parameter_groups: list[ParameterGroup] = field(
-        default_factory=list,
-        metadata={"help": "Parameters that learn at a rate of their own, or later than the rest, by patterns."},
-    )
-    optimizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the optimizer, muon, or import name of a function, module:function, that builds one from "
-            "the groups of parameters, the training arguments and the model; by default optim names the optimizer."
-        },
-    )
-
-    muon_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Where given, Muon trains the matrices inside the layers at this rate, often 3 to 10 times that of "
-            "AdamW; embeddings, head, convolutions, norms and biases are trained by optim at learning_rate. Not with "
-            "DeepSpeed or FSDP."
-        },
-    )
-
-    ema_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Where given, what the run leaves behind is the exponential moving average of its weights: 0.995 "
-            "to 0.999 for short runs, 0.9999 for long ones. Evaluations during training are of that average, and "
-            "load_best_model_at_end leaves the average of the best checkpoint. Not with DeepSpeed or FSDP."
-        },
-    )
-
-    stall_seconds: float = field(
-        default=600.0,
-        metadata={
-            "help": "Seconds without a step or a batch of an evaluation after which a warning says what the run waits "
-            "for, such as a worker that hangs; 0 turns it off."
-        },
-    )
+    """How much a token counts in the loss, by what its document contains."""
+    deepspeed: dict | str | None = field(default=None, metadata={"is_path": True})
+    """File of DeepSpeed, also by its name in `configs/deepspeed/`, or what stands in it."""
+    freeze: list[str] = field(default_factory=list)
+    """Parameters that are not trained: patterns of their names with the wildcards * ? [] of a shell, such as
+    model.readers.image.*; each has to match."""
+    parameter_groups: list[ParameterGroup] = field(default_factory=list)
+    """Parameters that learn at a rate of their own, or later than the rest, by patterns of their names."""
+    optimizer: str | None = None
+    """Name of the optimizer, muon, or import name of a function, module:function, that builds one from the groups of
+    parameters, the training arguments and the model; by default `optim` names the optimizer."""
+    muon_learning_rate: float | None = None
+    """Where given, Muon trains the matrices inside the layers at this rate, at least 0 and often 3 to 10 times that of
+    AdamW; embeddings, head, convolutions, norms and biases are trained by `optim` at `learning_rate`. Not with
+    DeepSpeed or FSDP."""
+    ema_decay: float | None = None
+    """Where given, at least 0 and below 1, the run leaves the exponential moving average of its weights behind: 0.995
+    to 0.999 for short runs, 0.9999 for long ones. Evaluations during training are of that average, and
+    `load_best_model_at_end` leaves the average of the best checkpoint. Not with DeepSpeed or FSDP."""
+    stall_seconds: float = 600.0
+    """Seconds without a step or a batch of an evaluation, at least 0, after which a warning says what the run waits
+    for, such as a worker that hangs; 0 turns it off."""
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -213,9 +165,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         for name in MOMENTS:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
-        for name, (value, reason) in FIXED.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} is {getattr(self, name)}, but {reason}; leave it out")
+        check_fixed(self, FIXED)
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata.get("choices")
             if choices and value is not None and value not in choices:
@@ -269,7 +219,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         return [*get_available_reporting_integrations(), "flyte"]  # flyte is there where flyte runs
 
     def to_dict(self) -> dict:
-        """As plain values, those of ours too."""
+        """The arguments as plain values, those of ours too."""
         groups = [asdict(group) for group in self.parameter_groups]
         return {**super().to_dict(), "modality_weights": asdict(self.modality_weights), "parameter_groups": groups}
 

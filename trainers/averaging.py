@@ -21,7 +21,7 @@ class WeightAverage(TrainerCallback):
     Checkpoints have the average in a file of its own, which the trainer has written.
 
     Args:
-        decay: At least 0, below 1.
+        decay: Decay of the average, at least 0 and below 1.
     """
 
     def __init__(self, decay: float):

@@ -50,7 +50,7 @@ class BaseTrainer(Trainer):
     checkpoint as config.yaml, where it is given.
 
     Raises:
-        ValueError: For options that the libraries refuse; nothing is written then.
+        ValueError: The libraries refuse an option; nothing is written then.
     """
 
     args: RecurrentTrainingArguments
@@ -157,7 +157,7 @@ class BaseTrainer(Trainer):
         return optimizer
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """From a checkpoint, if one is given; one of the last step is only brought to the end of the run."""
+        """Train, from a checkpoint if one is given; one of the last step is only brought to the end of the run."""
         for callback in (self.keeper, self.stop):  # last, as others write into checkpoints too
             self.pop_callback(callback)
             self.add_callback(callback)
@@ -173,7 +173,7 @@ class BaseTrainer(Trainer):
         """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more.
 
         Raises:
-            ResumeError: for a checkpoint of a step that the run does not have.
+            ResumeError: The checkpoint is of a step that the run does not have.
         """
         self.num_train_epochs, *others = super().set_initial_training_values(args, dataloader)
         step, max_steps = 0 if self.resume_point is None else read_state(self.resume_point)["global_step"], others[-1]
@@ -185,7 +185,7 @@ class BaseTrainer(Trainer):
         return (0, *others)
 
     def get_train_dataloader(self) -> DataLoader:
-        """With workers that leave signals to this process."""
+        """The loader, with workers that leave signals to this process."""
         return sheltered(super().get_train_dataloader())
 
     def _by_decay(self, parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
@@ -208,7 +208,7 @@ class BaseTrainer(Trainer):
         return bool(self.auxiliary) and not is_peft_model(self.model)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Also what is saved beside the model and, while it trains, the average of the weights. In a checkpoint all of
+        """Also the auxiliary parts and, while it trains, the average of the weights. In a checkpoint all of
         it stands before the manifest that makes that complete.
         """
         folder = output_dir or self.args.output_dir
@@ -234,12 +234,12 @@ class BaseTrainer(Trainer):
             return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """Of all rows: `dataloader_drop_last` is for training."""
+        """The loader of all rows: `dataloader_drop_last` is for training."""
         with keeping_last(self.args):
             return sheltered(super().get_eval_dataloader(*args, **kwargs))
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """Of all rows."""
+        """The loader of all rows."""
         with keeping_last(self.args):
             return sheltered(super().get_test_dataloader(*args, **kwargs))
 
@@ -254,7 +254,7 @@ class BaseTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """With what is saved beside it and its average. Where it is damaged by now, the weights stay as they are."""
+        """Load it with its auxiliary parts and its average. Where it is damaged, the weights stay as they are."""
         reason = damage(Path(self.state.best_model_checkpoint))
         if reason is not None:
             logger.warning(
@@ -275,6 +275,31 @@ class BaseTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Theirs would say how to load models of other kinds; the run's own card is written by a callback."""
+
+
+class ScoringTrainer(BaseTrainer):
+    """Trainer whose `compute_metrics` gets the scores of all rows."""
+
+    def scores_of(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Scores of the rows of a batch: what `compute_loss` returns as outputs, where it is not overridden."""
+        return outputs
+
+    @torch.no_grad()
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The loss, and the scores in the place of predictions, and of labels, without which `Trainer` computes no
+        metrics.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        scores = None if prediction_loss_only else self.scores_of(outputs, inputs)
+        return loss, scores, scores
 
 
 class EpochCallback(TrainerCallback):

@@ -29,7 +29,7 @@ DELETED = "deleted-"  # in front of a name, so that a half of it is never taken 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 UNFINISHED = "was not finished, its saving was cut off"
-# What no run reads when it goes on, and what may be rewritten beside the weights.
+# What no run reads when it goes on, and what may be rewritten next to the weights.
 IGNORED = ("README.md", "*.py", MANIFEST_NAME)
 DEEPSPEED_FOLDERS = "global_step*"
 # What goes on from a checkpoint reads; training_args.bin, also a pickle, is read by nobody.
@@ -134,7 +134,7 @@ def complete_checkpoint(folder: Path, problem: str | None = None) -> None:
     """Mark the folder of a checkpoint as finished, all of it being on the disk.
 
     Args:
-        folder: With all files of all ranks.
+        folder: Folder with all files of all ranks.
         problem: Why no run should go on from it, as the end of a sentence that begins with the folder.
     """
     files = {}
@@ -152,7 +152,7 @@ def manifest_fault(folder: Path, with_digests: bool = True) -> str | None:
     not, or has none. Files that the manifest does not name do no harm.
 
     Args:
-        folder: Of a checkpoint.
+        folder: Folder of a checkpoint.
         with_digests: Whether the files are read; their sizes are always compared, and first.
     """
     try:
@@ -200,7 +200,7 @@ def files_of_manifest(manifest: dict) -> dict[str, dict] | None:
     """Sizes and digests by file, None of a checkpoint that was not finished.
 
     Raises:
-        ValueError: for a format that is not known, and for files that are not described or lie outside of the folder.
+        ValueError: The format is not known, or files are not described or lie outside of the folder.
     """
     if manifest.get("format") != MANIFEST_FORMAT:
         raise ValueError(f"its format is {manifest.get('format')!r}, and known is {MANIFEST_FORMAT}")
@@ -276,7 +276,7 @@ def unreadable(folder: Path) -> str | None:
 
 
 def corrupt(folder: Path) -> str | None:
-    """As `unreadable`, by the checksums that are in the files themselves, for checkpoints without a manifest."""
+    """The same as `unreadable`, by the checksums in the files themselves, for checkpoints without a manifest."""
     for path in matching_files(folder, PICKLES):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:

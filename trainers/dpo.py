@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
-from .arguments import RecurrentTrainingArguments, check_choices
+from .arguments import RecurrentTrainingArguments, check_choices, check_fixed
 from .recurrent import RecurrentTrainer
 
 logger = logging.getLogger(__name__)
@@ -45,16 +45,14 @@ class PreferenceArguments(RecurrentTrainingArguments, DPOConfig):
             raise ValueError(f"max_length is {self.max_length}; give at least 2, for a prompt and an answer, or null")
         for name in [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type:
             check_choices("loss_type", name, LOSSES)
-        for name, (value, reason) in FIXED.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} is {getattr(self, name)}, but {reason}; leave it out")
+        check_fixed(self, FIXED)
 
 
 class NamedMetrics(Trainer):
     """Goes behind a trainer of TRL, whose metrics of an evaluation do not say which of several it was."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As eval_SOURCE_NAME, like the loss; without those that were never a number."""
+        """Log them as eval_SOURCE_NAME, like the loss, without those that were never a number."""
         loss = next((name for name in logs if name.startswith("eval_") and name.endswith("_loss")), None)
         if loss is not None:
             source = loss.removesuffix("loss")
@@ -80,10 +78,7 @@ class PreferenceTrainer(RecurrentTrainer, DPOTrainer, NamedMetrics):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        forget_reference(self.model)
-        if self.args.disable_dropout:
-            disable_attention_dropout(self.model)
-            disable_attention_dropout(self.ref_model)
+        prepare_models(self)
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: PreferenceArguments, name: str
@@ -115,21 +110,21 @@ class PreferenceTrainer(RecurrentTrainer, DPOTrainer, NamedMetrics):
 
     @torch.no_grad()
     def _probe_recurrence(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """On the chosen answers."""
+        """Probe on the chosen answers."""
         pairs = len(inputs["input_ids"]) // 2
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         chosen = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
         super()._probe_recurrence(model, {name: rows[:pairs] for name, rows in chosen.items()})
 
 
-def disable_attention_dropout(model: nn.Module | None) -> None:
-    """What TRL's `disable_dropout` does to other dropout: as long as the model is in memory, there is none."""
-    for module in model.modules() if model is not None else ():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-
-
-def forget_reference(model: nn.Module) -> None:
-    """Takes the copy of fresh adapters away that TRL makes as the reference: the model without any is the same."""
+def prepare_models(trainer: Trainer) -> None:
+    """Complete what TRL does to the models of a trainer. The copy of fresh adapters that it makes as the reference
+    goes: the model without any is the same. Its `disable_dropout` gets the dropout of attention, too.
+    """
+    model = trainer.model
     if isinstance(model, PeftModel) and "ref" in model.peft_config:
         model.delete_adapter("ref")
+    models = [model, trainer.ref_model] if trainer.args.disable_dropout else []
+    for module in (part for it in models if it is not None for part in it.modules()):
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0

@@ -110,7 +110,7 @@ class Precision:
 def precision_of(is_half: bool, by_deepspeed: bool, is_compiled: bool = False) -> Precision:
     """Without `is_half` (bf16 or fp16) all is float32: 4 + 4 + 8 bytes for weight, gradient and AdamW's two moments.
 
-    With it, DeepSpeed keeps weights and gradients in 2 bytes beside float32 weights and moments, 2 + 2 + 12 (the ZeRO
+    With it, DeepSpeed keeps weights and gradients in 2 bytes with float32 weights and moments, 2 + 2 + 12 (the ZeRO
     paper). Without DeepSpeed it is autocast: 4 + 4 + 8 as before, and the products run on copies of 2 bytes. A norm of
     bf16 numbers with float32 weights is not fused then, and keeps its input twice in float32, unless it is compiled.
     """
@@ -269,12 +269,12 @@ def describe_needs(model: PreTrainedModel, args: PlannedTrainingArguments, block
     """Memory, operations and time of a run, as Markdown.
 
     Args:
-        model: On any device, the meta device too. What the arguments freeze is frozen in it.
+        model: Model on any device, the meta device too. What the arguments freeze is frozen in it.
         block_size: Tokens in a row.
         packing: Whether a row holds several documents.
 
     Raises:
-        ValueError: for a number of GPUs that is none, and patterns of parameters that match none.
+        ValueError: The number of GPUs is none, or a pattern of parameters matches none.
     """
     plan, config = Plan(args, args.deepspeed_settings, block_size), model.config.get_text_config()
     freeze(model, args.freeze)

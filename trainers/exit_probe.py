@@ -12,7 +12,7 @@ from transformers import EvalPrediction, PreTrainedModel
 from model.exit_criteria import relative_change
 
 from .arguments import RecurrentTrainingArguments
-from .base import BaseTrainer
+from .base import ScoringTrainer
 from .recurrent import inputs_of_model
 
 
@@ -33,15 +33,15 @@ class ExitProbeArguments(RecurrentTrainingArguments):
                 raise ValueError(f"{type(self).__name__}.{name}: {getattr(self, name)} is not above 0; raise it")
 
 
-class ExitProbeTrainer(BaseTrainer):
+class ExitProbeTrainer(ScoringTrainer):
     """`transformers.Trainer` for the exit probe of a model whose other weights are frozen: binary cross-entropy of its
     decision after each step, up to the mean depth.
 
     Args:
-        kwargs: As for `transformers.Trainer`.
+        kwargs: The arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: For options that the libraries refuse, and for several processes; nothing is written then.
+        ValueError: The libraries refuse an option, or there are several processes; nothing is written then.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -70,21 +70,6 @@ class ExitProbeTrainer(BaseTrainer):
             return loss
         is_right = ((logits > 0) == is_final).float().mean(0)  # (batch, sequence)
         return loss, is_right.where(counts, torch.nan).nanmean(-1)
-
-    @torch.no_grad()
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The loss, and the shares in the place of predictions, and of labels, without which `Trainer` computes no
-        metrics.
-        """
-        with self.compute_loss_context_manager():
-            loss, shares = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, shares, shares)
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class ModelOptions:
     path: str = field(default="", metadata={"is_path": True})
     """Folder of a run or of a checkpoint, or a name on the Hugging Face hub; it has to be given."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights; by default that of the checkpoint. Adapters are float32."""
+    """Precision of the weights; by default that of the checkpoint. Adapters are float32."""
     num_steps: int | None = None
     """Mean of the core steps in training, and those of evaluation, at least 1; by default the checkpoint's."""
     backprop_steps: int | None = None
@@ -67,15 +67,15 @@ class TargetOptions:
     prelude: str | list[str] | None = None
     """Layers that run once, in front of the core."""
     core: str | list[str] | None = None
-    """Layers that are iterated, and the injection (`proj` or `gate`); one delta serves all steps."""
+    """Layers that are iterated, and the injection (`proj` or `gate`); one low-rank update serves all steps."""
     coda: str | list[str] | None = None
     """Layers that run once, behind the core."""
     vision: str | list[str] | None = None
     """The encoder of images."""
     audio: str | list[str] | None = None
-    """The encoder of sound."""
+    """The encoder of audio."""
     projectors: str | list[str] | None = None
-    """What maps features of images and sound onto the model's width."""
+    """What maps features of images and audio onto the model's width."""
 
 
 @dataclass
@@ -83,11 +83,11 @@ class PeftOptions:
     """Low-rank adapters by PEFT (LoRA, Hu et al. 2021, arXiv 2106.09685): W x + alpha / rank B A x."""
 
     rank: int = 8
-    """Of the deltas, at least 1."""
+    """Rank of the low-rank update, at least 1."""
     alpha: int = 16
-    """Scale of the deltas, times the rank; at least 1."""
+    """Scale of the low-rank update, times the rank; at least 1."""
     dropout: float = 0.0
-    """Of what goes into the deltas; at least 0, below 1."""
+    """Dropout of what goes into the low-rank update; at least 0, below 1."""
     use_rslora: bool = False
     """Divide by the square root of the rank instead, so that large ranks learn as fast as small ones (Kalajdzievski
     2023, arXiv 2312.03732)."""
@@ -104,14 +104,14 @@ class PeftOptions:
 
 @dataclass
 class StepLoraOptions:
-    """A low-rank delta of the core's weights for each of its first steps, instead of one for all."""
+    """A low-rank update of the core's weights for each of its first steps, instead of one for all."""
 
     num_steps: int = 8
-    """Steps that have a delta, the first ones, at least 1; later steps have none."""
+    """Steps that have a low-rank update, the first ones, at least 1; later steps have none."""
     rank: int = 4
-    """Of the deltas, at least 1."""
+    """Rank of the low-rank update, at least 1."""
     alpha: int = 8
-    """Scale of the deltas, times the rank; at least 1."""
+    """Scale of the low-rank update, times the rank; at least 1."""
     target_modules: str | list[str] = ALL_LINEAR
     """Linear layers of the core, by name, or "all-linear"."""
 
@@ -131,11 +131,11 @@ def check_low_rank(rank: int, alpha: int) -> None:
 # ------------------------------------------------------------------------------------------------ options to adapters
 
 
-def lora_config(options: PeftOptions, model: nn.Module) -> LoraConfig:
-    """What PEFT wants to know.
+def peft_config(options: PeftOptions, model: nn.Module) -> LoraConfig:
+    """The configuration of PEFT.
 
     Raises:
-        ValueError: as `find_targets`.
+        ValueError: The same as `find_targets`.
     """
     return LoraConfig(
         r=options.rank,
@@ -167,7 +167,7 @@ def find_targets(model: nn.Module, options: TargetOptions) -> list[str]:
         if names is not None:
             found += match(layers, part, names, f"peft.target_modules.{part}")
     if not found:
-        raise ValueError(f"peft.target_modules: no part is named; this model has {describe(layers)}")
+        raise ValueError(f"peft.target_modules: no part is named; this model has {describe_layers(layers)}")
     return found
 
 
@@ -175,11 +175,11 @@ def step_lora_targets(model: nn.Module, names: str | list[str], lora: LoraConfig
     """The linear layers of the core that are named, or all of them, as the core calls them.
 
     Args:
-        lora: What is added beside it.
+        lora: Adapters that are added with it.
 
     Raises:
-        ValueError: as `find_targets`; for layers with DoRA, which would scale the deltas of steps as well, but no more
-            when it is merged.
+        ValueError: The same as `find_targets`; also for layers with DoRA, which would scale the deltas of steps as
+            well, but no more when it is merged.
     """
     layers = match(linear_layers(model), "core", names, "step_lora.target_modules")
     both = [layer for layer in layers if lora is not None and lora.use_dora and layer in lora.target_modules]
@@ -202,10 +202,10 @@ def match(layers: dict[str, list[str]], part: str, names: str | list[str], key: 
     """The full names of the layers of a part that are named, or of all of them.
 
     Raises:
-        ValueError: for a part without linear layers, and a name that none of them has.
+        ValueError: The part has no linear layers, or none of them has a name.
     """
     if part not in layers:
-        raise ValueError(f"{key}: {part} has no linear layers; this model has {describe(layers)}")
+        raise ValueError(f"{key}: {part} has no linear layers; this model has {describe_layers(layers)}")
     if names == ALL_LINEAR:
         return layers[part]
     names = [names] if isinstance(names, str) else names
@@ -223,7 +223,7 @@ def last_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def describe(layers: dict[str, list[str]]) -> str:
+def describe_layers(layers: dict[str, list[str]]) -> str:
     """The parts and the names of their layers."""
     return ", ".join(f"{part} ({', '.join(dict.fromkeys(map(last_name, names)))})" for part, names in layers.items())
 

@@ -17,7 +17,7 @@ from model.depth import sample_depth
 
 from .arguments import RecurrentTrainingArguments, check_choices
 from .base import BaseTrainer
-from .dpo import NamedMetrics, disable_attention_dropout, forget_reference
+from .dpo import NamedMetrics, prepare_models
 from .user_functions import load_reward
 
 # With these a token is written with the probability that the pass of the loss computes for it.
@@ -40,24 +40,16 @@ FOREIGN = ("use_vllm", "use_transformers_continuous_batching", "use_transformers
 
 @dataclass
 class RolloutArguments(RecurrentTrainingArguments, GRPOConfig):
-    """Arguments of GRPO; see `trl.GRPOConfig` for the inherited ones.
-
-    Args:
-        rewards: Import names of the reward functions; see `load_reward`.
-        disable_dropout: Whether there is none, so that a token is written with the probability that the loss computes.
-    """
+    """Arguments of GRPO; see `trl.GRPOConfig` for the inherited ones."""
 
     learning_rate: float = 1e-5
     gradient_checkpointing: bool | None = None  # off, as everywhere; TRL turns it on
-    disable_dropout: bool = True  # or what scores a completion would not be what has written it
+    disable_dropout: bool = True
+    """Whether there is none, so that a token is generated with the probability that the loss computes."""
     num_generations_eval: int | None = 1  # greedily, all would be the same
-    rewards: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Reward functions by import name, module:function, such as evaluation.rewards:exact_answer; their "
-            "sum is the reward, by reward_weights where those are given."
-        },
-    )
+    rewards: list[str] = field(default_factory=list)
+    """Reward functions by import name, module:function, such as evaluation.rewards:exact_answer; their sum is the
+    reward, by `reward_weights` where those are given."""
 
     def __post_init__(self) -> None:
         if self.greater_is_better is None:
@@ -89,17 +81,17 @@ class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
 
     Each completion has one depth, the same for all completions of a prompt, so that they are compared with each other
     and not with what another depth would have written. It is drawn from (seed, global step, micro-batch, prompt) and
-    recorded beside the completion, through TRL's shuffling and splitting, so that every pass that scores the completion
+    recorded with the completion, through TRL's shuffling and splitting, so that every pass that scores the completion
     (of the policy, of the policy before, of the reference) runs at it: from the fixed initial state, without exits.
     Under ZeRO-3, where ranks must take the same steps, a depth is that of a whole batch of completions.
 
     Evaluation writes greedily, at the mean depth. All steps carry gradient.
 
     Args:
-        kwargs: As for `trl.GRPOTrainer`, without `reward_funcs`, which the arguments name.
+        kwargs: The arguments of `trl.GRPOTrainer`, without `reward_funcs`, which the arguments name.
 
     Raises:
-        ValueError: for a reward that cannot be imported, and for options that the libraries refuse.
+        ValueError: A reward cannot be imported, or the libraries refuse an option.
     """
 
     args: RolloutArguments
@@ -107,10 +99,7 @@ class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
     def __init__(self, *args: Any, **kwargs: Any):
         rewards = [load_reward(name) for name in kwargs["args"].rewards]
         super().__init__(*args, reward_funcs=rewards, **kwargs)
-        forget_reference(self.model)
-        if self.args.disable_dropout:
-            disable_attention_dropout(self.model)
-            disable_attention_dropout(self.ref_model)
+        prepare_models(self)
         self.text_config = self.model.config.get_text_config()
         self.is_recurrent = self.text_config.num_core_layers > 0
         self._position = (-1, -1)  # (global step, micro-batch within it) of the training step in progress
@@ -151,7 +140,7 @@ class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
         return [[tokenizer.bos_token_id, *row] for row in ids], None, {}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Writes each completion at its depth, which is recorded beside it."""
+        """Writes each completion at its depth, which is recorded with it."""
         options = EXACT | {"top_k": self.top_k if self.model.training else 1}
         depths = self._draw_depths(len(inputs)) if self.is_recurrent else None
         if depths is not None:
@@ -177,7 +166,7 @@ class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
     # -------------------------------------------------------------------------------------------------------- scoring
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """At the depths at which the completions were written."""
+        """The loss at the depths at which the completions were generated."""
         with self.scoring_at(inputs.get("num_steps")):
             return super().compute_loss(model, inputs, *args, **kwargs)
 

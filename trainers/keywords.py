@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, KeysView, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,31 +55,15 @@ class Recorder(dict):
         self.note(name)
         return super().__contains__(name)
 
-    def keys(self) -> Any:
-        return RecordedKeys(self)
-
-
-class RecordedKeys:
-    """The keys of a `Recorder`, which remembers those that are looked for here too."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.recorder
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.recorder)
-
-    def __len__(self) -> int:
-        return len(self.recorder)
+    def keys(self) -> KeysView[str]:
+        return KeysView(self)  # which looks keys up by the methods above
 
 
 def check_keywords(args: TrainingArguments) -> None:
     """Look at the keywords of training arguments.
 
     Raises:
-        ValueError: for one that nobody takes, with the closest one that is taken.
+        ValueError: Nobody takes a keyword; the message has the closest one that is taken.
     """
     known = {*inspect.signature(checkpoint).parameters, *OF_TRANSFORMERS, *SWITCHES} - {"function", "args", "kwargs"}
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
@@ -107,7 +91,7 @@ def recorded_fsdp(value: Any, is_used: bool) -> dict[str, Any] | None:
     """The options of FSDP, given as such or in a file, so that those which transformers reads are known afterwards.
 
     Raises:
-        ValueError: for a file that is none, and where FSDP is off.
+        ValueError: The file is none, or FSDP is off.
     """
     content = read("fsdp_config", value)
     if not content:
@@ -123,7 +107,7 @@ def check_fsdp(value: Any) -> Any:
     """The options of FSDP as a plain mapping, once transformers has read them.
 
     Raises:
-        ValueError: for one that it has not looked for.
+        ValueError: There is an option that it has not looked for.
     """
     if not isinstance(value, Recorder):
         return value

@@ -16,11 +16,11 @@ class ModalityWeights:
     """How much a learned token counts, by what its document contains; a modality that is not named here counts 1."""
 
     text: float = 1.0
-    """Of documents that are text alone, at least 0."""
+    """Weight of documents that are text alone, at least 0."""
     image: float = 1.0
-    """Of documents with images, at least 0."""
+    """Weight of documents with images, at least 0."""
     audio: float = 1.0
-    """Of documents with sound, at least 0."""
+    """Weight of documents with audio, at least 0."""
 
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
@@ -36,7 +36,7 @@ class ModalityLosses:
     The sums stay on the device, so that nothing waits for it before the log.
 
     Args:
-        weights: Of the modalities.
+        weights: Weights of the modalities.
     """
 
     def __init__(self, weights: ModalityWeights):
@@ -98,11 +98,11 @@ class ModalityLosses:
         return figures
 
 
-class WrittenLosses:
+class TargetLosses:
     """Counts the latents of an accumulation window, and sums up their losses between two logs.
 
     Args:
-        config: Of the model; its writers' placeholders are `written_NAME_token_id`.
+        config: Configuration of the model; its output heads' placeholders are `written_NAME_token_id`.
     """
 
     def __init__(self, config: Any):

@@ -22,7 +22,7 @@ def build_optimizer(
     """The optimizer that is registered under a name, or that the function of an import name builds.
 
     Raises:
-        ValueError: for a function that cannot be found, that raises, or that returns no optimizer.
+        ValueError: The function cannot be found, raises, or returns no optimizer.
     """
     build = OPTIMIZERS.get(name)
     if build is not None:
@@ -42,7 +42,7 @@ def build_muon(groups: list[dict[str, Any]], args: TrainingArguments, model: nn.
     rest.
 
     Raises:
-        ValueError: for an optimizer that is not torch's, whose state may not be loadable by torch's rules.
+        ValueError: The optimizer is not torch's, so that its state may not be loadable by torch's rules.
     """
     auxiliary, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if not auxiliary.__module__.startswith("torch.optim."):
@@ -106,14 +106,13 @@ class ParameterGroup:
     """Parameters that learn in a way of their own; of several groups, the first whose pattern matches one takes it."""
 
     pattern: str
-    """Of the names of parameters, with the wildcards * ? [] of a shell: `model.readers.image.*`. It has to match."""
+    """Pattern of names of parameters with the wildcards * ? [] of a shell, `model.readers.image.*`; it has to match."""
     learning_rate: float | None = None
-    """In place of that of the training, at least 0; the schedule is the same."""
+    """Learning rate in place of that of the training, at least 0; the schedule is the same."""
     lr_factor: float | None = None
-    """Times the learning rate of the training, at least 0; instead of learning_rate."""
+    """Factor of the learning rate of the training, at least 0; instead of learning_rate."""
     weight_decay: float | None = None
-    """In place of that of the training, at least 0, for those of them that decay there (biases and norms
-    do not)."""
+    """Weight decay in place of that of the training, at least 0, where they decay there (biases and norms do not)."""
     freeze_steps: int = 0
     """Optimizer steps, at least 0, before which these parameters stay as they are. Their gradients are computed and
     count in the norm: what stays frozen for good belongs into training.freeze, which costs nothing."""
@@ -134,7 +133,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Take the parameters whose names match from the training.
 
     Raises:
-        ValueError: for a pattern that matches none, and if nothing is left to learn.
+        ValueError: A pattern matches none, or nothing is left to learn.
     """
     for pattern in patterns:
         matching = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
@@ -150,7 +149,7 @@ def assign(model: nn.Module, groups: Sequence[ParameterGroup]) -> dict[nn.Parame
     """The group of each parameter that learns and belongs to one.
 
     Raises:
-        ValueError: for a group without parameters.
+        ValueError: A group has no parameters.
     """
     owners: dict[nn.Parameter, ParameterGroup] = {}
     for group in groups:

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import BaseTrainer
+from .base import ScoringTrainer
 
 ONLY_FOR_SCORES = ("lengths",)
-"""What a batch has beside the arguments of the model."""
+"""What a batch has besides the arguments of the model."""
 
 
-class ReconstructionTrainer(BaseTrainer):
+class ReconstructionTrainer(ScoringTrainer):
     """`transformers.Trainer` for models that take media and return how well they came through.
 
     Args:
         score: (reconstructions, batch) -> (media, scores), float.
-        kwargs: As for `transformers.Trainer`; compute_metrics gets the scores of all media.
+        kwargs: The arguments of `transformers.Trainer`; compute_metrics gets the scores of all media.
 
     Raises:
-        ValueError: For options that the libraries refuse; nothing is written then.
+        ValueError: The libraries refuse an option; nothing is written then.
     """
 
     def __init__(
@@ -41,6 +41,10 @@ class ReconstructionTrainer(BaseTrainer):
                 self._losses[f"loss_{name}"].append(value)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def scores_of(self, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Scores of the reconstructions, (media, scores)."""
+        return self.score(outputs.reconstruction.float(), inputs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means, over all ranks, of what was gathered since the last log of training."""
         if "loss" in logs and self._losses:
@@ -49,22 +53,3 @@ class ReconstructionTrainer(BaseTrainer):
             logs = {**logs, **dict(zip(self._losses, means, strict=True))}
             self._losses.clear()
         super().log(logs, *args, **kwargs)
-
-    @torch.no_grad()
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The loss, and the scores in the place of predictions, and of labels, without which `Trainer` computes no
-        metrics.
-        """
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        scores = self.score(outputs.reconstruction.float(), inputs)
-        return loss, scores, scores

@@ -18,7 +18,7 @@ from model.depth import sample_depth
 from model.recurrence import draw_training_states
 
 from .base import BaseTrainer
-from .losses import ModalityLosses, WrittenLosses, flow_seeds
+from .losses import ModalityLosses, TargetLosses, flow_seeds
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class RecurrentTrainer(BaseTrainer):
     logged by modality, and weighted, if the arguments say so.
 
     Raises:
-        ValueError: For options that the libraries refuse; nothing is written then.
+        ValueError: The libraries refuse an option; nothing is written then.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -51,7 +51,7 @@ class RecurrentTrainer(BaseTrainer):
             self.accelerator.dataloader_config.dispatch_batches = False
         self.is_recurrent = self.text_config.num_core_layers > 0
         self.last_num_steps: tuple[int, int] | None = None
-        self.written = WrittenLosses(self.model.config)
+        self.targets = TargetLosses(self.model.config)
         self._position = (-1, -1)  # (global step, micro-batch within it) of the forward pass in progress
         self._gathered: dict[str, list[float]] = defaultdict(list)
 
@@ -76,21 +76,21 @@ class RecurrentTrainer(BaseTrainer):
         inputs["skip_logits"] = True
         if self.is_recurrent:
             inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
-        if self.written.token_ids:
+        if self.targets.token_ids:
             inputs["flow_seeds"] = flow_seeds(self._keys(len(inputs["input_ids"])))
-            inputs["num_written_in_batch"] = self.written.num_in_window
+            inputs["num_written_in_batch"] = self.targets.num_in_window
         if modality_ids is not None and self.modalities.are_weighted:
             inputs["loss_weights"] = self.modalities.loss_weights(modality_ids)
-        if not (return_outputs or modality_ids is not None or self.written.token_ids):
+        if not (return_outputs or modality_ids is not None or self.targets.token_ids):
             return super().compute_loss(model, inputs, **kwargs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if modality_ids is not None:
             self.modalities.add(outputs["token_losses"], inputs["labels"], modality_ids)
-        self.written.add(outputs.get("written_losses") or {})
+        self.targets.add(outputs.get("written_losses") or {})
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """As in `Trainer`; labels hold the codes of images, where these are tokens."""
+        """The step of `Trainer`; labels hold the codes of images, where these are tokens."""
         with_codes = getattr(self.model, "with_codes", dict)  # models of text alone have none
         return super().prediction_step(model, with_codes(self._prepare_inputs(inputs)), *args, **kwargs)
 
@@ -100,8 +100,8 @@ class RecurrentTrainer(BaseTrainer):
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._gathered.items()}}
             self._gathered.clear()
             logs |= self.modalities.flush(lambda sums: self.accelerator.reduce(sums, "sum"))
-            if self.written.token_ids:
-                logs |= self.written.flush(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum"))
+            if self.targets.token_ids:
+                logs |= self.targets.flush(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum"))
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- rows and windows
@@ -117,9 +117,9 @@ class RecurrentTrainer(BaseTrainer):
             num_items = sum(self.modalities.sum_of_weights(batch) for batch in batches).to(device)
             if self.args.average_tokens_across_devices:
                 num_items = self.accelerator.reduce(num_items, "sum")
-        if self.written.token_ids and batches:
+        if self.targets.token_ids and batches:
             share = self.args.average_tokens_across_devices
-            self.written.count(batches, lambda it: self.accelerator.reduce(it.to(device), "sum") if share else it)
+            self.targets.count(batches, lambda it: self.accelerator.reduce(it.to(device), "sum") if share else it)
         return batches, num_items
 
     def get_train_dataloader(self) -> DataLoader:
@@ -128,7 +128,7 @@ class RecurrentTrainer(BaseTrainer):
         return self._grouped(super().get_train_dataloader, self.train_dataset, rows)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """As in training."""
+        """The loader, grouped as in training."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         build = functools.partial(super().get_eval_dataloader, eval_dataset)
@@ -159,7 +159,7 @@ class RecurrentTrainer(BaseTrainer):
 
     def _keys(self, batch: int) -> list[tuple[int, int, int]]:
         """(seed, global step, row in the global batch) of each row of the current micro-batch, in the order in which
-        accelerate deals out batches: those of the ranks side by side, micro-batch after micro-batch.
+        accelerate assigns batches: those of the ranks side by side, micro-batch after micro-batch.
         """
         step, micro_batch = self._position
         first = (micro_batch * self.args.world_size + self.args.process_index) * self.args.per_device_train_batch_size
@@ -217,8 +217,8 @@ class LengthSampler(LengthGroupedSampler):
 
     Args:
         batch_size: Rows that should be of similar length.
-        lengths: Of all rows, known in advance.
-        seed: At least 0.
+        lengths: Lengths of all rows, known in advance.
+        seed: Seed of the orders, at least 0.
     """
 
     def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):

@@ -145,7 +145,7 @@ def damage(folder: Path) -> str | None:
 
 
 def faulty_state(folder: Path) -> str | None:
-    """As `damage`, of the trainer's state alone."""
+    """The same as `damage`, of the trainer's state alone."""
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except OSError:
@@ -164,7 +164,7 @@ def faulty_state(folder: Path) -> str | None:
 
 
 def missing_part(folder: Path) -> str | None:
-    """As `damage`, of the weights and of the state of the optimizer, by the names of files."""
+    """The same as `damage`, of the weights and of the state of the optimizer, by the names of files."""
     own = sorted(path for path in folder.glob(DEEPSPEED_FOLDERS) if path.is_dir())
     if own:  # where DeepSpeed keeps all of it
         return faulty_latest(folder)
@@ -176,7 +176,7 @@ def missing_part(folder: Path) -> str | None:
 
 
 def faulty_latest(folder: Path) -> str | None:
-    """As `damage`, of the file that tells DeepSpeed which folder to read."""
+    """The same as `damage`, of the file that tells DeepSpeed which folder to read."""
     path = folder / "latest"
     try:
         name = path.read_text(encoding="utf-8").strip()
@@ -190,7 +190,7 @@ def faulty_latest(folder: Path) -> str | None:
 
 
 def faulty_without_manifest(folder: Path) -> str | None:
-    """As `damage`, of a checkpoint that has no manifest: what else belongs to it, and what is in it."""
+    """The same as `damage`, of a checkpoint that has no manifest: what else belongs to it, and what is in it."""
     is_deepspeeds = any(folder.glob(DEEPSPEED_FOLDERS))
     for pattern in ("rng_state*.pth",) if is_deepspeeds else ("rng_state*.pth", "scheduler.pt"):
         if not any(folder.glob(pattern)):
@@ -292,10 +292,10 @@ class OptionsOfRun(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **kwargs: Any
     ) -> None:
-        """Do so.
+        """Give them.
 
         Raises:
-            ResumeError: for options of the checkpoint that are others, where that is not allowed.
+            ResumeError: The checkpoint has other options, where that is not allowed.
         """
         if state.global_step == 0:
             return
@@ -304,20 +304,20 @@ class OptionsOfRun(TrainerCallback):
         if len(groups) < len(wanted):  # ZeRO-1 and -2 leave out a group of no parameters, as beside adapters is
             wanted = self.options_in_use
         if args.allow_changes:
-            change_options(groups, wanted)
+            change_group_options(groups, wanted)
         else:
-            check_options(groups, wanted)
+            check_group_options(groups, wanted)
         set_rates(groups, lr_scheduler)
 
 
-def change_options(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
+def change_group_options(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
     """Give the groups of an optimizer other options; the rates become those that a schedule begins with."""
     for group, options in zip(groups, wanted, strict=True):
         group |= {name: value for name, value in options.items() if name in group}
         group["initial_lr"] = options["lr"]
 
 
-def check_options(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
+def check_group_options(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
     """Raises ResumeError for groups that were trained in another way: of checkpoints without a record of options, this
     alone shows it.
     """

@@ -40,7 +40,7 @@ class LossOfTextOrModel(SFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
-        """As in pretraining; TRL's would compute the logits in a forward pass of their own."""
+        """The step of pretraining; TRL's would compute the logits in a forward pass of their own."""
         return super(SFTTrainer, self).prediction_step(*args, **kwargs)
 
 
@@ -48,11 +48,11 @@ class SupervisedTrainer(RecurrentTrainer, LossOfTextOrModel):
     """`trl.SFTTrainer` for models that take `num_steps` and `initial_state`, on rows that are tokenised already.
 
     Args:
-        train_dataset: As `RecurrentTrainer` takes it.
-        kwargs: As for `RecurrentTrainer`.
+        train_dataset: Rows that `RecurrentTrainer` takes.
+        kwargs: The arguments of `RecurrentTrainer`.
 
     Raises:
-        ValueError: For options that the libraries refuse, and a loss that models with media do not have.
+        ValueError: The libraries refuse an option, or models with media do not have the loss.
     """
 
     def __init__(self, *args: Any, train_dataset: Dataset, **kwargs: Any):

@@ -63,7 +63,7 @@ class StopRequest:
         """Let what is in it come to an end, or to where it looks at `number`.
 
         Raises:
-            SystemExit: behind it, if there was a signal.
+            SystemExit: There was a signal.
         """
         self.is_deferred = True
         try:
@@ -117,7 +117,7 @@ class StopCallback(TrainerCallback):
             control.should_evaluate = False
 
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """As behind a step, which is the one before; where the evaluation decides about saving, the next."""
+        """Do so for the step before, too; where the evaluation decides about saving, the next step does."""
         if self.is_agreed() and args.save_strategy != SaveStrategy.BEST:
             control.should_save = control.should_training_stop = True
 

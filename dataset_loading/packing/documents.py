@@ -3,7 +3,6 @@ item of media, and how long they become at most.
 """
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,8 @@ from ..augmentation import Augmenter
 from ..bad_rows import BadRows
 from ..configuration import DataConfig, SourceConfig
 from ..sources.references import ArrowRow
-from .media_reader import MediaReader, UnreadableMedium
+from ..sources.tables import map_in_memory
+from .media_reader import MediaReader, UnreadableItem
 
 _TEXT_FEATURES = Features({"tokens": List(Value("int32")), "loss_start": Value("int32")})
 _FEATURES = Features(
@@ -77,20 +77,12 @@ def tokenize_rows(
     """Tokenise checked rows in batches, in `workers` processes; the result stays in memory and leaves no files.
 
     Args:
-        loss_on: "all" or "answer", in place of the source's own.
+        loss_on: "all" or "answer", instead of the source's own.
     """
-    encoded = rows.map(
-        encode_batch,
-        batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "separator": source.separator, "loss_on": loss_on or source.loss_on},
-        remove_columns=rows.column_names,
-        features=_TEXT_FEATURES,
-        num_proc=min(workers, len(rows)) if workers > 1 else None,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint=f"tokenized-{zlib.crc32(source.label.encode()):08x}",
-        desc=f"tokenising {source.label}",
-    ).with_format("arrow")[:]
+    options = {"tokenizer": tokenizer, "separator": source.separator, "loss_on": loss_on or source.loss_on}
+    purpose = f"tokenising {source.label}"
+    encoded = map_in_memory(rows, encode_batch, _TEXT_FEATURES, workers, purpose, 1000, **options)
+    encoded = encoded.with_format("arrow")[:]
     tokens = encoded.column("tokens")
     return Documents(
         tokens=np.concatenate([chunk.flatten().to_numpy() for chunk in tokens.chunks]),
@@ -124,13 +116,13 @@ class MediaDocument:
     """One conversation; its media are where its row says."""
 
     tokens: np.ndarray
-    """int32 (tokens,): one placeholder for each medium."""
+    """int32 (tokens,): one placeholder for each item of media."""
     is_label: np.ndarray
     """bool (tokens,): whether a token is learned."""
     length: int
     """The most tokens that it has when its media are read."""
     modality: int
-    """The last of its kinds of media, as in `MediaReader.modality_ids`; 0: text alone."""
+    """Number of the last modality of its media, as in `MediaReader.modality_ids`; 0: text alone."""
     row: Mapping[str, Any]
     """Its messages as JSON, where it is from, and what its references refer to."""
 
@@ -174,33 +166,26 @@ def read_documents(
     bad_rows: BadRows,
     augmenter: Augmenter | None = None,
 ) -> MediaDocuments:
-    """Tokenise conversations and look into their media, in `config.preprocessing_workers` processes.
+    """Tokenise conversations and find the sizes of their media, in `config.preprocessing_workers` processes.
 
     Args:
-        augmenter: may make recordings longer, for which room is left.
+        augmenter: Changes that may make audio longer, for which capacity is left.
 
     Raises:
-        ValueError: none of them can be used, or too many cannot.
+        ValueError: None of them can be used, or too many cannot.
     """
-    workers = config.preprocessing_workers
-    found = rows.with_format("arrow").map(
+    longer = {"stretch": augmenter.stretch, "silence": augmenter.silence} if augmenter else {}
+    found = map_in_memory(
+        rows.with_format("arrow"),
         _read_batch,
-        batched=True,
-        batch_size=100,
-        fn_kwargs={
-            "reader": reader,
-            "loss_on": source.loss_on,
-            "decode": config.check_media,
-            "block_size": config.block_size,
-            **({"stretch": augmenter.stretch, "silence": augmenter.silence} if augmenter else {}),
-        },
-        remove_columns=rows.column_names,
-        features=_FEATURES,
-        num_proc=min(workers, len(rows)) if workers > 1 else None,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint="documents",
-        desc=f"looking into {source.label}",
+        _FEATURES,
+        config.preprocessing_workers,
+        f"looking into {source.label}",
+        reader=reader,
+        loss_on=source.loss_on,
+        decode=config.check_media,
+        block_size=config.block_size,
+        **longer,
     )
     kept, problems = [], found[:]["problem"].to_pylist()
     for number, (where, problem) in enumerate(zip(rows["where"], problems, strict=True)):
@@ -248,9 +233,10 @@ def read_conversations(
     """Tokens, is_label, most tokens, modality and the reason against it (or "") of each conversation.
 
     Args:
-        rows: messages, and what their references refer to.
-        decode: read the media whole, not their headers only.
-        stretch, silence: how much longer recordings may become.
+        rows: Messages, and what their references refer to.
+        decode: Whether the media are read whole, and not their headers only.
+        stretch: How many times as long audio may become.
+        silence: How many seconds longer it may become then.
     """
     nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     for encoded, (_, row) in zip(reader.encode([messages for messages, _ in rows]), rows, strict=True):
@@ -262,7 +248,7 @@ def read_conversations(
         try:
             for part in media:
                 length += reader.most_tokens(part, row, decode, stretch, silence) - 1
-        except UnreadableMedium as error:
+        except UnreadableItem as error:
             problem = str(error)
         if length > block_size and not problem:
             media_tokens = length - len(encoded.ids) + len(media)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..augmentation import Augmenter, ConditionDrop
+from ..augmentation import Augmenter, CFGDropout
 from ..bad_rows import BadRows
 from ..sources.messages import media_of, text_of
 from .documents import MediaDocument, MediaDocuments
-from .media_reader import MediaReader, UnreadableMedium
+from .media_reader import MediaReader, UnreadableItem
 from .mixture import RowDataset
 from .texts import IGNORED
 
@@ -35,25 +35,25 @@ class Piece:
     modality: int = 0
     """What the tokens are counted as."""
     media: tuple[tuple[str, torch.Tensor], ...] = ()
-    """Kind and tensor of each medium that is seen, in order."""
+    """Modality and tensor of each item that is seen, in order."""
 
 
 class MediaDataset(RowDataset):
     """Rows of conversations with random access: {"input_ids", "labels", "position_ids", "modality_ids"}, int64
-    (length,) each, and "media": {kind: [tensor, ...]} in the order of the placeholders.
+    (length,) each, and "media": {modality: [tensor, ...]} in the order of the placeholders.
 
-    Media are read when a row is asked for. A row with a medium that cannot be read is replaced by the next one.
+    Media are read when a row is asked for. A row with an item that cannot be read is replaced by the next one.
 
     Args:
-        documents: in the order in which they are laid out.
-        reader: reads their media.
-        block_size: tokens in a row.
-        packing: fill rows with documents; else every document is a row.
-        bad_rows: counts documents whose media can be read no more; in each process that reads rows by itself.
-        seed: of the order in which documents are packed, and of what is random about them.
-        shuffle: pack documents in a random order; else in theirs.
-        augmenter: changes media and texts.
-        condition_drop: hides prompts of media that are written.
+        documents: Documents in the order in which they are laid out.
+        reader: Reads their media.
+        block_size: Tokens in a row.
+        packing: Whether rows are filled with documents; else every document is a row.
+        bad_rows: Counts documents whose media can be read no more, in each process that reads rows by itself.
+        seed: Seed of the order in which documents are packed, and of all random changes.
+        shuffle: Whether documents are packed in a random order; else in theirs.
+        augmenter: Changes of media and texts.
+        cfg_dropout: Hides prompts of generated targets.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class MediaDataset(RowDataset):
         seed: int = 0,
         shuffle: bool = False,
         augmenter: Augmenter | None = None,
-        condition_drop: ConditionDrop | None = None,
+        cfg_dropout: CFGDropout | None = None,
     ):
         super().__init__(seed)
-        self.augmenter, self.condition_drop = augmenter, condition_drop
+        self.augmenter, self.cfg_dropout = augmenter, cfg_dropout
         self.documents, self.reader, self.bad_rows, self.name = documents, reader, bad_rows, name
         self.row_length = block_size if packing else None
         if packing:
@@ -88,7 +88,7 @@ class MediaDataset(RowDataset):
         return np.add.reduceat(self.documents.lengths[self.members], np.concatenate([[0], self.ends[:-1]]))
 
     def draw(self, index: int, occurrence: int) -> dict[str, Any]:
-        rng = self.generator(index, occurrence) if self.augmenter or self.condition_drop else None
+        rng = self.generator(index, occurrence) if self.augmenter or self.cfg_dropout else None
         for shift in range(len(self)):
             pieces = self._pieces((index + shift) % len(self), rng)
             if pieces is not None:
@@ -101,19 +101,19 @@ class MediaDataset(RowDataset):
             return None
         documents = [self.documents[number] for number in numbers]
         augmenters = [self.augmenter] * len(documents)
-        pieces = read_pieces(documents, self.reader, augmenters, rng, self.condition_drop)
+        pieces = read_pieces(documents, self.reader, augmenters, rng, self.cfg_dropout)
         for number, document, piece in zip(numbers, documents, pieces, strict=True):
-            if isinstance(piece, UnreadableMedium):
+            if isinstance(piece, UnreadableItem):
                 self._unreadable.add(number)
                 self.bad_rows.add(self.name, document.row["where"], str(piece))
         return pieces if self._unreadable.isdisjoint(numbers) else None
 
 
 def pack_whole(lengths: np.ndarray, block_size: int, seed: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Documents to rows of at most `block_size` tokens: each goes where it leaves the least room, or begins a row.
+    """Documents to rows of at most `block_size` tokens: each goes where it leaves the least capacity, or begins a row.
 
     Args:
-        seed: of the order in which they are laid out; None: as they come.
+        seed: Seed of the order in which they are laid out; None: they are laid out as they come.
 
     Returns:
         The numbers of the documents row by row, and where each row ends among them.
@@ -141,10 +141,10 @@ def read_piece(
     """A document with its media.
 
     Raises:
-        UnreadableMedium: a medium is not what it was.
+        UnreadableItem: An item is not what it was.
     """
     (piece,) = read_pieces([document], reader, [augmenter], rng)
-    if isinstance(piece, UnreadableMedium):
+    if isinstance(piece, UnreadableItem):
         raise piece
     return piece
 
@@ -154,26 +154,26 @@ def read_pieces(
     reader: MediaReader | None,
     augmenters: Sequence[Augmenter | None],
     rng: np.random.Generator | None,
-    condition_drop: ConditionDrop | None = None,
-) -> list[Piece | UnreadableMedium]:
+    cfg_dropout: CFGDropout | None = None,
+) -> list[Piece | UnreadableItem]:
     """Documents with their media; of one that cannot be read, why.
 
     A step is made for all of them before the next one, since a processor's caches do not hold the code of all steps.
 
     Args:
-        reader: None: they have no media.
-        augmenters: of each document.
-        rng: for the augmenters and the condition drop, if there are any.
-        condition_drop: hides prompts.
+        reader: Reads their media; None: they have none.
+        augmenters: The augmenter of each document.
+        rng: Random numbers of the augmenters and of CFG dropout, if there are any.
+        cfg_dropout: Hides prompts.
     """
     conversations = [json.loads(document.row["messages"] or "[]") for document in documents]
     if reader is not None:
-        conversations = list(map(reader.with_kinds, conversations))
+        conversations = list(map(reader.with_modalities, conversations))
     loaded, unreadable = [], {}
     for number, (document, messages) in enumerate(zip(documents, conversations, strict=True)):
         try:
             loaded.append([(it["type"], reader.load(it, document.row)) for it in media_of(messages)])
-        except UnreadableMedium as error:
+        except UnreadableItem as error:
             loaded.append([])
             unreadable[number] = error
     media = []
@@ -181,7 +181,7 @@ def read_pieces(
         text = " ".join(map(text_of, messages)) if augmenter else ""
         media.append([(kind, _tensor(kind, medium, text, reader, augmenter, rng)) for kind, medium in found])
     return [
-        unreadable.get(number) or _piece(document, media[number], reader, augmenter, rng, condition_drop)
+        unreadable.get(number) or _piece(document, media[number], reader, augmenter, rng, cfg_dropout)
         for number, (document, augmenter) in enumerate(zip(documents, augmenters, strict=True))
     ]
 
@@ -206,18 +206,18 @@ def _piece(
     reader: MediaReader | None,
     augmenter: Augmenter | None,
     rng: np.random.Generator | None,
-    condition_drop: ConditionDrop | None,
-) -> Piece | UnreadableMedium:
+    cfg_dropout: CFGDropout | None,
+) -> Piece | UnreadableItem:
     tokens, is_label = document.tokens, document.is_label
     if media:
-        tokens, is_label = reader.encoder.expand(tokens, is_label, by_kind(media))
+        tokens, is_label = reader.encoder.expand(tokens, is_label, by_modality(media))
     if len(tokens) > document.length:
-        return UnreadableMedium(f"{len(tokens)} tokens, where headers promised at most {document.length}; replace it")
+        return UnreadableItem(f"{len(tokens)} tokens, where headers promised at most {document.length}; replace it")
     shown, seen = tokens, tuple(media)
     if augmenter and augmenter.text.is_on:
         shown = augmenter.text(tokens, is_label, rng)
-    if condition_drop and media:
-        shown, seen = condition_drop(shown, media, rng)
+    if cfg_dropout and media:
+        shown, seen = cfg_dropout(shown, media, rng)
     return Piece(tokens, is_label, shown, document.modality, seen)
 
 
@@ -236,12 +236,12 @@ def join_pieces(pieces: Sequence[Piece], row_length: int | None, pad_id: int) ->
     labels[0] = IGNORED  # a begin token, or the repeated token of a text that was cut
     values = {"input_ids": ids, "labels": labels, "position_ids": positions, "modality_ids": modality_ids}
     row: dict[str, Any] = {name: torch.from_numpy(it) for name, it in values.items()}
-    row["media"] = by_kind([medium for piece in pieces for medium in piece.media])
+    row["media"] = by_modality([medium for piece in pieces for medium in piece.media])
     return row
 
 
-def by_kind(media: Sequence[tuple[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-    """Media by kind, each kind in order."""
+def by_modality(media: Sequence[tuple[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+    """Media by modality, each in order."""
     found: dict[str, list[torch.Tensor]] = {}
     for kind, tensor in media:
         found.setdefault(kind, []).append(tensor)

@@ -13,22 +13,21 @@ from ..sources.references import place_of, read_reference
 from ..tasks.registry import get_task
 
 _CUT_SECONDS = 0.1
-"""What may be cut off a recording: no word is as short."""
+"""Seconds that may be cut off audio: no word is as short."""
 
 
-class UnreadableMedium(ValueError):
-    """A medium that cannot be used; the message is the reason."""
+class UnreadableItem(ValueError):
+    """An item of media that cannot be used; the message is the reason."""
 
 
 class MediaReader:
     """Sizes, tokens and tensors of media.
 
     Args:
-        processor: the run's; see `MegaTransformerProcessor`. A tokenizer, where the model reads text alone: there are
-            no kinds of media then.
+        processor: The run's processor, or its tokenizer where the model reads text alone and so has no modalities.
 
     Raises:
-        ValueError: its vocabulary lacks a token of media.
+        ValueError: The vocabulary lacks a token of media.
     """
 
     def __init__(self, processor: PreTrainedTokenizerFast | ProcessorMixin):
@@ -42,19 +41,19 @@ class MediaReader:
 
     @property
     def max_samples(self) -> dict[str, int]:
-        """Of the kinds that are recordings: how many samples are read."""
+        """Most samples that are read, by modality, of those that are audio."""
         return {name: int(self.kinds[name].max_seconds * rate) for name, rate in self.sampling_rates.items()}
 
     @property
     def sampling_rates(self) -> dict[str, int]:
-        """Of the kinds that are recordings."""
-        recordings = {name: kind for name, kind in self.kinds.items() if name in ("audio", "written_audio")}
-        return {name: kind.sampling_rate for name, kind in recordings.items()}
+        """Sampling rates in Hz by modality, of those that are audio."""
+        audio = {name: kind for name, kind in self.kinds.items() if name in ("audio", "written_audio")}
+        return {name: kind.sampling_rate for name, kind in audio.items()}
 
-    def with_kinds(self, messages: list[dict]) -> list[dict]:
-        """Messages in which media that the assistant shows have the type of the kind that is written, if there is one.
+    def with_modalities(self, messages: list[dict]) -> list[dict]:
+        """Messages in which media of the assistant have the type of the modality that is generated, if there is one.
 
-        What is shown but neither read nor written keeps its type, which is no kind then.
+        Media that are neither read nor generated keep their type, which names no modality of the model then.
         """
         return [
             {
@@ -66,15 +65,15 @@ class MediaReader:
         ]
 
     def encode(self, conversations: Sequence[list[dict]]) -> list[EncodedConversation | ValueError]:
-        """Conversations as tokens, each medium as one placeholder; of one that this model cannot use, why."""
+        """Conversations as tokens, each item as one placeholder; where this model cannot use one, the reason."""
         return [
             found if isinstance(found, ValueError) else self._problem_of(messages) or found
             for messages, found in zip(conversations, self.encoder.encode_all(conversations), strict=True)
         ]
 
     def _problem_of(self, messages: list[dict]) -> ValueError | None:
-        """What an answer shows has to be learned, or to stand beside what is."""
-        for message in self.with_kinds(messages):
+        """The reason against an answer of which nothing can be learned, if there is one."""
+        for message in self.with_modalities(messages):
             shown = [part["type"] for part in message["content"]]
             if message["role"] == "assistant" and set(shown).isdisjoint(("text", *self.written)):
                 return ValueError(
@@ -85,32 +84,32 @@ class MediaReader:
     def most_tokens(
         self, reference: Mapping, row: Mapping[str, object], decode: bool, stretch: float = 1.0, silence: float = 0.0
     ) -> int:
-        """Tokens of a medium with those that start and end it.
+        """Most tokens of an item, with those that start and end it.
 
         Args:
-            decode: read it whole, not its header only; a generated one is not made.
-            stretch: how many times as long a recording that is read may become.
-            silence: how many seconds may be added to a recording then.
+            decode: Whether the item is read whole, and not its header only; a generated one is never made for it.
+            stretch: How many times as long audio that is read may become.
+            silence: How many seconds longer it may become then.
 
         Raises:
-            UnreadableMedium: as far as it was read.
+            UnreadableItem: The item is damaged, as far as it was read.
         """
         name = reference["type"]
         kind = self.kinds[name]
         if "task" in reference:
             size = get_task(reference["task"]).medium_size(reference["medium"])
         else:
-            size = self._guarded(lambda source: self._size(name, source, decode), reference, row)
+            size = read_item(lambda source: self._size(name, source, decode), reference, row)
         stretch = stretch if name == "audio" else 1.0
         if name in self.sampling_rates and (stretch > 1 or silence > 0):
             size = size * stretch + silence + 0.01  # a changed rate is rounded to whole numbers of samples
         return kind.tokens_of_size(size) + 2
 
     def _size(self, name: str, source: Any, decode: bool) -> Any:
-        """The size of a medium, all of which is read: of a recording that is cut, the text would say what is not in it.
+        """The size of an item, all of which is read: if audio were cut, its text would say what is not in it.
 
         Raises:
-            ValueError: it is longer than what is read, or as far as it was read.
+            ValueError: The item is longer than what is read, or damaged, as far as it was read.
         """
         kind = self.kinds[name]
         if name in self.sampling_rates:
@@ -123,20 +122,29 @@ class MediaReader:
         return kind.size(kind.load(source) if decode else source)
 
     def load(self, reference: Mapping, row: Mapping[str, object]) -> Any:
-        """A medium decoded: a picture, or samples at the processor's rate.
+        """An item decoded: an image, or samples at the processor's rate.
 
         Raises:
-            UnreadableMedium: missing, damaged, or outside of the processor's limits.
+            UnreadableItem: The item is missing, damaged, or outside of the processor's limits.
         """
-        return self._guarded(self.kinds[reference["type"]].load, reference, row)
-
-    def _guarded(self, read: Callable[[Any], Any], reference: Mapping, row: Mapping[str, object]) -> Any:
-        try:
-            return read(read_reference(reference, row))
-        except (ValueError, OSError) as error:
-            place = place_of(reference)
-            raise UnreadableMedium(str(error) if place in str(error) else f"{place}: {error}") from error
+        return read_item(self.kinds[reference["type"]].load, reference, row)
 
     def tensor(self, kind: str, medium: Any) -> torch.Tensor:
-        """What `load` gave, as the model's input for one medium."""
+        """What `load` gave, as the model's input for one item."""
         return self.kinds[kind].preprocess(medium)
+
+
+def read_item(read: Callable[[Any], Any], reference: Mapping, row: Mapping[str, object]) -> Any:
+    """What a function makes of an item of media.
+
+    Args:
+        read: Takes a path, bytes, or what a generated task makes.
+
+    Raises:
+        UnreadableItem: The item is missing, damaged, or refused by the function.
+    """
+    try:
+        return read(read_reference(reference, row))
+    except (ValueError, OSError) as error:
+        place = place_of(reference)
+        raise UnreadableItem(str(error) if place in str(error) else f"{place}: {error}") from error

@@ -16,7 +16,7 @@ class RowDataset(Dataset):
     """Rows by number. One that comes more than once in an epoch may differ each time (`draw`).
 
     Args:
-        seed: of what is random about the rows.
+        seed: Seed of what is random about the rows.
     """
 
     def __init__(self, seed: int = 0):
@@ -47,12 +47,12 @@ class MixtureDataset(Dataset):
     before all have come. Ranks and workers need not know of each other, since the sampler deals out the indices.
 
     Args:
-        parts: datasets with at least one row each.
-        weights: their shares, on any positive scale.
-        seed: seed of the order.
+        parts: Datasets with at least one row each.
+        weights: Their shares, on any positive scale.
+        seed: Seed of the order.
 
     Raises:
-        ValueError: an epoch would have more than LONGEST_EPOCH times the rows of all datasets.
+        ValueError: An epoch would have more than LONGEST_EPOCH times the rows of all datasets.
     """
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], seed: int):

@@ -15,16 +15,16 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
-from ..augmentation import Augmenter, ConditionDrop
+from ..augmentation import Augmenter, CFGDropout
 from ..bad_rows import BadRows, reason_against
 from ..configuration import DataConfig, SourceConfig
 from ..sources.conversations import STORED_MEDIA, conversation_of_stream
 from ..sources.loading import columns_of, reason_against_text
 from ..sources.references import fingerprint
-from ..splits import Split, digest
+from ..splits import Split, document_digest
 from .documents import MediaDocument, encode_batch, read_conversations
 from .media import join_pieces, read_pieces
-from .media_reader import MediaReader, UnreadableMedium
+from .media_reader import MediaReader, UnreadableItem
 
 _FEATURES = datasets.Features(
     {
@@ -51,14 +51,14 @@ class StreamingDataset(IterableDataset):
     `state_dict` after any row, loaded into a new object, goes on with the next row.
 
     Args:
-        stream: rows with the columns of `_FEATURES`: a problem, the tokens of a text, of which those from `loss_start`
+        stream: Rows with the columns of `_FEATURES`: a problem, the tokens of a text, of which those from `loss_start`
             on are learned, a conversation, or nothing, which is passed over.
-        config: for block_size, packing and max_bad_rows: more rows that cannot be used in one pass stop the run.
-        loss_on: by name of the source.
-        reader: reads media; None: there are none, and rows have texts alone.
-        augmenters: by name of the source.
-        seed: of what is random about the rows.
-        condition_drop: hides prompts of media that are written.
+        config: Gives block_size, packing and max_invalid_rows; more bad rows in one pass stop the run.
+        loss_on: What is learned, by name of the source.
+        reader: Reads media; None: there are none, and rows have texts alone.
+        augmenters: Augmenters by name of the source.
+        seed: Seed of what is random about the rows.
+        cfg_dropout: Hides prompts of generated targets.
     """
 
     def __init__(
@@ -70,22 +70,26 @@ class StreamingDataset(IterableDataset):
         reader: MediaReader | None = None,
         augmenters: Mapping[str, Augmenter] | None = None,
         seed: int = 0,
-        condition_drop: ConditionDrop | None = None,
+        cfg_dropout: CFGDropout | None = None,
     ):
         self.stream, self.reader, self.pad_id, self.seed = stream, reader, pad_id, seed
-        self.block_size, self.packing, self.max_bad_rows = config.block_size, config.packing, config.max_bad_rows
-        self.loss_on, self.augmenters, self.condition_drop = loss_on, augmenters or {}, condition_drop
+        self.block_size, self.packing, self.max_invalid_rows = (
+            config.block_size,
+            config.packing,
+            config.max_invalid_rows,
+        )
+        self.loss_on, self.augmenters, self.cfg_dropout = loss_on, augmenters or {}, cfg_dropout
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
         self._pending: list[MediaDocument] = []
         self._num_rows = 0
         self._start: dict[str, Any] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Let what is random about the rows be that of another epoch."""
+        """Let the random changes be those of another epoch."""
         self.epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        is_whole, is_empty, bad_rows = self._start is None, True, BadRows(self.max_bad_rows)
+        is_whole, is_empty, bad_rows = self._start is None, True, BadRows(self.max_invalid_rows)
         for row in self._pass(bad_rows):
             is_empty = False
             yield row
@@ -121,7 +125,7 @@ class StreamingDataset(IterableDataset):
         self._num_rows = start["num_rows"] if start else 0
 
     def _accept(self, source: str, rows: Sequence[dict[str, Any]], bad_rows: BadRows) -> None:
-        """Let what rows of a source hold wait for its place. Of media only the headers are read yet."""
+        """Let the documents of rows wait until they fit into a row. Only the headers of media are read yet."""
         conversations = [(json.loads(row["messages"]), row) for row in rows if row["messages"]]
         read = iter(self._read(source, conversations) if conversations else ())
         for row in rows:
@@ -156,7 +160,7 @@ class StreamingDataset(IterableDataset):
         """The documents of the next row, from the front of those that wait; none, if it is not full.
 
         Args:
-            flush: take what there is.
+            flush: Whether a row that is not full is taken, too.
         """
         taken: list[MediaDocument] = []
         room, waiting = self.block_size, list(self._pending)
@@ -177,10 +181,10 @@ class StreamingDataset(IterableDataset):
     def _join(self, documents: Sequence[MediaDocument], bad_rows: BadRows) -> dict[str, Any] | None:
         augmenters = [self.augmenters.get(document.row["source"]) for document in documents]
         pieces = []
-        rng = self._generator() if any(augmenters) or self.condition_drop else None
-        found = read_pieces(documents, self.reader, augmenters, rng, self.condition_drop)
+        rng = self._generator() if any(augmenters) or self.cfg_dropout else None
+        found = read_pieces(documents, self.reader, augmenters, rng, self.cfg_dropout)
         for document, piece in zip(documents, found, strict=True):
-            if isinstance(piece, UnreadableMedium):
+            if isinstance(piece, UnreadableItem):
                 bad_rows.add(document.row["source"], f"row {document.row['row']}", str(piece))
             else:
                 pieces.append(piece)
@@ -235,14 +239,14 @@ def build_stream(
     seed: int,
     reader: MediaReader | None = None,
     augmenters: Mapping[str, Augmenter] | None = None,
-    condition_drop: ConditionDrop | None = None,
+    cfg_dropout: CFGDropout | None = None,
 ) -> StreamingDataset:
     """Mix the train sources document by document, those in memory included, until each has been read whole once.
 
     Args:
-        reader: None: no source has media.
-        augmenters: by name of the source.
-        condition_drop: hides prompts of media that are written.
+        reader: Reads media; None: no source has any.
+        augmenters: Augmenters by name of the source.
+        cfg_dropout: Hides prompts of generated targets.
     """
     streams = []
     for source, rows in split.train:
@@ -265,7 +269,7 @@ def build_stream(
             streams, probabilities=list(shares / shares.sum()), seed=seed, stopping_strategy="all_exhausted"
         )
     loss_on = {source.label: source.loss_on for source, _ in split.train}
-    return StreamingDataset(stream, config, tokenizer.pad_token_id, loss_on, reader, augmenters, seed, condition_drop)
+    return StreamingDataset(stream, config, tokenizer.pad_token_id, loss_on, reader, augmenters, seed, cfg_dropout)
 
 
 def _encode_text(
@@ -282,7 +286,7 @@ def _encode_text(
     if reason is not None:
         return result | {"problem": reason}
     texts = {name: row[column] for column, name in columns.items()}
-    if digest(texts) in forbidden:
+    if document_digest(texts) in forbidden:
         return result
     encoded = encode_batch({name: [text] for name, text in texts.items()}, tokenizer, source.separator, source.loss_on)
     return result | {name: values[0] for name, values in encoded.items()}

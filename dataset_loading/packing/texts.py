@@ -29,12 +29,12 @@ class PackedDataset(RowDataset):
     Labels are not shifted. Rows are cut when they are asked for, from 6 bytes of memory a token.
 
     Args:
-        documents: in the order in which they are laid out.
-        block_size: tokens in a row.
-        pad_id: token that fills the last row.
-        packing: fill rows with documents; else every document starts a row of its own, of at most block_size tokens.
-        noise: what of tokens, of which some are labels, the model is shown; see `TextNoise`.
-        seed: of the noise.
+        documents: Documents in the order in which they are laid out.
+        block_size: Tokens in a row.
+        pad_id: Id of the token that fills the last row.
+        packing: Whether rows are filled with documents; else every document starts a row of its own.
+        noise: Gives the input of the model for tokens of which some are labels; see `TextNoise`.
+        seed: Seed of the noise.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ def make_row(
     """One row of a part of the documents, filled up to `row_length` tokens when that is given.
 
     Args:
-        shown: in place of the tokens in `input_ids`.
+        shown: The `input_ids`, where they differ from the tokens.
     """
     labels = np.where(is_label, tokens, IGNORED)
     labels[0] = IGNORED  # a begin token, or the repeated token of a document that was cut

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from model import MODALITIES
+from model.terminal import one_line
 
 from ..bad_rows import BadRows, reason_against, reason_against_columns
 from ..configuration import DataConfig, SourceConfig
@@ -44,17 +45,17 @@ from .tables import (
     columns_of_stream,
     expand_paths,
     load_hub,
-    one_line,
+    map_in_memory,
     open_parquet,
 )
 from .tars import read_tar
 
 logger = logging.getLogger(__name__)
 FEATURES = Features({"messages": Value("large_string"), "where": Value("string"), "difficulty": Value("int64")})
-"""Columns of conversations: messages as JSON (see `conversations.py`), "" of a row that cannot be used; where the row
-is from; difficulty of generated ones."""
+"""Columns of conversations: messages as JSON (see `messages.py`), "" for a row that cannot be used; where the row is
+from; the difficulty of generated ones."""
 STORED_MEDIA = List({"bytes": Value("binary"), "path": Value("string")})
-"""Of a column of media that come with their row."""
+"""Type of a column of media that come with their row."""
 _CONVERTED_AT_ONCE = 100  # rows of parquet with media
 
 
@@ -62,13 +63,13 @@ def load_conversations(
     source: SourceConfig, role: Role, config: DataConfig, seed: int, bad_rows: BadRows, limit: int | None = None
 ) -> Dataset:
     """All usable rows of a source with media that is not streaming: the columns of FEATURES, and `digest` of text and
-    media (empty for generated ones); of tables that hold images and recordings, the columns with those as well.
+    media (empty for generated ones); tables that hold media keep their columns, too.
 
     Args:
-        limit: the most rows to load.
+        limit: Most rows to load.
 
     Raises:
-        ValueError: missing file or column, nothing usable, or too many bad rows.
+        ValueError: Missing file or column, or too many bad rows.
     """
     if source.kind == "generated":
         return _generated(source, role, config, seed, limit)
@@ -82,19 +83,14 @@ def load_conversations(
         rows = concatenate_datasets(parts)
     else:
         rows = _of_rows(source, _ROWS[source.kind](source), bad_rows, limit)
-    rows = _usable(source, rows, config.preprocessing_workers, bad_rows) if len(rows) else rows
-    if len(rows) == 0:
-        raise ValueError(
-            f"source {source.label!r} has no usable rows: {bad_rows.reasons_of(source.label) or 'it has none'}"
-        )
-    return rows
+    return _usable(source, rows, config.preprocessing_workers, bad_rows) if len(rows) else rows
 
 
 def open_conversations(source: SourceConfig) -> IterableDataset:
     """The rows of a streaming source with media, for `conversation_of_stream`.
 
     Raises:
-        ValueError: it cannot be opened, or lacks a column.
+        ValueError: It cannot be opened, or lacks a column.
     """
     if source.kind == "webdataset":
         paths = [str(path) for path in expand_paths(source)]
@@ -111,10 +107,10 @@ def conversation_of_stream(source: SourceConfig, row: dict[str, object], number:
     columns of the row, as {"bytes", "path"}: references say column "media".
 
     Args:
-        number: of the row, from 0.
+        number: Number of the row, from 0.
 
     Raises:
-        UnusableRow: the reason.
+        UnusableRow: The message is the reason.
     """
     if source.streaming and source.kind == "hub":
         folder = folder_of(source)
@@ -162,12 +158,12 @@ def conversation_of(
     """The messages of a row.
 
     Args:
-        attached: references to the media in columns of the row, by kind.
-        folder: that which names of files in messages are relative to.
-        number: of the row, from 0, by which the directions take turns.
+        attached: References to the media in columns of the row, by modality.
+        folder: Folder that names of files in messages are relative to.
+        number: Number of the row, from 0, which decides its direction.
 
     Raises:
-        UnusableRow: a column is missing, empty or of a wrong type.
+        UnusableRow: A column is missing, empty or of a wrong type.
     """
     if reason := reason_against_columns(row, used_columns(source), source.messages_column is not None):
         raise UnusableRow(reason)
@@ -177,7 +173,7 @@ def conversation_of(
             has = ", ".join(map(repr, row)) or "none"
             raise UnusableRow(f"no column {source.messages_column!r} (has {has}){hint}")
         return parse_messages(row[source.messages_column], attached, folder, source.loss_on)
-    direction, prompt = source.turns[number % len(source.turns)]
+    direction, prompt = source.directed_prompts[number % len(source.directed_prompts)]
     for column, kind in source.media_columns_of(number).items():
         if not attached[kind]:
             raise UnusableRow(f"column {column!r} holds nothing")
@@ -200,13 +196,10 @@ def conversation_of(
 
 
 def _generated(source: SourceConfig, role: Role, config: DataConfig, seed: int, limit: int | None) -> Dataset:
-    task = get_task(source.task)
-    num_rows = source.num_rows if limit is None else min(source.num_rows, limit)
-    difficulty = tuple(source.difficulty or task.default_difficulty)
-    seeds = (seed, source.seed)
-    rows = generate_rows(task, difficulty, source.role or role, seeds, num_rows, config.preprocessing_workers)
-    found = _Found()
-    turns = source.turns
+    task, num_rows = get_task(source.task), source.num_rows if limit is None else min(source.num_rows, limit)
+    role, seeds = source.role or role, (seed, source.seed)
+    rows = generate_rows(task, source.difficulty, role, seeds, num_rows, config.preprocessing_workers)
+    found, turns = _Found(), source.directed_prompts
     for number, row in enumerate(rows, start=1):
         direction, prompt = turns[(number - 1) % len(turns)]
         if not source.has_media:
@@ -308,7 +301,7 @@ def _parquet_table(path: Path) -> Dataset:
     """A table on the disk.
 
     Raises:
-        ValueError: it is damaged, or would fill the memory.
+        ValueError: It is damaged, or would fill the memory.
     """
     open_parquet(path)
     try:
@@ -321,7 +314,7 @@ def _raw_table(source: SourceConfig, rows: Dataset) -> Dataset:
     """The needed columns, undecoded.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: One is missing.
     """
     check_columns(source, needed_columns(source), rows.column_names)
     return rows.select_columns(table_columns(source, rows.column_names)).with_format("arrow")
@@ -359,22 +352,9 @@ def _of_table(
 
 def _usable(source: SourceConfig, rows: Dataset, workers: int, bad_rows: BadRows) -> Dataset:
     """The rows that have messages, and whose media are there, with their digests."""
-    found = (
-        rows.with_format("arrow")
-        .map(
-            _digest_batch,
-            batched=True,
-            batch_size=100,
-            remove_columns=rows.column_names,
-            features=Features({"digest": Value("binary"), "problem": Value("string")}),
-            num_proc=min(workers, len(rows)) if workers > 1 else None,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            new_fingerprint="digests",
-            desc=f"reading {source.label}",
-        )[:]
-        .to_pydict()
-    )
+    features = Features({"digest": Value("binary"), "problem": Value("string")})
+    purpose = f"reading {source.label}"
+    found = map_in_memory(rows.with_format("arrow"), _digest_batch, features, workers, purpose)[:].to_pydict()
     for where, problem in zip(rows["where"], found["problem"], strict=True):
         if problem:
             bad_rows.add(source.label, where, problem)

@@ -74,7 +74,7 @@ def _check_without_metadata(source: SourceConfig, folder: Path, files: list[Path
 
 
 class _NamedMedia:
-    """The files that metadata name, of which each is to be shown as often as one of them says."""
+    """The files that metadata name. A file may occur in several rows of one metadata file, and in no second one."""
 
     def __init__(self, source: SourceConfig):
         self.source = source
@@ -82,10 +82,10 @@ class _NamedMedia:
         self.again: list[tuple[str, str]] = []
 
     def add(self, metadata: Path, where: str, row: dict[str, object]) -> None:
-        """Takes a row.
+        """Take a row.
 
         Raises:
-            ValueError: another file of metadata names one of its media too.
+            ValueError: Another file of metadata names one of its media too.
         """
         for column in self.source.media_columns:
             values = row.get(column) if isinstance(row.get(column), list) else [row.get(column)]
@@ -101,7 +101,7 @@ class _NamedMedia:
                     self.again.append((where, first_where))
 
     def report(self) -> None:
-        """Says how many rows name what another one of the same file names, as several texts of one picture do."""
+        """Log how many rows name what another one of the same file names, as several captions of one image do."""
         if self.again:
             logger.warning(
                 "%s: %d rows name a file that a row before them names too, the first of them %s, as %s; all are used",

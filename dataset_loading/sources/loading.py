@@ -1,5 +1,5 @@
-"""Sources to rows: every kind becomes a `datasets.Dataset` of checked rows, of texts with the columns text, or prompt
-and answer, of conversations with those of `conversations.py`.
+"""Sources to rows: every kind of source becomes a `datasets.Dataset` of checked rows. Texts have the columns text, or
+prompt and answer, and conversations those of `conversations.py`.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from ..bad_rows import BadRows, checked_columns, reason_against, reason_against_
 from ..configuration import DataConfig, SourceConfig
 from ..tasks.base import Role
 from ..tasks.registry import generate_rows, get_task
-from .conversations import load_conversations, open_conversations
-from .tables import CHECKED_AT_ONCE, READERS, check_columns, columns_of_stream, expand_paths, load_hub
+from .conversations import conversations_of_stream, load_conversations, open_conversations
+from .tables import CHECKED_AT_ONCE, READERS, Rows, check_columns, columns_of_stream, expand_paths, load_hub
 
 
 def columns_of(source: SourceConfig) -> dict[str, str]:
@@ -37,21 +37,20 @@ def load_rows(
     the columns of `load_conversations`.
 
     Args:
-        role: what a generated source is drawn for, where it names no role itself.
-        limit: the most rows of a hub or generated source to load.
+        role: Role that a generated source is drawn for, where it names no role itself.
+        limit: Most rows of a hub or generated source to load.
 
     Raises:
-        ValueError: missing file, unknown task or column, nothing usable, or too many bad rows.
+        ValueError: Missing file, unknown task or column, nothing usable, or too many bad rows.
     """
     if source.is_media:
-        return load_conversations(source, role, config, seed, bad_rows, limit)
-    if source.kind == "generated":
-        num_rows = source.num_rows if limit is None else min(source.num_rows, limit)
-        task = get_task(source.task)
-        difficulty = tuple(source.difficulty or task.default_difficulty)
+        rows = load_conversations(source, role, config, seed, bad_rows, limit)
+    elif source.kind == "generated":
+        task, num_rows = get_task(source.task), source.num_rows if limit is None else min(source.num_rows, limit)
         role, seeds = source.role or role, (seed, source.seed)
-        return generate_rows(task, difficulty, role, seeds, num_rows, config.preprocessing_workers)
-    rows = _read_files(source, bad_rows) if source.kind == "files" else _read_hub(source, bad_rows, limit)
+        return generate_rows(task, source.difficulty, role, seeds, num_rows, config.preprocessing_workers)
+    else:
+        rows = _read_files(source, bad_rows) if source.kind == "files" else _read_hub(source, bad_rows, limit)
     if len(rows) == 0:
         raise ValueError(
             f"source {source.label!r} has no usable rows: {bad_rows.reasons_of(source.label) or 'it has none'}"
@@ -63,7 +62,7 @@ def open_stream(source: SourceConfig) -> datasets.IterableDataset:
     """The raw rows of a streaming source.
 
     Raises:
-        ValueError: it cannot be opened, or lacks a column.
+        ValueError: It cannot be opened, or lacks a column.
     """
     if source.is_media:
         return open_conversations(source)
@@ -73,16 +72,29 @@ def open_stream(source: SourceConfig) -> datasets.IterableDataset:
 
 
 def _read_files(source: SourceConfig, bad_rows: BadRows) -> Dataset:
+    columns = tuple(columns_of(source))
+    rows = (row for path in expand_paths(source) for row in READERS[path.suffix](path, columns))
+    return _usable_texts(source, rows, bad_rows)
+
+
+def rows_of_stream(source: SourceConfig, stream: datasets.IterableDataset, bad_rows: BadRows) -> Dataset:
+    """The usable rows of a finite stream, read into memory."""
+    if source.is_media:
+        return conversations_of_stream(source, stream, bad_rows)
+    rows = ((f"row {number}", row, None) for number, row in enumerate(stream, start=1))
+    return _usable_texts(source, rows, bad_rows)
+
+
+def _usable_texts(source: SourceConfig, rows: Rows, bad_rows: BadRows) -> Dataset:
     columns = columns_of(source)
     kept: dict[str, list[str]] = {name: [] for name in columns.values()}
-    for path in expand_paths(source):
-        for where, row, reason in READERS[path.suffix](path, tuple(columns)):
-            reason = reason or reason_against_text(source, row)
-            if reason is not None:
-                bad_rows.add(source.label, where, reason)
-                continue
-            for column, name in columns.items():
-                kept[name].append(row[column])
+    for where, row, reason in rows:
+        reason = reason or reason_against_text(source, row)
+        if reason is not None:
+            bad_rows.add(source.label, where, reason)
+            continue
+        for column, name in columns.items():
+            kept[name].append(row[column])
     return Dataset.from_dict(kept, features=Features(dict.fromkeys(kept, Value("large_string"))))
 
 

@@ -26,7 +26,7 @@ def needed_columns(source: SourceConfig) -> list[str]:
     if source.messages_column is not None:
         return [source.messages_column, *source.media_columns]
     columns = list(source.media_columns)
-    for direction, prompt in source.turns:
+    for direction, prompt in source.directed_prompts:
         columns += template_columns(prompt)
         if "text" in direction.answered or ("text" in direction.given and prompt is None):
             columns.append(source.answer_column or source.text_column)
@@ -55,7 +55,7 @@ def named_references(kind: str, column: str, row: dict[str, object], folder: Pat
 
 
 def plain_rows(batch: pa.Table) -> list[dict[str, object] | UnicodeDecodeError]:
-    """The rows of a table, and in place of one that is not UTF-8 the error."""
+    """The rows of a table; where one is not UTF-8, the error instead."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -84,7 +84,7 @@ def stored_cells(column: str, values: pa.ChunkedArray) -> list[Cell]:
     """What each row has. Bytes are not looked at.
 
     Raises:
-        ValueError: the column is of a type that holds no media.
+        ValueError: The column is of a type that holds no media.
     """
     if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
         return _cells(column, values)

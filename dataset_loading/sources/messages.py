@@ -1,7 +1,7 @@
 """Conversations as they stand in files: messages with text and media, checked.
 
 A conversation is a list of {"role", "content"}; a content is a list of parts, {"type": "text", "text"} or
-{"type": kind, ...}, where the rest says where the medium is (`references.py`). `model.chat` makes tokens of them.
+{"type": modality, ...}, a reference to an item of media (`references.py`). `model.chat` makes tokens of them.
 """
 
 import re
@@ -20,8 +20,8 @@ def answer_to(given: Sequence[dict], prompt: str, answer: str, shown: Sequence[d
     """The conversation of one question and its answer.
 
     Args:
-        given: references to media in front of the prompt, which may be empty.
-        shown: references to media behind the answer, which may be empty.
+        given: References to media in front of the prompt, which may be empty.
+        shown: References to media behind the answer, which may be empty.
     """
     question = [*given, *([{"type": "text", "text": prompt}] if prompt else [])]
     reply = [*([{"type": "text", "text": answer}] if answer else []), *shown]
@@ -34,14 +34,14 @@ def parse_messages(
     """Messages as they stand in a file, checked, each with a list of parts that say where their media are.
 
     Args:
-        attached: references by kind, for the parts of that kind that name no file, in order; where no part does, they
-            are put in front of what the user says first.
-        folder: that which names of files are relative to.
-        loss_on: "answer": what the assistant says; "all": everything.
+        attached: References by modality, for the parts of that modality that name no file, in order; where there is no
+            such part, they are put in front of what the user says first.
+        folder: Folder that names of files are relative to.
+        loss_on: What is learned: "answer", what the assistant says, or "all".
 
     Raises:
-        UnusableRow: these are no messages, a part is of an unknown type, a medium is missing or left over, there is
-            nothing to learn, or something is said besides that changes what is to be learned.
+        UnusableRow: These are no messages, a part is of an unknown type, an item of media is missing or left over,
+            there is nothing to learn, or another key changes what is to be learned.
     """
     _refuse_sharegpt(value)
     try:
@@ -70,7 +70,7 @@ def _with_places(messages: list, kind: str, count: int) -> list:
     """Messages in which a mark such as "<image>" in a text, as LLaVA writes it, is a part.
 
     Raises:
-        UnusableRow: there are more or fewer marks than media.
+        UnusableRow: There are more or fewer marks than media.
     """
     mark = f"<{kind}>"
     placed = [_with_parts(message, mark, kind) for message in messages]
@@ -174,7 +174,7 @@ def fill_template(template: str, row: Mapping[str, object]) -> str:
     """A template with the row's values in place of {column}.
 
     Raises:
-        UnusableRow: the row lacks one, or it is neither text nor a number.
+        UnusableRow: The row lacks a column, or its value is neither text nor a number.
     """
     for column in template_columns(template):
         if not isinstance(row.get(column), (str, int, float)):

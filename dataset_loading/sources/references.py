@@ -1,9 +1,9 @@
-"""Where a medium is: a small mapping that JSON can hold, from which its bytes are read when needed.
+"""References to items of media: small mappings that JSON can hold, from which the bytes are read when needed.
 
-{"type": kind, "path"}                    a file
-{"type": kind, "path", "offset", "size"}  a part of a file, such as a member of a tar
-{"type": kind, "column", "item"}          bytes in a column of its row; item: null, or which of a list
-{"type": kind, "task", "medium"}          made by a generated task
+{"type": modality, "path"}                    a file
+{"type": modality, "path", "offset", "size"}  a part of a file, such as a member of a tar
+{"type": modality, "column", "item"}          bytes in a column of its row; item: null, or which of a list
+{"type": modality, "task", "medium"}          made by a generated task from a line of text
 
 Data name files, and never where else something lies: only our code makes a `Reference`.
 """
@@ -22,10 +22,10 @@ from model import MODALITIES
 
 from ..tasks.registry import get_task
 
-MAX_MEDIUM_BYTES = 2**28
-"""Most bytes of a medium that a tar or a table holds, since it is read as a whole."""
+MAX_ITEM_BYTES = 2**28
+"""Most bytes of an item that a tar or a table holds, since it is read as a whole."""
 MAX_FILE_BYTES = 2**32
-"""Most bytes of a file with a medium, of which a digest is taken piece by piece."""
+"""Most bytes of a file with an item, of which a digest is taken piece by piece."""
 _CHUNK = 2**20
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:", re.IGNORECASE)
 
@@ -60,10 +60,10 @@ def reference_to(kind: str, value: object, folder: Path | None) -> Reference:
     """The reference to a file that is named in a row.
 
     Args:
-        folder: that which the name is relative to, and which it may not leave, by links neither; None: there is none.
+        folder: Folder that the name is relative to, and which it may not leave, by links neither; None: there is none.
 
     Raises:
-        UnusableRow: it is no name, an address, or leads out of the folder, or there is no such file.
+        UnusableRow: The value is no name, an address, or leads out of the folder, or there is no such file.
     """
     if not isinstance(value, str) or not value:
         raise UnusableRow(f"the file of type {kind!r} is {value!r:.80}, not a name")
@@ -101,11 +101,11 @@ def _roots(folder: str) -> tuple[str, ...]:
 
 
 def read_reference(reference: Mapping, row: Mapping[str, object]) -> object:
-    """What a processor loads a medium from: a path, bytes, or what a task makes.
+    """What a processor loads an item from: a path, bytes, or what a task makes.
 
     Raises:
-        OSError: a part of a file cannot be read.
-        ValueError: there is nothing in the row, or too much.
+        OSError: A part of a file cannot be read.
+        ValueError: There is nothing in the row, or too much.
     """
     if "task" in reference:
         return get_task(reference["task"]).render(reference["medium"])
@@ -117,7 +117,7 @@ def read_reference(reference: Mapping, row: Mapping[str, object]) -> object:
 
 
 def _part_of_file(path: str, offset: int, size: int, **_: object) -> bytes:
-    _check_size(size, MAX_MEDIUM_BYTES)
+    _check_size(size, MAX_ITEM_BYTES)
     with open(path, "rb") as file:
         file.seek(offset)
         content = file.read(size)
@@ -134,7 +134,7 @@ def _stored(reference: Mapping, row: Mapping[str, object]) -> bytes:
     if not isinstance(value, bytes):
         held = "nothing" if value is None else type(value).__name__
         raise ValueError(f"column {reference['column']!r} holds {held}, neither the bytes of a medium nor its name")
-    _check_size(len(value), MAX_MEDIUM_BYTES)
+    _check_size(len(value), MAX_ITEM_BYTES)
     return value
 
 
@@ -144,7 +144,7 @@ def _check_size(size: int, most: int) -> None:
 
 
 def place_of(reference: Mapping) -> str:
-    """Where a medium is, for people."""
+    """The position of an item, for people."""
     if "task" in reference:
         return f"{reference['task']} {reference['medium']!r}"
     return reference.get("path") or f"column {reference['column']!r}"
@@ -153,10 +153,10 @@ def place_of(reference: Mapping) -> str:
 def fingerprint(messages: list[dict], row: Mapping[str, object]) -> bytes:
     """A digest of what is said and of the bytes of the media.
 
-    Of a text and its media it is the same whoever shows them, so that validation and training share none.
+    The digest of a text and its media is the same in all directions, so that validation and training share none.
 
     Raises:
-        OSError, ValueError: a medium is not there.
+        OSError, ValueError: An item is not there.
     """
     mark = blake2b(digest_size=16)
     for message in _as_read(messages):
@@ -169,8 +169,8 @@ def fingerprint(messages: list[dict], row: Mapping[str, object]) -> bytes:
 
 
 def _as_read(messages: list[dict]) -> list[dict]:
-    """A question and its answer as they are where media are read, if the answer shows any: images first, then
-    recordings, what else there is, and then the text as the answer.
+    """A question and its answer as they are where media are read, if the answer has any: images first, then audio,
+    other modalities, and then the text as the answer.
     """
     if len(messages) != 2 or all(part["type"] == "text" for part in messages[1]["content"]):
         return messages
@@ -195,7 +195,7 @@ def in_other_form(folder: str, name: str) -> str | None:
     """The path of the one file that has a name in another Unicode form; None: there is none, or more than one.
 
     Args:
-        folder: that which the name is relative to.
+        folder: Folder that the name is relative to.
     """
     path = folder
     for part in PurePath(name).parts:

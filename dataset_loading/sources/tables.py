@@ -5,7 +5,8 @@ import csv
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from model.terminal import one_line
+
 from ..bad_rows import KEPT_COLUMNS
 from ..configuration import SourceConfig
 from .references import in_other_form, is_within
@@ -23,16 +26,16 @@ from .texts import (
     MAX_TEXT_FILE_BYTES,
     NoListError,
     bounded_lines,
-    check_encoding,
+    check_utf8,
     decode_text,
     list_items,
     too_long,
 )
 
 MAX_CHUNK_BYTES = 2**28
-"""Of a column of a row group: only one that is compressed well within reason may become larger."""
+"""Most bytes of a column of a row group, unless it is compressed within reason."""
 MAX_RATIO = 50
-"""How much smaller such a column may have been in its file."""
+"""How many times smaller a larger column may have been in its file."""
 PARQUET_ERRORS = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError),
     *(pa.ArrowException, datasets.exceptions.DatasetsError),
@@ -50,17 +53,12 @@ _TEXT_FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 RowsInFolders = Iterator[tuple[str, dict[str, object], str | None, Path | None]]
 
 
-def one_line(error: object) -> str:
-    """What a library says, which may have several lines and any length."""
-    return " ".join(str(error).split())[:500]
-
-
 def expand_paths(source: SourceConfig) -> list[Path]:
     """The files that `source.paths` names, patterns expanded, each once, whatever names it has, in the order of the
     config, then of the names.
 
     Raises:
-        ValueError: a path or pattern names no file, or a file of an unknown format.
+        ValueError: A path or pattern names no file, or a file of an unknown format.
     """
     found: dict[Path, Path] = {}
     for path in source.paths:
@@ -118,7 +116,7 @@ def _read_txt(path: Path, columns: tuple[str, ...]) -> Rows:
 
 def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Rows:
     """One row a line, read one by one so that a damaged line costs itself only; blank lines are no rows."""
-    check_encoding(path, whole=False)
+    check_utf8(path, whole=False)
     is_checked = False
     with path.open("rb") as lines:
         for number, raw in enumerate(bounded_lines(lines), start=1):
@@ -126,7 +124,7 @@ def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Rows:
                 continue
             where, (line, reason) = f"{path} line {number}", _decode(raw.rstrip(b"\r\n"))
             if reason is not None and not is_checked:
-                check_encoding(path)
+                check_utf8(path)
                 is_checked = True
             row: object = {}
             if reason is None:
@@ -172,7 +170,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     fill the memory otherwise.
 
     Raises:
-        ValueError: it is none, or it would fill the memory all the same.
+        ValueError: It is none, or it would fill the memory all the same.
     """
     try:
         table = pq.ParquetFile(path)
@@ -188,7 +186,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _plain_values(array: pa.Array) -> Iterator[object]:
-    """The values of a column, texts as bytes; in place of one that is not UTF-8 deep inside, or damaged, the error."""
+    """The values of a column, texts as bytes; where one is not UTF-8 deep inside, or damaged, the error instead."""
     if pa.types.is_dictionary(array.type):
         texts, indices = array.dictionary, array.indices
         size = pc.sum(pc.take(pc.binary_length(texts), indices)).as_py() or 0
@@ -216,7 +214,7 @@ def _values_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> I
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> Rows:
     """One row a line, all values text; the first line names the columns."""
-    check_encoding(path)
+    check_utf8(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.DictReader(map(_checked_line, bounded_lines(lines)))
         try:
@@ -237,9 +235,9 @@ def _read_json(path: Path, columns: tuple[str, ...]) -> Rows:
     """One row an item of the list that the file is.
 
     Raises:
-        ValueError: it is no JSON, in another encoding than UTF-8, or not a list.
+        ValueError: It is no JSON, in another encoding than UTF-8, or not a list.
     """
-    check_encoding(path, whole=False)
+    check_utf8(path, whole=False)
     items = list_items(path)
     for number in count(1):
         try:
@@ -267,7 +265,7 @@ FORMATS = {
     "chat": (".json", ".jsonl", ".parquet"),
     "webdataset": (".tar",),
 }
-"""Of the kinds of source that have `paths`: what their files may be."""
+"""Formats of files, by the kinds of source that have `paths`."""
 
 
 def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
@@ -278,11 +276,13 @@ def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
             source.path, name=source.config_name, split=source.split, streaming=source.streaming
         )
     except (StopIteration, *PARQUET_ERRORS) as error:  # of what has no rows at all, `datasets` takes the first one
-        reason = "it is empty" if isinstance(error, StopIteration) else one_line(f"{error} {error.__cause__ or ''}")
+        reason = (
+            "it is empty" if isinstance(error, StopIteration) else one_line(f"{error} {error.__cause__ or ''}")[:500]
+        )
         for path in sorted(
             path for path in Path(source.path).rglob("*") if path.suffix in _TEXT_FORMATS and path.is_file()
         ):
-            check_encoding(path)
+            check_utf8(path)
         raise ValueError(f"source {source.label!r}: {source.path!r} cannot be loaded: {reason}") from error
 
 
@@ -290,7 +290,7 @@ def _check_data_files(source: SourceConfig, files: Mapping[str, Sequence[str]]) 
     """A dataset says itself where its files are, which might be anywhere on this machine or elsewhere.
 
     Raises:
-        ValueError: one is not in its folder or repository, or is no regular file.
+        ValueError: One is not in its folder or repository, or is no regular file.
     """
     is_folder = os.path.isdir(source.path)
     for name in (name.rpartition("::")[2] for names in files.values() for name in names):
@@ -300,10 +300,10 @@ def _check_data_files(source: SourceConfig, files: Mapping[str, Sequence[str]]) 
 
 
 def check_compression(path: str, file: pq.ParquetFile) -> None:
-    """Refuses tables of which a small file would fill the memory.
+    """Refuse tables of which a small file would fill the memory.
 
     Raises:
-        ValueError: a column becomes more than `MAX_CHUNK_BYTES` at once, and more than `MAX_RATIO` times its size.
+        ValueError: A column becomes more than `MAX_CHUNK_BYTES` at once, and more than `MAX_RATIO` times its size.
     """
     for group in range(file.metadata.num_row_groups):
         for number in range(file.metadata.num_columns):
@@ -320,12 +320,42 @@ def check_columns(source: SourceConfig, needed: Iterable[str], found: Sequence[s
     """Refuse a table that lacks a column.
 
     Raises:
-        ValueError: the message names the column, and those that there are.
+        ValueError: The message names the column, and those that there are.
     """
     for column in needed:
         if column not in found:
             there = ", ".join(found) or "none"
             raise ValueError(f"source {source.label!r} has no column {column!r}, only {there}; correct it")
+
+
+def map_in_memory(
+    rows: Dataset,
+    function: Callable[..., Mapping[str, list]],
+    features: datasets.Features,
+    workers: int,
+    purpose: str,
+    batch_size: int = 100,
+    **options: object,
+) -> Dataset:
+    """What a function makes of batches of rows, in `workers` processes; it stays in memory and leaves no files.
+
+    Args:
+        function: Takes a batch and the `options`, and gives the columns of `features`, a value for each row.
+        purpose: Text that is shown with the progress.
+    """
+    return rows.map(
+        function,
+        batched=True,
+        batch_size=batch_size,
+        fn_kwargs=options,
+        remove_columns=rows.column_names,
+        features=features,
+        num_proc=min(workers, len(rows)) if workers > 1 else None,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint=f"{zlib.crc32(purpose.encode()):08x}",
+        desc=purpose,
+    )
 
 
 def columns_of_stream(stream: datasets.IterableDataset) -> list[str]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from model.terminal import one_line
+
 from ..configuration import SourceConfig
 from .references import Reference
 from .tables import (
     RowsInFolders,
-    one_line,
 )
 from .texts import MAX_ROW_BYTES, decode_text
 

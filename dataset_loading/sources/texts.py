@@ -28,7 +28,7 @@ def decode_text(raw: bytes) -> str:
     """A text without its byte-order mark.
 
     Raises:
-        ValueError: it is not UTF-8; the message is the reason and the fix.
+        ValueError: It is not UTF-8; the message is the reason and the fix.
     """
     encoding = _wide_encoding(raw[:_LOOKED_AT])
     if encoding is not None:
@@ -39,14 +39,14 @@ def decode_text(raw: bytes) -> str:
         raise ValueError(f"not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start})") from error
 
 
-def check_encoding(path: Path, whole: bool = True) -> None:
+def check_utf8(path: Path, whole: bool = True) -> None:
     """Refuse a file of lines that has another encoding as a whole. One damaged line is none.
 
     Args:
-        whole: look at all lines, and not at its beginning only, by which UTF-16 and UTF-32 are known.
+        whole: Whether all lines are read, and not the beginning only, by which UTF-16 and UTF-32 are known.
 
     Raises:
-        ValueError: it is in another encoding; the message names the file, the encoding and the fix.
+        ValueError: The file is in another encoding; the message names the file, the encoding and the fix.
     """
     with path.open("rb") as file:
         encoding = _wide_encoding(file.read(_LOOKED_AT))
@@ -95,9 +95,7 @@ def too_long(most: int) -> str:
 
 
 def bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
-    """The lines of a file. Of one that is longer than `MAX_ROW_BYTES` one byte more than those, and the rest of it is
-    passed over.
-    """
+    """The lines of a file. A line longer than `MAX_ROW_BYTES` is cut after one byte more, and its rest is skipped."""
     while line := file.readline(MAX_ROW_BYTES + 1):
         end = line[-1:]
         while len(line) > MAX_ROW_BYTES and end and end not in (b"\n", "\n"):
@@ -109,8 +107,8 @@ def list_items(path: Path) -> Iterator[object]:
     """The items of the list that a file of JSON is, of which no more than one and a piece of the file are in memory.
 
     Raises:
-        NoListError: it is something else.
-        ValueError: it is no JSON, or an item is longer than `MAX_ROW_BYTES` characters.
+        NoListError: It is something else.
+        ValueError: It is no JSON, or an item is longer than `MAX_ROW_BYTES` characters.
     """
     with path.open(encoding="utf-8-sig") as file:
         reader = _ItemReader(file)
@@ -139,7 +137,7 @@ class _ItemReader:
         self._decode = json.JSONDecoder().raw_decode
 
     def _grow(self) -> bool:
-        """Reads as much again as there is; False at the end of the file."""
+        """Read as much again as there is; False at the end of the file."""
         more = self._file.read(max(_PIECE, len(self._text) - self._place))
         self._text, self._place = self._text[self._place :] + more, 0
         return bool(more)
@@ -153,14 +151,14 @@ class _ItemReader:
                 return self._text[self._place : self._place + 1]
 
     def take_sign(self) -> None:
-        """Passes over what `next_sign` gave."""
+        """Pass over what `next_sign` gave."""
         self._place += 1
 
     def take_value(self) -> object:
         """The value that comes next. Where no sign ends it, it may go on, as a number does.
 
         Raises:
-            ValueError: it is none, or too long.
+            ValueError: It is none, or too long.
         """
         while True:
             try:

@@ -51,7 +51,7 @@ class GeneratedTask(ABC):
         """Refuse difficulties that the task does not have.
 
         Raises:
-            ValueError: the larger of the two is above `max_difficulty`.
+            ValueError: The larger of the two is above `max_difficulty`.
         """
         if self.max_difficulty is not None and difficulty[1] > self.max_difficulty:
             raise ValueError(
@@ -60,7 +60,7 @@ class GeneratedTask(ABC):
 
 
 class GeneratedMediaTask(GeneratedTask):
-    """A task about a picture or a sound. Rows hold the medium as a line of text, from which `render` makes it."""
+    """A task about an image or a waveform, which rows describe in a line of text, `medium`. `render` makes it."""
 
     modality: Literal["image", "audio"]
     """What `render` makes."""
@@ -72,14 +72,14 @@ class GeneratedMediaTask(GeneratedTask):
     def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
         """Draw {"prompt", "answer", "medium"} of a difficulty, using no randomness but `rng`.
 
-        The prompt may be "". The medium is one line of numbers and names that says everything there is to see or hear.
+        The prompt may be "". The medium is one line of numbers and names from which the whole item follows.
         """
 
     @abstractmethod
     def render(self, medium: str) -> Image.Image | tuple[np.ndarray, int]:
-        """The picture (RGB), or the sound (float32, mono, within -1 and 1) and its sampling rate in Hz.
+        """The image (RGB), or the waveform (float32, mono, within -1 and 1) and its sampling rate in Hz.
 
-        Depends on `medium` alone.
+        It depends on `medium` alone.
 
         Raises:
             ValueError: `medium` is not one of this task.
@@ -87,7 +87,7 @@ class GeneratedMediaTask(GeneratedTask):
 
     @abstractmethod
     def medium_size(self, medium: str) -> tuple[int, int] | float:
-        """(height, width) of the picture or seconds of the sound that `render` makes, without making it."""
+        """(height, width) of the image or seconds of the waveform that `render` makes, without making it."""
 
     @abstractmethod
     def check(self, medium: str, prompt: str, answer: str) -> bool:
@@ -95,7 +95,7 @@ class GeneratedMediaTask(GeneratedTask):
 
     @abstractmethod
     def identity(self, prompt: str, medium: str) -> str:
-        """A text that is the same for media that show the same combination; train and test share none."""
+        """A text that is the same for items with the same combination; train and test share none."""
 
     @abstractmethod
     def attributes(self, answer: str) -> dict[str, str]:

@@ -89,13 +89,13 @@ class _CupMedia:
         return {"cup": next((cup for cup in PLACES if _CUPS.check(answer, cup)), "")}
 
     def role_of(self, row: dict[str, str]) -> Role:
-        """That of the question as a text."""
+        """The part of the question as a text."""
         return split_of(_CUPS.identity(row["answer"]))
 
 
 class CupPictures(_CupMedia, SceneTask):
     """Draw a red ball where the `difficulty` moves of `cups` bring it: the text that is given takes as many steps of
-    thought as there are moves, and nothing else in the picture depends on them.
+    thought as there are moves, and nothing else in the image depends on them.
     """
 
     name = "cup_pictures"

@@ -35,8 +35,8 @@ class Tone(NamedTuple):
     seconds: float
 
 
-class Sound(NamedTuple):
-    """What a medium says."""
+class Melody(NamedTuple):
+    """What the description of a melody says."""
 
     sampling_rate: int
     timbre: str
@@ -57,29 +57,29 @@ class MelodyTask(GeneratedMediaTask):
     """Samples per second."""
 
     def render(self, medium: str) -> tuple[np.ndarray, int]:
-        sound = parse_melody(medium)
-        wave = normal_noise(sound.seed, sound.noise, round(sound.seconds * sound.sampling_rate))
-        for tone in sound.tones:
-            first, played = round(tone.start * sound.sampling_rate), _play(tone, sound)
+        melody = parse_melody(medium)
+        wave = normal_noise(melody.seed, melody.noise, round(melody.seconds * melody.sampling_rate))
+        for tone in melody.tones:
+            first, played = round(tone.start * melody.sampling_rate), _play(tone, melody)
             wave[first : first + len(played)] += played
         steps = np.rint(np.clip(wave, -1, 1) * 32767)  # those of 16 bits, as in a file
-        return (steps / 32767).astype(np.float32), sound.sampling_rate
+        return (steps / 32767).astype(np.float32), melody.sampling_rate
 
     def medium_size(self, medium: str) -> float:
-        sound = parse_melody(medium)
-        return round(sound.seconds * sound.sampling_rate) / sound.sampling_rate
+        melody = parse_melody(medium)
+        return round(melody.seconds * melody.sampling_rate) / melody.sampling_rate
 
     def identity(self, prompt: str, medium: str) -> str:
         """The notes in their order, however they are played and whatever is asked."""
         return " ".join(notes_of(parse_melody(medium)))
 
     def _write(self, rng: random.Random, notes: list[str]) -> str:
-        """The medium of notes; draws what they do not tell."""
+        """The description of notes, with the rest drawn at random."""
         beat, tuning = rng.uniform(0.2, 0.3), 2 ** (rng.uniform(-10, 10) / 1200)  # a hundredth of a semitone is 1/1200
         start, tones = rng.uniform(0.02, 0.15), []
         for number, note in enumerate(notes):
             begin = start + number * beat + rng.uniform(0, 0.01)
-            tones.append(f"{frequency_of(note) * tuning:.2f} Hz at {begin:.3f} for {_SOUNDING * beat:.3f}")
+            tones.append(f"{frequency_of_note(note) * tuning:.2f} Hz at {begin:.3f} for {_SOUNDING * beat:.3f}")
         seconds = start + len(notes) * beat + rng.uniform(0.02, 0.15)
         volume, noise = rng.uniform(0.25, 0.9), rng.uniform(0.0005, 0.005)
         return (
@@ -121,7 +121,7 @@ class Tunes(Melodies):
     def _write(self, rng: random.Random, notes: list[str]) -> str:
         beat, start, rest = 0.2, 0.04, 0.03
         tones = [
-            f"{frequency_of(note):.2f} Hz at {start + number * beat:.3f} for {_SOUNDING * beat:.3f}"
+            f"{frequency_of_note(note):.2f} Hz at {start + number * beat:.3f} for {_SOUNDING * beat:.3f}"
             for number, note in enumerate(notes)
         ]
         seconds = start + len(notes) * beat + rest
@@ -146,9 +146,9 @@ class MelodyQuestions(MelodyTask):
         return {"prompt": prompt, "answer": answer, "medium": self._write(rng, notes)}
 
     def check(self, medium: str, prompt: str, answer: str) -> bool:
-        sound = parse_melody(medium)
-        frequencies = [tone.frequency for tone in sound.tones]
-        ordered = [note for _, note in sorted(zip(frequencies, notes_of(sound), strict=True))]
+        melody = parse_melody(medium)
+        frequencies = [tone.frequency for tone in melody.tones]
+        ordered = [note for _, note in sorted(zip(frequencies, notes_of(melody), strict=True))]
         right = {
             "What is the highest note?": ordered[-1],
             "What is the lowest note?": ordered[0],
@@ -165,17 +165,17 @@ class MelodyQuestions(MelodyTask):
         return {"count": answer} if answer.isdecimal() else {"note": answer}
 
 
-def parse_melody(medium: str) -> Sound:
-    """What a medium says.
+def parse_melody(medium: str) -> Melody:
+    """The melody that a task has described in a line.
 
     Raises:
-        ValueError: it is no melody.
+        ValueError: The line describes no melody.
     """
     found = _SOUND.fullmatch(medium)
     tones = [_TONE.fullmatch(part) for part in found[7].split("; ")] if found else [None]
     if None in tones:
         raise ValueError(f"medium {medium!r} is not a melody; take one that a task of melodies has drawn")
-    return Sound(
+    return Melody(
         sampling_rate=int(found[1]),
         timbre=found[2],
         volume=float(found[3]),
@@ -186,31 +186,31 @@ def parse_melody(medium: str) -> Sound:
     )
 
 
-def frequency_of(note: str) -> float:
-    """In Hz, equal temperament with A4 at 440 Hz."""
+def frequency_of_note(note: str) -> float:
+    """The frequency of a note in Hz, in equal temperament with A4 at 440 Hz."""
     semitones = _KEYS.index(note[:-1]) - _KEYS.index("A") + 12 * (int(note[-1]) - 4)
     return 440 * 2 ** (semitones / 12)
 
 
-def notes_of(sound: Sound) -> list[str]:
+def notes_of(melody: Melody) -> list[str]:
     """The names of the notes, read from the frequencies."""
-    semitones = [round(12 * math.log2(tone.frequency / 440)) + 57 for tone in sound.tones]  # above C0
+    semitones = [round(12 * math.log2(tone.frequency / 440)) + 57 for tone in melody.tones]  # above C0
     return [f"{_KEYS[semitone % 12]}{semitone // 12}" for semitone in semitones]
 
 
-def _play(tone: Tone, sound: Sound) -> np.ndarray:
+def _play(tone: Tone, melody: Melody) -> np.ndarray:
     """A tone as samples within the volume."""
-    strengths, fading = TIMBRES[sound.timbre]
+    strengths, fading = TIMBRES[melody.timbre]
     heard = [
         strength
         for number, strength in enumerate(strengths, start=1)
-        if number * tone.frequency < _HIGHEST_PART * sound.sampling_rate
+        if number * tone.frequency < _HIGHEST_PART * melody.sampling_rate
     ]
-    loudness = _loudness(tone.seconds, fading, sound.sampling_rate)
-    turns = np.full(len(loudness), np.exp(2j * np.pi * tone.frequency / sound.sampling_rate))
+    loudness = _loudness(tone.seconds, fading, melody.sampling_rate)
+    turns = np.full(len(loudness), np.exp(2j * np.pi * tone.frequency / melody.sampling_rate))
     turns[:1] = 1
     swinging = turns.cumprod()  # cos + i sin of the fundamental; a partial is a power of it
-    return np.polyval([*reversed(heard), 0], swinging).imag * loudness * (sound.volume / sum(strengths))
+    return np.polyval([*reversed(heard), 0], swinging).imag * loudness * (melody.volume / sum(strengths))
 
 
 @lru_cache(maxsize=8)  # the tones of a melody last equally long

@@ -1,6 +1,7 @@
 """Generated data: tasks by name, and rows drawn from them, the same on every machine, process and rank."""
 
 import random
+from collections.abc import Sequence
 from hashlib import blake2b
 
 from datasets import Dataset, Features, Value
@@ -26,7 +27,7 @@ TASKS: dict[str, GeneratedTask] = {
         Calculator(),
     )
 }
-"""Text alone."""
+"""Tasks of text alone."""
 MEDIA_TASKS: dict[str, GeneratedMediaTask] = {
     task.name: task
     for task in (
@@ -40,7 +41,7 @@ MEDIA_TASKS: dict[str, GeneratedMediaTask] = {
         CupTunes(),
     )
 }
-"""Pictures and sounds, with text about them."""
+"""Tasks with images and waveforms, and text about them."""
 _ATTEMPTS = (
     1000  # a role holds at least a tenth of the instances, so 1000 misses mean that it holds none (0.9^1000 = 2e-46)
 )
@@ -51,7 +52,7 @@ def get_task(name: str) -> GeneratedTask:
     """The task called `name`.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: There is none; the message lists those there are.
     """
     tasks = TASKS | MEDIA_TASKS
     if name not in tasks:
@@ -64,10 +65,11 @@ def generate_row(
 ) -> dict:
     """Row `index` of a role as {"prompt", "answer", "difficulty"}, and "medium" of a task with media.
 
-    Depends on the arguments alone. Draws until an instance falls into the role, so that roles never share one.
+    The row depends on the arguments alone. Instances are drawn until one falls into the role: roles
+    never share one.
 
     Raises:
-        ValueError: the task has no such difficulties, or no instance of them belongs to the role.
+        ValueError: The task has no such difficulties, or no instance of them belongs to the role.
     """
     task.check_difficulty(difficulty)
     key = blake2b(f"{task.name} {role} {seed} {index}".encode(), digest_size=16).digest()
@@ -82,7 +84,7 @@ def generate_row(
 
 def generate_rows(
     task: GeneratedTask,
-    difficulty: tuple[int, int],
+    difficulty: Sequence[int] | None,
     role: Role,
     seed: tuple[int, ...],
     num_rows: int,
@@ -91,18 +93,23 @@ def generate_rows(
     """Rows 0 to `num_rows` - 1 in memory: columns prompt, answer, difficulty, and medium of a task with media.
 
     Args:
-        difficulty: smallest and largest, both included, drawn evenly.
-        seed: numbers that all become part of the key.
-        workers: processes that share the work; the rows do not depend on it.
+        difficulty: Smallest and largest difficulty, both included, drawn evenly; None: the task's own.
+        seed: Numbers that all become part of the key.
+        workers: Processes that share the work; the rows do not depend on it.
 
     Raises:
-        ValueError: as `generate_row`.
+        ValueError: The reasons are those of `generate_row`.
     """
     features = _FEATURES | {"medium": Value("string")} if isinstance(task, GeneratedMediaTask) else _FEATURES
     return Dataset.from_dict({"index": range(num_rows)}).map(
         _generate_batch,
         batched=True,
-        fn_kwargs={"name": task.name, "difficulty": difficulty, "role": role, "seed": seed},
+        fn_kwargs={
+            "name": task.name,
+            "difficulty": tuple(difficulty or task.default_difficulty),
+            "role": role,
+            "seed": seed,
+        },
         remove_columns="index",
         features=Features(features),
         num_proc=min(workers, num_rows) if workers > 1 else None,

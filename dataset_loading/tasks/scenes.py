@@ -24,7 +24,7 @@ COLOURS = {
 """Names and RGB values, each of which varies a little from object to object."""
 SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": (0.122, 0.135), "large": (0.2, 0.215)}
-"""Smallest and largest radius as a part of the picture's side; a shape is two radii wide and high."""
+"""Smallest and largest radius as a part of the image's side; a shape is two radii wide and high."""
 RELATIONS = ("left of", "right of", "above", "below")
 _MARGIN, _GAP = 1 / 64, 1 / 16  # between a shape and the border, and between two shapes, as parts of the side
 _STEEPEST = 0.4  # of two objects in a relation, the distance across it as a part of the distance along it
@@ -44,7 +44,7 @@ POSITIONS = {
     "at the bottom": (1, 2),
     "at the bottom right": (2, 2),
 }
-"""The thirds of a picture, from the left and from the top."""
+"""The thirds of an image, from the left and from the top."""
 NUMBERS = ("a", "two", "three", "four")
 HELD_OUT = frozenset([f"a {' '.join(words)}" for words in product(SIZES, COLOURS, SHAPES, POSITIONS)][::7])
 """Captions of single objects that are in test alone: every seventh combination of all, so that training shows any two
@@ -64,8 +64,8 @@ class Thing(NamedTuple):
     fill: tuple[int, int, int]
 
 
-class Picture(NamedTuple):
-    """What a medium says."""
+class Scene(NamedTuple):
+    """What the description of a scene says."""
 
     size: int  # pixels of a side
     background: tuple[int, int, int]
@@ -103,13 +103,13 @@ class SceneTask(GeneratedMediaTask):
     def identity(self, prompt: str, medium: str) -> str:
         """The kinds of the objects, wherever they lie and whatever is asked, so that no such set is in two roles.
 
-        Of a single object it is the whole medium, since there are too few kinds to share: all roles have all of them.
+        For a single object it is the whole description, since there are too few kinds to share: all roles have all.
         """
         kinds = kinds_of(parse_scene(medium))
         return ", ".join(sorted(kinds)) if len(kinds) > 1 else medium
 
     def _write(self, rng: random.Random, things: list[tuple[str, str, float, float, float]]) -> str:
-        """The medium of objects given as (colour, shape, x, y, radius); draws what the caption does not tell."""
+        """The description of objects given as (colour, shape, x, y, radius), with the rest drawn at random."""
         background = [rng.randrange(15, 75)] * 3
         slope = f"{rng.uniform(-15, 15):.1f} {rng.uniform(-15, 15):.1f}"
         parts = []
@@ -235,17 +235,17 @@ class SceneQuestions(SceneTask):
         return {name: answer for name, values in kinds.items() if answer in values}
 
 
-def parse_scene(medium: str) -> Picture:
-    """What a medium says.
+def parse_scene(medium: str) -> Scene:
+    """The scene that a task has described in a line.
 
     Raises:
-        ValueError: it is no scene.
+        ValueError: The line describes no scene.
     """
     found = _PICTURE.fullmatch(medium)
     things = [_THING.fullmatch(part) for part in found[6].split("; ")] if found else [None]
     if None in things:
         raise ValueError(f"medium {medium!r} is not a scene; take one that a task of scenes has drawn")
-    return Picture(
+    return Scene(
         size=int(found[1]),
         background=_rgb(found[2]),
         slope=(float(found[3]), float(found[4])),
@@ -254,7 +254,7 @@ def parse_scene(medium: str) -> Picture:
     )
 
 
-def kinds_of(picture: Picture) -> list[str]:
+def kinds_of(picture: Scene) -> list[str]:
     """The names of the objects, such as "small red circle", read from how they are drawn."""
     middle = (SIZES["small"][1] + SIZES["large"][0]) / 2 * picture.size
     kinds = []
@@ -375,7 +375,7 @@ class Drawings(SceneTask):
         return {name: value for name, value in found.items() if value}
 
     def role_of(self, row: dict[str, str]) -> Role:
-        """Of a single object, test has whole combinations; of several that are equal, as elsewhere."""
+        """The part of a row: single objects are split by combinations, and several equal ones as elsewhere."""
         if not row["answer"].startswith("a "):
             return super().role_of(row)
         if row["answer"] in HELD_OUT:
@@ -388,7 +388,7 @@ class Drawings(SceneTask):
         return rng.uniform(max(middle - play, edge), min(middle + play, self.size - edge))
 
     def _quarters(self, rng: random.Random, radii: list[float]) -> list[tuple[float, float]]:
-        """Centres (x, y) in different quarters of the picture."""
+        """Centres (x, y) in different quarters of the image."""
         places = []
         for quarter, radius in zip(rng.sample(range(4), len(radii)), radii, strict=True):
             play = self.size * (1 / 2 - _GAP) / 2 - radius

@@ -1,4 +1,4 @@
-"""Pictures and sound that the model writes during training, beside what they should be, at several depths."""
+"""Images and audio that the model generates during training, next to their references, at several depths."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, ProcessorMixin, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin, TrainerState
 
 from model import draw_codes
 from model.chat import WRITTEN_PREFIX
 
-from .media_samples import Example, inputs_of, spectrogram_image
-from .reporting import PeriodicCallback, Reporter, aside, depths_of, verbatim
+from .media_samples import spectrogram_image
+from .reporting import Example, PeriodicCallback, Reporter, aside, check_samples, depths_of, inputs_of, verbatim
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ _PARTS = 3  # of the places of a medium, in each of which the latents are watche
 
 
 @dataclass
-class WrittenSamplesConfig:
-    """Pictures and sound written for fixed prompts of the validation sources."""
+class GeneratedMediaConfig:
+    """Images and audio generated for fixed prompts of the validation sources."""
 
     num_examples: int = 4
     """Prompts of each source, at least 0; 0: no samples."""
@@ -35,23 +35,17 @@ class WrittenSamplesConfig:
     """Optimizer steps between samples, at least 1; there are some at the end as well."""
 
     num_steps: list[int] = field(default_factory=lambda: [1, 4, 8])
-    """Core steps per place, each at least 1, one sample for each. A model without a core gives one sample."""
+    """Core steps per position, each at least 1, one sample for each. A model without a core gives one sample."""
 
     largest_drift: float = 2.0
-    """An alarm is logged where the latents of what is written are this many times larger or smaller than those of what
-    should be, in the first, the middle or the last third of their places; above 1.
+    """An alarm is logged where generated latents are this many times larger or smaller than those of the references, in
+    the first, the middle or the last third of their positions; above 1.
     """
 
     def __post_init__(self) -> None:
-        for name, least in (("num_examples", 0), ("every_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"written_samples.{name} is {getattr(self, name)}, must be at least {least}.")
-        if not self.num_steps or min(self.num_steps) < 1:
-            raise ValueError(
-                f"written_samples.num_steps is {self.num_steps}, must hold at least one depth, each at least 1."
-            )
+        check_samples("generated_samples", self, num_examples=0, every_steps=1)
         if not 1 < self.largest_drift < math.inf:
-            raise ValueError(f"written_samples.largest_drift is {self.largest_drift}, must be above 1 and finite.")
+            raise ValueError(f"generated_samples.largest_drift is {self.largest_drift}, must be above 1 and finite.")
 
 
 @dataclass
@@ -64,21 +58,22 @@ class Sample:
     """(places, latent size)."""
 
 
-class WrittenSamplesCallback(PeriodicCallback):
+class GeneratedMediaCallback(PeriodicCallback):
     """Shows in TensorBoard a grid for each source, with a line for each prompt: the reference, and what is written at
-    each depth. Of sound it has spectrograms, and players beside it. The prompts are listed as text.
+    each depth. Of sound it has spectrograms, and players, too. The prompts are listed as text.
 
     The root mean square of latents, divided by that of the references', is logged by depth and third of the places:
     where it leaves 1, what is written drifts away from what was learned.
 
     Args:
-        examples: by source and kind, each with `prompt_ids`, `media` and `targets` (tensors by kind), `modality`
-            ("written_image" or "written_audio"), `prompt`, `reference` (a PIL image, or (samples, rate)).
+        examples: Examples by source and modality, each with `prompt_ids`, `media` and `targets` (tensors
+            by kind), `modality` ("written_image" or "written_audio"), `prompt`, and `reference` (PIL image, or samples
+            and their rate).
     """
 
     def __init__(
         self,
-        config: WrittenSamplesConfig,
+        config: GeneratedMediaConfig,
         processor: ProcessorMixin,
         examples: Mapping[str, Sequence[Example]],
         reporter: Reporter,
@@ -88,7 +83,7 @@ class WrittenSamplesCallback(PeriodicCallback):
         self.processor = processor
         self.examples = {source: rows[: config.num_examples] for source, rows in examples.items()}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let the references be heard."""
         writer = self.reporter.summary_writer()
         if writer is None:
@@ -97,22 +92,20 @@ class WrittenSamplesCallback(PeriodicCallback):
             for number, example in enumerate(rows):
                 self.add_player(writer, f"{source}_{number}/reference", example["reference"], state)
 
-    def write_all(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel
-    ) -> None:
-        """Media of all prompts and depths, and how large their latents are."""
-        depths = depths_of(model, self.config.num_steps)
+    def write(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str | float]:
+        """The prompts and how large the latents are; media of all prompts and depths are shown."""
+        depths, report = depths_of(model, self.config.num_steps), {}
         for source, rows in self.examples.items():
             seeded = list(enumerate(rows))
-            written = {depth: [self.write(model, row, depth, seed) for seed, row in seeded] for depth in depths}
-            report: dict[str, str | float] = {f"written_samples/{source}": prompts_of(rows)}
-            report |= dict(self.drifts(source, rows, written, model, state))
-            self.reporter.write(args, state, control, report)
+            written = {depth: [self.sample(model, row, depth, seed) for seed, row in seeded] for depth in depths}
+            report[f"written_samples/{source}"] = prompts_of(rows)
+            report |= self.drifts(source, rows, written, model, state)
             self.show(source, rows, written, state)
+        return report
 
-    def write(self, model: PreTrainedModel, example: Example, depth: int | None, seed: int) -> Sample:
+    def sample(self, model: PreTrainedModel, example: Example, depth: int | None, seed: int) -> Sample:
         """What the model writes for one prompt. They go one by one: a few, and none is padded."""
-        kind = kind_of(example)
+        kind = target_modality(example)
         inputs = inputs_of(example, model, self.processor, depth)
         if kind == "image" and getattr(model, "decode_image_tokens", None):
             with aside(model, seed):
@@ -184,12 +177,12 @@ class WrittenSamplesCallback(PeriodicCallback):
             writer.add_audio(f"train/written_samples/{name}", sound, state.global_step, rate)
 
 
-def is_written(example: Example) -> bool:
+def is_generated(example: Example) -> bool:
     """Whether the answer is a medium."""
     return example.get("modality", "text").startswith(WRITTEN_PREFIX)
 
 
-def kind_of(example: Example) -> str:
+def target_modality(example: Example) -> str:
     """That of the medium, "image" or "audio"."""
     return example["modality"].removeprefix(WRITTEN_PREFIX)
 
@@ -202,7 +195,7 @@ def prompts_of(rows: Sequence[Example]) -> str:
 def target_latents(example: Example, model: PreTrainedModel) -> torch.Tensor:
     """(places, latent size) of what should be written."""
     (target,) = example["targets"][example["modality"]]
-    codec = model.model.writers[kind_of(example)].codec
+    codec = model.model.writers[target_modality(example)].codec
     with torch.no_grad():
         return codec.encode(target[None].to(model.device))[0]
 
