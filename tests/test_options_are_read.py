@@ -10,6 +10,8 @@ import pytest
 from transformers import PreTrainedConfig, TrainingArguments
 
 from configs import finetuning, loader, runs
+from model import RecurrenceConfig
+from model.depth import DepthOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,8 +22,8 @@ READERS = {
     "MegaTransformerConfig": ("model", r"(self\.)?config"),
     "MegaTransformerVisionConfig": ("model", r"(self\.)?config"),
     "MegaTransformerAudioConfig": ("model", r"(self\.)?config"),
-    "MegaTransformerImageWriterConfig": ("model", r"(self\.)?(writer\.)?config"),
-    "MegaTransformerAudioWriterConfig": ("model", r"(self\.)?(writer\.)?config"),
+    "MegaTransformerImageWriterConfig": ("model", r"(self\.)?(output_head\.)?config"),
+    "MegaTransformerAudioWriterConfig": ("model", r"(self\.)?(output_head\.)?config"),
     "MegaTransformerImageAutoencoderConfig": ("model", r"(self\.)?config"),
     "MegaTransformerVocoderConfig": ("model", r"(self\.)?config"),
     "RecurrenceConfig": ("model", r"(self\.)?(config|recurrence)"),
@@ -96,7 +98,8 @@ def own_fields(cls: type) -> set[str]:
     """Fields that are not inherited from transformers, which reads its own."""
     base = next((base for base in (PreTrainedConfig, TrainingArguments) if issubclass(cls, base)), None)
     inherited = {item.name for item in dataclasses.fields(base)} if base else set()
-    return {item.name for item in dataclasses.fields(cls) if item.init} - inherited - READ_BY_TRANSFORMERS
+    by_name = set(DepthOptions.names()) if cls is RecurrenceConfig else set()  # read by `DepthOptions.resolve`
+    return {item.name for item in dataclasses.fields(cls) if item.init} - inherited - READ_BY_TRANSFORMERS - by_name
 
 
 SECTIONS = (*runs.MODEL_CONFIGS.values(), *runs.SECTIONS.values(), *finetuning.SECTIONS.values())
