@@ -29,7 +29,7 @@ help:
 	@echo "make test-previous   the tests of model and export with transformers $(PREVIOUS), all else as in the lock"
 	@echo "make lint            ruff: rules and format"
 	@echo "make format          ruff: repair what can be repaired"
-	@echo "make docs            docs/config.md, from the configuration classes"
+	@echo "make docs            docs/config.md and docs/api.md, from the code"
 	@echo "make extra           install what requirements-extra.lock has beside requirements.lock"
 	@echo "make lock            lock the newest versions that requirements.txt and requirements-extra.txt allow"
 	@echo "make check-lock      that the lock has a version of everything for each Python, without installing it"

@@ -1,4 +1,6 @@
-"""Writes docs/config.md (`python -m configs.reference`): every option of a run, read from the class that holds it."""
+"""Writes docs/config.md (`python -m configs.reference`): every option of a run, read from the class that holds it; and
+docs/api.md.
+"""
 
 import dataclasses
 import inspect
@@ -20,7 +22,7 @@ from trainers import RecurrentTrainingArguments
 from trainers.arguments import MINIMUMS, MOMENTS
 from trainers.finetuning import FINETUNERS, ModelOptions
 
-from . import finetuning
+from . import api_reference, finetuning
 from .loader import build_parser, nested_class, option_types
 from .runs import MODEL_CONFIGS, SECTIONS, RunConfig
 
@@ -71,8 +73,9 @@ WORDS = {
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page, and that of the names of the code."""
     PAGE.write_text(render_page(), encoding="utf-8")
+    api_reference.PAGE.write_text(api_reference.render_names(), encoding="utf-8")
 
 
 def render_page() -> str:

@@ -57,6 +57,7 @@ MODELS = {
 }
 """The class that is trained, by the class of its configuration."""
 CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
+"""Configurations of codecs, which `trainer: reconstruction` trains."""
 
 AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)

@@ -665,7 +665,7 @@ def test_the_schema_of_a_file_is_printed_for_editors(ended) -> None:
 
 @pytest.mark.slow
 def test_bash_completes_options_behind_the_launcher() -> None:
-    """As the README has it, in a real shell."""
+    """As docs/training.md has it, in a real shell."""
     script = subprocess.run(
         [sys.executable, "pretrain.py", "--print_completion", "shtab-bash"], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,4 +1,6 @@
-"""The commands of the README run: each `bash` block as it stands, with few steps and rows, and folders of the test."""
+"""The commands of the README, and of the pages that it sends its reader to first, run: each `bash` block as it stands,
+with few steps and rows, and folders of the test.
+"""
 
 import json
 import os
@@ -14,9 +16,9 @@ from tests.test_launch import REPOSITORY, free_port
 from tests.tiny_language_model import save_checkpoint
 from tests.tiny_processor import audio_file, image_file, picture, sound
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
 README = (REPOSITORY / "README.md").read_text()
+PAGES = [README, *((REPOSITORY / "docs" / f"{name}.md").read_text() for name in ("training", "generation"))]
+DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 FEW_STEPS = ["--training.max_steps", "2", "--training.warmup_steps", "1"]
 FEW_STEPS += ["--callbacks.samples.max_new_tokens", "2", "--callbacks.media_samples.max_new_tokens", "2"]
 FEW_ROWS = """
@@ -42,9 +44,9 @@ data:
 FEW = {"recurrent_vlm.yaml": FEW_ROWS, "any_to_any.yaml": FEW_DRAWINGS}
 
 
-def commands(language: str) -> list[str]:
-    """The contents of the README's fenced blocks of a language; of bash, line by line."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def commands(language: str, *pages: str) -> list[str]:
+    """The contents of the fenced blocks of a language; of bash, line by line."""
+    blocks = [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)]
     return [line for block in blocks for line in block.splitlines() if line] if language == "bash" else blocks
 
 
@@ -103,35 +105,38 @@ def write_files(folder: Path) -> None:
     (folder / "my" / "b.txt").write_text("The clocks were striking thirteen. " * 400)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_command_runs(tmp_path):
     """In order, as a reader would type them."""
     write_files(tmp_path)
     ran = []
-    for command in commands("bash"):
+    for command in commands("bash", *PAGES):
         if command.startswith(("make ", "source ", "tensorboard ")):
             continue
         process = run(prepared(command, tmp_path))
         assert process.returncode == 0, f"{command}\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
         ran.append(command)
-    assert len(ran) >= 10
-    (script,) = commands("python")
-    script = script.replace('"runs/', f'"{tmp_path}/runs/')
-    process = run([sys.executable, "-c", script])
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "tensor([[" in process.stdout
-    assert "Do you wish to run the custom code?" not in process.stdout + process.stderr
+    assert len(ran) >= 24
+    scripts = commands("python", *PAGES)
+    for script in scripts:
+        process = run([sys.executable, "-c", script.replace('"runs/', f'"{tmp_path}/runs/')])
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert ("tensor([[" in process.stdout) == ("exit_steps" in script)
+        assert "Do you wish to run the custom code?" not in process.stdout + process.stderr
+    assert len(scripts) == 2
 
 
 def test_the_environment_is_entered_before_its_commands():
     """`make` sets it up and needs nothing entered; all other commands follow the one that enters it."""
-    is_make = [command.startswith("make ") for command in commands("bash")]
-    entered = commands("bash").index("source .venv/bin/activate")
+    is_make = [command.startswith("make ") for command in commands("bash", README)]
+    entered = commands("bash", README).index("source .venv/bin/activate")
     assert all(is_make[:entered]) and not any(is_make[entered:])
 
 
 def test_make_targets_of_the_readme_exist():
     makefile = (REPOSITORY / "Makefile").read_text()
-    for command in commands("bash"):
+    for command in commands("bash", *PAGES):
         if command.startswith("make "):
             assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.MULTILINE), command
 
@@ -142,3 +147,29 @@ def test_files_named_in_the_tree_exist():
     for name in names:
         assert (REPOSITORY / name).exists() or list(REPOSITORY.glob(f"[!.]*/**/{name}")), name
     assert len(names) > 15
+
+
+def test_the_readme_is_short():
+    """What a stranger reads before the first command; all else is on a page of its own."""
+    assert len(README.splitlines()) <= 250
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)", README))
+    assert linked == {f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")}
+
+
+def anchors(page: str) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in DOCS)])
+def test_links_lead_to_files_and_headings(name):
+    path = REPOSITORY / name
+    for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), f"{name}: {link}"
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{name}: {link}"
