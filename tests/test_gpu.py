@@ -309,7 +309,7 @@ def test_a_training_step_never_waits_but_to_look_for_documents(packed):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["grows", "static"])
-def test_a_token_never_waits_and_with_exits_once_a_check(static):
+def test_a_token_waits_once_at_most_and_with_exits_once_a_check(static):
     model, ids = wide_model(), ids_of(2, 8)
     room = {"max_length": 32, "max_steps": 4} if static else {}
     cache, token = RecurrentCache(model.config, **room), ids[:, :1]
@@ -320,4 +320,5 @@ def test_a_token_never_waits_and_with_exits_once_a_check(static):
         model(token, cache=cache, num_steps=4, attention_mask=mask[:, :9])
         found = synchronisations(lambda: model(token, cache=cache, num_steps=4, attention_mask=mask[:, :10]))
         checked = synchronisations(lambda: model(token, cache=cache, num_steps=4, exits=exits))
-    assert found == [] and len(checked) == 3
+    # transformers looks whether a mask hides something, but not where the room of a static cache has to be hidden.
+    assert len(found) == (not static) and len(checked) == 3
