@@ -14,6 +14,7 @@ from pathlib import Path
 
 from callbacks import model_card, sources_of
 from configs import load_run_config
+from configs.runs import find_run_config
 from inference import arguments
 from inference.checkpoints import find_checkpoint, is_adapter
 from inference.loading import load_model
@@ -26,12 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for bad input; nothing is written then.
+        SystemExit: the input is bad; the code is 2, after one line on standard error, and nothing is written.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     set_up_logging(args.log_level)
-    try:
+    with parser.one_line_errors():
         if args.command == "merge":
             merge(args.adapter, args.base, args.output)
         else:
@@ -40,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with whole_file(folder / "README.md") as beside:
                     model_card(folder, skeleton(folder)).save(beside)
             write_result(f"{len(written)} files written to {folder}\n")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     return 0
 
 
@@ -59,7 +58,9 @@ def build_parser() -> arguments.OneLineParser:
     refreshing.add_argument("output", type=Path, nargs="?", help="folder for it, empty or new; default: in place")
     for command in (merging, refreshing):
         # It may stand before the command as well, and is then not to be reset to its default.
-        command.add_argument("--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help="as before the command")
+        command.add_argument(
+            "--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help="least severe message to show"
+        )
     return parser
 
 
@@ -89,8 +90,8 @@ def merge(adapter: Path, base: Path | None, output: Path) -> None:
             f"The base of {folder} is saved in 8 or 4 bits, in which most of what was learned would be lost: load the "
             "adapter as it is."
         )
-    runs = [path for path in (folder / "config.yaml", folder.parent / "config.yaml") if path.is_file()]
-    run = load_run_config(runs[0]) if runs else None
+    path = find_run_config(folder)
+    run = path and load_run_config(path)
     with whole_folder(output) as made:
         model.save_pretrained(made)
         processor.save_pretrained(made)

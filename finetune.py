@@ -5,8 +5,8 @@ import inference.logs  # noqa: F401  first: it sets up what libraries say while 
 # isort: split
 from collections.abc import Sequence
 
-from configs import one_line_errors
-from configs.finetuning import build_trainer, load_finetuning_config
+from configs import load_config, one_line_errors
+from configs.finetuning import FinetuningConfig, build_finetuning
 from configs.running import run_training, set_up_output
 from inference.shutdown import run_to_the_end
 from trainers.rewards import RewardError
@@ -16,12 +16,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Tune, evaluate and save what the command line describes.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for bad input; nothing is written then.
+        SystemExit: the input is bad; the code is 2, after one line on standard error, and nothing is written.
     """
-    run = load_finetuning_config(argv)
+    run = load_config(argv, FinetuningConfig)
     set_up_output(run.log_level)
     with one_line_errors((RewardError,)):  # the code of a user is tried when training begins
-        return run_training(run, build_trainer)
+        return run_training(run, build_finetuning)
 
 
 if __name__ == "__main__":

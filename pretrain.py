@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from configs import load_config
-from configs.pretraining import build_trainer, describe_run
+from configs.pretraining import build_pretraining, describe_run
 from configs.running import run_training, set_up_output
 from inference.output import write_result
 from inference.shutdown import run_to_the_end
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate and save what the command line describes.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for bad input; nothing is written then.
+        SystemExit: the input is bad; the code is 2, after one line on standard error, and nothing is written.
     """
     run = load_config(argv)
     set_up_output(run.log_level)
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             write_result(describe_run(run))
         return 0
-    return run_training(run, build_trainer)
+    return run_training(run, build_pretraining)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from benchmarks import timing
 from configs import RunConfig, load_config
 from configs.pretraining import build_model
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_tokenizer, get_task
-from dataset_loading.synthetic import generate_row
+from dataset_loading.tasks.registry import generate_row
 from inference.arguments import OneLineParser
 from inference.devices import choose_device, choose_threads, cpu_model
 from model import build_processor, media_tokens

@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import flatten, one_line_errors, read_yaml, resolve
+from configs import flatten_keys, one_line_errors, read_yaml, resolve
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "recurrent_cups.yaml"
@@ -151,7 +151,7 @@ class Job:
         """
         if not self.state_file.exists():
             return
-        there, here = flatten(read_yaml(self.folder / "config.yaml")), flatten(resolve(self.flags))
+        there, here = flatten_keys(read_yaml(self.folder / "config.yaml")), flatten_keys(resolve(self.flags))
         there["updates"] = json.loads(self.state_file.read_text())["global_step"]
         here["updates"] = here["training.max_steps"]
         for key in here | there:

@@ -173,14 +173,14 @@ def card_data(folder: Path, config: PreTrainedConfig, resolved: Mapping[str, Any
     )
 
 
-def is_adapter(folder: Path) -> bool:
+def holds_adapters(folder: Path) -> bool:
     """Whether a folder holds adapters, and not the model that they are for."""
     return (folder / ADAPTER).is_file() or (folder / STEP_ADAPTER).is_file()
 
 
 def description(folder: Path, model: nn.Module, resolved: Mapping[str, Any]) -> str:
     """A sentence or two on the model: what it reads and writes, and its size."""
-    if is_adapter(folder):
+    if holds_adapters(folder):
         count = sum(parameter_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
         return f"Low-rank adapters of {count:,} parameters for the model in `{resolved['model']['path']}`."
     config = model.config

@@ -1,5 +1,6 @@
 """The files of DeepSpeed, checked by DeepSpeed's own configuration classes before anything is built."""
 
+import functools
 import inspect
 import json
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ from pydantic import ValidationError
 from trainers.keywords import Recorder
 
 from . import strict_yaml
-from .advice import closest as closest_of
+from .loader import closest
 
 DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
 AUTO = "auto"
+advice = functools.partial(closest, else_where="DeepSpeed's documentation lists the known ones")
 # Those of the whole file that the Trainer fills in where they are "auto", each with a value that stands for it here.
 FILLED_IN = {
     "train_batch_size": None,
@@ -35,7 +37,7 @@ def find_deepspeed(value: Any) -> Any:
     the file begins with a byte-order mark, which not every reader knows; checked, as one that is given as such is.
 
     Raises:
-        ValueError: for a file that is not there or holds no JSON object, and for what DeepSpeed would not read in it.
+        ValueError: the file is not there or holds no JSON object, or DeepSpeed would not read all of it.
     """
     if value is None:
         return None
@@ -62,7 +64,7 @@ def deepspeed_content(value: Any) -> Any:
     """What a file says that is given as for `find_deepspeed`; a value that is no string is the content.
 
     Raises:
-        ValueError: as `find_deepspeed`, but for what DeepSpeed would not read.
+        ValueError: the file is not there or holds no JSON object.
     """
     if not isinstance(value, str):
         return value
@@ -82,7 +84,7 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ValueError: for a key that is there twice, of which one would be lost.
+        ValueError: a key is there twice, of which one would be lost.
     """
     names = [name for name, _ in pairs]
     for name in names:
@@ -98,8 +100,7 @@ def check_deepspeed(content: dict[str, Any], where: str) -> None:
         where: What an error begins with.
 
     Raises:
-        ValueError: for a key that nobody looks for, with the closest one that is, and for a value that DeepSpeed
-            refuses.
+        ValueError: nobody looks for a key, in which case the closest known one is named; or DeepSpeed refuses a value.
     """
     from deepspeed.runtime.config import DeepSpeedConfig  # it takes seconds, and is not always there
 
@@ -136,7 +137,7 @@ def check_part(content: dict[str, Any], name: str, where: str) -> None:
         raise ValueError(f"{where}: {name} is {part!r}, not an object with type and params")
     for key in part:
         if key not in ("type", "params", "legacy_fusion"):
-            raise ValueError(f"{where}: unknown key {name}.{key}; {closest(key, ['type', 'params'])}")
+            raise ValueError(f"{where}: unknown key {name}.{key}; {advice(key, ['type', 'params'])}")
     if not isinstance(part.get("params", {}), dict):
         raise ValueError(f"{where}: {name}.params is {part['params']!r}, not an object")
 
@@ -150,12 +151,10 @@ def check_optimizer(part: dict[str, Any], where: str) -> None:
         return
     ours = {it.lower(): cls for it, cls in vars(torch.optim).items() if inspect.isclass(cls)}
     if not isinstance(name, str) or (name.lower() not in DEEPSPEED_OPTIMIZERS and name.lower() not in ours):
-        raise ValueError(
-            f"{where}: optimizer.type is {name!r}, which is unknown; {closest(name, DEEPSPEED_OPTIMIZERS)}"
-        )
+        raise ValueError(f"{where}: optimizer.type is {name!r}, which is unknown; {advice(name, DEEPSPEED_OPTIMIZERS)}")
     if cls := ours.get(name.lower()):
         known = {*inspect.signature(cls).parameters, *BESIDE_ARGUMENTS} - {"params"}
-        check_names(part.get("params", {}), known, f"{where}: unknown key optimizer.params")
+        refuse_unknown(part.get("params", {}), known, f"{where}: unknown key optimizer.params")
 
 
 def check_scheduler(part: dict[str, Any], where: str) -> None:
@@ -167,21 +166,16 @@ def check_scheduler(part: dict[str, Any], where: str) -> None:
         return
     if name not in lr_schedules.VALID_LR_SCHEDULES:
         known = lr_schedules.VALID_LR_SCHEDULES
-        raise ValueError(f"{where}: scheduler.type is {name!r}, which is unknown; {closest(name, known)}")
+        raise ValueError(f"{where}: scheduler.type is {name!r}, which is unknown; {advice(name, known)}")
     known = set(inspect.signature(vars(lr_schedules)[name]).parameters) - {"optimizer"}
-    check_names(part.get("params", {}), known, f"{where}: unknown key scheduler.params")
+    refuse_unknown(part.get("params", {}), known, f"{where}: unknown key scheduler.params")
 
 
-def closest(name: Any, known: Sequence[str]) -> str:
-    """Advice about an unknown name."""
-    return closest_of(name, known, "DeepSpeed's documentation lists the known ones")
-
-
-def check_names(part: dict[str, Any], known: set[str], beginning: str) -> None:
+def refuse_unknown(part: dict[str, Any], known: set[str], beginning: str) -> None:
     """Raises ValueError for the first name that is not known."""
     for name in part:
         if name not in known:
-            raise ValueError(f"{beginning}.{name}; {closest(name, sorted(known))}")
+            raise ValueError(f"{beginning}.{name}; {advice(name, sorted(known))}")
 
 
 def check_values(content: dict[str, Any], recorder: Recorder, where: str, key: str = "") -> None:
@@ -189,7 +183,7 @@ def check_values(content: dict[str, Any], recorder: Recorder, where: str, key: s
     for name, value in content.items():
         inner = f"{key}.{name}" if key else name
         if name not in recorder.asked and name not in FILLED_IN:
-            raise ValueError(f"{where}: unknown key {inner}; {closest(name, sorted(recorder.asked))}")
+            raise ValueError(f"{where}: unknown key {inner}; {advice(name, sorted(recorder.asked))}")
         expected = type_of(recorder.asked.get(name), FILLED_IN.get(name))
         is_filled_in = value == AUTO and (name in FILLED_IN if not key else True)
         if expected and not is_filled_in and not fits(value, expected):
@@ -224,7 +218,7 @@ def validation_problem(error: ValidationError, content: dict[str, Any]) -> str:
     )
     path = f"{section}.{key}" if section else key
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {path}; {closest(str(problem['loc'][-1]), fields_of(error, problem['loc']))}"
+        return f"unknown key {path}; {advice(str(problem['loc'][-1]), fields_of(error, problem['loc']))}"
     return f"{path} is {problem['input']!r}: {problem['msg']}"
 
 

@@ -2,14 +2,12 @@
 
 import copy
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jsonargparse import ArgumentParser
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
@@ -34,22 +32,9 @@ from trainers.grpo import RolloutArguments, RolloutTrainer
 from trainers.quantization import is_quantized, prepare_quantized_training
 from trainers.sft import SupervisedArguments
 
-from . import (
-    NOT_OPTIONS,
-    OPTIONAL_SECTIONS,
-    ResolvedConfig,
-    absent_of,
-    add_group,
-    build,
-    empty_parser,
-    one_line_errors,
-    parse,
-    read_arguments,
-    schema_of,
-)
-from .advice import closest
-from .deepspeed_files import find_deepspeed
+from .loader import NOT_OPTIONS, OPTIONAL_SECTIONS, Layout, closest
 from .pretraining import build_recurrent_trainer, build_rows, whole_weights
+from .runs import ResolvedConfig
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 
@@ -123,92 +108,32 @@ class FinetuningConfig(ResolvedConfig):
         """Whether adapters learn, and not the weights of the model."""
         return not (self.peft is None and self.step_lora is None)
 
-    def defaults(self) -> dict[str, Any]:
-        """What is resolved where nothing is given but the trainer and the checkpoint."""
-        return resolve(["--trainer", self.trainer, "--model.path", self.model.path])
+    def __post_init__(self) -> None:
+        parts = [name for name in OPTIONAL_SECTIONS if getattr(self, name) is not None]
+        if self.trainer == "exit_probe" and parts:
+            raise ValueError(
+                f"{parts[0]}: an exit probe learns alone, beside a model that stays as it is; leave it out"
+            )
 
-    def reread(self, path: str | Path) -> dict[str, Any]:
-        """As said there."""
-        return resolve(["--config", str(path)])
-
-
-def load_finetuning_config(argv: Sequence[str] | None = None) -> FinetuningConfig:
-    """The run that a command line (default: `sys.argv`) describes.
-
-    Raises:
-        SystemExit: with code 2, after one line on stderr, for whatever is wrong.
-    """
-    with one_line_errors():
-        tree = resolve(sys.argv[1:] if argv is None else argv, is_to_run=True)
-        training = dict(tree["training"], deepspeed=find_deepspeed(tree["training"]["deepspeed"]))
-        _, arguments = FINETUNERS[tree["trainer"]]
-        return build_run(tree, build(arguments, training, "training"))
-
-
-def load_finetuned_run(path: str | Path, overrides: Sequence[str] = ()) -> FinetuningConfig:
-    """As `load_run_config`, of a run of fine-tuning."""
-    return build_run(resolve(["--config", str(path), *overrides]), training=None)
-
-
-def resolve(argv: Sequence[str], is_to_run: bool = False) -> dict[str, Any]:
-    """Every option as plain values; types are checked, nothing is built.
-
-    Args:
-        is_to_run: Whether a run follows, in which the code that it names would run.
-
-    Raises:
-        ValueError: for an unknown or repeated key, a wrong type or choice, a missing file; as `check_code`, unless the
-            command line allows it.
-    """
-    given = list(read_arguments(argv))
-    trees = [tree for _, tree, _ in given]
-    trainer = next((tree["trainer"] for tree in reversed(trees) if "trainer" in tree), DEFAULT_TRAINER)
-    if trainer not in FINETUNERS:
-        raise ValueError(f"trainer: {trainer!r} is unknown; {closest(trainer, list(FINETUNERS))}")
-    sections = sections_of(trainer)
-    schema = dict.fromkeys(("trainer", "log_level", "local_rank", "allow_code")) | {
-        name: schema_of(cls) for name, cls in sections.items()
-    }
-    tree = parse(given, schema, build_parser(trainer), is_to_run)
-    return tree | dict.fromkeys(absent_of(OPTIONAL_SECTIONS, trees))
-
-
-def sections_of(trainer: str) -> dict[str, type]:
-    """The sections and their classes."""
-    return {**SECTIONS, "training": FINETUNERS[trainer][1]}
-
-
-@functools.cache
-def build_parser(trainer: str) -> ArgumentParser:
-    """The parser of all sections; its `--help` shows the docstrings of the fields."""
-    parser = empty_parser(FINETUNERS, DEFAULT_TRAINER)
-    for name, cls in sections_of(trainer).items():
-        add_group(parser, cls, name)
-    return parser
-
-
-def build_run(tree: dict[str, Any], training: RecurrentTrainingArguments | None) -> FinetuningConfig:
-    """Build the classes of a resolved tree.
-
-    Raises:
-        ValueError: for a value out of range, with its section.
-    """
-    if tree["trainer"] == "exit_probe" and (parts := [name for name in OPTIONAL_SECTIONS if tree[name] is not None]):
-        raise ValueError(f"{parts[0]}: an exit probe learns alone, beside a model that stays as it is; leave it out")
-    built = {name: None if tree[name] is None else build(cls, tree[name], name) for name, cls in SECTIONS.items()}
-    names = {name: tree[name] for name in ("trainer", "log_level")}
-    return FinetuningConfig(**built, **names, training=training, resolved=tree)
+    @classmethod
+    def layout(cls, trees: Sequence[dict[str, Any]]) -> Layout:
+        """The sections of fine-tuning, and the training arguments of the trainer that is named."""
+        trainer = next((tree["trainer"] for tree in reversed(trees) if "trainer" in tree), DEFAULT_TRAINER)
+        if trainer not in FINETUNERS:
+            raise ValueError(f"trainer: {trainer!r} is unknown; {closest(trainer, list(FINETUNERS))}")
+        sections = (*SECTIONS.items(), ("training", FINETUNERS[trainer][1]))
+        return Layout(tuple(FINETUNERS), DEFAULT_TRAINER, sections, OPTIONAL_SECTIONS)
 
 
 # ------------------------------------------------------------------------------------------------------- the trainer
 
 
-def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Trainer:
+def build_finetuning(run: FinetuningConfig, resume_point: str | None = None) -> Trainer:
     """Model, adapters, data and trainer of a run, all checked, nothing written.
 
     Raises:
-        ValueError: for a checkpoint that cannot be loaded, adapters that do not fit it, data that cannot be read, or
-            options of training that do not fit.
+        ValueError: the checkpoint cannot be loaded, adapters or options of training do not fit it, or data cannot be
+            read.
     """
     folder = find_checkpoint(run.model.path)
     base = base_model(folder)
@@ -216,7 +141,7 @@ def build_trainer(run: FinetuningConfig, resume_point: str | None = None) -> Tra
     set_seed(run.training.seed)
     if run.trainer == "exit_probe":
         add_exit_probe(model)
-    model, adapters = add_adapters(run, model)
+    model, adapters = add_fresh_adapters(run, model)
     beside = [base, *adapters] if run.has_adapters else []
     if resume_point is not None:
         check_adapters(run, resume_point)
@@ -261,7 +186,7 @@ def add_exit_probe(model: PreTrainedModel) -> None:
     model.model.add_exit_probe().float().requires_grad_(True)
 
 
-def add_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.nn.Module, list[StepLora]]:
+def add_fresh_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.nn.Module, list[StepLora]]:
     """The model with fresh adapters, which alone learn, and those of them that are not PEFT's; the model as it is where
     the run has none.
 

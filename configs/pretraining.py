@@ -29,7 +29,7 @@ from model.backbones import reason_of
 from model.chat import ROLE_TOKENS, prepare_tokenizer
 from trainers import TRAINERS, RecurrentTrainer, RecurrentTrainingArguments, check_weights, describe_needs
 
-from . import ResolvedConfig, RunConfig, one_line_errors
+from .runs import ResolvedConfig, RunConfig, one_line_errors
 
 Processor = PreTrainedTokenizerBase | ProcessorMixin
 
@@ -39,7 +39,7 @@ def describe_run(run: RunConfig) -> str:
     small, only their sizes.
 
     Raises:
-        SystemExit: with code 2, for a number of GPUs that is none, and a pretrained encoder that cannot be found.
+        SystemExit: the number of GPUs is none, or a pretrained encoder cannot be found; the code is 2.
     """
     with one_line_errors():
         model = without_weights(run)
@@ -49,12 +49,11 @@ def describe_run(run: RunConfig) -> str:
     return f"{size_table(model)}\n\n{needs}\n"
 
 
-def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
+def build_pretraining(run: RunConfig, resume_point: str | None = None) -> Trainer:
     """Model, data and trainer of a run, all checked, nothing written.
 
     Raises:
-        ValueError: for data that cannot be read, or that do not fit the model; for a checkpoint or options of training
-            that do not fit either.
+        ValueError: data cannot be read; or data, a checkpoint or options of training do not fit the model.
     """
     check_memory(run)
     build = build_codec_trainer if isinstance(run.model, CODEC_CONFIGS) else build_language_trainer
@@ -62,7 +61,7 @@ def build_trainer(run: RunConfig, resume_point: str | None = None) -> Trainer:
 
 
 def build_language_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
-    """The trainer, and the tokenizer, of a model that reads text; see `build_trainer`."""
+    """The trainer, and the tokenizer, of a model that reads text; see `build_pretraining`."""
     tokenizer = build_tokenizer(
         run.tokenizer,
         run.data,
@@ -86,7 +85,7 @@ def build_recurrent_trainer(
     """The trainer of a model on rows of tokens, of which some or all are learned, in pretraining and in fine-tuning.
 
     Raises:
-        ValueError: as `build_trainer`.
+        ValueError: data cannot be read, or do not fit the model.
     """
     args, datasets = run.training, build_rows(run, model, processor)
     args.choose_best_metric([f"eval_{source}_{name}" for source in datasets.validation for name in METRICS])
@@ -107,7 +106,7 @@ def build_rows(run: ResolvedConfig, model: PreTrainedModel, processor: Processor
     """The rows of tokens that a run learns from and is evaluated on.
 
     Raises:
-        ValueError: for data that cannot be read, or that do not fit the model.
+        ValueError: data cannot be read, or do not fit the model.
     """
     args = run.training
     return build_datasets(
@@ -125,7 +124,9 @@ def build_media_examples(run: ResolvedConfig, processor: Processor) -> dict[str,
     """
     count = max(run.callbacks.media_samples.num_examples, run.callbacks.written_samples.num_examples)
     return {  # directions take turns
-        source.label: build_examples(source, run.data, processor, count * len(source.turns), seed=run.training.seed)
+        source.label: build_examples(
+            source, run.data, processor, count * len(source.directed_prompts), seed=run.training.seed
+        )
         for source in run.data.validation or run.data.train
         if source.is_media and not source.streaming and count
     }
@@ -144,7 +145,7 @@ def learns_from_chats(run: RunConfig) -> bool:
 
 
 def build_codec_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
-    """The trainer of an autoencoder of images or a vocoder; see `build_trainer`."""
+    """The trainer of an autoencoder of images or a vocoder; see `build_pretraining`."""
     args, media = run.training, codec_media(run.model)
     model = build_model(run.model, args)
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -217,7 +218,7 @@ def without_weights(run: RunConfig) -> PreTrainedModel:
     """The model of a run on the meta device, which takes no memory.
 
     Raises:
-        ValueError: for sizes beyond what any tensor can have.
+        ValueError: its sizes are beyond what any tensor can have.
     """
     try:
         with whole_weights(run.training), torch.device("meta"):

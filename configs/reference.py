@@ -21,7 +21,9 @@ from trainers.arguments import MINIMUMS, MOMENTS
 from trainers.finetuners import FINETUNERS
 from trainers.finetuning import ModelOptions
 
-from . import MODEL_CONFIGS, SECTIONS, RunConfig, build_parser, finetuning, nested_class, options_of
+from . import finetuning
+from .loader import build_parser, nested_class, option_types
+from .runs import MODEL_CONFIGS, SECTIONS, RunConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
@@ -46,7 +48,7 @@ one, and `training` has the options of the trainer as well.
 """
 OF_TRAINING = """\
 The options that this project adds to `transformers.TrainingArguments`, or declares anew; all others are those of
-`transformers.TrainingArguments`. `deepspeed` may also be a name in `configs/deepspeed/`. `metric_for_best_model` is
+`transformers.TrainingArguments`. `metric_for_best_model` is
 `eval_NAME_loss`, `eval_NAME_perplexity` or `eval_NAME_bits_per_byte` of a validation source; where a best model is
 asked for, the loss of the first source by default. `max_steps` is at least 1, or -1 to count in `num_train_epochs`, and
 these inherited ones have a range here that transformers does not check:
@@ -70,20 +72,20 @@ WORDS = {
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(render(), encoding="utf-8")
+    PAGE.write_text(render_page(), encoding="utf-8")
 
 
-def render() -> str:
+def render_page() -> str:
     """The page, in Markdown."""
     headings = headings_of_run()
     parts = [
         INTRODUCTION,
         "## The run\n",
-        HEAD + "".join(rows_of_run(build_parser(next(iter(MODEL_CONFIGS.values()))))),
+        HEAD + "".join(rows_of_run(build_parser(RunConfig.layout([])))),
     ]
     for cls, heading in headings.items():
         if cls is ModelOptions:
-            rows = rows_of_run(finetuning.build_parser(finetuning.DEFAULT_TRAINER))
+            rows = rows_of_run(build_parser(finetuning.FinetuningConfig.layout([])))
             parts += ["## The run [finetune.py]\n", HEAD + "".join(rows)]
         level = "###" if "." in heading.partition(" [")[0] else "##"
         parts += [f"{level} {heading}\n", about(cls), HEAD + "".join(rows_of(cls, headings))]
@@ -129,7 +131,7 @@ def documented(cls: type) -> dict[str, Any]:
     """Names and types of the options, in the order of the class; of training arguments those declared here."""
     own = inspect.get_annotations(cls)
     return {
-        name: hint for name, hint in options_of(cls).items() if name in own or not issubclass(cls, TrainingArguments)
+        name: hint for name, hint in option_types(cls).items() if name in own or not issubclass(cls, TrainingArguments)
     }
 
 
@@ -209,7 +211,7 @@ def type_in_words(hint: Any) -> str:
 
 
 def name_of(kind: Any) -> str:
-    """Of a class, or of a list of something."""
+    """The name of a class, or of a list of something."""
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 

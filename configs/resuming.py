@@ -10,8 +10,9 @@ from typing import Any
 from trainers import RecurrentTrainingArguments
 from trainers.resuming import TRAINER_STATE_NAME, find_resume_point, holds_checkpoints, is_finished
 
-from . import OPTIONAL_SECTIONS, ResolvedConfig, check_output_dir, read_yaml, to_yaml
 from .deepspeed_files import deepspeed_content
+from .loader import OPTIONAL_SECTIONS, read_yaml, to_yaml
+from .runs import ResolvedConfig, check_output_dir, find_run_config
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ FREE = {
     "training.deepspeed.dump_state": "what is said while it trains",
     "training.deepspeed.comms_logger*": "what is said while it trains",
     "training.deepspeed.flops_profiler*": "what is said while it trains",
-    "data.max_bad_rows": "when to give up; the rows are the same",
+    "data.max_invalid_rows": "when to give up; the rows are the same",
     "data.preprocessing_workers": "who prepares the rows, whose order stays",
     "callbacks.*": "what is watched beside the training, and what happens where a loss is not finite",
     "log_level": "what is said while it trains",
@@ -98,7 +99,7 @@ class Difference:
     here: Any
 
     def __str__(self) -> str:
-        return f"{self.key} is {shortened(self.there)} there and {shortened(self.here)} here"
+        return f"{self.key} is {short_value(self.there)} there and {short_value(self.here)} here"
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def find_start(run: ResolvedConfig) -> Start:
     """Where a run begins, by its output folder and `training.resume_from_checkpoint`. Nothing is written.
 
     Raises:
-        ValueError: for an output folder that cannot be written, or is another run's; for a checkpoint that is none, has
-            other options than the run, or nothing left to train.
+        ValueError: the output folder cannot be written, or is another run's; or the checkpoint is none, has other
+            options than the run, or nothing left to train.
     """
     args = run.training
     check_output_dir(run)
@@ -191,10 +192,9 @@ def check_options(run: ResolvedConfig, checkpoint: Path) -> None:
     They are in the checkpoint; in the folder above, where older code has written it. What may change is logged.
 
     Raises:
-        ValueError: for a difference that may not be.
+        ValueError: there is a difference that may not be.
     """
-    paths = (checkpoint / CONFIG_NAME, checkpoint.absolute().parent / CONFIG_NAME)
-    path = next(filter(Path.is_file, paths), None)
+    path = find_run_config(checkpoint)
     if path is None:
         logger.warning(
             "%s has no %s: whether its run had the same data, seed and options is not known", checkpoint, CONFIG_NAME
@@ -210,7 +210,7 @@ def check_options(run: ResolvedConfig, checkpoint: Path) -> None:
     if changed and not run.training.allow_changes:
         raise ValueError(f"{refusal(checkpoint, changed)}; give the same, or add --training.allow_changes true")
     for item in changed:
-        logger.info("%s: %s -> %s, from here on", item.key, shortened(item.there), shortened(item.here))
+        logger.info("%s: %s -> %s, from here on", item.key, short_value(item.there), short_value(item.here))
 
 
 def refusal(checkpoint: Path, found: list[Difference]) -> str:
@@ -228,20 +228,20 @@ def differences(run: ResolvedConfig, path: Path) -> Iterator[Difference]:
         there = read_yaml(path)
     there, here = with_deepspeed_content(there), with_deepspeed_content(run.resolved)
     has_adapters = any(run.resolved.get(part) for part in OPTIONAL_SECTIONS)
-    for item in compare(there, here):
+    for item in compare_trees(there, here):
         is_base = has_adapters and item.key == "model.path"  # its weights are compared when the adapter is loaded
         if not (is_base or any(fnmatchcase(item.key, pattern) for pattern in FREE)):
             yield item
 
 
-def compare(there: Any, here: Any, key: str = "") -> Iterator[Difference]:
+def compare_trees(there: Any, here: Any, key: str = "") -> Iterator[Difference]:
     """The innermost keys whose values differ."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in {**here, **there}:
-            yield from compare(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+            yield from compare_trees(there.get(name), here.get(name), f"{key}.{name}" if key else name)
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         for index, pair in enumerate(zip(there, here, strict=True)):
-            yield from compare(*pair, f"{key}[{index}]")
+            yield from compare_trees(*pair, f"{key}[{index}]")
     elif there != here:
         yield Difference(key, there, here)
 
@@ -265,7 +265,7 @@ def is_changeable(item: Difference) -> bool:
     return any(fnmatchcase(item.key, pattern) for pattern in CHANGEABLE)
 
 
-def shortened(value: Any, most: int = 80) -> str:
+def short_value(value: Any, most: int = 80) -> str:
     """A value in one line that is not too long."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -21,8 +21,8 @@ from trainers.resuming import TRAINER_STATE_NAME, save_state_of
 from trainers.run_lock import RunLock
 from trainers.signals import StopCallback, StopRequest, watch_launcher
 
-from . import ResolvedConfig, one_line_errors
 from .resuming import Start, config_text, find_start
+from .runs import ResolvedConfig, one_line_errors
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         build: run and checkpoint to go on from -> trainer.
 
     Raises:
-        SystemExit: as `main`, and with 143 or 130 after SIGTERM or Ctrl-C.
+        SystemExit: the input is bad, with code 2; after SIGTERM or Ctrl-C, with 143 or 130.
     """
     logger.info("%s", device_report())
     args, lock = run.training, RunLock(run.training.output_dir)
@@ -50,7 +50,7 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         watch_launcher()
         with one_line_errors():
             args.check_launcher()
-            start = decide(lambda: begin(run, lock), args)
+            start = decide(lambda: begin_run(run, lock), args)
             if start.is_finished:
                 logger.info("%s holds the finished run: nothing is left to do", args.output_dir)
                 return 0
@@ -63,7 +63,14 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         trainer.add_callback(card)
         trainer.stop = StopCallback(request)
         with one_line_errors((ResumeError, NoRowsError)):
-            train(trainer, start.checkpoint, card)
+            with request.deferred():
+                trainer.train(resume_from_checkpoint=start.checkpoint)
+                if trainer.state.global_step == 0:
+                    raise NoRowsError(
+                        "data.train: not one row came of it, and nothing was trained; look at its sources"
+                    )
+                trainer.save_model()
+            finish(trainer, card)
     return 0
 
 
@@ -79,11 +86,11 @@ def leaving(lock: RunLock) -> Iterator[None]:
         lock.release()
 
 
-def begin(run: ResolvedConfig, lock: RunLock) -> Start:
+def begin_run(run: ResolvedConfig, lock: RunLock) -> Start:
     """Where a run begins, in a folder that no other run writes to; a folder that is not there yet is not made.
 
     Raises:
-        ValueError: as `find_start`, and for a folder in use.
+        ValueError: the run cannot begin there, or the folder is in use.
     """
     start = find_start(run)
     if not start.is_finished:
@@ -113,18 +120,8 @@ class NoRowsError(ValueError):
     """Data of which not one row came, as only their end shows."""
 
 
-def train(trainer: Trainer, resume_point: str | None, card: ModelCardWriter) -> None:
-    """Train, save weights, tokenizer and code in the run folder, evaluate; last the state, which says that all of it is
-    there.
-
-    Raises:
-        NoRowsError: for data that gave none.
-    """
-    with trainer.stop.request.deferred():
-        trainer.train(resume_from_checkpoint=resume_point)
-        if trainer.state.global_step == 0:
-            raise NoRowsError("data.train: not one row came of it, and nothing was trained; look at its sources")
-        trainer.save_model()
+def finish(trainer: Trainer, card: ModelCardWriter) -> None:
+    """Evaluate what is trained and saved; last write the state, which says that all of the run is there."""
     state = copy.copy(trainer.state)
     state.log_history = list(state.log_history)  # the evaluation below has a file of its own
     metrics = trainer.evaluate()

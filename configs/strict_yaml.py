@@ -33,7 +33,7 @@ class StrictLoader(yaml.SafeLoader):
         self.levels, self.sizes = 0, {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        """As there, and counts the values of a node, those behind aliases each time."""
+        """The next node, whose values are counted, those behind aliases each time."""
         line = self.peek_event().start_mark.line + 1
         is_alias = self.check_event(yaml.AliasEvent)
         self.levels += 1
@@ -51,7 +51,7 @@ class StrictLoader(yaml.SafeLoader):
         return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """As there, within 64 bits."""
+        """A whole number of at most 64 bits."""
         value = super().construct_yaml_int(node) if len(node.value) < 100 else MAX_INTEGER
         if not -MAX_INTEGER <= value < MAX_INTEGER:
             line = node.start_mark.line + 1
@@ -105,7 +105,7 @@ def _check_node(node: yaml.Node, line: int) -> None:
             names.add(key.value)
 
 
-def load(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """Plain values.
 
     Raises:

@@ -1,14 +1,15 @@
 """Data of a run: sources, checked rows, tokenizer, packing, mixture, batches. docs/data.md describes every format."""
 
-from .building import RunDatasets, SourceReport, build_datasets, build_examples, build_validation
+from .building import RunDatasets, SourceReport, build_datasets, build_validation
 from .collator import Collator
 from .configuration import DataConfig, SourceConfig, TokenizerConfig
-from .media_dataset import MediaDataset
-from .mixture import MixtureDataset
-from .packing import PackedDataset
-from .streaming import StreamingDataset
-from .synthetic import MEDIA_TASKS, TASKS, get_task
-from .synthetic_task import GeneratedMediaTask, GeneratedTask
+from .examples import build_examples
+from .packing.media import MediaDataset
+from .packing.mixture import MixtureDataset
+from .packing.streaming import StreamingDataset
+from .packing.texts import PackedDataset
+from .tasks.base import GeneratedMediaTask, GeneratedTask
+from .tasks.registry import MEDIA_TASKS, TASKS, get_task
 from .tokenizer import build_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [

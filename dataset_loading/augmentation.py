@@ -1,12 +1,14 @@
-"""Random changes of train rows: pictures, recordings, spectrograms, texts.
+"""Random changes of train rows: images, waveforms, spectrograms, texts, and CFG dropout.
 
-A change that would falsify the text of a conversation is left out for it. Which it would is told by English words; for
+A change that would falsify the text of a conversation is left out for it. English words tell which changes would; for
 texts of other languages switch off what could do harm.
 """
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,9 @@ from torchaudio.transforms import FrequencyMasking, TimeMasking
 from torchvision.transforms import v2
 from transformers import PreTrainedTokenizerFast
 
-from .augmentation_options import (
-    AudioAugmentationConfig,
-    AugmentationConfig,
-    ImageAugmentationConfig,
-    TextAugmentationConfig,
-)
+from model.chat import NULL_TOKEN, special_id
+
+from .packing.media_reader import MediaReader
 
 _SIDES = "left|right|leftmost|rightmost|east|west|eastern|western|clockwise|counterclockwise"
 _HEIGHTS = (
@@ -41,15 +40,118 @@ _MUSIC = (
     "[a-g][#b]?[0-8]"
 )
 _LOUDNESS = "loud|louder|quiet|quieter|noise|noisy|volume|how loud"
-
 _MAGNITUDES = 31
+
+
+@dataclass
+class ImageAugmentationConfig:
+    """Changes of images. A change that would falsify the text of a conversation is left out for it."""
+
+    crop: float = 1.0
+    """Smallest part of the area that a random crop keeps, scaled to full size then; above 0, at most 1 (no crop)."""
+    flip: float = 0.0
+    """Probability of mirroring left and right, at least 0, at most 1."""
+    vertical_flip: float = 0.0
+    """Probability of mirroring top and bottom, at least 0, at most 1."""
+    colour: float = 0.0
+    """Largest change of brightness, contrast and saturation, as a part of them, at least 0, at most 1."""
+    hue: float = 0.0
+    """Largest change of hue, as a part of the colour circle, at least 0, at most 0.5."""
+    trivial: float = 0.0
+    """Probability of one random operation of random strength (TrivialAugment), at least 0, at most 1."""
+    erasing: float = 0.0
+    """Probability of erasing a rectangle, at least 0, at most 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop is {self.crop}; give a part of the area above 0 and at most 1, which is no crop")
+        for name, most in {
+            "hue": 0.5,
+            **dict.fromkeys(("flip", "vertical_flip", "colour", "trivial", "erasing"), 1),
+        }.items():
+            _check_between(name, getattr(self, name), most)
+
+
+@dataclass
+class AudioAugmentationConfig:
+    """Changes of audio. A change that would falsify the text of a conversation is left out for it."""
+
+    speed: list[float] = field(default_factory=list)
+    """Factors of speed, and so of pitch, of which one is drawn, 0.5 to 2 each; e.g. [0.9, 1.0, 1.1]."""
+    noise_snr: float | None = None
+    """Least signal-to-noise ratio of white noise that is added, in dB, at least -20, at most 100; up to 20 dB more are
+    drawn. null: no noise."""
+    volume: float = 0.0
+    """Largest change of the volume in dB, at least 0, at most 60."""
+    shift: float = 0.0
+    """Longest silence in seconds that is put in front, at least 0, at most 10."""
+    time_masks: int = 0
+    """Stretches of time that are hidden in the spectrogram (SpecAugment), at least 0."""
+    time_mask_frames: int = 20
+    """Longest of them in frames, at least 1; all together hide no more than half of the audio."""
+    frequency_masks: int = 0
+    """Bands of frequencies that are hidden in the spectrogram, at least 0."""
+    frequency_mask_bins: int = 8
+    """Widest of them, in mel bins, at least 1."""
+
+    def __post_init__(self) -> None:
+        for factor in self.speed:
+            if not 0.5 <= factor <= 2:
+                raise ValueError(f"speed has {factor}; give factors from 0.5 to 2, e.g. [0.9, 1.0, 1.1]")
+        if self.noise_snr is not None and not -20 <= self.noise_snr <= 100:
+            raise ValueError(f"noise_snr is {self.noise_snr}; give -20 to 100 dB, or null for no noise")
+        _check_between("volume", self.volume, 60)
+        _check_between("shift", self.shift, 10)
+        for name, least in {
+            "time_masks": 0,
+            "time_mask_frames": 1,
+            "frequency_masks": 0,
+            "frequency_mask_bins": 1,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least {least}")
+
+
+@dataclass
+class TextAugmentationConfig:
+    """Holes in texts: learned tokens that the model does not see, while what is to be predicted stays the same."""
+
+    word_drop: float = 0.0
+    """Probability with which a word is hidden, at least 0, at most 1."""
+    span_corruption: float = 0.0
+    """Part of the tokens that is hidden in spans, at least 0, at most 0.5."""
+    span_length: float = 3.0
+    """Mean length of a span in tokens, at least 1."""
+
+    def __post_init__(self) -> None:
+        _check_between("word_drop", self.word_drop, 1)
+        _check_between("span_corruption", self.span_corruption, 0.5)
+        if not 1 <= self.span_length < math.inf:
+            raise ValueError(f"span_length is {self.span_length}; give at least 1 token")
+
+
+@dataclass
+class AugmentationConfig:
+    """Changes of train rows, other ones in each epoch; validation is never changed."""
+
+    image: ImageAugmentationConfig = field(default_factory=ImageAugmentationConfig)
+    """Changes of images."""
+    audio: AudioAugmentationConfig = field(default_factory=AudioAugmentationConfig)
+    """Changes of audio."""
+    text: TextAugmentationConfig = field(default_factory=TextAugmentationConfig)
+    """Holes in texts."""
+
+
+def _check_between(name: str, value: float, most: float) -> None:
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} is {value}; give 0 to {most}")
 
 
 def _words(*alternatives: str) -> re.Pattern:
     return re.compile(rf"\b(?:{'|'.join(alternatives)})\b", re.IGNORECASE)
 
 
-# Words of a text that forbid a change of what it is about.
+# Words of a text that forbid a change.
 FORBIDDEN_BY = {
     "crop": _words(_SIDES, _HEIGHTS, _COUNTS, _EXTENTS, _WRITING),
     "flip": _words(_SIDES, _WRITING),
@@ -74,11 +176,12 @@ def may_change(change: str, text: str) -> bool:
 class Augmenter:
     """Changes media before and after they are preprocessed, and hides parts of texts.
 
-    Of what is written only the cut, the side, the volume and the start are changed: a model writes what it is shown.
+    Generated targets get crops, flips, gains and shifts alone, since a model generates what it is shown.
 
     Args:
-        sampling_rates: by kind of recordings.
-        max_samples: how many are read, by kind; nothing makes a recording longer. None: all are.
+        sampling_rates: Rates in Hz by modality, of those that are audio.
+        max_samples: Most samples by modality that are read, beyond which no change makes a waveform longer; None: no
+            bound.
     """
 
     def __init__(
@@ -89,11 +192,11 @@ class Augmenter:
         max_samples: Mapping[str, int] | None = None,
     ):
         self.config, self.sampling_rates, self.max_samples = config, sampling_rates, max_samples or {}
-        self.of_images = {
+        self.image_options = {
             "image": config.image,
             "written_image": ImageAugmentationConfig(crop=config.image.crop, flip=config.image.flip),
         }
-        self.of_recordings = {
+        self.audio_options = {
             "audio": config.audio,
             "written_audio": AudioAugmentationConfig(volume=config.audio.volume, shift=config.audio.shift),
         }
@@ -101,7 +204,7 @@ class Augmenter:
 
     @property
     def stretch(self) -> float:
-        """How many times as long a recording may become."""
+        """How many times as long audio may become."""
         return max([1.0, *(1 / factor for factor in self.config.audio.speed)])
 
     @property
@@ -110,21 +213,21 @@ class Augmenter:
         return self.config.audio.shift
 
     def change(self, kind: str, medium: Any, text: str, rng: np.random.Generator) -> Any:
-        """A medium as loaded, changed; further kinds stay as they are.
+        """An item of media as loaded, changed; items of further modalities stay as they are.
 
         Args:
-            text: of the conversation, which the change must not falsify.
+            text: The text of the conversation, which the change must not falsify.
         """
         with torch_seeded_by(rng):
-            if kind in self.of_images:
-                return change_image(medium, text, self.of_images[kind], rng)
-            if kind in self.of_recordings:
+            if kind in self.image_options:
+                return change_image(medium, text, self.image_options[kind], rng)
+            if kind in self.audio_options:
                 rate, most = self.sampling_rates[kind], self.max_samples.get(kind)
-                return change_audio(medium, rate, text, self.of_recordings[kind], rng, most)
+                return change_audio(medium, rate, text, self.audio_options[kind], rng, most)
         return medium
 
     def mask(self, kind: str, tensor: torch.Tensor, text: str, rng: np.random.Generator) -> torch.Tensor:
-        """A preprocessed medium with parts hidden: 0, which is about the mean of what the processor gives."""
+        """A preprocessed item with parts set to 0, which is about the mean of what the processor gives."""
         with torch_seeded_by(rng):
             if kind == "image" and may_change("erasing", text):
                 return v2.RandomErasing(self.config.image.erasing, scale=(0.02, 0.2))(tensor)
@@ -146,7 +249,7 @@ def torch_seeded_by(rng: np.random.Generator) -> Iterator[None]:
 def change_image(
     image: Image.Image, text: str, config: ImageAugmentationConfig, rng: np.random.Generator
 ) -> Image.Image:
-    """A picture of the same size."""
+    """An image changed at random, of the same size."""
     if config.crop < 1 and may_change("crop", text):
         image = v2.RandomResizedCrop(image.size[::-1], scale=(config.crop, 1.0))(image)
     if rng.random() < config.flip and may_change("flip", text):
@@ -173,11 +276,10 @@ def change_audio(
     rng: np.random.Generator,
     max_samples: int | None = None,
 ) -> np.ndarray:
-    """A recording, longer by `Augmenter.stretch` and `Augmenter.silence` at most.
+    """A waveform (samples,) changed at random, longer by `Augmenter.stretch` and `Augmenter.silence` at most.
 
     Args:
-        max_samples: what is read of it; a change that would push its end beyond is left out, or as small as it has to
-            be.
+        max_samples: Samples that are read of it. A change that would push its end beyond them is left out or reduced.
     """
     samples = torch.from_numpy(waveform)
     most = float("inf") if max_samples is None else max(max_samples, len(waveform))
@@ -209,7 +311,7 @@ def mask_spectrogram(spectrogram: torch.Tensor, config: AudioAugmentationConfig)
 
 
 class TextNoise:
-    """Hides tokens from the model: they become padding in what it is shown, while the labels stay.
+    """Hides tokens from the model: they become padding in its input, while the labels stay.
 
     Only tokens that are labels are hidden, so that a question never has a hole, and no special ones. `word_drop`
     (Bowman et al. 2016, arXiv 1511.06349) hides words one by one, `span_corruption` spans of tokens.
@@ -248,3 +350,41 @@ class TextNoise:
 
 
 _BLANKS = ("Ġ", "Ċ", "ĉ", "▁", " ", "\n", "\t")  # how tokens begin that begin a word, byte-level ones and others
+
+
+class CFGDropout:
+    """CFG dropout: replaces each token of a prompt by the null token, so that all other tokens keep their positions.
+
+    A model learns so to generate media unconditionally, too, and guidance goes from what it would generate then to what
+    it generates for a prompt. Source: Ho and Salimans 2022, arXiv 2207.12598.
+
+    Special tokens stay, such as those of roles, and of the start and end of media. Media that accompany a text in the
+    prompt stay as well. A prompt of media alone loses them, and their placeholders become null tokens.
+
+    Args:
+        probability: Probability with which a conversation with a generated target loses what precedes the first one.
+        reader: The reader of its media.
+    """
+
+    def __init__(self, probability: float, reader: MediaReader):
+        self.probability, tokenizer = probability, reader.tokenizer
+        self.null, self.written = special_id(tokenizer, NULL_TOKEN), reader.written
+        self.is_special, self.is_place, self.is_written = np.zeros(
+            (3, max(tokenizer.get_vocab().values()) + 1), dtype=bool
+        )
+        self.is_special[[*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]] = True
+        self.is_place[list(reader.encoder.placeholders.values())] = True
+        self.is_written[[reader.encoder.placeholders[name] for name in reader.written]] = True
+
+    def __call__(
+        self, tokens: np.ndarray, media: Sequence[tuple[str, torch.Tensor]], rng: np.random.Generator
+    ) -> tuple[np.ndarray, tuple[tuple[str, torch.Tensor], ...]]:
+        """Tokens (tokens,) and media of a conversation, as they are or without their prompt."""
+        first = next((number for number, (kind, _) in enumerate(media) if kind in self.written), None)
+        if first is None or rng.random() >= self.probability:
+            return tokens, tuple(media)
+        is_prompt = np.arange(len(tokens)) < self.is_written[tokens].argmax()
+        is_text = is_prompt & ~self.is_special[tokens]
+        if is_text.any():
+            return np.where(is_text, self.null, tokens), tuple(media)
+        return np.where(is_prompt & self.is_place[tokens], self.null, tokens), tuple(media[first:])

@@ -1,10 +1,8 @@
-"""From a config to the datasets of a run."""
+"""The datasets of a run, built from its configuration."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from datasets import Dataset as HubDataset
 from datasets import IterableDataset
@@ -13,21 +11,16 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from model import MODALITIES
 
-from .augmentation import Augmenter
-from .augmentation_options import AugmentationConfig
-from .condition_drop import ConditionDrop
+from .augmentation import AugmentationConfig, Augmenter, CFGDropout
+from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
-from .documents import tokenize_rows
-from .media_dataset import MediaDataset
-from .media_documents import MediaDocuments, read_documents
-from .media_examples import MediaExamples
-from .media_reader import MediaReader
-from .mixture import MixtureDataset
-from .packing import IGNORED, PackedDataset
-from .sources import load_rows
-from .splits import Split, load_held_out, load_split, load_validation
-from .streaming import StreamingDataset, build_stream
-from .validation import BadRows
+from .packing.documents import MediaDocuments, read_documents, tokenize_rows
+from .packing.media import MediaDataset
+from .packing.media_reader import MediaReader
+from .packing.mixture import MixtureDataset
+from .packing.streaming import StreamingDataset, build_stream
+from .packing.texts import PackedDataset
+from .splits import Split, load_split, load_validation
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +61,16 @@ def build_datasets(
     """Read, check, split, tokenise, pack and mix the sources of a run; the same on every rank.
 
     Args:
-        processor: that of the model, or its tokenizer if no source has media.
-        seed: seed of the run: what is generated, split off and mixed.
-        vocab_size: rows of the model's embedding table; the tokenizer's largest id is checked against it.
-        batch_size: rows that one optimizer step takes, over all ranks; a smaller train set is an error.
+        processor: The model's processor, or its tokenizer if no source has media.
+        seed: Seed of the run, which decides what is generated, split off and mixed.
+        vocab_size: Rows of the model's embedding table, against which the tokenizer's largest id is checked.
+        batch_size: Rows that one optimizer step takes, over all ranks; a smaller train set is an error.
 
     Raises:
-        ValueError: a source cannot be read or has too many bad rows, the tokenizer is larger than the vocabulary, or
+        ValueError: A source cannot be read or has too many bad rows, the tokenizer is larger than the vocabulary, or
             there is too little to train on.
     """
-    builder = _Builder(config, processor, seed, vocab_size)
+    builder = Builder(config, processor, seed, vocab_size)
     split = load_split(config, seed, builder.bad_rows)
     validation = {source.label: builder.build("validation", source, rows) for source, rows in split.validation}
     if any(isinstance(rows, IterableDataset) for _, rows in split.train):
@@ -99,9 +92,9 @@ def build_validation(
     """The `validation` of `build_datasets` without its train set, for evaluating a trained model.
 
     Raises:
-        ValueError: as `build_datasets`.
+        ValueError: The reasons are those of `build_datasets`.
     """
-    builder = _Builder(config, processor, seed, vocab_size)
+    builder = Builder(config, processor, seed, vocab_size)
     validation = {
         source.label: builder.build("validation", source, rows)
         for source, rows in load_validation(config, seed, builder.bad_rows)
@@ -110,55 +103,7 @@ def build_validation(
     return validation
 
 
-def build_examples(
-    source: SourceConfig,
-    config: DataConfig,
-    processor: PreTrainedTokenizerFast | ProcessorMixin,
-    limit: int | None = None,
-    seed: int = 0,
-    checks: Mapping[str, Callable[[str, Any], dict[str, bool]]] | None = None,
-) -> Sequence[dict]:
-    """Prompts and answers one by one, for checking answers: generated sources without a role are drawn from "test", and
-    of a train source whose validation part is split off, only that is taken.
-
-    Args:
-        checks: by name of the generated task, functions that take a prompt and what was drawn or played for it.
-
-    Returns:
-        {"input_ids", "labels"} as lists of int, labels only on the answer (with its separator) and the end token;
-        "prompt_ids", those before the answer; "prompt", "answer", "difficulty" (None where the source has none), and
-        "attributes", a function that says what an answer names (None but for some generated tasks). Of a source with
-        media also what `MediaExamples` has; those are read when an example is asked for.
-
-    Raises:
-        ValueError: the source has no answers or cannot be read.
-    """
-    if not source.has_answers:
-        raise ValueError(f"source {source.label!r} has no answers to check; set prompt_column and answer_column")
-    if source.streaming:
-        raise ValueError(f"source {source.label!r} is streaming; set streaming: false and use a slice as split")
-    builder = _Builder(config, processor, seed)
-    if source in config.train and not config.validation and source.kind != "generated":
-        rows = load_held_out(source, config, seed, builder.bad_rows)
-    else:
-        rows = load_rows(source, "test", config, seed, builder.bad_rows, limit)
-    rows = rows if limit is None else rows.take(min(limit, len(rows)))
-    if source.is_media:
-        documents = builder.read(replace(source, loss_on="answer"), rows)
-        builder.bad_rows.report()
-        return MediaExamples(source, documents, builder.reader, (checks or {}).get(source.task))
-    builder.bad_rows.report()
-    documents = tokenize_rows(source, rows, builder.tokenizer, config.preprocessing_workers, loss_on="answer")
-    examples = []
-    for row, (tokens, loss_start) in zip(rows, documents, strict=True):
-        ids = tokens.tolist()
-        labels = [IGNORED] * loss_start + ids[loss_start:]
-        example = {"input_ids": ids, "labels": labels, "prompt_ids": ids[:loss_start], **row}
-        examples.append(example | {"difficulty": row.get("difficulty"), "attributes": None})
-    return examples
-
-
-class _Builder:
+class Builder:
     """Checked rows to datasets, one source after another."""
 
     def __init__(
@@ -170,13 +115,13 @@ class _Builder:
     ):
         self.config, self.processor, self.seed = config, processor, seed
         self.tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
-        self.bad_rows = BadRows.of_building(config.max_bad_rows)
+        self.bad_rows = BadRows.of_building(config.max_invalid_rows)
         self.report: list[SourceReport] = []
         _check_vocabulary(self.tokenizer, vocab_size)
 
     @cached_property
     def reader(self) -> MediaReader:
-        """Made where a source needs it, so that a run of text needs no processor."""
+        """The reader of media, made where a source needs it, so that a run of text needs no processor."""
         return MediaReader(self.processor)
 
     def read(self, source: SourceConfig, rows: HubDataset, augmenter: Augmenter | None = None) -> MediaDocuments:
@@ -194,16 +139,14 @@ class _Builder:
         )
         return Augmenter(config.augmentation, self.tokenizer, sampling_rates, max_samples)
 
-    def condition_drop(self, role: str) -> ConditionDrop | None:
-        """What hides prompts of media that are written, if anything does."""
+    def cfg_dropout(self, role: str) -> CFGDropout | None:
+        """The CFG dropout of a source, if there is any."""
         config = self.config
-        if role != "train" or config.condition_drop == 0:
+        if role != "train" or config.cfg_dropout == 0:
             return None
         if not self.reader.written:
-            raise ValueError(
-                f"data.condition_drop is {config.condition_drop}, but the model writes text alone; set it to 0"
-            )
-        return ConditionDrop(config.condition_drop, self.reader)
+            raise ValueError(f"data.cfg_dropout is {config.cfg_dropout}, but the model writes text alone; set it to 0")
+        return CFGDropout(config.cfg_dropout, self.reader)
 
     def stream(self, split: Split) -> StreamingDataset:
         """The train set of a run of which a source streams."""
@@ -212,8 +155,8 @@ class _Builder:
         reader = self.reader if any(source.is_media for source in sources) else None
         for source in sources if reader else ():
             _check_kinds(source, reader)
-        condition_drop = self.condition_drop("train") if reader else None
-        return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters, condition_drop)
+        cfg_dropout = self.cfg_dropout("train") if reader else None
+        return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters, cfg_dropout)
 
     def build(self, role: str, source: SourceConfig, rows: HubDataset) -> PackedDataset | MediaDataset:
         """The dataset of one source."""
@@ -225,12 +168,12 @@ class _Builder:
                 self.reader,
                 config.block_size,
                 config.packing,
-                BadRows(config.max_bad_rows),
+                BadRows(config.max_invalid_rows),
                 source.label,
                 seed=self.seed,
                 shuffle=role == "train",
                 augmenter=augmenter,
-                condition_drop=self.condition_drop(role),
+                cfg_dropout=self.cfg_dropout(role),
             )
             num_documents, num_tokens = len(documents), int(documents.lengths.sum())
         else:

@@ -14,34 +14,32 @@ from torch.utils.data import Dataset
 
 from model import Modality
 
-from .augmentation import change_audio, change_image, torch_seeded_by
-from .augmentation_options import AugmentationConfig
+from .augmentation import AugmentationConfig, change_audio, change_image, torch_seeded_by
+from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
-from .conversations import media_of
-from .media_reader import UnreadableMedium
-from .mixture import MixtureDataset
-from .random_rows import RowDataset
-from .references import ArrowRow, place_of, read_medium
+from .packing.media_reader import UnreadableItem, read_item
+from .packing.mixture import MixtureDataset, RowDataset
+from .sources.messages import media_of
+from .sources.references import ArrowRow
+from .sources.tables import map_in_memory
 from .splits import load_split
-from .validation import BadRows
 
 logger = logging.getLogger(__name__)
-
 _FEATURES = Features({"media": Value("int64"), "problem": Value("string")})
 
 
-class MediaAlone(RowDataset):
-    """The media of a source with random access: what `media.codec_input` makes of each. One that can be read no more is
-    replaced by the next one.
+class CodecDataset(RowDataset):
+    """The media of a source with random access, each item as `media.codec_input` gives it. An item that can be read no
+    more is replaced by the next one.
 
     Args:
-        rows: with the columns of `load_conversations`.
-        places: int64 (media, 2), the row of each medium, and its number among the row's media of that kind.
-        media: loads them, as the codec takes them.
-        bad_rows: counts those that can be read no more.
-        name: of the source.
-        seed: of what is random about them.
-        augmentation: how they are changed and cut for training. None: they are whole, and as they are.
+        rows: Rows with the columns of `load_conversations`.
+        places: int64 (items, 2), the row of each item, and its number among the row's items of that modality.
+        media: The modality, which loads items as the codec takes them.
+        bad_rows: Counts the items that can be read no more.
+        name: Name of the source.
+        seed: Seed of all random changes.
+        augmentation: Changes of the items, which are also cut, for training. None: they stay whole and as they are.
     """
 
     def __init__(
@@ -70,7 +68,7 @@ class MediaAlone(RowDataset):
                 continue
             try:
                 return self._tensor(number, rng)
-            except UnreadableMedium as error:
+            except UnreadableItem as error:
                 self._unreadable.add(number)
                 self.bad_rows.add(self.name, f"row {self.places[number, 0] + 1}", str(error))
         raise ValueError(f"no medium of {self.name!r} can be read any more; are its files gone?")
@@ -78,11 +76,11 @@ class MediaAlone(RowDataset):
     def _tensor(self, number: int, rng: np.random.Generator | None) -> torch.Tensor:
         row_number, place = self.places[number].tolist()
         row = ArrowRow(self.rows[row_number : row_number + 1])
-        medium = _load(self.media, _references(row["messages"], self.media.name)[place], row)
+        medium = read_item(self.media.load, _references(row["messages"], self.media.name)[place], row)
         return self.media.codec_input(medium if rng is None else self._changed(medium, rng), rng)
 
     def _changed(self, medium: Any, rng: np.random.Generator) -> Any:
-        """No text goes with a medium that a change could falsify."""
+        """The item changed at random; it has no text that a change could falsify."""
         with torch_seeded_by(rng):
             if self.media.name == "image":
                 return change_image(medium, "", self.augmentation.image, rng)
@@ -91,21 +89,21 @@ class MediaAlone(RowDataset):
 
 def build_codec_datasets(
     config: DataConfig, media: Modality, seed: int = 0, batch_size: int | None = None
-) -> tuple[Dataset, dict[str, MediaAlone]]:
+) -> tuple[Dataset, dict[str, CodecDataset]]:
     """The media of a run's sources, to learn from, and by source to evaluate on; the same on every rank.
 
     Args:
-        media: of the codec.
-        seed: of what is generated, split off, cut and mixed.
-        batch_size: media that one optimizer step takes, over all ranks; a smaller train set is an error.
+        media: Modality of the codec.
+        seed: Seed of the run, which decides what is generated, split off, cut and mixed.
+        batch_size: Items that one optimizer step takes, over all ranks; a smaller train set is an error.
 
     Raises:
-        ValueError: a source streams, cannot be read, has no media of the kind or too many bad rows, or there is too
-            little to train on.
+        ValueError: A source streams, cannot be read, has no media of the modality or too many bad rows, or there is
+            too little to train on.
     """
     for source in (*config.train, *config.validation):
         _check_source(source, media.name)
-    bad_rows = BadRows.of_building(config.max_bad_rows)
+    bad_rows = BadRows.of_building(config.max_invalid_rows)
     split = load_split(config, seed, bad_rows)
     parts = [_build(source, rows, "train", config, media, seed, bad_rows) for source, rows in split.train]
     train = parts[0] if len(parts) == 1 else MixtureDataset(parts, [source.weight for source in config.train], seed)
@@ -137,7 +135,7 @@ def _build(
     media: Modality,
     seed: int,
     bad_rows: BadRows,
-) -> MediaAlone:
+) -> CodecDataset:
     places = _look_into(source, rows, config, media, bad_rows)
     logger.info("%s: %d media of type %r for %s", source.label, len(places), media.name, role)
     augmentation = None
@@ -145,26 +143,21 @@ def _build(
         # Generated media vary exactly as their tasks want it.
         is_changed = source.augment and source.kind != "generated"
         augmentation = config.augmentation if is_changed else AugmentationConfig()
-    return MediaAlone(rows, places, media, BadRows(config.max_bad_rows), source.label, seed, augmentation)
+    return CodecDataset(rows, places, media, BadRows(config.max_invalid_rows), source.label, seed, augmentation)
 
 
 def _look_into(
     source: SourceConfig, rows: HubDataset, config: DataConfig, media: Modality, bad_rows: BadRows
 ) -> np.ndarray:
     """Where the media are: int64 (media, 2), row and number within it."""
-    workers = config.preprocessing_workers
-    found = rows.with_format("arrow").map(
+    found = map_in_memory(
+        rows.with_format("arrow"),
         _look_into_batch,
-        batched=True,
-        batch_size=100,
-        fn_kwargs={"media": media, "decode": config.check_media},
-        remove_columns=rows.column_names,
-        features=_FEATURES,
-        num_proc=min(workers, len(rows)) if workers > 1 else None,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint="media",
-        desc=f"looking into {source.label}",
+        _FEATURES,
+        config.preprocessing_workers,
+        f"looking into {source.label}",
+        media=media,
+        decode=config.check_media,
     )[:]
     places, columns = [], (rows["where"], found["media"].to_pylist(), found["problem"].to_pylist())
     for number, (where, count, problem) in enumerate(zip(*columns, strict=True)):
@@ -186,8 +179,8 @@ def _look_into_batch(batch: pa.Table, media: Modality, decode: bool) -> dict[str
         try:
             for reference in references:
                 if decode and "task" not in reference:  # what a task makes is whole
-                    _load(media, reference, ArrowRow(batch, number))
-        except UnreadableMedium as error:
+                    read_item(media.load, reference, ArrowRow(batch, number))
+        except UnreadableItem as error:
             problem = str(error)
         counts.append(len(references))
         problems.append(problem)
@@ -196,11 +189,3 @@ def _look_into_batch(batch: pa.Table, media: Modality, decode: bool) -> dict[str
 
 def _references(messages: str, kind: str) -> Sequence[Mapping]:
     return [part for part in media_of(json.loads(messages)) if part["type"] == kind]
-
-
-def _load(media: Modality, reference: Mapping, row: Mapping[str, object]) -> Any:
-    try:
-        return media.load(read_medium(reference, row))
-    except (ValueError, OSError) as error:
-        place = place_of(reference)
-        raise UnreadableMedium(str(error) if place in str(error) else f"{place}: {error}") from error

@@ -13,10 +13,10 @@ class Collator:
 
     Padded batches get an attention_mask (1 = real) and lose position_ids, which the model counts itself; labels are
     -100 on padding. Other columns are left out, but those of rows with media: `modality_ids` (0 for rows of text), and
-    the media, all of a kind in the order of their placeholders. `input_ids` stands first.
+    the media, by modality in the order of their placeholders. `input_ids` stands first.
 
     Args:
-        processor: a tokenizer, which gives the id of the pad token, or a processor, which also joins media.
+        processor: A tokenizer, which gives the id of the pad token, or a processor, which also joins media.
     """
 
     def __init__(self, processor: PreTrainedTokenizerBase | ProcessorMixin):
@@ -27,7 +27,7 @@ class Collator:
         """Batch of int64 tensors (rows, longest row), and of tensors of media.
 
         Raises:
-            ValueError: rows of different lengths hold more than one document, which padding would let see each other.
+            ValueError: Rows of different lengths hold more than one document, which padding would let see each other.
         """
         columns = [name for name in ("input_ids", "labels", "position_ids") if name in rows[0]]
         tensors = [{name: torch.as_tensor(row[name], dtype=torch.int64) for name in columns} for row in rows]

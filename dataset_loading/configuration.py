@@ -9,10 +9,10 @@ from typing import Literal
 
 from model import MODALITIES
 
-from .augmentation_options import AugmentationConfig
-from .directions import Direction, parse_direction
-from .synthetic import MEDIA_TASKS, Role, get_task
-from .templates import template_columns
+from .augmentation import AugmentationConfig
+from .sources.messages import template_columns
+from .tasks.base import Role
+from .tasks.registry import MEDIA_TASKS, get_task
 
 # What names the data of a source, by its kind.
 _NEEDED_FIELD = {
@@ -40,14 +40,51 @@ _KINDS_OF_FIELD = {
 }
 # Fields that only documents without media read, and what does the same for those with media.
 _TEXT_ONLY = {"prompt_column": "prompt: '{column}'", "separator": "prompt"}
-
 MAX_WORKERS = 1024
-"""Processes that read data."""
+"""Most processes that read data."""
 MAX_GENERATED_ROWS = 10**8
-"""Of a generated source, whose rows are all in memory."""
-
+"""Most rows of a generated source, which are all in memory."""
 # Folders that are called so are called by the folder above.
 _NAMES_OF_SPLITS = ("train", "validation", "valid", "val", "test", "data")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The task of a row: what the user gives, and what the assistant answers with."""
+
+    given: tuple[str, ...]
+    """"text" or names of modalities, such as "image" and "audio"."""
+    answered: tuple[str, ...]
+    """The same; nothing is in both."""
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.given)} -> {', '.join(self.answered)}"
+
+    @property
+    def media(self) -> set[str]:
+        """The modalities of media that take part."""
+        return {*self.given, *self.answered} - {"text"}
+
+
+def parse_direction(text: str) -> Direction:
+    """What a config says, such as "text, image -> audio".
+
+    Raises:
+        ValueError: It has another form, names something unknown, or something twice.
+    """
+    given, arrow, answered = text.partition("->")
+    sides = [[name.strip() for name in side.split(",")] for side in (given, answered)]
+    names = sides[0] + sides[1]
+    known = ["text", *MODALITIES]
+    if not arrow or not set(names) <= set(known):
+        raise ValueError(
+            f"direction is {text!r}; name {', '.join(known[:-1])} or {known[-1]} on both sides of an arrow, e.g. "
+            "'text -> image'"
+        )
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"direction is {text!r}, with {twice[0]} twice; name it on one side, once")
+    return Direction(*map(tuple, sides))
 
 
 @dataclass
@@ -59,11 +96,11 @@ class SourceConfig:
     `imagefolder` and `audiofolder` (a folder with metadata.jsonl or .csv), `folder` (the same of any modality),
     `webdataset` (tar shards) or `chat` (files of messages)."""
     name: str | None = None
-    """Name in logs and metrics (`eval_<name>_loss`); by default the task, the first file's stem (of a
-    pattern, the folder it looks in) or the end of path."""
+    """Name in logs and metrics (`eval_<name>_loss`); by default the task, the stem of the first file (of a
+    pattern, its folder) or the end of path."""
     weight: float = 1.0
-    """Share of this source among the train sources, in blocks (streaming: in documents); above 0, of any scale."""
-    path: str | None = None
+    """Share of this source among the train sources, in blocks (streaming: in documents); above 0, on any scale."""
+    path: str | None = field(default=None, metadata={"is_path": True})
     """hub: dataset name on the Hugging Face hub, or a local folder; imagefolder, audiofolder, folder: the folder."""
     config_name: str | None = None
     """hub: configuration of the dataset (the `name` argument of `datasets.load_dataset`)."""
@@ -71,7 +108,7 @@ class SourceConfig:
     """hub: split to read, slices such as `train[:1%]` included."""
     streaming: bool = False
     """hub, webdataset: read while training instead of downloading or indexing first; the run then needs `max_steps`."""
-    paths: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list, metadata={"is_path": True})
     """files: paths and glob patterns ending in .txt (one document a file), .jsonl or .parquet; webdataset: in .tar;
     chat: in .json, .jsonl or .parquet."""
     task: str | None = None
@@ -102,7 +139,7 @@ class SourceConfig:
     image_column: str | None = None
     """Column of the image, or of a list of images; imagefolder: by default `file_name`."""
     audio_column: str | None = None
-    """Column of the recording, or of a list of recordings; audiofolder: by default `file_name`."""
+    """Column of the audio, or of a list of audio files; audiofolder: by default `file_name`."""
     media_columns: dict[str, str] = field(default_factory=dict)
     """Columns of media of any modality, or of lists of them, such as `{file_name: video}`; image_column and
     audio_column say the same of two of them."""
@@ -112,13 +149,13 @@ class SourceConfig:
     augment: bool = True
     """Whether `data.augmentation` is for this source."""
     direction: str | list[str] | None = None
-    """With media: what the user gives and what the assistant answers with, such as `text -> image`, `image -> audio`
-    or `text, image -> audio`; of several the rows take turns. By default the user shows all media, and the assistant
-    says the text."""
+    """With media: the task, what the user gives and what the assistant answers with, such as `text -> image`,
+    `image -> audio` or `text, image -> audio`; rows alternate between several. By default the user gives all media, and
+    the assistant answers with the text."""
     prompt: str | list[str] | None = None
-    """What the user says, after media if there are any, with {column} filled in from the row; or such a prompt for each
-    direction. Rows of prompts and answers become conversations by it. By default, with media, nothing, the question of
-    a generated task, or, where the text is given, the text itself."""
+    """Template of what the user says after media, with {column} filled in from the row; or such a template for each
+    direction. It makes conversations of rows of prompts and answers. By default, with media, it is empty, the question
+    of a generated task, or, where the text is given, the text itself."""
 
     def __post_init__(self) -> None:
         self._check_kind()
@@ -171,7 +208,7 @@ class SourceConfig:
         return getattr(self, name) != default
 
     def _fill_in_columns(self) -> None:
-        """Those that a kind has by default, and in `media_columns` those that have a field of their own."""
+        """Fill in default columns of the kind of source, and in `media_columns` those that have their own field."""
         if self.kind == "chat" and self.messages_column is None:
             self.messages_column = "messages"
         if self.kind == "imagefolder" and self.image_column is None:
@@ -229,7 +266,7 @@ class SourceConfig:
             raise ValueError(
                 f"prompt has {len(self.prompt)} texts for {count} directions; give one for each, or one for all"
             )
-        for direction, prompt in self.turns:
+        for direction, prompt in self.directed_prompts:
             if self.has_media:
                 self._check_parts(direction)
             is_asked_alone = "text" in direction.given or not direction.given
@@ -264,20 +301,20 @@ class SourceConfig:
 
     @property
     def named_columns(self) -> dict[str, str]:
-        """The columns of media that have a field of their own, with their kinds."""
+        """The columns of media that have a field of their own, with their modalities."""
         columns = {self.image_column: "image", self.audio_column: "audio"}
         return {column: kind for column, kind in columns.items() if column is not None}
 
     @property
     def has_media(self) -> bool:
-        """Whether each row shows a medium; messages may."""
+        """Whether each row has media; messages may have some."""
         if self.kind == "generated":
             return self.task in MEDIA_TASKS
         return bool(self.media_columns) or self.kind in ("folder", "webdataset")
 
     @property
     def directions(self) -> list[Direction]:
-        """Of the rows of a source with media but without messages, in their turns."""
+        """The directions of a source with media but without messages, between which its rows alternate."""
         if self.direction is not None:
             given = self.direction if isinstance(self.direction, list) else [self.direction]
             return [parse_direction(text) for text in given]
@@ -287,17 +324,17 @@ class SourceConfig:
         return [Direction(shown, ("text",))]
 
     @property
-    def turns(self) -> list[tuple[Direction, str | None]]:
-        """The directions with their prompts."""
+    def directed_prompts(self) -> list[tuple[Direction, str | None]]:
+        """The directions with their prompts, between which the rows alternate."""
         directions = self.directions
         prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt] * len(directions)
         return list(zip(directions, prompts, strict=True))
 
     def media_columns_of(self, number: int) -> dict[str, str]:
-        """Those of `media_columns` that row `number` (from 0) needs in its turn."""
+        """The part of `media_columns` that row `number` (from 0) needs for its direction."""
         if self.messages_column is not None:
             return self.media_columns
-        direction, _ = self.turns[number % len(self.turns)]
+        direction, _ = self.directed_prompts[number % len(self.directed_prompts)]
         return {column: kind for column, kind in self.media_columns.items() if kind in direction.media}
 
     @property
@@ -337,18 +374,18 @@ class DataConfig:
     """Tokens in a row. At least 2."""
     packing: bool = True
     """Fill rows of exactly block_size tokens with one document after another; else each document starts a row."""
-    max_bad_rows: int = 100
+    max_invalid_rows: int = 100
     """Rows that cannot be used are skipped and reported; more than this many (at least 0) stop the run."""
     preprocessing_workers: int = 1
     """Processes that generate and tokenise rows before training, at least 1."""
     streaming_validation_rows: int = 256
     """Rows taken from the front of a streaming train source when `validation` is empty, at least 1."""
     check_media: bool = True
-    """Decode every image and recording once before training, in preprocessing_workers processes, so that damaged ones
+    """Decode every image and audio file once before training, in preprocessing_workers processes, so that damaged ones
     are found then; else only their headers are read."""
-    condition_drop: float = 0.0
-    """Probability, at least 0 and below 1, with which a train conversation that shows media in an answer loses what
-    stands before them, which guidance needs; 0.1 is usual."""
+    cfg_dropout: float = 0.0
+    """CFG dropout: probability, at least 0 and below 1, with which a train conversation with media in an answer loses
+    what precedes them, as classifier-free guidance needs it; 0.1 is usual."""
 
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     """Random changes of train rows, all off by default."""
@@ -358,11 +395,11 @@ class DataConfig:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction}; give a number between 0 and 1, e.g. 0.05"
             )
-        if not 0 <= self.condition_drop < 1:
-            raise ValueError(f"condition_drop is {self.condition_drop}; give at least 0 and less than 1, e.g. 0.1")
+        if not 0 <= self.cfg_dropout < 1:
+            raise ValueError(f"cfg_dropout is {self.cfg_dropout}; give at least 0 and less than 1, e.g. 0.1")
         if self.preprocessing_workers > MAX_WORKERS:
             raise ValueError(f"preprocessing_workers is {self.preprocessing_workers}; give at most {MAX_WORKERS}")
-        smallest = {"block_size": 2, "max_bad_rows": 0, "preprocessing_workers": 1, "streaming_validation_rows": 1}
+        smallest = {"block_size": 2, "max_invalid_rows": 0, "preprocessing_workers": 1, "streaming_validation_rows": 1}
         for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least {least}")
@@ -391,7 +428,7 @@ class DataConfig:
 class TokenizerConfig:
     """A tokenizer that exists, or one trained on the run's own data."""
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"is_path": True})
     """Hugging Face name or folder of a tokenizer; if null, a byte-level BPE is trained on the train documents."""
     vocab_size: int = 1024
     """Size of the trained vocabulary, 3 special tokens and 256 bytes included: at least 259, which is pure bytes."""

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from model.chat import CHAT_TEMPLATE, ConversationEncoder
 from model.text_encoding import encode_texts
 
+from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
-from .conversations import last_answer, media_of, text_of
-from .sources import load_rows
+from .sources.loading import load_rows
+from .sources.messages import last_answer, media_of, text_of
 from .splits import load_split
-from .validation import BadRows
 
 Datasets = tuple[Dataset, dict[str, Dataset]]
 """What is trained on, and by name of the source what is held out."""
@@ -30,7 +30,7 @@ def build_prompts(config: DataConfig, seed: int = 0) -> Datasets:
     each {"role", "content"}.
 
     Raises:
-        ValueError: a source cannot be read, has no answers or has media, or texts and conversations are mixed.
+        ValueError: A source cannot be read, has no answers or has media, or texts and conversations are mixed.
     """
     if len({source.is_media for source in (*config.train, *config.validation)}) > 1:
         raise ValueError("data mixes prompts of text with conversations; give each source of text a prompt, or none")
@@ -42,7 +42,7 @@ def build_pairs(config: DataConfig, tokenizer: PreTrainedTokenizerFast, seed: in
     is that of `rejected_column`; of generated sources it is the right one with a letter or a digit replaced.
 
     Raises:
-        ValueError: a source cannot be read, has no rejected answers, or has media.
+        ValueError: A source cannot be read, has no rejected answers, or has media.
     """
     for source in (*config.train, *config.validation):
         if source.kind != "generated" and source.rejected_column is None:
@@ -72,7 +72,7 @@ def _build(config: DataConfig, seed: int, convert: Callable[[SourceConfig, Datas
             raise ValueError(f"source {source.label!r} has media; preferences and rewards are for text alone")
         if not source.has_answers:
             raise ValueError(f"source {source.label!r} has no answers; set prompt_column and answer_column")
-    bad_rows = BadRows.of_building(config.max_bad_rows)
+    bad_rows = BadRows.of_building(config.max_invalid_rows)
     split = load_split(config, seed, bad_rows)
     streaming = [source.label for source, rows in split.train if isinstance(rows, IterableDataset)]
     if streaming:
@@ -138,7 +138,7 @@ def _pairs_of_conversations(
     else:
         column = "answer_column" if source.messages_column is None else "messages_column"
         other = replace(source, rejected_column=None, **{column: source.rejected_column})
-        unusable = BadRows(config.max_bad_rows, silent=True)
+        unusable = BadRows(config.max_invalid_rows, silent=True)
         found = load_rows(other, "train", config, seed, unusable)
         reasons = {where: reason for _, where, reason in unusable.found}
         by_place = dict(zip(found["where"], _conversations(other, found), strict=True))
@@ -168,7 +168,7 @@ def _conversations(source: SourceConfig, rows: Dataset) -> list[list[dict]]:
     """The messages of each row up to its last answer.
 
     Raises:
-        ValueError: there are media in them.
+        ValueError: There are media in them.
     """
     conversations = [json.loads(messages) for messages in rows["messages"]]
     if any(map(media_of, conversations)):

@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
+from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
-from .media_sources import conversations_of_stream
-from .readers import expand_paths
-from .sources import columns_of, load_rows, open_stream, reason_against_text
-from .validation import BadRows
+from .sources.loading import load_rows, open_stream, rows_of_stream
+from .sources.tables import expand_paths
 
 logger = logging.getLogger(__name__)
-
 SHORTEST_TAIL = 500
 """Characters of a tail that is worth evaluating on by itself."""
 
@@ -33,10 +31,10 @@ def load_split(config: DataConfig, seed: int, bad_rows: BadRows, limit: int | No
     """Load every source, split validation off where none is configured, drop train documents that validation has.
 
     Args:
-        limit: the most rows of a generated source to draw.
+        limit: Most rows of a generated source to draw.
 
     Raises:
-        ValueError: no train source, one file in both lists, or any error of loading a source.
+        ValueError: No train source, one file in both lists, or any error of loading a source.
     """
     if not config.train:
         raise ValueError(
@@ -54,7 +52,7 @@ def load_split(config: DataConfig, seed: int, bad_rows: BadRows, limit: int | No
             split.validation.append((source, validation))
     for source, rows in split.validation:
         if source.kind != "generated":  # generated roles share nothing by construction
-            split.validation_digests.update(digests(rows))
+            split.validation_digests.update(document_digests(rows))
     split.train = [
         (source, _without_validation(source, rows, split.validation_digests)) for source, rows in split.train
     ]
@@ -65,7 +63,7 @@ def load_validation(config: DataConfig, seed: int, bad_rows: BadRows) -> list[tu
     """The validation rows of `load_split` alone; generated train rows are not drawn for them.
 
     Raises:
-        ValueError: as `load_split`.
+        ValueError: The reasons are those of `load_split`.
     """
     if config.validation:
         return [(source, load_rows(source, "validation", config, seed, bad_rows)) for source in config.validation]
@@ -76,7 +74,7 @@ def load_held_out(source: SourceConfig, config: DataConfig, seed: int, bad_rows:
     """What is split off a train source where `config` has no validation sources.
 
     Raises:
-        ValueError: as `load_split`.
+        ValueError: The reasons are those of `load_split`.
     """
     if source.kind == "generated":
         return load_rows(_held_out(source, config), "validation", config, seed, bad_rows)
@@ -88,11 +86,11 @@ def iterate_training_texts(config: DataConfig, seed: int, limit: int) -> Iterato
 
     Bad rows are skipped in silence, since loading the datasets reports them.
     """
-    split = load_split(config, seed, BadRows(config.max_bad_rows, silent=True), limit)
+    split = load_split(config, seed, BadRows(config.max_invalid_rows, silent=True), limit)
     for source, rows in split.train:
         if isinstance(rows, IterableDataset):
             front = rows.skip(_rows_taken(config)).take(limit)
-            rows = rows_of_stream(source, front, BadRows(config.max_bad_rows, silent=True))
+            rows = rows_of_stream(source, front, BadRows(config.max_invalid_rows, silent=True))
             rows = _without_validation(source, rows, split.validation_digests)
         elif source.kind == "hub":  # after the split, so that no validation document is among them
             rows = rows.take(min(limit, len(rows)))
@@ -113,7 +111,7 @@ def _texts_of_conversations(rows: Dataset) -> Iterator[str]:
             yield from (part["text"] for message in conversation for part in message["content"] if "text" in part)
 
 
-def digest(row: dict[str, str]) -> bytes:
+def document_digest(row: dict[str, str]) -> bytes:
     """A fingerprint of a document's text and media, the same in every process."""
     if "digest" in row:
         return row["digest"]
@@ -121,30 +119,14 @@ def digest(row: dict[str, str]) -> bytes:
     return blake2b(text.encode(), digest_size=16).digest()
 
 
-def digests(rows: Dataset) -> list[bytes]:
+def document_digests(rows: Dataset) -> list[bytes]:
     """The fingerprint of every row."""
-    return [digest(row) for row in _without_media(rows)]
+    return [document_digest(row) for row in _without_media(rows)]
 
 
 def _without_media(rows: Dataset) -> Dataset:
-    """Of conversations the column that tells them apart: others may hold media, which would be decoded."""
+    """The rows as they are told apart: other columns of conversations may hold media, which would be decoded."""
     return rows.select_columns("digest") if "digest" in rows.column_names else rows
-
-
-def rows_of_stream(source: SourceConfig, stream: IterableDataset, bad_rows: BadRows) -> Dataset:
-    """The usable rows of a finite stream, read into memory."""
-    if source.is_media:
-        return conversations_of_stream(source, stream, bad_rows)
-    columns = columns_of(source)
-    kept: dict[str, list[str]] = {name: [] for name in columns.values()}
-    for number, row in enumerate(stream, start=1):
-        reason = reason_against_text(source, row)
-        if reason is not None:
-            bad_rows.add(source.label, f"row {number}", reason)
-            continue
-        for column, name in columns.items():
-            kept[name].append(row[column])
-    return Dataset.from_dict(kept, features=Features(dict.fromkeys(kept, Value("large_string"))))
 
 
 def _load_train_source(
@@ -191,7 +173,7 @@ def split_rows(label: str, rows: Dataset, fraction: float, seed: int) -> tuple[D
     prompt with its answer, is on one side as a whole.
 
     Raises:
-        ValueError: one of the sides is empty.
+        ValueError: One of the sides is empty.
     """
     train, validation, parts = [], [], []
     for number, row in enumerate(_without_media(rows)):
@@ -220,7 +202,7 @@ def split_rows(label: str, rows: Dataset, fraction: float, seed: int) -> tuple[D
 
 def _is_drawn(row: dict[str, str], fraction: float, seed: int) -> bool:
     """Whether a document is validation: true for `fraction` of all, by the digest of its text and the seed alone."""
-    key = blake2b(digest(row), digest_size=8, key=str(seed).encode())
+    key = blake2b(document_digest(row), digest_size=8, key=str(seed).encode())
     return int.from_bytes(key.digest()) < fraction * 2**64
 
 
@@ -240,7 +222,7 @@ def _without_validation(
 ) -> Dataset | IterableDataset:
     if source.kind == "generated" or isinstance(rows, IterableDataset) or not forbidden:
         return rows
-    kept = [number for number, mark in enumerate(digests(rows)) if mark not in forbidden]
+    kept = [number for number, mark in enumerate(document_digests(rows)) if mark not in forbidden]
     if len(kept) == len(rows):
         return rows
     if not kept:

@@ -13,7 +13,6 @@ from .configuration import DataConfig, TokenizerConfig
 from .splits import iterate_training_texts
 
 logger = logging.getLogger(__name__)
-
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 
 
@@ -30,10 +29,10 @@ def build_tokenizer(
     `tokenizer.bos_token_id` in front.
 
     Args:
-        seed: seed of the run, which decides what is split off for validation and so not trained on.
-        resume_point: the checkpoint folder that the run goes on from, which then has the tokenizer, or its run folder:
+        seed: Seed of the run, which decides what is split off for validation and so not trained on.
+        resume_point: The checkpoint folder that the run goes on from, which then has the tokenizer, or its run folder:
             one trained anew would differ if the documents have changed, and the model would not know its tokens.
-        media_tokens: special tokens of roles and media, if the model reads media.
+        media_tokens: Special tokens of roles and media, if the model reads media.
 
     Raises:
         ValueError: `config.path` is no tokenizer, the train sources have no usable document, the vocabulary has no room
@@ -62,10 +61,10 @@ def load_tokenizer(path: str, media_tokens: Sequence[str] = ()) -> PreTrainedTok
     """A pretrained tokenizer by name or folder; tokens it lacks (or an end token that is also its pad token) are added.
 
     Args:
-        media_tokens: further special tokens, at the end of the vocabulary where it lacks them.
+        media_tokens: Further special tokens, at the end of the vocabulary where it lacks them.
 
     Raises:
-        ValueError: nothing can be loaded from `path`, or it has no fast version.
+        ValueError: Nothing can be loaded from `path`, or it has no fast version.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import torch
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from configs import RunConfig, read_run_config, split_overrides
+from configs import RunConfig, read_run_config
+from configs.runs import split_overrides
 from dataset_loading import Collator, build_examples, build_validation
 from dataset_loading.codec_data import build_codec_datasets
 from inference import arguments
 from inference.checkpoints import find_checkpoint, is_codec
+from inference.decoding import FLOW_OPTIONS, add_flow_arguments
 from inference.devices import choose_device, choose_threads, device_report
-from inference.loading import load_codec, load_model
+from inference.loading import add_loading_arguments, load_as_asked, load_codec
 from inference.output import whole_folder, writable_folder, write_result
 from inference.prompts import prompt_limit
 from model import codec_media, tokenizer_of
 from model.chat import WRITTEN_PREFIX
 from model.exit_criteria import EXIT_CRITERIA
-from model.quantization import QuantizationConfig
 
 from .answers import Writer
 from .checks import CHECKS
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint at several depths; writes a table to standard output, and JSON, Markdown and PNG files.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for bad input.
+        SystemExit: the input is bad; the code is 2, after one line on standard error.
     """
     parser = build_parser()
     own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # a bar in a file is noise
     logger.info("%s", device_report())
-    try:
+    with parser.one_line_errors():
         checkpoint = find_checkpoint(args.checkpoint)
         run = read_run_config(checkpoint, overrides)
         if is_codec(checkpoint):
@@ -79,9 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluate_codec(checkpoint, run, args)
         else:
             evaluate(checkpoint, run, args)
-    except (ValueError, OSError) as error:
-        logger.debug("Where it failed:", exc_info=True)
-        parser.error(str(error))
     return 0
 
 
@@ -89,17 +86,15 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     """Write tables of what a language model says, and of the media that it writes, at each depth.
 
     Raises:
-        ValueError: as `load_model`; for data that cannot be read or have too long examples; for a folder that cannot be
-            written.
+        ValueError: the checkpoint cannot be loaded, data cannot be read or have too long examples, or the folder cannot
+            be written.
     """
-    device = choose_device(args.device)
-    dtype = args.dtype and getattr(torch, args.dtype)
-    model, processor = load_model(checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
+    model, processor = load_as_asked(checkpoint, args)
     choose_threads(model)
-    judges = load_named(args.judge, load_judge)
+    judges = load_named(args.classifier, load_judge)
     networks = load_named(args.feature_network, FeatureNetwork)
     texts = validation_texts(run, processor, args.limit)
-    examples, prompts = divide(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
+    examples, prompts = texts_and_media(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
     depths = sorted(set(args.num_steps))
     if model.config.get_text_config().num_core_layers == 0:
         logger.warning("%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint)
@@ -123,9 +118,9 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     with whole_folder(output) as made:
         names = [path.name for path in save_depth_table(rows, made, about)]
     if prompts and not args.no_media:
-        table = write_media(model, depths, prompts, writer, judges, networks, args)
+        table = score_media(model, depths, prompts, writer, judges, networks, args)
         write_result(f"\n{media_markdown(table)}")
-        how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.judge]}
+        how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.classifier]}
         how["feature_networks"] = [str(path) for path in args.feature_network]
         with whole_folder(output) as made:
             names += [path.name for path in save_media_table(table, made, {**about, **how})]
@@ -136,7 +131,7 @@ def evaluate_codec(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -
     """Write a table of how well a codec reconstructs the validation media of its run.
 
     Raises:
-        ValueError: as `load_codec`; for data that cannot be read.
+        ValueError: the codec cannot be loaded, or data cannot be read.
     """
     model = load_codec(checkpoint, choose_device(args.device))
     choose_threads(model)
@@ -155,12 +150,13 @@ def build_parser() -> arguments.OneLineParser:
     """The command line, without the overrides of the data."""
     parser = arguments.OneLineParser(
         prog="evaluation",
+        renamed={"--judge": "--classifier", "--read-back": "--round-trip"},
         description="Loss, bits per byte, exact answers, word errors, BLEU and time of a model at several depths, by "
-        "source and by modality; and how much of the pictures and sounds that it writes is right. Of a codec, how well "
+        "source and by modality; and how much of the images and audio that it generates is right. Of a codec, how well "
         "it reconstructs: an autoencoder beside principal components, a vocoder beside Griffin and Lim's iteration. "
         "The data are those of the run; --config FILE and --data.KEY VALUE change them as in pretrain.py.",
     )
-    parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
+    add_loading_arguments(parser)
     parser.add_argument(
         "--num-steps", type=arguments.core_steps, nargs="+", default=DEFAULT_DEPTHS, help="times the core is applied"
     )
@@ -184,15 +180,14 @@ def build_parser() -> arguments.OneLineParser:
     )
     add_media_arguments(parser)
     parser.add_argument("--output", type=Path, help="folder for the files; default: evaluation in the given folder")
-    arguments.add_loading_arguments(parser)
     return parser
 
 
 def add_media_arguments(parser: arguments.OneLineParser) -> None:
-    """Of the pictures and sounds that the model writes."""
-    parser.add_argument("--no-media", action="store_true", help="write neither pictures nor sounds")
+    """The options of what is measured on the images and the audio that the model generates."""
+    parser.add_argument("--no-media", action="store_true", help="generate neither images nor audio")
     parser.add_argument(
-        "--judge", type=Path, nargs="+", default=[], help="folders that evaluation.train_classifier has written"
+        "--classifier", type=Path, nargs="+", default=[], help="folders that evaluation.train_classifier has written"
     )
     parser.add_argument(
         "--feature-network",
@@ -200,37 +195,34 @@ def add_media_arguments(parser: arguments.OneLineParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="networks by torch.jit.save, whose features of pictures, of -1 to 1, are compared with references'",
+        help="networks by torch.jit.save, whose features of images, of -1 to 1, are compared with references'",
     )
     parser.add_argument(
-        "--read-back",
+        "--round-trip",
         nargs="?",
         const="",
         metavar="QUESTION",
-        help="let the model read what it wrote, with this question or none, and compare that with its prompt",
+        help="let the model read what it generated, with this question or none, and compare that with its prompt",
     )
-    parser.add_argument("--guidance-scale", type=arguments.guidance, help="default: the model's")
-    parser.add_argument("--num-flow-steps", type=arguments.flow_steps, help="default: the model's")
-    parser.add_argument("--flow-temperature", type=arguments.guidance, help="default: the model's")
-    parser.add_argument("--exit-criterion", choices=["none", *EXIT_CRITERIA], help="when places of media stop early")
-    parser.add_argument("--exit-threshold", type=arguments.finite, help="of the criterion; default: the model's")
+    add_flow_arguments(parser)
+    parser.add_argument("--exit-criterion", choices=["none", *EXIT_CRITERIA], help="what ends positions of media early")
+    parser.add_argument("--exit-threshold", type=arguments.finite, help="value of the criterion; default: the model's")
     parser.add_argument(
         "--velocity-threshold",
         type=arguments.finite,
-        help="of what is written as pictures and sound, for which the criterion is the change of the velocity of the "
-        "flow head; default: that of `generate`",
+        help="threshold for images and audio, for which the criterion is the change of the velocity of the flow head; "
+        "default: that of `generate`",
     )
     parser.add_argument(
         "--cache-policy",
         choices=["full", "ring", "last"],
-        help="which steps of past places are read while media are written; default: the model's",
+        help="which steps of past positions are read while media are generated; default: the model's",
     )
 
 
 def generate_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `generate` that were named, for media."""
-    names = ("guidance_scale", "num_flow_steps", "flow_temperature")
-    names += ("exit_criterion", "exit_threshold", "velocity_threshold", "cache_policy")
+    names = (*FLOW_OPTIONS, "exit_criterion", "exit_threshold", "velocity_threshold", "cache_policy")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
@@ -281,7 +273,7 @@ def load_named(paths: Sequence[Path], load: Callable[[Path], T]) -> dict[str, T]
     return {path.name: load(path) for path in paths}
 
 
-def write_media(
+def score_media(
     model: PreTrainedModel,
     depths: Sequence[int | None],
     prompts: dict[str, Sequence[dict]],
@@ -290,16 +282,16 @@ def write_media(
     networks: dict[str, FeatureNetwork],
     args: argparse.Namespace,
 ) -> MediaTable:
-    """The pictures and sounds that prompts ask for, at each depth."""
-    reader = None if args.read_back is None else BackReader(writer, args.read_back)
+    """The images and audio that prompts ask for, at each depth."""
+    reader = None if args.round_trip is None else BackReader(writer, args.round_trip)
     return media_table(
         model, depths, prompts, MediaWriter(writer, generate_options(args)), judges, reader, args.batch_size, networks
     )
 
 
-def divide(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequence[dict]], dict[str, Sequence[dict]]]:
-    """The examples whose answer is text, and those whose answer is a medium, by source; a source with several kinds of
-    media is divided by them.
+def texts_and_media(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequence[dict]], dict[str, Sequence[dict]]]:
+    """The examples whose answer is text, and those whose answer is an image or audio, by source; a source with several
+    modalities is divided by them.
     """
     texts, media = {}, {}
     for name, rows in examples.items():

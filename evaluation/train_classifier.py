@@ -1,5 +1,5 @@
 """Trains a classifier of media, by which those that a model writes are judged:
-`python -m evaluation.train_classifier my/speech --medium audio --label-column speaker --output classifiers/speaker`.
+`python -m evaluation.train_classifier my/speech --modality audio --label-column speaker --output classifiers/speaker`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from dataset_loading import DataConfig, SourceConfig
-from dataset_loading.media_sources import load_conversations
-from dataset_loading.references import read_medium
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources.loading import load_rows
+from dataset_loading.sources.references import read_reference
 from inference import arguments
 from inference.devices import choose_threads
 from inference.output import whole_folder, writable_folder, write_result
@@ -32,28 +32,31 @@ from .judges import Judge, JudgeConfig, LabelledMedia, save_judge, train_judge
 
 logger = logging.getLogger("evaluation.train_classifier")  # __name__ is __main__ when run with -m
 
+epochs = arguments.counted("the number of times all media are seen, 1 or more")
+pixels = arguments.counted("the number of pixels of a side, 1 or more")
+hertz = arguments.counted("the number of samples per second, 1 or more")
 KINDS = {"image": "imagefolder", "audio": "audiofolder"}
 HELD_OUT = 0.1
-"""Of the media, where no others are named to measure the judge with."""
+"""Share of the media that measures the classifier, where no others are named."""
 MOST_HEARD = 0.98
-"""Of the recordings are heard whole."""
+"""Share of the recordings that are heard whole."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train a judge on the labels of a folder, measure it on media held out, and save it.
+    """Train a classifier on the labels of a folder, measure it on media held out, and save it.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for bad input.
+        SystemExit: the input is bad; the code is 2, after one line on standard error.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     set_up_logging(args.log_level)
     datasets.disable_progress_bars()
-    try:
+    with parser.one_line_errors():
         output = writable_folder(args.output)
         train = labelled_media(args.data, args)
         if args.validation is None:
-            train, held_out = divide(train, args.seed)
+            train, held_out = hold_out(train, args.seed)
         else:
             held_out = labelled_media(args.validation, args)
         config = judge_config(train, args)
@@ -64,9 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts = {"num_train": len(train.media), "num_held_out": len(held_out.media), "seed": args.seed}
         with whole_folder(output) as made:
             digest = save_judge(judge, made, {**about, **counts})
-    except (ValueError, OSError) as error:
-        logger.debug("Where it failed:", exc_info=True)
-        parser.error(str(error))
     write_result(
         f"{judge.real_accuracy:.1%} of {len(held_out.media)} media held out have the right one of "
         f"{len(config.labels)} labels; written to {output}, digest {digest}\n"
@@ -78,40 +78,41 @@ def build_parser() -> arguments.OneLineParser:
     """The command line."""
     parser = arguments.OneLineParser(
         prog="evaluation.train_classifier",
-        description="A small network that names what pictures show, or who says what, for "
-        "`python -m evaluation --judge`.",
+        renamed={"--medium": "--modality"},
+        description="A small network that names what images show, or who says what, for "
+        "`python -m evaluation --classifier`.",
     )
     parser.add_argument("data", type=Path, help="folder of media with a metadata.jsonl or .csv")
-    parser.add_argument("--medium", choices=tuple(KINDS), required=True, help="what the folder holds")
+    parser.add_argument("--modality", choices=tuple(KINDS), required=True, help="what the folder holds")
     parser.add_argument("--label-column", default="text", help="column of the metadata with the labels")
     parser.add_argument("--validation", type=Path, help="folder to measure with; default: a tenth of the data")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the judge; its name is the judge's")
-    parser.add_argument("--epochs", type=arguments.new_tokens, default=15, help="times all media are seen")
-    parser.add_argument("--image-size", type=arguments.new_tokens, default=32, help="pixels of a side that are seen")
-    parser.add_argument("--sampling-rate", type=arguments.new_tokens, default=8000, help="samples per second heard")
-    parser.add_argument("--seed", type=arguments.seed, default=0, help="of weights, order and what is held out")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the classifier, which gets its name")
+    parser.add_argument("--epochs", type=epochs, default=15, help="times all media are seen")
+    parser.add_argument("--image-size", type=pixels, default=32, help="pixels of a side that are seen")
+    parser.add_argument("--sampling-rate", type=hertz, default=8000, help="samples per second heard")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="seed of weights, order and what is held out")
     return parser
 
 
 def labelled_media(folder: Path, args: argparse.Namespace) -> LabelledMedia:
     """The media of a folder with their labels."""
-    source, data = SourceConfig(KINDS[args.medium], path=str(folder), answer_column=args.label_column), DataConfig()
+    source, data = SourceConfig(KINDS[args.modality], path=str(folder), answer_column=args.label_column), DataConfig()
     found = LabelledMedia()
-    for row in load_conversations(source, "train", data, args.seed, BadRows(data.max_bad_rows)):
+    for row in load_rows(source, "train", data, args.seed, BadRows(data.max_invalid_rows)):
         question, answer = (message["content"] for message in json.loads(row["messages"]))
-        found.media.append(decode(read_medium(question[0], row), args))
+        found.media.append(decode(read_reference(question[0], row), args))
         found.labels.append(answer[0]["text"])
     return found
 
 
 def decode(medium: Any, args: argparse.Namespace) -> Any:
-    """A picture, or samples and their rate."""
-    if args.medium == "image":
+    """An image, or a waveform and its rate."""
+    if args.modality == "image":
         return load_image(medium)
     return load_audio(medium, args.sampling_rate), args.sampling_rate
 
 
-def divide(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMedia]:
+def hold_out(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMedia]:
     """What is learned, and what is held out; at least two media."""
     order = np.random.default_rng(seed).permutation(len(data.media)).tolist()
     count = max(2, round(HELD_OUT * len(order)))
@@ -124,10 +125,10 @@ def divide(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMedia
 def judge_config(train: LabelledMedia, args: argparse.Namespace) -> JudgeConfig:
     """Labels and sizes."""
     sizes: dict[str, Any] = {"image_size": args.image_size}
-    if args.medium == "audio":
+    if args.modality == "audio":
         seconds = np.quantile([len(samples) / rate for samples, rate in train.media], MOST_HEARD)
         sizes = {"sampling_rate": args.sampling_rate, "seconds": round(max(float(seconds), 0.2), 2)}
-    return JudgeConfig(args.medium, sorted(set(train.labels)), **sizes)
+    return JudgeConfig(args.modality, sorted(set(train.labels)), **sizes)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def base_of(adapter: Path, base: str | Path | None = None) -> Path:
     return folder
 
 
-def add_adapters(model: PreTrainedModel, folder: Path, merge: bool = True) -> PreTrainedModel:
+def load_adapters(model: PreTrainedModel, folder: Path, merge: bool = True) -> PreTrainedModel:
     """The model with the adapters of a folder.
 
     Args:
@@ -198,7 +198,7 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     with blamed_on(what, "use another."), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
         warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about what PEFT still asks for
-        config = lora_config(read_json(folder / LORA), weights)
+        config = checked_lora_config(read_json(folder / LORA), weights)
         lora = PeftModel.from_pretrained(model, folder, config=config, torch_device=str(model.device))
         different = sorted(get_peft_model_state_dict(lora).keys() ^ weights.keys())
         if different:
@@ -206,7 +206,7 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return lora
 
 
-def lora_config(content: Mapping[str, Any], weights: Mapping[str, DeclaredWeight]) -> LoraConfig:
+def checked_lora_config(content: Mapping[str, Any], weights: Mapping[str, DeclaredWeight]) -> LoraConfig:
     """What PEFT wants to know of an adapter, after it is compared with its weights, whose size it decides.
 
     The layers are those that there are weights for. Patterns of names, in a file from elsewhere, may take for ever to

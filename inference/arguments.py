@@ -4,24 +4,54 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import math
 import re
-from typing import NoReturn
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
 
-from model.terminal import one_line
+from model.terminal import one_line, say_new_name
 from model.versions import VersionAction
 
-from .devices import DTYPES
 from .logs import LOG_LEVELS
+
+logger = logging.getLogger(__name__)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser without abbreviations whose errors are one line; for an unknown flag it names the nearest known one."""
+    """A parser without abbreviations whose errors are one line; for an unknown flag it names the nearest known one.
 
-    def __init__(self, **kwargs) -> None:
+    Args:
+        renamed: Old names of flags, which still work, and the new ones.
+    """
+
+    def __init__(self, renamed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.renamed = renamed or {}
         self.add_argument("--version", action=VersionAction)
         self.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="least severe message to show")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        """The values of a command line (default: `sys.argv`), in which flags may have their old names."""
+        given = list(sys.argv[1:] if args is None else args)
+        for index, argument in enumerate(given):
+            old, equals, value = argument.partition("=")
+            if new := self.renamed.get(old):
+                say_new_name(old, new)
+                given[index] = f"{new}{equals}{value}"
+        return super().parse_args(given, namespace)
+
+    @contextmanager
+    def one_line_errors(self) -> Iterator[None]:
+        """Turn what is wrong with the input into one line on standard error and exit code 2."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            logger.debug("Where it failed:", exc_info=True)
+            self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 after one line on standard error."""
@@ -35,13 +65,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the weights go, and as what."""
-    parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the checkpoint's")
-    parser.add_argument(
-        "--load-in", choices=["8bit", "4bit"], help="bits of the weights in layers; default: the checkpoint's"
-    )
+# --------------------------------------------------------------------------------------------------- types of arguments
 
 
 def whole_number(text: str, minimum: int, why: str) -> int:
@@ -55,96 +79,55 @@ def whole_number(text: str, minimum: int, why: str) -> int:
     return value
 
 
-def number(text: str, why: str) -> float:
-    """`text` as a finite float."""
+def finite_number(text: str, why: str, fits: Callable[[float], bool] = math.isfinite, fault: str = "") -> float:
+    """`text` as a finite float; `fault` says what one is that does not fit."""
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number: {why}") from None
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not finite: {why}")
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text} is {fault}")
     return value
 
 
-def finite(text: str) -> float:
-    """Argument type of thresholds and rates."""
-    return number(text, "give a finite number.")
+def counted(what: str) -> Callable[[str], int]:
+    """The type of a number of things, 1 or more."""
+    return partial(whole_number, minimum=1, why=f"give {what}.")
 
 
-def core_steps(text: str) -> int:
-    """Argument type of --num-steps."""
-    return whole_number(text, 1, "give the number of times the core is applied, 1 or more.")
-
-
-def new_tokens(text: str) -> int:
-    """Argument type of --max-new-tokens."""
-    return whole_number(text, 1, "give the number of tokens to generate, 1 or more.")
-
-
-def prompt_tokens(text: str) -> int:
-    """Argument type of --max-prompt-tokens."""
-    return whole_number(text, 1, "give the most tokens that a prompt may have, 1 or more.")
-
-
-def batch_rows(text: str) -> int:
-    """Argument type of --batch-size."""
-    return whole_number(text, 1, "give the number of rows in a forward pass, 1 or more.")
-
-
-def row_limit(text: str) -> int:
-    """Argument type of --limit."""
-    return whole_number(text, 1, "give the number of rows per source, 1 or more, or leave --limit out for all.")
-
-
-def media_count(text: str) -> int:
-    """Argument type of --count."""
-    return whole_number(text, 1, "give the number of images or sounds, 1 or more.")
-
-
-def flow_steps(text: str) -> int:
-    """Argument type of --num-flow-steps."""
-    return whole_number(text, 1, "give the number of steps from noise to a latent, 1 or more.")
-
-
-def guidance(text: str) -> float:
-    """Argument type of --guidance-scale and --flow-temperature."""
-    value = number(text, "give a number, 0 or more.")
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0: give a number, 0 or more.")
-    return value
-
-
-def temperature(text: str) -> float:
-    """Argument type of --temperature."""
-    value = number(text, "give a temperature above 0.")
-    if value <= 0:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not above 0: for temperature 0, the likeliest token, use --greedy."
-        )
-    return value
-
-
-def nucleus(text: str) -> float:
-    """Argument type of --top-p."""
-    value = number(text, "give a probability above 0, at most 1.")
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a probability above 0 and at most 1; 1 keeps every token.")
-    return value
-
-
-def top_tokens(text: str) -> int:
-    """Argument type of --top-k."""
-    return whole_number(text, 0, "give the number of likeliest tokens to draw from; 0 draws from all.")
-
-
-def penalty(text: str) -> float:
-    """Argument type of --repetition-penalty."""
-    value = number(text, "give a factor above 0; 1 changes nothing.")
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0: give a factor; 1 changes nothing.")
-    return value
-
-
-def seed(text: str) -> int:
-    """Argument type of --seed."""
-    return whole_number(text, 0, "give a seed, 0 or more.")
+core_steps = counted("the number of times the core is applied, 1 or more")
+new_tokens = counted("the number of tokens to generate, 1 or more")
+prompt_tokens = counted("the most tokens that a prompt may have, 1 or more")
+batch_rows = counted("the number of rows in a forward pass, 1 or more")
+row_limit = counted("the number of rows per source, 1 or more, or leave --limit out for all")
+media_count = counted("the number of images or audio files, 1 or more")
+flow_steps = counted("the number of steps from noise to a latent, 1 or more")
+top_tokens = partial(whole_number, minimum=0, why="give the number of likeliest tokens to draw from; 0 draws from all.")
+seed = partial(whole_number, minimum=0, why="give a seed, 0 or more.")
+finite = partial(finite_number, why="give a finite number.")
+guidance = partial(
+    finite_number,
+    why="give a number, 0 or more.",
+    fits=lambda value: value >= 0,
+    fault="less than 0: give a number, 0 or more.",
+)
+temperature = partial(
+    finite_number,
+    why="give a temperature above 0.",
+    fits=lambda value: value > 0,
+    fault="not above 0: for temperature 0, the likeliest token, use --greedy.",
+)
+nucleus = partial(
+    finite_number,
+    why="give a probability above 0, at most 1.",
+    fits=lambda value: 0 < value <= 1,
+    fault="not a probability above 0 and at most 1; 1 keeps every token.",
+)
+penalty = partial(
+    finite_number,
+    why="give a factor above 0; 1 changes nothing.",
+    fits=lambda value: value > 0,
+    fault="not above 0: give a factor; 1 changes nothing.",
+)

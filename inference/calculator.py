@@ -16,9 +16,9 @@ MAX_CHARACTERS = 256
 MAX_DEPTH = 32
 """Brackets, signs and powers within each other."""
 MAX_DIGITS = 100
-"""Of numerator and denominator of every number on the way."""
+"""Most digits of numerator and denominator of every number on the way."""
 SIGNIFICANT_DIGITS = 12
-"""Of results that are no whole numbers."""
+"""Digits of results that are no whole numbers."""
 
 _CALL = re.compile(r"\s*calculator\((.*)\)\s*", re.DOTALL)
 _TOKEN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+|\*\*|[-+*/%^()])", re.ASCII)

@@ -13,25 +13,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from transformers import set_seed
 
-from model.quantization import QuantizationConfig
 from model.terminal import one_line
 
 from . import arguments
 from .conversation import Conversation
 from .decoding import add_decoding_arguments, check_depth, decoding_options
-from .devices import choose_device, choose_threads, device_report
-from .loading import load_model
+from .devices import choose_threads, device_report
+from .loading import add_loading_arguments, load_as_asked
 from .output import TerminalStreamer, write_result
 
 logger = logging.getLogger("inference.chat")  # __name__ is __main__ when run with -m
 
 COMMANDS = {
     "/steps N": "apply the core N times per token",
-    "/image PATH": "show a picture with the next message",
-    "/audio PATH": "play a recording with the next message",
+    "/image PATH": "attach an image to the next message",
+    "/audio PATH": "attach audio to the next message",
     "/save FILE.jsonl": "append the conversation to a file that `kind: chat` reads",
     "/new": "begin again",
     "/help": "this list",
@@ -44,10 +42,9 @@ def build_parser() -> arguments.OneLineParser:
     parser = arguments.OneLineParser(
         prog="inference.chat", description="Talk with a model in the terminal; /help lists what else it understands."
     )
-    parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
+    add_loading_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before anything else")
     add_decoding_arguments(parser)
-    arguments.add_loading_arguments(parser)
     return parser
 
 
@@ -55,24 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for bad input.
+        SystemExit: the input is bad; the code is 2, after one line on standard error.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     set_up_logging(args.log_level)
     options = decoding_options(parser, args)
     logger.info("%s", device_report())
-    try:
-        device, dtype = choose_device(args.device), args.dtype and getattr(torch, args.dtype)
-        model, processor = load_model(args.checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
+    with parser.one_line_errors():
+        model, processor = load_as_asked(args.checkpoint, args)
         choose_threads(model)
         check_depth(model, args.num_steps)
         if args.num_steps is not None:
             options["num_steps"] = args.num_steps
         conversation = Conversation(model, processor, options, args.system, args.max_prompt_tokens)
-    except (ValueError, OSError) as error:
-        logger.debug("Where it failed:", exc_info=True)
-        parser.error(str(error))
     set_seed(args.seed)
     converse(conversation)
     return 0

@@ -12,6 +12,7 @@ from model.exit_criteria import EXIT_CRITERIA
 
 from . import arguments
 
+FLOW_OPTIONS = ("guidance_scale", "num_flow_steps", "flow_temperature")
 SAMPLING_DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
 
 
@@ -37,6 +38,16 @@ class FiniteLogits(LogitsProcessor):
                 "large or damaged; use a checkpoint from before training diverged, or another --dtype."
             )
         return scores
+
+
+def add_flow_arguments(parser: argparse.ArgumentParser) -> None:
+    """How latents of images and audio are drawn."""
+    what = "how much the prompt counts, 1: as it is; default: the model's"
+    parser.add_argument("--guidance-scale", type=arguments.guidance, help=what)
+    what = "steps from noise to a latent; default: the model's"
+    parser.add_argument("--num-flow-steps", type=arguments.flow_steps, help=what)
+    what = "variance of a latent's noise; default: the model's"
+    parser.add_argument("--flow-temperature", type=arguments.guidance, help=what)
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +86,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=arguments.penalty, default=1.0, help="divides the logits of tokens already there"
     )
     parser.add_argument(
-        "--seed", type=arguments.seed, default=0, help="of the draws; the same seed gives the same text"
+        "--seed", type=arguments.seed, default=0, help="seed of the draws; the same seed gives the same text"
     )
 
 

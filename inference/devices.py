@@ -129,7 +129,7 @@ def choose_threads(model: nn.Module, wanted: int | None = None) -> None:
 
     Args:
         model: What is trained or applied; its parameters may be on any device.
-        wanted: At least 1.
+        wanted: Number of threads, at least 1.
     """
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     reason = f"for {num_parameters / 1e6:.1f} million parameters on {usable_cores()} cores; OMP_NUM_THREADS changes it"

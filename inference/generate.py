@@ -25,14 +25,19 @@ from transformers import (
 )
 
 from model import MODALITIES, draw_codes, tokenizer_of
-from model.quantization import QuantizationConfig
 
 from . import arguments
-from .decoding import FiniteLogits, add_decoding_arguments, check_depth, decoding_options
-from .devices import choose_device, choose_threads, device_report
-from .loading import load_model
-from .media_files import SUFFIXES, check_path, save_audio, save_images
-from .output import TerminalStreamer, whole_file, write_result
+from .decoding import (
+    FLOW_OPTIONS,
+    FiniteLogits,
+    add_decoding_arguments,
+    add_flow_arguments,
+    check_depth,
+    decoding_options,
+)
+from .devices import choose_threads, device_report
+from .loading import add_loading_arguments, load_as_asked
+from .output import SUFFIXES, TerminalStreamer, check_path, save_audio, save_images, whole_file, write_result
 from .prompts import (
     MAX_BYTES,
     check_characters,
@@ -55,12 +60,12 @@ def build_parser() -> arguments.OneLineParser:
     """The command line."""
     parser = arguments.OneLineParser(
         prog="inference.generate",
-        description="Continue a text with a trained model, or answer to images and sound; what it writes goes to "
-        "standard output, and images and sound to files.",
+        description="Continue a text with a trained model, or answer to images and audio; what it generates goes to "
+        "standard output, and images and audio to files.",
     )
-    parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
+    add_loading_arguments(parser)
     parser.add_argument(
-        "--prompt", help="text to continue; default: standard input. With images or sound: what is asked about them"
+        "--prompt", help="text to continue; default: standard input. With images or audio: what is asked about them"
     )
     parser.add_argument(
         "--prompts",
@@ -84,22 +89,15 @@ def build_parser() -> arguments.OneLineParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="file of the image or sound; several images are a sheet, several sounds numbered files. Of --prompts: "
+        help="file of the image or audio; several images are a sheet, several audio files numbered. With --prompts: "
         "file of the lines; default: standard output",
     )
-    parser.add_argument("--count", type=arguments.media_count, default=1, help="how many images or sounds to write")
     parser.add_argument(
-        "--guidance-scale",
-        type=arguments.guidance,
-        help="how much the prompt counts, 1: as it is; by default the model's",
+        "--count", type=arguments.media_count, default=1, help="how many images or audio files to generate"
     )
-    parser.add_argument("--num-flow-steps", type=arguments.flow_steps, help="of a latent; default: the model's")
-    parser.add_argument(
-        "--flow-temperature", type=arguments.guidance, help="variance of a latent's noise; default: the model's"
-    )
+    add_flow_arguments(parser)
     add_decoding_arguments(parser)
     parser.add_argument("--no-stream", action="store_true", help="write the text at once when it is finished")
-    arguments.add_loading_arguments(parser)
     return parser
 
 
@@ -107,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, for bad input.
+        SystemExit: the input is bad; the code is 2, after one line on standard error.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -115,14 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = decoding_options(parser, args)
     check_mode(parser, args)
     logger.info("%s", device_report())
-    try:
+    with parser.one_line_errors():
         if args.prompts is not None:
             prompts = read_prompts(args.prompts)
         else:
             prompt = (args.prompt or "") if args.media else read_prompt(args.prompt)
-        device = choose_device(args.device)
-        dtype = args.dtype and getattr(torch, args.dtype)
-        model, processor = load_model(args.checkpoint, device, dtype, QuantizationConfig(load_in=args.load_in))
+        model, processor = load_as_asked(args.checkpoint, args)
         choose_threads(model)
         tokenizer = tokenizer_of(processor)
         check_depth(model, args.num_steps)
@@ -137,15 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_seed(args.seed)
         check_characters(tokenizer, prompt, limit)
         if args.mode != "text":
-            write_media(model, processor, args, prompt, limit)
+            answer_with_media(model, processor, args, prompt, limit)
             return 0
         inputs = encode_question(processor, (args.media, prompt)) if args.media else encode_prompt(tokenizer, prompt)
         check_length(inputs, limit)
-        inputs = inputs.to(device, model.dtype)
+        inputs = inputs.to(model.device, model.dtype)
         write_continuation(model, tokenizer, inputs, stream=not args.no_stream, options=options)
-    except (ValueError, OSError) as error:
-        logger.debug("Where it failed:", exc_info=True)
-        parser.error(str(error))
     return 0
 
 
@@ -168,7 +161,7 @@ def check_mode(parser: arguments.OneLineParser, args: argparse.Namespace) -> Non
             parser.error(f"--{flag} has no effect with --prompts, whose lines say it: leave one of the two out.")
     elif args.batch_size is not None:
         parser.error("--batch-size has no effect without --prompts: leave it out.")
-    of_media = ("guidance_scale", "num_flow_steps", "flow_temperature", *(["out"] if args.prompts is None else []))
+    of_media = (*FLOW_OPTIONS, *(["out"] if args.prompts is None else []))
     given = next((name for name in of_media if getattr(args, name) is not None), None)
     if args.mode == "text" and (given or args.count > 1):
         parser.error(f"--{(given or 'count').replace('_', '-')} has no effect with --mode text: leave it out.")
@@ -194,7 +187,7 @@ def read_prompt(given: str | None) -> str:
     return prompt
 
 
-def write_media(
+def answer_with_media(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | ProcessorMixin,
     args: argparse.Namespace,
@@ -215,7 +208,7 @@ def write_media(
     inputs = encode_question(processor, *[(args.media, prompt)] * args.count)
     check_length(inputs, limit)
     inputs = inputs.to(model.device, model.dtype)
-    names = ("guidance_scale", "num_flow_steps", "flow_temperature", "num_steps", "exit_criterion", "exit_threshold")
+    names = (*FLOW_OPTIONS, "num_steps", "exit_criterion", "exit_threshold")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     paths = [path]
     if args.mode == "image" and getattr(model, "decode_image_tokens", None):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from model import RecurrenceConfig
+
 from .checkpoints import read_json
 
 GENERATION_CONFIG = "generation_config.json"
@@ -22,7 +24,7 @@ def whole(least: int, most: int = LARGEST) -> tuple[Callable[[Any], bool], str]:
     return lambda value: is_whole(value) and least <= value <= most, f"a whole number of {least} to {most}"
 
 
-def number(least: float, most: float = math.inf) -> tuple[Callable[[Any], bool], str]:
+def real(least: float, most: float = math.inf) -> tuple[Callable[[Any], bool], str]:
     """A finite number in a range, and how that is said."""
 
     def fits(value: Any) -> bool:
@@ -44,13 +46,13 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), whole(0)),
     **dict.fromkeys(("num_beams", "num_return_sequences"), whole(1, MOST_ROWS)),
     **dict.fromkeys(("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"), whole(1, 1024)),
-    **dict.fromkeys(("num_steps", "num_kept_steps", "exit_first_step", "exit_every"), whole(1, MOST_STEPS)),
-    "num_flow_steps": whole(1, MOST_STEPS),
-    **dict.fromkeys(("temperature", "guidance_scale", "flow_temperature", "noise_level", "max_time"), number(0)),
-    **dict.fromkeys(("top_p", "min_p", "typical_p", "top_h"), number(0, 1)),
-    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "assistant_confidence_threshold"), number(0, 1)),
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), number(1e-6)),
-    **dict.fromkeys(("length_penalty", "exit_threshold", "velocity_threshold"), number(-math.inf)),
+    **dict.fromkeys(("num_steps", "num_kept_steps", "min_steps", "exit_check_interval"), whole(1, MOST_STEPS)),
+    **dict.fromkeys(("num_flow_steps", *RecurrenceConfig.attribute_map), whole(1, MOST_STEPS)),
+    **dict.fromkeys(("temperature", "guidance_scale", "flow_temperature", "noise_level", "max_time"), real(0)),
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "top_h"), real(0, 1)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "assistant_confidence_threshold"), real(0, 1)),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), real(1e-6)),
+    **dict.fromkeys(("length_penalty", "exit_threshold", "velocity_threshold"), real(-math.inf)),
     **dict.fromkeys(("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "token_healing"), FLAG),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), FLAG),
     **dict.fromkeys(("return_dict_in_generate", "is_assistant", "disable_compile", "exit_in_prefill"), FLAG),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from model.image_processing_megatransformer import MegaTransformerImageProcessor
 from model.quantization import QuantizationConfig, bits_and_bytes, keep_scales
 from model.weight_files import build_skeleton, check_finite, check_fit, declared_weights, refuse_weights
 
-from .adapters import add_adapters, base_of
+from .adapters import base_of, load_adapters
 from .checkpoints import (
     PROCESSOR,
     TOKENIZER,
@@ -44,6 +45,7 @@ from .checkpoints import (
     reads_media,
     weight_files,
 )
+from .devices import DTYPES, choose_device
 from .generation_config import check_generation_config
 
 LANGUAGE_MODELS = (MegaTransformerTextConfig, MegaTransformerConfig)
@@ -53,6 +55,24 @@ AUDIO_SETTINGS = {name: name for name in ("sampling_rate", "n_fft", "hop_length"
 AUDIO_SETTINGS["feature_size"] = "num_mel_bins"
 LOCAL_NAME = re.compile(r"[\w|]+")
 """Of an implementation of attention or experts; others name code that transformers would fetch from the hub."""
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the weights go, and as what."""
+    parser.add_argument("checkpoint", help="folder of a checkpoint, or of a run (its newest complete checkpoint)")
+    parser.add_argument("--device", help="device such as cpu, cuda, cuda:1; default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="format of the weights; default: the checkpoint's")
+    parser.add_argument(
+        "--load-in", choices=["8bit", "4bit"], help="bits of the weights in layers; default: the checkpoint's"
+    )
+
+
+def load_as_asked(
+    path: str | Path, args: argparse.Namespace
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
+    """What `load_model` loads from a path for the arguments of `add_loading_arguments`."""
+    dtype, quantization = args.dtype and getattr(torch, args.dtype), QuantizationConfig(load_in=args.load_in)
+    return load_model(path, choose_device(args.device), dtype, quantization)
 
 
 def load_model(
@@ -68,9 +88,9 @@ def load_model(
         path: a checkpoint folder, or a run folder; of a run folder its newest complete weights (`find_checkpoint`). Of
             an adapter also the model that it was trained on is loaded.
         device: where the model goes.
-        dtype: of the weights; None keeps that of the checkpoint.
+        dtype: Format of the weights; None keeps that of the checkpoint.
         quantization: how to round the weights; those of a checkpoint with rounded weights stay as they are.
-        base: of an adapter, the folder of its model; by default where that was in training.
+        base: Folder of the model of an adapter; by default where that was in training.
 
     Raises:
         FileNotFoundError: no such folder, or no complete model in it.
@@ -81,7 +101,7 @@ def load_model(
     folder = base_of(tuned, base) if is_adapter(tuned) else tuned
     for each in {folder, tuned}:
         check_files(each)
-    config = load_config(folder)
+    config = load_model_config(folder)
     skeleton = build_checked(folder, config)
     check_generation_config(folder, config.get_text_config().vocab_size)
     is_quantized, options = getattr(config, "quantization_config", None) is not None, {}
@@ -105,11 +125,11 @@ def load_model(
     check_loading(folder, report)
     check_finite(folder, model)
     if tuned != folder:
-        model = add_adapters(model, tuned, merge=not is_quantized)
+        model = load_adapters(model, tuned, merge=not is_quantized)
         check_finite(tuned, model)
     if all((tuned / name).is_file() for name in TOKENIZER):
         folder = tuned
-    processor = load_processor(folder) if reads_media(config.model_type) else load_tokenizer(folder)
+    processor = load_processor(folder) if reads_media(config.model_type) else load_checkpoint_tokenizer(folder)
     check_processor(folder, processor, config)
     check_template(processor)
     if is_quantized:
@@ -128,7 +148,7 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
         ValueError: it is no codec, its weights do not fit its configuration, or a file is damaged.
     """
     check_files(folder)
-    config = load_config(folder, CODEC_CONFIGS)
+    config = load_model_config(folder, CODEC_CONFIGS)
     build_checked(folder, config)
     with blamed_on(f"The codec in {folder} is damaged", "use another checkpoint."):
         model, report = MODELS[type(config)].from_pretrained(
@@ -240,7 +260,7 @@ def check_loading(folder: Path, report: dict) -> None:
         refuse_weights(folder, problem, (key if isinstance(key, str) else key[0] for key in keys))
 
 
-def load_config(folder: Path, kinds: Sequence[type[PreTrainedConfig]] = LANGUAGE_MODELS) -> PreTrainedConfig:
+def load_model_config(folder: Path, kinds: Sequence[type[PreTrainedConfig]] = LANGUAGE_MODELS) -> PreTrainedConfig:
     """The configuration in config.json; ValueError names the file if it is of none of these kinds."""
     content = read_json(folder / "config.json")
     found, configs = content.get("model_type"), {kind.model_type: kind for kind in kinds}
@@ -268,7 +288,7 @@ def refuse_foreign_code(content: Any) -> None:
                 raise ValueError(f"quantization_config has quant_method {repr(method)[:60]}, not 'bitsandbytes'")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_checkpoint_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; ValueError names its files if they are damaged."""
     with blamed_on(f"{' or '.join(TOKENIZER)} in {folder} is damaged", "use another."):
         # Left out, transformers asks at the terminal whether it may run the model's code.

@@ -29,7 +29,7 @@ def check_launcher_numbers() -> None:
     """Refuse what is no number where a launcher writes one.
 
     Raises:
-        SystemExit: with code 2, after one line on standard error that names the first.
+        SystemExit: one is no number; the code is 2, after one line on standard error that names it.
     """
     for name in LAUNCHER_NUMBERS:
         value = os.environ.get(name, "0")
@@ -51,7 +51,7 @@ class ConsoleHandler(logging.StreamHandler):
         super().__init__(sys.stderr)
 
     def format(self, record: logging.LogRecord) -> str:
-        """As there, without characters that command a terminal."""
+        """Formats it without characters that command a terminal."""
         return visible(super().format(record))
 
 

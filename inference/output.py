@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+from PIL import Image
 from transformers import TextStreamer
 
+from model import write_audio
 from model.terminal import visible
+
+SUFFIXES: Mapping[str, tuple[str, ...]] = {"image": (".png", ".jpg", ".webp"), "audio": (".wav", ".flac", ".ogg")}
+_GAP = 2  # pixels between the images of a sheet
 
 
 @contextmanager
@@ -66,7 +73,7 @@ def writing(path: Path) -> Iterator[None]:
     """Say of whatever fails that a path cannot be written; libraries raise all sorts when a disk is full.
 
     Raises:
-        ValueError: in the place of every other exception.
+        ValueError: every other exception is raised as one.
     """
     try:
         yield
@@ -132,3 +139,55 @@ class TerminalStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write a piece, and a line break after the last one."""
         write_result(text + "\n" * stream_end)
+
+
+# ----------------------------------------------------------------------------------------------------- images and audio
+
+
+def check_path(path: Path, modality: str) -> Path:
+    """The path, if an image or audio can be written there.
+
+    Raises:
+        ValueError: the name is not that of such a file, or its folder does not exist.
+    """
+    if path.suffix.lower() not in SUFFIXES[modality]:
+        raise ValueError(f"--out {path} is no name for {modality}: end it in {', '.join(SUFFIXES[modality])}.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--out {path}: the folder {path.parent} does not exist; make it.")
+    return path
+
+
+def save_images(images: Sequence[Image.Image], path: Path) -> None:
+    """One image as it is, several as a sheet, row by row; ValueError if it cannot be written."""
+    with whole_file(path) as beside:
+        (images[0] if len(images) == 1 else image_sheet(images)).save(beside)
+
+
+def image_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Images of one size side by side, on white; by default in as many columns as rows, or one more."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = (side + _GAP for side in images[0].size)
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * width - _GAP, rows * height - _GAP), "white")
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        sheet.paste(image, (column * width, row * height))
+    return sheet
+
+
+def save_audio(waveforms: Sequence[torch.Tensor], sampling_rate: int, path: Path) -> list[Path]:
+    """Each waveform in a file of its own, numbered where there are several. Returns their paths.
+
+    Args:
+        waveforms: float (samples,) in -1 .. 1.
+
+    Raises:
+        ValueError: they cannot be written; then none is.
+    """
+    names = (
+        [path] if len(waveforms) == 1 else [path.with_stem(f"{path.stem}-{n}") for n in range(1, len(waveforms) + 1)]
+    )
+    with ExitStack() as files:
+        for name, waveform in zip(names, waveforms, strict=True):
+            write_audio(files.enter_context(whole_file(name)), waveform, sampling_rate)
+    return names

@@ -148,7 +148,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if len(content) > MAX_BYTES:
         raise ValueError(f"--prompts {path} is longer than {MAX_BYTES // 2**20} MiB: divide it.")
     content = content.removeprefix(codecs.BOM_UTF8)
-    check_encoding(path, content)
+    refuse_other_encodings(path, content)
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
@@ -162,7 +162,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def check_encoding(path: Path, raw: bytes) -> None:
+def refuse_other_encodings(path: Path, raw: bytes) -> None:
     """Refuse a file that is not UTF-8 at all, whose lines would each be refused by themselves.
 
     Raises:
@@ -266,8 +266,8 @@ def write_answers(
 
     Args:
         batch_size: The most prompts that are continued together; those with media and those without never are.
-        seed: Of the draws of a batch; a prompt in a batch of its own is continued as without a file.
-        options: Of `generate`.
+        seed: Seed of the draws of a batch; a prompt in a batch of its own is continued as without a file.
+        options: Options of `generate`.
         out: Where they are written, as soon as they are known.
     """
     tokenizer, num_written = tokenizer_of(processor), 0

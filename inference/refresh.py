@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,6 +22,8 @@ from model import (
 from model.backbones import reason_of
 from model.weight_files import build_skeleton, check_fit, declared_weights
 
+from .checkpoints import PROCESSOR, read_json
+
 MODELS: dict[str, type[PreTrainedModel]] = {
     cls.__name__: cls
     for cls in (
@@ -35,7 +36,6 @@ MODELS: dict[str, type[PreTrainedModel]] = {
         MegaTransformerVocoder,
     )
 }
-PROCESSOR = "processor_config.json"
 MANIFEST = "manifest.json"  # of the files as training saved them; a refreshed checkpoint has none
 
 
@@ -47,8 +47,8 @@ def refresh(folder: Path, output: Path | None = None) -> list[str]:
     place, the code of before goes, and all other files stay.
 
     Args:
-        folder: of the checkpoint; of a run, that of its final weights or one of its checkpoint-N.
-        output: where the refreshed checkpoint goes, empty or new; None: in place.
+        folder: Folder of the checkpoint; of a run, that of its final weights or one of its checkpoint-N.
+        output: Folder of the refreshed checkpoint, empty or new; None: in place.
 
     Returns:
         Names of the files that were written anew.
@@ -87,7 +87,9 @@ def skeleton(folder: Path) -> PreTrainedModel:
     Raises:
         ValueError: the folder holds no checkpoint of these models, or its weights are not those of its configuration.
     """
-    content = read_config(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no checkpoint: it has no config.json; an adapter has no code to refresh")
+    content = read_json(folder / "config.json")
     names = content.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str) or names[0] not in MODELS:
         raise ValueError(
@@ -104,31 +106,12 @@ def skeleton(folder: Path) -> PreTrainedModel:
     return model
 
 
-def read_config(folder: Path) -> dict:
-    """The content of a checkpoint's config.json; ValueError where there is none."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no checkpoint: it has no config.json; an adapter has no code to refresh")
-    return read_object(path)
-
-
-def read_object(path: Path) -> dict:
-    """The object in a JSON file; ValueError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({reason_of(error)})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
-
-
 def code_of(folder: Path) -> set[str]:
     """Names of the files with code that the auto_map of a checkpoint names, and of those that they import."""
     files = set()
     for name in ("config.json", PROCESSOR):
         path = folder / name
-        targets = read_object(path).get("auto_map") if path.is_file() else None
+        targets = read_json(path).get("auto_map") if path.is_file() else None
         for target in targets.values() if isinstance(targets, dict) else ():
             if not isinstance(target, str):
                 raise ValueError(f"{path} has an auto_map to {repr(target)[:60]}; correct it to FILE.CLASS")

@@ -23,7 +23,7 @@ def run_to_the_end(main: Callable[[], int]) -> NoReturn:
 
 
 def say_errors(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """For `sys.excepthook`: Ctrl-C ends a command with one line and code 130, as shells know it."""
+    """Says errors, as `sys.excepthook`: Ctrl-C ends a command with one line and code 130, as shells know it."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return

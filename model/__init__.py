@@ -25,8 +25,8 @@ from .configuration_megatransformer import (
 from .configuration_megatransformer_text import MegaTransformerTextConfig, RecurrenceConfig
 from .depth import NoiseOptions
 from .exit_criteria import ExitOptions
-from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor
-from .griffin_lim import waveform_of
+from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor, waveform_of
+from .generation_media import MediaChunk, MediaOptions, draw_codes
 from .image_autoencoder import MegaTransformerImageAutoencoder
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MediaError, load_audio, load_image, write_audio
@@ -48,7 +48,6 @@ from .modeling_megatransformer_text import (
 )
 from .processing_megatransformer import MegaTransformerProcessor, build_processor, tokenizer_of
 from .vocoder import MegaTransformerVocoder
-from .writing import MediaChunk, WritingOptions, draw_codes
 
 MODELS = {
     MegaTransformerTextConfig: MegaTransformerForCausalLM,
@@ -92,6 +91,7 @@ __all__ = [
     "ExitOptions",
     "MediaChunk",
     "MediaError",
+    "MediaOptions",
     "MegaTransformerAudioConfig",
     "MegaTransformerAudioWriterConfig",
     "MegaTransformerConfig",
@@ -114,7 +114,6 @@ __all__ = [
     "NoiseOptions",
     "RecurrenceConfig",
     "RecurrentCache",
-    "WritingOptions",
     "build_processor",
     "codec_media",
     "draw_codes",

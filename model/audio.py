@@ -1,4 +1,4 @@
-"""The encoder of sound: convolutions that shorten a log-mel spectrogram, then a transformer whose frames all see each
+"""The encoder of audio: convolutions that shorten a log-mel spectrogram, then a transformer whose frames all see each
 other.
 
 Source: Radford et al. 2022 (Whisper), arXiv 2212.04356, with the blocks of our language model and RoPE instead of a
@@ -28,7 +28,9 @@ class Subsampling(nn.Module):
         )
 
     def forward(self, features: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(clips, mel bins, frames), and (clips,) frames that are real or None -> (clips, tokens, hidden), the same."""
+        """(waveforms, mel bins, frames), and (waveforms,) frames that are real or None -> (waveforms, tokens, hidden),
+        the same.
+        """
         hidden = features
         for conv in self.convs:
             hidden = nn.functional.gelu(conv(hidden))
@@ -39,7 +41,7 @@ class Subsampling(nn.Module):
 
 
 def is_before_end(lengths: torch.Tensor, size: int) -> torch.Tensor:
-    """(clips, size) of bool, whether a place is before the end."""
+    """(waveforms, size) of bool, whether a place is before the end."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
@@ -68,19 +70,19 @@ class MegaTransformerAudioModel(MegaTransformerPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            input_features: (clips, mel bins, frames), zero behind the end of a clip.
-            input_features_mask: (clips, frames), 1 for real frames, which come first. Default: all are real.
+            input_features: (waveforms, mel bins, frames), zero behind the end of a waveform.
+            input_features_mask: (waveforms, frames), 1 for real frames, which come first. Default: all are real.
             hidden_states: If given, what enters the first layer and the output of each are appended, the last of them
-                after the norm; each (clips, tokens, hidden).
-            attentions: If given, the attention probabilities of each layer are appended, (clips, heads, tokens,
+                after the norm; each (waveforms, tokens, hidden).
+            attentions: If given, the attention probabilities of each layer are appended, (waveforms, heads, tokens,
                 tokens).
 
         Returns:
-            (clips, tokens, output_size); and (clips, tokens) of bool, whether they are before the end of their clip, or
-            None if all are.
+            (waveforms, tokens, output_size); and (waveforms, tokens) of bool, whether they are before the end of their
+            waveform, or None if all are.
 
         Raises:
-            ValueError: for tensors of the wrong shape, or a clip without a frame.
+            ValueError: a tensor has the wrong shape, or a waveform has no frame.
         """
         lengths = self._check_lengths(input_features, input_features_mask)
         hidden, lengths = self.stem(input_features, lengths)
@@ -94,7 +96,7 @@ class MegaTransformerAudioModel(MegaTransformerPreTrainedModel):
         return hidden, is_real
 
     def _check_lengths(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Frames of each clip, (clips,), or None if all are real."""
+        """Frames of each waveform, (waveforms,), or None if all are real."""
         if features.ndim != 3 or features.shape[1] != self.config.num_mel_bins or features.shape[2] == 0:
             raise ValueError(
                 f"input_features has shape {tuple(features.shape)}, expected (clips, {self.config.num_mel_bins} mel "

@@ -18,12 +18,12 @@ from .modality import Modality, check_count, only_of, processor_of_backbone
 
 
 class AudioModality(Modality):
-    """Recordings as log-mel spectrograms, for convolutions and a transformer, a pretrained backbone, or what speaks.
+    """Waveforms as log-mel spectrograms, for convolutions and a transformer, a pretrained backbone, or what speaks.
 
     Args:
         processor: Our feature extractor, or that of a backbone.
-        num_tokens: Placeholders of every recording, where it is not ours.
-        clip_samples: Samples of the clips that a codec takes.
+        num_tokens: Placeholders of every waveform, where it is not ours.
+        clip_samples: Samples of the waveforms that a codec takes.
     """
 
     name = "audio"
@@ -97,7 +97,7 @@ class AudioModality(Modality):
 
     @classmethod
     def as_target(cls, num_mel_bins: int, frames_per_token: int, **sizes: Any) -> "AudioModality":
-        """Recordings as they are to be written, whose end is learned.
+        """Waveforms as they are to be written, whose end is learned.
 
         Args:
             num_mel_bins: Mel bins of a frame.
@@ -116,7 +116,7 @@ class AudioModality(Modality):
 
     @classmethod
     def of_codec(cls, config: PreTrainedConfig) -> "AudioModality":
-        """Recordings as a vocoder takes them."""
+        """Waveforms as a vocoder takes them."""
         extractor = MegaTransformerFeatureExtractor(
             config.num_mel_bins, config.sampling_rate, config.n_fft, config.hop_length, max_seconds=config.max_seconds
         )
@@ -127,7 +127,7 @@ class AudioModality(Modality):
         return self.load(medium), self.sampling_rate
 
     def codec_input(self, medium: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """Float (samples,): all of them or, with `rng`, a clip, cut out anywhere, behind whose end is silence."""
+        """Float (samples,): all of them or, with `rng`, a waveform, cut out anywhere, behind whose end is silence."""
         waveform = torch.from_numpy(medium)
         if rng is None:
             return waveform
@@ -136,6 +136,8 @@ class AudioModality(Modality):
         return F.pad(clip, (0, self.clip_samples - len(clip)))
 
     def collate_codec_inputs(self, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch: waveforms (clips, samples of the longest), silent behind the end of each, and lengths (clips,)."""
+        """A batch: waveforms (waveforms, samples of the longest), silent behind the end of each, and lengths
+        (waveforms,).
+        """
         lengths = torch.tensor([len(waveform) for waveform in inputs])
         return {"waveforms": pad_sequence(list(inputs), batch_first=True), "lengths": lengths}

@@ -22,7 +22,7 @@ class Backbone(nn.Module):
     them.
 
     Args:
-        config: Of which `backbone` and `backbone_config` are read; the latter is filled in if it is missing.
+        config: Configuration of the encoder, whose `backbone_config` is filled in if it is missing.
         main_input_name: "pixel_values" or "input_features".
 
     Raises:
@@ -33,7 +33,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.config, self.main_input_name = config, main_input_name
         if config.backbone_config is None:
-            config.backbone_config = read_config(config.backbone, main_input_name).to_dict()
+            # Code beside it is never run: left out, `trust_remote_code` would have transformers ask on standard input.
+            with loading(f"backbone {config.backbone!r}"):
+                found = AutoConfig.from_pretrained(config.backbone, trust_remote_code=False)
+            config.backbone_config = getattr(found, PARTS[main_input_name], found).to_dict()
         backend = config._attn_implementation
         with loading(f"backbone {config.backbone!r}"):
             model = AutoModel.from_config(config_of(config), attn_implementation=backend, trust_remote_code=False)
@@ -89,18 +92,6 @@ class Backbone(nn.Module):
         if attentions is not None:
             attentions += outputs.attentions
         return outputs.last_hidden_state, None
-
-
-def read_config(name: str, main_input_name: str) -> PreTrainedConfig:
-    """The configuration of a pretrained encoder, out of that of its model. Code beside it is never run: left out,
-    `trust_remote_code` would have transformers ask on standard input.
-
-    Raises:
-        ValueError: there is no such model, it is damaged, or it needs code of its own.
-    """
-    with loading(f"backbone {name!r}"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    return getattr(config, PARTS[main_input_name], config)
 
 
 @contextmanager

@@ -154,7 +154,7 @@ class CacheLayer(CacheLayerMixin):
         """Writes the new tokens' entries at step `first` and deeper.
 
         Args:
-            entries: For each of these steps and row, step * batch + row of what is written there. None: for all rows
+            entries: Numbers step * batch + row of what is written, for each of these steps and rows. None: all rows
                 and steps what they have at step `first - 1`.
         """
         found = self.buffer[..., new, :]
@@ -217,12 +217,12 @@ class RecurrentCache(Cache):
         config: Config of the model whose keys and values are kept.
         policy: Default: that of the config.
         num_kept_steps: Steps that a ring keeps. Default: that of the config.
-        max_length: For a cache of static size: the number of tokens that it has room for. Default: it grows.
-        max_steps: For a cache of static size: the number of steps that it has room for. Default: those of the first
+        max_length: Number of tokens that a cache of static size has room for. Default: it grows.
+        max_steps: Number of steps that a cache of static size has room for. Default: those of the first
             chunk.
 
     Raises:
-        ValueError: for an unknown policy, or a number of steps that the policy does not take.
+        ValueError: the policy is unknown, or does not take this number of steps.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class RecurrentCache(Cache):
         core are read at every step.
 
         Raises:
-            ValueError: for keys and values of other layers or heads.
+            ValueError: keys and values are those of other layers or heads.
         """
         cache = cls(config)
         wanted = (config.num_key_value_heads, config.head_dim)
@@ -315,7 +315,7 @@ class RecurrentCache(Cache):
             num_steps: The most steps that a row will take.
 
         Raises:
-            ValueError: for more tokens or steps than a cache of static size has room for.
+            ValueError: a cache of static size has no room for the tokens or steps.
         """
         length = self.length + embeds.shape[1]
         if self.max_length is not None:

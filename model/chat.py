@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .chat_guard import control_tokens, guard_template, guard_tokenizer, split_at_marks, without_guard
-from .chat_rendering import Rendered, UnboundedTemplateError, render, template_of
+from .chat_rendering import Rendered, UnboundedTemplateError, render_template, template_of
 from .media_sources import own_part
 from .message_keys import WHAT_TO_DO, reason_against_message
 from .text_encoding import encode_texts, normalized
@@ -51,7 +51,7 @@ _MADE_HERE: set[str] = {CHAT_TEMPLATE}
 """Templates of which nothing comes from a file; others are rendered within bounds."""
 
 Outline = tuple[tuple[str, tuple[str, ...] | None], ...]
-"""Of each message its role and the types of its parts, None if its content is a string."""
+"""The role of each message and the types of its parts, which are None if its content is a string."""
 
 SpecialTokens = tuple[tuple[str, Any], ...]
 """What templates find of a tokenizer, such as ("bos_token", "<|begin|>")."""
@@ -113,7 +113,7 @@ def outline_of(
         may_end_empty: The last message may say nothing.
 
     Raises:
-        ValueError: for what is no conversation; the message says which part of which message, and why.
+        ValueError: this is no conversation; the message says which part of which message, and why.
     """
     check_messages(messages)
     outline: list[tuple[str, tuple[str, ...] | None]] = []
@@ -185,8 +185,8 @@ def render_outline(
     such marks, it is what a message adds to the conversation before it, with that which lets the assistant speak.
 
     Raises:
-        ValueError: the template cannot be rendered (`chat_rendering.render`), leaves out what a message says, or writes
-            what no message says.
+        ValueError: the template cannot be rendered (`chat_rendering.render_template`), leaves out what a message
+            says, or writes what no message says.
     """
     problems = []
     for types_of_text in (None, ("text",)):
@@ -246,8 +246,8 @@ def _pieces(text: str, answers: list[tuple[int, int]]) -> Iterable[tuple[str | i
 
 
 def render_messages(template: str, messages: list[dict[str, Any]], **variables: Any) -> Rendered:
-    """`chat_rendering.render`, which trusts what was made here."""
-    return render(template, messages, is_trusted=template in _MADE_HERE, **variables)
+    """`chat_rendering.render_template`, which trusts what was made here."""
+    return render_template(template, messages, is_trusted=template in _MADE_HERE, **variables)
 
 
 def _check_places(text: str, num_texts: int) -> None:
@@ -280,7 +280,7 @@ def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         vocab_size: rows of the model's embedding table.
 
     Raises:
-        ValueError: as `guard_tokenizer`; or the tokenizer's own template takes more time or memory than it may.
+        ValueError: the cases of `guard_tokenizer`; or the tokenizer's own template takes too much time or memory.
     """
     if _is_ours(tokenizer.chat_template):
         known = tokenizer.get_vocab()
@@ -321,7 +321,7 @@ def guard(tokenizer: Any, template: str | dict[str, str] | None) -> str | dict[s
         The same with a guard.
 
     Raises:
-        ValueError: as `guard_tokenizer`; or a template is no text.
+        ValueError: the cases of `guard_tokenizer`; or a template is no text.
     """
     if isinstance(template, dict):
         return {name: guard(tokenizer, one) for name, one in template.items()}
@@ -353,7 +353,7 @@ def spelled_roles(tokenizer: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """A conversation as token ids, in which each medium is one placeholder."""
+    """A conversation as token ids, in which each item is one placeholder."""
 
     ids: np.ndarray
     """int32 (tokens,)"""
@@ -382,7 +382,7 @@ class ConversationEncoder:
     ):
         self.tokenizer, self.kinds, self.chat_template = tokenizer, kinds or {}, chat_template
         self.token_ids: dict[str, tuple[int, ...]] = {}
-        """Of each kind the placeholder, and what stands before and behind those of a medium."""
+        """The placeholder of each modality, and what stands before and behind those of an item."""
         for name, kind in self.kinds.items():
             tokens = kind.token, kind.start_token, kind.end_token
             self.token_ids[name] = tuple(special_id(tokenizer, token) for token in tokens)
@@ -399,13 +399,13 @@ class ConversationEncoder:
         """One conversation.
 
         Args:
-            messages: As `outline_of` takes them.
+            messages: The messages, as `outline_of` takes them.
             add_generation_prompt: Ends with what lets the assistant speak.
             continue_final_message: The last message stays open.
 
         Raises:
-            ValueError: as `outline_of`, `check_texts` and `render_outline`; or the template does not write one
-                placeholder for each medium.
+            ValueError: the cases of `outline_of`, `check_texts` and `render_outline`; or the template does not write
+                one placeholder for each item.
         """
         open_end = add_generation_prompt, continue_final_message
         (found,) = self.encode_all([messages], False, continue_final_message, open_end)
@@ -423,9 +423,9 @@ class ConversationEncoder:
         """Many conversations, which is faster than one after another; of one that cannot be used, why.
 
         Args:
-            needs_answers: It has to be known what the assistant says.
-            may_end_empty: The last message may say nothing.
-            open_end: As the last arguments of `encode`.
+            needs_answers: Whether it has to be known what the assistant says.
+            may_end_empty: Whether the last message may say nothing.
+            open_end: See `encode`.
 
         Raises:
             UnboundedTemplateError: the template takes more time or memory than it may.
@@ -483,12 +483,12 @@ class ConversationEncoder:
     def expand(
         self, ids: np.ndarray, is_learned: np.ndarray, media: Mapping[str, Sequence[Any]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids with start, placeholders and end of each medium in place of its one placeholder, and which are learned.
+        """Ids with start, placeholders and end of each item in place of its one placeholder, and which are learned.
 
         Args:
             ids: (tokens,)
             is_learned: bool (tokens,); of media that are, what their kind says (`Modality.learned`).
-            media: Preprocessed, by kind, in the order of their placeholders.
+            media: Preprocessed, by modality, in the order of their placeholders.
         """
         counts, is_inside = np.ones(len(ids), dtype=np.int64), is_learned.copy()
         places = {name: (ids == self.token_ids[name][0]).nonzero()[0] for name in media}

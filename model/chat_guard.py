@@ -99,7 +99,7 @@ def guard_template(
     """A chat template behind a guard, which marks the texts of its messages for this tokenizer.
 
     Args:
-        template: With a guard, which is replaced, or without one.
+        template: A template with a guard, which is replaced, or without one.
         tokenizer: One that `guard_tokenizer` has seen, and `split_at_marks`, if there are roles that are spelled.
         roles: If given, other roles are refused, since the template writes them as tokens.
         types: Types of parts besides text, if roles are given; others are refused.

@@ -22,7 +22,7 @@ except ImportError:  # not on Windows
     resource = None
 
 MAX_SECONDS = 2
-"""Of computation, for one conversation."""
+"""Seconds of computation for one conversation."""
 MAX_WAIT = 30.0
 """Seconds until a child that is not computing either is ended: one that the machine has no time for."""
 MAX_MEMORY = 256 * 2**20
@@ -45,8 +45,8 @@ def template_of(chat_template: Any, name: str | None = None) -> str:
     """The template that is meant, where a tokenizer or processor has one, or several by their names.
 
     Args:
-        chat_template: As transformers keeps it.
-        name: Of one of several, or a template itself. Default: the one called "default".
+        chat_template: The template or templates, as transformers keeps them.
+        name: Name of one of several, or a template itself. Default: the one called "default".
 
     Raises:
         ValueError: there is none, or none of this name, or it is no text.
@@ -65,7 +65,9 @@ def template_of(chat_template: Any, name: str | None = None) -> str:
     return chat_template
 
 
-def render(template: str, messages: list[dict[str, Any]], is_trusted: bool = False, **variables: Any) -> Rendered:
+def render_template(
+    template: str, messages: list[dict[str, Any]], is_trusted: bool = False, **variables: Any
+) -> Rendered:
     """A conversation as a template writes it.
 
     Args:
@@ -151,7 +153,7 @@ def _answer(writing: int, template: str, messages: list[dict[str, Any]], variabl
 
 
 def _bound_this_process() -> None:
-    """From here on, so much more memory than there is already, and so much time; no file, and no memory on disk."""
+    """Limits this process from here on: time, memory beyond what it has, no file, and no memory on disk."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     bounds = {

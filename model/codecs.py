@@ -14,8 +14,7 @@ from .configuration_megatransformer import (
     MegaTransformerImageWriterConfig,
     WriterConfig,
 )
-from .feature_extraction_megatransformer import FLOOR, LOG_MEAN, LOG_STD
-from .griffin_lim import waveform_of
+from .feature_extraction_megatransformer import LOG_MEAN, LOG_STD, SILENCE, waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
 from .vocoder import MegaTransformerVocoder
 
@@ -24,17 +23,15 @@ if is_vision_available():
 
 PIXEL_SCALE = 2.0
 """Pixels in -1 .. 1 have a deviation of about a half; latents should have one of 1."""
-SILENCE = (torch.tensor(FLOOR).log10().item() - LOG_MEAN) / LOG_STD
-"""Least value of a log-mel spectrogram."""
 LOUDEST = (2.0 - LOG_MEAN) / LOG_STD
 """More than full scale has."""
 
 
 class Codec(nn.Module):
-    """Media of one modality to latents, (tokens, `latent_size`), at most `max_tokens` of a medium, and back.
+    """Media of one modality to latents, (tokens, `latent_size`), at most `max_tokens` of an item, and back.
 
     `encode` takes targets, as the processor makes them, and gives the latents of all media and how many each has; for a
-    wrong shape it raises ValueError. `project` gives the nearest latents that it could have given, `decode` one medium.
+    wrong shape it raises ValueError. `project` gives the nearest latents that it could have given, `decode` one item.
     """
 
     latent_size: int
@@ -153,7 +150,9 @@ class AudioCodec(Codec):
             load_weights(self.vocoder, self.name)
 
     def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
-        """(clips, mel bins, frames), a multiple of `frames_per_token`, and (clips, frames), 1 for real frames."""
+        """(waveforms, mel bins, frames), a multiple of `frames_per_token`, and (waveforms, frames), 1 for real
+        frames.
+        """
         clips, bins, frames = targets.shape
         together = self.config.frames_per_token
         if bins != self.config.num_mel_bins or frames % together:
@@ -186,7 +185,7 @@ class AudioCodec(Codec):
 
 
 def build_codec(config: WriterConfig) -> Codec:
-    """The codec that a writer's configuration names."""
+    """The codec that an output head's configuration names."""
     if config.model_type == MegaTransformerAudioWriterConfig.model_type:  # a remotely loaded class is another object
         return AudioCodec(config)
     return ImageCodec(config)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers.utils.type_validators import interval
 
-from .configuration_megatransformer_text import MOST_LAYERS, StrictConfig, checked
+from .configuration_megatransformer_text import MOST_LAYERS, StrictConfig, validated
 
 
 class CodecConfig(StrictConfig):
@@ -50,9 +50,9 @@ class CodecConfig(StrictConfig):
             raise ValueError(f"initializer_range ({self.initializer_range}) must be greater than 0")
 
 
-@checked
+@validated
 class MegaTransformerImageAutoencoderConfig(CodecConfig):
-    """Pictures to a few numbers for each patch, and back.
+    """Images to a few numbers for each patch, and back.
 
     Args:
         num_channels: Channels of an image.
@@ -137,17 +137,17 @@ class MegaTransformerImageAutoencoderConfig(CodecConfig):
             raise ValueError(f"latent_size ({self.latent_size}) must be at least 2: a sphere of one number is a sign")
 
 
-@checked
+@validated
 class MegaTransformerVocoderConfig(CodecConfig):
-    """Log-mel spectrograms to sound. Source: Siuzdak 2023 (Vocos), arXiv 2306.00814.
+    """Log-mel spectrograms to audio. Source: Siuzdak 2023 (Vocos), arXiv 2306.00814.
 
     Args:
-        sampling_rate: Samples per second; recordings of another rate are resampled.
+        sampling_rate: Samples per second; waveforms of another rate are resampled.
         n_fft: Samples in a frame, under a Hann window.
         hop_length: Samples from a frame to the next, at most half of n_fft.
         num_mel_bins: Mel bands of a frame.
-        max_seconds: Longest recording; what follows is not read.
-        clip_seconds: What is cut out of each recording for training, anywhere; shorter ones are followed by silence.
+        max_seconds: Longest waveform; what follows is not read.
+        clip_seconds: What is cut out of each waveform for training, anywhere; shorter ones are followed by silence.
         num_hidden_layers: Number of blocks.
         stft_sizes: Windows of the loss on spectrograms, in samples.
         stft_loss_weight: Factor on that loss.
@@ -181,12 +181,12 @@ class MegaTransformerVocoderConfig(CodecConfig):
 
     @property
     def clip_samples(self) -> int:
-        """Samples of a clip for training: whole frames, at least one."""
+        """Samples of a waveform for training: whole frames, at least one."""
         return max(1, round(self.clip_seconds * self.sampling_rate / self.hop_length)) * self.hop_length
 
     @property
     def mean_executed_layers(self) -> int:
-        """Blocks between a spectrogram and its sound."""
+        """Blocks between a spectrogram and its audio."""
         return self.num_hidden_layers
 
     def validate_sizes(self) -> None:

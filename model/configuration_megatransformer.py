@@ -1,8 +1,9 @@
-"""Configurations of the models that read, and may write, images and sound: of encoders, of what writes, and of the
+"""Configurations of the models that read, and may write, images and audio: of encoders, of what writes, and of the
 whole. They are as strict as that of the text model.
 """
 
 import math
+from dataclasses import field
 from typing import Any, Literal
 
 from transformers.configuration_utils import SubConfigSpec
@@ -15,7 +16,7 @@ from .configuration_megatransformer_text import (
     check_heads,
     check_heads_divide_width,
     check_positive,
-    checked,
+    validated,
 )
 
 
@@ -30,15 +31,15 @@ class EncoderConfig(StrictConfig):
         num_key_value_heads: Number of key/value heads, at least 1; divides the number of query heads. Default: as many.
         head_dim: Width of a head. Default: hidden_size / num_attention_heads, which must then divide hidden_size.
         rope_theta: Base of the RoPE frequencies.
-        norm: As in the language model.
-        norm_eps: As in the language model.
-        norm_placement: As in the language model.
-        mlp: As in the language model.
-        qk_norm: As in the language model.
-        qk_bias: As in the language model.
-        attn_logit_softcapping: As in the language model, above 0. Default: none.
-        attention_dropout: As in the language model.
-        hidden_dropout: As in the language model.
+        norm: Kind of all norms, as in the language model.
+        norm_eps: Epsilon of the norms.
+        norm_placement: Place of the norms, as in the language model.
+        mlp: Feed-forward layer, as in the language model.
+        qk_norm: RMSNorm over the features of each query and key head.
+        qk_bias: Learned bias on queries and keys.
+        attn_logit_softcapping: c in c tanh(logit / c) on attention logits, above 0. Default: none.
+        attention_dropout: Dropout on attention probabilities.
+        hidden_dropout: Dropout on the output of each attention and feed-forward layer.
         initializer_range: Standard deviation of the weights, above 0. Default: sqrt(2 / (5 hidden_size)).
         backbone: Name on the Hugging Face hub, or folder, of a pretrained model whose encoder takes the place of ours;
             of the options above none is read then.
@@ -65,7 +66,7 @@ class EncoderConfig(StrictConfig):
     attention_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
     hidden_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
     initializer_range: float | int | None = None
-    backbone: str | None = None
+    backbone: str | None = field(default=None, metadata={"is_path": True})
     backbone_config: dict | None = None
     freeze_backbone: bool = True
 
@@ -90,7 +91,7 @@ class EncoderConfig(StrictConfig):
         check_positive(self, "attn_logit_softcapping", "initializer_range")
 
 
-@checked
+@validated
 class MegaTransformerVisionConfig(EncoderConfig):
     """An encoder of images: patches, a transformer in which they all see each other, and a pixel shuffle.
 
@@ -100,7 +101,7 @@ class MegaTransformerVisionConfig(EncoderConfig):
         patch_size: Side of a patch in pixels.
         stem: How a patch becomes a vector: "patch" is one linear map, "conv" a stack of 3 x 3 convolutions (Xiao et al.
             2021, arXiv 2106.14881), for a patch size that is a power of 2.
-        stem_depth: With stem "conv", how many convolutions each halving of the image has.
+        stem_depth: Number of convolutions of each halving of the image, with stem "conv".
         pixel_shuffle: Side of a square of patches that becomes one token of the language model.
         image_size: Height and width to which every image is resized, at least 1. Default: images keep their shape.
         max_image_size: Longest side of an image that keeps its shape; larger ones are scaled down.
@@ -142,9 +143,9 @@ class MegaTransformerVisionConfig(EncoderConfig):
                 )
 
 
-@checked
+@validated
 class MegaTransformerAudioConfig(EncoderConfig):
-    """An encoder of sound: a log-mel spectrogram, convolutions that shorten it, a transformer in which all frames see
+    """An encoder of audio: a log-mel spectrogram, convolutions that shorten it, a transformer in which all frames see
     each other.
 
     Args:
@@ -153,7 +154,7 @@ class MegaTransformerAudioConfig(EncoderConfig):
         n_fft: Samples in the window of a frame.
         hop_length: Samples from a frame to the next.
         num_mel_bins: Mel bands of a frame.
-        max_seconds: Longest sound; what follows is not read.
+        max_seconds: Longest audio; what follows is not read.
         subsampling: Frames that become one token of the language model, a power of 2.
     """
 
@@ -183,7 +184,7 @@ class MegaTransformerAudioConfig(EncoderConfig):
 
 
 class WriterConfig(StrictConfig):
-    """What the writers have in common: a head that turns hidden states into latents, one token after the other.
+    """What the output heads have in common: a head that turns hidden states into latents, one token after the other.
 
     Args:
         head: "flow" is a rectified flow per token (`flow.py`), "fsq" a codebook whose codes are tokens of the
@@ -192,13 +193,13 @@ class WriterConfig(StrictConfig):
         flow_num_layers: Layers of the flow head.
         flow_prediction: What the flow head gives: "v" the velocity, "x" the latent itself (Li and He 2025, arXiv
             2511.13720). Default: "v" for latents of up to 64 numbers, else "x".
-        flow_min_sigma: With prediction "x", the smallest 1 - t by which the loss divides: 0.4 suits small models, 0.05
+        flow_min_sigma: Smallest 1 - t by which the loss divides, with prediction "x": 0.4 suits small models, 0.05
             large ones.
         num_draws: Draws of noise and time for each latent in training.
         input_noise: Largest standard deviation of the noise on latents that are read back, in training.
         num_flow_steps: Euler steps of a latent in `generate`, unless it is told otherwise.
         guidance_scale: Classifier-free guidance in `generate`, unless it is told otherwise; 1 is none.
-        guidance_schedule: "constant", or "linear" from 1 at a medium's first token to `guidance_scale` at its last.
+        guidance_schedule: "constant", or "linear" from 1 at an item's first token to `guidance_scale` at its last.
         flow_shift: s in t' = t / (s - (s - 1) t), the times of the Euler steps; above 1 they are denser near the noise.
         flow_temperature: Variance of the noise that a latent begins with in `generate`.
         loss_weight: Factor on the loss of this modality.
@@ -219,7 +220,7 @@ class WriterConfig(StrictConfig):
     loss_weight: float | int = interval(min=0.0)(default=1.0)
 
 
-@checked
+@validated
 class MegaTransformerImageWriterConfig(WriterConfig):
     """How images are written: all of one size.
 
@@ -239,7 +240,7 @@ class MegaTransformerImageWriterConfig(WriterConfig):
     image_size: int = interval(min=1)(default=32)
     codec: Literal["patch", "autoencoder"] = "patch"
     patch_size: int = interval(min=1)(default=8)
-    codec_name_or_path: str | None = None
+    codec_name_or_path: str | None = field(default=None, metadata={"is_path": True})
     codec_config: dict | None = None
 
     @property
@@ -258,9 +259,9 @@ class MegaTransformerImageWriterConfig(WriterConfig):
             raise ValueError("codec 'autoencoder' needs codec_name_or_path, the folder of a trained one")
 
 
-@checked
+@validated
 class MegaTransformerAudioWriterConfig(WriterConfig):
-    """How sound is written: a log-mel spectrogram, some frames at a time.
+    """How audio is written: a log-mel spectrogram, some frames at a time.
 
     Args:
         sampling_rate: Samples per second.
@@ -268,7 +269,7 @@ class MegaTransformerAudioWriterConfig(WriterConfig):
         hop_length: Samples from a frame to the next.
         num_mel_bins: Mel bands of a frame.
         frames_per_token: Frames that are one latent.
-        max_seconds: Longest sound that is learned or written.
+        max_seconds: Longest audio that is learned or written.
         vocoder_name_or_path: Name on the Hugging Face hub, or folder, of a `MegaTransformerVocoder`. Default: the
             phases are found by Griffin and Lim's iteration.
         vocoder_config: Its configuration, filled in when the model is built.
@@ -284,12 +285,12 @@ class MegaTransformerAudioWriterConfig(WriterConfig):
     num_mel_bins: int = interval(min=1)(default=64)
     frames_per_token: int = interval(min=1)(default=4)
     max_seconds: float | int = interval(min=0.0, exclude_min=True)(default=4.0)
-    vocoder_name_or_path: str | None = None
+    vocoder_name_or_path: str | None = field(default=None, metadata={"is_path": True})
     vocoder_config: dict | None = None
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest sound."""
+        """Tokens of the longest audio."""
         frames = math.ceil(self.max_seconds * self.sampling_rate) // self.hop_length + 1
         return -(-frames // self.frames_per_token)
 
@@ -305,28 +306,28 @@ class MegaTransformerAudioWriterConfig(WriterConfig):
             raise ValueError("head 'fsq' needs an autoencoder, which there is for images alone; use head 'flow'")
 
 
-@checked
+@validated
 class MegaTransformerConfig(StrictConfig):
-    """A language model that reads, and may write, images and sound.
+    """A language model that reads, and may write, images and audio.
 
     Args:
         text_config: The language model.
         vision_config: The encoder of images. Default: none, no images are read.
-        audio_config: The encoder of sound. Default: none.
+        audio_config: The encoder of audio. Default: none.
         image_writer_config: What writes images. Default: none, no images are written.
-        audio_writer_config: What writes sound. Default: none.
+        audio_writer_config: What writes audio. Default: none.
         modality_configs: Configurations of further modalities by their names in `MODALITIES`.
         image_token_id: Id of the token in whose place the features of an image are put.
-        audio_token_id: The same for sound. A further modality called NAME has its NAME_token_id.
-        written_image_token_id: Id of the token in whose place the latents of a written image are put.
-        written_audio_token_id: The same for sound.
+        audio_token_id: The same for audio. A further modality called NAME has its NAME_token_id.
+        written_image_token_id: Id of the token in whose place the latents of a generated image are put.
+        written_audio_token_id: The same for audio.
         image_start_token_id: Id of the token that opens an image; the latent after it is the first.
         image_end_token_id: Id of the token that closes it.
-        audio_start_token_id: The same for sound.
-        audio_end_token_id: The same for sound.
+        audio_start_token_id: The same for audio.
+        audio_end_token_id: The same for audio.
         null_token_id: Id of the token that stands for text that guidance leaves out.
         structure_token_ids: Ids that guidance leaves in: padding, begin, roles, and those of media.
-        image_code_offset: With head "fsq", the id of code 0; the codes follow each other.
+        image_code_offset: Id of code 0, with head "fsq"; the codes follow each other.
         use_cache: Whether `forward` returns a cache; that of the text_config has to say so too.
         tie_word_embeddings: That of the text_config, whatever is given.
     """
@@ -410,7 +411,7 @@ class MegaTransformerConfig(StrictConfig):
 
     @property
     def sampling_rate(self) -> int | None:
-        """Of the sound that is written. Pipelines ask for it."""
+        """The rate of generated audio. Pipelines ask for it."""
         return None if self.audio_writer_config is None else self.audio_writer_config.sampling_rate
 
     def validate_token_ids(self) -> None:

@@ -48,7 +48,7 @@ MOST_LAYERS = 10_000
 """Layers of one part: ten times as many as anybody has trained."""
 
 
-def checked(cls):
+def validated(cls):
     """Class decorator: `@strict` of huggingface_hub, with every failed check raised as a one-line `ValueError`.
 
     Source: `huggingface_hub.dataclasses.strict`, whose own errors are no `ValueError` and span two lines.
@@ -72,14 +72,35 @@ def checked(cls):
     return cls
 
 
-class StrictConfig(PreTrainedConfig):
-    """A `PreTrainedConfig` that refuses keys it does not know, and leaves out those of a file with a warning.
+def under_new_names(values: dict[str, Any], attribute_map: dict[str, str]) -> dict[str, Any]:
+    """The same values, where one that has an old name gets its new one, which a warning names.
 
     Raises:
-        ValueError: for a key that is neither a field of the class nor one of transformers' own.
+        ValueError: a value is given under both names.
+    """
+    renamed = dict(values)
+    for old, new in attribute_map.items():
+        if old in renamed:
+            if new in renamed:
+                raise ValueError(f"{old} and {new} are two names of the same option; give {new} alone")
+            logger.warning_once(f"{old} is now called {new}; the old name will not be known to the next version")
+            renamed[new] = renamed.pop(old)
+    return renamed
+
+
+class StrictConfig(PreTrainedConfig):
+    """A `PreTrainedConfig` that refuses keys it does not know, and leaves out those of a file with a warning. Keys of
+    `attribute_map` are old names of others, which are taken with a warning too.
+
+    Raises:
+        ValueError: a key is neither a field of the class nor one of transformers' own.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.keys() & self.attribute_map.keys():
+            kwargs = under_new_names(kwargs, self.attribute_map)
+            for name in kwargs.keys() & set(self.attribute_map.values()):
+                setattr(self, name, kwargs.pop(name))
         unknown = sorted(kwargs.keys() - KEYS_OF_TRANSFORMERS)
         if unknown:
             inherited = {item.name for item in dataclasses.fields(PreTrainedConfig)}
@@ -113,7 +134,8 @@ class StrictConfig(PreTrainedConfig):
         """The keys that are known, here and in the parts, and the dotted names of the others, with the nearest known
         name where there is one.
         """
-        names, known, unknown = cls.known_keys(config_dict), {}, []
+        config_dict, known, unknown = under_new_names(config_dict, cls.attribute_map), {}, []
+        names = cls.known_keys(config_dict)
         for key, value in config_dict.items():
             if key not in names:
                 unknown.append(" ".join((f"{prefix}{key}", *(f"({advice})" for advice in cls.nearest(key)))))
@@ -151,7 +173,7 @@ def check_num_labels(values: dict[str, Any]) -> None:
         raise ValueError(f"num_labels is {count!r:.60}; give a whole number of at most {MOST_LABELS}")
 
 
-@checked
+@validated
 class RecurrenceConfig(StrictConfig):
     """How the core is iterated.
 
@@ -177,15 +199,16 @@ class RecurrenceConfig(StrictConfig):
         exit_criterion: What ends the iteration of a row in `generate` before the last step, unless `generate` is told
             otherwise. See `EXIT_CRITERIA`.
         exit_threshold: Value below which a row stops, or, for "argmax_stability", from which. Default: the criterion's.
-        exit_first_step: The first step after which it is looked whether a row may stop.
-        exit_every: Steps from a look to the next.
+        min_steps: Steps that `generate` takes before it first checks whether a row may stop.
+        exit_check_interval: Steps from one exit check to the next.
         exit_in_prefill: Whether a prompt may exit too, all its tokens together.
         exit_probe: Whether the model has the trained head of the criterion "probe". `finetune.py` adds it.
-        state_warm_start: In `generate`, a new token's iteration starts where that of the token before has ended.
+        state_warm_start: Whether, in `generate`, the iteration of a token starts where that of the token before ended.
     """
 
     model_type = "megatransformer_recurrence"
     base_config_key = "recurrence"
+    attribute_map = {"exit_first_step": "min_steps", "exit_every": "exit_check_interval"}
 
     mean_steps: int = interval(min=1, max=MOST_STEPS)(default=8)
     backprop_steps: int = interval(min=1, max=MOST_STEPS)(default=4)
@@ -208,14 +231,14 @@ class RecurrenceConfig(StrictConfig):
         "probe",
     ] = "none"
     exit_threshold: float | int | None = None
-    exit_first_step: int = interval(min=1)(default=1)
-    exit_every: int = interval(min=1)(default=1)
+    min_steps: int = interval(min=1)(default=1)
+    exit_check_interval: int = interval(min=1)(default=1)
     exit_in_prefill: bool = False
     exit_probe: bool = False
     state_warm_start: bool = False
 
 
-@checked
+@validated
 class MegaTransformerTextConfig(StrictConfig):
     """A causal language model: prelude, a core that is iterated, coda.
 

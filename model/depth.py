@@ -7,7 +7,7 @@ Source of what has no other named: Geiping et al. 2025, arXiv 2502.05171 ("the p
 import hashlib
 import math
 import operator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from .configuration_megatransformer_text import MegaTransformerTextConfig, Recur
 from .exit_criteria import ExitOptions
 
 logger = logging.get_logger(__name__)
-
-NOISE_SCHEDULES = ("geom", "sqrt", "line", "chi", "fixed")
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -76,7 +74,7 @@ def resolve_depth(
             `backprop_steps` carry gradient.
 
     Raises:
-        ValueError: for a number below 1, a tensor of the wrong shape or type, or any `num_steps` for a model without
+        ValueError: a number is below 1, a tensor has the wrong shape or type, or the model has no
         core.
     """
     if config.num_core_layers == 0:
@@ -136,45 +134,24 @@ def _as_count(value, minimum: int) -> int | None:
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """Normal noise in the state at test time: x <- norm((1 - w) x + w noise) before each step.
-
-    With n = level * initializer_range * embedding_scale, i steps taken, and r the mean depth, the weight w is
-    n / (i + 1) ("geom"), n / sqrt(i + 1) ("sqrt"), max(n, (r - i) / r) ("line"), 2 U n with U uniform on [0, 1)
-    ("chi"), or n ("fixed").
+    """Normal noise in the state at test time: x <- norm((1 - w) x + w noise) before each step, where after i steps
+    w = level * initializer_range * embedding_scale / (i + 1).
 
     Source: the released code of the paper, which draws from the global generator. Here the noise of a token depends on
     its position, the step and the seed, and on nothing else that is in the batch.
 
     Args:
         level: Amount of noise, at least 0, which is none; 1 is as much as the initial state has.
-        schedule: How w changes from step to step.
 
     Raises:
-        ValueError: the level is negative, or the schedule unknown.
+        ValueError: the level is negative.
     """
 
     level: float = 0.0
-    schedule: str = "geom"
 
     def __post_init__(self) -> None:
         if self.level < 0:
             raise ValueError(f"noise_level must be at least 0, got {self.level}")
-        if self.schedule not in NOISE_SCHEDULES:
-            raise ValueError(f"noise_schedule {self.schedule!r} is unknown; choose one of {', '.join(NOISE_SCHEDULES)}")
-
-    def weight(self, step: int, config: MegaTransformerTextConfig) -> float:
-        """w before the step that follows `step` steps."""
-        amount, recurrence = self.level * config.initializer_range * config.embedding_scale, config.recurrence
-        if self.schedule == "geom":
-            return amount / (step + 1)
-        if self.schedule == "sqrt":
-            return amount / math.sqrt(step + 1)
-        if self.schedule == "line":
-            return max(amount, (recurrence.mean_steps - step) / recurrence.mean_steps)
-        if self.schedule == "chi":
-            generator = keyed_generator("noise weight", recurrence.state_seed, step)
-            return 2 * amount * float(torch.rand((), generator=generator))
-        return amount
 
     def mix(
         self, step: int, state: torch.Tensor, position_ids: torch.Tensor, config: MegaTransformerTextConfig
@@ -182,17 +159,18 @@ class NoiseOptions:
         """(1 - w) x + w noise.
 
         Args:
-            step: Steps taken.
+            step: Number of steps taken.
             state: (rows, sequence, hidden).
             position_ids: (1 or rows, sequence).
         """
-        positions, places = position_ids.cpu().unique(return_inverse=True)
+        positions, indices = position_ids.cpu().unique(return_inverse=True)
         seed = config.recurrence.state_seed
         draws = [
             torch.randn(state.shape[-1], generator=keyed_generator("noise", seed, step, position))
             for position in positions.tolist()
         ]
-        return torch.lerp(state, torch.stack(draws)[places].to(state), self.weight(step, config))
+        weight = self.level * config.initializer_range * config.embedding_scale / (step + 1)
+        return torch.lerp(state, torch.stack(draws)[indices].to(state), weight)
 
 
 # ----------------------------------------------------------------------------------------------------------- `generate`
@@ -211,8 +189,7 @@ class DepthOptions:
     @staticmethod
     def names() -> list[str]:
         """The keywords of `generate` from which the options come."""
-        parts = [f"{prefix}_{item.name}" for prefix, part in PARTS.items() for item in fields(part)]
-        return ["num_steps", *parts, "state_warm_start"]
+        return ["num_steps", *EXIT_KEYWORDS, "noise_level", "noise_schedule", "state_warm_start"]
 
     @classmethod
     def resolve(
@@ -223,24 +200,19 @@ class DepthOptions:
         Raises:
             ValueError: a value is outside its range.
         """
-        defaults = {
-            "exit_criterion": recurrence.exit_criterion,
-            "exit_threshold": recurrence.exit_threshold,
-            "exit_first_step": recurrence.exit_first_step,
-            "exit_every": recurrence.exit_every,
-            "exit_in_prefill": recurrence.exit_in_prefill,
-            "state_warm_start": recurrence.state_warm_start,
-        }
+        sources = (keywords, vars(generation_config), vars(recurrence))
 
         def chosen(name: str) -> Any:
-            sources = keywords.get(name), getattr(generation_config, name, None), defaults.get(name)
-            return next((value for value in sources if value is not None), None)
+            return next((source[name] for source in sources if source.get(name) is not None), None)
 
-        def part(prefix: str) -> ExitOptions | NoiseOptions:
-            given = {item.name: chosen(f"{prefix}_{item.name}") for item in fields(PARTS[prefix])}
-            return PARTS[prefix](**{name: value for name, value in given.items() if value is not None})
-
-        return cls(chosen("num_steps"), part("exit"), part("noise"), bool(chosen("state_warm_start")))
+        if (schedule := chosen("noise_schedule")) not in (None, "geom"):
+            raise ValueError(
+                f"noise_schedule is {schedule!r}, but noise falls with the number of steps alone, which was 'geom'; "
+                "leave it out"
+            )
+        exits = {field: value for name, field in EXIT_KEYWORDS.items() if (value := chosen(name)) is not None}
+        noise = NoiseOptions(chosen("noise_level") or 0.0)
+        return cls(chosen("num_steps"), ExitOptions(**exits), noise, bool(chosen("state_warm_start")))
 
     @property
     def is_fixed(self) -> bool:
@@ -264,5 +236,12 @@ class DepthOptions:
         return asked | ({"initial_state": "last"} if self.state_warm_start else {})
 
 
-PARTS = {"exit": ExitOptions, "noise": NoiseOptions}
-"""What a keyword of `generate` begins with, such as `exit_threshold`, and where it goes."""
+EXIT_KEYWORDS = {
+    "exit_criterion": "criterion",
+    "exit_threshold": "threshold",
+    "min_steps": "min_steps",
+    "exit_check_interval": "check_interval",
+    "exit_in_prefill": "in_prefill",
+    "exit_schedule": "schedule",
+}
+"""Keywords of `generate`, and the fields of `ExitOptions` that they fill."""

@@ -26,7 +26,7 @@ class RecurrentDepthCallback(TrainerCallback):
         """Add depth and states to the arguments of the model, of PEFT's too.
 
         Raises:
-            ValueError: for a model without core.
+            ValueError: the model has no core.
         """
         config = model.config.get_text_config()
         if config.num_core_layers == 0:

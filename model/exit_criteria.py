@@ -206,8 +206,8 @@ class ExitOptions:
     Args:
         criterion: Name of an entry of `EXIT_CRITERIA`; "schedule", in `generate` alone; or "none".
         threshold: Value below which a row stops, or, for "argmax_stability", from which. Default: the criterion's.
-        first_step: The first step after which it is checked whether rows may stop.
-        every: Steps from a check to the next.
+        min_steps: Steps that are taken before the first check.
+        check_interval: Steps from one check to the next.
         in_prefill: Whether, in `generate`, the prompt may exit too, all its tokens together.
         schedule: Steps of each new token for the criterion "schedule", the last for all that follow; or a function of
             the token's index.
@@ -218,8 +218,8 @@ class ExitOptions:
 
     criterion: str = "none"
     threshold: float | None = None
-    first_step: int = 1
-    every: int = 1
+    min_steps: int = 1
+    check_interval: int = 1
     in_prefill: bool = False
     schedule: Sequence[int] | Callable[[int], int] | None = None
 
@@ -240,7 +240,7 @@ class ExitOptions:
             raise ValueError(
                 f"exit_threshold of {self.criterion} must be above 0 and at most {largest}, got {self.threshold}"
             )
-        for name, value in (("exit_first_step", self.first_step), ("exit_every", self.every)):
+        for name, value in (("min_steps", self.min_steps), ("exit_check_interval", self.check_interval)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
@@ -288,8 +288,8 @@ class ExitController:
 
     def is_due(self, step: int) -> bool:
         """Whether rows are checked after `step` steps."""
-        first = self.options.first_step
-        return step >= first and (step - first) % self.options.every == 0
+        first = self.options.min_steps
+        return step >= first and (step - first) % self.options.check_interval == 0
 
     def check(
         self, step: int, state: torch.Tensor, hidden: torch.Tensor | None, rows: torch.Tensor | None

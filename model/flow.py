@@ -65,11 +65,11 @@ class FlowHead(nn.Module):
     """Hidden states to latents.
 
     Args:
-        config: Of the writer.
+        config: Configuration of the output head.
         hidden_size: Width of the language model.
         latent_size: Numbers in a latent.
-        num_places: Places of a medium; later ones count as the last.
-        norm_eps: Of the norm on hidden states.
+        num_places: Places of an item; later ones count as the last.
+        norm_eps: Epsilon of the norm on hidden states.
     """
 
     def __init__(self, config: WriterConfig, hidden_size: int, latent_size: int, num_places: int, norm_eps: float):
@@ -88,7 +88,7 @@ class FlowHead(nn.Module):
         self.out_proj = OutputProjection(width, latent_size)
 
     def condition(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """(tokens, hidden_size), and (tokens,) places in their medium -> (tokens, width)."""
+        """(tokens, hidden_size), and (tokens,) positions in their item -> (tokens, width)."""
         places = places.clamp(max=self.place_embedding.num_embeddings - 1)
         return self.condition_proj(self.condition_norm(hidden)) + self.place_embedding(places)
 

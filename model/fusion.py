@@ -34,13 +34,13 @@ class Projector(nn.Module):
         return self.norm_out(self.down_proj(hidden)) * self.scale
 
 
-class Reader(nn.Module):
+class ModalityEncoder(nn.Module):
     """An encoder and its projector.
 
     Args:
         name: That of the modality.
-        config: Of the encoder.
-        text_config: Of the language model.
+        config: Configuration of the encoder.
+        text_config: Configuration of the language model.
     """
 
     def __init__(self, name: str, config: EncoderConfig, text_config: MegaTransformerTextConfig):
@@ -56,8 +56,9 @@ class Reader(nn.Module):
 
     @property
     def some_weight(self) -> nn.Parameter:
-        """For its device and type; of a norm, since quantised matrices have another. Not by its name: ZeRO-3 gathers a
-        weight that is asked for by name, in the order in which a rank does so, and ranks differ in what they read.
+        """A weight that has their device and type: that of a norm, since quantised matrices have another. Not by its
+        name: ZeRO-3 gathers a weight that is asked for by name, in the order in which a rank does so, and ranks differ
+        in what they read.
         """
         return next(self.projector.norm_in.parameters())
 
@@ -69,7 +70,7 @@ class Reader(nn.Module):
     def forward(
         self, layers: dict[str, list[torch.Tensor]] | None = None, **inputs: torch.Tensor
     ) -> tuple[torch.Tensor, list[int]]:
-        """The features of all media, (tokens, hidden), and how many tokens each medium has. `layers` are the lists in
+        """The features of all media, (tokens, hidden), and how many tokens each item has. `layers` are the lists in
         which an encoder gathers what its layers give.
 
         One tensor, since ZeRO-3 gathers the weights of a module once for each that it returns, and ranks with more
@@ -88,7 +89,7 @@ class Reader(nn.Module):
     def read(
         self, output_hidden_states: bool = False, output_attentions: bool = False, **inputs: torch.Tensor
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered. Of an
+        """`pooler_output`: the features of each item, a tuple of (tokens, hidden), ready to be scattered. Of an
         encoder that shows its layers also `last_hidden_state`, except in training, where nobody would read it; and
         what is asked for.
         """
@@ -108,7 +109,9 @@ class Reader(nn.Module):
 
 
 def take_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Takes what readers read out of `kwargs`, also where a model has no such reader, which then says so."""
+    """Takes what modality encoders read out of `kwargs`, also where a model has no such modality encoder, which then
+    says so.
+    """
     names = [name for modality in MODALITIES.values() for name in modality.input_names if name in kwargs]
     return {name: kwargs.pop(name) for name in names}
 
@@ -116,15 +119,16 @@ def take_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
 def read_media(
     readers: nn.ModuleDict, media: dict[str, Any], run_all: bool, **asked: bool
 ) -> dict[str, BaseModelOutputWithPooling]:
-    """Reads media, by modality; see `Reader.read`.
+    """Reads media, by modality; see `ModalityEncoder.read`.
 
     Args:
-        media: Inputs of all readers by name.
-        run_all: Whether readers without input read something, of which nothing is kept but the gradient, which is 0.
+        media: Inputs of all modality encoders by name.
+        run_all: Whether modality encoders without input read something, of which nothing is kept but the gradient,
+            which is 0.
         asked: `output_hidden_states`, `output_attentions`.
 
     Raises:
-        ValueError: For what no reader takes, or what is no input without another.
+        ValueError: no encoder takes an input, or it is no input without another.
     """
     known = {name for reader in readers.values() for name in reader.input_names}
     unknown = [name for name, value in media.items() if value is not None and name not in known]
@@ -151,16 +155,16 @@ def embed_media(
     config: MegaTransformerConfig,
     is_whole: bool = True,
 ) -> torch.Tensor:
-    """The embeddings with features in the places of their placeholders.
+    """The embeddings with features in the positions of their placeholders.
 
     Args:
         embeds: (batch, sequence, hidden).
-        is_token: From the id of a token, (batch, sequence) of bool, where it stands.
-        features: By modality, of each medium, (tokens, hidden), in the order of the placeholders, row by row.
-        is_whole: Whether each of the features is that of a whole medium, which lies in one row.
+        is_token: Function of the id of a token that gives where it stands, (batch, sequence) of bool.
+        features: Features of each item, (tokens, hidden), by modality, in the order of the placeholders, row by row.
+        is_whole: Whether each of the features is that of a whole item, which lies in one row.
 
     Raises:
-        ValueError: If the counts differ, or a medium is spread over two rows.
+        ValueError: If the counts differ, or an item is spread over two rows.
     """
     for name in MODALITIES:
         token_id = getattr(config, f"{name}_token_id", None)
@@ -183,8 +187,8 @@ def check_counts(name: str, places: list[int], lengths: list[int], is_whole: boo
 
     Args:
         places: Placeholders in each row.
-        lengths: Tokens of each medium.
-        is_whole: As in `embed_media`.
+        lengths: Tokens of each item.
+        is_whole: Whether each of the features is that of a whole item, which lies in one row.
 
     Raises:
         ValueError: If they differ; the message names the first row that does not fit.

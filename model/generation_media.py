@@ -1,17 +1,135 @@
-"""What `generate` needs to know about images and sound: features that are read once, and media that are written."""
+"""`generate` that reads images and audio, and generates them among its tokens.
+
+Each new position of a row is a token or a latent. A row is text until a start token comes, from the model or because it
+was asked for; then latents, of which each is made from the hidden state of the position before; then the end token. All
+of it goes through one cache. With guidance, each row runs twice, the second time with an unconditional prompt.
+"""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .depth import DepthOptions, keyed_generator
+from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitController, ExitCriterion, ExitOptions
 from .fusion import check_counts, read_media, take_inputs
 from .generation_text import RecurrentGenerationMixin
-from .outputs import with_parameters_of
-from .writing import MediaChunk, WritingOptions, write_media
+from .modalities import WRITTEN
+from .output_heads import OutputHead, take_targets
+from .outputs import CACHE_NAME, with_parameters_of
+
+MODES = ("text", *WRITTEN, "any")
+CHUNK_SIZE = 16
+"""Latents from one `MediaChunk` to the next."""
+VELOCITY_THRESHOLD = 0.05
+RANGES = {
+    "guidance_scale": (Real, 0, "a number"),
+    "flow_temperature": (Real, 0, "a number"),
+    "num_flow_steps": (Integral, 1, "a whole number"),
+    "chunk_size": (Integral, 1, "a whole number"),
+}
+"""Type and smallest value of options."""
+
+
+@dataclass
+class MediaChunk:
+    """What a caller gets to see of an item that is being written."""
+
+    row: int
+    modality: str
+    item: Any
+    """A PIL image whose later patches are still gray, or a waveform (samples,) of all so far."""
+    is_complete: bool
+
+
+@dataclass
+class MediaOptions:
+    """How media are written; None: as the output_head's configuration says.
+
+    Args:
+        mode: "image" or "audio" write one item, "any" text in which the model opens media itself.
+        guidance_scale: Classifier-free guidance, at least 0; 1 is none.
+        num_flow_steps: Euler steps of a latent, at least 1.
+        flow_temperature: Variance of the noise that a latent begins with, at least 0.
+        velocity_threshold: Relative change of the head's velocity, above 0, below which a latent takes no more core
+            steps, where an `exit_criterion` is given.
+        num_steps: Core steps: of all positions, or by what is written there: "text", "image", "audio".
+        flow_seeds: One for each row, for the noise. Default: drawn from torch's global generator.
+        on_chunk: Called with each `MediaChunk`: after `chunk_size` latents of an item each, and when it is complete.
+        chunk_size: Latents from one chunk to the next. Default: 16.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    mode: str = "any"
+    guidance_scale: float | None = None
+    num_flow_steps: int | None = None
+    flow_temperature: float | None = None
+    velocity_threshold: float = VELOCITY_THRESHOLD
+    num_steps: int | dict[str, int] | None = None
+    flow_seeds: list[int] | None = None
+    on_chunk: Callable[[MediaChunk], None] | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"generation_mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+        for name, (kind, least, what) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, kind) and least <= value < math.inf):
+                raise ValueError(f"{name} is {value}; give {what} of at least {least}")
+        if self.chunk_size is not None and self.on_chunk is None:
+            raise ValueError("chunk_size has no effect without on_chunk; leave it out, or say who is to see the chunks")
+        if isinstance(self.num_steps, dict):
+            unknown = sorted(self.num_steps.keys() - {"text", *WRITTEN})
+            if unknown:
+                raise ValueError(f"num_steps names {unknown[0]!r}; the modalities are text, {', '.join(WRITTEN)}")
+
+    def of(self, output_head: OutputHead) -> "MediaOptions":
+        """The same, with what an output head's configuration says where nothing was given."""
+        own = {
+            "guidance_scale": output_head.config.guidance_scale,
+            "num_flow_steps": output_head.config.num_flow_steps,
+            "flow_temperature": output_head.config.flow_temperature,
+        }
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+    def steps_of(self, modality: str) -> int | None:
+        """Core steps of positions in which this is written."""
+        return self.num_steps.get(modality) if isinstance(self.num_steps, dict) else self.num_steps
+
+
+@dataclass
+class MediaGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns when it writes media.
+
+    Args:
+        sequences: (rows, tokens), prompt included, with placeholders where media are.
+        images: PIL images, row by row, in their order.
+        audio: Waveforms, float32 (samples,), row by row, in their order.
+        sampling_rate: Samples of the waveforms in a second.
+        segments: What each row holds, in order: ("text", token ids), ("image", index in `images`), ("audio",
+            index in `audio`).
+        latents: Latents of each item, (tokens, latent_size), by modality, ordered as `images` and `audio`.
+        exit_steps: (rows, new tokens), core steps taken for each new position; 0 behind the end of a row.
+    """
+
+    images: list | None = None
+    audio: list[torch.Tensor] | None = None
+    sampling_rate: int | None = None
+    segments: list[list[tuple[str, Any]]] | None = None
+    latents: dict[str, list[torch.Tensor]] | None = None
+    exit_steps: torch.LongTensor | None = None
 
 
 class MediaGenerationMixin:
@@ -35,48 +153,48 @@ class MediaGenerationMixin:
         num_steps: int | dict[str, int] | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput | torch.LongTensor:
-        """As in `RecurrentGenerationMixin`, and:
+        """`generate` of `RecurrentGenerationMixin`, and:
 
         Args:
-            generation_mode: "text"; "image" or "audio" write one medium; "any" text in which the model opens media.
+            generation_mode: "text"; "image" or "audio" write one item; "any" text in which the model opens media.
             guidance_scale, num_flow_steps, flow_temperature, flow_seeds, velocity_threshold, on_chunk, chunk_size: See
-                `WritingOptions`; in mode "text" guidance is that of the logits, and there are no others.
+                `MediaOptions`; in mode "text" guidance is that of the logits, and there are no others.
             num_steps: Also by what is written: {"text": 8, "image": 16, "audio": 4}.
 
         Returns:
             In the other modes a `MediaGenerateOutput`, unless `return_dict_in_generate=False`.
 
         Raises:
-            ValueError: for a modality that this model does not write, or a value outside its range.
+            ValueError: this model does not generate the modality, or a value is outside its range.
         """
         options = {"num_flow_steps": num_flow_steps, "flow_temperature": flow_temperature, "flow_seeds": flow_seeds}
         options |= {"on_chunk": on_chunk, "chunk_size": chunk_size}
         options |= {} if velocity_threshold is None else {"velocity_threshold": velocity_threshold}
         depths = num_steps if isinstance(num_steps, dict) else None
-        writing = WritingOptions(generation_mode, guidance_scale, num_steps=depths, **options)
+        media_options = MediaOptions(generation_mode, guidance_scale, num_steps=depths, **options)
         kwargs = self._read_media(inputs, kwargs)
         if generation_mode == "text":
             unused = [name for name, value in options.items() if value is not None]
             if unused:
                 raise ValueError(f"{unused[0]} has no effect in generation_mode 'text'; leave it out")
-            steps = writing.steps_of("text") if depths else num_steps
+            steps = media_options.steps_of("text") if depths else num_steps
             return super().generate(inputs, *args, guidance_scale=guidance_scale, num_steps=steps, **kwargs)
-        writing.num_steps = num_steps
+        media_options.num_steps = num_steps
         most = max(depths.values(), default=None) if depths else num_steps
         kwargs = {"return_dict_in_generate": True, **kwargs}
         if not {"max_new_tokens", "max_length", "generation_config"} & kwargs.keys():
             kwargs["max_new_tokens"] = self._room_for(generation_mode)
-        loop = functools.partial(write_media, writing=writing)
+        loop = functools.partial(generate_media, media_options=media_options)
         return super().generate(inputs, *args, num_steps=most, custom_generate=loop, **kwargs)
 
     def _room_for(self, generation_mode: str) -> int:
-        """New tokens where nobody says how many: those of one medium, or of one of each kind and as many of text."""
-        places = {name: writer.num_places + 2 for name, writer in self.model.writers.items()}
+        """New tokens where nobody says how many: those of one item, or of one of each kind and as many of text."""
+        places = {name: output_head.num_places + 2 for name, output_head in self.model.writers.items()}
         return 2 * sum(places.values()) if generation_mode == "any" else places.get(generation_mode, 1)
 
     def _read_media(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keywords with features of all media in `mm_encoder_outputs`, by modality, in place of the inputs of the
-        readers.
+        modality encoders.
         """
         kwargs = dict(kwargs)
         media = take_inputs(kwargs)
@@ -94,7 +212,7 @@ class MediaGenerationMixin:
 
     @property
     def placeholder_ids(self) -> list[int]:
-        """Tokens in whose places media stand."""
+        """Tokens in whose positions media stand."""
         names = [f"{name}_token_id" for name in self.model.readers]
         names += [f"written_{name}_token_id" for name in self.model.writers]
         return [getattr(self.config, name) for name in names if getattr(self.config, name) is not None]
@@ -123,7 +241,7 @@ class MediaGenerationMixin:
         inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
         **kwargs: Any,
     ) -> dict:
-        """As the original, without the features of placeholders that are in the cache."""
+        """Prepares as the original does, without the features of placeholders that are in the cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         outputs = inputs.get("mm_encoder_outputs")
         num_seen = 0 if inputs.get("input_ids") is None else input_ids.shape[1] - inputs["input_ids"].shape[1]
@@ -136,3 +254,480 @@ class MediaGenerationMixin:
             unseen = tuple(row[count:] for row, count in zip(rows, seen, strict=True))
             left[name] = BaseModelOutputWithPooling(pooler_output=unseen)
         return {**inputs, "mm_encoder_outputs": left}
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+@dataclass
+class Row:
+    """How far one row is."""
+
+    seed: int
+    modality: str | None = None
+    """What it is within; None: text."""
+    latents: list[torch.Tensor] = field(default_factory=list)
+    """Those of the item that is being generated."""
+    noise: torch.Tensor | None = None
+    """(positions, latent_size), of the item it is within."""
+    num_media: int = 0
+    is_done: bool = False
+    segments: list[tuple[str, Any]] = field(default_factory=list)
+
+
+def generate_media(
+    model: nn.Module,
+    input_ids: torch.LongTensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    media_options: MediaOptions,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> MediaGenerateOutput | torch.LongTensor:
+    """The loop that `generate` runs in place of sampling or greedy search; see `MediaGeneration`."""
+    if synced_gpus:
+        raise ValueError("media are not written under ZeRO-3 or FSDP: ranks would wait for each other; gather weights")
+    run = MediaGeneration(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, media_options, model_kwargs
+    )
+    hidden = run.read_prompt()
+    while True:
+        ids, embeds = run.choose(hidden)
+        if streamer is not None:
+            streamer.put(ids.cpu())
+        if run.is_done():
+            break
+        hidden = run.advance(embeds)
+    if streamer is not None:
+        streamer.end()
+    return run.output() if generation_config.return_dict_in_generate else run.ids
+
+
+class MediaGeneration:
+    """One call of `generate`: the rows, the cache, and what has been written."""
+
+    def __init__(
+        self, model, input_ids, logits_processor, stopping_criteria, generation_config, media_options, model_kwargs
+    ):
+        self.model, self.ids, self.generation_config = model, input_ids, generation_config
+        self.media_options = media_options
+        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
+        self.writers: dict[str, OutputHead] = dict(model.model.writers.items())
+        self.names = self._modes()
+        self.config, self.device, self.prompt_length = model.config, input_ids.device, input_ids.shape[1]
+        batch = len(input_ids)
+        seeds = media_options.flow_seeds or torch.randint(2**62, (batch,)).tolist()
+        if len(seeds) != batch:
+            raise ValueError(f"flow_seeds has {len(seeds)} seeds for {batch} rows; give one for each")
+        self.rows = [Row(seed) for seed in seeds]
+        self.options = {name: media_options.of(self.writers[name]) for name in self.names}
+        self.is_guided = any(options.guidance_scale != 1 for options in self.options.values())
+        self.exits = (model_kwargs.pop("depth_options", None) or DepthOptions()).exits
+        self.inputs = model_kwargs
+        self.cache = model_kwargs.pop(CACHE_NAME, None)
+        if self.cache is None:
+            raise ValueError("media are written through the cache: leave use_cache=False out")
+        mask = model_kwargs.pop("attention_mask", None)
+        self.mask = torch.ones_like(input_ids) if mask is None else mask
+        self.finished: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in self.rows] for name in self.names}
+        self.exit_steps: list[torch.Tensor] = []
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Raises ValueError where the item that is asked for cannot be completed."""
+        mode, room = self.media_options.mode, self.generation_config.max_length - self.prompt_length
+        least = 3 if mode == "audio" else self.writers[mode].num_places + 2 if mode == "image" else 1
+        if room < least:
+            raise ValueError(f"there is room for {room} new tokens, but an {mode} takes {least}; raise max_new_tokens")
+
+    def _modes(self) -> list[str]:
+        """What may be written. Raises ValueError where the model has no head for it."""
+        wanted = list(self.writers) if self.media_options.mode == "any" else [self.media_options.mode]
+        heads = [name for name, output_head in self.writers.items() if output_head.head is not None]
+        for name in wanted:
+            if name not in heads:
+                codes = "; its images are tokens: generate text, and give it to decode_image_tokens"
+                raise ValueError(
+                    f"generation_mode {self.media_options.mode!r} needs a flow head for {name}, which this model does "
+                    f"not have; it writes {', '.join(['text', *heads])}{codes if name in self.writers else ''}"
+                )
+        return wanted
+
+    # -------------------------------------------------------------------------------------------------- forward passes
+
+    def read_prompt(self) -> torch.Tensor:
+        """(rows, hidden), or twice as many with guidance, after the last token of each prompt."""
+        ids, mask = self.ids, self.mask
+        features = self.inputs.get("mm_encoder_outputs") or {}
+        targets = take_targets(self.inputs)
+        if self.is_guided:
+            unconditional = self._unconditional_ids(ids)
+            features = {name: self._features_twice(name, output, unconditional) for name, output in features.items()}
+            targets = {name: None if it is None else torch.cat((it, it)) for name, it in targets.items()}
+            ids, mask = torch.cat((ids, unconditional)), torch.cat((mask, mask))
+        return self._forward(mask, input_ids=ids, mm_encoder_outputs=features or None, **targets)
+
+    def advance(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The next positions: (rows, hidden) -> (rows, hidden), or twice as many with guidance."""
+        mask = self.mask
+        if self.is_guided:
+            embeds, mask = torch.cat((embeds, embeds)), torch.cat((mask, mask))
+        return self._forward(mask, inputs_embeds=embeds[:, None])
+
+    def _forward(self, mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        outputs = self.model.model(
+            attention_mask=mask,
+            cache=self.cache,
+            use_cache=True,
+            num_steps=self._num_steps(),
+            exit_controller=self._exit_controller(is_prompt="input_ids" in inputs),
+            return_dict=True,
+            **inputs,
+        )
+        if outputs.exit_steps is not None:
+            self.exit_steps.append(outputs.exit_steps[: len(self.rows)].clone())
+        return outputs.last_hidden_state[:, -1]
+
+    def _num_steps(self) -> int | torch.LongTensor | None:
+        """Core steps for the next position of each row, by what will be written there."""
+        steps = [self.media_options.steps_of(row.modality or self._next_modality(row)) for row in self.rows]
+        if len(set(steps)) == 1:
+            return steps[0]
+        config = self.model.text_config
+        usual = config.num_steps or config.recurrence.mean_steps
+        steps = torch.tensor([usual if it is None else it for it in steps])
+        return steps.repeat(2) if self.is_guided else steps
+
+    def _exit_controller(self, is_prompt: bool) -> ExitController | None:
+        """What ends the iteration of rows before their last step, where that was asked for."""
+        if self.exits.criterion == "none" or (is_prompt and not self.exits.in_prefill):
+            return None
+        return MediaExitController(
+            self.exits,
+            self.model._logits,
+            self._first_velocities,
+            self.model.text_config.vocab_size,
+            self.media_options.velocity_threshold,
+        )
+
+    def _first_velocities(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """The velocity with which the next latent of each row begins, (rows, largest latent); zeros in rows of text.
+
+        Args:
+            hidden: (rows, hidden).
+            rows: Which rows of the batch they are, those without the prompt behind the others; None: all.
+        """
+        numbers = range(len(hidden)) if rows is None else rows.tolist()
+        rows_of = [self.rows[number % len(self.rows)] for number in numbers]
+        velocities = hidden.new_zeros(
+            len(hidden), max(output_head.codec.latent_size for output_head in self.writers.values())
+        )
+        for name in self.names:
+            chosen = [at for at, row in enumerate(rows_of) if row.modality == name and self._has_room(row)]
+            if not chosen:
+                continue
+            output_head, index = self.writers[name], torch.tensor(chosen, device=self.device)
+            places = torch.tensor([len(rows_of[at].latents) for at in chosen], device=self.device)
+            noise = torch.stack([rows_of[at].noise[len(rows_of[at].latents)] for at in chosen]).to(hidden.device)
+            condition = output_head.condition(hidden[index], places)
+            velocity = output_head.head.velocity(noise, torch.zeros(len(chosen), device=self.device), condition)
+            velocities[index, : velocity.shape[1]] = velocity.to(velocities)
+        return velocities
+
+    def _has_room(self, row: Row) -> bool:
+        return len(row.latents) < self.writers[row.modality].num_places
+
+    def _next_modality(self, row: Row) -> str:
+        return self.media_options.mode if self.media_options.mode in WRITTEN and not row.num_media else "text"
+
+    def _unconditional_ids(self, ids: torch.LongTensor) -> torch.LongTensor:
+        """The prompts with <|null|> for all that is no structure; of prompts of media alone, also for those."""
+        config = self.config
+        if config.null_token_id is None or config.structure_token_ids is None:
+            raise ValueError(
+                "guidance needs a model that was trained with dropped prompts (null_token_id is not set); give "
+                "guidance_scale=1"
+            )
+        kept = torch.isin(ids, torch.tensor(config.structure_token_ids, device=ids.device)) | (self.mask == 0)
+        unconditional = ids.masked_fill(~kept, config.null_token_id)
+        for name in self.model.model.readers:
+            is_place = ids == getattr(config, f"{name}_token_id")
+            unconditional = unconditional.masked_fill(is_place & kept.all(dim=1, keepdim=True), config.null_token_id)
+        return unconditional
+
+    def _features_twice(self, name: str, output: Any, unconditional: torch.LongTensor) -> BaseModelOutputWithPooling:
+        """The features of the prompts, and those whose positions are left in the unconditional ones."""
+        counts = self.model._count_places(name, self.ids)
+        rows = torch.cat(list(output.pooler_output)).split(counts)
+        left = [row for row, count in zip(rows, self.model._count_places(name, unconditional), strict=True) if count]
+        return BaseModelOutputWithPooling(pooler_output=(*rows, *left))
+
+    # -------------------------------------------------------------------------------------------------- what comes next
+
+    def choose(self, hidden: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+        """The next position of each row: its token, (rows,), and its embedding, (rows, hidden)."""
+        conditional, unconditional = hidden.chunk(2) if self.is_guided else (hidden, None)
+        logits = self.model._logits(conditional).float()
+        ids = self._next_tokens(logits)
+        embeds = self.model.model.embed_tokens(ids)
+        for name in self.names:
+            is_place = ids == getattr(self.config, f"written_{name}_token_id")
+            if is_place.any():
+                latents = self._next_latents(name, is_place.nonzero()[:, 0], conditional, unconditional)
+                embeds = embeds.index_put((is_place,), self.writers[name].embed(latents).to(embeds))
+        self.ids = torch.cat((self.ids, ids[:, None]), dim=1)
+        self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), dim=1)
+        self._advance_rows(ids)
+        return ids, embeds
+
+    def _next_tokens(self, logits: torch.Tensor) -> torch.LongTensor:
+        """(rows,), by each row's state."""
+        texts = self._text_tokens(logits)
+        tokens = []
+        for number, row in enumerate(self.rows):
+            if row.is_done:
+                tokens.append(self._pad())
+            elif row.modality is not None:
+                tokens.append(self._media_token(row, logits[number]))
+            elif self.media_options.mode in WRITTEN:
+                tokens.append(self._id(f"{self.media_options.mode}_start"))
+            else:
+                tokens.append(int(texts[number]))
+        return torch.tensor(tokens, device=self.device)
+
+    def _text_tokens(self, logits: torch.Tensor) -> torch.LongTensor:
+        """What each row would write as text: a token, or the start of an item for which there is room."""
+        forbidden = [f"{name}_end" for name in WRITTEN] + ["null"]
+        for name in WRITTEN:
+            room = self.generation_config.max_length - self.ids.shape[1]
+            if name not in self.names or room < self.writers[name].num_places + 2:
+                forbidden.append(f"{name}_start")
+        ids = [getattr(self.config, f"{name}_token_id") for name in forbidden]
+        logits = logits.clone()
+        logits[:, [it for it in ids if it is not None]] = -torch.inf
+        scores = self.logits_processor(self.ids, logits)
+        if not self.generation_config.do_sample:
+            return scores.argmax(dim=-1)
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+
+    def _media_token(self, row: Row, logits: torch.Tensor) -> int:
+        """A placeholder or the end of the item that the row is within: an image has its size, audio ends when the
+        model says so.
+        """
+        place, end = self._id(f"written_{row.modality}"), self._id(f"{row.modality}_end")
+        if not self._has_room(row) or self.ids.shape[1] + 1 >= self.generation_config.max_length:
+            return end
+        if row.modality == "image" or not row.latents:
+            return place
+        return place if logits[place] >= logits[end] else end
+
+    def _next_latents(
+        self, name: str, rows: torch.LongTensor, conditional: torch.Tensor, unconditional: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(len(rows), latent_size), of rows that are within an item of this modality; they are remembered there."""
+        output_head, options = self.writers[name], self.options[name]
+        places = torch.tensor([len(self.rows[row].latents) for row in rows.tolist()], device=self.device)
+        noise = torch.stack([self.rows[row].noise[len(self.rows[row].latents)] for row in rows.tolist()])
+        guidance = without = None
+        if unconditional is not None:
+            guidance = torch.full_like(places, options.guidance_scale, dtype=torch.float)
+            if output_head.config.guidance_schedule == "linear":
+                guidance = 1 + (guidance - 1) * places / max(output_head.num_places - 1, 1)
+            without = output_head.condition(unconditional[rows], places)
+        latents = output_head.head.sample(
+            output_head.condition(conditional[rows], places),
+            noise.to(self.device) * options.flow_temperature**0.5,
+            options.num_flow_steps,
+            output_head.config.flow_shift,
+            guidance,
+            without,
+        )
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"the {name} head gave latents that are NaN or infinite; is the checkpoint sound?")
+        latents = output_head.codec.project(latents)
+        for row, latent in zip(rows.tolist(), latents, strict=True):
+            self.rows[row].latents.append(latent)
+            self._show(row, is_complete=False)
+        return latents
+
+    def _advance_rows(self, ids: torch.LongTensor) -> None:
+        """Moves each row on by its new token."""
+        starts = {self._id(f"{name}_start"): name for name in self.names}
+        ends = {self._id(f"{name}_end") for name in self.names}
+        texts_end = self._texts_end()
+        for number, (row, token) in enumerate(zip(self.rows, ids.tolist(), strict=True)):
+            if row.is_done:
+                continue
+            if token in starts and row.modality is None:
+                self._open(row, starts[token])
+            elif token in ends and row.modality is not None:
+                self._close(number, row)
+            elif row.modality is None:
+                if not (row.segments and row.segments[-1][0] == "text"):
+                    row.segments.append(("text", []))
+                row.segments[-1][1].append(token)
+                row.is_done = bool(texts_end[number])
+
+    def _texts_end(self) -> torch.Tensor:
+        """(rows,) of bool: what the stopping criteria say."""
+        return self.stopping_criteria(self.ids, None)
+
+    def _open(self, row: Row, name: str) -> None:
+        output_head = self.writers[name]
+        generator = keyed_generator("sample", name, row.seed, row.num_media)
+        row.modality, row.latents = name, []
+        row.noise = torch.randn(output_head.num_places, output_head.codec.latent_size, generator=generator)
+
+    def _close(self, number: int, row: Row) -> None:
+        self._show(number, is_complete=True)
+        self.finished[row.modality][number].append(torch.stack(row.latents))
+        row.segments.append((row.modality, len(self.finished[row.modality][number]) - 1))
+        row.modality, row.num_media = None, row.num_media + 1
+        row.is_done = self.media_options.mode in WRITTEN
+
+    def _show(self, number: int, is_complete: bool) -> None:
+        """Hands a chunk to the caller who wants to see it."""
+        row, size = self.rows[number], self.media_options.chunk_size or CHUNK_SIZE
+        if self.media_options.on_chunk is None or (len(row.latents) % size and not is_complete):
+            return
+        item = self.writers[row.modality].codec.decode_partly(torch.stack(row.latents))
+        self.media_options.on_chunk(MediaChunk(number, row.modality, item, is_complete))
+
+    def is_done(self) -> bool:
+        """Whether no row goes on. An item that was begun is always completed, so room was looked for before."""
+        return all(row.is_done for row in self.rows) or self.ids.shape[1] >= self.generation_config.max_length
+
+    # ---------------------------------------------------------------------------------------------------- what came out
+
+    def output(self) -> MediaGenerateOutput:
+        """All of it, media decoded."""
+        images, audio, latents = [], [], {name: [] for name in self.names}
+        media = {"image": images, "audio": audio}
+        for number, row in enumerate(self.rows):
+            segments = []
+            for name, value in row.segments:
+                if name in media:
+                    found = self.finished[name][number][value]
+                    latents[name].append(found)
+                    media[name].append(self.writers[name].codec.decode(found))
+                    value = len(media[name]) - 1
+                segments.append((name, value))
+            row.segments = segments
+        steps = None
+        if self.exit_steps:
+            steps = torch.stack(self.exit_steps, dim=1)[:, : self.ids.shape[1] - self.prompt_length]
+        return MediaGenerateOutput(
+            sequences=self.ids,
+            images=images if "image" in self.names else None,
+            audio=audio if "audio" in self.names else None,
+            sampling_rate=self.writers["audio"].config.sampling_rate if "audio" in self.names else None,
+            segments=[row.segments for row in self.rows],
+            latents=latents,
+            **{CACHE_NAME: self.cache},
+            exit_steps=steps,
+        )
+
+    def _id(self, name: str) -> int:
+        found = getattr(self.config, f"{name}_token_id")
+        if found is None:
+            raise ValueError(f"{name}_token_id is not set in the model's configuration, and so it cannot write media")
+        return found
+
+    def _pad(self) -> int:
+        pad = self.generation_config.pad_token_id
+        return self.model.text_config.pad_token_id or 0 if pad is None else pad
+
+
+def draw_codes(model: Any, inputs: Mapping[str, Any]) -> list[Any | None]:
+    """The images that a model writes as tokens, one for each prompt, drawn by plain `generate`; None for a prompt whose
+    answer holds no whole image.
+
+    Args:
+        model: One whose images are codes.
+        inputs: Arguments of `generate`.
+    """
+    most = model.model.writers["image"].num_places + 1  # the start token
+    ids = model.generate(**{**inputs, "do_sample": True, "top_k": 0, "max_new_tokens": most})
+    images: list[Any | None] = []
+    for row in ids[:, inputs["input_ids"].shape[1] :]:
+        try:
+            images.append(next(iter(model.decode_image_tokens(row[None])), None))
+        except ValueError:  # too few codes
+            images.append(None)
+    return images
+
+
+# ------------------------------------------------------------------------- when a row that writes a latent may stop
+
+
+class VelocityOrText(ExitCriterion):
+    """|v_i - v_{i-1}| / |v_i| of rows that write a latent, infinite at their first check; of others what a criterion of
+    texts says. v is the head's velocity at t = 0, at the noise from which the latent will be made.
+
+    Args:
+        text: The criterion of texts.
+        vocab_size: A check's `logits` are those of texts, and behind them v, zeros in rows of text.
+        threshold: Threshold of velocities.
+    """
+
+    def __init__(self, text: ExitCriterion, vocab_size: int, threshold: float):
+        self.text, self.vocab_size, self.threshold = text, vocab_size, threshold
+        self.default_threshold = text.default_threshold
+        self.writes: torch.Tensor | None = None  # (rows,) of bool, of the last check
+
+    def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
+        texts, velocity = self._parts(now)
+        texts_before, velocity_before = self._parts(before)
+        values = self.text.value(texts, texts_before).float()
+        self.writes = velocity.abs().sum(dim=-1) > 0
+        change = torch.full_like(values, torch.inf)
+        if velocity_before is not None:
+            length = velocity.norm(dim=-1).clamp(min=1e-12)
+            change = (velocity - velocity_before).norm(dim=-1) / length
+        return torch.where(self.writes, change, values)
+
+    def stops(self, value: torch.Tensor, threshold: float) -> torch.Tensor:
+        return torch.where(self.writes, value < self.threshold, self.text.stops(value, threshold))
+
+    def _parts(self, check: ExitCheck) -> tuple[ExitCheck, torch.Tensor | None]:
+        if check.logits is None:
+            return check, None
+        return replace(check, logits=check.logits[:, : self.vocab_size]), check.logits[:, self.vocab_size :].float()
+
+
+class MediaExitController(ExitController):
+    """An `ExitController` of rows of which some write latents.
+
+    Args:
+        options: Those of texts.
+        logits: (rows, hidden) -> (rows, vocab).
+        velocities: (rows, hidden), and which rows of the batch they are, (rows,) or None for all -> (rows, size), zeros
+            in rows of text.
+        vocab_size: Number of the logits.
+        velocity_threshold: Below which a row that writes a latent stops.
+
+    Raises:
+        ValueError: the criterion is "probe" or a schedule, or the threshold is not above 0.
+    """
+
+    def __init__(
+        self,
+        options: ExitOptions,
+        logits: Callable[[torch.Tensor], torch.Tensor],
+        velocities: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        vocab_size: int,
+        velocity_threshold: float = VELOCITY_THRESHOLD,
+    ):
+        if options.criterion == "probe":
+            raise ValueError("exit_criterion 'probe' judges text alone; name another to write media")
+        if not velocity_threshold > 0:
+            raise ValueError(f"velocity_threshold is {velocity_threshold}; give a number above 0")
+        super().__init__(options, logits)
+        self.criterion = VelocityOrText(EXIT_CRITERIA[options.criterion], vocab_size, velocity_threshold)
+        self.velocities_of = velocities
+
+    def read(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """(rows, vocab + size): logits, and behind them velocities."""
+        return torch.cat((super().read(hidden, rows).float(), self.velocities_of(hidden, rows)), dim=-1)

@@ -17,6 +17,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput
 
 from .cache import RecurrentCache
+from .configuration_megatransformer_text import under_new_names
 from .depth import Depth, DepthOptions, resolve_depth
 from .outputs import CACHE_NAME
 
@@ -41,17 +42,17 @@ class RecurrentGenerationMixin:
         Args:
             num_steps: Core steps of each token: an int, or (batch,). Default: `config.num_steps`, else the mean.
             exit_criterion: What ends a row's iteration earlier: an entry of `EXIT_CRITERIA`, "schedule", or "none".
-            exit_threshold, exit_first_step, exit_every, exit_in_prefill, exit_schedule: See `ExitOptions`. Default: the
-                prompt takes all steps.
+            exit_threshold, min_steps, exit_check_interval, exit_in_prefill, exit_schedule: See `ExitOptions`. Default:
+                the prompt takes all steps.
             state_warm_start: A new token's iteration starts where that of the token before has ended.
-            noise_level, noise_schedule: See `NoiseOptions`.
+            noise_level: See `NoiseOptions`.
             cache_policy, num_kept_steps: See `RecurrentCache`.
 
         Returns:
             As the original; with `return_dict_in_generate=True` it has `exit_steps`, (rows, new tokens).
 
         Raises:
-            ValueError: for an option outside its range, or a combination that is not possible.
+            ValueError: an option is outside its range, or a combination is not possible.
         """
         config, depth, cache_options, kwargs = self._merge_options(generation_config, kwargs)
         mode = config.get_generation_mode(kwargs.get("assistant_model"))
@@ -108,9 +109,13 @@ class RecurrentGenerationMixin:
         that are neither. Each option: the keyword, then the generation config, then that of the model; of depth then
         `config.recurrence`, of the cache where it is made.
         """
+        old_names = self.text_config.recurrence.attribute_map
+        kwargs = under_new_names(kwargs, old_names)
         given = {name: kwargs.pop(name, None) for name in (*DepthOptions.names(), *CACHE_OPTIONS)}
         config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
-        config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        vars(config).update(under_new_names(vars(config), old_names))
+        defaults = under_new_names(self.generation_config.to_dict(), old_names)
+        config.update(**defaults, defaults_only=True, allow_custom_entries=True)
         kwargs = config.update(**kwargs)
         depth = DepthOptions.resolve(given, config, self.text_config.recurrence)
         for name in CACHE_OPTIONS:
@@ -162,7 +167,7 @@ class RecurrentGenerationMixin:
         """The cache that was given, by either name, or a new one; transformers' own have no slots for steps.
 
         Raises:
-            ValueError: for a kind of cache that there is not here.
+            ValueError: there is no such kind of cache here.
         """
         given = [
             cache for cache in (kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if cache is not None
@@ -191,7 +196,7 @@ class RecurrentGenerationMixin:
         """Checks that drafts can be verified, and counts the tokens that the cache holds before.
 
         Raises:
-            ValueError: for what it cannot do.
+            ValueError: they cannot be verified.
         """
         if kwargs.get("inputs_embeds") is not None:
             # transformers 5.23 and 5.24 lose the prompt then, for Llama too, and say nothing.
@@ -272,7 +277,7 @@ class RecurrentGenerationMixin:
         return inputs | depth_options.arguments_of_token(index, len(input_ids))
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:
-        """As the original; the pass without the prompt, by which guidance is taken, has the same depth."""
+        """The original's processors; the pass without the prompt, by which guidance is taken, has the same depth."""
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
@@ -285,7 +290,7 @@ class RecurrentGenerationMixin:
     def _get_candidate_generator(
         self, *, generation_config: GenerationConfig, model_kwargs: dict, assistant_model=None, **kwargs: Any
     ) -> Any:
-        """As the original; the model that drafts has a depth of its own, from its generation config."""
+        """The original's generator; the model that drafts has a depth of its own, from its generation config."""
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
         if assistant_model is not None:
             generation_config = copy.deepcopy(generation_config)

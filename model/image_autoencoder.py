@@ -1,4 +1,4 @@
-"""Pictures to a few numbers for each patch, and back."""
+"""Images to a few numbers for each patch, and back."""
 
 import math
 from collections.abc import Iterator
@@ -6,17 +6,15 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .adversarial import Discriminator
 from .configuration_codecs import MegaTransformerImageAutoencoderConfig
-from .convnext import ConvNeXtBlock
-from .reconstruction import ReconstructionModel, ReconstructionOutput
+from .reconstruction import ConvNeXtBlock, Discriminator, ReconstructionModel, ReconstructionOutput
 
 COMPONENTS_SIZE = 0.5
-"""Of the principal components of a patch together, beside the constant; see `begin_with_components`."""
+"""Size of the principal components of a patch together, beside the constant; see `begin_with_components`."""
 
 
 REFINEMENT_RATE = 0.03
-"""Of the first step of `refine`, for numbers whose mean square is 1."""
+"""Rate of the first step of `refine`, for numbers whose mean square is 1."""
 
 
 class ImageEncoder(nn.Module):
@@ -78,8 +76,8 @@ class Sphere(nn.Module):
         """The nearest ones on the sphere."""
         return self(latents)
 
-    def disturb(self, latents: torch.Tensor) -> torch.Tensor:
-        """With noise whose deviation is drawn for each image, back on the sphere."""
+    def perturb(self, latents: torch.Tensor) -> torch.Tensor:
+        """Adds noise whose deviation is drawn for each image, and goes back to the sphere."""
         if not self.noise:
             return latents
         deviation = self.noise * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
@@ -116,8 +114,8 @@ class FiniteScalars(nn.Module):
         digits = (latents * (levels // 2)).round() + levels // 2
         return (digits.clamp(min=0).minimum(levels - 1) - levels // 2) / (levels // 2)
 
-    def disturb(self, latents: torch.Tensor) -> torch.Tensor:
-        """As they are: rounding is noise enough."""
+    def perturb(self, latents: torch.Tensor) -> torch.Tensor:
+        """Leaves them as they are: rounding is noise enough."""
         return latents
 
     def ids(self, latents: torch.Tensor) -> torch.LongTensor:
@@ -176,7 +174,7 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         """(images, channels, side, side) in -1 .. 1 -> (images, tokens, latent_size).
 
         Raises:
-            ValueError: for images that are no squares of whole patches.
+            ValueError: images are no squares of whole patches.
         """
         patch, channels = self.config.patch_size, self.config.num_channels
         shape = tuple(pixel_values.shape)
@@ -218,7 +216,7 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         """(images, tokens, latent_size) -> (images, channels, side, side), about -1 .. 1.
 
         Raises:
-            ValueError: for latents of another size, or that make no square.
+            ValueError: latents have another size, or make no square.
         """
         shape = tuple(latents.shape)
         if len(shape) != 3 or shape[2] != self.latent_size or math.isqrt(shape[1]) ** 2 != shape[1] or not shape[1]:
@@ -238,7 +236,7 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
             images: (images, channels, side, side) in -1 .. 1; together they have at least latent_size patches.
 
         Raises:
-            ValueError: for fewer patches.
+            ValueError: there are fewer patches.
         """
         patches = nn.functional.pixel_unshuffle(images.float(), self.config.patch_size).movedim(1, -1).flatten(0, -2)
         count = min(self.latent_size - 1, patches.shape[1])
@@ -306,7 +304,7 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
             step: Updates that were made; see `compare`.
         """
         latents = self.encode(pixel_values)
-        made = self.decode(self.bottleneck.disturb(latents) if self.training else latents).float()
+        made = self.decode(self.bottleneck.perturb(latents) if self.training else latents).float()
         pixels = {"absolute": absolute_loss, "logarithmic": logarithmic_loss}[self.config.pixel_loss]
         losses = {"pixels": pixels(made, pixel_values), "gradients": gradient_loss(made, pixel_values)}
         return self.compare(made, pixel_values, losses, step)

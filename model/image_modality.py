@@ -125,5 +125,5 @@ class ImageModality(Modality):
         return cls(num_tokens=config.num_tokens, side=config.image_size)
 
     def reference(self, medium: Any) -> "Image.Image":
-        """The square in the middle, with which a written image is compared."""
+        """The square in the middle, with which a generated image is compared."""
         return ImageOps.fit(self.load(medium), (self.side, self.side), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Pictures to the tensors that the vision encoder reads."""
+"""Images to the tensors that the vision encoder reads."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,32 +12,32 @@ from transformers.utils.import_utils import is_vision_available
 
 from .media import MAX_PIXELS, load_image
 from .media_sources import read_source
-from .processor_inputs import IDLE_IMAGE_OPTIONS, check_number, check_whole, flatten, read_options
+from .processor_inputs import IDLE_IMAGE_OPTIONS, check_number, check_whole, flatten_media, read_options
 
 if is_vision_available():
     from PIL import Image
 
 LARGEST_SIDE = 16384
-"""Pixels of the longest side that a picture can have after it is resized."""
+"""Pixels of the longest side that an image can have after it is resized."""
 LARGEST_SHIFT = 1e6
 """Most that is subtracted from a channel, and by which it is multiplied."""
 
 
 class MegaTransformerImageProcessor(BaseImageProcessor):
-    """Resizes pictures to multiples of a token's side, scales and normalises them, pads a batch to its largest.
+    """Resizes images to multiples of a token's side, scales and normalises them, pads a batch to its largest.
 
     Args:
         patch_size: Side of a patch in pixels.
         pixel_shuffle: Patches along the side of a token; a token covers patch_size * pixel_shuffle pixels each way.
-        size: {"height", "width"} of every picture, both multiples of a token's side. Default: each keeps its aspect,
+        size: {"height", "width"} of every image, both multiples of a token's side. Default: each keeps its aspect,
             as nearly as whole tokens allow, and its size where that is at most max_side.
         max_side: Longest side in pixels where `size` is not set.
-        max_pixels: Larger pictures are refused before they are decoded.
+        max_pixels: Larger images are refused before they are decoded.
         image_mean: Subtracted from each channel, whose values are 0 .. 1.
         image_std: Divides each channel after that.
 
     Raises:
-        ValueError: for sizes that hold no whole tokens; for pictures, see `load_image`.
+        ValueError: sizes hold no whole tokens; for images, see `load_image`.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]
@@ -91,7 +91,7 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         return self.patch_size * self.pixel_shuffle
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width to which a picture of this size is resized."""
+        """Height and width to which an image of this size is resized."""
         if self.size is not None:
             return self.size["height"], self.size["width"]
         scale = min(1.0, self.max_side / max(height, width))
@@ -102,7 +102,7 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         return max(1, tokens) * self.token_side
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Placeholders of a picture that has this size before it is resized."""
+        """Placeholders of an image that has this size before it is resized."""
         height, width = self.target_size(height, width)
         return (height // self.token_side) * (width // self.token_side)
 
@@ -131,17 +131,17 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         return {"pixel_values": torch.stack(padded), "image_sizes": sizes}
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """A picture, a list of them, or a list of lists, to a batch (`pad`).
+        """An image, a list of them, or a list of lists, to a batch (`pad`).
 
         Raises:
             TypeError, ValueError: for options that ask for something; they belong to the processor itself.
         """
         read_options(kwargs, (), IDLE_IMAGE_OPTIONS, [self], "set it on the image processor")
-        pictures = [read_source(image, "image") for image in flatten(images)]
+        pictures = [read_source(image, "image") for image in flatten_media(images)]
         return BatchFeature(self.pad([self.preprocess_one(picture) for picture in pictures]), return_tensors)
 
     def fetch_images(self, images: Any) -> Any:
-        """Pictures of the same nesting; transformers' own would download addresses."""
+        """Images of the same nesting; transformers' own would download addresses."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         return load_image(read_source(images, "image"), self.max_pixels)

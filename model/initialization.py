@@ -109,7 +109,7 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         stay as they are.
 
         Raises:
-            ValueError: for a part that the model does not have, or a backend that a part cannot use.
+            ValueError: the model does not have a part, or the part cannot use the backend.
         """
         names = ("text_config", *(name for name in self.config.sub_configs if name in ENCODERS))
         asked = attn_implementation

@@ -1,4 +1,4 @@
-"""Pictures and recordings from paths, bytes and arrays, within limits, and never from the network.
+"""Images and waveforms from paths, bytes and arrays, within limits, and never from the network.
 
 What cannot be used raises `MediaError`, a `ValueError` of one line with the value, the reason and the fix. Sizes and
 durations come from headers, so that a batch can be planned without decoding.
@@ -33,15 +33,15 @@ except (ImportError, OSError):  # OSError: the package without its C library
 logger = logging.get_logger(__name__)
 
 MAX_PIXELS = 64_000_000
-"""Largest picture that is decoded, where that takes eight bytes of memory for each pixel: 512 MB. Where it takes more,
+"""Largest image that is decoded, where that takes eight bytes of memory for each pixel: 512 MB. Where it takes more,
 the largest has as many pixels fewer."""
 MAX_FILE_BYTES = 2**27
-"""Largest file of a picture, which some decoders read as a whole, and of which texts are copied."""
+"""Largest file of an image, which some decoders read as a whole, and of which texts are copied."""
 _BYTES_PER_PIXEL = 8
 _BYTES_PER_PIXEL_OF = {"WEBP": 17, "JPEG2000": 25, "AVIF": 17}
-"""Of decoders that hold a picture more than once. Measured."""
+"""Bytes that decoders which hold an image more than once take for a pixel. Measured."""
 MAX_SECONDS = 30.0
-"""What is read of a recording."""
+"""Most seconds that are read of an audio file."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Pillow knows more, some of which start other programs (EPS)."""
 AUDIO_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "RF64", "W64")
@@ -62,28 +62,28 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-"""What makes a picture upright, by its orientation."""
+"""What makes an image upright, by its orientation."""
 
 
 class MediaError(ValueError):
-    """A picture or recording that cannot be used."""
+    """An image or waveform that cannot be used."""
 
 
 # ------------------------------------------------------------------------------------------------------------- images
 
 
 def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> "Image.Image":
-    """A picture as 8-bit RGB, upright, on white where it is transparent, the first frame of an animation.
+    """An image as 8-bit RGB, upright, on white where it is transparent, the first frame of an animation.
 
     Where it says how it lies, in EXIF or else in XMP, it is turned by that, and says nothing of it any more.
 
     Args:
         source: PIL image; array or tensor (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, uint8 or float in
             0 .. 1; path; bytes of a file; or {"bytes", "path"} as `datasets` has them.
-        max_pixels: Larger pictures are refused by their header, before they are decoded.
+        max_pixels: Larger images are refused by their header, before they are decoded.
 
     Raises:
-        MediaError: missing, empty, truncated or too large, no picture, or not finite.
+        MediaError: missing, empty, truncated or too large, no image, or not finite.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _image_from_array(source)
@@ -101,7 +101,7 @@ def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of what `load_image` gives, from the header.
 
     Raises:
-        MediaError: as far as the header tells.
+        MediaError: the header tells that it cannot be used.
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _image_from_array(source).size[::-1]
@@ -189,13 +189,13 @@ def _says_more_behind(image: "Image.Image") -> bool:
 
 
 def _orientation(image: "Image.Image") -> int:
-    """How the picture is to be turned, 1 .. 8 as in EXIF, which comes before XMP where both say it. EXIF that is
+    """How the image is to be turned, 1 .. 8 as in EXIF, which comes before XMP where both say it. EXIF that is
     damaged says nothing.
     """
     try:
         orientation = _exif_of(image).get(_EXIF_ORIENTATION)
     except (SyntaxError, ValueError, KeyError, TypeError, IndexError, EOFError, struct.error) as error:
-        name = shortened(str(getattr(image, "filename", "") or f"a picture of {image.width} x {image.height} pixels"))
+        name = quoted(str(getattr(image, "filename", "") or f"a picture of {image.width} x {image.height} pixels"))
         logger.warning_once(f"{name} has damaged EXIF ({error}), which is not read; only XMP may turn it upright")
         orientation = None
     if orientation in range(1, 9):
@@ -242,7 +242,7 @@ def _as_rgb(image: "Image.Image") -> "Image.Image":
 
 
 def _in_strips(convert: "Callable[[Image.Image], Image.Image]", image: "Image.Image") -> "Image.Image":
-    """RGB of a picture, of which what is between them never has the whole size."""
+    """RGB of an image, of which what is between them never has the whole size."""
     rgb, rows = Image.new("RGB", image.size), max(1, _STRIP // image.width)
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))
@@ -258,7 +258,7 @@ def _on_white(image: "Image.Image") -> "Image.Image":
 
 
 def _from_numbers(image: "Image.Image") -> "Image.Image":
-    """Of integers and floats: Pillow's own conversion cuts all above 255 off."""
+    """RGB of integers and floats: Pillow's own conversion cuts all above 255 off."""
     values = np.asarray(image)
     return _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
 
@@ -297,7 +297,7 @@ def _as_bytes(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def load_audio(source: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS) -> np.ndarray:
-    """A recording as float32 (samples,), mono (the mean of its channels), at `sampling_rate` samples per second.
+    """A waveform as float32 (samples,), mono (the mean of its channels), at `sampling_rate` samples per second.
 
     Args:
         source: array or tensor (samples,) at `sampling_rate`, or with channels, which are the shorter side; (array,
@@ -306,7 +306,7 @@ def load_audio(source: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS
         max_seconds: What is read of the front; the rest of a longer file is not decoded.
 
     Raises:
-        MediaError: missing, empty, truncated, no recording, not finite, or far above 1.
+        MediaError: missing, empty, truncated, no waveform, not finite, or far above 1.
     """
     array, rate = _as_array(source, sampling_rate)
     if array is None:
@@ -321,14 +321,14 @@ def load_audio(source: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS
 
 
 def audio_seconds(source: Any, sampling_rate: int | None = None) -> float:
-    """Duration of the whole recording in seconds, from the header.
+    """Duration of the whole waveform in seconds, from the header.
 
     Args:
-        source: as for `load_audio`.
-        sampling_rate: that of an array which comes without.
+        source: What `load_audio` takes.
+        sampling_rate: Samples of a second of an array which comes without.
 
     Raises:
-        MediaError: as far as the header tells.
+        MediaError: the header tells that it cannot be used.
         ValueError: an array without a rate.
     """
     array, rate = _as_array(source, sampling_rate)
@@ -342,7 +342,7 @@ def audio_seconds(source: Any, sampling_rate: int | None = None) -> float:
 
 
 def write_audio(path: Any, waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> None:
-    """A recording to a file of the format that its name ends in; samples beyond -1 .. 1 are cut off.
+    """A waveform to a file of the format that its name ends in; samples beyond -1 .. 1 are cut off.
 
     Args:
         waveform: float (samples,).
@@ -401,7 +401,7 @@ def _read_block(file: "soundfile.SoundFile", frames: int) -> np.ndarray:
 
 @contextmanager
 def _opened_audio(source: Any) -> "Iterator[soundfile.SoundFile]":
-    """A file whose header is sound. What fails with it is named."""
+    """A file whose header is intact. What fails with it is named."""
     if soundfile is None:
         raise ImportError("recordings are read by soundfile, which is not installed; pip install soundfile")
     try:
@@ -483,9 +483,9 @@ def _file(source: Any, kind: str) -> str | io.BytesIO:
         raise MediaError(f"{path[:100]!r} is an address, and addresses are never fetched; download the {kind} before")
     if not os.path.isfile(path):
         is_there = os.path.exists(path)
-        raise MediaError(f"{shortened(path)} {'is no file' if is_there else 'does not exist'}; correct the path")
+        raise MediaError(f"{quoted(path)} {'is no file' if is_there else 'does not exist'}; correct the path")
     if not os.path.getsize(path):
-        raise MediaError(f"{shortened(path)} has 0 bytes; remove it")
+        raise MediaError(f"{quoted(path)} has 0 bytes; remove it")
     _check_file_size(source, kind, os.path.getsize(path))
     return path
 
@@ -497,7 +497,7 @@ def _check_file_size(source: Any, kind: str, size: int) -> None:
         )
 
 
-def shortened(source: str) -> str:
+def quoted(source: str) -> str:
     """A string as it stands in an error: its beginning, if it is longer than names of files are."""
     return repr(source if len(source) <= 300 else source[:100] + "...")
 
@@ -507,7 +507,7 @@ def _name(source: Any) -> str:
     if isinstance(source, dict) and source.keys() & {"bytes", "path"}:
         source = source.get("path") or source.get("bytes")
     if isinstance(source, (str, Path)):
-        return shortened(str(source))
+        return quoted(str(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"a file of {len(source)} bytes"
     return f"a {type(source).__name__}"

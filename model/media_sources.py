@@ -15,14 +15,14 @@ from urllib import request
 from urllib.error import URLError
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from .media import MediaError, shortened
+from .media import MediaError, quoted
 
 MAX_BYTES = 256 * 2**20
 """Most characters of a `data:` URI or of base64, and most bytes that are fetched."""
 MAX_PERCENTS = 2**23
 """Most characters of a `data:` URI in which some stand as percents: each of those takes a hundred times its size."""
 FETCH_SECONDS = 30.0
-"""Within which a medium is fetched as a whole."""
+"""Within which an item is fetched as a whole."""
 
 _WORDS = {"image": "picture", "audio": "recording"}
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]{32,}")
@@ -51,7 +51,7 @@ def read_source(source: Any, kind: str, allow_fetch: bool = False) -> Any:
     if scheme in ("http:", "https:"):
         if not allow_fetch:
             raise MediaError(
-                f"{shortened(source)} is an address, which is never fetched unless allow_fetch=True is given; download "
+                f"{quoted(source)} is an address, which is never fetched unless allow_fetch=True is given; download "
                 f"the {_word(kind)} before"
             )
         return _fetch(source)
@@ -65,7 +65,7 @@ def _word(kind: str) -> str:
 def _check_length(source: str) -> None:
     if len(source) > MAX_BYTES:
         raise MediaError(
-            f"{shortened(source)} has {len(source)} characters, and at most {MAX_BYTES} are read; scale it down"
+            f"{quoted(source)} has {len(source)} characters, and at most {MAX_BYTES} are read; scale it down"
         )
 
 
@@ -81,20 +81,20 @@ def decode_base64(text: str, source: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MediaError(f"{shortened(source)} is neither a file nor valid base64: {error}; encode it anew") from error
+        raise MediaError(f"{quoted(source)} is neither a file nor valid base64: {error}; encode it anew") from error
 
 
 def _read_data(source: str, kind: str) -> bytes:
     head, comma, data = source.removeprefix(source[:5]).partition(",")
     if not comma:
-        raise MediaError(f"{shortened(source)} has no comma before its data; give data:{kind}/...;base64,...")
+        raise MediaError(f"{quoted(source)} has no comma before its data; give data:{kind}/...;base64,...")
     media_type, *options = head.split(";")
     declared = media_type.split("/")[0].strip().lower()
     if declared not in ("", kind, "application"):
-        raise MediaError(f"{shortened(source)} is declared as {declared}, and not as {kind}; give a {_word(kind)}")
+        raise MediaError(f"{quoted(source)} is declared as {declared}, and not as {kind}; give a {_word(kind)}")
     if len(data) > MAX_PERCENTS and "%" in data:
         raise MediaError(
-            f"{shortened(source)} has {len(data)} characters with percents, and at most {MAX_PERCENTS} of them are "
+            f"{quoted(source)} has {len(data)} characters with percents, and at most {MAX_PERCENTS} of them are "
             "read; give base64"
         )
     if "base64" not in (option.strip().lower() for option in options):
@@ -105,7 +105,7 @@ def _read_data(source: str, kind: str) -> bytes:
 def _read_file_uri(source: str) -> str:
     parts = urlsplit(source)
     if parts.netloc.lower() not in ("", "localhost"):
-        raise MediaError(f"{shortened(source)} is on host {parts.netloc!r:.80}; give file:///path on this machine")
+        raise MediaError(f"{quoted(source)} is on host {parts.netloc!r:.80}; give file:///path on this machine")
     return request.url2pathname(parts.path)
 
 
@@ -131,15 +131,15 @@ def _fetch(source: str) -> bytes:
         if isinstance(error, MediaError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise MediaError(f"{shortened(source)} cannot be fetched: {reason}; correct the address") from error
+        raise MediaError(f"{quoted(source)} cannot be fetched: {reason}; correct the address") from error
     return bytes(data)
 
 
 def _check_fetched(source: str, size: int, ends: float) -> None:
     if size > MAX_BYTES:
-        raise MediaError(f"{shortened(source)} has more than {MAX_BYTES} bytes; download it before, and scale it down")
+        raise MediaError(f"{quoted(source)} has more than {MAX_BYTES} bytes; download it before, and scale it down")
     if time.monotonic() > ends:
-        raise MediaError(f"{shortened(source)} takes more than {FETCH_SECONDS:g} seconds; download it before")
+        raise MediaError(f"{quoted(source)} takes more than {FETCH_SECONDS:g} seconds; download it before")
 
 
 # -------------------------------------------------------------------------------------------------- parts of messages
@@ -181,10 +181,10 @@ def own_part(part: Any) -> Any:
 
 
 def source_of(part: dict[str, Any], allow_fetch: bool = False) -> Any:
-    """The medium of a part, {"type": KIND, and KIND, "path", "bytes", "url" or "base64": medium}; None: it has none.
+    """The item of a part, {"type": KIND, and KIND, "path", "bytes", "url" or "base64": item}; None: it has none.
 
     Raises:
-        MediaError: as `read_source`.
+        MediaError: the cases of `read_source`.
     """
     name = part["type"]
     kind = name.removeprefix("written_")

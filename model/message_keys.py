@@ -13,7 +13,7 @@ HARMLESS_KEYS = frozenset(
         *("model", "source", "language", "lang", "content_type", "num_tokens", "token_count"),
     }
 )
-"""Of messages and parts, whatever they hold: nothing of it is to be read or said."""
+"""Keys of messages and parts of which nothing is to be read or said, whatever they hold."""
 LEARNED_KEYS = ("weight", "train", "trainable", "training", "learn", "loss")
 """Whether a message is learned."""
 WHAT_TO_DO = {
@@ -23,7 +23,7 @@ WHAT_TO_DO = {
     ),
     "name": "write it into its content",
 }
-"""For keys that others write: how their content is kept."""
+"""How the content of keys that others write is kept."""
 
 
 def reason_against_message(

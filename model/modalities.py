@@ -29,7 +29,7 @@ def modality_configs(config: MegaTransformerConfig) -> dict[str, EncoderConfig]:
     """The configurations of all encoders of a model, by modality.
 
     Raises:
-        ValueError: For a modality that is not registered.
+        ValueError: a modality is not registered.
     """
     configs = {it.name: getattr(config, it.config_key) for it in MODALITIES.values() if it.config_key is not None}
     for name, part in (config.modality_configs or {}).items():

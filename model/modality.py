@@ -22,15 +22,15 @@ class Modality(ABC):
     """
 
     name: str
-    """In configs, processors and logs; of targets with "written_" in front."""
+    """The name in configs, processors and logs; targets have "written_" in front."""
     config_class: type
-    """Of the encoder's configuration."""
+    """The class of the encoder's configuration."""
     config_key: str | None = None
     """Where that stands in `MegaTransformerConfig`. None: in its `modality_configs`, by name."""
     input_names: tuple[str, ...]
-    """Arguments of the encoder's `forward`, the medium itself first; of targets those of the model for them."""
+    """Arguments of the encoder's `forward`, the item itself first; of targets those of the model for them."""
     target_names: tuple[str, ...] = ()
-    """Arguments of the model that are targets, the medium itself first; none where nothing of it is written."""
+    """Arguments of the model that are targets, the item itself first; none where nothing of it is written."""
     file_suffixes: tuple[str, ...] = ()
     """What a folder without metadata is searched for, such as ".png"."""
     shows_layers: bool = False
@@ -38,7 +38,7 @@ class Modality(ABC):
     processor: Any = None
     """The image processor or feature extractor of transformers that does the work, if there is one."""
     learned: tuple[bool, bool, bool] = (False, False, False)
-    """Whether the start token, the placeholders and the end token are labels where the assistant shows a medium."""
+    """Whether the start token, the placeholders and the end token are labels where the assistant shows an item."""
 
     def __init_subclass__(cls) -> None:
         # The placeholder, once for each feature, and what stands in front of those of a medium and behind them.
@@ -62,10 +62,10 @@ class Modality(ABC):
     @classmethod
     @abstractmethod
     def dummy_inputs(cls, config: Any) -> dict[str, torch.Tensor]:
-        """The smallest input of the encoder, one medium."""
+        """The smallest input of the encoder, one item."""
 
     def load(self, source: Any) -> Any:
-        """The medium, decoded, from anything that holds it.
+        """The item, decoded, from anything that holds it.
 
         Raises:
             ValueError: It cannot be used; the message is the reason.
@@ -77,11 +77,11 @@ class Modality(ABC):
         return self.num_tokens(self.preprocess(source))
 
     def tokens_of_size(self, size: Any) -> int:
-        """Placeholders of a medium of that size."""
+        """Placeholders of an item of that size."""
         return size
 
     def preprocess(self, medium: Any) -> torch.Tensor:
-        """One medium, or a source of one, to a tensor of any shape.
+        """One item, or a source of one, to a tensor of any shape.
 
         Raises:
             ValueError: It cannot be used; the message is the reason.
@@ -89,7 +89,7 @@ class Modality(ABC):
         raise NotImplementedError(f"modality {self.name!r} cannot be preprocessed; give tensors")
 
     def num_tokens(self, preprocessed: torch.Tensor) -> int:
-        """Placeholders of a preprocessed medium, as many as the encoder gives features for it."""
+        """Placeholders of a preprocessed item, as many as the encoder gives features for it."""
         raise NotImplementedError(f"modality {self.name!r} cannot be preprocessed; give tensors")
 
     def collate(self, preprocessed: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,7 +97,7 @@ class Modality(ABC):
         raise NotImplementedError(f"modality {self.name!r} cannot be preprocessed; give tensors")
 
     def codec_input(self, medium: Any, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """One medium that was loaded, as a codec takes it; with `rng` it may be a part of it."""
+        """One item that was loaded, as a codec takes it; with `rng` it may be a part of it."""
         return self.preprocess(medium)
 
     def collate_codec_inputs(self, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,7 +135,7 @@ def processor_of_backbone(auto_class: type, backbone: str) -> Any:
 
 
 def only_of(batch: Mapping[str, torch.Tensor], name: str, dimensions: int) -> torch.Tensor:
-    """The tensor of a batch of one medium, as encoders of backbones take it."""
+    """The tensor of a batch of one item, as encoders of backbones take it."""
     shapes = {key: tuple(value.shape) for key, value in batch.items()}
     if len(shapes.get(name, ())) != dimensions or shapes[name][0] != 1:
         raise ValueError(

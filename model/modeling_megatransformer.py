@@ -1,4 +1,4 @@
-"""The models that read, and may write, images and sound: MegaTransformerModel, which embeds them for the text model,
+"""The models that read, and may write, images and audio: MegaTransformerModel, which embeds them for the text model,
 and MegaTransformerForConditionalGeneration, which adds the losses of what is written.
 """
 
@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .backbones import Backbone
 from .cache import RecurrentCache
 from .configuration_megatransformer import MegaTransformerConfig
-from .fusion import Reader, embed_media, read_media, take_inputs
+from .fusion import ModalityEncoder, embed_media, read_media, take_inputs
 from .generation_media import MediaGenerationMixin
 from .modalities import MODALITIES, modality_configs, save_modalities
 from .modeling_megatransformer_text import (
@@ -25,23 +25,23 @@ from .modeling_megatransformer_text import (
     MegaTransformerForSequenceClassification,
     MegaTransformerTextModel,
 )
+from .output_heads import (
+    OutputHead,
+    Targets,
+    check_codes,
+    embed_latents,
+    encode_targets,
+    images_of_codes,
+    output_head_configs,
+    put_codes,
+    take_targets,
+)
 from .outputs import (
     MegaTransformerCausalLMOutput,
     MegaTransformerModelOutput,
     pop_cache,
     with_parameters,
     with_parameters_of,
-)
-from .writers import (
-    Writer,
-    Written,
-    check_codes,
-    embed_latents,
-    encode_targets,
-    images_of_codes,
-    put_codes,
-    take_targets,
-    writer_configs,
 )
 
 __all__ = [  # also those under whose names in this file old checkpoints look for text models
@@ -67,7 +67,7 @@ class MegaTransformerMediaModelOutput(MegaTransformerModelOutput):
     Args:
         image_outputs: What the encoder of images gave, as `get_image_features` returns it; not in training, unless
             hidden states or attentions are asked for. None where there were no images.
-        audio_outputs: The same of sound.
+        audio_outputs: The same of audio.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -79,7 +79,7 @@ class MegaTransformerMediaCausalLMOutput(MegaTransformerCausalLMOutput):
     """Output of the language model, the base model's `image_outputs` and `audio_outputs`, and:
 
     Args:
-        written_losses: The sum of the losses of written latents by modality, without weight and gradient, and their
+        written_losses: The sum of the losses of target latents by modality, without weight and gradient, and their
             number; with labels, where there are any. Their mean times its weight is part of `loss`.
     """
 
@@ -94,11 +94,11 @@ class Embedded(NamedTuple):
     embeds: torch.Tensor
     """(batch, sequence, hidden)."""
     encoded: dict[str, ModelOutput]
-    """What readers gave, by modality."""
-    written: Written | None = None
+    """What modality encoders gave, by modality."""
+    written: Targets | None = None
     """The latents of what is written, for their losses."""
     input_ids: torch.LongTensor | None = None
-    """(batch, sequence), with the codes of images in the places of those that are written as codes."""
+    """(batch, sequence), with the codes of images in the positions of those that are written as codes."""
 
 
 @dataclass
@@ -106,9 +106,9 @@ class MediaArguments:
     """The arguments of `forward` that are media, or say how they are read; those that are None are not there."""
 
     inputs: dict[str, Any]
-    """Of readers; also of modalities that the model does not read, which then says so."""
+    """Inputs of modality encoders; also of modalities that the model does not read, which then says so."""
     targets: dict[str, Any]
-    """Of writers."""
+    """Targets of output heads."""
     mm_encoder_outputs: dict[str, ModelOutput]
     flow_seeds: torch.LongTensor | None
     num_written_in_batch: dict[str, int | torch.Tensor]
@@ -130,7 +130,7 @@ def take_media(kwargs: dict[str, Any]) -> MediaArguments:
 
 
 class BackbonesFollow:
-    """Goes before a model with readers: pretrained encoders follow where the attention backend is set."""
+    """Goes before a model with modality encoders: pretrained encoders follow where the attention backend is set."""
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
@@ -143,9 +143,9 @@ class BackbonesFollow:
 
 
 class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
-    """The text model with readers of images, sound and whatever else the config names: their features stand where the
-    placeholders were, and the rest is as if they were tokens. So do the latents of what writers write. A checkpoint of
-    the text model loads into it.
+    """The text model with modality encoders of images, audio and whatever else the config names: their features stand
+    where the placeholders were, and the rest is as if they were tokens. So do the latents of what output heads write. A
+    checkpoint of the text model loads into it.
     """
 
     config: MegaTransformerConfig
@@ -153,10 +153,10 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
     def __init__(self, config: MegaTransformerConfig):
         super().__init__(config)
         self.readers = nn.ModuleDict(
-            {name: Reader(name, part, config.text_config) for name, part in modality_configs(config).items()}
+            {name: ModalityEncoder(name, part, config.text_config) for name, part in modality_configs(config).items()}
         )
         self.writers = nn.ModuleDict(
-            {name: Writer(name, part, config.text_config) for name, part in writer_configs(config).items()}
+            {name: OutputHead(name, part, config.text_config) for name, part in output_head_configs(config).items()}
         )
         check_codes(self.writers, config)
         self.post_init()
@@ -174,7 +174,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         inputs_embeds: torch.Tensor | None = None,
         **asked: bool,
     ) -> Embedded:
-        """Embeds tokens, and media in the places of their placeholders.
+        """Embeds tokens, and media in the positions of their placeholders.
 
         Args:
             input_ids: (batch, sequence).
@@ -211,19 +211,19 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         seeds = self._flow_seeds(media.flow_seeds, input_ids.shape[0])
         noise_seeds = seeds if self.training else None
         embeds = embed_latents(embeds, self.writers, latents, noise_seeds, run_all=self.must_run_alike)
-        return Embedded(embeds, encoded, Written(latents, seeds, media.num_written_in_batch), input_ids)
+        return Embedded(embeds, encoded, Targets(latents, seeds, media.num_written_in_batch), input_ids)
 
     @property
     def must_run_alike(self) -> bool:
-        """Whether all readers run even if there is nothing to read: ranks that did not would leave others waiting, for
-        gradients in training and for weights under ZeRO-3.
+        """Whether all modality encoders run even if there is nothing to read: ranks that did not would leave others
+        waiting, for gradients in training and for weights under ZeRO-3.
         """
         return self.training or is_deepspeed_zero3_enabled()
 
     def load_backbones(self) -> None:
         """Fetches the weights of pretrained encoders and codecs, which are random in a fresh model."""
-        for writer in self.writers.values():
-            writer.codec.load()
+        for output_head in self.writers.values():
+            output_head.codec.load()
         for reader in self.readers.values():
             if isinstance(reader.encoder, Backbone):
                 reader.encoder.load()
@@ -245,7 +245,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         output_attentions: bool | None = None,
         **inputs: torch.Tensor | None,
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output`: the features of each medium, a tuple of (tokens, hidden), ready to be scattered. Of our
+        """`pooler_output`: the features of each item, a tuple of (tokens, hidden), ready to be scattered. Of our
         encoders, and pretrained ones, also `last_hidden_state`, in front of the projector, and by request
         `hidden_states` and `attentions`.
 
@@ -265,7 +265,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
     def get_audio_features(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **asked: bool
     ):
-        """`get_features` of sound; see `MegaTransformerAudioModel` for the inputs."""
+        """`get_features` of audio; see `MegaTransformerAudioModel` for the inputs."""
         inputs = {"input_features": input_features, "input_features_mask": input_features_mask}
         return self.get_features("audio", **inputs, **asked)
 
@@ -286,15 +286,15 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
             pixel_values: (images, channels, height, width), in the order of their placeholders, row by row, padded with
                 zeros at the right and the bottom.
             image_sizes: (images, 2), height and width of each without padding. Default: all are as large as the tensor.
-            input_features: (clips, mel bins, frames), padded with zeros at the end.
-            input_features_mask: (clips, frames), 1 for real frames. Default: all are real.
+            input_features: (waveforms, mel bins, frames), padded with zeros at the end.
+            input_features_mask: (waveforms, frames), 1 for real frames. Default: all are real.
             mm_encoder_outputs: Features read before, by modality, instead of the inputs above; see `get_features`.
-            image_targets: (images, channels, side, side) in -1 .. 1, written images in the order of their places.
-            audio_targets: (clips, mel bins, frames), the normalised log-mel spectrograms of written sound.
-            audio_targets_mask: (clips, frames), 1 for real frames. Default: all are real.
-            flow_seeds: (batch,), of the noise on written latents that are read back, and of that and the times of their
+            image_targets: (images, channels, side, side) in -1 .. 1, generated images in the order of their positions.
+            audio_targets: (waveforms, mel bins, frames), the normalised log-mel spectrograms of generated audio.
+            audio_targets_mask: (waveforms, frames), 1 for real frames. Default: all are real.
+            flow_seeds: (batch,), of the noise on target latents that are read back, and of that and the times of their
                 losses. Default: drawn in training, else 0.
-            num_written_in_batch: By modality, the written latents of an accumulation window on all ranks, by which the
+            num_written_in_batch: Target latents of an accumulation window on all ranks, by modality, by which the
                 trainer has the sum of their losses divided. Default: those of this batch.
             output_hidden_states: Also those of the encoders, in `image_outputs` and `audio_outputs`.
             output_attentions: The same of attentions.
@@ -334,7 +334,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
 
 
 class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMixin, MegaTransformerForCausalLM):
-    """The model that reads and writes images and sound: a linear head for tokens, a flow for latents."""
+    """The model that reads and writes images and audio: a linear head for tokens, a flow for latents."""
 
     config: MegaTransformerConfig
     _auto_class = "AutoModelForMultimodalLM"
@@ -369,10 +369,10 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
         """Token ids (rows, tokens) to the images that they hold as codes, in order; only where the head is "fsq".
         Pipelines ask whether there is such a function.
         """
-        writer = dict(self.model.writers.items()).get("image")
-        if writer is None or writer.head is not None:
+        output_head = dict(self.model.writers.items()).get("image")
+        if output_head is None or output_head.head is not None:
             raise AttributeError("decode_image_tokens")
-        return functools.partial(images_of_codes, writer.codec, self.config.image_code_offset)
+        return functools.partial(images_of_codes, output_head.codec, self.config.image_code_offset)
 
     @with_parameters_of(MegaTransformerForCausalLM.forward)
     @with_parameters(*MEDIA_NAMES)
@@ -412,8 +412,9 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
         return MegaTransformerMediaCausalLMOutput(**found)
 
     def with_codes(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch with codes where `input_ids` and `labels` hold places of images, and without these images, where the
-        head is "fsq"; others stay as they are. `forward` does it by itself; who compares logits with labels needs it.
+        """A batch with codes where `input_ids` and `labels` hold positions of images, and without these images, where
+        the head is "fsq"; others stay as they are. `forward` does it by itself; who compares logits with labels needs
+        it.
         """
         ids, labels = batch.get("input_ids"), batch.get("labels")
         if ids is None or batch.get("image_targets") is None:
@@ -423,17 +424,17 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
         labels = labels if labels is None else torch.where(labels == ids, coded, labels)
         return {**batch, "input_ids": coded, "labels": labels, "image_targets": targets.get("image_targets")}
 
-    def _with_flow_loss(self, outputs: MegaTransformerCausalLMOutput, written: Written | None) -> dict[str, Any]:
+    def _with_flow_loss(self, outputs: MegaTransformerCausalLMOutput, written: Targets | None) -> dict[str, Any]:
         """`loss`, with those of latents added, and `written_losses`."""
         loss, hidden, of_modalities = outputs.loss, outputs.last_hidden_state, {}
-        for name, writer in self.model.writers.items():
-            if writer.head is None:
+        for name, output_head in self.model.writers.items():
+            if output_head.head is None:
                 continue
             if written is None or name not in written.latents:
-                loss = loss + (writer.no_loss(hidden) if self.model.must_run_alike else 0.0)
+                loss = loss + (output_head.no_loss(hidden) if self.model.must_run_alike else 0.0)
                 continue
-            of_latents = writer.losses(hidden, written.latents[name], written.seeds)
+            of_latents = output_head.losses(hidden, written.latents[name], written.seeds)
             of_modalities[name] = of_latents.detach().sum(), len(of_latents)
             count = written.num_in_batch.get(name, len(of_latents))
-            loss = loss + writer.config.loss_weight * of_latents.sum() / count
+            loss = loss + output_head.config.loss_weight * of_latents.sum() / count
         return {"loss": loss, "written_losses": of_modalities or None}

@@ -1,5 +1,5 @@
 """The text models: MegaTransformerTextModel (embedding, prelude, core, coda), and with a head on top
-MegaTransformerForCausalLM and MegaTransformerForSequenceClassification. They know of no images and no sound.
+MegaTransformerForCausalLM and MegaTransformerForSequenceClassification. They know of no images and no audio.
 """
 
 import difflib
@@ -45,7 +45,7 @@ def check_kwargs(kwargs: dict[str, Any], forward: Callable, position_ids: torch.
     say again where the packed documents of `position_ids` begin, are accepted.
 
     Raises:
-        ValueError: for any other, since `**kwargs` would swallow a misspelt one; and for documents that `position_ids`
+        ValueError: any other is given, since `**kwargs` would swallow a misspelt one; or documents that `position_ids`
             do not begin.
     """
     for name, value in kwargs.items():
@@ -181,8 +181,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             exit_controller: Says which rows stop early, and after which step. Made by the model with the head.
 
         Raises:
-            ValueError: for an empty sequence, a mask of the wrong shape, positions past a table, a foreign cache, or a
-                depth that is none.
+            ValueError: a sequence is empty, a mask of the wrong shape, a position past a table, a cache foreign, or a
+                depth is none.
         """
         cache = pop_cache(cache, kwargs)
         check_kwargs(kwargs, self.forward, position_ids)
@@ -438,8 +438,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
                 + 1.
             loss_weights: (batch, sequence), what the loss of each label is multiplied by. Default: 1.
             logits_to_keep: Number of last positions whose logits are computed (0: all), or their indices.
-            skip_logits: With labels: compute the loss a chunk of tokens at a time, and return no logits, since all of
-                them are batch * sequence * vocab numbers, several times over.
+            skip_logits: Whether, with labels, the loss is computed a chunk of tokens at a time, and no logits are
+                returned, since all of them are batch * sequence * vocab numbers, several times over.
             num_items_in_batch: The loss is the mean over labels, by their weights, or, where the trainer gives this
                 count (the sum of the weights of all labels of an accumulation window, on all ranks), their sum divided
                 by it. 0 without labels.

@@ -32,7 +32,7 @@ from .processor_inputs import (
     IDLE_CHAT_OPTIONS,
     as_list,
     deal_media,
-    flatten,
+    flatten_media,
     limit_of,
     preprocess_parts,
     read_options,
@@ -48,8 +48,8 @@ def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrai
 class MegaTransformerProcessor(ProcessorMixin):
     """Makes batches of text with media: placeholders expanded, media preprocessed, in the order in which they stand.
 
-    In texts a medium is its placeholder, `<|image|>` or `<|audio|>`, which becomes start, as many placeholders as the
-    medium has tokens, and end. In messages it is a part {"type": "image", "image": ...}. What the assistant shows is of
+    In texts an item is its placeholder, `<|image|>` or `<|audio|>`, which becomes start, as many placeholders as the
+    item has tokens, and end. In messages it is a part {"type": "image", "image": ...}. What the assistant shows is of
     another kind where the model writes such media, "written_image" or "written_audio", with a placeholder of its own.
     Special tokens that are written in the texts of messages are ordinary text, while `__call__` reads them.
 
@@ -63,10 +63,10 @@ class MegaTransformerProcessor(ProcessorMixin):
         num_audio_tokens: The same for audio.
         modality_configs: Configurations of further modalities, by their names in `MODALITIES`.
         image_writer: Arguments of `ImageModality.as_target`. None: no images are written.
-        audio_writer: Arguments of `AudioModality.as_target`. None: no sound is written.
+        audio_writer: Arguments of `AudioModality.as_target`. None: no audio is written.
 
     Raises:
-        ValueError: for parts that do not fit each other, and for texts, messages and media that cannot be used.
+        ValueError: parts do not fit each other, or texts, messages and media cannot be used.
     """
 
     _auto_class = "AutoProcessor"
@@ -119,7 +119,7 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """As in `ProcessorMixin`, with the parts that not every processor has loaded."""
+        """The parts that `ProcessorMixin` gives, and those that not every processor has loaded."""
         config, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # None would ask on standard input
         for name, auto_class in (("image_processor", AutoImageProcessor), ("feature_extractor", AutoFeatureExtractor)):
@@ -160,7 +160,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         return modality_names()
 
     def load_medium(self, kind: str, source: Any) -> Any:
-        """A medium, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate.
+        """An item, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate.
 
         Raises:
             MediaError: it cannot be used; see `load_image` and `load_audio`.
@@ -168,23 +168,23 @@ class MegaTransformerProcessor(ProcessorMixin):
         return self._kind(kind).load(source_of({"type": kind, kind: source}))
 
     def medium_size(self, kind: str, source: Any) -> Any:
-        """(height, width) of an image, seconds of a recording, from the header; of further kinds, their tokens.
+        """(height, width) of an image, seconds of a waveform, from the header; of further kinds, their tokens.
 
         Raises:
-            MediaError: as far as the header tells.
+            MediaError: the header tells that it cannot be used.
         """
         return self._kind(kind).size(source_of({"type": kind, kind: source}))
 
     def num_media_tokens(self, kind: str, size: Any) -> int:
-        """Tokens that a medium of that size (`medium_size`) takes in a text, start and end included."""
+        """Tokens that an item of that size (`medium_size`) takes in a text, start and end included."""
         return self._kind(kind).tokens_of_size(size) + 2
 
     def preprocess_medium(self, kind: str, medium: Any) -> torch.Tensor:
-        """One medium to the tensor that `encode_chat` and `collate_media` take."""
+        """One item to the tensor that `encode_chat` and `collate_media` take."""
         return self._kind(kind).preprocess(medium)
 
     def collate_media(self, media: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Preprocessed media by kind, in the order of their placeholders, to the arguments of the model."""
+        """Preprocessed media by modality, in the order of their placeholders, to the arguments of the model."""
         batch = {}
         for name, tensors in media.items():
             if tensors:
@@ -212,24 +212,24 @@ class MegaTransformerProcessor(ProcessorMixin):
 
         Args:
             messages: [{"role": "user" | "assistant" | "system" | "tool", "content": text or parts}]; a part is
-                {"type": "text", "text": ...} or {"type": KIND, KIND: medium}; "path", "bytes", "url" or "base64" may
+                {"type": "text", "text": ...} or {"type": KIND, KIND: item}; "path", "bytes", "url" or "base64" may
                 stand in the place of the second KIND. So are parts of OpenAI's format, "image_url" and "input_audio".
-                A medium that is a string is a path, a `data:` or `file://` URI, or base64 (`read_source`).
-            media: By kind, media of the parts that have none themselves. A tensor of floats counts as preprocessed.
+                An item that is a string is a path, a `data:` or `file://` URI, or base64 (`read_source`).
+            media: Items of the parts that have none themselves, by modality. A tensor of floats counts as preprocessed.
             add_generation_prompt: Ends with the token that lets the assistant speak.
             continue_final_message: The last message stays open.
-            chat_template: In the place of the processor's own.
+            chat_template: A template in the place of the processor's own.
             allow_fetch: Whether media at http and https addresses are fetched, wherever these lead.
 
         Returns:
             input_ids: int64 (tokens,).
             answer_mask: bool (tokens,), what is learned: what the assistant says, its end token included, and of its
                 media `Modality.learned`.
-            media: Preprocessed media by kind, in the order of their placeholders; only kinds that occur.
+            media: Preprocessed media by modality, in the order of their placeholders; only kinds that occur.
 
         Raises:
-            ValueError: for a message or part of unknown role, type or form, one without content, media that are more or
-                fewer than the parts for them, and media that cannot be read (`MediaError`).
+            ValueError: a message or part has an unknown role, type or form, or no content; items are more or
+                fewer than the parts for them, or cannot be read (`MediaError`).
         """
         encoder = ConversationEncoder(self.tokenizer, self.kinds, template_of(self.chat_template, chat_template))
         encoded = encoder.encode(messages, add_generation_prompt, continue_final_message)
@@ -259,8 +259,8 @@ class MegaTransformerProcessor(ProcessorMixin):
             processor_kwargs, kwargs: Options of padding and truncation (`__call__`), and allow_fetch (`encode_chat`).
 
         Raises:
-            ValueError: as `encode_chat`, and for an option that asks for what is not done, such as tools.
-            TypeError: for an unknown option.
+            ValueError: the cases of `encode_chat`, and an option asks for what is not done, such as tools.
+            TypeError: an option is unknown.
         """
         given = {"return_tensors": return_tensors, **(processor_kwargs or {}), **kwargs}
         options = {"allow_fetch": False, **self._read_options(given, CHAT_OPTIONS, IDLE_CHAT_OPTIONS)}
@@ -302,7 +302,7 @@ class MegaTransformerProcessor(ProcessorMixin):
             images: An image, a list of all, or a list of lists (or None), one for each text (`media.load_image`).
             text: One or several; none: media alone.
             videos: Media of a further modality "video", if there is one.
-            audio: As images (`media.load_audio`); arrays are at `sampling_rate`, by default ours.
+            audio: Waveforms, given as images are (`media.load_audio`); arrays are at `sampling_rate`, by default ours.
             kwargs: Media of further modalities by name; return_tensors, padding, max_length, pad_to_multiple_of,
                 padding_side, return_attention_mask, truncation, add_special_tokens, sampling_rate, allow_fetch
                 (`encode_chat`), also within `text_kwargs`, `audio_kwargs` or `common_kwargs`. Other options of
@@ -313,11 +313,11 @@ class MegaTransformerProcessor(ProcessorMixin):
             input_ids first, then attention_mask and what the model takes for the media.
 
         Raises:
-            ValueError: for placeholders and media that differ in number, media that cannot be read, truncation that
-                would cut a medium, and an option that asks for what is not done.
-            TypeError: for an unknown option.
+            ValueError: placeholders and media differ in number, media cannot be read, truncation
+                would cut an item, or an option asks for what is not done.
+            TypeError: an option is unknown.
         """
-        if "video" not in self.kinds and any(video is not None for video in flatten(videos)):
+        if "video" not in self.kinds and any(video is not None for video in flatten_media(videos)):
             raise ValueError("videos are not read; give their frames as images")
         options = {"add_special_tokens": True, "allow_fetch": False, "sampling_rate": None, "return_tensors": None}
         further = {name: kwargs.pop(name, None) for name in self.kinds if name not in ("image", "audio")}
@@ -328,9 +328,11 @@ class MegaTransformerProcessor(ProcessorMixin):
         media = {"image": list(images) if isinstance(images, tuple) else images, "audio": audio, **further}
         media |= {} if videos is None else {"video": videos}
         media = {name: as_list(it) for name, it in media.items() if it is not None}
-        media = {name: it for name, it in media.items() if flatten(it)}
+        media = {name: it for name, it in media.items() if flatten_media(it)}
         if text is None:
-            found = {name: [self._preprocess(name, it, allow_fetch) for it in flatten(media[name])] for name in media}
+            found = {
+                name: [self._preprocess(name, it, allow_fetch) for it in flatten_media(media[name])] for name in media
+            }
             return BatchFeature(self.collate_media(found), tensor_type=_tensor_type(options["return_tensors"]))
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
@@ -353,7 +355,7 @@ class MegaTransformerProcessor(ProcessorMixin):
                 row a list of parts as messages have them.
 
         Raises:
-            ValueError: for another mode, or one that was not generated.
+            ValueError: the mode is another, or was not generated.
         """
         if generation_mode in (None, "text"):
             ids = getattr(generated_outputs, "sequences", generated_outputs)
@@ -388,10 +390,10 @@ class MegaTransformerProcessor(ProcessorMixin):
         Args:
             audio: Float (samples,) in -1 .. 1, or a list of them.
             saving_path: A path, or as many.
-            sampling_rate: Default: that of the sound that the model writes.
+            sampling_rate: Default: that of the audio that the model writes.
 
         Raises:
-            ValueError: for more or fewer paths than waveforms.
+            ValueError: there are more or fewer paths than waveforms.
         """
         clips = audio if isinstance(audio, list) else [audio]
         paths = saving_path if isinstance(saving_path, list) else [saving_path]
@@ -406,7 +408,7 @@ class MegaTransformerProcessor(ProcessorMixin):
     def _with_media(
         self, rows: list[list[int]], media: dict[str, list[Any]], allow_fetch: bool
     ) -> list[dict[str, Any]]:
-        """Rows of ids with one placeholder for a medium, as `encode_chat` gives them."""
+        """Rows of ids with one placeholder for an item, as `encode_chat` gives them."""
         encoded = [{"media": {}} for _ in rows]
         for name in dict.fromkeys([*self.kinds, *media]):
             kind = self._kind(name)
@@ -458,7 +460,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         """What is left of a sample of at most that many tokens.
 
         Raises:
-            ValueError: a medium would lose its place.
+            ValueError: an item would lose its place.
         """
         if limit is None or len(ids) <= limit:
             return slice(None)
@@ -484,14 +486,14 @@ def build_processor(
     """The processor of a model.
 
     Args:
-        config: Of which the parts that read and write media are read. A backbone brings its own image processor or
+        config: Configuration of the model. A backbone brings its own image processor or
             feature extractor along.
         tokenizer: A fast one that knows `MEDIA_TOKENS`.
         num_image_tokens: Tokens of an image, if the vision encoder is a backbone.
-        num_audio_tokens: The same of a recording.
+        num_audio_tokens: The same of a waveform.
 
     Raises:
-        ValueError: as `MegaTransformerProcessor`.
+        ValueError: the cases of `MegaTransformerProcessor`.
     """
     vision, audio, further = config.vision_config, config.audio_config, config.modality_configs or {}
     images, recordings = config.image_writer_config, config.audio_writer_config

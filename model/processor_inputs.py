@@ -109,8 +109,8 @@ def read_options(
         advice: What to do in place of giving an option that asks for something.
 
     Raises:
-        TypeError: for an option that is not known; the message names the nearest one.
-        ValueError: for one that is known, but asks for what is not done.
+        TypeError: an option is not known; the message names the nearest one.
+        ValueError: an option is known, but asks for what is not done.
     """
     options = {}
     for group in _GROUPS:
@@ -141,7 +141,7 @@ def limit_of(truncation: Any, max_length: int | None, default: int) -> int | Non
         default: That of the tokenizer, where max_length is not given.
 
     Raises:
-        ValueError: for a way of truncation that is none.
+        ValueError: there is no such way of truncation.
     """
     if truncation not in _TRUNCATING:
         raise ValueError(f"truncation is {truncation!r}; give True or False")
@@ -172,13 +172,13 @@ def preprocess_parts(
     kinds: dict[str, Modality],
     allow_fetch: bool = False,
 ) -> dict[str, list[torch.Tensor]]:
-    """The tensors of the parts of messages that are media, by kind.
+    """The tensors of the parts of messages that are media, by modality.
 
     Args:
-        parts: {"type": KIND, and KIND, "path", "bytes", "url" or "base64": medium}, or without a medium. An array of
+        parts: {"type": KIND, and KIND, "path", "bytes", "url" or "base64": item}, or without an item. An array of
             samples may have its "sampling_rate" beside it.
-        media: By kind, for parts without one, in order; a tensor of floats counts as preprocessed.
-        allow_fetch: As for `read_source`.
+        media: Items for parts without one, by modality, in order; a tensor of floats counts as preprocessed.
+        allow_fetch: Whether `read_source` may fetch.
 
     Raises:
         ValueError: if there are more or fewer media than parts for them, and for media that cannot be read.
@@ -220,7 +220,7 @@ def deal_media(media: list[Any], counts: list[int], modality: Modality) -> list[
     Raises:
         ValueError: if they differ in number; the message names the first text that they do not fit.
     """
-    flat = flatten(media)
+    flat = flatten_media(media)
     if media and all(isinstance(part, list) for part in media):
         given = [len(part) for part in media]
         wrong = next((i for i, pair in enumerate(zip_longest(given, counts, fillvalue=0)) if pair[0] != pair[1]), None)
@@ -237,7 +237,7 @@ def deal_media(media: list[Any], counts: list[int], modality: Modality) -> list[
 
 
 def as_list(media: Any) -> list[Any]:
-    """One medium, some, or a list for each text, as a list; None in the place of a text's list is an empty one."""
+    """One item, some, or a list for each text, as a list; None in the place of a text's list is an empty one."""
     media = media if isinstance(media, list) else [media]
     if any(part is None for part in media):
         return [[] if part is None else part if isinstance(part, list) else [part] for part in media]
@@ -251,8 +251,8 @@ def with_rate(audio: Any, rate: int) -> Any:
     return (audio, rate) if isinstance(audio, (np.ndarray, torch.Tensor)) else audio
 
 
-def flatten(media: Any) -> list[Any]:
+def flatten_media(media: Any) -> list[Any]:
     """The media of a list of any depth, or a single one, in order."""
     if not isinstance(media, list):
         return [media]
-    return [medium for part in media for medium in flatten(part)]
+    return [medium for part in media for medium in flatten_media(part)]

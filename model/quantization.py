@@ -63,10 +63,10 @@ def bits_and_bytes(config: QuantizationConfig, model: PreTrainedModel, dtype: to
 
     Args:
         model: One like that which is loaded; its weights are not looked at.
-        dtype: Of products with matrices of 4 bits.
+        dtype: Type of products with matrices of 4 bits.
 
     Raises:
-        ValueError: for a head that cannot be quantised, and a model of which nothing can be.
+        ValueError: the head cannot be quantised, or nothing of the model can be.
     """
     if model.config.get_text_config().tie_word_embeddings and "heads" not in config.keep_in_high_precision:
         raise ValueError(

@@ -45,7 +45,7 @@ class StepLora(nn.Module):
         core: The `RecurrentCore`.
         targets: Names of linear layers, as in `core.named_modules()`.
         num_steps: Steps that have deltas.
-        rank: Of the deltas.
+        rank: Rank of the low-rank updates.
         alpha: Their scale, times the rank.
     """
 
@@ -71,7 +71,7 @@ class StepLora(nn.Module):
         """Write the two files of the adapter.
 
         Args:
-            state_dict: Of the whole model, where a library has gathered it. Default: the weights that are here.
+            state_dict: Weights of the whole model, where a library has gathered it. Default: those that are here.
         """
         mark = ".step_lora."
         if state_dict is None:
@@ -86,7 +86,7 @@ class StepLora(nn.Module):
         """Read the weights of an adapter with the same options.
 
         Raises:
-            ValueError: for one with other weights.
+            ValueError: the adapter has other weights.
         """
         with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
             there = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -102,7 +102,7 @@ class StepLora(nn.Module):
 
 
 def shape_of(weight: torch.Tensor | None) -> tuple[int, ...] | str:
-    """Of a weight in a file."""
+    """The shape of a weight in a file."""
     return "missing" if weight is None else tuple(weight.shape)
 
 
@@ -118,7 +118,7 @@ def add_step_lora(model: nn.Module, targets: Iterable[str], num_steps: int, rank
         targets: Names of linear layers of the core, as in `core.named_modules()`.
 
     Raises:
-        ValueError: for a model without core, and a layer that it does not have.
+        ValueError: the model has no core, or no such layer.
     """
     core = model.base_model.core
     if core is None:
@@ -142,7 +142,7 @@ def load_step_lora(model: nn.Module, folder: str | Path) -> StepLora:
     """
     path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     try:
-        options = read_options(json.loads(path.read_text(encoding="utf-8")))
+        options = adapter_options(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); save the adapter again") from error
     try:
@@ -162,7 +162,7 @@ def load_step_lora(model: nn.Module, folder: str | Path) -> StepLora:
     return adapter
 
 
-def read_options(content: object) -> dict[str, Any]:
+def adapter_options(content: object) -> dict[str, Any]:
     """The arguments of `add_step_lora`; ValueError if they are not."""
     numbers = ("num_steps", "rank", "alpha")
     if not isinstance(content, dict) or content.keys() != {*numbers, "targets"}:

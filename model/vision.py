@@ -92,7 +92,7 @@ class MegaTransformerVisionModel(MegaTransformerPreTrainedModel):
             image, or None if all are.
 
         Raises:
-            ValueError: for sizes that `patch_size * pixel_shuffle` does not divide, or that the tensor does not hold.
+            ValueError: `patch_size * pixel_shuffle` does not divide a size, or the tensor does not hold it.
         """
         image_sizes = self._check_sizes(pixel_values, image_sizes)
         hidden = self.stem(pixel_values, image_sizes)  # (images, hidden, rows, columns)

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms to sound: magnitudes and phases of each frame, put together by an inverse Fourier transform.
+"""Log-mel spectrograms to audio: magnitudes and phases of each frame, put together by an inverse Fourier transform.
 
 Source: Siuzdak 2023 (Vocos), arXiv 2306.00814.
 """
@@ -9,20 +9,18 @@ from functools import partial
 import torch
 from torch import nn
 
-from .adversarial import Discriminator
 from .configuration_codecs import MegaTransformerVocoderConfig
-from .convnext import ConvNeXtBlock
 from .feature_extraction_megatransformer import FLOOR, LOG_MEAN, LOG_STD, window_and_filters
-from .reconstruction import ReconstructionModel, ReconstructionOutput
+from .reconstruction import ConvNeXtBlock, Discriminator, ReconstructionModel, ReconstructionOutput
 
 QUIET = 1e-7
 """Smallest power in the loss on spectrograms."""
 PERIODS = (2, 3, 5, 7, 11)
-"""Of the discriminators that see sound folded. Source: Kong et al. 2020 (HiFi-GAN), arXiv 2010.05646."""
+"""Periods at which discriminators fold audio. Source: Kong et al. 2020 (HiFi-GAN), arXiv 2010.05646."""
 
 
 class MegaTransformerVocoder(ReconstructionModel):
-    """Log-mel spectrograms, as `MegaTransformerFeatureExtractor` makes them, to sound."""
+    """Log-mel spectrograms, as `MegaTransformerFeatureExtractor` makes them, to audio."""
 
     config: MegaTransformerVocoderConfig
     _auto_class = "AutoModel"
@@ -44,17 +42,17 @@ class MegaTransformerVocoder(ReconstructionModel):
         return {"stft": self.config.stft_loss_weight, "mel": self.config.mel_loss_weight}
 
     def log_mel(self, waveforms: torch.FloatTensor) -> torch.Tensor:
-        """(clips, samples) -> (clips, mel bins, frames): what the feature extractor gives, with a gradient."""
+        """(waveforms, samples) -> (waveforms, mel bins, frames): what the feature extractor gives, with a gradient."""
         config = self.config
         _, filters = window_and_filters(config.sampling_rate, config.n_fft, config.num_mel_bins)
         mel = filters.T.to(waveforms.device) @ power_spectrogram(waveforms, config.n_fft, config.hop_length)
         return (mel.clamp(min=FLOOR).log10() - LOG_MEAN) / LOG_STD
 
     def decode(self, log_mels: torch.FloatTensor) -> torch.Tensor:
-        """(clips, mel bins, frames) -> float32 (clips, (frames - 1) * hop_length).
+        """(waveforms, mel bins, frames) -> float32 (waveforms, (frames - 1) * hop_length).
 
         Raises:
-            ValueError: for a tensor of another shape.
+            ValueError: the tensor has another shape.
         """
         config = self.config
         if log_mels.ndim != 3 or log_mels.shape[1] != config.num_mel_bins or not log_mels.shape[2]:
@@ -75,14 +73,15 @@ class MegaTransformerVocoder(ReconstructionModel):
         return torch.istft(spectrum, config.n_fft, config.hop_length, window=window)
 
     def forward(self, waveforms: torch.FloatTensor, step: int | None = None) -> ReconstructionOutput:
-        """Sound to log-mel spectrograms and back, and how well it came through.
+        """Audio to log-mel spectrograms and back, and how well it came through.
 
         Args:
-            waveforms: float (clips, samples), at the configured rate; samples behind the last whole frame are left out.
+            waveforms: float (waveforms, samples), at the configured rate; samples behind the last whole frame are left
+                out.
             step: Updates that were made; see `compare`.
 
         Raises:
-            ValueError: for clips shorter than a frame.
+            ValueError: waveforms are shorter than a frame.
         """
         hop = self.config.hop_length
         if waveforms.ndim != 2 or waveforms.shape[1] < hop:
@@ -101,7 +100,7 @@ class MegaTransformerVocoder(ReconstructionModel):
 
 
 def power_spectrogram(waveforms: torch.Tensor, n_fft: int, hop_length: int) -> torch.Tensor:
-    """(clips, samples) -> (clips, n_fft // 2 + 1, frames), under a Hann window; silence around the clip."""
+    """(waveforms, samples) -> (waveforms, n_fft // 2 + 1, frames), under a Hann window; silence around the waveform."""
     window = torch.hann_window(n_fft, device=waveforms.device)
     spectrum = torch.stft(waveforms.float(), n_fft, hop_length, window=window, pad_mode="constant", return_complex=True)
     return spectrum.real.square() + spectrum.imag.square()
@@ -130,12 +129,12 @@ def sound_discriminators(config: MegaTransformerVocoderConfig) -> Iterator[Discr
 
 
 def fold(waveforms: torch.Tensor, period: int) -> torch.Tensor:
-    """(clips, samples) -> (clips, 1, rows, period)."""
+    """(waveforms, samples) -> (waveforms, 1, rows, period)."""
     padded = nn.functional.pad(waveforms, (0, -waveforms.shape[1] % period))
     return padded.view(len(waveforms), 1, -1, period)
 
 
 def log_spectrogram(waveforms: torch.Tensor, n_fft: int) -> torch.Tensor:
-    """(clips, samples) -> (clips, 1, frequencies, frames), the logarithms of magnitudes."""
+    """(waveforms, samples) -> (waveforms, 1, frequencies, frames), the logarithms of magnitudes."""
     power = power_spectrogram(waveforms, n_fft, n_fft // 4)
     return (power.clamp(min=QUIET).log10() / 2).unsqueeze(1)

@@ -42,7 +42,7 @@ class DeclaredWeight:
     """A weight as the header of its file has it.
 
     Args:
-        shape: Of the tensor.
+        shape: Shape of the tensor.
         dtype: Name of its type, such as "F32".
     """
 

@@ -13,7 +13,7 @@ from callbacks import CallbacksConfig, MediaSamplesConfig, add_callbacks
 from callbacks.media_samples import MediaSamplesCallback, spectrogram
 from callbacks.model_size import part_sizes
 from dataset_loading import Collator, DataConfig, SourceConfig, build_examples, get_task
-from dataset_loading.synthetic import generate_row
+from dataset_loading.tasks.registry import generate_row
 from tests.test_callbacks import events, texts
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from tests.tiny_processor import picture, sound, tiny_processor

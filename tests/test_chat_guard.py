@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from dataset_loading import train_tokenizer
-from dataset_loading.media_reader import MediaReader
+from dataset_loading.packing.media_reader import MediaReader
 from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, encode_conversation, prepare_tokenizer
 from model.chat_guard import MARK
 from tests.tiny_processor import picture, tiny_processor

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dataset_loading.media_reader import MediaReader
+from dataset_loading.packing.media_reader import MediaReader
 from inference import chat, generate
 from inference.conversation import Conversation
 from model.chat import CHAT_TEMPLATE, encode_conversation, prepare_tokenizer, render_outline
-from model.chat_rendering import UnboundedTemplateError, render, template_of
+from model.chat_rendering import UnboundedTemplateError, render_template, template_of
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 from tests.tiny_processor import tiny_processor
 
@@ -48,7 +48,7 @@ UNBOUNDED = {
 def refused(template, kind=ValueError, **variables):
     """The line with which a template is refused."""
     with pytest.raises(kind) as caught:
-        render(template, MESSAGES, **variables)
+        render_template(template, MESSAGES, **variables)
     return str(caught.value)
 
 
@@ -59,8 +59,8 @@ def test_a_template_in_a_child_writes_what_transformers_does(template):
         conversations=[MESSAGES], chat_template=template, return_assistant_tokens_mask=True, **variables
     )
     expected = texts[0], [tuple(span) for span in spans[0]]
-    assert render(template, MESSAGES, **variables) == expected
-    assert render(template, MESSAGES, is_trusted=True, **variables) == expected
+    assert render_template(template, MESSAGES, **variables) == expected
+    assert render_template(template, MESSAGES, is_trusted=True, **variables) == expected
 
 
 @pytest.mark.parametrize("template", FAILING, ids=lambda text: text[:20])

@@ -84,7 +84,7 @@ def rows_of(folder, talks, processor):
     (folder / "talks.jsonl").write_text("".join(json.dumps({"messages": relative(talk)}) + "\n" for talk in talks))
     source = SourceConfig("chat", paths=[str(folder / "talks.jsonl")])
     held_out = SourceConfig("generated", task="addition", num_rows=2)
-    config = DataConfig([source], [held_out], block_size=512, packing=False, max_bad_rows=0)
+    config = DataConfig([source], [held_out], block_size=512, packing=False, max_invalid_rows=0)
     return build_datasets(config, processor).train
 
 

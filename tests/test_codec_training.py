@@ -64,7 +64,7 @@ def test_pictures_without_their_texts(tmp_path):
     assert train[0].shape == (3, 16, 16) and train[0][:2].unique().tolist() == [-1, 1]
     assert IMAGES.collate_codec_inputs([train[0], train[1]])["pixel_values"].shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match=r"damaged\.png"):
-        build_codec_datasets(DataConfig(train=[SourceConfig("imagefolder", path=path)], max_bad_rows=0), IMAGES)
+        build_codec_datasets(DataConfig(train=[SourceConfig("imagefolder", path=path)], max_invalid_rows=0), IMAGES)
 
 
 def test_clips_are_parts_of_recordings(tmp_path):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,8 @@ import transformers
 import yaml
 
 import configs
-from configs import (
-    RunConfig,
-    check_output_dir,
-    load_config,
-    load_run_config,
-    one_line_errors,
-    options_of,
-)
-from configs.finetuning import load_finetuning_config
+from configs import RunConfig, load_config, load_run_config, loader, one_line_errors, runs
+from configs.finetuning import FinetuningConfig
 from configs.reference import classes_of_run
 from inference import logs
 from model import MegaTransformerTextConfig, RecurrenceConfig, versions
@@ -232,7 +226,7 @@ def test_the_same_typo_through_the_python_interface(build) -> None:
 
 def test_no_option_can_be_abbreviated(refused) -> None:
     """E3: every option without its last letter is unknown, unless that is another option."""
-    parser = configs.build_parser(MegaTransformerTextConfig)
+    parser = loader.build_parser(RunConfig.layout([]))
     options = {
         flag for action in parser._actions for flag in action.option_strings if flag.count(".") and flag[-1] != "+"
     }
@@ -263,7 +257,7 @@ def test_the_first_rank_of_a_machine_speaks_first(refused, capsys, monkeypatch: 
     that happens.
     """
     waits: list[float] = []
-    monkeypatch.setattr(configs.time, "sleep", waits.append)
+    monkeypatch.setattr(runs.time, "sleep", waits.append)
     said = refused("--model.norm", "batchnorm")
     assert not waits
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -272,13 +266,13 @@ def test_the_first_rank_of_a_machine_speaks_first(refused, capsys, monkeypatch: 
         assert capsys.readouterr().err == ""
         waits.append(seconds)
 
-    monkeypatch.setattr(configs.time, "sleep", silent)
+    monkeypatch.setattr(runs.time, "sleep", silent)
     assert refused("--model.norm", "batchnorm") == said
     assert waits == [30]
 
 
 def test_a_message_of_another_form_is_passed_on() -> None:
-    assert configs.describe("something else went wrong", {}) == "something else went wrong"
+    assert loader.describe_error("something else went wrong", {}) == "something else went wrong"
 
 
 # ------------------------------------------------------------ values and order
@@ -391,8 +385,8 @@ def test_every_option_is_in_the_resolved_file() -> None:
     """E2: defaults too, so that a later default does not change an old run."""
     run = load()
     for name, section in (("model", run.model), ("data", run.data), ("training", run.training)):
-        assert set(run.resolved[name]) - {"model_type"} == set(configs.options_of(type(section)))
-    assert set(run.resolved["model"]["recurrence"]) == set(configs.options_of(RecurrenceConfig))
+        assert set(run.resolved[name]) - {"model_type"} == set(loader.option_types(type(section)))
+    assert set(run.resolved["model"]["recurrence"]) == set(loader.option_types(RecurrenceConfig))
 
 
 def test_secrets_are_no_option(refused) -> None:
@@ -465,7 +459,7 @@ def test_a_pretrained_encoder_is_named_relative_to_the_file_too(yaml_file, tmp_p
 @pytest.mark.parametrize("name", ["zero2", "zero2.json", str(ROOT / "configs/deepspeed/zero2.json")])
 def test_deepspeed_files_are_found_by_name_from_anywhere(name: str) -> None:
     """C8."""
-    assert configs.find_deepspeed(name) == str(ROOT / "configs/deepspeed/zero2.json")
+    assert runs.find_deepspeed(name) == str(ROOT / "configs/deepspeed/zero2.json")
 
 
 def test_a_missing_deepspeed_file_is_named(refused, yaml_file) -> None:
@@ -477,9 +471,9 @@ def test_a_missing_deepspeed_file_is_named(refused, yaml_file) -> None:
 def test_the_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     output = ["--training.output_dir", str(tmp_path / "run")]
     run = load(*output, "--model.hidden_size", "64")
-    check_output_dir(run)
+    runs.check_output_dir(run)
     run.save(tmp_path / "run" / "config.yaml")
-    check_output_dir(load(*output, "--model.hidden_size", "64", "--training.max_steps", "3"))
+    runs.check_output_dir(load(*output, "--model.hidden_size", "64", "--training.max_steps", "3"))
     for flags, key in (
         (["--model.hidden_size", "32"], "model.hidden_size is 64 there and 32 here"),
         (
@@ -489,7 +483,7 @@ def test_the_folder_of_another_model_is_refused(tmp_path: Path) -> None:
         (["--model.hidden_size", "64", "--tokenizer.vocab_size", "999"], "tokenizer.vocab_size is 1024 there"),
     ):
         with pytest.raises(ValueError, match=re.escape(key)) as error:
-            check_output_dir(load(*output, *flags))
+            runs.check_output_dir(load(*output, *flags))
         assert str(tmp_path / "run") in str(error.value) and "choose another output_dir" in str(error.value)
 
 
@@ -501,16 +495,16 @@ def test_a_younger_option_does_not_make_another_model(tmp_path: Path) -> None:
     before = yaml.safe_load((tmp_path / "config.yaml").read_text())
     del before["model"]["recurrence"]["injection"], before["model"]["qk_norm"], before["tokenizer"]["split_digits"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
-    check_output_dir(run)
+    runs.check_output_dir(run)
     with pytest.raises(ValueError, match=r"model\.recurrence\.injection is 'concat' there and 'add' here"):
-        check_output_dir(load(*output, "--model.recurrence.injection", "add"))
+        runs.check_output_dir(load(*output, "--model.recurrence.injection", "add"))
 
 
 def test_an_output_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in (str(tmp_path / "file"), str(tmp_path / "file" / "below"), ""):
         with pytest.raises(ValueError, match=f"{name}' is no folder that can be written; choose another"):
-            check_output_dir(load("--training.output_dir", name))
+            runs.check_output_dir(load("--training.output_dir", name))
 
 
 @pytest.mark.parametrize(("text", "reason"), [("{", "is not valid JSON"), ("[]", "holds a list, not an object")])
@@ -533,7 +527,7 @@ def test_errors_of_files_are_one_line_and_errors_of_ours_are_not(capsys) -> None
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_loads(path: Path) -> None:
-    load_it = load_finetuning_config if path.stem.startswith("finetune") else load_config
+    load_it = partial(load_config, kind=FinetuningConfig) if path.stem.startswith("finetune") else load_config
     run = load_it(["--config", str(path), *ON_CPU])
     assert run.training.output_dir == f"runs/{path.stem}" and run.training.max_steps > 0 and run.data.train
 
@@ -541,7 +535,7 @@ def test_every_config_loads(path: Path) -> None:
 def test_the_plain_twin_differs_in_the_core_alone() -> None:
     """The same unique layers and the same of everything else, but for names and depths."""
     recurrent, plain = (
-        configs.flatten(configs.resolve(["--config", str(ROOT / f"configs/{name}_lm.yaml")]))
+        configs.flatten_keys(configs.resolve(["--config", str(ROOT / f"configs/{name}_lm.yaml")]))
         for name in ("recurrent", "plain")
     )
     different = {key for key in recurrent if recurrent[key] != plain[key] and not key.startswith("model.recurrence.")}
@@ -579,7 +573,7 @@ def test_each_option_of_ours_has_a_docstring() -> None:
     """E2."""
     inherited = {f"training.{name}" for name in RecurrentTrainingArguments.__mro__[1].__dataclass_fields__}
     own = {f"training.{name}" for name in RecurrentTrainingArguments.__annotations__}
-    for action in configs.build_parser(MegaTransformerTextConfig)._actions:
+    for action in loader.build_parser(RunConfig.layout([]))._actions:
         if "." in action.dest and not action.dest.endswith(".help") and action.dest not in inherited - own:
             assert action.help and not action.help.startswith("(type"), action.dest
 
@@ -642,7 +636,7 @@ def test_help_of_a_section_has_its_options_and_no_others(ended, yaml_file) -> No
         )
         assert part == {flag for flag in whole if f"{flag}.".startswith(f"--{section}.")} - {"--model.model_type"}
         assert len(part) > 3
-    tuned = ended("--trainer", "dpo", "--training.help", loader=load_finetuning_config)
+    tuned = ended("--trainer", "dpo", "--training.help", loader=partial(load_config, kind=FinetuningConfig))
     assert "--training.beta " in tuned and "--data." not in tuned
 
 
@@ -653,8 +647,8 @@ def test_help_of_no_section_names_the_nearest(refused) -> None:
 
 def test_the_version_is_that_of_checkout_and_libraries(ended) -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    for loader in (load_config, load_finetuning_config):
-        words = ended("--version", loader=loader).split()
+    for load in (load_config, partial(load_config, kind=FinetuningConfig)):
+        words = ended("--version", loader=load).split()
         assert words[0] == "MegaTransformer" and words[-4:-2] == ["torch", f"{torch.__version__},"]
         assert words[-2:] == ["transformers", transformers.__version__]
         found = words[1].removesuffix(",").removesuffix("+")
@@ -670,9 +664,9 @@ def test_the_version_outside_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_schema_of_a_file_is_printed_for_editors(ended) -> None:
     """jsonargparse's; a shell's needs shtab, and comes the same way."""
-    configs.build_parser.cache_clear()
+    loader.build_parser.cache_clear()
     schema = json.loads(ended("--print_completion", "jsonschema"))
-    configs.build_parser.cache_clear()  # printing leaves a parser that parses nothing
+    loader.build_parser.cache_clear()  # printing leaves a parser that parses nothing
     assert {"model", "training", "data"} <= set(schema["properties"])
 
 
@@ -784,7 +778,7 @@ def float_options() -> dict[str, type]:
     """Each key of a run that takes a number with a point, and the class it stands in; of lists the class alone."""
     found = {}
     for cls, keys in classes_of_run().items():
-        for name, hint in options_of(cls).items():
+        for name, hint in loader.option_types(cls).items():
             if float in (hint, *typing.get_args(hint)) and typing.get_origin(hint) is not list:
                 found[f"{keys[0]}.{name}"] = cls
     return found

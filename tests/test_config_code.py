@@ -11,7 +11,7 @@ import yaml
 import finetune
 import pretrain
 from configs import load_config, load_run_config
-from configs.finetuning import load_finetuning_config
+from configs.finetuning import FinetuningConfig
 from tests.test_pretrain import write_config
 
 MODULE = """
@@ -81,7 +81,7 @@ def test_rewards_of_others_in_a_file_are_refused(mark, tmp_path, capsys, names):
 
 def test_rewards_of_this_project_need_no_flag(tmp_path):
     names = ["evaluation.rewards:exact_answer", "evaluation.rewards:close_answer"]
-    assert load_finetuning_config(reward_run(tmp_path, *names)).training.rewards == names
+    assert load_config(reward_run(tmp_path, *names), FinetuningConfig).training.rewards == names
 
 
 @pytest.mark.parametrize("flag", ["--allow-code", "--allow_code=true"])
@@ -106,7 +106,7 @@ def test_the_command_line_needs_no_flag(optimizer_run, tmp_path):
     assert load_config([*optimizer_run, *named]).training.optimizer == "elsewhere:build"
     assert load_config([*optimizer_run, "--training.optimizer", "null"]).training.optimizer is None
     rewards = ["--training.rewards", "[elsewhere:one]"]
-    assert load_finetuning_config([*reward_run(tmp_path, "a:b"), *rewards]).training.rewards == ["elsewhere:one"]
+    assert load_config([*reward_run(tmp_path, "a:b"), *rewards], FinetuningConfig).training.rewards == ["elsewhere:one"]
 
 
 def test_a_file_cannot_allow_its_own_code(optimizer_run, tmp_path, capsys):

@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 
 import configs
 from callbacks import CallbacksConfig
-from configs import finetuning, load_run_config, reference
+from configs import flatten_keys, load_run_config, loader, reference
+from configs.finetuning import FinetuningConfig
 from dataset_loading.configuration import DataConfig, SourceConfig, TokenizerConfig
 from model import (
     MegaTransformerAudioConfig,
@@ -107,7 +108,7 @@ def tree_of_defaults() -> dict[str, Any]:
 
 
 def test_page_is_up_to_date():
-    assert reference.render() == PAGE, "docs/config.md is stale: run `make docs` and commit it"
+    assert reference.render_page() == PAGE, "docs/config.md is stale: run `make docs` and commit it"
 
 
 def test_the_documented_defaults_are_those_of_the_classes(tmp_path: Path):
@@ -129,8 +130,8 @@ def test_the_documented_defaults_are_those_of_the_classes(tmp_path: Path):
 
 def test_the_documented_defaults_of_fine_tuning_are_those_of_the_classes():
     """As those of pretraining; a group that is named has the defaults of its class."""
-    tuned = finetuning.resolve([*TUNING, "--peft.rank", "8", "--step_lora.rank", "4"])
-    flat = configs.flatten(tuned) | {"model.path": ""}
+    tuned = configs.resolve([*TUNING, "--peft.rank", "8", "--step_lora.rank", "4"], FinetuningConfig)
+    flat = flatten_keys(tuned) | {"model.path": ""}
     documented = {line.name: line.default for line in LINES if line.group in OF_TUNING and line.default}
     assert {name: yaml.safe_load(default.strip("`")) for name, default in documented.items()}.items() <= flat.items()
 
@@ -139,8 +140,10 @@ def test_every_option_stands_there_once(tmp_path: Path):
     """Those that the loader resolves, flattened, and of training arguments those that differ from the inherited."""
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"data": {"train": [GENERATED]}}))
-    theirs = {item.name: (item.default, item.type) for item in dataclasses.fields(TrainingArguments)}
-    ours = {item.name: (item.default, item.type) for item in dataclasses.fields(RecurrentTrainingArguments)}
+    theirs = {item.name: (item.default, item.type, item.metadata) for item in dataclasses.fields(TrainingArguments)}
+    ours = {
+        item.name: (item.default, item.type, item.metadata) for item in dataclasses.fields(RecurrentTrainingArguments)
+    }
     expected: set[str] = set()
     for given in ([], MEDIA, *CODECS.values()):
         resolved = load_run_config(path, given).resolved
@@ -148,12 +151,15 @@ def test_every_option_stands_there_once(tmp_path: Path):
         inherited = [name for name in resolved["training"] if ours[name] == theirs.get(name)]
         for name in inherited:
             del resolved["training"][name]
-        expected |= {*configs.flatten(resolved), *(f"{group}.{key}" for group in SOURCES.split(", ") for key in source)}
+        expected |= {
+            *flatten_keys(resolved),
+            *(f"{group}.{key}" for group in SOURCES.split(", ") for key in source),
+        }
     expected |= {f"training.parameter_groups.{item.name}" for item in dataclasses.fields(ParameterGroup)}
-    tuned = finetuning.resolve([*TUNING, "--peft.rank", "2", "--step_lora.rank", "2"])
-    expected |= configs.flatten({name: tuned[name] for name in ("model", "peft", "step_lora", "quantization")}).keys()
+    tuned = configs.resolve([*TUNING, "--peft.rank", "2", "--step_lora.rank", "2"], FinetuningConfig)
+    expected |= flatten_keys({name: tuned[name] for name in ("model", "peft", "step_lora", "quantization")}).keys()
     for cls in (SupervisedArguments, PreferenceArguments, RolloutArguments, ExitProbeArguments):
-        expected |= {f"training.{name}" for name in cls.__annotations__ if name in configs.options_of(cls)}
+        expected |= {f"training.{name}" for name in cls.__annotations__ if name in loader.option_types(cls)}
     assert len({(line.group, line.key) for line in LINES}) == len(LINES)
     groups = {part for line in LINES for part in line.group.partition(" [")[0].split(", ")}
     groups.add("model.text_config.model_type")
@@ -179,11 +185,11 @@ def test_choices_are_those_the_loader_takes():
         choices = set(re.findall(r'`"([^"]+)"`', line.type))
         given = CODECS.get(line.group, MEDIA if line.group in OF_MEDIA else [])
         given = [] if line.key == "model_type" else given
-        resolve = configs.resolve
+        kind = configs.RunConfig
         if line.group in (*OF_TUNING, *OF_TRAINERS):
-            resolve, given = finetuning.resolve, TUNING
+            kind, given = FinetuningConfig, TUNING
         with pytest.raises(ValueError, match="unknown") as error:
-            resolve([*given, f"--{line.name}=nonsense"])
+            configs.resolve([*given, f"--{line.name}=nonsense"], kind)
         assert set(re.search(r"known: (.*)", str(error.value))[1].split(", ")) == choices
 
 

@@ -25,8 +25,8 @@ from dataset_loading import (
     build_validation,
     train_tokenizer,
 )
+from dataset_loading.bad_rows import BadRows
 from dataset_loading.splits import iterate_training_texts, load_split
-from dataset_loading.validation import BadRows
 
 BYTES = train_tokenizer([], 259)
 
@@ -50,7 +50,7 @@ def split_texts(config, seed=0):
 
 
 def test_validation_is_split_off_by_document_and_seed(tmp_path):
-    """D3: it is there without asking; equal documents, here every text twice, stay on one side."""
+    """It is there without asking; equal documents, here every text twice, stay on one side."""
     texts = [f"text {number // 2}" for number in range(2000)]
     config = DataConfig(train=[files(write_texts(tmp_path / "a.jsonl", texts))], validation_fraction=0.1)
     train, validation = split_texts(config)
@@ -79,7 +79,7 @@ def test_more_documents_move_none_to_the_other_side(tmp_path):
 
 @pytest.mark.parametrize("line", ["line {}\n", "word {} "])
 def test_a_long_document_is_split_by_size_at_the_start_of_a_line(tmp_path, line):
-    """D3: its tail is validation, one document or a few; where there are no lines, it is cut in the middle."""
+    """Its tail is validation, one document or a few; where there are no lines, it is cut in the middle."""
     text = "".join(line.format(number) for number in range(3000))
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text(text.upper() + "X")
@@ -94,7 +94,7 @@ def test_a_long_document_is_split_by_size_at_the_start_of_a_line(tmp_path, line)
 
 
 def test_documents_too_few_and_too_short_to_split_are_an_error(tmp_path):
-    """D4: with the counts, instead of a run without validation, or without training."""
+    """With the counts, instead of a run without validation, or without training."""
     (tmp_path / "a.txt").write_text("x")
     message = r"validation_fraction {} of source 'a', which has 1 short documents, leaves {} to train on and {} for val"
     for fraction, counts in ((0.001, (1, 0)), (0.999, (0, 1))):
@@ -106,7 +106,7 @@ def test_documents_too_few_and_too_short_to_split_are_an_error(tmp_path):
 
 
 def test_train_documents_that_validation_has_are_dropped(tmp_path):
-    """D3: whichever source they come from."""
+    """Whichever source they come from."""
     config = DataConfig(
         train=[files(write_texts(tmp_path / "a.jsonl", ["one", "two", "three"]))],
         validation=[files(write_texts(tmp_path / "b.jsonl", ["two", "four"]))],
@@ -131,7 +131,7 @@ def test_generated_roles_are_set_by_the_list(tmp_path):
 
 
 def test_validation_keeps_the_order_of_the_file_and_scores_each_byte_once(tmp_path):
-    """D3: never shuffled; bits per byte are over the whole file."""
+    """Never shuffled; bits per byte are over the whole file."""
     text = "".join(f"zeile {number} größer\n" for number in range(300))
     (tmp_path / "valid.txt").write_text(text)
     config = DataConfig(train=[generated()], validation=[files(tmp_path / "valid.txt")], block_size=32)
@@ -156,7 +156,7 @@ def test_validation_alone_is_that_of_the_whole_run(tmp_path, configured):
 
 
 def test_the_vocabulary_of_a_few_rows_sees_no_validation_document(tmp_path, monkeypatch):
-    """D3: the rows are taken after the split, which is that of the whole source."""
+    """The rows are taken after the split, which is that of the whole source."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "hub").mkdir()
     write_texts(tmp_path / "hub" / "train.jsonl", [f"text {number}" for number in range(100)])
@@ -169,7 +169,7 @@ def test_the_vocabulary_of_a_few_rows_sees_no_validation_document(tmp_path, monk
 def test_report_counts(tmp_path):
     write_texts(tmp_path / "a.jsonl", ["abc", "", "defg"])
     config = DataConfig(
-        train=[files(tmp_path / "a.jsonl")], validation=[generated(num_rows=7)], block_size=4, max_bad_rows=1
+        train=[files(tmp_path / "a.jsonl")], validation=[generated(num_rows=7)], block_size=4, max_invalid_rows=1
     )
     validation, train = build_datasets(config, BYTES).report
     assert (train.role, train.name, train.documents, train.tokens, train.rows, train.bad_rows) == (
@@ -192,7 +192,7 @@ class Numbers(Dataset):
 
 
 def test_mixture_keeps_the_proportions_and_repeats_nothing_early():
-    """D2: every row of every part is read, equally often up to one, in the shares of the weights."""
+    """Every row of every part is read, equally often up to one, in the shares of the weights."""
     mixture = MixtureDataset([Numbers("a", 30), Numbers("b", 7), Numbers("c", 100)], [1, 1, 2], seed=3)
     counts = Counter(mixture[index] for index in range(len(mixture)))
     assert len(mixture) == 200
@@ -205,7 +205,7 @@ def test_mixture_keeps_the_proportions_and_repeats_nothing_early():
 
 
 def test_a_weight_that_makes_an_endless_epoch_is_refused():
-    """D4: before anything of its length is allocated."""
+    """Before anything of its length is allocated."""
     assert len(MixtureDataset([Numbers("a", 10), Numbers("b", 1000)], [99.5, 1], seed=0)) == 100_500
     message = (
         "weight 1e-09 of a source of 1000 rows makes an epoch of 1000000001000 rows, more than 100 times the 1010 rows "
@@ -216,7 +216,7 @@ def test_a_weight_that_makes_an_endless_epoch_is_refused():
 
 
 def test_mixture_row_is_a_function_of_seed_and_index():
-    """D2: random access gives what iterating gives; another seed another order."""
+    """Random access gives what iterating gives; another seed another order."""
     first, second, other = (MixtureDataset([Numbers("a", 9), Numbers("b", 9)], [1, 3], seed) for seed in (0, 0, 1))
     order = [first[index] for index in range(len(first))]
     assert [second[index] for index in reversed(range(len(second)))][::-1] == order
@@ -226,7 +226,7 @@ def test_mixture_row_is_a_function_of_seed_and_index():
 
 
 def test_too_little_to_train_on_is_an_error_with_the_counts(tmp_path):
-    """D4: an empty list, less than a block, less than a batch."""
+    """An empty list, less than a block, less than a batch."""
     with pytest.raises(ValueError, match=r"data\.train is empty"):
         build_datasets(DataConfig(), BYTES)
     path = write_texts(tmp_path / "a.jsonl", ["abcdef", "ghi"])
@@ -240,7 +240,7 @@ def test_too_little_to_train_on_is_an_error_with_the_counts(tmp_path):
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
-    """D9: whichever of its ids occur in the data; here 258, the last byte, does not."""
+    """Whichever of its ids occur in the data; here 258, the last byte, does not."""
     config = DataConfig(train=[generated()], block_size=16)
     assert max(build_datasets(config, BYTES, vocab_size=259).train.tokens) < 258
     for build in (build_datasets, build_validation):
@@ -253,7 +253,6 @@ def test_a_tokenizer_larger_than_the_model_is_refused():
 
 
 def test_workers_change_nothing():
-    """D5."""
     sources = [generated("stories"), generated("chained_lookup", loss_on="answer")]
     one = build_datasets(DataConfig(train=sources, preprocessing_workers=1), BYTES)
     two = build_datasets(DataConfig(train=sources, preprocessing_workers=2), BYTES)
@@ -339,7 +338,7 @@ print(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())
 
 
 def test_processes_build_the_same_data(tmp_path):
-    """D2: with other hash seeds, as two ranks have them, all datasets and the vocabulary are equal."""
+    """With other hash seeds, as two ranks have them, all datasets and the vocabulary are equal."""
     (tmp_path / "hub").mkdir()
     write_texts(tmp_path / "hub" / "train.jsonl", [f"hub text {number}" for number in range(100)])
     texts = write_texts(tmp_path / "a.jsonl", [f"text {number} " * (number % 20 + 1) for number in range(200)])

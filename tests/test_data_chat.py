@@ -182,7 +182,7 @@ def test_a_template_of_its_own_is_left_alone_and_learned():
 def test_bad_conversations_are_named(tmp_path, talk, reason):
     source = SourceConfig("chat", paths=[write_chat(tmp_path, "jsonl", [TALK, talk])])
     with pytest.raises(ValueError, match=f"talks.jsonl line 2: {reason}"):
-        build(source, chat_tokenizer(), max_bad_rows=0)
+        build(source, chat_tokenizer(), max_invalid_rows=0)
 
 
 def test_a_prompt_that_names_no_column_is_refused():

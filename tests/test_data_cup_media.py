@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from dataset_loading import MEDIA_TASKS
-from dataset_loading.synthetic import generate_row
+from dataset_loading.tasks.registry import generate_row
 from evaluation.checks import CHECKS
 from tests.test_data_melodies import tones_heard
 from tests.test_data_scenes import things_seen

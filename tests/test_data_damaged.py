@@ -22,9 +22,9 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-def train_of(block_size=128, max_bad_rows=9, **source):
+def train_of(block_size=128, max_invalid_rows=9, **source):
     config = DataConfig([SourceConfig(**source)], HELD_OUT, block_size=block_size, packing=False)
-    config.max_bad_rows = max_bad_rows
+    config.max_invalid_rows = max_invalid_rows
     return build_datasets(config, tiny_processor()).train
 
 

@@ -7,8 +7,8 @@ from itertools import combinations, product
 import pytest
 
 from dataset_loading import MEDIA_TASKS
-from dataset_loading.synthetic import generate_row
-from dataset_loading.synthetic_task import split_of
+from dataset_loading.tasks.base import split_of
+from dataset_loading.tasks.registry import generate_row
 from tests.test_data_melodies import FREQUENCIES, tones_heard
 from tests.test_data_scenes import COLOURS, SHAPES, SIZES, things_seen
 

@@ -8,9 +8,9 @@ import pytest
 
 from configs import read_yaml
 from dataset_loading import DataConfig, SourceConfig
-from dataset_loading.sources import load_rows
-from dataset_loading.text_files import decode_text
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources.loading import load_rows
+from dataset_loading.sources.texts import decode_text
 from inference.prompts import read_prompts
 from tests.tiny_processor import image_file, picture
 

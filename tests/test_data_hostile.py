@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataset_loading import DataConfig, SourceConfig
-from dataset_loading import bounded as bounds
-from dataset_loading.bounded import MAX_ROW_BYTES, bounded_lines, list_items
-from dataset_loading.readers import READERS, expand_paths
-from dataset_loading.sources import load_rows, open_stream
-from dataset_loading.splits import rows_of_stream
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources import texts
+from dataset_loading.sources.loading import load_rows, open_stream, rows_of_stream
+from dataset_loading.sources.tables import READERS, expand_paths
+from dataset_loading.sources.texts import MAX_ROW_BYTES, bounded_lines, list_items
 from tests.peak_memory import peak_of
 from tests.tiny_processor import image_file, picture
 
@@ -377,8 +376,8 @@ def test_lines_without_an_end_cost_no_more_than_their_beginning(folder):
 
 
 def test_bounded_lines_are_lines(monkeypatch):
-    monkeypatch.setattr(bounds, "MAX_ROW_BYTES", 4)
-    monkeypatch.setattr(bounds, "_PIECE", 3)
+    monkeypatch.setattr(texts, "MAX_ROW_BYTES", 4)
+    monkeypatch.setattr(texts, "_PIECE", 3)
     assert list(bounded_lines(io.BytesIO(b"abc\nabcd\nabcdefghi\n\nabcdefghijk"))) == [
         *(b"abc\n", b"abcd\n"[:5], b"abcde", b"\n", b"abcde")
     ]
@@ -390,7 +389,7 @@ def test_a_list_of_any_length_is_read_item_by_item(tmp_path, monkeypatch):
     values = [[1.5e-7, {"a": ['é"\\', None, True]}, "x"], [], [[], {}], [12345, -1], ["\n ]"]]
     path = tmp_path / "a.json"
     for piece in (1, 3, 50):
-        monkeypatch.setattr(bounds, "_PIECE", piece)
+        monkeypatch.setattr(texts, "_PIECE", piece)
         for value in values:
             for text in (json.dumps(value), json.dumps(value, indent=1, ensure_ascii=False) + "\n"):
                 path.write_text(text)

@@ -76,7 +76,7 @@ def test_what_changes_nothing_is_left_out(tmp_path, case):
     plain = [{"role": message["role"], "content": message["content"]} for message in HARMLESS[case]]
     tokenizer = chat_tokenizer()
     path = write(tmp_path, [{"messages": HARMLESS[case]}])
-    row = build(SourceConfig("chat", paths=[path]), tokenizer, max_bad_rows=0).train[0]
+    row = build(SourceConfig("chat", paths=[path]), tokenizer, max_invalid_rows=0).train[0]
     assert row["input_ids"].tolist() == encode_conversation(tokenizer, plain)
     assert encode_conversation(tokenizer, HARMLESS[case]) == encode_conversation(tokenizer, plain)
 
@@ -86,10 +86,10 @@ def test_with_a_loss_on_all_a_question_is_learned_too(tmp_path):
     for loss_on, is_read in (("all", True), ("answer", False)):
         source = SourceConfig("chat", paths=[write(tmp_path, [{"messages": asked}])], loss_on=loss_on)
         if is_read:
-            assert len(build(source, chat_tokenizer(), max_bad_rows=0).train) == 1
+            assert len(build(source, chat_tokenizer(), max_invalid_rows=0).train) == 1
         else:
             with pytest.raises(ValueError, match="it is not learned; remove either"):
-                build(source, chat_tokenizer(), max_bad_rows=0)
+                build(source, chat_tokenizer(), max_invalid_rows=0)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_with_a_loss_on_all_a_question_is_learned_too(tmp_path):
 def test_a_part_that_says_more_than_is_read_is_refused(tmp_path, part, reason):
     path = write(tmp_path, [{"messages": [{"role": "user", "content": [part]}, SAID]}])
     with pytest.raises(ValueError, match=reason):
-        build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_bad_rows=0)
+        build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_invalid_rows=0)
 
 
 CHAT_ROW = {"messages": [ASKED, SAID]}
@@ -139,14 +139,14 @@ def test_a_row_that_says_more_than_is_read_is_refused(tmp_path, monkeypatch, cas
     else:
         source = SourceConfig("hub", path=str(tmp_path / "data"), streaming=way == "stream", **columns)
     with pytest.raises(ValueError, match=f"row 2: .*{reason}|line 2: .*{reason}"):
-        list(build(source, chat_tokenizer(), max_bad_rows=0).train)
+        list(build(source, chat_tokenizer(), max_invalid_rows=0).train)
     assert len(list(build(source, chat_tokenizer()).train)) == 1
 
 
 def test_columns_that_are_used_are_no_reason(tmp_path):
     rows = [{"system": "be brief", "question": "2+2?", "answer": "4", "weight": 0.2}]
     source = SourceConfig("files", paths=[write(tmp_path, rows)], prompt="{system} {question}", answer_column="answer")
-    assert len(build(source, chat_tokenizer(), max_bad_rows=0).train) == 1
+    assert len(build(source, chat_tokenizer(), max_invalid_rows=0).train) == 1
 
 
 def test_images_beside_messages_have_to_be_read(tmp_path):
@@ -154,7 +154,7 @@ def test_images_beside_messages_have_to_be_read(tmp_path):
     with pytest.raises(
         ValueError, match=r"column 'images' is not read and changes .* set image_column, with kind: files"
     ):
-        build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_bad_rows=0)
+        build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_invalid_rows=0)
 
 
 def test_pairs_have_neither(tmp_path, caplog):
@@ -177,9 +177,9 @@ def test_the_keys_of_others_are_named(tmp_path):
     talk = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
     path = write(tmp_path, [{"conversations": talk}])
     with pytest.raises(ValueError, match=r"no column 'messages' .*; set messages_column: conversations"):
-        build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_bad_rows=0)
+        build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_invalid_rows=0)
     with pytest.raises(ValueError, match="'from' and 'value', as ShareGPT writes it; rename them to role and content"):
-        build(SourceConfig("chat", paths=[path], messages_column="conversations"), chat_tokenizer(), max_bad_rows=0)
+        build(SourceConfig("chat", paths=[path], messages_column="conversations"), chat_tokenizer(), max_invalid_rows=0)
 
 
 def test_marks_in_a_text_are_where_its_images_stand(tmp_path):
@@ -210,4 +210,4 @@ def test_marks_in_a_text_are_where_its_images_stand(tmp_path):
         assert row["input_ids"].tolist() == expected["input_ids"].tolist()
         assert all(map(torch.equal, row["media"]["image"], expected["media"]["image"]))
     with pytest.raises(ValueError, match="line 3: 1 media of type 'image', but 2 marks '<image>' in the texts"):
-        build(source, processor, block_size=256, max_bad_rows=0)
+        build(source, processor, block_size=256, max_invalid_rows=0)

@@ -25,10 +25,10 @@ from dataset_loading import (
     get_task,
     train_tokenizer,
 )
-from dataset_loading.media_dataset import pack_whole
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.packing.media import pack_whole
 from dataset_loading.splits import load_split
-from dataset_loading.synthetic import generate_row
-from dataset_loading.validation import BadRows
+from dataset_loading.tasks.registry import generate_row
 from model import MEDIA_TOKENS
 from model.modalities import MODALITIES, Modality
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor
@@ -43,7 +43,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def build(source, packing=False, **fields):
-    fields = {"validation": VALIDATION, "block_size": 256, "max_bad_rows": 0, **fields}
+    fields = {"validation": VALIDATION, "block_size": 256, "max_invalid_rows": 0, **fields}
     return build_datasets(DataConfig(train=[source], packing=packing, **fields), PROCESSOR)
 
 
@@ -330,7 +330,6 @@ def test_rows_are_what_the_processor_makes_of_the_conversation(tmp_path, kind):
 
 
 def test_rows_are_the_same_with_several_processes(tmp_path):
-    """D5."""
     fields, conversations = parquet_of_two_files(tmp_path / "data")
     check_rows(build(SourceConfig(**fields), preprocessing_workers=2).train, conversations)
 
@@ -479,7 +478,7 @@ def test_rows_are_the_same_in_workers_and_in_any_order(tmp_path):
 
 
 def test_equal_media_and_texts_stay_on_one_side(tmp_path):
-    """D3: by what is in the files, not by their names; nothing moves when more come."""
+    """By what is in the files, not by their names; nothing moves when more come."""
     folder = tmp_path / "data"
     folder.mkdir()
 
@@ -503,7 +502,7 @@ def test_equal_media_and_texts_stay_on_one_side(tmp_path):
 
 
 def test_train_media_that_validation_has_are_dropped(tmp_path):
-    """D3: whatever they are called, and from whichever kind of source."""
+    """Whatever they are called, and from whichever kind of source."""
     fields, conversations = webdataset(tmp_path / "tars")
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -10,18 +10,16 @@ from torch.utils.data import DataLoader
 
 from dataset_loading import DataConfig, MixtureDataset, SourceConfig, build_datasets, train_tokenizer
 from dataset_loading.augmentation import (
+    AudioAugmentationConfig,
+    AugmentationConfig,
     Augmenter,
+    ImageAugmentationConfig,
+    TextAugmentationConfig,
     TextNoise,
     change_audio,
     change_image,
     mask_spectrogram,
     torch_seeded_by,
-)
-from dataset_loading.augmentation_options import (
-    AudioAugmentationConfig,
-    AugmentationConfig,
-    ImageAugmentationConfig,
-    TextAugmentationConfig,
 )
 from tests.tiny_processor import audio_file, picture, sound, tiny_processor
 

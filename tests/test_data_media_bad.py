@@ -104,8 +104,10 @@ def test_what_cannot_be_read_is_a_bad_row(tmp_path, caplog, case, check_media):
     texts = [PROCESSOR.tokenizer.decode(row["labels"][row["labels"] != -100]) for row in rows]
     ending = "wav" if name.endswith("wav") else "png"
     assert set(texts) == {f"text {number}.{ending}<|end|>" for number in (0, 2)}
-    with pytest.raises(ValueError, match=r"1 rows are bad, data\.max_bad_rows is 0: it, .*metadata\.jsonl line 2: "):
-        rows = build(source, check_media=check_media, max_bad_rows=0).train
+    with pytest.raises(
+        ValueError, match=r"1 rows are bad, data\.max_invalid_rows is 0: it, .*metadata\.jsonl line 2: "
+    ):
+        rows = build(source, check_media=check_media, max_invalid_rows=0).train
         [rows[index] for index in range(len(rows))]
 
 
@@ -133,7 +135,7 @@ GOOD = {
 @pytest.mark.parametrize("case", GOOD)
 def test_what_is_unusual_is_read(tmp_path, case):
     name, content = GOOD[case]
-    rows = build(folder_with(tmp_path, name, content), max_bad_rows=0).train
+    rows = build(folder_with(tmp_path, name, content), max_invalid_rows=0).train
     assert len(rows) == 3
     batch = Collator(PROCESSOR)([rows[index] for index in range(3)])
     tensors = batch["pixel_values" if "pixel_values" in batch else "input_features"]
@@ -276,9 +278,9 @@ def test_too_many_bad_media_stop_the_run_with_the_first_of_them(tmp_path):
     rows = [{"file_name": f"{number}.png", "text": "x"} for number in range(9)]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(
-        ValueError, match=r"4 rows are bad, data\.max_bad_rows is 3: .*line 1: no file .*0\.png.*line 4"
+        ValueError, match=r"4 rows are bad, data\.max_invalid_rows is 3: .*line 1: no file .*0\.png.*line 4"
     ):
-        build(SourceConfig("imagefolder", path=str(tmp_path)), max_bad_rows=3)
+        build(SourceConfig("imagefolder", path=str(tmp_path)), max_invalid_rows=3)
     with pytest.raises(ValueError, match=r"has no usable rows: 9 x "):
         build(SourceConfig("imagefolder", path=str(tmp_path)))
 
@@ -291,7 +293,7 @@ def test_a_medium_that_goes_bad_while_training_is_replaced_and_counted(tmp_path,
     lines = [json.dumps({"file_name": f"{number}.png", "text": f"text {number}"}) + "\n" for number in range(4)]
     (tmp_path / "metadata.jsonl").write_text("".join(lines))
     source = SourceConfig("imagefolder", path=str(tmp_path), name="it")
-    rows = build(source, block_size=24, packing=packing, max_bad_rows=1).train
+    rows = build(source, block_size=24, packing=packing, max_invalid_rows=1).train
     wanted = [rows[index] for index in range(4)]
     (tmp_path / "1.png").unlink()
     at = next(index for index, row in enumerate(wanted) if "1<|end|>" in PROCESSOR.tokenizer.decode(row["input_ids"]))
@@ -302,7 +304,7 @@ def test_a_medium_that_goes_bad_while_training_is_replaced_and_counted(tmp_path,
     assert caplog.text.count("bad row") == 1 and "1.png" in caplog.text
     for number in (0, 2, 3):
         (tmp_path / f"{number}.png").unlink()
-    with pytest.raises(ValueError, match=r"2 rows are bad, data\.max_bad_rows is 1: it, "):
+    with pytest.raises(ValueError, match=r"2 rows are bad, data\.max_invalid_rows is 1: it, "):
         rows[0]
     rows.bad_rows.limit = 100
     with pytest.raises(ValueError, match="no row of 'it' can be read any more"):

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset_loading import Collator, DataConfig, SourceConfig, StreamingDataset, build_datasets
-from dataset_loading.augmentation_options import (
+from dataset_loading.augmentation import (
     AudioAugmentationConfig,
     AugmentationConfig,
     ImageAugmentationConfig,
@@ -178,7 +178,7 @@ def test_a_stream_is_augmented_anew_in_each_epoch(tmp_path):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_resumed_stream_goes_on_with_the_next_row(tmp_path, packing):
-    """D2: at any row, in a new object, through JSON; media, texts that are cut, and a generated task in one mixture,
+    """At any row, in a new object, through JSON; media, texts that are cut, and a generated task in one mixture,
     augmented.
     """
     sources = [
@@ -238,7 +238,7 @@ def test_batches_have_the_media_of_their_rows(tmp_path):
 
 @pytest.mark.parametrize("kind", [hub, webdataset])
 def test_the_first_rows_of_a_stream_are_its_validation(tmp_path, kind):
-    """D3: and train has none of them, nor has the vocabulary; nor their equals of another source."""
+    """And train has none of them, nor has the vocabulary; nor their equals of another source."""
     config = DataConfig(
         train=[SourceConfig(**kind(tmp_path / "data"), streaming=True, name="it")],
         packing=False,
@@ -260,14 +260,14 @@ def test_the_first_rows_of_a_stream_are_its_validation(tmp_path, kind):
 def test_bad_rows_of_a_stream_are_skipped_and_counted(tmp_path, caplog):
     """What the header tells when the row arrives, the rest when it is made; in every pass anew."""
     source = SourceConfig(**webdataset(tmp_path / "data", bad=(2, 7)), streaming=True, name="it")
-    stream = build([source], max_bad_rows=2).train
+    stream = build([source], max_invalid_rows=2).train
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert texts_of(stream) == [text for text in TEXTS if text[-1] not in "27"]
     places = [record.message.split(":")[0] for record in caplog.records if "bad row" in record.message]
     assert places == ["skipped a bad row of it, row 3", "skipped a bad row of it, row 8"] * 2
-    with pytest.raises(ValueError, match=r"2 rows are bad, data\.max_bad_rows is 1: it, row 3: "):
-        list(build([source], max_bad_rows=1).train)
+    with pytest.raises(ValueError, match=r"2 rows are bad, data\.max_invalid_rows is 1: it, row 3: "):
+        list(build([source], max_invalid_rows=1).train)
 
 
 def test_documents_longer_than_a_row_are_bad_rows(tmp_path, caplog):
@@ -278,7 +278,6 @@ def test_documents_longer_than_a_row_are_bad_rows(tmp_path, caplog):
 
 
 def test_a_column_that_a_stream_lacks_is_named(tmp_path):
-    """D8."""
     fields = hub(tmp_path / "data") | {"image_column": "picture"}
     with pytest.raises(ValueError, match="has no column 'picture', only seen, heard, text; correct it"):
         build([SourceConfig(**fields, streaming=True)])

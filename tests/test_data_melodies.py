@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dataset_loading import MEDIA_TASKS, get_task
-from dataset_loading.synthetic import generate_row, generate_rows
-from dataset_loading.synthetic_melodies import TIMBRES, frequency_of
-from dataset_loading.synthetic_task import split_of
+from dataset_loading.tasks.base import split_of
+from dataset_loading.tasks.melodies import TIMBRES, frequency_of_note
+from dataset_loading.tasks.registry import generate_row, generate_rows
 
 MELODIES, QUESTIONS = MEDIA_TASKS["melodies"], MEDIA_TASKS["melody_questions"]
 ROLES = ("train", "validation", "test")
@@ -74,7 +74,7 @@ def test_answers_to_questions_are_what_is_heard():
 
 
 def test_notes_have_the_frequencies_of_a_table():
-    assert {note: frequency_of(note) for note in FREQUENCIES} == pytest.approx(FREQUENCIES, rel=2e-5)
+    assert {note: frequency_of_note(note) for note in FREQUENCIES} == pytest.approx(FREQUENCIES, rel=2e-5)
 
 
 def test_instruments_are_a_little_out_of_tune_all_notes_of_a_melody_alike():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dataset_loading import Collator, PackedDataset, train_tokenizer
-from dataset_loading.documents import Documents, encode_batch
+from dataset_loading.packing.documents import Documents, encode_batch
 
 PAD, BEGIN, END = 0, 1, 2
 
@@ -58,7 +58,7 @@ def test_documents_that_end_on_a_block_leave_nothing_to_repeat():
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_every_byte_is_a_label_exactly_once(packing):
-    """The sum of the byte lengths of all shifted labels is the size of the texts (D3: what validation measures)."""
+    """The sum of the byte lengths of all shifted labels is the size of the texts (what validation measures)."""
     texts = ["héllo wörld " * 30, "\r\n\ttabs\n", "日本語のテキスト" * 11, "🙂" * 50, "a"]
     tokenizer = train_tokenizer(texts, 300)
     encoded = encode_batch({"text": texts}, tokenizer, " ", "all")
@@ -91,7 +91,7 @@ def test_documents_apart_never_share_a_row_and_lose_no_label(block_size):
 
 
 def test_labels_of_padding_are_ignored_and_of_the_end_token_never():
-    """T1, T2: the end token is a label in every row that holds one, padding in none."""
+    """The end token is a label in every row that holds one, padding in none."""
     packed = PackedDataset(make_documents([5, 6]), 8, PAD)
     rows = [packed[index] for index in range(len(packed))]
     for row in rows:
@@ -115,7 +115,7 @@ def test_collator_stacks_packed_rows_without_a_mask():
 
 
 def test_collator_pads_on_the_right():
-    """T1: labels of padding are -100."""
+    """Labels of padding are -100."""
     rows = [
         {"input_ids": [1, 4, 2], "labels": [-100, 4, 2], "prompt": "left out", "difficulty": 3},
         {"input_ids": [1, 4, 5, 6, 2], "labels": [-100, -100, 5, 6, 2]},

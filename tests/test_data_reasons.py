@@ -7,9 +7,9 @@ import unicodedata
 import pytest
 
 from dataset_loading import DataConfig, SourceConfig
-from dataset_loading.references import UnusableRow, reference_to
-from dataset_loading.sources import load_rows
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources.loading import load_rows
+from dataset_loading.sources.references import UnusableRow, reference_to
 from tests.test_data_media_bad import PROCESSOR, build, folder_with
 from tests.tiny_processor import image_file, picture
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dataset_loading import MEDIA_TASKS, get_task
-from dataset_loading.synthetic import generate_row, generate_rows
+from dataset_loading.tasks.registry import generate_row, generate_rows
 
 SCENES, QUESTIONS = MEDIA_TASKS["scenes"], MEDIA_TASKS["scene_questions"]
 SIZES, COLOURS = ("small", "large"), ("red", "green", "blue", "yellow", "purple", "white")

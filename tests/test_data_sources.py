@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataset_loading import DataConfig, SourceConfig, TokenizerConfig, build_datasets, build_tokenizer
-from dataset_loading.sources import load_rows
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources.loading import load_rows
 
 
-def load(source, max_bad_rows=0, limit=None):
-    bad_rows = BadRows(max_bad_rows)
+def load(source, max_invalid_rows=0, limit=None):
+    bad_rows = BadRows(max_invalid_rows)
     return load_rows(source, "train", DataConfig(), 0, bad_rows, limit), bad_rows
 
 
@@ -92,13 +92,13 @@ BAD_LINES = [
 
 
 def test_a_bad_line_costs_itself_and_is_reported(tmp_path, caplog):
-    """D1: skipped, counted, and logged with source, line and reason; the rows around it are kept."""
+    """Skipped, counted, and logged with source, line and reason; the rows around it are kept."""
     good = [f'{{"text": "good {number}"}}'.encode() for number in range(len(BAD_LINES))]
     lines = [line for pair in zip(good, (bad for bad, _ in BAD_LINES), strict=True) for line in pair]
     (tmp_path / "mixed.jsonl").write_bytes(b"\n\n".join(lines))  # blank lines are no rows
     source = SourceConfig("files", name="notes", paths=[str(tmp_path / "mixed.jsonl")])
     with caplog.at_level(logging.WARNING):
-        rows, bad_rows = load(source, max_bad_rows=len(BAD_LINES))
+        rows, bad_rows = load(source, max_invalid_rows=len(BAD_LINES))
     assert rows["text"][:] == [f"good {number}" for number in range(len(BAD_LINES))]
     assert bad_rows.counts == {"notes": len(BAD_LINES)}
     for number, (record, (_, reason)) in enumerate(zip(caplog.records, BAD_LINES, strict=True)):
@@ -107,24 +107,24 @@ def test_a_bad_line_costs_itself_and_is_reported(tmp_path, caplog):
 
 
 def test_too_many_bad_rows_stop_the_run_and_are_named(tmp_path):
-    """D1: one more than the limit."""
+    """One more than the limit."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "good"}, {"text": 1}, {"text": "good"}, {"text": ""}])
     source = SourceConfig("files", paths=[path])
-    assert len(load(source, max_bad_rows=2)[0]) == 2
+    assert len(load(source, max_invalid_rows=2)[0]) == 2
     with pytest.raises(ValueError) as error:
-        load(source, max_bad_rows=1)
+        load(source, max_invalid_rows=1)
     assert str(error.value) == (
-        f"2 rows are bad, data.max_bad_rows is 1: a, {path} line 2: column 'text' is int, not a string; "
-        f"a, {path} line 4: column 'text' is empty; repair them or raise data.max_bad_rows"
+        f"2 rows are bad, data.max_invalid_rows is 1: a, {path} line 2: column 'text' is int, not a string; "
+        f"a, {path} line 4: column 'text' is empty; repair them or raise data.max_invalid_rows"
     )
 
 
 def test_bad_parquet_rows(tmp_path):
-    """D1: a null, and a string that is not UTF-8."""
+    """A null, and a string that is not UTF-8."""
     binary = pa.array([b"fine", None, b"\xff", b"also fine"], pa.binary())
     column = pa.Array.from_buffers(pa.string(), 4, binary.buffers(), null_count=1)  # pyarrow does not check
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    rows, bad_rows = load(SourceConfig("files", paths=[str(tmp_path / "a.parquet")]), max_bad_rows=2)
+    rows, bad_rows = load(SourceConfig("files", paths=[str(tmp_path / "a.parquet")]), max_invalid_rows=2)
     assert rows["text"][:] == ["fine", "also fine"]
     assert bad_rows.counts == {"a": 2}
 
@@ -161,7 +161,7 @@ def test_a_txt_file_that_is_not_utf8_is_a_bad_row(tmp_path):
     ],
 )
 def test_errors_name_the_path(tmp_path, name, message):
-    """D8, D4: a missing, unreadable or empty file."""
+    """A missing, unreadable or empty file."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "table.csv").write_text("text\n")
     (tmp_path / "broken.parquet").write_text("PAR1 and no more")
@@ -170,7 +170,7 @@ def test_errors_name_the_path(tmp_path, name, message):
     (tmp_path / "blank.txt").write_text(" \n")
     path = str(tmp_path / name)
     with pytest.raises(ValueError) as error:
-        load(SourceConfig("files", paths=[path]), max_bad_rows=1)
+        load(SourceConfig("files", paths=[path]), max_invalid_rows=1)
     assert message.format(path=path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -191,7 +191,7 @@ def test_hub_reads_a_local_folder_by_split_and_column(tmp_path, own_cache):
     source = {"kind": "hub", "path": str(folder), "text_column": "body"}
     assert load(SourceConfig(**source))[0]["text"][:] == [f"train {number}" for number in range(5)]
     assert load(SourceConfig(**source), limit=2)[0]["text"][:] == ["train 0", "train 1"]
-    rows, bad_rows = load(SourceConfig(**source, split="test"), max_bad_rows=1)
+    rows, bad_rows = load(SourceConfig(**source, split="test"), max_invalid_rows=1)
     assert rows.to_list() == [{"text": "test 0"}]
     assert bad_rows.counts == {"dataset": 1}
     with pytest.raises(ValueError, match="row 2: column 'body' is empty"):
@@ -203,7 +203,6 @@ def test_hub_reads_a_local_folder_by_split_and_column(tmp_path, own_cache):
 
 
 def test_a_hub_folder_that_is_missing_is_named(tmp_path, own_cache):
-    """D8."""
     path = f"{tmp_path}/nowhere"
     with pytest.raises(ValueError, match=f"source 'nowhere': '{path}' cannot be loaded: ") as error:
         load(SourceConfig("hub", path=path))
@@ -252,7 +251,7 @@ SOURCE = {"kind": "generated", "task": "addition"}
     ("fields", "message"),
     [
         ({"block_size": 1}, "block_size is 1; give at least 2"),
-        ({"max_bad_rows": -1}, "max_bad_rows is -1; give at least 0"),
+        ({"max_invalid_rows": -1}, "max_invalid_rows is -1; give at least 0"),
         ({"preprocessing_workers": 0}, "preprocessing_workers is 0; give at least 1"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0"),
         ({"train": [SourceConfig(**SOURCE), SourceConfig(**SOURCE)]}, "2 train sources are called 'addition'"),

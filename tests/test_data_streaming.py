@@ -81,7 +81,7 @@ def test_batches_of_a_stream_can_be_joined(folder, packing):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_resumed_stream_goes_on_with_the_next_row(folder, mixed):
-    """D2: at any row, in a new object, through JSON; the pass after it starts from the beginning."""
+    """At any row, in a new object, through JSON; the pass after it starts from the beginning."""
     sources = [hub(folder, weight=2.0), generated()] if mixed else [hub(folder)]
     whole = as_lists(build(sources, validation=[]).train)
     for stop in (1, 2, 17, len(whole) - 1):
@@ -130,7 +130,7 @@ def test_streams_are_mixed_by_weight_until_each_was_read_once(folder):
 
 
 def test_the_first_rows_of_a_stream_are_its_validation(folder):
-    """D3: and train has none of them, nor has the vocabulary."""
+    """And train has none of them, nor has the vocabulary."""
     config = DataConfig(train=[hub(folder)], packing=False, block_size=256, streaming_validation_rows=5)
     built = build_datasets(config, BYTES)
     assert (texts_of(built.validation["hub"]), texts_of(built.train)) == (TEXTS[:5], TEXTS[5:])
@@ -138,14 +138,13 @@ def test_the_first_rows_of_a_stream_are_its_validation(folder):
 
 
 def test_a_stream_that_validation_would_use_up_is_an_error(folder):
-    """D4."""
     config = DataConfig(train=[hub(folder)], streaming_validation_rows=60)
     with pytest.raises(ValueError, match="its first 60 rows are for validation"):
         build_datasets(config, BYTES)
 
 
 def test_validation_documents_are_passed_over(folder, tmp_path):
-    """D3: documents that a validation source of its own has are not trained on."""
+    """Documents that a validation source of its own has are not trained on."""
     (tmp_path / "valid.jsonl").write_text(json.dumps({"text": TEXTS[3]}) + "\n")
     validation = [SourceConfig("files", paths=[str(tmp_path / "valid.jsonl")])]
     stream = build([hub(folder)], validation=validation, packing=False, block_size=256).train
@@ -155,10 +154,10 @@ def test_validation_documents_are_passed_over(folder, tmp_path):
 
 
 def test_bad_rows_of_a_stream_are_skipped_and_counted(folder, caplog):
-    """D1: in every pass anew."""
+    """In every pass anew."""
     lines = [json.dumps({"text": text}) + "\n" for text in ("good", "", "fine", " ")]
     (folder / "train-0.jsonl").write_text("".join(lines))
-    stream = build([hub(folder)], max_bad_rows=2, packing=False, block_size=256).train
+    stream = build([hub(folder)], max_invalid_rows=2, packing=False, block_size=256).train
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert texts_of(stream) == ["good", "fine", *TEXTS[30:]]
@@ -166,16 +165,16 @@ def test_bad_rows_of_a_stream_are_skipped_and_counted(folder, caplog):
     said += ["2 rows cannot be used and are left out: 2 of hub (2 x column 'text' is empty)"]
     assert [record.getMessage() for record in caplog.records] == said * 2
     with pytest.raises(
-        ValueError, match=r"2 rows are bad, data\.max_bad_rows is 1: hub, row 2: column 'text' is empty"
+        ValueError, match=r"2 rows are bad, data\.max_invalid_rows is 1: hub, row 2: column 'text' is empty"
     ):
-        list(build([hub(folder)], max_bad_rows=1).train)
+        list(build([hub(folder)], max_invalid_rows=1).train)
     with pytest.raises(ValueError, match="hub, row 4:"):  # numbered from the front, where one row went to validation
-        list(build([hub(folder)], max_bad_rows=1, validation=[], streaming_validation_rows=1).train)
+        list(build([hub(folder)], max_invalid_rows=1, validation=[], streaming_validation_rows=1).train)
 
 
 @pytest.mark.parametrize("is_parquet", [False, True])
 def test_a_column_that_a_stream_lacks_is_named(folder, is_parquet):
-    """D8: whether the format says what columns there are, or the first row has to."""
+    """Whether the format says what columns there are, or the first row has to."""
     if is_parquet:
         for path in folder.iterdir():
             path.unlink()
@@ -187,7 +186,7 @@ def test_a_column_that_a_stream_lacks_is_named(folder, is_parquet):
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(folder):
-    """D9: before the stream is read."""
+    """Before the stream is read."""
     config = DataConfig(train=[hub(folder)], validation=[generated()])
     with pytest.raises(ValueError, match="token id 258, but the model's vocab_size is 258"):
         build_datasets(config, BYTES, vocab_size=258)

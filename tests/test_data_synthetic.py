@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 
 from dataset_loading import TASKS, SourceConfig, get_task
-from dataset_loading.synthetic import generate_row, generate_rows
-from dataset_loading.synthetic_cups import MOVES
-from dataset_loading.synthetic_task import split_of
+from dataset_loading.tasks.base import split_of
+from dataset_loading.tasks.cups import MOVES
+from dataset_loading.tasks.registry import generate_row, generate_rows
 
 
 def draw(name, role, count, difficulty, seed=0):
@@ -108,7 +108,7 @@ def test_difficulties_fill_their_range_and_no_more():
 
 
 def test_rows_depend_on_seed_role_and_index_alone():
-    """D2: any row can be drawn by itself, in any process."""
+    """Any row can be drawn by itself, in any process."""
     task = TASKS["chained_lookup"]
     rows = generate_rows(task, (1, 4), "train", (5, 1), 40)
     assert list(rows) == [generate_row(task, (1, 4), "train", (5, 1), index) for index in range(40)]
@@ -118,7 +118,6 @@ def test_rows_depend_on_seed_role_and_index_alone():
 
 
 def test_unknown_task_lists_the_known_ones():
-    """T5."""
     message = r"'lookup' is unknown; choose one of addition, calculator, chained_lookup, cup"
     with pytest.raises(ValueError, match=message):
         get_task("lookup")

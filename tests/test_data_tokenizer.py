@@ -19,7 +19,7 @@ from dataset_loading import (
     load_tokenizer,
     train_tokenizer,
 )
-from dataset_loading.documents import encode_batch
+from dataset_loading.packing.documents import encode_batch
 from model import text_encoding
 from tests.test_pretrain import write_config
 
@@ -43,7 +43,7 @@ def encode(tokenizer, text):
 @pytest.mark.parametrize("vocab_size", [259, 300])
 @pytest.mark.parametrize("split_digits", [False, True])
 def test_any_text_comes_back_unchanged(vocab_size, split_digits, tmp_path):
-    """C7: also after saving and loading elsewhere."""
+    """Also after saving and loading elsewhere."""
     tokenizer = train_tokenizer(TEXTS, vocab_size, split_digits)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -62,7 +62,7 @@ def test_259_tokens_are_bytes():
 
 
 def test_special_tokens_are_distinct_and_never_added_silently():
-    """T2: pad is not the end token."""
+    """Pad is not the end token."""
     tokenizer = train_tokenizer(TEXTS, 300)
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
     assert tokenizer("cat")["input_ids"] == encode(tokenizer, "cat")
@@ -150,7 +150,7 @@ def test_same_texts_give_the_same_vocabulary():
 
 
 def test_missing_special_tokens_are_added_to_a_loaded_tokenizer(tmp_path):
-    """T2: a tokenizer that pads with its end token gets a pad token of its own."""
+    """A tokenizer that pads with its end token gets a pad token of its own."""
     tokenizer = train_tokenizer(TEXTS, 270)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
@@ -160,7 +160,6 @@ def test_missing_special_tokens_are_added_to_a_loaded_tokenizer(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    """D8."""
     with pytest.raises(ValueError, match="nowhere' cannot be loaded"):
         load_tokenizer(str(tmp_path / "nowhere"))
 

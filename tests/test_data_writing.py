@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples, get_task
-from dataset_loading.augmentation_options import AudioAugmentationConfig, AugmentationConfig, ImageAugmentationConfig
+from dataset_loading.augmentation import AudioAugmentationConfig, AugmentationConfig, ImageAugmentationConfig
+from dataset_loading.bad_rows import BadRows
 from dataset_loading.splits import load_split
-from dataset_loading.synthetic import generate_row
-from dataset_loading.validation import BadRows
+from dataset_loading.tasks.registry import generate_row
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor, writing_processor
 
 PROCESSOR = writing_processor()
@@ -36,7 +36,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def build(source, processor=PROCESSOR, **fields):
-    fields = {"validation": VALIDATION, "block_size": 256, "max_bad_rows": 0, "packing": False, **fields}
+    fields = {"validation": VALIDATION, "block_size": 256, "max_invalid_rows": 0, "packing": False, **fields}
     return build_datasets(DataConfig(train=[source], **fields), processor)
 
 
@@ -172,7 +172,7 @@ def test_streams_take_the_same_turns(tmp_path, kind):
     """And their prompts are dropped too, where something is written."""
     fields = {**kind(tmp_path / "data"), "direction": ["text -> image", "audio -> text"]}
     loaded, stream = (
-        build(SourceConfig(**fields, streaming=streaming), condition_drop=0.9 if streaming else 0.0).train
+        build(SourceConfig(**fields, streaming=streaming), cfg_dropout=0.9 if streaming else 0.0).train
         for streaming in (False, True)
     )
     rows = list(stream)
@@ -195,7 +195,7 @@ def test_columns_that_a_direction_does_not_need_may_be_wrong(tmp_path):
     drawn = build(SourceConfig(**fields, direction="text -> image")).train
     check_rows(drawn, [talk(["it"], [PICTURES[number]]) for number in range(2)])
     with pytest.raises(ValueError, match="no usable rows"):
-        build(SourceConfig(**fields, direction="text -> audio"), max_bad_rows=2)
+        build(SourceConfig(**fields, direction="text -> audio"), max_invalid_rows=2)
 
 
 def test_a_chat_says_itself_who_shows_what(tmp_path):
@@ -257,7 +257,7 @@ def test_documents_are_packed_by_the_tokens_of_what_is_written():
         SourceConfig("generated", task="tunes", num_rows=12, difficulty=[1, 4]),
         SourceConfig("generated", task="melodies", num_rows=6),
     ]
-    config = DataConfig(train=sources, validation=VALIDATION, block_size=160, check_media=False, max_bad_rows=0)
+    config = DataConfig(train=sources, validation=VALIDATION, block_size=160, check_media=False, max_invalid_rows=0)
     rows = build_datasets(config, PROCESSOR).train
     batch = Collator(PROCESSOR)([rows[index] for index in range(len(rows))])
     pad = TOKENIZER.pad_token_id
@@ -301,7 +301,7 @@ def without_prompt(ids):
 def test_prompts_are_dropped_and_nothing_else(tmp_path, direction):
     """What is left, the labels and the positions stay as they are; of a prompt of media alone the media go."""
     fields = {**folder(tmp_path / "data"), "direction": direction}
-    whole, often = (build(SourceConfig(**fields), condition_drop=drop).train for drop in (0.0, 0.5))
+    whole, often = (build(SourceConfig(**fields), cfg_dropout=drop).train for drop in (0.0, 0.5))
     dropped = 0
     for epoch in range(6):
         often.set_epoch(epoch)
@@ -322,7 +322,7 @@ def test_as_many_prompts_are_dropped_as_was_asked_for_and_others_in_each_epoch()
     """By seed, epoch and row alone, whichever documents share a row; validation keeps its prompts."""
     source = SourceConfig("generated", task="drawings", num_rows=400)
     held_out = SourceConfig("generated", task="drawings", num_rows=50)
-    config = DataConfig([source], [held_out], block_size=128, condition_drop=0.25)
+    config = DataConfig([source], [held_out], block_size=128, cfg_dropout=0.25)
     null = PROCESSOR.null_token_id
 
     def dropped(rows):
@@ -386,7 +386,7 @@ def test_examples_of_tasks_are_checked_by_what_their_prompt_asks_for():
 
 
 def test_a_text_and_its_media_are_on_one_side_whichever_shows_the_other(tmp_path):
-    """D3: two sources of one folder share nothing between training and validation."""
+    """Two sources of one folder share nothing between training and validation."""
     place = tmp_path / "data"
     place.mkdir()
     for number in range(40):
@@ -448,10 +448,10 @@ def test_a_model_that_does_not_write_says_so_before_training(tmp_path):
         build(SourceConfig(**fields, direction=["image -> text", "text -> image"]), tiny_processor())
     with pytest.raises(ValueError, match="does not write audio"):
         build_examples(SourceConfig("generated", task="tunes"), DataConfig(), tiny_processor())
-    with pytest.raises(ValueError, match=r"condition_drop is 0.1, but the model writes text alone; set it to 0"):
-        build(SourceConfig(**fields), tiny_processor(), condition_drop=0.1)
-    with pytest.raises(ValueError, match=r"condition_drop is 1.5; give at least 0 and less than 1"):
-        DataConfig(condition_drop=1.5)
+    with pytest.raises(ValueError, match=r"cfg_dropout is 0.1, but the model writes text alone; set it to 0"):
+        build(SourceConfig(**fields), tiny_processor(), cfg_dropout=0.1)
+    with pytest.raises(ValueError, match=r"cfg_dropout is 1.5; give at least 0 and less than 1"):
+        DataConfig(cfg_dropout=1.5)
 
 
 def test_rows_that_cannot_be_written_are_bad_rows(tmp_path):
@@ -461,7 +461,7 @@ def test_rows_that_cannot_be_written_are_bad_rows(tmp_path):
     (place / "1.png").write_bytes(b"not a picture")
     rows = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(("fine", "broken", " "))]
     write_lines(place / "metadata.jsonl", rows)
-    built = build(SourceConfig("imagefolder", path=str(place), direction="text -> image"), max_bad_rows=2)
+    built = build(SourceConfig("imagefolder", path=str(place), direction="text -> image"), max_invalid_rows=2)
     check_rows(built.train, [talk(["fine"], [PICTURES[0]])])
     assert built.report[-1].bad_rows == 2
     shown = {"role": "assistant", "content": [{"type": "image", "path": "0.png"}]}
@@ -474,7 +474,7 @@ def test_rows_that_cannot_be_written_are_bad_rows(tmp_path):
 
 
 def test_what_is_written_is_cut_mirrored_moved_and_made_louder_alone(tmp_path):
-    """D6: of all changes of pictures and recordings only these, and not where the text forbids them."""
+    """Of all changes of pictures and recordings only these, and not where the text forbids them."""
     place = tmp_path / "data"
     place.mkdir()
     picture(16, 16).save(place / "0.png")

@@ -15,7 +15,7 @@ from benchmarks.depth_pays import (
     steps_needed,
     updates_in_the_same_time,
 )
-from configs import build_run, resolve
+from configs import RunConfig, resolve
 
 
 def result(accuracy: dict, seconds: float = 10.0, updates: int = 100) -> dict:
@@ -80,7 +80,7 @@ def commands(monkeypatch):
 
 def leave_run(job: Job, updates: int, *flags: str) -> None:
     """What a run of `pretrain.py` leaves of itself, if it had the flags of a job and others."""
-    build_run(resolve([*job.flags, *flags]), skip=("training",)).save(job.folder / "config.yaml")
+    RunConfig.from_options(resolve([*job.flags, *flags]), skip=("training",)).save(job.folder / "config.yaml")
     state = {"global_step": updates, "log_history": [{"loss": 1.0}, {"train_runtime": 7.0}]}
     job.state_file.write_text(json.dumps(state))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from configs import split_overrides
+from configs.runs import split_overrides
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
 from evaluation.__main__ import main
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
-from evaluation.__main__ import divide, main
+from evaluation.__main__ import main, texts_and_media
 from evaluation.checks import CHECKS, check_scene
 from evaluation.judges import JudgeConfig, LabelledMedia, load_judge, save_judge, train_judge
 from tests.tiny_artist import CODES, artist_processor, save_artist, tiny_artist, write_codes
@@ -50,7 +50,7 @@ def test_what_is_written_is_checked_by_source_and_depth(run_folder, judge_folder
     """Against one by one; the exact scores of texts are of those sources, and of those rows, that answer with text."""
     network = torch.jit.script(torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten()))  # 12 features
     torch.jit.save(network, tmp_path / "pixels.pt")
-    flags = ["--judge", judge_folder, "--read-back", "--guidance-scale", 1.5, "--num-flow-steps", 3]
+    flags = ["--classifier", judge_folder, "--round-trip", "--guidance-scale", 1.5, "--num-flow-steps", 3]
     flags += ["--feature-network", tmp_path / "pixels.pt"]
     rows = run(run_folder, tmp_path, *flags)
     out = capsys.readouterr().out
@@ -147,7 +147,7 @@ def test_without_media_none_are_written(run_folder, tmp_path, capsys, monkeypatc
 def test_rows_are_divided_by_what_answers_them():
     kinds = ["image", "written_image", "written_audio", "written_image"]
     mixed = [{"modality": kind, "number": number} for number, kind in enumerate(kinds)]
-    texts, media = divide({"mixed": mixed, "plain": [{"number": 0}], "drawn": mixed[1:2]})
+    texts, media = texts_and_media({"mixed": mixed, "plain": [{"number": 0}], "drawn": mixed[1:2]})
     assert {name: [row["number"] for row in rows] for name, rows in texts.items()} == {"mixed": [0], "plain": [0]}
     assert {name: [row["number"] for row in rows] for name, rows in media.items()} == {
         "mixed written_image": [1, 3],
@@ -160,7 +160,7 @@ def test_rows_are_divided_by_what_answers_them():
     ("argv", "message"),
     [
         (
-            ["--judge", "nowhere"],
+            ["--classifier", "nowhere"],
             "nowhere holds no judge (judge.json is missing): give a folder that",
         ),
         (["--num-flow-steps", "0"], "argument --num-flow-steps: 0 is less than 1"),

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from dataset_loading import get_task
-from dataset_loading.synthetic import generate_row
-from dataset_loading.synthetic_scenes import read_medium
+from dataset_loading.tasks.registry import generate_row
+from dataset_loading.tasks.scenes import parse_scene
 from evaluation.checks import CHECKS, check_notes, check_scene, read_request
 from evaluation.pitch_reader import note_name, read_notes
 from evaluation.scene_reader import UNCLEAR, SeenObject, read_scene
@@ -42,7 +42,7 @@ def test_real_pictures_are_read(task, difficulty):
 
 def test_places_are_those_of_the_objects():
     for row, picture in rows_of("scenes", 1, 40):
-        (thing,) = read_medium(row["medium"]).things
+        (thing,) = parse_scene(row["medium"]).things
         (seen,) = read_scene(picture)
         assert seen.place == pytest.approx((thing.x / 32, thing.y / 32), abs=0.5 / 32)
 

@@ -47,7 +47,7 @@ def run(*argv):
 
 def test_a_judge_of_pictures_is_trained_on_a_column_and_measured_on_another_folder(tmp_path, capsys):
     train, other = write_pictures(tmp_path / "train", 48), write_pictures(tmp_path / "other", 10, 100)
-    flags = ["--medium", "image", "--label-column", "colour", "--image-size", 16, "--epochs", 12]
+    flags = ["--modality", "image", "--label-column", "colour", "--image-size", 16, "--epochs", 12]
     run(train, *flags, "--validation", other, "--output", tmp_path / "colours")
     judge, content = load_judge(tmp_path / "colours"), json.loads((tmp_path / "colours" / "judge.json").read_text())
     assert judge.config.labels == ["blue", "red"] and judge.config.image_size == 16
@@ -61,7 +61,7 @@ def test_a_judge_of_pictures_is_trained_on_a_column_and_measured_on_another_fold
 
 def test_a_judge_of_recordings_holds_a_tenth_back(tmp_path, capsys):
     folder = write_sounds(tmp_path / "sounds", 40)
-    run(folder, "--medium", "audio", "--epochs", 6, "--output", tmp_path / "height")
+    run(folder, "--modality", "audio", "--epochs", 6, "--output", tmp_path / "height")
     content = json.loads((tmp_path / "height" / "judge.json").read_text())
     assert (content["num_train"], content["num_held_out"]) == (36, 4)
     assert content["config"]["labels"] == ["high", "low"] and 0.25 < content["config"]["seconds"] <= 0.3
@@ -71,10 +71,10 @@ def test_a_judge_of_recordings_holds_a_tenth_back(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nowhere", "--medium", "image"], "nowhere"),
-        (["{data}", "--medium", "video"], "argument --medium: invalid choice: 'video'"),
-        (["{data}", "--medium", "image", "--label-column", "shape"], "'shape'"),
-        (["{data}", "--medium", "image", "--epochs", "0"], "argument --epochs: 0 is less than 1"),
+        (["nowhere", "--modality", "image"], "nowhere"),
+        (["{data}", "--modality", "video"], "argument --modality: invalid choice: 'video'"),
+        (["{data}", "--modality", "image", "--label-column", "shape"], "'shape'"),
+        (["{data}", "--modality", "image", "--epochs", "0"], "argument --epochs: 0 is less than 1"),
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, capsys, argv, message):

@@ -8,7 +8,8 @@ import yaml
 
 import finetune
 import pretrain
-from configs.finetuning import add_exit_probe, load_finetuned_run
+from configs import load_run_config
+from configs.finetuning import add_exit_probe
 from dataset_loading import Collator, build_validation
 from inference.loading import load_model
 from model import ExitOptions, MegaTransformerForCausalLM, MegaTransformerTextConfig
@@ -96,7 +97,7 @@ def test_the_share_of_right_decisions_is_that_of_the_tokens_that_count(tiny_run,
     """Against the probe by hand on one batch of the validation rows."""
     out, measured = train_probe(tmp_path, tiny_run, "--training.max_steps", "2", "--training.exit_divergence", "0.01")
     model, tokenizer = load_model(out)
-    run = load_finetuned_run(out / "config.yaml")
+    run = load_run_config(out / "config.yaml")
     rows = build_validation(run.data, tokenizer, seed=run.seed)["addition"]
     shares = []
     for row in rows:

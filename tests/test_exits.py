@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from model import ExitOptions, NoiseOptions, RecurrentCache
-from model.depth import NOISE_SCHEDULES, keyed_generator
+from model import ExitOptions, NoiseOptions, RecurrenceConfig, RecurrentCache
+from model.depth import keyed_generator
 from model.exit_criteria import EXIT_CRITERIA, ExitCheck
 from tests.tiny import PAD, for_forward, tiny_config, tiny_ids, tiny_model
 
@@ -133,7 +134,7 @@ def test_first_check_and_every_n_steps(model):
     """After steps 3, 5 and 7: with a threshold that all pass, rows stop at the first check; with one that none passes,
     at the end.
     """
-    checks = {"exit_criterion": "cosine", "exit_first_step": 3, "exit_every": 2, "num_steps": MOST}
+    checks = {"exit_criterion": "cosine", "min_steps": 3, "exit_check_interval": 2, "num_steps": MOST}
 
     def steps_of(rows: int, **options) -> list[int]:
         return model(tiny_ids(rows, 4), **for_forward(**{**checks, **options})).exit_steps.tolist()
@@ -141,6 +142,31 @@ def test_first_check_and_every_n_steps(model):
     assert steps_of(2, exit_threshold=2.0) == [3, 3]
     assert steps_of(2, exit_threshold=1e-9) == [MOST, MOST]
     assert set(steps_of(8, exit_criterion="argmax_stability", exit_threshold=1)) <= {5, 7, 8}
+
+
+def test_old_names_of_options_work_with_a_line_that_names_the_new_ones(model, monkeypatch):
+    settings = {"num_steps": MOST, "max_new_tokens": 4, "return_dict_in_generate": True, "exit_in_prefill": True}
+    settings |= {"exit_criterion": "cosine", "exit_threshold": 2.0}
+    new = model.generate(tiny_ids(2, 4), min_steps=3, exit_check_interval=2, **settings).exit_steps
+    assert new.tolist() == [[3] * 4] * 2
+    old = {"exit_first_step": 3, "exit_every": 2}
+    said = []
+    monkeypatch.setattr("model.configuration_megatransformer_text.logger.warning_once", said.append)
+    by_keyword = model.generate(tiny_ids(2, 4), **old, **settings).exit_steps
+    assert said == [
+        "exit_first_step is now called min_steps; the old name will not be known to the next version",
+        "exit_every is now called exit_check_interval; the old name will not be known to the next version",
+    ]
+    by_config = model.generate(tiny_ids(2, 4), GenerationConfig(**old, **settings)).exit_steps
+    assert torch.equal(by_keyword, new) and torch.equal(by_config, new)
+    recurrence = RecurrenceConfig(exit_first_step=3, exit_every=2)
+    assert (recurrence.min_steps, recurrence.exit_check_interval, recurrence.exit_every) == (3, 2, 2)
+    assert RecurrenceConfig.from_dict(old).to_dict() == recurrence.to_dict()
+    assert "exit_every" not in recurrence.to_dict()
+    with pytest.raises(ValueError, match="exit_every and exit_check_interval are two names of the same option; give"):
+        model.generate(tiny_ids(2, 4), exit_every=2, exit_check_interval=2, **settings)
+    with pytest.raises(ValueError, match="exit_check_interval"):
+        RecurrenceConfig(exit_every=0)
 
 
 def test_depth_of_each_token_is_reported_without_exits_too(model):
@@ -203,9 +229,7 @@ def test_rows_with_a_budget_and_an_exit_stop_at_the_first_of_both(model):
     free = model(ids, num_steps=MOST, **exits).exit_steps
     budgets = torch.tensor([1, MOST, 2, MOST])
     assert model(ids, num_steps=budgets, **exits).exit_steps.tolist() == torch.minimum(free, budgets).tolist()
-    checked_late = for_forward(
-        exit_criterion="kl_divergence", exit_first_step=3, exit_threshold=THRESHOLDS["kl_divergence"]
-    )
+    checked_late = for_forward(exit_criterion="kl_divergence", min_steps=3, exit_threshold=THRESHOLDS["kl_divergence"])
     out = model(ids, num_steps=budgets, **checked_late)
     for row, steps in enumerate(out.exit_steps.tolist()):
         expected = logits_of(model, ids[row : row + 1], num_steps=steps)[0]
@@ -374,8 +398,8 @@ def test_warm_start_begins_where_the_token_before_ended(model):
         ({"exit_criterion": "patience"}, "exit_criterion 'patience' is unknown; choose one of none, schedule, kl_div"),
         ({"exit_criterion": "cosine", "exit_threshold": 2.5}, "of cosine must be above 0 and at most 2.0, got 2.5"),
         ({"exit_criterion": "kl_divergence", "exit_threshold": 0}, "must be above 0 and at most inf, got 0"),
-        ({"exit_criterion": "cosine", "exit_first_step": 0}, "exit_first_step must be an integer of at least 1, got 0"),
-        ({"exit_criterion": "cosine", "exit_every": 1.5}, "exit_every must be an integer of at least 1, got 1.5"),
+        ({"exit_criterion": "cosine", "min_steps": 0}, "min_steps must be an integer of at least 1, got 0"),
+        ({"exit_criterion": "cosine", "exit_check_interval": 1.5}, "exit_check_interval must be an integer of at leas"),
         ({"exit_criterion": "schedule"}, "needs an exit_schedule"),
         ({"exit_criterion": "cosine", "use_cache": False}, "'cosine' is not possible with use_cache=False"),
         ({"exit_criterion": "cosine", "prompt_lookup_num_tokens": 2}, "not possible with assisted generation"),
@@ -389,7 +413,7 @@ def test_warm_start_begins_where_the_token_before_ended(model):
         ({"attention_mask": torch.zeros(1, 4)}, "row 0 of the prompt is all padding"),
         ({"attention_mask": torch.ones(1, 3)}, r"has shape \(1, 3\), expected \(batch, sequence\) = \(1, 4\)"),
         ({"noise_level": -1.0}, "noise_level must be at least 0, got -1.0"),
-        ({"noise_level": 0.1, "noise_schedule": "pink"}, "noise_schedule 'pink' is unknown; choose one of geom, sqrt"),
+        ({"noise_level": 0.1, "noise_schedule": "sqrt"}, "noise_schedule is 'sqrt', but noise falls with the number"),
         ({"num_steps": torch.tensor([0])}, "at least 1 in every row"),
     ],
 )
@@ -402,7 +426,7 @@ def test_bad_options_are_one_clear_error(model, options, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: ExitOptions("cosine", every=0), "exit_every must be an integer of at least 1, got 0"),
+        (lambda model: ExitOptions("cosine", check_interval=0), "exit_check_interval must be an integer of at least 1"),
         (lambda model: NoiseOptions(-1.0), "noise_level must be at least 0, got -1.0"),
         (lambda model: model(tiny_ids(1, 4), exits=ExitOptions("schedule", schedule=[2])), "give num_steps"),
         (lambda model: model(tiny_ids(1, 4), initial_state="first"), "initial_state is 'first'; give a tensor, or"),
@@ -422,26 +446,18 @@ def test_a_model_without_core_has_no_exits():
 # ---------------------------------------------------------------------------------------------------------------- noise
 
 
-@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
-def test_noise_is_mixed_in_before_each_step_and_normed(schedule):
-    """Two steps by hand; the weight in closed form, the mean depth being 4."""
+def test_noise_is_mixed_in_before_each_step_and_normed():
+    """Two steps by hand; the weight in closed form."""
     model, ids = tiny_model(scale=2.0, num_prelude_layers=0, num_coda_layers=0), tiny_ids(1, 3)
     core, embeds, state = model.model.core, model.model.embed_tokens(ids), torch.full((1, 3, 32), 0.3)
     amount = 0.5 * math.sqrt(2 / 5)  # the embedding scale is sqrt(h)
     inputs = []
     hook = core.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    ours = logits_of(model, ids, num_steps=2, initial_state=state, noise_level=0.5, noise_schedule=schedule)
+    ours = logits_of(model, ids, num_steps=2, initial_state=state, noise_level=0.5)
     hook.remove()
     for step in (0, 1):
         noise = [torch.randn(32, generator=keyed_generator("noise", 0, step, position)) for position in range(3)]
-        uniform = float(torch.rand((), generator=keyed_generator("noise weight", 0, step)))
-        w = {
-            "geom": amount / (step + 1),
-            "sqrt": amount / math.sqrt(step + 1),
-            "line": max(amount, (4 - step) / 4),
-            "chi": 2 * uniform * amount,
-            "fixed": amount,
-        }[schedule]
+        w = amount / (step + 1)
         state = core.layers[-1].mlp_norm_out((1 - w) * state + w * torch.stack(noise))
         torch.testing.assert_close(inputs[step], state)
         state = logits_states(model, embeds, state)
@@ -469,6 +485,6 @@ def test_noise_of_a_token_does_not_depend_on_its_batch_or_chunk(model):
 
 
 def test_noise_of_level_one_is_as_large_as_the_initial_state():
-    noise, config = NoiseOptions(1.0, "fixed"), tiny_config(hidden_size=64)
+    noise, config = NoiseOptions(1.0), tiny_config(hidden_size=64)
     mixed = noise.mix(0, torch.zeros(1, 400, 64), torch.arange(400)[None], config)
     assert mixed.std() == pytest.approx(math.sqrt(2 / 5), rel=0.02)

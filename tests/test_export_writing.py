@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import build_processor
-from model.writers import Writer
+from model.output_heads import OutputHead
 from tests.tiny_artist import artist_processor, artist_tokenizer, tiny_artist
 from tests.tiny_codecs import tiny_autoencoder, tiny_vocoder
 
@@ -45,7 +45,7 @@ def with_codecs(folder):
     audio.vocoder_name_or_path = str(folder / "vocoder")
     torch.manual_seed(1)
     for name, part in (("image", image), ("audio", audio)):
-        model.model.writers[name] = Writer(name, part, config.text_config)
+        model.model.writers[name] = OutputHead(name, part, config.text_config)
     model.model.load_backbones()
     return model.eval(), build_processor(config, artist_tokenizer())
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import convert
 import finetune
-from configs import load_run_config
-from configs.finetuning import FinetuningConfig, load_finetuning_config
+from configs import load_config, load_run_config
+from configs.finetuning import FinetuningConfig
 from evaluation.__main__ import main as evaluate
 from inference import generate
 from inference.loading import load_model
@@ -252,8 +253,8 @@ def test_adapters_need_a_part(tiny_run, tmp_path, capsys):
 
 
 def test_a_checkpoint_has_to_be_named(tmp_path, capsys):
-    config = write_tuning_config(tmp_path, "")
-    assert "model.path: it is missing" in refusal(capsys, load_finetuning_config, "--config", config)
+    config, load = write_tuning_config(tmp_path, ""), partial(load_config, kind=FinetuningConfig)
+    assert "model.path: it is missing" in refusal(capsys, load, "--config", config)
 
 
 def other_base(tiny_run: Path, folder: Path) -> Path:

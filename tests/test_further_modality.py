@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import pretrain
 from dataset_loading import DataConfig, SourceConfig
-from dataset_loading.media_sources import load_conversations
-from dataset_loading.validation import BadRows
+from dataset_loading.bad_rows import BadRows
+from dataset_loading.sources.loading import load_rows
 from inference import generate
 from inference.loading import load_model
 from model import MODALITIES, MegaTransformerConfig, MegaTransformerForConditionalGeneration
@@ -262,7 +262,7 @@ def test_a_folder_without_metadata_is_searched_for_its_files(tmp_path):
     source = SourceConfig(
         "folder", path=str(tmp_path), media_columns={"file_name": "video"}, prompt="where to?", answer_column="label"
     )
-    rows = load_conversations(source, "train", DataConfig(), 0, BadRows.of_building(0))
+    rows = load_rows(source, "train", DataConfig(), 0, BadRows.of_building(0))
     found = [json.loads(messages) for messages in rows["messages"]]
     assert len(found) == 9 and found[0][0]["content"][0] == {"type": "video", "path": str(tmp_path / "left" / "0.gif")}
     assert found[0][1]["content"] == [{"type": "text", "text": "left"}]

@@ -5,8 +5,7 @@ import torch
 from torchaudio.functional import griffinlim
 
 from model import MegaTransformerFeatureExtractor, waveform_of
-from model.feature_extraction_megatransformer import window_and_filters
-from model.griffin_lim import magnitudes_of
+from model.feature_extraction_megatransformer import magnitudes_of, window_and_filters
 from tests.tiny_codecs import voice
 
 RATE, N_FFT, HOP, BINS = 8000, 256, 80, 64

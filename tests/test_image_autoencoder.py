@@ -11,8 +11,8 @@ from transformers import AutoModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from model import MegaTransformerImageAutoencoder, MegaTransformerImageAutoencoderConfig
-from model.adversarial import Discriminator, adversarial_losses
 from model.image_autoencoder import FiniteScalars
+from model.reconstruction import Discriminator, adversarial_losses
 from tests.tiny_codecs import AUTOENCODER, pictures, tiny_autoencoder
 
 LEVELS = [4, 3, 2]
@@ -110,17 +110,17 @@ def test_the_logarithm_of_the_error_is_what_a_ratio_of_signal_to_noise_measures(
 
 
 def test_noise_is_added_in_training_alone():
-    """Of a deviation that is drawn for each image, up to the largest; what is disturbed stays on the sphere."""
+    """Of a deviation that is drawn for each image, up to the largest; what is perturbed stays on the sphere."""
     model = tiny_autoencoder(latent_noise=0.3, latent_size=64)
     images = pictures(2)
     assert torch.equal(model(images).reconstruction, model(images).reconstruction)
     model.train()
     assert not torch.equal(model(images).reconstruction, model(images).reconstruction)
     latents = model.bottleneck(torch.randn(2000, 4, 64))
-    disturbed = model.bottleneck.disturb(latents)
-    torch.testing.assert_close(disturbed.square().mean(dim=-1), torch.ones(2000, 4), atol=1e-4, rtol=0)
+    perturbed = model.bottleneck.perturb(latents)
+    torch.testing.assert_close(perturbed.square().mean(dim=-1), torch.ones(2000, 4), atol=1e-4, rtol=0)
     # With z of mean square 1 and noise of deviation s the cosine of the angle is 1 / sqrt(1 + s^2), nearly.
-    cosine = (latents * disturbed).mean(dim=(1, 2))
+    cosine = (latents * perturbed).mean(dim=(1, 2))
     deviation = (1 / cosine.square() - 1).clamp(min=0).sqrt()
     assert float(deviation.mean()) == pytest.approx(0.15, abs=0.01)
     assert float(deviation.max()) == pytest.approx(0.3, abs=0.05) and float(deviation.min()) < 0.02

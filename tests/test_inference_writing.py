@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import set_seed
 
 from inference.generate import main
-from inference.media_files import contact_sheet
+from inference.output import image_sheet
 from tests.tiny_artist import CODES, artist_processor, save_artist, tiny_artist, write_codes
 from tests.tiny_language_model import save_checkpoint
 from tests.tiny_reader import save_reader
@@ -65,7 +65,7 @@ def test_sounds_in_numbered_files(checkpoint, tmp_path, capsys):
 
 def test_pictures_of_a_sheet_stand_row_by_row():
     colours = [(10 * number, 0, 0) for number in range(5)]
-    sheet = contact_sheet([Image.new("RGB", (4, 3), colour) for colour in colours])
+    sheet = image_sheet([Image.new("RGB", (4, 3), colour) for colour in colours])
     assert sheet.size == (16, 8)
     assert [sheet.getpixel((6 * (number % 3), 5 * (number // 3))) for number in range(5)] == colours
 

@@ -8,7 +8,7 @@ import pytest
 
 import pretrain
 from configs import load_config
-from configs.pretraining import build_trainer
+from configs.pretraining import build_pretraining
 from tests.test_callbacks import texts
 from tests.test_launch import trained
 from tests.tiny_media_run import write_media_config
@@ -37,7 +37,7 @@ def one(config, tmp_path_factory):
 def rows(config, tmp_path_factory):
     """The rows of the run in the order in which they are read."""
     flags = ["--config", str(config), "--training.output_dir", str(tmp_path_factory.mktemp("unused"))]
-    dataset = build_trainer(load_config(flags)).train_dataset
+    dataset = build_pretraining(load_config(flags)).train_dataset
     return [dataset[index] for index in range(ROWS * STEPS)]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset_loading.references import UnusableRow, reference_to
+from dataset_loading.sources.references import UnusableRow, reference_to
 from model import MediaError, load_audio, load_image, media_sources
 from model.media_sources import MAX_BYTES, read_source
 from tests.tiny_processor import audio_file, image_file, picture, sound, tiny_processor

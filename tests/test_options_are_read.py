@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedConfig, TrainingArguments
 
-import configs
-from configs import finetuning
+from configs import finetuning, loader, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,8 +58,8 @@ READ_BY_TRANSFORMERS |= {name.format(modality) for name in OF_PLACES for modalit
 def classes_within(cls: type, path: str = "") -> Iterable[tuple[type, str]]:
     """A configuration class and those in it, each with the name of the field that holds it."""
     yield cls, path
-    for name, hint in configs.options_of(cls).items():
-        if nested := configs.nested_class(hint):
+    for name, hint in loader.option_types(cls).items():
+        if nested := loader.nested_class(hint):
             yield from classes_within(nested, name)
 
 
@@ -100,7 +99,7 @@ def own_fields(cls: type) -> set[str]:
     return {item.name for item in dataclasses.fields(cls) if item.init} - inherited - READ_BY_TRANSFORMERS
 
 
-SECTIONS = (*configs.MODEL_CONFIGS.values(), *configs.SECTIONS.values(), *finetuning.SECTIONS.values())
+SECTIONS = (*runs.MODEL_CONFIGS.values(), *runs.SECTIONS.values(), *finetuning.SECTIONS.values())
 ALL = [found for cls in SECTIONS for found in classes_within(cls)]
 
 
@@ -115,10 +114,10 @@ def test_every_option_is_read(cls: type, name: str) -> None:
 
 def test_every_part_of_a_run_is_read() -> None:
     """T10: the name of the trainer and the log level too."""
-    fields = [item.name for item in dataclasses.fields(configs.RunConfig)]
-    names = ("__init__", "pretraining", "running")
+    fields = [item.name for item in dataclasses.fields(runs.RunConfig)]
+    names = ("runs", "pretraining", "running")
     files = [ROOT / "pretrain.py", *(ROOT / f"configs/{name}.py" for name in names)]
-    assert unread(configs.RunConfig, fields, "run", files, "run") == set()
+    assert unread(runs.RunConfig, fields, "run", files, "run") == set()
     fields = [item.name for item in dataclasses.fields(finetuning.FinetuningConfig)]
     files += [ROOT / "configs/finetuning.py"]
     assert unread(finetuning.FinetuningConfig, fields, "run", files, "run|self") == set()

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 import convert
 from inference import generate
 from inference.conversation import Conversation
-from inference.media_files import save_audio, save_images
-from inference.output import append, whole_file, whole_folder
+from inference.output import append, save_audio, save_images, whole_file, whole_folder
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent

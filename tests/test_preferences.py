@@ -11,10 +11,11 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import finetune
-from configs.finetuning import build_trainer, load_finetuning_config
+from configs import load_config
+from configs.finetuning import FinetuningConfig, build_finetuning
 from dataset_loading.configuration import DataConfig, SourceConfig
 from dataset_loading.preferences import build_pairs, build_prompts, spoiled
-from dataset_loading.synthetic import get_task
+from dataset_loading.tasks.registry import get_task
 from inference.loading import load_model
 from model.depth import sample_depth
 from model.recurrence import draw_training_states
@@ -135,8 +136,8 @@ def test_the_reference_has_no_deltas_of_steps_either(tiny_run, tmp_path):
     sections = {"data": {"train": [ADDITION], "validation": [ADDITION]}, "step_lora": {"num_steps": 3}}
     training = {"max_steps": 2, "learning_rate": 0.1, "save_strategy": "no"}
     config = write_tuning_config(tmp_path, tiny_run, trainer="dpo", training=training, **sections)
-    trainer = build_trainer(
-        load_finetuning_config(["--config", str(config), "--training.output_dir", str(tmp_path / "out")])
+    trainer = build_finetuning(
+        load_config(["--config", str(config), "--training.output_dir", str(tmp_path / "out")], FinetuningConfig)
     )
     trainer.train()
     ids, (base, _) = torch.randint(3, 200, (2, 7)), load_model(tiny_run)

@@ -22,7 +22,7 @@ import pretrain
 from configs import load_config
 from configs.pretraining import build_media_examples, whole_weights
 from dataset_loading import get_task
-from dataset_loading.synthetic import generate_row
+from dataset_loading.tasks.registry import generate_row
 from evaluation.__main__ import main as evaluate
 from inference.loading import load_model
 from model.chat import CHAT_TEMPLATE, ROLE_TOKENS, encode_conversation
@@ -289,7 +289,7 @@ def test_empty_file_and_corrupt_rows(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' + "{broken\n" * 3)
     for name, message in (("empty.txt", "'empty' has no usable rows"), ("rows.jsonl", "line 2")):
-        data = {"train": [{"kind": "files", "paths": [name]}], "max_bad_rows": 2}
+        data = {"train": [{"kind": "files", "paths": [name]}], "max_invalid_rows": 2}
         config = write_config(tmp_path, data=data)
         with pytest.raises(SystemExit) as stopped:
             pretrain.main(["--config", str(config), "--training.output_dir", str(tmp_path / "out")])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import configs
-from configs import load_config
-from configs.finetuning import FINETUNERS, load_finetuning_config
+from configs import load_config, loader
+from configs.finetuning import FINETUNERS, FinetuningConfig
 from configs.resuming import CHANGEABLE, FREE, check_options, config_text, find_start
 from tests.test_pretrain import write_config
 from tests.test_trainer import save_whole
@@ -86,7 +86,7 @@ UNCHANGED = [
         "--training.disable_tqdm",
         "false",
     ),
-    *("--training.recurrence_logging_steps", "0", "--data.max_bad_rows", "3", "--training.save_total_limit", "2"),
+    *("--training.recurrence_logging_steps", "0", "--data.max_invalid_rows", "3", "--training.save_total_limit", "2"),
 ]
 
 
@@ -142,8 +142,8 @@ def test_several_differences_are_one_line(base):
 
 def test_every_pattern_is_of_an_option():
     """A misspelt one would leave nothing free."""
-    classes = {f"training.{name}" for _, cls in FINETUNERS.values() for name in configs.options_of(cls)}
-    keys = classes | set(configs.flatten(configs.resolve([]))) | {"training.parameter_groups[0].learning_rate"}
+    classes = {f"training.{name}" for _, cls in FINETUNERS.values() for name in loader.option_types(cls)}
+    keys = classes | set(configs.flatten_keys(configs.resolve([]))) | {"training.parameter_groups[0].learning_rate"}
     keys |= {f"training.parameter_groups[0].{name}" for name in ("lr_factor", "weight_decay", "freeze_steps")}
     for pattern, reason in {**FREE, **CHANGEABLE}.items():
         assert reason and (
@@ -169,7 +169,7 @@ def test_values_of_groups_may_change_and_their_patterns_may_not(tmp_path):
         check_options(load(base, groups[0], groups[1].format("core", 0.5, 0), *leave), base / "checkpoint-5")
 
 
-@pytest.mark.parametrize("trainer", FINETUNERS)
+@pytest.mark.parametrize("trainer", ["continued", "sft", "dpo", "grpo"])  # an exit probe has no adapters
 def test_options_of_fine_tuning(tmp_path, trainer):
     """Those that belong to one trainer alone too; a base that has moved is compared when its adapter is loaded."""
     config = write_tuning_config(tmp_path, tmp_path / "base", trainer=trainer)
@@ -179,23 +179,24 @@ def test_options_of_fine_tuning(tmp_path, trainer):
         del tree["training"]["recurrence_logging_steps"]
         config.write_text(configs.to_yaml(tree))
         flags += ["--training.rewards", "[evaluation.rewards:exact_answer]", "--training.num_generations", "4"]
-    run = load_finetuning_config(flags)
+    run = load_config(flags, FinetuningConfig)
     save_whole(tmp_path / "checkpoint-2", 2)
     (tmp_path / "checkpoint-2" / "config.yaml").write_text(config_text(run))
-    check_options(load_finetuning_config([*flags, "--model.path", str(tmp_path / "moved")]), tmp_path / "checkpoint-2")
+    moved = load_config([*flags, "--model.path", str(tmp_path / "moved")], FinetuningConfig)
+    check_options(moved, tmp_path / "checkpoint-2")
     own = {"continued": "ema_decay 0.5", "sft": "loss_type dft", "dpo": "beta 0.7", "grpo": "temperature 0.7"}[trainer]
     name, value = own.split()
     for changed, key in (([f"--training.{name}", value], f"training.{name}"), (["--peft.rank", "3"], "peft.rank")):
         with pytest.raises(ValueError, match=f"has other options: {key} is"):
-            check_options(load_finetuning_config([*flags, *changed]), tmp_path / "checkpoint-2")
+            check_options(load_config([*flags, *changed], FinetuningConfig), tmp_path / "checkpoint-2")
     config.write_text(configs.to_yaml({**configs.read_yaml(config), "peft": None}))
-    (tmp_path / "checkpoint-2" / "config.yaml").write_text(config_text(load_finetuning_config(flags)))
+    (tmp_path / "checkpoint-2" / "config.yaml").write_text(config_text(load_config(flags, FinetuningConfig)))
     with pytest.raises(ValueError, match=r"has other options: model\.path is"):
-        check_options(load_finetuning_config([*flags, "--model.path", "moved"]), tmp_path / "checkpoint-2")
+        check_options(load_config([*flags, "--model.path", "moved"], FinetuningConfig), tmp_path / "checkpoint-2")
 
 
 def test_a_run_of_another_kind(base, tmp_path):
-    run = load_finetuning_config(["--config", str(write_tuning_config(tmp_path, tmp_path / "base"))])
+    run = load_config(["--config", str(write_tuning_config(tmp_path, tmp_path / "base"))], FinetuningConfig)
     with pytest.raises(ValueError, match="has other options: trainer is 'pretrain' there and 'sft' here"):
         check_options(run, base / "checkpoint-5")
 
@@ -230,7 +231,7 @@ def test_younger_options_have_their_defaults_in_an_older_file(base, tmp_path):
     """Those of sources too, which are items of a list."""
     checkpoint = old(tmp_path, base)
     tree = configs.read_yaml(tmp_path / "config.yaml")
-    del tree["training"]["allow_changes"], tree["training"]["ema_decay"], tree["data"]["condition_drop"]
+    del tree["training"]["allow_changes"], tree["training"]["ema_decay"], tree["data"]["cfg_dropout"]
     for source in tree["data"]["train"]:
         del source["augment"], source["role"]
     (tmp_path / "config.yaml").write_text(configs.to_yaml(tree))

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from configs import RunConfig, load_config
-from configs.finetuning import load_finetuning_config
+from configs.finetuning import FinetuningConfig
 from model import CODEC_CONFIGS, MODELS, MegaTransformerConfig, codec_media
 from tests.hub_encoders import local_encoders
 from trainers.parameter_groups import assign, freeze
@@ -61,7 +61,7 @@ def test_the_files_are_found():
 @pytest.mark.parametrize("path", TUNING_FILES, ids=lambda path: path.stem)
 def test_files_of_fine_tuning_load(path):
     """From a run into a run."""
-    run = load_finetuning_config(["--config", str(path)])
+    run = load_config(["--config", str(path)], FinetuningConfig)
     assert Path(run.model.path).parent.name == "runs" and run.training.output_dir == f"runs/{path.stem}"
 
 

@@ -100,7 +100,7 @@ def test_generation_with_a_cache_and_exits_sees_them():
     ids = tiny_ids(2, 5)
     options = {"max_new_tokens": 4, "do_sample": False, "num_steps": 4}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
-    out = model(ids, num_steps=4, exits=ExitOptions("latent_difference", 1e3, first_step=2))
+    out = model(ids, num_steps=4, exits=ExitOptions("latent_difference", 1e3, min_steps=2))
     for row, count in enumerate(out.exit_steps.tolist()):
         alone = model(ids[row : row + 1], num_steps=count).logits
         torch.testing.assert_close(out.logits[row : row + 1], alone, atol=1e-5, rtol=1e-5)

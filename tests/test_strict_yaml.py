@@ -3,12 +3,13 @@
 import json
 import os
 import time
+from functools import partial
 
 import pytest
 import yaml
 
 from configs import load_config, load_run_config, read_yaml, strict_yaml
-from configs.finetuning import load_finetuning_config
+from configs.finetuning import FinetuningConfig
 
 NINES = "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 9)}]\n" for n in range(1, 12))
 BOMB = f"k0: &k0 [x, x, x]\n{NINES}model: *k11\n"
@@ -45,7 +46,7 @@ REFUSED = {
 def test_what_no_configuration_needs_is_refused_at_once(text):
     before = time.process_time()
     with pytest.raises(yaml.YAMLError) as caught:
-        strict_yaml.load(text)
+        strict_yaml.parse_yaml(text)
     assert REFUSED[text] in " ".join(str(caught.value).split())
     assert time.process_time() - before < 5
 
@@ -54,9 +55,9 @@ def test_what_a_configuration_has_is_read():
     text = "a: &a {x: 1, y: [1e-4, .5, true, null, no, 2026-01-01]}\nb: {<<: *a, y: !!str 5}\nc: *a\n"
     text += "d: -9223372036854775808"
     base = {"x": 1, "y": [1e-4, 0.5, True, None, "no", "2026-01-01"]}
-    assert strict_yaml.load(text) == {"a": base, "b": {"x": 1, "y": "5"}, "c": base, "d": -(2**63)}
+    assert strict_yaml.parse_yaml(text) == {"a": base, "b": {"x": 1, "y": "5"}, "c": base, "d": -(2**63)}
     nested = "[" * strict_yaml.MAX_LEVELS + "]" * strict_yaml.MAX_LEVELS
-    assert json.dumps(strict_yaml.load(nested)) == nested[:-1].replace("][", "]")[:31] + "[]" + "]" * 31
+    assert json.dumps(strict_yaml.parse_yaml(nested)) == nested[:-1].replace("][", "]")[:31] + "[]" + "]" * 31
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ BOMB_IN_A_LINE = "[&a [x,x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a],
 )
 
 
-@pytest.mark.parametrize("load", [load_config, load_finetuning_config])
+@pytest.mark.parametrize("load", [load_config, partial(load_config, kind=FinetuningConfig)])
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [

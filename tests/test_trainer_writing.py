@@ -20,7 +20,7 @@ SOURCES = [
 
 @pytest.fixture(scope="module")
 def data():
-    config = DataConfig(train=SOURCES, validation=SOURCES[:1], block_size=160, packing=False, condition_drop=0.3)
+    config = DataConfig(train=SOURCES, validation=SOURCES[:1], block_size=160, packing=False, cfg_dropout=0.3)
     return build_datasets(config, artist_processor(), seed=3).train
 
 

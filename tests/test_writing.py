@@ -12,10 +12,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from model import MediaChunk, RecurrentCache
 from model.depth import keyed_generator
+from model.generation_media import MediaGenerateOutput
 from model.modeling_megatransformer import take_media
+from model.output_heads import embed_latents, perturb
 from model.recurrence import default_state
-from model.writers import disturb, embed_latents
-from model.writing import MediaGenerateOutput
 from tests.test_cache import visible_entry
 from tests.tiny_writing import (
     ASSISTANT,
@@ -146,7 +146,7 @@ def test_latents_that_are_read_back_are_noisy_in_training_alone(model):
     batch = writing_batch()
     inputs = {key: it for key, it in batch.items() if key != "labels"}
     clean = model.model.embed(inputs["input_ids"], take_media(dict(inputs))).written.latents["image"]
-    noisy = disturb(model.model.writers["image"], clean, torch.tensor([1, 2, 3]))
+    noisy = perturb(model.model.writers["image"], clean, torch.tensor([1, 2, 3]))
     spread = (noisy - clean.latents).std(dim=1)
     assert spread.min() > 0 and spread.max() < 0.45
     first = model.model(**inputs, flow_seeds=torch.tensor([1, 2, 3])).last_hidden_state
@@ -423,8 +423,8 @@ def test_chunks_show_images_patch_by_patch(model):
     for number, chunk in enumerate(chunks):
         whole = np.asarray(outputs.images[chunk.row])
         there = 4 if number < 2 else 8  # rows of pixels: a half, all
-        assert (np.asarray(chunk.medium)[:there] == whole[:there]).all()
-        assert (np.asarray(chunk.medium)[there:] == 128).all()
+        assert (np.asarray(chunk.item)[:there] == whole[:there]).all()
+        assert (np.asarray(chunk.item)[there:] == 128).all()
 
 
 def test_chunks_let_sound_be_heard_as_it_grows(model):
@@ -434,15 +434,15 @@ def test_chunks_let_sound_be_heard_as_it_grows(model):
     codec, latents = model.model.writers["audio"].codec, outputs.latents["audio"][0]
     assert len(latents) == 6 and [chunk.is_complete for chunk in chunks] == [False, False, True]
     for chunk, count in zip(chunks, (3, 6, 6), strict=True):
-        torch.testing.assert_close(chunk.medium, codec.decode(latents[:count]), **CLOSE)
-    assert len(chunks[0].medium) < len(chunks[1].medium)
-    assert torch.equal(chunks[-1].medium, outputs.audio[0])
+        torch.testing.assert_close(chunk.item, codec.decode(latents[:count]), **CLOSE)
+    assert len(chunks[0].item) < len(chunks[1].item)
+    assert torch.equal(chunks[-1].item, outputs.audio[0])
 
 
 def test_without_a_size_chunks_come_every_16_latents(model):
     chunks, outputs = chunks_of(model, generation_mode="image")
     assert [chunk.is_complete for chunk in chunks] == [True]
-    assert chunks[0].medium.tobytes() == outputs.images[0].tobytes()
+    assert chunks[0].item.tobytes() == outputs.images[0].tobytes()
 
 
 @pytest.mark.parametrize(

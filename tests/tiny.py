@@ -11,6 +11,7 @@ from model import (
     MegaTransformerTextConfig,
     NoiseOptions,
 )
+from model.depth import EXIT_KEYWORDS
 
 PAD, BEGIN, END = 0, 1, 2
 
@@ -61,7 +62,10 @@ def tiny_ids(*shape: int, seed: int = 0, low: int = 3, high: int = 64) -> torch.
 def for_forward(**options: Any) -> dict[str, Any]:
     """Keywords of `generate` as `forward` takes them: those of exits, and of noise, as one object each."""
     found = dict(options)
-    for prefix, name, part in (("exit_", "exits", ExitOptions), ("noise_", "noise", NoiseOptions)):
-        given = {key.removeprefix(prefix): found.pop(key) for key in options if key.startswith(prefix)}
+    for name, part, fields in (
+        ("exits", ExitOptions, EXIT_KEYWORDS),
+        ("noise", NoiseOptions, {"noise_level": "level"}),
+    ):
+        given = {fields[key]: found.pop(key) for key in options if key in fields}
         found |= {name: part(**given)} if given else {}
     return found

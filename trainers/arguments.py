@@ -77,6 +77,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         token_correlation_alarm: A warning is logged when the mean cosine between the states of different tokens is
             above this (at least -1, at most 1): the states are collapsing.
         modality_weights: How much a token counts in the loss, by what its document contains.
+        deepspeed: File of DeepSpeed, also by its name in `configs/deepspeed/`, or what stands in it.
         freeze: Parameters that are not trained: patterns of their names.
         parameter_groups: Parameters that learn at a rate of their own, or later than the rest.
         optimizer: Name of an optimizer in `OPTIMIZERS`, or import name of a function that builds one from the groups of
@@ -113,6 +114,13 @@ class RecurrentTrainingArguments(TrainingArguments):
         metadata={"help": "Warn when the mean cosine between the states of different tokens is above this."},
     )
     modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
+    deepspeed: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "File of DeepSpeed, also by its name in configs/deepspeed/, or what stands in it.",
+            "is_path": True,
+        },
+    )
     freeze: list[str] = field(
         default_factory=list,
         metadata={

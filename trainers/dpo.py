@@ -110,8 +110,6 @@ class PreferenceTrainer(RecurrentTrainer, DPOTrainer, NamedMetrics):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         """Adds depth and initial states of the pairs in training."""
         if model.training and self.is_recurrent:
-            if self._is_time_to_probe():
-                self._probe_recurrence(model, inputs)
             rows, sequence = inputs["input_ids"].shape  # the chosen answers of all pairs, then the rejected ones
             drawn = self._draw_recurrence(rows // 2, sequence)
             inputs = inputs | drawn | {"initial_state": drawn["initial_state"].repeat(2, 1, 1)}

@@ -23,7 +23,7 @@ PARTS = {
 class ModelOptions:
     """The checkpoint that is tuned."""
 
-    path: str = ""
+    path: str = field(default="", metadata={"is_path": True})
     """Folder of a run or of a checkpoint, or a name on the Hugging Face hub; it has to be given."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights; by default that of the checkpoint. Adapters are float32."""

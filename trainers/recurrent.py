@@ -62,6 +62,8 @@ class RecurrentTrainer(CheckedTrainer):
         step, micro_batch = self._position
         self._position = (self.state.global_step, micro_batch + 1 if step == self.state.global_step else 0)
         self.modalities.num_windows += self._position[1] == 0
+        if self._is_time_to_probe():
+            self._probe_recurrence(model, inputs_of_model(self._prepare_inputs(inputs)))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
@@ -71,8 +73,6 @@ class RecurrentTrainer(CheckedTrainer):
         modality_ids, inputs = inputs.get("modality_ids"), inputs_of_model(inputs)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        if self._is_time_to_probe():
-            self._probe_recurrence(model, inputs)
         inputs["skip_logits"] = True
         if self.is_recurrent:
             inputs |= self._draw_recurrence(*inputs["input_ids"].shape)

@@ -1,0 +1,349 @@
+"""Runs: from every option as plain values to the classes that hold them, and what is looked at before one begins."""
+
+import enum
+import logging
+import math
+import os
+import sys
+import time
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from transformers import PreTrainedConfig
+
+from callbacks import CallbacksConfig
+from dataset_loading.configuration import DataConfig, TokenizerConfig
+from model import CODEC_CONFIGS, MODELS, MegaTransformerTextConfig
+from model.terminal import one_line
+from trainers import TRAINERS, PlannedTrainingArguments, RecurrentTrainingArguments
+
+from .deepspeed_files import find_deepspeed
+from .loader import (
+    Layout,
+    closest,
+    flatten_keys,
+    make_paths_absolute,
+    nested_class,
+    option_types,
+    option_values,
+    read_arguments,
+    read_yaml,
+    to_yaml,
+)
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 30  # seconds from an error of a rank that is not the first of its machine to its words
+MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {cls.model_type: cls for cls in MODELS}
+SECTIONS = {
+    "tokenizer": TokenizerConfig,
+    "data": DataConfig,
+    "callbacks": CallbacksConfig,
+    "training": RecurrentTrainingArguments,  # last, as it looks for the devices
+}
+
+
+class ResolvedConfig:
+    """All that defines a run, of any kind."""
+
+    resolved: dict[str, Any]
+    identity: ClassVar[tuple[str, ...]]
+    """Beginnings of the keys that say which model it is."""
+
+    @classmethod
+    def layout(cls, trees: Sequence[dict[str, Any]]) -> Layout:
+        """What a YAML of this kind of run may hold, as the trees of what is given say, the last one first.
+
+        Raises:
+            ValueError: a trainer or a type of model is not known.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_options(cls, tree: dict[str, Any], skip: Sequence[str] = ()) -> Self:
+        """Build the classes of what `resolve` gives; `skip` names sections that stay None.
+
+        Raises:
+            ValueError: a value is out of range; names its section.
+        """
+        built = {}
+        for name, section in cls.layout([tree]).sections:
+            values = None if name in skip or tree[name] is None else dict(tree[name])
+            if name == "model":
+                values.pop("model_type", None)
+            if name == "training" and values is not None:
+                values["deepspeed"] = find_deepspeed(values["deepspeed"])
+                section = PlannedTrainingArguments if tree.get("dry_run") else section
+            built[name] = None if values is None else build(section, values, name)
+        names = {name: tree[name] for name in ("trainer", "log_level")}
+        return cls(**built, **names, resolved=tree)
+
+    @property
+    def seed(self) -> int:
+        """The seed with which the run splits and generates its data."""
+        return self.resolved["training"]["seed"]
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether the run is only planned; `training` then knows nothing of this machine."""
+        return "dry_run" in self.resolved
+
+    def defaults(self) -> dict[str, Any]:
+        """What is resolved where nothing is given but what selects the classes."""
+        return option_values([], self.layout([self.resolved]))
+
+    def reread(self, path: str | Path) -> dict[str, Any]:
+        """Every option of a run of this kind as plain values, as a resolved YAML of earlier code says; options that are
+        younger than that have their defaults.
+
+        Raises:
+            ValueError: it is no such file.
+        """
+        return resolve(["--config", str(path)], type(self))
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved YAML, which alone repeats the run; nobody ever reads half of it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(to_yaml(self.resolved), encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@dataclass
+class RunConfig(ResolvedConfig):
+    """All that defines a run of pretraining.
+
+    Args:
+        model: Configuration of the network; the ids of special tokens are not in it yet.
+        tokenizer: Which tokenizer, or how to train one.
+        data: What is read.
+        callbacks: What is watched and written beside the trainer's own logs.
+        training: Training arguments; None if `load_run_config` left them out.
+        trainer: Name of the trainer.
+        log_level: Least severe message that is shown.
+        resolved: Every option as plain values: what was chosen, not what the classes derive from it.
+    """
+
+    model: PreTrainedConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    callbacks: CallbacksConfig
+    training: RecurrentTrainingArguments | None
+    trainer: str
+    log_level: str
+    resolved: dict[str, Any] = field(repr=False)
+    identity: ClassVar[tuple[str, ...]] = ("model.", "tokenizer.")
+
+    def __post_init__(self) -> None:
+        check_trainer(self.model, self.trainer)
+        if not isinstance(self.model, CODEC_CONFIGS):
+            check_positions(self.model, self.data.block_size)
+
+    @classmethod
+    def layout(cls, trees: Sequence[dict[str, Any]]) -> Layout:
+        """The sections of pretraining, with the class that the type of the model selects."""
+        config_class = model_config_class(trees)
+        optional = (f"model.{name}" for name, spec in config_class.sub_configs_defaults.items() if spec.optional)
+        sections = (("model", config_class), *SECTIONS.items())
+        return Layout(tuple(TRAINERS), "pretrain", sections, tuple(optional), config_class.model_type, has_dry_run=True)
+
+
+def load_config(argv: Sequence[str] | None = None, kind: type[ResolvedConfig] = RunConfig) -> ResolvedConfig:
+    """The run of a kind that a command line (default: `sys.argv`) describes.
+
+    Raises:
+        SystemExit: something is wrong; the code is 2, after one line on stderr.
+    """
+    with one_line_errors():
+        return kind.from_options(resolve(sys.argv[1:] if argv is None else argv, kind, is_to_run=True))
+
+
+def resolve(argv: Sequence[str], kind: type[ResolvedConfig] = RunConfig, is_to_run: bool = False) -> dict[str, Any]:
+    """Every option of a kind of run as plain values, from defaults, files and flags; see `option_values`."""
+    given = list(read_arguments(argv))
+    return option_values(given, kind.layout([item.tree for item in given]), is_to_run)
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
+    """The run, of pretraining or of fine-tuning, that a YAML file and flags describe, without its training arguments
+    (`training` is None).
+
+    Those look for the devices of the machine, and a run may be evaluated on another one than it was trained on.
+
+    Raises:
+        ValueError: something is wrong, which one line says.
+    """
+    kind, model = RunConfig, read_yaml(path).get("model")
+    if isinstance(model, dict) and "path" in model:
+        from .finetuning import FinetuningConfig as kind  # it takes TRL, which nothing else needs
+    return kind.from_options(resolve(["--config", str(path), *overrides], kind), skip=("training",))
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of this command, and those that `configs` reads: --config and --data.KEY, with their values."""
+    own, overrides, rest = [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument.partition("=")[0] != "--config" and not argument.startswith("--data."):
+            own.append(argument)
+            continue
+        overrides.append(argument)
+        if "=" not in argument and rest:
+            overrides.append(rest.pop(0))
+    return own, overrides
+
+
+def read_run_config(checkpoint: Path, overrides: Sequence[str]) -> ResolvedConfig:
+    """The configuration of the run that a checkpoint belongs to, with overrides.
+
+    Raises:
+        ValueError: there is none beside the checkpoint, or an override is wrong.
+    """
+    path = find_run_config(checkpoint)
+    if path is not None:
+        return load_run_config(path, overrides)
+    files = [item.file for item in read_arguments(overrides) if item.file is not None]
+    if not files:
+        raise ValueError(
+            f"Neither {checkpoint} nor its parent folder has the config.yaml of a run: "
+            "name the data with --config FILE."
+        )
+    return load_run_config(files[0], overrides)
+
+
+def find_run_config(checkpoint: Path) -> Path | None:
+    """The config.yaml of the run that a checkpoint belongs to, if there is one: beside it, or a folder above."""
+    paths = (folder / "config.yaml" for folder in (checkpoint, checkpoint.absolute().parent))
+    return next(filter(Path.is_file, paths), None)
+
+
+@contextmanager
+def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
+    """Turn errors of these kinds into one line on stderr and exit code 2.
+
+    Of the ranks of a machine, the first one speaks. The others wait for the launcher to end them: it ends all with the
+    first one that leaves, and the one that speaks is to have spoken by then. One that is not ended in `PATIENCE`
+    seconds has an error of its own, and says it.
+    """
+    try:
+        yield
+    except kinds as error:
+        logger.debug("Where it failed:", exc_info=True)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(PATIENCE)
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        raise SystemExit(2) from None
+
+
+def check_output_dir(run: ResolvedConfig) -> None:
+    """Refuse to write where nothing can be written, or into the folder of another model.
+
+    Raises:
+        ValueError: if the output folder cannot be made, or holds a run of another model; names the first key that
+            differs.
+    """
+    name = run.training.output_dir
+    folder = Path(name).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (name and there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"training.output_dir: {name!r} is no folder that can be written; choose another")
+    if difference := first_difference(folder, run, run.identity):
+        raise ValueError(f"training.output_dir: {name} holds another model: {difference}; choose another output_dir")
+
+
+def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...]) -> str | None:
+    """How a run differs from the one whose config.yaml is in a folder, if there is one: the first key that begins with
+    one of the prefixes. Options that are younger than that file have their defaults there.
+    """
+    if not (folder / "config.yaml").exists():
+        return None
+    content = read_yaml(folder / "config.yaml")
+    make_paths_absolute(content, run.layout([run.resolved]).schema(), Path.cwd())  # as all are that today's code writes
+    there, here = flatten_keys(run.defaults()) | flatten_keys(content), flatten_keys(run.resolved)
+    different = (key for key in here | there if key.startswith(prefixes) and there.get(key) != here.get(key))
+    key = next(different, None)
+    return key and f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+
+
+# ----------------------------------------------------------------------------------------------- from values to classes
+
+
+def model_config_class(trees: Sequence[dict[str, Any]]) -> type[PreTrainedConfig]:
+    """The class named by the last `model.model_type` among the trees."""
+    sections = [tree["model"] for tree in trees if isinstance(tree.get("model"), dict)]
+    names = [section["model_type"] for section in sections if "model_type" in section]
+    name = names[-1] if names else MegaTransformerTextConfig.model_type
+    if str(name) not in MODEL_CONFIGS:
+        raise ValueError(f"model.model_type: {name!r} is unknown; known: {', '.join(MODEL_CONFIGS)}")
+    return MODEL_CONFIGS[name]
+
+
+def build(cls: type, values: dict[str, Any], key: str) -> Any:
+    """An instance of a configuration class, from the inside out, so that an error names the innermost key."""
+    values = dict(values)
+    for name, hint in option_types(cls).items():
+        value, nested = values.get(name), nested_class(hint)
+        if not (nested or all(map(math.isfinite, numbers_in(value)))):
+            raise ValueError(f"{key}.{name}: {value} is not finite; give a number")
+        choices = [item.value for part in typing.get_args(hint) if isinstance(part, enum.EnumMeta) for item in part]
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{key}.{name}: {value!r} is unknown; {closest(value, choices)}")
+        if value is None and type(None) not in (hint, *typing.get_args(hint)):
+            raise ValueError(f"{key}.{name}: null given where a value is needed; leave the line out for the default")
+        if nested and isinstance(value, list):
+            values[name] = [build(nested, item, f"{key}.{name}[{index}]") for index, item in enumerate(value)]
+        elif nested and value is not None:
+            values[name] = build(nested, value, f"{key}.{name}")
+    try:
+        return cls(**values)
+    except torch.distributed.DistNetworkError as error:
+        raise ValueError(network_problem(str(error))) from error
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        reason = str(error).removeprefix(cls.__name__)
+        raise ValueError(f"{key}{reason}" if reason.startswith((".", ":")) else f"{key}: {reason}") from error
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """The floats in a value, in its lists and mappings too."""
+    if isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(part)
+    elif isinstance(value, float):
+        yield value
+
+
+def network_problem(message: str) -> str:
+    """Why the processes of a run do not find each other."""
+    port = os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in message:
+        return (
+            f"MASTER_PORT: {port} is in use, perhaps by another run; give another one, as in "
+            "`deepspeed --master_port 29501 pretrain.py`"
+        )
+    return f"MASTER_ADDR and MASTER_PORT: {os.environ.get('MASTER_ADDR')}:{port} does not answer: {message}"
+
+
+def check_trainer(model: PreTrainedConfig, trainer: str) -> None:
+    """Codecs have a trainer of their own."""
+    fitting = "reconstruction" if isinstance(model, CODEC_CONFIGS) else "pretrain"
+    if trainer != fitting:
+        raise ValueError(f"trainer: {trainer!r} trains no {model.model_type}; set trainer: {fitting}")
+
+
+def check_positions(model: PreTrainedConfig, block_size: int) -> None:
+    """Tables of positions do not extrapolate."""
+    model = model.get_text_config()
+    if model.position_embedding in ("learned", "sinusoidal") and block_size > model.max_position_embeddings:
+        raise ValueError(
+            f"data.block_size: {block_size} is more than the {model.max_position_embeddings} positions of a "
+            f"{model.position_embedding} table; raise model.max_position_embeddings or choose rope or alibi"
+        )

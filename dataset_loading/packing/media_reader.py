@@ -1,0 +1,150 @@
+"""References to tensors, through the run's processor; what is unreadable is told apart from what is wrong in code."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
+
+from model import modality_names
+from model.chat import CHAT_TEMPLATE, ConversationEncoder, EncodedConversation, kinds_of_role
+
+from ..sources.references import place_of, read_reference
+from ..tasks.registry import get_task
+
+_CUT_SECONDS = 0.1
+"""Seconds that may be cut off audio: no word is as short."""
+
+
+class UnreadableItem(ValueError):
+    """An item of media that cannot be used; the message is the reason."""
+
+
+class MediaReader:
+    """Sizes, tokens and tensors of media.
+
+    Args:
+        processor: The run's processor, or its tokenizer where the model reads text alone and so has no modalities.
+
+    Raises:
+        ValueError: The vocabulary lacks a token of media.
+    """
+
+    def __init__(self, processor: PreTrainedTokenizerFast | ProcessorMixin):
+        if isinstance(processor, ProcessorMixin):
+            self.tokenizer, self.kinds = processor.tokenizer, processor.kinds
+        else:
+            self.tokenizer, self.kinds = processor, {}
+        self.encoder = ConversationEncoder(self.tokenizer, self.kinds, processor.chat_template or CHAT_TEMPLATE)
+        self.written = [name for name, kind in self.kinds.items() if any(kind.learned)]
+        self.modality_ids = {name: modality_names().index(name) for name in self.kinds}
+
+    @property
+    def max_samples(self) -> dict[str, int]:
+        """Most samples that are read, by modality, of those that are audio."""
+        return {name: int(self.kinds[name].max_seconds * rate) for name, rate in self.sampling_rates.items()}
+
+    @property
+    def sampling_rates(self) -> dict[str, int]:
+        """Sampling rates in Hz by modality, of those that are audio."""
+        recordings = {name: kind for name, kind in self.kinds.items() if name in ("audio", "written_audio")}
+        return {name: kind.sampling_rate for name, kind in recordings.items()}
+
+    def with_modalities(self, messages: list[dict]) -> list[dict]:
+        """Messages in which media of the assistant have the type of the modality that is generated, if there is one.
+
+        Media that are neither read nor generated keep their type, which names no modality of the model then.
+        """
+        return [
+            {
+                **message,
+                "content": [part | {"type": kinds.get(part["type"], part["type"])} for part in message["content"]],
+            }
+            for message in messages
+            for kinds in [kinds_of_role(message["role"], self.kinds)]
+        ]
+
+    def encode(self, conversations: Sequence[list[dict]]) -> list[EncodedConversation | ValueError]:
+        """Conversations as tokens, each item as one placeholder; where this model cannot use one, the reason."""
+        return [
+            found if isinstance(found, ValueError) else self._problem_of(messages) or found
+            for messages, found in zip(conversations, self.encoder.encode_all(conversations), strict=True)
+        ]
+
+    def _problem_of(self, messages: list[dict]) -> ValueError | None:
+        """The reason against an answer of which nothing can be learned, if there is one."""
+        for message in self.with_modalities(messages):
+            shown = [part["type"] for part in message["content"]]
+            if message["role"] == "assistant" and set(shown).isdisjoint(("text", *self.written)):
+                return ValueError(
+                    f"the assistant shows type {shown[0]!r}, which the model does not write, and says nothing"
+                )
+        return None
+
+    def most_tokens(
+        self, reference: Mapping, row: Mapping[str, object], decode: bool, stretch: float = 1.0, silence: float = 0.0
+    ) -> int:
+        """Most tokens of an item, with those that start and end it.
+
+        Args:
+            decode: Whether the item is read whole, and not its header only; a generated one is never made for it.
+            stretch: How many times as long audio that is read may become.
+            silence: How many seconds longer it may become then.
+
+        Raises:
+            UnreadableItem: The item is damaged, as far as it was read.
+        """
+        name = reference["type"]
+        kind = self.kinds[name]
+        if "task" in reference:
+            size = get_task(reference["task"]).medium_size(reference["medium"])
+        else:
+            size = read_item(lambda source: self._size(name, source, decode), reference, row)
+        stretch = stretch if name == "audio" else 1.0
+        if name in self.sampling_rates and (stretch > 1 or silence > 0):
+            size = size * stretch + silence + 0.01  # a changed rate is rounded to whole numbers of samples
+        return kind.tokens_of_size(size) + 2
+
+    def _size(self, name: str, source: Any, decode: bool) -> Any:
+        """The size of an item, all of which is read: if audio were cut, its text would say what is not in it.
+
+        Raises:
+            ValueError: The item is longer than what is read, or damaged, as far as it was read.
+        """
+        kind = self.kinds[name]
+        if name in self.sampling_rates:
+            seconds = kind.size(source)
+            if seconds > kind.max_seconds + _CUT_SECONDS:
+                raise ValueError(
+                    f"{seconds:.1f} seconds, of which {kind.max_seconds:g} are read, while its text would stay whole; "
+                    "cut both, or raise max_seconds of the model's audio"
+                )
+        return kind.size(kind.load(source) if decode else source)
+
+    def load(self, reference: Mapping, row: Mapping[str, object]) -> Any:
+        """An item decoded: an image, or samples at the processor's rate.
+
+        Raises:
+            UnreadableItem: The item is missing, damaged, or outside of the processor's limits.
+        """
+        return read_item(self.kinds[reference["type"]].load, reference, row)
+
+    def tensor(self, kind: str, medium: Any) -> torch.Tensor:
+        """What `load` gave, as the model's input for one item."""
+        return self.kinds[kind].preprocess(medium)
+
+
+def read_item(read: Callable[[Any], Any], reference: Mapping, row: Mapping[str, object]) -> Any:
+    """What a function makes of an item of media.
+
+    Args:
+        read: Takes a path, bytes, or what a generated task makes.
+
+    Raises:
+        UnreadableItem: The item is missing, damaged, or refused by the function.
+    """
+    try:
+        return read(read_reference(reference, row))
+    except (ValueError, OSError) as error:
+        place = place_of(reference)
+        raise UnreadableItem(str(error) if place in str(error) else f"{place}: {error}") from error
