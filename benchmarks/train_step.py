@@ -25,6 +25,7 @@ from inference.arguments import OneLineParser, whole_number
 from inference.devices import choose_device, choose_threads
 from model import MegaTransformerForCausalLM
 from model.recurrence import draw_training_states
+from trainers.estimates import StepCounts, flops_per_token, linear_parameters
 
 
 class Trainee:
@@ -32,10 +33,18 @@ class Trainee:
 
     Args:
         draw_inputs: Makes the arguments of `forward`, at every step anew.
+        num_steps: Core steps without and with gradient, of ours.
     """
 
-    def __init__(self, model: PreTrainedModel, draw_inputs: Callable[[], dict[str, Any]], args: argparse.Namespace):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        draw_inputs: Callable[[], dict[str, Any]],
+        args: argparse.Namespace,
+        num_steps: tuple[int, int] = (0, 0),
+    ):
         self.model, self.draw_inputs = model.train(), draw_inputs
+        self.flops = args.batch_size * args.sequence_length * training_flops(model, num_steps, args.sequence_length)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")
         if args.gradient_checkpointing:
@@ -75,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     held = {name: trainee.held_bytes() for name, trainee in trainees.items()}
     peaks = {name: timing.peak_bytes(trainee, device) for name, trainee in trainees.items()}
     timing.save(args.output, args, seconds=seconds, held_bytes=held, peak_bytes=peaks)
-    sys.stdout.write(report(args, device, seconds, held, peaks))
+    flops = {name: trainee.flops for name, trainee in trainees.items()}
+    sys.stdout.write(report(args, device, seconds, flops, held, peaks))
     return 0
 
 
@@ -114,8 +124,19 @@ def build_trainees(args: argparse.Namespace, device: torch.device) -> dict[str, 
         model = timing.build_ours(args, placement).to(device)
         timing.check_parameters(llama, model)
         num_steps = (no_grad, args.core_steps - no_grad)
-        trainees[name] = Trainee(model, partial(draw_inputs, model, ids, num_steps, count_up()), args)
+        draw = partial(draw_inputs, model, ids, num_steps, count_up())
+        trainees[name] = Trainee(model, draw, args, num_steps)
     return trainees
+
+
+def training_flops(model: PreTrainedModel, num_steps: tuple[int, int], row: int) -> float:
+    """Operations of the matrix products per token, forward and backward, as `flops_per_token` counts them; what
+    gradient checkpointing computes again is not among them.
+    """
+    if isinstance(model, MegaTransformerForCausalLM):
+        return flops_per_token(model, StepCounts(*num_steps, num_steps[1]), row).training
+    config = model.config
+    return 3 * (2 * linear_parameters(model) + 4 * row * config.hidden_size * config.num_hidden_layers)
 
 
 def draw_inputs(
@@ -129,6 +150,7 @@ def draw_inputs(
         "input_ids": ids,
         "labels": ids,
         "use_cache": False,
+        "skip_logits": True,  # as in training
         "num_steps": num_steps,
         "initial_state": state,
     }
@@ -154,6 +176,7 @@ def report(
     args: argparse.Namespace,
     device: torch.device,
     seconds: dict[str, list[float]],
+    flops: dict[str, float],
     held: dict[str, int],
     peaks: dict[str, int],
 ) -> str:
@@ -166,6 +189,7 @@ def report(
         "training step",
         "tokens per second",
         "speed / Llama's",
+        "TFLOP/s",
         "weights and moments, MiB",
         "step's peak above, MiB",
     ]
@@ -174,6 +198,7 @@ def report(
             name,
             f"{tokens / timing.quartiles(seconds[name])[1]:.1f}",
             timing.describe_ratio(ratios[name]),
+            f"{flops[name] / timing.quartiles(seconds[name])[1] / 1e12:.2f}",
             f"{held[name] / timing.MIB:.1f}",
             f"{peaks[name] / timing.MIB:.1f}",
         ]

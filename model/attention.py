@@ -124,6 +124,7 @@ def prepare_attention(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor,
     cache: RecurrentCache | None,
+    may_restart: bool = True,
     rows: torch.LongTensor | None = None,
     attentions: list[torch.Tensor] | None = None,
 ) -> AttentionInputs:
@@ -133,6 +134,7 @@ def prepare_attention(
         inputs_embeds: (batch, sequence, hidden).
         attention_mask: (batch, past + sequence) with 1 for real tokens, a 4-D mask which is taken as it is, or None.
         position_ids: (batch, sequence). Without mask and cache, a restart begins a new document: none sees another.
+        may_restart: Whether restarts are looked for, for which the host waits for a GPU.
         rows: The rows of the cache that the batch consists of. Default: all.
         attentions: Where the attention probabilities of each layer are gathered, for which they are computed eagerly.
     """
@@ -147,7 +149,7 @@ def prepare_attention(
         attention_mask,
         # With a cache, transformers does not look for restarts of the positions; an empty one has nothing to say.
         cache if past or is_static else None,
-        position_ids=position_ids,
+        position_ids=position_ids if may_restart else None,
         # ALiBi adds to the mask, and the room of a static cache that is not used yet must be hidden.
         allow_is_causal_skip=not (alibi or is_static),
     )
@@ -158,7 +160,7 @@ def prepare_attention(
 
         def build_of(rows: torch.LongTensor) -> AttentionInputs:
             given = (select_rows(each, rows) for each in (inputs_embeds, attention_mask, position_ids))
-            return prepare_attention(config, *given, cache, rows)
+            return prepare_attention(config, *given, cache, may_restart, rows)
 
         inputs.build_of = build_of
     if config.position_embedding == "rope":

@@ -12,7 +12,7 @@ BLOCK = 128  # tokens by which a buffer grows
 
 
 class CacheSlot:
-    """Keys and values of one layer at one step: a view of its layer's buffer, (batch, 2, key/value heads, capacity,
+    """Keys and values of one layer at one step: a view of its layer's buffer, (2, batch, key/value heads, capacity,
     head_dim), written in place.
 
     It is made for one forward pass. A layer that kept its slots would be part of a cycle, since they know their layer,
@@ -68,7 +68,7 @@ class CacheSlot:
         last = where.stop if isinstance(where, slice) else None
         if rows is None:
             return self.keys[:, :, :last], self.values[:, :, :last]
-        return self.both[:, :, :, :last].index_select(0, rows).unbind(1)
+        return self.both[..., :last, :].index_select(1, rows).unbind(0)
 
 
 def _instead(read: torch.Tensor, states: torch.Tensor, where: slice | torch.LongTensor) -> torch.Tensor:
@@ -79,7 +79,9 @@ def _instead(read: torch.Tensor, states: torch.Tensor, where: slice | torch.Long
 
 
 class CacheLayer(CacheLayerMixin):
-    """Keys and values of one layer: a buffer (steps, batch, 2, key/value heads, capacity, head_dim), a slot per step.
+    """Keys and values of one layer: a buffer (steps, 2, batch, key/value heads, capacity, head_dim), a slot per step.
+    The keys of a step lie together, and so do the values: of tensors that share memory torch.compile has to see that
+    none is written through another.
 
     It is made by the first keys, on their device and of their type, with the room that was reserved. A buffer that is
     too short grows: by whole blocks of tokens, and step by step. Of static size, it is made at once, for good.
@@ -125,25 +127,28 @@ class CacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """A buffer for the heads, type and device of these states, (rows, heads, new tokens, head_dim)."""
-        shape = (self.num_steps, self.batch, 2, key_states.shape[1], self.capacity, key_states.shape[-1])
+        shape = (self.num_steps, 2, self.batch, key_states.shape[1], self.capacity, key_states.shape[-1])
         self._set_buffer(key_states.new_zeros(shape))
 
     def fill(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Begins with these, (batch, heads, tokens, head_dim) each, through which gradients flow, at every step."""
         self.num_steps, self.batch, self.capacity = 1, len(key_states), key_states.shape[2]
         self.length = key_states.shape[2]
-        self._set_buffer(torch.stack((key_states, value_states), dim=1)[None])
+        self._set_buffer(torch.stack((key_states, value_states))[None])
 
     def make_static(self, like: torch.Tensor, num_steps: int, capacity: int) -> None:
         """A buffer of this size for the batch, heads, type and device of `like`, (batch, heads, 0, head_dim)."""
         self.num_steps, self.batch, self.capacity, self.is_static = num_steps, len(like), capacity, True
         self.lazy_initialization(like, like)
+        for _, keys, values in self.views:  # so that a CUDA graph may write to them; not a graph for each address
+            torch._dynamo.mark_static_address(keys, guard=False)
+            torch._dynamo.mark_static_address(values, guard=False)
 
     def _set_buffer(self, buffer: torch.Tensor) -> None:
-        self.buffer, self.keys, self.values = buffer, buffer[:, :, 0], buffer[:, :, 1]
+        self.buffer, self.keys, self.values = buffer, buffer[:, 0], buffer[:, 1]
         self.dtype, self.device, self.is_initialized = buffer.dtype, buffer.device, True
         steps = (buffer[step] for step in range(len(buffer)))
-        self.views = [(both, both[:, 0], both[:, 1]) for both in steps]
+        self.views = [(both, both[0], both[1]) for both in steps]
 
     def settle(self, first: int, entries: torch.LongTensor | None, new: slice) -> None:
         """Writes the new tokens' entries at step `first` and deeper.
@@ -156,8 +161,9 @@ class CacheLayer(CacheLayerMixin):
         if entries is None:
             found[first:] = found[first - 1]
         else:  # where a row did get there, its entry is written over itself
-            deeper = found[first:]
-            deeper.copy_(found.flatten(0, 1).index_select(0, entries).view(deeper.shape))
+            by_row = found.transpose(1, 2)  # (steps, batch, 2, key/value heads, new tokens, head_dim)
+            deeper = by_row[first:]
+            deeper.copy_(by_row.flatten(0, 1).index_select(0, entries).view(deeper.shape))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> None:
         """Not by layer: a step writes to its own slot."""
@@ -186,12 +192,12 @@ class CacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
         if self.is_initialized:
-            self._set_buffer(self.buffer.repeat_interleave(repeats, dim=1))
+            self._set_buffer(self.buffer.repeat_interleave(repeats, dim=2))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """These rows only."""
         if self.is_initialized:
-            self._set_buffer(self.buffer[:, indices.to(self.device)])
+            self._set_buffer(self.buffer[:, :, indices.to(self.device)])
 
 
 class RecurrentCache(Cache):

@@ -230,7 +230,7 @@ class RecurrentGenerationMixin:
         wanted = generation_config.compile_config is not None or self.device.type == "cuda"
         if wanted and not generation_config.disable_compile and not self.model.units_are_compiled:
             config = generation_config.compile_config
-            # Not its default, CUDA graphs: the state that a step returns is what the next one reads.
+            # Not its default, CUDA graphs: those are recorded anew for each cache, and stay.
             self.model.compile_units(**({} if config is None else config.to_dict()))
 
     def prepare_inputs_for_generation(

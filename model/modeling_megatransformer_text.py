@@ -199,13 +199,18 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             cache = RecurrentCache.of_prefix(self.text_config, cache)
         past = self._check_inputs(batch, sequence, attention_mask, cache)
         depth = resolve_depth(num_steps, self.text_config, batch, self.training)
+        may_restart = position_ids is not None
         attention_mask, position_ids = self._place(inputs_embeds, past, attention_mask, position_ids)
         hidden = self._add_positions(inputs_embeds, position_ids)
         if cache is not None:
             cache.begin(hidden, depth.total)
+            if self.units_are_compiled:  # with CUDA graphs, the memory of what the units returned before is free again
+                torch.compiler.cudagraph_mark_step_begin()
         asked = self.asked_outputs(output_hidden_states, output_attentions)
         attentions = [] if asked["output_attentions"] else None
-        inputs = prepare_attention(self.text_config, hidden, attention_mask, position_ids, cache, attentions=attentions)
+        inputs = prepare_attention(
+            self.text_config, hidden, attention_mask, position_ids, cache, may_restart, attentions=attentions
+        )
         inputs.hidden_states = [hidden] if asked["output_hidden_states"] else None
 
         slots = cache.prelude_slots if cache is not None else None

@@ -277,7 +277,7 @@ def test_decoding_behind_a_cache_gives_the_tokens_of_the_whole_prompt():
     ours, llama = pair()
     prompt = tiny_ids(2, 7)
     for model, options in ((ours, {"num_steps": 3}), (llama, {})):
-        cache = decode.fill_cache(model, prompt[:, :-1], options)
+        cache = decode.fill_cache(model, prompt[:, :-1], options, None)
         behind = decode.continue_prompt(model, prompt, 4, cache=cache, **options)
         assert torch.equal(behind, decode.continue_prompt(model, prompt, 4, use_cache=False, **options))
 
