@@ -30,6 +30,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from configs.renamed import RENAMED
+
 ROOT = Path(__file__).parents[1]
 STEPS = 20
 ROWS = 48  # of each generated source
@@ -71,6 +73,8 @@ WRITINGS: dict[str, tuple[str, ...]] = {  # arguments of a writing; {media} is t
 TIMES = ("seconds", "milliseconds", "runtime", "per_second", "throughput", "tokens_per", "time", "memory", "MiB")
 NEWER = ("media_columns",)
 """Options that the code did not have which wrote the results; an evaluation repeats all of them."""
+OLD_NAMES = {new: old.split(".")[-1] for old, new in RENAMED.items()}
+"""The names that options had then."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,10 +217,10 @@ def evaluation_of(folder: Path, is_codec: bool) -> Any:
 
 
 def without_times(content: Any, folder: str) -> Any:
-    """The content of a file of results without what the clock and the place say, and newer options."""
+    """The content of a file of results without what clock and place say, newer options, and new names of options."""
     if isinstance(content, dict):
         kept = {key: value for key, value in content.items() if not any(word in key for word in (*TIMES, *NEWER))}
-        return {key: without_times(value, folder) for key, value in kept.items()}
+        return {OLD_NAMES.get(key, key): without_times(value, folder) for key, value in kept.items()}
     if isinstance(content, list):
         return [without_times(value, folder) for value in content]
     return content.replace(folder, "") if isinstance(content, str) else content

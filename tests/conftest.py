@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import logging
 import random
 
 import numpy
@@ -19,6 +20,14 @@ def seeded() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """Take back what a command that ran before, in another test or in a fixture, has set up for its messages."""
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if type(handler).__name__ != "ConsoleHandler"]
+    root.setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
-from model import recurrence
+from model import depth
 from tests.test_trainer import Interrupt, build, losses, rows
 from tests.tiny import tiny_ids, tiny_model
 
@@ -65,7 +65,7 @@ def test_an_adapter_of_peft_is_trained_at_drawn_depths(tmp_path):
     seen = []
     base.register_forward_pre_hook(lambda module, inputs, given: seen.append(given["num_steps"]), with_kwargs=True)
     trainer.train()
-    expected = [recurrence.sample_depth(base.config.recurrence, 0, step, 0) for step in range(3)]
+    expected = [depth.sample_depth(base.config.recurrence, 0, step, 0) for step in range(3)]
     assert seen == expected
 
 
@@ -77,7 +77,7 @@ def test_a_model_without_core_has_no_depth_to_draw(tmp_path):
 
 def test_training_at_one_depth_is_said_once_and_nothing_else_is(monkeypatch):
     said = []
-    monkeypatch.setattr(recurrence.logger, "warning_once", said.append)
+    monkeypatch.setattr(depth.logger, "warning_once", said.append)
     model, ids = tiny_model(), tiny_ids(1, 4)
     model(ids)
     model(ids, labels=ids)
@@ -92,7 +92,7 @@ def test_training_at_one_depth_is_said_once_and_nothing_else_is(monkeypatch):
     assert not said
     model(ids, labels=ids)
     assert len(said) == 1 and "trains at 4 core steps" in said[0] and "model.depth_callback()" in said[0]
-    assert logging.get_logger(recurrence.__name__) is recurrence.logger
+    assert logging.get_logger(depth.__name__) is depth.logger
 
 
 STRANGER = """
