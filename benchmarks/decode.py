@@ -23,7 +23,7 @@ from benchmarks import timing
 from inference.arguments import OneLineParser
 from inference.devices import choose_device, choose_threads
 from model import MegaTransformerForCausalLM, RecurrentCache
-from trainers.estimates import linear_parameters
+from trainers.dry_run import linear_parameters
 
 
 def main(argv: Sequence[str] | None = None) -> int:

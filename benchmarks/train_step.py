@@ -25,7 +25,7 @@ from inference.arguments import OneLineParser, whole_number
 from inference.devices import choose_device, choose_threads
 from model import MegaTransformerForCausalLM
 from model.recurrence import draw_training_states
-from trainers.estimates import StepCounts, flops_per_token, linear_parameters
+from trainers.dry_run import StepCounts, flops_per_token, linear_parameters
 
 
 class Trainee:

@@ -18,7 +18,7 @@ from model import ExitOptions, MegaTransformerForCausalLM, RecurrentCache
 from model.quantization import QuantizationConfig
 from tests.tiny import PAD, tiny_ids, tiny_model
 from tests.tiny_language_model import tiny_tokenizer
-from trainers.quantization import prepare_quantized_training
+from trainers.finetuning import prepare_quantized_training
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
