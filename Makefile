@@ -54,10 +54,11 @@ $(INSTALLED_EXTRA): requirements-extra.lock $(INSTALLED)
 	.venv/bin/python $(INSTALL) --no-deps -r requirements-extra.lock
 	@touch $@
 
-# Its packages come first on the path, those of .venv after them.
+# Its packages come first on the path, those of .venv after them; setuptools, which Python brings with it, is the lock's.
 $(INSTALLED_PREVIOUS): $(INSTALLED)
 	.venv/bin/python -m venv --clear .venv-previous
 	.venv-previous/bin/python $(INSTALL) --no-deps transformers==$(PREVIOUS)
+	.venv-previous/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes setuptools
 	.venv/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$(.venv-previous/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/locked.pth"
 	@touch $@
