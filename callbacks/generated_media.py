@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, TrainerState
 
 from model import draw_codes
-from model.chat import WRITTEN_PREFIX
+from model.chat import TARGET_PREFIX
 
 from .media_samples import spectrogram_image
 from .reporting import Example, PeriodicCallback, Reporter, aside, check_samples, depths_of, inputs_of, verbatim
@@ -165,7 +165,7 @@ class GeneratedMediaCallback(PeriodicCallback):
     def cell(self, medium: Any | None) -> np.ndarray | None:
         """(height, width, 3) of uint8: a picture, or the spectrogram of a recording, as the model learns them."""
         if isinstance(medium, tuple):
-            levels = spectrogram_image(self.processor.kinds[f"{WRITTEN_PREFIX}audio"].preprocess(medium))[0]
+            levels = spectrogram_image(self.processor.modalities[f"{TARGET_PREFIX}audio"].preprocess(medium))[0]
             return (levels * 255).round().byte().numpy()[..., None].repeat(3, axis=-1)
         return None if medium is None else np.asarray(medium.convert("RGB"))
 
@@ -179,12 +179,12 @@ class GeneratedMediaCallback(PeriodicCallback):
 
 def is_generated(example: Example) -> bool:
     """Whether the answer is a medium."""
-    return example.get("modality", "text").startswith(WRITTEN_PREFIX)
+    return example.get("modality", "text").startswith(TARGET_PREFIX)
 
 
 def target_modality(example: Example) -> str:
     """That of the medium, "image" or "audio"."""
-    return example["modality"].removeprefix(WRITTEN_PREFIX)
+    return example["modality"].removeprefix(TARGET_PREFIX)
 
 
 def prompts_of(rows: Sequence[Example]) -> str:

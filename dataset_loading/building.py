@@ -194,7 +194,7 @@ def _check_kinds(source: SourceConfig, reader: MediaReader) -> None:
     """Rows that have what the model does not read, or ask for what it does not write, would all be bad, for one
     reason.
     """
-    if source.has_media and not reader.kinds:
+    if source.has_media and not reader.modalities:
         raise ValueError(
             f"source {source.label!r} has media, but the model reads text only; use model_type: megatransformer, or "
             "remove the source"

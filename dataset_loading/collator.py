@@ -63,7 +63,7 @@ class Collator:
         if self.processor is None:
             return {}
         found = [row.get("media", {}) for row in rows]
-        kinds = self.processor.kinds
+        modalities = self.processor.modalities
         return self.processor.collate_media(
-            {kind: [it for media in found for it in media.get(kind, [])] for kind in kinds}
+            {kind: [it for media in found for it in media.get(kind, [])] for kind in modalities}
         )

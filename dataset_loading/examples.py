@@ -92,14 +92,14 @@ class MediaExamples(Sequence):
         encoded = self.reader.encoder.encode(messages)
         placeholders = list(self.reader.encoder.placeholders.values())
         shown = piece.media[: np.isin(encoded.ids[: encoded.answer_start], placeholders).sum()]
-        return encoded.answer_start + sum(self.reader.kinds[kind].num_tokens(tensor) + 1 for kind, tensor in shown)
+        return encoded.answer_start + sum(self.reader.modalities[kind].num_tokens(tensor) + 1 for kind, tensor in shown)
 
     def _last_kind(self, media: dict[str, list]) -> str:
         kinds = (kind for kind in media if kind not in self.reader.written)
         return max(kinds, key=self.reader.modality_ids.get, default="text")
 
     def _reference(self, reference: dict, document: MediaDocument) -> Any:
-        return self.reader.kinds[reference["type"]].reference(self.reader.load(reference, document.row))
+        return self.reader.modalities[reference["type"]].reference(self.reader.load(reference, document.row))
 
     def _waveforms(self, document: MediaDocument) -> list[np.ndarray]:
         references = media_of(self.reader.with_modalities(json.loads(document.row["messages"])))

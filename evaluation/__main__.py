@@ -31,7 +31,7 @@ from inference.loading import add_loading_arguments, load_as_asked, load_codec
 from inference.output import whole_folder, writable_folder, write_result
 from inference.prompts import prompt_limit
 from model import codec_media, tokenizer_of
-from model.chat import WRITTEN_PREFIX
+from model.chat import TARGET_PREFIX
 from model.exit_criteria import EXIT_CRITERIA
 
 from .answers import AnswerGenerator
@@ -283,7 +283,7 @@ def split_by_answer(examples: dict[str, Sequence[dict]]) -> tuple[dict[str, Sequ
         by_modality: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             modality = row.get("modality", "text")
-            by_modality.setdefault(modality if modality.startswith(WRITTEN_PREFIX) else "text", []).append(number)
+            by_modality.setdefault(modality if modality.startswith(TARGET_PREFIX) else "text", []).append(number)
         kinds = [modality for modality in by_modality if modality != "text"]
         for modality, numbers in by_modality.items():
             if modality == "text":

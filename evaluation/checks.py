@@ -138,7 +138,7 @@ def follow(prompt: str) -> int | None:
     return cup
 
 
-def check_cup_picture(prompt: str, picture: Image.Image) -> dict[str, bool]:
+def check_cup_image(prompt: str, picture: Image.Image) -> dict[str, bool]:
     """Whether a picture shows one ball, "number", in the place of the cup that a prompt asks for, "position", and "all"
     of these. Empty where it asks for none.
     """
@@ -162,7 +162,7 @@ CHECKS: dict[str, Check] = {
     "drawings": check_scene,
     "melodies": check_notes,
     "tunes": check_notes,
-    "cup_pictures": check_cup_picture,
+    "cup_pictures": check_cup_image,
     "cup_tunes": check_cup_tune,
 }
 """By generated task. A check takes a prompt, and a picture or (samples, rate)."""

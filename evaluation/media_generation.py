@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from model import draw_codes
-from model.chat import WRITTEN_PREFIX
+from model.chat import TARGET_PREFIX
 
 from .answers import Answer, AnswerGenerator, Example, TextScores, text_scores, to_model
 from .classifiers import Classifier, ClassifierScores, classify_media
@@ -23,7 +23,7 @@ from .distances import FeatureDistances, FeatureNetwork
 NUM_SAMPLES = 8
 """Media of each source that are kept to be shown."""
 
-Medium = Any
+GeneratedItem = Any
 """A PIL image, or (samples, rate)."""
 
 
@@ -62,8 +62,8 @@ class MediaSample:
     """A medium at all depths, to be shown."""
 
     prompt: str
-    reference: Medium
-    written: dict[int | None, Medium | None] = field(default_factory=dict)
+    reference: GeneratedItem
+    written: dict[int | None, GeneratedItem | None] = field(default_factory=dict)
     """By depth; None where the model wrote none."""
     is_right: dict[int | None, bool] = field(default_factory=dict)
     """By depth, where it can be checked."""
@@ -94,7 +94,7 @@ class MediaGenerator:
 
     def write(
         self, model: PreTrainedModel, examples: Sequence[Example], num_steps: int | None, seeds: Sequence[int]
-    ) -> tuple[list[Medium | None], torch.Tensor | None]:
+    ) -> tuple[list[GeneratedItem | None], torch.Tensor | None]:
         """The media of one batch, None for a row that has none, and the core steps of each place, if they vary.
 
         Args:
@@ -136,7 +136,11 @@ class RoundTrip:
         self.question = question
 
     def read(
-        self, model: PreTrainedModel, examples: Sequence[Example], media: Sequence[Medium | None], num_steps: int | None
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Example],
+        media: Sequence[GeneratedItem | None],
+        num_steps: int | None,
     ) -> list[Answer]:
         """What the model reads in media, with the prompts they were written for as references; "" of no medium."""
         kind = modality_of(examples)
@@ -148,7 +152,7 @@ class RoundTrip:
             for number, example in enumerate(examples)
         ]
 
-    def example(self, kind: str, medium: Medium, expected: str) -> Example:
+    def example(self, kind: str, medium: GeneratedItem, expected: str) -> Example:
         """A question about a medium, with the capacity for an answer as long as what is expected."""
         said = [{"type": "text", "text": self.question}] if self.question else []
         messages = [{"role": "user", "content": [{"type": kind, kind: medium}, *said]}]
@@ -163,9 +167,9 @@ class GeneratedMedia:
     """What one source comes to at one depth, batch by batch."""
 
     kind: str = ""
-    media: list[Medium | None] = field(default_factory=list)
+    media: list[GeneratedItem | None] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
-    references: list[Medium] = field(default_factory=list)
+    references: list[GeneratedItem] = field(default_factory=list)
     right: list[dict[str, bool]] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     seconds: float = 0.0
@@ -243,7 +247,7 @@ class MediaEvaluator:
         )
 
 
-def what_is_right(example: Example, medium: Medium | None) -> dict[str, bool]:
+def what_is_right(example: Example, medium: GeneratedItem | None) -> dict[str, bool]:
     """What a medium has as its prompt asks, where that can be checked; of one that is not there, nothing."""
     check = example.get("check")
     if check is None:
@@ -258,9 +262,9 @@ def modality_of(examples: Sequence[Example]) -> str:
         ValueError: they ask for none, or for several.
     """
     found = sorted({example["modality"] for example in examples})
-    if len(found) != 1 or not found[0].startswith(WRITTEN_PREFIX):
+    if len(found) != 1 or not found[0].startswith(TARGET_PREFIX):
         raise ValueError(f"examples ask for {', '.join(found)}; give those of one kind of medium that is written")
-    return found[0].removeprefix(WRITTEN_PREFIX)
+    return found[0].removeprefix(TARGET_PREFIX)
 
 
 def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:

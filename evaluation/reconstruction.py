@@ -31,7 +31,7 @@ MOST_MEDIA_FOR_COMPONENTS = 20_000
 Batch = Mapping[str, torch.Tensor]
 
 
-class PictureScores:
+class ImageScores:
     """Scores of each picture: psnr, the peak signal-to-noise ratio in dB, and ssim, the structural similarity."""
 
     names = ("psnr", "ssim")
@@ -44,7 +44,7 @@ class PictureScores:
         return torch.stack([psnr, ssim], dim=1)
 
 
-class SoundScores:
+class AudioScores:
     """Scores of each clip: mel_l1, the mean error of its log-mel spectrogram; mr_stft, that of its spectrograms; and
     si_sdr, the scale-invariant signal-to-distortion ratio in dB, which wants right phases, NaN for silent clips.
 
@@ -113,7 +113,7 @@ def reconstruction_scores(
     reconstruct: Callable[[torch.Tensor], torch.Tensor],
     dataset: Dataset,
     collate: Callable[[Sequence[torch.Tensor]], Batch],
-    scores: PictureScores | SoundScores,
+    scores: ImageScores | AudioScores,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Means of the scores of a way to reconstruct media, one after another, and "milliseconds" for each.
@@ -175,7 +175,7 @@ def reconstruction_table(
         limit: How many of each source; default: all.
     """
     media, scores = codec_media(model.config), codec_scores(model)
-    ways = ways_of_pictures(model, train) if media.name == "image" else ways_of_sound(model)
+    ways = ways_of_images(model, train) if media.name == "image" else ways_of_audio(model)
     lines = []
     for source, dataset in validation.items():
         part = dataset if limit is None else Subset(dataset, range(min(limit, len(dataset))))
@@ -190,13 +190,13 @@ def reconstruction_table(
     return format_table(["source", "way", *names], body)
 
 
-def codec_scores(model: PreTrainedModel) -> PictureScores | SoundScores:
+def codec_scores(model: PreTrainedModel) -> ImageScores | AudioScores:
     """The scores of the media that a codec reconstructs."""
     media = codec_media(model.config)
-    return PictureScores() if media.name == "image" else SoundScores(media.sampling_rate, model.log_mel)
+    return ImageScores() if media.name == "image" else AudioScores(media.sampling_rate, model.log_mel)
 
 
-def ways_of_pictures(model: PreTrainedModel, train: Dataset) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def ways_of_images(model: PreTrainedModel, train: Dataset) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """The autoencoder, also with refined latents if it refines them, and as many principal components of train pictures
     as it has numbers.
     """
@@ -212,7 +212,7 @@ def ways_of_pictures(model: PreTrainedModel, train: Dataset) -> dict[str, Callab
     return ways | {f"{num_numbers} principal components": lambda pixels: components(pixels.cpu())}
 
 
-def ways_of_sound(model: MegaTransformerVocoder) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def ways_of_audio(model: MegaTransformerVocoder) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """The vocoder, and Griffin and Lim's iteration; both from log-mel spectrograms."""
     config = model.config
 

@@ -14,7 +14,7 @@ import torch
 
 from .answers import TextScores
 from .depth import DepthRow, ModalityScores
-from .media_generation import MediaRow, MediaSample, MediaScores, MediaTable, Medium
+from .media_generation import GeneratedItem, MediaRow, MediaSample, MediaScores, MediaTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -300,7 +300,7 @@ def save_contact_sheet(samples: Sequence[MediaSample], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def show(medium: Medium | None, axes: Axes, label: str) -> None:
+def show(medium: GeneratedItem | None, axes: Axes, label: str) -> None:
     """A picture, or the spectrogram of a recording; nothing of none."""
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(label, fontsize=7)

@@ -83,7 +83,7 @@ class Conversation:
         """
         if not isinstance(self.processor, ProcessorMixin):
             raise ValueError(f"/{kind} {path}: this model reads text alone.")
-        self.processor.load_medium(kind, path)
+        self.processor.load_item(kind, path)
         self.attached.append({"type": kind, "path": path})
 
     def forget(self) -> None:

@@ -201,10 +201,10 @@ def check_processor(
 
 def shared_settings(processor: ProcessorMixin, config: PreTrainedConfig) -> list[tuple[str, Any, Any]]:
     """What processor and model have to agree on: the name of a setting, its value there and here."""
-    ids = [f"{name}_token_id" for name in processor.kinds]
+    ids = [f"{name}_token_id" for name in processor.modalities]
     shared = [(name, getattr(processor, name), getattr(config, name, None)) for name in ids]
     vocabulary = processor.tokenizer.get_vocab()
-    for name, kind in processor.kinds.items():
+    for name, kind in processor.modalities.items():
         if name.startswith("written_"):
             medium = name.removeprefix("written_")
             for end, token in (("start", kind.start_token), ("end", kind.end_token)):

@@ -33,7 +33,7 @@ from .media import MediaError, load_audio, load_image, write_audio
 from .modalities import (
     MEDIA_TOKENS,
     MODALITIES,
-    WRITTEN,
+    TARGET_MODALITIES,
     Modality,
     codec_media,
     media_tokens,
@@ -88,7 +88,7 @@ __all__ = [
     "MEDIA_TOKENS",
     "MODALITIES",
     "MODELS",
-    "WRITTEN",
+    "TARGET_MODALITIES",
     "ExitOptions",
     "MediaChunk",
     "MediaError",

@@ -150,7 +150,7 @@ class CacheLayer(CacheLayerMixin):
         steps = (buffer[step] for step in range(len(buffer)))
         self.views = [(both, both[0], both[1]) for both in steps]
 
-    def settle(self, first: int, entries: torch.LongTensor | None, new: slice) -> None:
+    def fill_skipped_steps(self, first: int, entries: torch.LongTensor | None, new: slice) -> None:
         """Writes the new tokens' entries at step `first` and deeper.
 
         Args:
@@ -353,7 +353,7 @@ class RecurrentCache(Cache):
         new = (self.length, self.length + num_new_tokens)
         return slice(*new) if self.max_length is None else torch.arange(*new, device=device)
 
-    def settle_steps(self, row_steps: torch.LongTensor, num_new_tokens: int) -> None:
+    def fill_skipped_steps(self, row_steps: torch.LongTensor, num_new_tokens: int) -> None:
         """After the core: new tokens get their deepest entry in every slot deeper than the steps that their row took.
 
         Args:
@@ -374,7 +374,7 @@ class RecurrentCache(Cache):
             entries = torch.tensor(source)
         for layer in self.core_layers:
             here = None if entries is None else entries.to(layer.device)
-            layer.settle(first, here, slice(self.length, self.length + num_new_tokens))
+            layer.fill_skipped_steps(first, here, slice(self.length, self.length + num_new_tokens))
 
     def _keep_steps(self, row_steps: torch.LongTensor, num_new_tokens: int) -> None:
         length = self.length + num_new_tokens

@@ -59,20 +59,20 @@ SpecialTokens = tuple[tuple[str, Any], ...]
 NULL_TOKEN = "<|null|>"
 """Stands in the place of each token of a prompt that is left out for guidance without a classifier."""
 
-WRITTEN_PREFIX = "written_"
-"""How the names of kinds begin that are written rather than read."""
+TARGET_PREFIX = "written_"
+"""How the names of modalities begin that are generated rather than read."""
 
 # Private characters; no text of a user is ever in a rendered template.
 _PLACE = "\ue000{}\ue001"
 _PLACES = re.compile("\ue000([0-9]+)\ue001")
 
 
-def kinds_of_role(role: str, kinds: Collection[str]) -> dict[str, str]:
-    """Types of parts that messages of a role may have besides text, and the kinds that these are: what the assistant
-    shows is written, where the model writes such media, and everything else is read.
+def modalities_of_role(role: str, modalities: Collection[str]) -> dict[str, str]:
+    """Types of parts, besides text, that messages of a role may have, with the modality of each. What the assistant
+    shows is generated, where the model generates such media; everything else is read.
     """
-    read = {name: name for name in kinds if not name.startswith(WRITTEN_PREFIX)}
-    written = {name.removeprefix(WRITTEN_PREFIX): name for name in kinds if name.startswith(WRITTEN_PREFIX)}
+    read = {name: name for name in modalities if not name.startswith(TARGET_PREFIX)}
+    written = {name.removeprefix(TARGET_PREFIX): name for name in modalities if name.startswith(TARGET_PREFIX)}
     return read | written if role == "assistant" else read
 
 
@@ -102,14 +102,14 @@ def check_messages(messages: Any, learns_all: bool = False, fixes: Mapping[str, 
 
 
 def outline_of(
-    messages: Any, kinds: Collection[str], may_end_empty: bool = False
+    messages: Any, modalities: Collection[str], may_end_empty: bool = False
 ) -> tuple[Outline, list[str], list[dict[str, Any]]]:
     """The outline of a conversation, its texts and the parts that are media, in order.
 
     Texts side by side in a message become one, as they will be read.
 
     Args:
-        kinds: Kinds of media that the model reads or writes; the parts get them as their types.
+        modalities: Modalities that the model reads or generates; the parts get them as their types.
         may_end_empty: The last message may say nothing.
 
     Raises:
@@ -126,7 +126,7 @@ def outline_of(
             outline.append((role, None))
             texts.append(content)
         else:
-            known = kinds_of_role(role, kinds)
+            known = modalities_of_role(role, modalities)
             outline.append((role, _outline_of_parts(content, number, known, texts, media)))
         may_be_empty = may_end_empty and number == len(messages) - 1
         if not may_be_empty and len(media) == num_media and not "".join(texts[num_texts:]).strip():
@@ -135,7 +135,7 @@ def outline_of(
 
 
 def _outline_of_parts(
-    parts: Any, number: int, kinds: dict[str, str], texts: list[str], media: list[dict[str, Any]]
+    parts: Any, number: int, modalities: dict[str, str], texts: list[str], media: list[dict[str, Any]]
 ) -> tuple[str, ...]:
     types: list[str] = []
     for part in map(own_part, parts):
@@ -148,12 +148,12 @@ def _outline_of_parts(
                 continue
             texts.append(part["text"])
             types.append("text")
-        elif isinstance(kind, str) and kind in kinds:
-            types.append(kinds[kind])
-            media.append({**part, "type": kinds[kind], kinds[kind]: part.get(kind)})
+        elif isinstance(kind, str) and kind in modalities:
+            types.append(modalities[kind])
+            media.append({**part, "type": modalities[kind], modalities[kind]: part.get(kind)})
         else:
             raise ValueError(
-                f"message {number} has a part of type {_short(kind)}; choose one of {', '.join(['text', *kinds])}"
+                f"message {number} has a part of type {_short(kind)}; choose one of {', '.join(['text', *modalities])}"
             )
     return tuple(types)
 
@@ -262,8 +262,8 @@ def messages_of(outline: Outline, texts: Iterable[str]) -> list[dict[str, Any]]:
     """Messages of an outline, with texts in their places, and media as parts that say nothing but their kind."""
     messages, rest = [], iter(texts)
     for role, types in outline:
-        kinds = ("text",) if types is None else types
-        content = [{"type": kind, "text": next(rest)} if kind == "text" else {"type": kind} for kind in kinds]
+        modalities = ("text",) if types is None else types
+        content = [{"type": kind, "text": next(rest)} if kind == "text" else {"type": kind} for kind in modalities]
         messages.append({"role": role, "content": content[0]["text"] if types is None else content})
     return messages
 
@@ -330,7 +330,7 @@ def guard(tokenizer: Any, template: str | dict[str, str] | None) -> str | dict[s
         return guard_template(template_of(template), tokenizer)
     special = set(control_tokens(tokenizer))
     names = [token[2:-2] for token in sorted(special) if token.startswith("<|") and token.endswith("|>")]
-    types = [name for name in names if f"<|{name.removeprefix(WRITTEN_PREFIX)}_start|>" in special]
+    types = [name for name in names if f"<|{name.removeprefix(TARGET_PREFIX)}_start|>" in special]
     spelled = [role for role, token in ROLE_TOKENS.items() if token in spelled_roles(tokenizer)]
     if spelled:
         split_at_marks(tokenizer)
@@ -362,7 +362,7 @@ class EncodedConversation:
     answer_start: int
     """Where the last answer begins; the number of tokens if there is none."""
     media: list[dict[str, Any]]
-    """The parts that are media, in order, with their kinds as types."""
+    """The parts that are media, in order, with their modalities as types."""
 
 
 class ConversationEncoder:
@@ -370,7 +370,7 @@ class ConversationEncoder:
 
     Args:
         tokenizer: A fast one.
-        kinds: What the model reads and writes besides text (`Modality`), by name. None: text alone.
+        modalities: What the model reads and writes besides text (`Modality`), by name. None: text alone.
         chat_template: One, or several by their names.
 
     Raises:
@@ -378,12 +378,15 @@ class ConversationEncoder:
     """
 
     def __init__(
-        self, tokenizer: Any, kinds: Mapping[str, Any] | None = None, chat_template: str | dict[str, str] | None = None
+        self,
+        tokenizer: Any,
+        modalities: Mapping[str, Any] | None = None,
+        chat_template: str | dict[str, str] | None = None,
     ):
-        self.tokenizer, self.kinds, self.chat_template = tokenizer, kinds or {}, chat_template
+        self.tokenizer, self.modalities, self.chat_template = tokenizer, modalities or {}, chat_template
         self.token_ids: dict[str, tuple[int, ...]] = {}
         """The placeholder of each modality, and what stands before and behind those of an item."""
-        for name, kind in self.kinds.items():
+        for name, kind in self.modalities.items():
             tokens = kind.token, kind.start_token, kind.end_token
             self.token_ids[name] = tuple(special_id(tokenizer, token) for token in tokens)
         self._ids_of_structure: dict[str, np.ndarray] = {}
@@ -435,7 +438,7 @@ class ConversationEncoder:
         texts: list[str] = []
         for messages in conversations:
             try:
-                outline, own_texts, media = outline_of(messages, self.kinds, may_end_empty)
+                outline, own_texts, media = outline_of(messages, self.modalities, may_end_empty)
                 check_texts(self.tokenizer, own_texts, template)
                 rendered = render_outline(template, outline, special_tokens, *open_end)
             except UnboundedTemplateError:
@@ -493,11 +496,11 @@ class ConversationEncoder:
         counts, is_inside = np.ones(len(ids), dtype=np.int64), is_learned.copy()
         places = {name: (ids == self.token_ids[name][0]).nonzero()[0] for name in media}
         for name, here in places.items():
-            counts[here] = [self.kinds[name].num_tokens(tensor) + 2 for tensor in media[name]]
-            is_inside[here] &= self.kinds[name].learned[1]
+            counts[here] = [self.modalities[name].num_tokens(tensor) + 2 for tensor in media[name]]
+            is_inside[here] &= self.modalities[name].learned[1]
         expanded, learned, ends = ids.repeat(counts), is_inside.repeat(counts), counts.cumsum()
         for name, here in places.items():
-            (_, start, end), (at_start, _, at_end) = self.token_ids[name], self.kinds[name].learned
+            (_, start, end), (at_start, _, at_end) = self.token_ids[name], self.modalities[name].learned
             for edge, token_id, is_own in ((ends - counts, start, at_start), (ends - 1, end, at_end)):
                 expanded[edge[here]], learned[edge[here]] = token_id, is_learned[here] & is_own
         return expanded, learned

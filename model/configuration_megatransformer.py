@@ -336,7 +336,7 @@ class MegaTransformerConfig(StrictConfig):
     _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = [
         *MegaTransformerTextConfig.keys_to_ignore_at_inference,
-        *("image_outputs", "audio_outputs", "written_losses"),
+        *("image_outputs", "audio_outputs", "target_losses"),
     ]
     sub_configs_defaults = {
         "text_config": MegaTransformerTextConfig,

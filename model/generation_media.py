@@ -23,11 +23,11 @@ from .depth import DepthOptions, keyed_generator
 from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitController, ExitCriterion, ExitOptions
 from .fusion import check_counts, read_media, take_inputs
 from .generation_text import RecurrentGenerationMixin
-from .modalities import WRITTEN
+from .modalities import TARGET_MODALITIES
 from .output_heads import OutputHead, take_targets
 from .outputs import CACHE_NAME, with_parameters_of
 
-MODES = ("text", *WRITTEN, "any")
+MODES = ("text", *TARGET_MODALITIES, "any")
 CHUNK_SIZE = 16
 """Latents from one `MediaChunk` to the next."""
 VELOCITY_THRESHOLD = 0.05
@@ -91,9 +91,11 @@ class MediaOptions:
         if self.chunk_size is not None and self.on_chunk is None:
             raise ValueError("chunk_size has no effect without on_chunk; leave it out, or say who is to see the chunks")
         if isinstance(self.num_steps, dict):
-            unknown = sorted(self.num_steps.keys() - {"text", *WRITTEN})
+            unknown = sorted(self.num_steps.keys() - {"text", *TARGET_MODALITIES})
             if unknown:
-                raise ValueError(f"num_steps names {unknown[0]!r}; the modalities are text, {', '.join(WRITTEN)}")
+                raise ValueError(
+                    f"num_steps names {unknown[0]!r}; the modalities are text, {', '.join(TARGET_MODALITIES)}"
+                )
 
     def of(self, output_head: OutputHead) -> "MediaOptions":
         """The same, with what an output head's configuration says where nothing was given."""
@@ -396,7 +398,7 @@ class MediaGeneration:
     def _num_steps(self) -> int | torch.LongTensor | None:
         """Core steps for the next position of each row, by what will be written there."""
         mode = self.media_options.mode
-        begun = mode if mode in WRITTEN else "text"
+        begun = mode if mode in TARGET_MODALITIES else "text"
         modalities = [row.modality or ("text" if row.num_media else begun) for row in self.rows]
         steps = [self.media_options.steps_of(name) for name in modalities]
         if len(set(steps)) == 1:
@@ -497,7 +499,7 @@ class MediaGeneration:
                 tokens.append(self._pad())
             elif row.modality is not None:
                 tokens.append(self._media_token(row, logits[number]))
-            elif self.media_options.mode in WRITTEN:
+            elif self.media_options.mode in TARGET_MODALITIES:
                 tokens.append(self._id(f"{self.media_options.mode}_start"))
             else:
                 tokens.append(int(texts[number]))
@@ -505,8 +507,8 @@ class MediaGeneration:
 
     def _text_tokens(self, logits: torch.Tensor) -> torch.LongTensor:
         """What each row would write as text: a token, or the start of an item for which there is room."""
-        forbidden = [f"{name}_end" for name in WRITTEN] + ["null"]
-        for name in WRITTEN:
+        forbidden = [f"{name}_end" for name in TARGET_MODALITIES] + ["null"]
+        for name in TARGET_MODALITIES:
             room = self.generation_config.max_length - self.ids.shape[1]
             if name not in self.names or room < self.writers[name].num_places + 2:
                 forbidden.append(f"{name}_start")
@@ -586,7 +588,7 @@ class MediaGeneration:
         self.finished[row.modality][number].append(torch.stack(row.latents))
         row.segments.append((row.modality, len(self.finished[row.modality][number]) - 1))
         row.modality, row.num_media = None, row.num_media + 1
-        row.is_done = self.media_options.mode in WRITTEN
+        row.is_done = self.media_options.mode in TARGET_MODALITIES
 
     def _show(self, number: int, is_complete: bool) -> None:
         """Hands a chunk to the caller who wants to see it."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .audio_modality import AudioModality
-from .chat import NULL_TOKEN, ROLE_TOKENS, WRITTEN_PREFIX
+from .chat import NULL_TOKEN, ROLE_TOKENS, TARGET_PREFIX
 from .configuration_codecs import MegaTransformerVocoderConfig
 from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig
 from .image_modality import ImageModality
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 for _modality in (ImageModality, AudioModality):
     register(_modality)
 
-WRITTEN = (ImageModality.name, AudioModality.name)
+TARGET_MODALITIES = (ImageModality.name, AudioModality.name)
 """What can be written, in the order of `modality_ids`."""
 
 
@@ -58,8 +58,8 @@ def codec_media(config: PreTrainedConfig) -> ImageModality | AudioModality:
 
 def modality_names() -> tuple[str, ...]:
     """What tokens are counted as, in the order of `modality_ids`: by what their document contains."""
-    further = [name for name in MODALITIES if name not in WRITTEN]
-    return ("text", *WRITTEN, *(f"{WRITTEN_PREFIX}{name}" for name in WRITTEN), *further)
+    further = [name for name in MODALITIES if name not in TARGET_MODALITIES]
+    return ("text", *TARGET_MODALITIES, *(f"{TARGET_PREFIX}{name}" for name in TARGET_MODALITIES), *further)
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens
@@ -76,24 +76,24 @@ MEDIA_TOKENS = (*ROLES, *tokens_of((ImageModality, AudioModality)))
 """What a vocabulary has after pad, begin and end if the run has media, in this order if trained by us. That of tools
 comes with fine-tuning (`prepare_tokenizer`).
 """
-WRITTEN_TOKENS = (*(f"<|{WRITTEN_PREFIX}{name}|>" for name in WRITTEN), NULL_TOKEN)
+TARGET_TOKENS = (*(f"<|{TARGET_PREFIX}{name}|>" for name in TARGET_MODALITIES), NULL_TOKEN)
 """What it has after those if media are written."""
 
 
 def media_tokens(config: MegaTransformerConfig) -> list[str]:
-    """`MEDIA_TOKENS`, those of a model's further modalities, and `WRITTEN_TOKENS` if it writes media."""
+    """`MEDIA_TOKENS`, those of a model's further modalities, and `TARGET_TOKENS` if it writes media."""
     further = tokens_of(MODALITIES[name] for name in config.modality_configs or {})
     writes = config.image_writer_config is not None or config.audio_writer_config is not None
-    return [*MEDIA_TOKENS, *further, *(WRITTEN_TOKENS if writes else ())]
+    return [*MEDIA_TOKENS, *further, *(TARGET_TOKENS if writes else ())]
 
 
 def set_token_ids(config: MegaTransformerConfig, tokenizer: Any) -> None:
     """Fill in the ids of special tokens that a tokenizer has: those of media, and what guidance leaves in."""
     vocabulary = tokenizer.get_vocab()
     tokens = {f"{name}_token_id": modality.token for name, modality in MODALITIES.items()}
-    for name in WRITTEN:
+    for name in TARGET_MODALITIES:
         modality = MODALITIES[name]
-        tokens[f"{WRITTEN_PREFIX}{name}_token_id"] = f"<|{WRITTEN_PREFIX}{name}|>"
+        tokens[f"{TARGET_PREFIX}{name}_token_id"] = f"<|{TARGET_PREFIX}{name}|>"
         tokens |= {f"{name}_start_token_id": modality.start_token, f"{name}_end_token_id": modality.end_token}
     tokens["null_token_id"] = NULL_TOKEN
     for name, token in tokens.items():

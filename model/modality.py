@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .backbones import reason_of
-from .chat import WRITTEN_PREFIX
+from .chat import TARGET_PREFIX
 
 
 class Modality(ABC):
@@ -49,7 +49,7 @@ class Modality(ABC):
 
     def become_target(self, learned: tuple[bool, bool, bool]) -> None:
         """Makes this what is written, opened and closed like what is read, with a placeholder of its own."""
-        self.name = f"{WRITTEN_PREFIX}{self.name}"
+        self.name = f"{TARGET_PREFIX}{self.name}"
         self.token, self.input_names, self.learned = f"<|{self.name}|>", self.target_names, learned
 
     @classmethod

@@ -55,7 +55,7 @@ __all__ = [  # also those under whose names in this file old checkpoints look fo
 MEDIA_NAMES = (
     *(name for modality in MODALITIES.values() for name in modality.input_names),
     *("mm_encoder_outputs", "image_targets", "audio_targets", "audio_targets_mask"),
-    *("flow_seeds", "num_written_in_batch"),
+    *("flow_seeds", "num_targets_in_batch"),
 )
 """Arguments of `forward` beside those of the text model."""
 
@@ -79,13 +79,13 @@ class MegaTransformerMediaCausalLMOutput(MegaTransformerCausalLMOutput):
     """Output of the language model, the base model's `image_outputs` and `audio_outputs`, and:
 
     Args:
-        written_losses: The sum of the losses of target latents by modality, without weight and gradient, and their
+        target_losses: The sum of the losses of target latents by modality, without weight and gradient, and their
             number; with labels, where there are any. Their mean times its weight is part of `loss`.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
     audio_outputs: BaseModelOutputWithPooling | None = None
-    written_losses: dict[str, tuple[torch.FloatTensor, int]] | None = None
+    target_losses: dict[str, tuple[torch.FloatTensor, int]] | None = None
 
 
 class Embedded(NamedTuple):
@@ -111,7 +111,7 @@ class MediaArguments:
     """Targets of output heads."""
     mm_encoder_outputs: dict[str, ModelOutput]
     flow_seeds: torch.LongTensor | None
-    num_written_in_batch: dict[str, int | torch.Tensor]
+    num_targets_in_batch: dict[str, int | torch.Tensor]
 
     @property
     def are_there(self) -> bool:
@@ -126,7 +126,7 @@ def take_media(kwargs: dict[str, Any]) -> MediaArguments:
         for taken in (take_inputs(kwargs), take_targets(kwargs))
     )
     outputs, seeds = kwargs.pop("mm_encoder_outputs", None), kwargs.pop("flow_seeds", None)
-    return MediaArguments(inputs, targets, outputs or {}, seeds, kwargs.pop("num_written_in_batch", None) or {})
+    return MediaArguments(inputs, targets, outputs or {}, seeds, kwargs.pop("num_targets_in_batch", None) or {})
 
 
 class BackbonesFollow:
@@ -211,7 +211,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         seeds = self._flow_seeds(media.flow_seeds, input_ids.shape[0])
         noise_seeds = seeds if self.training else None
         embeds = embed_latents(embeds, self.writers, latents, noise_seeds, run_all=self.must_run_alike)
-        return Embedded(embeds, encoded, Targets(latents, seeds, media.num_written_in_batch), input_ids)
+        return Embedded(embeds, encoded, Targets(latents, seeds, media.num_targets_in_batch), input_ids)
 
     @property
     def must_run_alike(self) -> bool:
@@ -294,7 +294,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
             audio_targets_mask: (waveforms, frames), 1 for real frames. Default: all are real.
             flow_seeds: (batch,), of the noise on target latents that are read back, and of that and the times of their
                 losses. Default: drawn in training, else 0.
-            num_written_in_batch: Target latents of an accumulation window on all ranks, by modality, by which the
+            num_targets_in_batch: Target latents of an accumulation window on all ranks, by modality, by which the
                 trainer has the sum of their losses divided. Default: those of this batch.
             output_hidden_states: Also those of the encoders, in `image_outputs` and `audio_outputs`.
             output_attentions: The same of attentions.
@@ -425,7 +425,7 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
         return {**batch, "input_ids": coded, "labels": labels, "image_targets": targets.get("image_targets")}
 
     def _with_flow_loss(self, outputs: MegaTransformerCausalLMOutput, written: Targets | None) -> dict[str, Any]:
-        """`loss`, with those of latents added, and `written_losses`."""
+        """`loss`, with those of latents added, and `target_losses`."""
         loss, hidden, of_modalities = outputs.loss, outputs.last_hidden_state, {}
         for name, output_head in self.model.writers.items():
             if output_head.head is None:
@@ -437,4 +437,4 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
             of_modalities[name] = of_latents.detach().sum(), len(of_latents)
             count = written.num_in_batch.get(name, len(of_latents))
             loss = loss + output_head.config.loss_weight * of_latents.sum() / count
-        return {"loss": loss, "written_losses": of_modalities or None}
+        return {"loss": loss, "target_losses": of_modalities or None}

@@ -232,7 +232,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 self.core, state, hidden, depth, inputs, cache, states, perturb, check_exits
             )
             if cache is not None:
-                cache.settle_steps(exit_steps, num_new_tokens=sequence)
+                cache.fill_skipped_steps(exit_steps, num_new_tokens=sequence)
             if inputs.hidden_states is not None:
                 inputs.hidden_states += states[1:]
             state = self.norm(state)

@@ -18,7 +18,7 @@ from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .depth import keyed_generator
 from .flow import FlowHead, draw_times
 from .fusion import check_counts
-from .modalities import WRITTEN
+from .modalities import TARGET_MODALITIES
 
 
 @dataclass
@@ -118,13 +118,13 @@ class OutputHead(nn.Module):
 
 def output_head_configs(config: MegaTransformerConfig) -> dict[str, WriterConfig]:
     """The configurations of all output heads of a model, by modality."""
-    configs = {name: getattr(config, f"{name}_writer_config") for name in WRITTEN}
+    configs = {name: getattr(config, f"{name}_writer_config") for name in TARGET_MODALITIES}
     return {name: part for name, part in configs.items() if part is not None}
 
 
 def take_targets(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Takes the arguments that are targets out of `kwargs`."""
-    names = [f"{name}_targets{end}" for name in WRITTEN for end in ("", "_mask")]
+    names = [f"{name}_targets{end}" for name in TARGET_MODALITIES for end in ("", "_mask")]
     return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 

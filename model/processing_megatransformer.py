@@ -94,7 +94,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         self._written = {target.name: target for target in targets}
         tokenizer.padding_side = "left"
         self._check_vocabulary()
-        for name, kind in self.kinds.items():  # as transformers' own processors have them
+        for name, kind in self.modalities.items():  # as transformers' own processors have them
             setattr(self, f"{name}_token", kind.token)
             setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(kind.token))
         if self._written:
@@ -102,7 +102,7 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     def _check_vocabulary(self) -> None:
         """An unknown token would silently be read as bytes."""
-        needed = [*ROLES, *tokens_of(self.kinds.values())]
+        needed = [*ROLES, *tokens_of(self.modalities.values())]
         needed += [NULL_TOKEN] if self._written else []
         missing = [token for token in needed if token not in self.tokenizer.get_added_vocab()]
         if missing or not (self.tokenizer.bos_token and self.tokenizer.eos_token):
@@ -136,30 +136,30 @@ class MegaTransformerProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Arguments of the model, `input_ids` first."""
-        media = [name for kind in self.kinds.values() for name in kind.input_names]
+        media = [name for kind in self.modalities.values() for name in kind.input_names]
         return ["input_ids", "attention_mask", *media]
 
     # ----------------------------------------------------------------------------------------------------------- media
 
     @property
-    def kinds(self) -> dict[str, Modality]:
+    def modalities(self) -> dict[str, Modality]:
         """What this processor makes tensors of: what the model reads besides text, and what it writes."""
-        kinds: dict[str, Modality] = {}
+        modalities: dict[str, Modality] = {}
         if self.image_processor is not None:
-            kinds["image"] = ImageModality(self.image_processor, self.num_image_tokens)
+            modalities["image"] = ImageModality(self.image_processor, self.num_image_tokens)
         if self.feature_extractor is not None:
-            kinds["audio"] = AudioModality(self.feature_extractor, self.num_audio_tokens)
-        kinds |= self._written
+            modalities["audio"] = AudioModality(self.feature_extractor, self.num_audio_tokens)
+        modalities |= self._written
         for name, config in (self.modality_configs or {}).items():
-            kinds[name] = further_modality(name, config)
-        return kinds
+            modalities[name] = further_modality(name, config)
+        return modalities
 
     @property
     def modality_names(self) -> tuple[str, ...]:
         """What the numbers in `modality_ids` mean, beginning with 0."""
         return modality_names()
 
-    def load_medium(self, kind: str, source: Any) -> Any:
+    def load_item(self, kind: str, source: Any) -> Any:
         """An item, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate.
 
         Raises:
@@ -167,8 +167,8 @@ class MegaTransformerProcessor(ProcessorMixin):
         """
         return self._kind(kind).load(source_of({"type": kind, kind: source}))
 
-    def medium_size(self, kind: str, source: Any) -> Any:
-        """(height, width) of an image, seconds of a waveform, from the header; of further kinds, their tokens.
+    def item_size(self, kind: str, source: Any) -> Any:
+        """(height, width) of an image, seconds of a waveform, from the header; of further modalities, their tokens.
 
         Raises:
             MediaError: the header tells that it cannot be used.
@@ -176,10 +176,10 @@ class MegaTransformerProcessor(ProcessorMixin):
         return self._kind(kind).size(source_of({"type": kind, kind: source}))
 
     def num_media_tokens(self, kind: str, size: Any) -> int:
-        """Tokens that an item of that size (`medium_size`) takes in a text, start and end included."""
+        """Tokens that an item of that size (`item_size`) takes in a text, start and end included."""
         return self._kind(kind).tokens_of_size(size) + 2
 
-    def preprocess_medium(self, kind: str, medium: Any) -> torch.Tensor:
+    def preprocess_item(self, kind: str, medium: Any) -> torch.Tensor:
         """One item to the tensor that `encode_chat` and `collate_media` take."""
         return self._kind(kind).preprocess(medium)
 
@@ -192,10 +192,10 @@ class MegaTransformerProcessor(ProcessorMixin):
         return batch
 
     def _kind(self, name: str) -> Modality:
-        kinds = self.kinds
-        if name not in kinds:
-            raise ValueError(f"{name!r} is nothing that this model reads; it reads {', '.join(['text', *kinds])}")
-        return kinds[name]
+        modalities = self.modalities
+        if name not in modalities:
+            raise ValueError(f"{name!r} is nothing that this model reads; it reads {', '.join(['text', *modalities])}")
+        return modalities[name]
 
     # ----------------------------------------------------------------------------------------------------------- chats
 
@@ -225,15 +225,15 @@ class MegaTransformerProcessor(ProcessorMixin):
             input_ids: int64 (tokens,).
             answer_mask: bool (tokens,), what is learned: what the assistant says, its end token included, and of its
                 media `Modality.learned`.
-            media: Preprocessed media by modality, in the order of their placeholders; only kinds that occur.
+            media: Preprocessed media by modality, in the order of their placeholders; only modalities that occur.
 
         Raises:
             ValueError: a message or part has an unknown role, type or form, or no content; items are more or
                 fewer than the parts for them, or cannot be read (`MediaError`).
         """
-        encoder = ConversationEncoder(self.tokenizer, self.kinds, template_of(self.chat_template, chat_template))
+        encoder = ConversationEncoder(self.tokenizer, self.modalities, template_of(self.chat_template, chat_template))
         encoded = encoder.encode(messages, add_generation_prompt, continue_final_message)
-        found = preprocess_parts(encoded.media, media or {}, encoder.kinds, allow_fetch)
+        found = preprocess_parts(encoded.media, media or {}, encoder.modalities, allow_fetch)
         ids, is_answer = encoder.expand(encoded.ids, encoded.is_answer, found)
         return {"input_ids": torch.tensor(ids.tolist()), "answer_mask": torch.tensor(is_answer), "media": found}
 
@@ -281,7 +281,7 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     def _render(self, template: str, messages: list[dict[str, Any]], **open_end: bool) -> str:
         """A conversation as text, with the guard of the template around its texts."""
-        outline, texts, _ = outline_of(messages, self.kinds, open_end["continue_final_message"])
+        outline, texts, _ = outline_of(messages, self.modalities, open_end["continue_final_message"])
         tokens = special_tokens_of(self.tokenizer)
         form = render_outline(template, outline, tokens, *open_end.values()).outline
         return render_messages(template, messages_of(form, texts), **open_end, **dict(tokens))[0]
@@ -317,10 +317,10 @@ class MegaTransformerProcessor(ProcessorMixin):
                 would cut an item, or an option asks for what is not done.
             TypeError: an option is unknown.
         """
-        if "video" not in self.kinds and any(video is not None for video in flatten_media(videos)):
+        if "video" not in self.modalities and any(video is not None for video in flatten_media(videos)):
             raise ValueError("videos are not read; give their frames as images")
         options = {"add_special_tokens": True, "allow_fetch": False, "sampling_rate": None, "return_tensors": None}
-        further = {name: kwargs.pop(name, None) for name in self.kinds if name not in ("image", "audio")}
+        further = {name: kwargs.pop(name, None) for name in self.modalities if name not in ("image", "audio")}
         options |= self._read_options(kwargs, CALL_OPTIONS, IDLE_CALL_OPTIONS)
         rate, add_special_tokens = options.pop("sampling_rate"), options.pop("add_special_tokens")
         allow_fetch = bool(options.pop("allow_fetch"))
@@ -410,12 +410,12 @@ class MegaTransformerProcessor(ProcessorMixin):
     ) -> list[dict[str, Any]]:
         """Rows of ids with one placeholder for an item, as `encode_chat` gives them."""
         encoded = [{"media": {}} for _ in rows]
-        for name in dict.fromkeys([*self.kinds, *media]):
+        for name in dict.fromkeys([*self.modalities, *media]):
             kind = self._kind(name)
             counts = [row.count(getattr(self, f"{name}_token_id")) for row in rows]
             for sample, part in zip(encoded, deal_media(media.get(name, []), counts, kind), strict=True):
                 sample["media"][name] = [self._preprocess(name, medium, allow_fetch) for medium in part]
-        encoder = ConversationEncoder(self.tokenizer, self.kinds)
+        encoder = ConversationEncoder(self.tokenizer, self.modalities)
         for sample, row in zip(encoded, rows, strict=True):
             ids, _ = encoder.expand(np.array(row, dtype=np.int64), np.ones(len(row), dtype=bool), sample["media"])
             sample["input_ids"] = torch.tensor(ids)
@@ -467,7 +467,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         at_end = self.tokenizer.truncation_side == "right"
         kept = slice(limit) if at_end else slice(len(ids) - limit, None)
         lost = ids[limit:] if at_end else ids[: len(ids) - limit]
-        for kind in self.kinds.values():
+        for kind in self.modalities.values():
             tokens = self.tokenizer.convert_tokens_to_ids([kind.token, kind.end_token])
             if torch.isin(lost, torch.tensor(tokens)).any():
                 raise ValueError(

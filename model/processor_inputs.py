@@ -169,7 +169,7 @@ def check_number(name: str, value: Any, least: float, most: float) -> None:
 def preprocess_parts(
     parts: list[dict[str, Any]],
     media: dict[str, list[Any]],
-    kinds: dict[str, Modality],
+    modalities: dict[str, Modality],
     allow_fetch: bool = False,
 ) -> dict[str, list[torch.Tensor]]:
     """The tensors of the parts of messages that are media, by modality.
@@ -200,7 +200,7 @@ def preprocess_parts(
                 f"number {len(found.get(name, []))} has no medium, and none is left of the "
                 f"{len(media.get(name, []))} given beside them"
             )
-        found.setdefault(name, []).append(medium if is_tensor else kinds[name].preprocess(medium))
+        found.setdefault(name, []).append(medium if is_tensor else modalities[name].preprocess(medium))
     for name, rest in waiting.items():
         left = len(list(rest))
         if left:

@@ -35,7 +35,7 @@ class MegaTransformerVocoder(ReconstructionModel):
         self.blocks = nn.ModuleList(ConvNeXtBlock(config, dimensions=1) for _ in range(config.num_hidden_layers))
         self.last_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.n_fft + 2)
-        self.discriminators = self.build_discriminators(sound_discriminators(config))
+        self.discriminators = self.build_discriminators(waveform_discriminators(config))
         self.post_init()
 
     def loss_weights(self) -> dict[str, float]:
@@ -119,7 +119,7 @@ def stft_loss(made: torch.Tensor, waveforms: torch.Tensor, sizes: list[int]) -> 
     return torch.stack(losses).sum() / len(sizes)
 
 
-def sound_discriminators(config: MegaTransformerVocoderConfig) -> Iterator[Discriminator]:
+def waveform_discriminators(config: MegaTransformerVocoderConfig) -> Iterator[Discriminator]:
     """One for each of `PERIODS`, which sees samples that far apart side by side, and one for each size of window."""
     size = config.discriminator_size
     for period in PERIODS:

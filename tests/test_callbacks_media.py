@@ -174,8 +174,7 @@ def test_sounds_of_sources_can_be_heard(tmp_path):
 def test_low_tones_stand_at_the_bottom_of_a_spectrogram():
     time = torch.arange(8000) / 8000
     features = [
-        tiny_processor().preprocess_medium("audio", torch.sin(2 * torch.pi * tone * time).numpy())
-        for tone in (200, 3000)
+        tiny_processor().preprocess_item("audio", torch.sin(2 * torch.pi * tone * time).numpy()) for tone in (200, 3000)
     ]
     low, high = (spectrogram_image(it)[0].mean(dim=1).argmax().item() for it in features)
     assert high < 5 < 12 < low

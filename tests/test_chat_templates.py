@@ -199,6 +199,6 @@ def test_a_template_that_does_not_tell_what_the_assistant_says_is_refused_for_wh
 def test_a_template_that_changes_the_order_of_media_is_refused(folder):
     template = "{% for m in messages %}{% for p in m.content | reverse %}<|{{ p.type }}|>{% endfor %}{% endfor %}"
     processor = tiny_processor()
-    encoder = ConversationEncoder(processor.tokenizer, processor.kinds, template)
+    encoder = ConversationEncoder(processor.tokenizer, processor.modalities, template)
     with pytest.raises(ValueError, match="the chat template writes media in another order than messages"):
         encoder.encode([{"role": "user", "content": [{"type": "image"}, {"type": "audio"}]}])

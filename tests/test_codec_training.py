@@ -17,7 +17,7 @@ from configs import load_config
 from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.codec_data import build_codec_datasets
 from evaluation.__main__ import main as evaluate
-from evaluation.reconstruction import PictureScores
+from evaluation.reconstruction import ImageScores
 from model import MegaTransformerImageAutoencoder, codec_media
 from tests.test_trainer import Interrupt, losses
 from tests.tiny_codecs import AUTOENCODER, VOCODER, pictures, tiny_autoencoder, tiny_vocoder
@@ -168,7 +168,7 @@ def build_trainer(folder, model=None, **options) -> ReconstructionTrainer:
         args=args,
         train_dataset=list(pictures(24)),
         data_collator=IMAGES.collate_codec_inputs,
-        score=PictureScores(),
+        score=ImageScores(),
     )
 
 

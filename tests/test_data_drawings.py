@@ -41,7 +41,7 @@ def test_captions_of_one_object_are_what_is_seen(role):
         if "triangle" in kind:  # whose centre of mass lies a third of its radius below the middle of its height
             y -= (6.6 if "large" in kind else 4.1) / 3
         assert row["answer"] == f"a {kind} {position_named(x, y)}" and row["prompt"] == ""
-        assert picture.size == DRAWINGS.medium_size(row["medium"]) == (32, 32)
+        assert picture.size == DRAWINGS.item_size(row["medium"]) == (32, 32)
 
 
 def test_captions_of_several_objects_are_what_is_seen():
@@ -108,7 +108,7 @@ def test_tunes_are_the_notes_that_are_heard_alike_in_whole_tokens(role):
         wave, rate = TUNES.render(row["medium"])
         tones = tones_heard(wave, rate)
         assert " ".join(note for note, _, _ in tones) == row["answer"], row["medium"]
-        assert len(wave) / rate == TUNES.medium_size(row["medium"])
+        assert len(wave) / rate == TUNES.item_size(row["medium"])
         assert (len(wave) // 80 + 1) % 4 == 0  # frames of 10 ms, 4 to a token
         for number, (_, start, stop) in enumerate(tones):
             assert abs(start - (320 + 1600 * number)) <= 160 and abs(stop - start - 1200) <= 200

@@ -51,7 +51,7 @@ def test_answers_are_the_notes_that_are_heard(role):
     for row in draw(MELODIES, role, 150, (1, 6)):
         wave, sampling_rate = MELODIES.render(row["medium"])
         assert wave.dtype == np.float32 and wave.ndim == 1 and sampling_rate == 8000 and np.abs(wave).max() <= 1
-        assert len(wave) / sampling_rate == MELODIES.medium_size(row["medium"])
+        assert len(wave) / sampling_rate == MELODIES.item_size(row["medium"])
         tones = tones_heard(wave, sampling_rate)
         assert " ".join(note for note, _, _ in tones) == row["answer"], row["medium"]
         assert all(800 < stop - start < 2000 for _, start, stop in tones)

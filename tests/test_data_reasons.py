@@ -66,7 +66,7 @@ def test_names_are_found_in_either_unicode_form(tmp_path, written, stored):
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}) + "\n")
     (row,) = load(SourceConfig("imagefolder", path=str(tmp_path)))
     (part,) = json.loads(row["messages"])[0]["content"]
-    assert PROCESSOR.load_medium("image", part["path"]).size == picture().size
+    assert PROCESSOR.load_item("image", part["path"]).size == picture().size
 
 
 def test_of_two_names_in_other_forms_none_is_guessed(tmp_path):

@@ -134,7 +134,7 @@ def answer_seen(prompt: str, things: list[tuple[str, float, float]]) -> str:
 def test_captions_say_what_the_pixels_show(role):
     for row in draw(SCENES, role, 400, (1, 2)):
         picture = SCENES.render(row["medium"])
-        assert picture.size == SCENES.medium_size(row["medium"]) == (32, 32) and picture.mode == "RGB"
+        assert picture.size == SCENES.item_size(row["medium"]) == (32, 32) and picture.mode == "RGB"
         assert caption_seen(things_seen(picture)) == row["answer"], row["medium"]
 
 

@@ -359,8 +359,8 @@ def test_examples_have_what_is_to_be_written_apart(tmp_path):
         assert torch.equal(example["targets"][example["modality"]][0], whole["media"][example["modality"]][0])
     assert (drawn["modality"], drawn["prompt"], played["modality"]) == ("written_image", TEXTS[0], "written_audio")
     assert drawn["reference"].size == (16, 16)
-    wanted = PROCESSOR.preprocess_medium("written_image", PICTURES[0])
-    assert torch.equal(PROCESSOR.preprocess_medium("written_image", drawn["reference"]), wanted)
+    wanted = PROCESSOR.preprocess_item("written_image", PICTURES[0])
+    assert torch.equal(PROCESSOR.preprocess_item("written_image", drawn["reference"]), wanted)
     samples, rate = played["reference"]
     assert rate == 8000 and np.array_equal(samples, HEARD[1])
     assert played["waveforms"]() == []

@@ -9,9 +9,9 @@ from transformers import EvalPrediction
 
 from evaluation import reconstruction
 from evaluation.reconstruction import (
-    PictureScores,
+    AudioScores,
+    ImageScores,
     PrincipalComponents,
-    SoundScores,
     mean_scores,
     reconstruction_scores,
     stft_distance,
@@ -23,18 +23,18 @@ from tests.tiny_codecs import pictures, voice
 def test_scores_of_pictures():
     """An error of 0.1 in a range of 2 is 20 log10(20) dB; what is out of range is cut."""
     images = pictures(3).clamp(-0.8, 0.8)
-    scores = PictureScores()(images + 0.1, {"pixel_values": images})
+    scores = ImageScores()(images + 0.1, {"pixel_values": images})
     assert scores.shape == (3, 2)
     assert scores[:, 0].tolist() == pytest.approx([20 * math.log10(20)] * 3, abs=1e-3)
     assert (scores[:, 1] < 1).all()
     white = torch.ones(1, 3, 16, 16)
-    assert PictureScores()(3 * white, {"pixel_values": white})[0].tolist() == [math.inf, 1]
+    assert ImageScores()(3 * white, {"pixel_values": white})[0].tolist() == [math.inf, 1]
 
 
 def test_each_picture_has_scores_of_its_own():
     images = pictures(2)
     made = torch.stack([images[0] + 0.01 * pictures(1)[0], pictures(1, seed=1)[0]])
-    better, worse = PictureScores()(made, {"pixel_values": images})
+    better, worse = ImageScores()(made, {"pixel_values": images})
     assert (better > worse).all() and better[1] > 0.95 and worse[1] < 0.5
 
 
@@ -53,7 +53,7 @@ def test_the_distance_is_the_loss_of_a_clip():
 def test_clips_end_where_they_end():
     """What is behind the length of a clip has no part in its scores."""
     sounds = torch.stack([voice(0.2), voice(0.2, pitch=200)])
-    scores = SoundScores(11025, lambda waveforms: waveforms.abs())
+    scores = AudioScores(11025, lambda waveforms: waveforms.abs())
     batch = {"waveforms": sounds, "lengths": torch.tensor([1600, 900])}
     made = sounds * torch.tensor([[1.0], [0.5]])
     whole = scores(made, batch)
@@ -70,7 +70,7 @@ def test_distortion_whatever_the_volume():
     noise -= (noise @ sound) / (sound @ sound) * sound
     made = 3 * (sound + 0.1 * sound.norm() * noise / noise.norm())
     batch = {"waveforms": torch.stack([sound, sound * 0]), "lengths": torch.tensor([3200, 3200])}
-    found = SoundScores(11025, lambda waveforms: waveforms)(torch.stack([made, made]), batch)[:, 2]
+    found = AudioScores(11025, lambda waveforms: waveforms)(torch.stack([made, made]), batch)[:, 2]
     assert found[0].item() == pytest.approx(20, abs=1e-3) and found[1].isnan()
 
 
@@ -88,7 +88,7 @@ def test_pesq_where_it_is_installed(monkeypatch):
 
     monkeypatch.setattr(reconstruction, "PesqError", Refusal)
     monkeypatch.setattr(reconstruction, "perceptual_evaluation_speech_quality", pesq)
-    scores = SoundScores(8000, lambda waveforms: waveforms)
+    scores = AudioScores(8000, lambda waveforms: waveforms)
     sounds = torch.stack([voice(0.5), voice(0.5), 0 * voice(0.5)])
     found = scores(sounds, {"waveforms": sounds, "lengths": torch.tensor([4000, 3000, 4000])})
     assert found[:, 3].isnan().tolist() == [False, True, True]
@@ -96,12 +96,12 @@ def test_pesq_where_it_is_installed(monkeypatch):
     assert means["pesq"] == 3.5 and means["pesq_failed"] == 0.5
     assert set(means) == {"mel_l1", "mr_stft", "si_sdr", "pesq", "pesq_failed"}
     assert "pesq" not in mean_scores(EvalPrediction(found[1:].numpy(), None), scores.names)
-    assert "pesq" not in SoundScores(22050, lambda waveforms: waveforms).names
+    assert "pesq" not in AudioScores(22050, lambda waveforms: waveforms).names
 
 
 def test_no_pesq_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(reconstruction, "PesqError", None)
-    scores = SoundScores(8000, lambda waveforms: waveforms)
+    scores = AudioScores(8000, lambda waveforms: waveforms)
     sounds = voice(0.5)[None]
     found = scores(sounds, {"waveforms": sounds, "lengths": torch.tensor([4000])})
     assert scores.names == ("mel_l1", "mr_stft", "si_sdr") and found.shape == (1, 3)
@@ -114,7 +114,7 @@ def test_pesq_of_the_package_itself():
     noisy = sound + 0.05 * torch.randn(8000, generator=torch.Generator().manual_seed(0))
     sounds = torch.stack([sound, sound, 0 * sound])
     batch = {"waveforms": sounds, "lengths": torch.tensor([8000] * 3)}
-    same, worse, silent = SoundScores(8000, lambda waveforms: waveforms)(torch.stack([sound, noisy, sound]), batch)
+    same, worse, silent = AudioScores(8000, lambda waveforms: waveforms)(torch.stack([sound, noisy, sound]), batch)
     assert 4.4 < same[3] < 4.6 and 1 < worse[3] < 3.5 and same[4] == worse[4] == 0
     assert silent[3].isnan() and silent[4] == 1
 
@@ -138,7 +138,7 @@ def test_scores_of_a_way_to_reconstruct():
     def collate(tensors):
         return {"pixel_values": torch.stack(tensors)}
 
-    found = reconstruction_scores(lambda images: images * 0.9, dataset, collate, PictureScores())
-    alone = PictureScores()(torch.stack(dataset) * 0.9, {"pixel_values": torch.stack(dataset)}).mean(dim=0)
+    found = reconstruction_scores(lambda images: images * 0.9, dataset, collate, ImageScores())
+    alone = ImageScores()(torch.stack(dataset) * 0.9, {"pixel_values": torch.stack(dataset)}).mean(dim=0)
     assert [found["psnr"], found["ssim"]] == pytest.approx(alone.tolist(), rel=1e-5)
     assert found["milliseconds"] > 0

@@ -20,8 +20,8 @@ from inference.loading import load_model
 from model import MegaTransformerTextModel
 from tests.tiny import tiny_config, tiny_model
 
-WRITTEN = Path(__file__).parent / "checkpoints"
-NAMES = sorted(path.name for path in WRITTEN.iterdir())
+TARGET_MODALITIES = Path(__file__).parent / "checkpoints"
+NAMES = sorted(path.name for path in TARGET_MODALITIES.iterdir())
 LOADER = """
 import sys, torch
 from safetensors.torch import load_file
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def old(tmp_path):
     """The checkpoints, with code that cannot be run."""
     folder = tmp_path / "old"
-    shutil.copytree(WRITTEN, folder)
+    shutil.copytree(TARGET_MODALITIES, folder)
     for name in NAMES:
         config = json.loads((folder / name / "config.json").read_text())
         config["auto_map"]["AutoModel"] = "modeling_of_before.Model"

@@ -75,7 +75,7 @@ def test_strings_are_read_in_every_call(kind, tmp_path):
         assert same(PROCESSOR(text=[text], **{argument: [[given]]}, return_tensors="pt"), plain), name
         assert same(PROCESSOR(**{argument: given}, return_tensors="pt"), alone), name
         assert same(part([given], return_tensors="pt"), alone), name
-        assert PROCESSOR.medium_size(kind, given) == PROCESSOR.medium_size(kind, PLAIN[kind]), name
+        assert PROCESSOR.item_size(kind, given) == PROCESSOR.item_size(kind, PLAIN[kind]), name
         for one in parts(kind, given, encoded(kind)):
             messages = [{"role": "user", "content": [one, {"type": "input_text", "text": "what?"}]}]
             assert same(PROCESSOR.apply_chat_template(messages, **CHAT), plain), (name, one)
@@ -119,7 +119,7 @@ def test_what_is_no_medium_is_one_line(case):
         partial(PROCESSOR, images=given),
         partial(PROCESSOR, text="<|image|>", images=given),
         partial(PROCESSOR.image_processor, given),
-        partial(PROCESSOR.load_medium, "image", given),
+        partial(PROCESSOR.load_item, "image", given),
     ]
     calls += [
         partial(PROCESSOR.apply_chat_template, [{"role": "user", "content": [part]}], tokenize=True)
@@ -166,11 +166,11 @@ def test_what_is_too_long_is_not_decoded(monkeypatch, head):
 @KINDS
 def test_rows_of_training_reach_no_more_than_before(kind, tmp_path):
     """What `dataset_loading` calls reads neither URIs nor base64."""
-    load = PROCESSOR.kinds[kind].load
+    load = PROCESSOR.modalities[kind].load
     given = ways(kind, tmp_path)
     assert np.array_equal(np.asarray(load(given.pop("path"))), np.asarray(load(FILES[kind])))
     for name, value in given.items():
-        for call in (load, PROCESSOR.kinds[kind].size, PROCESSOR.kinds[kind].preprocess):
+        for call in (load, PROCESSOR.modalities[kind].size, PROCESSOR.modalities[kind].preprocess):
             with pytest.raises(MediaError):
                 call(value)
         with pytest.raises(MediaError):

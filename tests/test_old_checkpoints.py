@@ -25,7 +25,7 @@ from tests.tiny_artist import save_artist
 from tests.tiny_finetuning import write_tuning_config
 from tests.tiny_language_model import save_checkpoint
 
-WRITTEN = Path(__file__).parent / "fixtures"
+TARGET_MODALITIES = Path(__file__).parent / "fixtures"
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # of sums in another order, as on another processor
 
 
@@ -97,7 +97,7 @@ def compare(found: dict[str, dict[str, torch.Tensor]], folder: Path) -> None:
 @pytest.fixture
 def old(tmp_path) -> Path:
     """A copy, whose adapter finds its base there."""
-    folder = shutil.copytree(WRITTEN, tmp_path / "old")
+    folder = shutil.copytree(TARGET_MODALITIES, tmp_path / "old")
     name_base(folder, str(folder / "text"))
     return folder
 
@@ -122,7 +122,7 @@ def test_what_is_compared_depends_on_the_weights(old):
         save_file(weights | {key: weights[key] + 0.1}, path, metadata={"format": "pt"})
     for name, tensors in outputs(old).items():
         with pytest.raises(AssertionError):
-            compare({name: tensors}, WRITTEN)
+            compare({name: tensors}, TARGET_MODALITIES)
 
 
 def test_they_compute_it_elsewhere_with_the_code_of_today(old):

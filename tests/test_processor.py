@@ -167,7 +167,7 @@ def test_media_may_be_given_beside_the_messages(processor):
     expected = processor.encode_chat(conversation())
     messages = conversation()
     given = {"image": [messages[1]["content"][0].pop("image")], "audio": [messages[1]["content"][3].pop("audio")]}
-    preprocessed = {kind: [processor.preprocess_medium(kind, medium[0])] for kind, medium in given.items()}
+    preprocessed = {kind: [processor.preprocess_item(kind, medium[0])] for kind, medium in given.items()}
     for media in (given, preprocessed):
         encoded = processor.encode_chat(messages, media)
         assert torch.equal(encoded["input_ids"], expected["input_ids"])
@@ -398,23 +398,23 @@ def test_tokens_of_a_medium_are_known_from_its_header(processor, tmp_path):
         path = tmp_path / f"{number}.png"
         picture(width, height).save(path)
         encoded = processor.encode_chat([{"role": "user", "content": [{"type": "image", "path": path}]}])
-        size = processor.medium_size("image", path)
+        size = processor.item_size("image", path)
         assert size == (height, width)
         assert processor.num_media_tokens("image", size) == len(encoded["input_ids"]) - 2  # begin, user
     for rate, samples in ((8000, 1), (8000, 4000), (44100, 12345), (16000, 100_000)):
         data = audio_file(sound(samples), rate)
         encoded = processor.encode_chat([{"role": "user", "content": [{"type": "audio", "audio": data}]}])
-        seconds = processor.medium_size("audio", data)
+        seconds = processor.item_size("audio", data)
         assert seconds == samples / rate
         assert processor.num_media_tokens("audio", seconds) == len(encoded["input_ids"]) - 2
-    assert processor.medium_size("audio", sound(4000)) == 0.5  # samples are at the processor's rate
+    assert processor.item_size("audio", sound(4000)) == 0.5  # samples are at the processor's rate
 
 
 def test_media_are_loaded_within_the_limits_of_the_model(processor):
-    assert processor.load_medium("image", image_file(picture(300, 40))).size == (300, 40)
-    assert processor.load_medium("audio", audio_file(sound(100_000), 16000)).shape == (16000,)  # 2 s at 8 kHz
+    assert processor.load_item("image", image_file(picture(300, 40))).size == (300, 40)
+    assert processor.load_item("audio", audio_file(sound(100_000), 16000)).shape == (16000,)  # 2 s at 8 kHz
     with pytest.raises(ValueError, match="'video' is nothing that this model reads; it reads text, image, audio"):
-        processor.load_medium("video", b"")
+        processor.load_item("video", b"")
 
 
 def test_a_tokenizer_without_the_tokens_is_refused():
@@ -423,7 +423,7 @@ def test_a_tokenizer_without_the_tokens_is_refused():
     reads_images = tiny_processor(
         tokenizer=train_tokenizer([], 268, media_tokens=MEDIA_TOKENS[:-3]), feature_extractor=None
     )
-    assert list(reads_images.kinds) == ["image"]
+    assert list(reads_images.modalities) == ["image"]
 
 
 def test_decoding(processor):
@@ -477,9 +477,9 @@ def test_backbones_that_take_media_of_any_size_are_refused():
         num_audio_tokens=7,
     )
     with pytest.raises(ValueError, match="not one pixel_values of 4 dimensions; choose a backbone"):
-        processor.preprocess_medium("image", picture())
+        processor.preprocess_item("image", picture())
     with pytest.raises(ValueError, match="not one input_features of 3 dimensions; choose a backbone"):
-        processor.preprocess_medium("audio", sound())
+        processor.preprocess_item("audio", sound())
 
 
 def test_tokens_are_counted_by_one_of_both():
@@ -548,7 +548,7 @@ def test_a_further_modality_is_read_as_the_others(reads_points, tmp_path):
         batch = processor(text="<|points|>a<|points|>", points=[torch.tensor(cloud) for cloud in clouds])
         assert batch["input_ids"] == [ids_of(processor, text)]
         assert batch["points"].tolist() == [[[2, 4], [6, 8]], [[10, 12], [0, 0]]]
-        assert processor.num_media_tokens("points", processor.medium_size("points", clouds[0])) == 4
+        assert processor.num_media_tokens("points", processor.item_size("points", clouds[0])) == 4
         assert processor.model_input_names[-1] == "points"
 
 
@@ -556,7 +556,7 @@ def test_a_further_modality_is_read_as_the_others(reads_points, tmp_path):
 def test_a_processor_is_built_with_further_modalities(reads_points, part):
     config = MegaTransformerConfig(text_config={"vocab_size": 271}, modality_configs={"points": part})
     built = build_processor(config, reads_points.tokenizer)
-    assert built.modality_configs == {"points": {"scale": 2.0}} and list(built.kinds) == ["points"]
+    assert built.modality_configs == {"points": {"scale": 2.0}} and list(built.modalities) == ["points"]
 
 
 def test_a_modality_that_is_not_registered_is_named():
@@ -573,7 +573,7 @@ def test_saved_is_loaded(absent, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is MegaTransformerProcessor and loaded.to_dict() == processor.to_dict()
-    assert list(loaded.kinds) == list(processor.kinds) and loaded.chat_template == processor.chat_template
+    assert list(loaded.modalities) == list(processor.modalities) and loaded.chat_template == processor.chat_template
     messages = [part for part in conversation() if not absent or isinstance(part["content"], str)]
     for copy in (loaded, pickle.loads(pickle.dumps(processor))):
         ours, theirs = processor.encode_chat(messages), copy.encode_chat(messages)
@@ -656,7 +656,7 @@ def test_a_processor_is_built_from_the_model_s_config(processor):
     assert (encoded["input_ids"] == built.image_token_id).sum() == 2 * 36
     assert (encoded["input_ids"] == built.audio_token_id).sum() == 41
     text_only = build_processor(MegaTransformerConfig(text_config={"vocab_size": 268}), processor.tokenizer)
-    assert list(text_only.kinds) == [] and text_only.modality_configs is None
+    assert list(text_only.modalities) == [] and text_only.modality_configs is None
     config.vision_config.image_size, config.vision_config.max_image_size = None, 24
     assert build_processor(config, processor.tokenizer).num_media_tokens("image", (48, 24)) == 3 * 2 + 2
 
@@ -670,8 +670,8 @@ def test_a_backbone_brings_its_own_processors(processor, tmp_path):
         audio_config={"backbone": str(tmp_path / "audio")},
     )
     built = build_processor(config, processor.tokenizer, num_image_tokens=4, num_audio_tokens=5)
-    assert built.preprocess_medium("image", picture()).shape == (3, 32, 32)
-    assert built.preprocess_medium("audio", sound()).shape == (20, 3000)
+    assert built.preprocess_item("image", picture()).shape == (3, 32, 32)
+    assert built.preprocess_item("audio", sound()).shape == (20, 3000)
 
 
 def test_a_model_that_reads_other_than_three_channels_has_no_processor(processor):

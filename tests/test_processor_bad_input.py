@@ -77,7 +77,7 @@ def test_what_is_unusual_is_read(tmp_path, case):
         assert all(torch.equal(tensor, whole[key]) for key, tensor in batch.items())
     model = tiny_reader(scale=1.0)
     count = (whole["input_ids"] == getattr(model.config, f"{kind}_token_id")).sum()
-    assert PROCESSOR.num_media_tokens(kind, PROCESSOR.medium_size(kind, str(path))) == count + 2
+    assert PROCESSOR.num_media_tokens(kind, PROCESSOR.item_size(kind, str(path))) == count + 2
     usual = by_messages(kind, picture(seed=9) if kind == "image" else sound(seed=9))
     with torch.no_grad():
         logits, other = (model(**batch).logits[0, -1] for batch in (whole, usual))
@@ -95,5 +95,5 @@ def test_of_ten_hours_the_beginning_is_read(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert all(batch["input_features"].shape == (1, 16, 201) for batch in batches)
-    assert PROCESSOR.medium_size("audio", str(path)) == 36_000 and peak < 40e6
+    assert PROCESSOR.item_size("audio", str(path)) == 36_000 and peak < 40e6
     assert PROCESSOR.num_media_tokens("audio", 36_000) == 51 + 2

@@ -142,13 +142,13 @@ def test_targets_of_a_batch():
     assert batch["audio_targets_mask"].sum(dim=1).tolist() == [28, 4]
     assert (batch["audio_targets"][1, :, 4:] == 0).all()
     for number, part in enumerate((image(), image(16, 8))):
-        wanted = PROCESSOR.preprocess_medium("written_image", part["image"])
+        wanted = PROCESSOR.preprocess_item("written_image", part["image"])
         assert torch.equal(batch["image_targets"][number], wanted)
 
 
 def test_references_are_what_can_be_written_at_best():
     """At the writer's size and rate, from files of others."""
-    images, sounds = PROCESSOR.kinds["written_image"], PROCESSOR.kinds["written_audio"]
+    images, sounds = PROCESSOR.modalities["written_image"], PROCESSOR.modalities["written_audio"]
     reference = images.reference(image_file(picture(40, 24)))
     assert reference.size == (16, 16) and torch.equal(images.preprocess(reference), images.preprocess(picture(40, 24)))
     samples, rate = sounds.reference(audio_file(sound(20000), rate=16000))
@@ -176,7 +176,7 @@ def test_the_processor_of_a_model_has_the_sizes_of_its_writers():
     tokens = media_tokens(config)
     assert tokens == [*MEDIA_TOKENS, "<|written_image|>", "<|written_audio|>", "<|null|>"]
     processor = build_processor(config, train_tokenizer([], 300, media_tokens=tokens))
-    assert list(processor.kinds) == ["written_image", "written_audio"]
+    assert list(processor.modalities) == ["written_image", "written_audio"]
     chat = processor.encode_chat(ask("x", image(), recording(1600)))
     assert (chat["input_ids"] == processor.written_image_token_id).sum() == 36
     assert (chat["input_ids"] == processor.written_audio_token_id).sum() == 6  # 11 frames in twos

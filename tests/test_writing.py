@@ -124,10 +124,10 @@ def test_the_loss_is_its_formula(model):
         clean = 2 * patches[row]
         velocity = image.head(noise * (1 - times) + clean * times, times[:, 0], condition)
         losses.append((velocity - (clean - noise)).square().mean(-1))
-    total, count = outputs.written_losses["image"]
+    total, count = outputs.target_losses["image"]
     assert count == 2 * NUM_PATCHES
     torch.testing.assert_close(total, torch.cat(losses).sum(), **CLOSE)
-    audio, clips = outputs.written_losses["audio"]
+    audio, clips = outputs.target_losses["audio"]
     torch.testing.assert_close(outputs.loss, expected + total / count + audio / clips, **CLOSE)
 
 
@@ -137,8 +137,8 @@ def test_weights_and_counts_of_the_trainer_scale_the_loss(model):
     with torch.no_grad():
         plain = model(**batch, num_steps=STEPS)
         model.model.writers["image"].config.loss_weight = 3.0
-        scaled = model(**batch, num_steps=STEPS, num_written_in_batch={"image": 16})
-    image = plain.written_losses["image"][0]
+        scaled = model(**batch, num_steps=STEPS, num_targets_in_batch={"image": 16})
+    image = plain.target_losses["image"][0]
     torch.testing.assert_close(scaled.loss - plain.loss, image * 3 / 16 - image / 8, **CLOSE)
 
 

@@ -13,7 +13,7 @@ from model import (
     MegaTransformerImageProcessor,
     MegaTransformerProcessor,
 )
-from model.modalities import WRITTEN_TOKENS
+from model.modalities import TARGET_TOKENS
 
 
 def tiny_processor(**parts) -> MegaTransformerProcessor:
@@ -31,7 +31,7 @@ def tiny_processor(**parts) -> MegaTransformerProcessor:
 def writing_processor(**parts) -> MegaTransformerProcessor:
     """The same for a model that also writes: images of 16 x 16 pixels in 4 tokens, sound in tokens of 40 ms."""
     ours = {
-        "tokenizer": train_tokenizer([], 271, media_tokens=(*MEDIA_TOKENS, *WRITTEN_TOKENS)),
+        "tokenizer": train_tokenizer([], 271, media_tokens=(*MEDIA_TOKENS, *TARGET_TOKENS)),
         "image_writer": {"image_size": 16, "num_tokens": 4, "is_learned": False},
         "audio_writer": {
             "num_mel_bins": 16,

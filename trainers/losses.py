@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import WRITTEN, modality_names
+from model import TARGET_MODALITIES, modality_names
 
 
 @dataclass
@@ -106,7 +106,7 @@ class TargetLosses:
     """
 
     def __init__(self, config: Any):
-        ids = {name: getattr(config, f"written_{name}_token_id", None) for name in WRITTEN}
+        ids = {name: getattr(config, f"written_{name}_token_id", None) for name in TARGET_MODALITIES}
         self.token_ids = {name: token_id for name, token_id in ids.items() if token_id is not None}
         self.num_in_window: dict[str, torch.Tensor] = {}
         self._sums = torch.zeros(len(self.token_ids), 2, dtype=torch.float64)

@@ -78,7 +78,7 @@ class RecurrentTrainer(BaseTrainer):
             inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
         if self.targets.token_ids:
             inputs["flow_seeds"] = flow_seeds(self._keys(len(inputs["input_ids"])))
-            inputs["num_written_in_batch"] = self.targets.num_in_window
+            inputs["num_targets_in_batch"] = self.targets.num_in_window
         if modality_ids is not None and self.modalities.are_weighted:
             inputs["loss_weights"] = self.modalities.loss_weights(modality_ids)
         if not (return_outputs or modality_ids is not None or self.targets.token_ids):
@@ -86,7 +86,7 @@ class RecurrentTrainer(BaseTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if modality_ids is not None:
             self.modalities.add(outputs["token_losses"], inputs["labels"], modality_ids)
-        self.targets.add(outputs.get("written_losses") or {})
+        self.targets.add(outputs.get("target_losses") or {})
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:

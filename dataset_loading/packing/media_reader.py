@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from model import modality_names
-from model.chat import CHAT_TEMPLATE, ConversationEncoder, EncodedConversation, kinds_of_role
+from model.chat import CHAT_TEMPLATE, ConversationEncoder, EncodedConversation, modalities_of_role
 
 from ..sources.references import place_of, read_reference
 from ..tasks.registry import get_task
@@ -32,22 +32,22 @@ class MediaReader:
 
     def __init__(self, processor: PreTrainedTokenizerFast | ProcessorMixin):
         if isinstance(processor, ProcessorMixin):
-            self.tokenizer, self.kinds = processor.tokenizer, processor.kinds
+            self.tokenizer, self.modalities = processor.tokenizer, processor.modalities
         else:
-            self.tokenizer, self.kinds = processor, {}
-        self.encoder = ConversationEncoder(self.tokenizer, self.kinds, processor.chat_template or CHAT_TEMPLATE)
-        self.written = [name for name, kind in self.kinds.items() if any(kind.learned)]
-        self.modality_ids = {name: modality_names().index(name) for name in self.kinds}
+            self.tokenizer, self.modalities = processor, {}
+        self.encoder = ConversationEncoder(self.tokenizer, self.modalities, processor.chat_template or CHAT_TEMPLATE)
+        self.written = [name for name, kind in self.modalities.items() if any(kind.learned)]
+        self.modality_ids = {name: modality_names().index(name) for name in self.modalities}
 
     @property
     def max_samples(self) -> dict[str, int]:
         """Most samples that are read, by modality, of those that are audio."""
-        return {name: int(self.kinds[name].max_seconds * rate) for name, rate in self.sampling_rates.items()}
+        return {name: int(self.modalities[name].max_seconds * rate) for name, rate in self.sampling_rates.items()}
 
     @property
     def sampling_rates(self) -> dict[str, int]:
         """Sampling rates in Hz by modality, of those that are audio."""
-        audio = {name: kind for name, kind in self.kinds.items() if name in ("audio", "written_audio")}
+        audio = {name: kind for name, kind in self.modalities.items() if name in ("audio", "written_audio")}
         return {name: kind.sampling_rate for name, kind in audio.items()}
 
     def with_modalities(self, messages: list[dict]) -> list[dict]:
@@ -61,7 +61,7 @@ class MediaReader:
                 "content": [part | {"type": kinds.get(part["type"], part["type"])} for part in message["content"]],
             }
             for message in messages
-            for kinds in [kinds_of_role(message["role"], self.kinds)]
+            for kinds in [modalities_of_role(message["role"], self.modalities)]
         ]
 
     def encode(self, conversations: Sequence[list[dict]]) -> list[EncodedConversation | ValueError]:
@@ -95,9 +95,9 @@ class MediaReader:
             UnreadableItem: The item is damaged, as far as it was read.
         """
         name = reference["type"]
-        kind = self.kinds[name]
+        kind = self.modalities[name]
         if "task" in reference:
-            size = get_task(reference["task"]).medium_size(reference["medium"])
+            size = get_task(reference["task"]).item_size(reference["medium"])
         else:
             size = read_item(lambda source: self._size(name, source, decode), reference, row)
         stretch = stretch if name == "audio" else 1.0
@@ -111,7 +111,7 @@ class MediaReader:
         Raises:
             ValueError: The item is longer than what is read, or damaged, as far as it was read.
         """
-        kind = self.kinds[name]
+        kind = self.modalities[name]
         if name in self.sampling_rates:
             seconds = kind.size(source)
             if seconds > kind.max_seconds + _CUT_SECONDS:
@@ -127,11 +127,11 @@ class MediaReader:
         Raises:
             UnreadableItem: The item is missing, damaged, or outside of the processor's limits.
         """
-        return read_item(self.kinds[reference["type"]].load, reference, row)
+        return read_item(self.modalities[reference["type"]].load, reference, row)
 
     def tensor(self, kind: str, medium: Any) -> torch.Tensor:
         """What `load` gave, as the model's input for one item."""
-        return self.kinds[kind].preprocess(medium)
+        return self.modalities[kind].preprocess(medium)
 
 
 def read_item(read: Callable[[Any], Any], reference: Mapping, row: Mapping[str, object]) -> Any:

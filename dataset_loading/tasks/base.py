@@ -86,7 +86,7 @@ class GeneratedMediaTask(GeneratedTask):
         """
 
     @abstractmethod
-    def medium_size(self, medium: str) -> tuple[int, int] | float:
+    def item_size(self, medium: str) -> tuple[int, int] | float:
         """(height, width) of the image or seconds of the waveform that `render` makes, without making it."""
 
     @abstractmethod

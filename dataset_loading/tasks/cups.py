@@ -93,7 +93,7 @@ class _CupMedia:
         return split_of(_CUPS.identity(row["answer"]))
 
 
-class CupPictures(_CupMedia, SceneTask):
+class CupImages(_CupMedia, SceneTask):
     """Draw a red ball where the `difficulty` moves of `cups` bring it: the text that is given takes as many steps of
     thought as there are moves, and nothing else in the image depends on them.
     """

@@ -65,7 +65,7 @@ class MelodyTask(GeneratedMediaTask):
         steps = np.rint(np.clip(wave, -1, 1) * 32767)  # those of 16 bits, as in a file
         return (steps / 32767).astype(np.float32), melody.sampling_rate
 
-    def medium_size(self, medium: str) -> float:
+    def item_size(self, medium: str) -> float:
         melody = parse_melody(medium)
         return round(melody.seconds * melody.sampling_rate) / melody.sampling_rate
 

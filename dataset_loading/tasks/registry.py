@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Value
 
 from .arithmetic import Addition, Calculator, Instructions, Reversal, Sorting, Subtraction
 from .base import GeneratedMediaTask, GeneratedTask, Role
-from .cups import CupPictures, Cups, CupTunes
+from .cups import CupImages, Cups, CupTunes
 from .melodies import Melodies, MelodyQuestions, Tunes
 from .scenes import Drawings, SceneQuestions, Scenes
 from .tracking import ChainedLookup, Stories
@@ -34,7 +34,7 @@ MEDIA_TASKS: dict[str, GeneratedMediaTask] = {
         Scenes(),
         SceneQuestions(),
         Drawings(),
-        CupPictures(),
+        CupImages(),
         Melodies(),
         MelodyQuestions(),
         Tunes(),

@@ -96,7 +96,7 @@ class SceneTask(GeneratedMediaTask):
         canvas += normal_noise(picture.grain, _GRAIN, canvas.shape)
         return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
 
-    def medium_size(self, medium: str) -> tuple[int, int]:
+    def item_size(self, medium: str) -> tuple[int, int]:
         side = parse_scene(medium).size
         return side, side
 
