@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, get_type_hints
@@ -119,7 +120,7 @@ def imported_from(tree: ast.Module, name: str) -> str:
 
 def text_below(tree: ast.Module, name: str) -> str:
     """The text in a file below the line that sets a constant."""
-    for node, after in zip(tree.body, tree.body[1:], strict=False):
+    for node, after in pairwise(tree.body):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         if is_text and any(isinstance(target, ast.Name) and target.id == name for target in targets):
