@@ -232,7 +232,7 @@ class DepthOptions:
             steps = steps.repeat_interleave(num_rows // len(steps))
         asked = {"num_steps": steps} if steps is not None else {}
         asked |= {"exits": exits} if exits.criterion != "none" else {}
-        asked |= {"noise": self.noise} if self.noise.level else {}
+        asked |= {"state_noise": self.noise} if self.noise.level else {}
         return asked | ({"initial_state": "last"} if self.state_warm_start else {})
 
 

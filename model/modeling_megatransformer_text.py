@@ -158,7 +158,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         output_states: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        noise: NoiseOptions | None = None,
+        state_noise: NoiseOptions | None = None,
         exit_controller: ExitController | None = None,
         **kwargs,
     ) -> MegaTransformerModelOutput:
@@ -177,7 +177,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             output_states: Return s_0 .. s_r.
             output_hidden_states: Return `hidden_states`. Default: what the config says.
             output_attentions: Return `attentions`, which are then computed eagerly. Default: what the config says.
-            noise: What perturbs the state before each step. Default: nothing.
+            state_noise: What perturbs the state before each step. Default: nothing.
             exit_controller: Says which rows stop early, and after which step. Made by the model with the head.
 
         Raises:
@@ -223,7 +223,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 initial_state = last_state(initial_state, cache if past and sequence == 1 else None)
             state = self._first_state(hidden, initial_state)
             states = [state] if output_states or inputs.hidden_states is not None else None
-            perturb = functools.partial(self._perturb, noise, position_ids) if noise and noise.level else None
+            is_noisy = state_noise is not None and state_noise.level
+            perturb = functools.partial(self._perturb, state_noise, position_ids) if is_noisy else None
             check_exits = None
             if exit_controller is not None:
                 exit_controller.begin(state, tokens_of_chunk(attention_mask, sequence))
@@ -428,7 +429,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         skip_logits: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
         exits: ExitOptions | None = None,
-        noise: NoiseOptions | None = None,
+        state_noise: NoiseOptions | None = None,
         **kwargs,
     ) -> MegaTransformerCausalLMOutput:
         """Arguments of the base model, and:
@@ -445,7 +446,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
                 by it. 0 without labels.
             exits: What stops rows before `num_steps` steps, all tokens of the chunk together, judged by the last.
                 Default: nothing.
-            noise: See the base model.
+            state_noise: See the base model.
             kwargs: `shift_labels`, (batch, sequence), in place of labels: position i predicts label i. Trainers that
                 spread a sequence over ranks give them, since the last position of a part predicts the first token of
                 the next.
@@ -474,7 +475,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             output_states=output_states,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            noise=noise,
+            state_noise=state_noise,
             exit_controller=controller,
             return_dict=True,
         )

@@ -21,7 +21,7 @@ FORMS = {
     "ring": {"cache": {"policy": "ring", "num_kept_steps": 2}, "num_steps": ROWS},
     "last": {"cache": {"policy": "last"}, "num_steps": ROWS},
     "static": {"cache": {"max_length": 16, "max_steps": 5}, "num_steps": ROWS},
-    "noise": {"noise": NoiseOptions(1.0)},
+    "noise": {"state_noise": NoiseOptions(1.0)},
     "warm start": {"initial_state": "last"},
 }
 

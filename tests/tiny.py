@@ -64,7 +64,7 @@ def for_forward(**options: Any) -> dict[str, Any]:
     found = dict(options)
     for name, part, fields in (
         ("exits", ExitOptions, EXIT_KEYWORDS),
-        ("noise", NoiseOptions, {"noise_level": "level"}),
+        ("state_noise", NoiseOptions, {"noise_level": "level"}),
     ):
         given = {fields[key]: found.pop(key) for key in options if key in fields}
         found |= {name: part(**given)} if given else {}
