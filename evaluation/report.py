@@ -75,20 +75,27 @@ def difficulty_table(rows: Sequence[DepthRow], name: str) -> str:
 def modality_table(rows: Sequence[DepthRow]) -> str:
     """A line for each modality and depth."""
     with_texts = bool(rows[0].written)
+    with_flows = any(flow_loss(scores) is not None for scores in rows[0].modalities.values())
     lines = [
-        [name, depth_name(row.num_steps), *modality_cells(row.modalities[name], with_texts)]
+        [name, depth_name(row.num_steps), *modality_cells(row.modalities[name], with_texts, with_flows)]
         for name in rows[0].modalities
         for row in rows
     ]
-    return format_table(["modality", "steps", "loss", "exact", *(TEXT_SCORES[1:] if with_texts else ())], lines)
+    header = ["modality", "steps", "loss", *(["flow loss"] if with_flows else ()), "exact"]
+    return format_table([*header, *(TEXT_SCORES[1:] if with_texts else ())], lines)
 
 
-def modality_cells(scores: ModalityScores, with_texts: bool) -> list[str]:
+def modality_cells(scores: ModalityScores, with_texts: bool, with_flows: bool) -> list[str]:
     """Figures of one modality; a dash where there are none."""
-    loss = f"{scores.losses['loss']:.4f}" if scores.losses else "-"
+    losses = [scores.losses.get("loss"), *([flow_loss(scores)] if with_flows else ())]
     exact = "-" if scores.exact_match is None else percent(scores.exact_match)
     texts = ["-"] * (len(TEXT_SCORES) - 1) if scores.written is None else text_cells(scores.written)[1:]
-    return [loss, exact, *(texts if with_texts else ())]
+    return [*("-" if it is None else f"{it:.4f}" for it in losses), exact, *(texts if with_texts else ())]
+
+
+def flow_loss(scores: ModalityScores) -> float | None:
+    """Mean loss of the latents of a modality, if it has any."""
+    return next((value for name, value in scores.losses.items() if name.startswith("flow_loss_")), None)
 
 
 def text_table(rows: Sequence[DepthRow], name: str) -> str:
