@@ -117,9 +117,9 @@ class TextSums:
     latents: torch.Tensor
     """The sum of the losses of latents, and their number, by `TARGET_MODALITIES`, float64 (modalities, 2)."""
     seconds: float = 0.0
-    """In forward passes."""
+    """Seconds in forward passes."""
     positions: int = 0
-    """That were passed."""
+    """Positions that were passed."""
 
 
 @dataclass
@@ -237,7 +237,7 @@ class DepthEvaluator:
         """Scores by modality; none where all is text.
 
         Args:
-            sums: Of all sources.
+            sums: Sums over all sources.
             answers: Answers of all sources.
         """
         found = {}

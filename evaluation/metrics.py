@@ -114,7 +114,7 @@ def with_flow_losses(
     times its weight, is added to `loss`, as in training; perplexity and bits per byte stay those of the tokens.
 
     Args:
-        metrics: Of `metrics_from_sums`.
+        metrics: Those of `metrics_from_sums`.
         sums: The sum of the losses of latents, and their number, by modality.
         weights: Those of the model (`flow_weights`).
     """
@@ -159,7 +159,7 @@ def trainer_metrics(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     """The two keyword arguments of the Hugging Face trainer that give exact metrics for texts of this tokenizer.
 
     Args:
-        config: Of the model, where it generates media.
+        config: Configuration of the model, which it needs where it generates media.
     """
     return {
         "preprocess_logits_for_metrics": partial(row_sums, byte_lengths=token_byte_lengths(tokenizer)),

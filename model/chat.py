@@ -4,7 +4,7 @@ Whatever encodes conversations goes through `ConversationEncoder`: rows of train
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count, pairwise
@@ -101,6 +101,79 @@ def check_messages(messages: Any, learns_all: bool = False, fixes: Mapping[str, 
             raise ValueError(f"message {number} has content {_short(content)}; give a string or a list of parts")
 
 
+Items = Mapping[str, Sequence[dict[str, Any]]]
+"""Parts of messages that are media, by type."""
+
+
+def place_items(messages: Iterable[Any], items: Items) -> tuple[list[Any], Items]:
+    """Messages in which items stand where marks in the texts say, such as "<image>", as LLaVA writes them; and those of
+    which there are no marks.
+
+    Args:
+        items: Items that are given beside the messages, in the order of their marks.
+
+    Raises:
+        ValueError: of a type there are marks, but more or fewer than items.
+    """
+    placed, left = list(messages), {}
+    for kind, parts in items.items():
+        mark = f"<{kind}>"
+        num_marks = sum(_text_of(part).count(mark) for message in placed for part in _parts_of(message))
+        if num_marks not in (0, len(parts)):
+            raise ValueError(
+                f"{len(parts)} media of type {kind!r}, but {num_marks} marks {mark!r} in the texts for them; give as "
+                "many of both, or no marks"
+            )
+        if num_marks == 0:
+            left[kind] = parts
+            continue
+        rest = iter(parts)
+        placed = [_with_items(message, mark, rest) for message in placed]
+    return placed, left
+
+
+def _parts_of(message: Any) -> list[Any]:
+    """The content of what may be no message as parts, which may be none."""
+    content = message.get("content") if isinstance(message, dict) else None
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return list(content) if isinstance(content, (list, tuple)) else []
+
+
+def _text_of(part: Any) -> str:
+    """The text of a part, "" if it has none."""
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    return text if isinstance(text, str) else ""
+
+
+def _with_items(message: Any, mark: str, items: Iterator[dict[str, Any]]) -> Any:
+    placed, is_changed = [], False
+    for part in _parts_of(message):
+        before, *others = _text_of(part).split(mark)
+        if not others:
+            placed.append(part)
+            continue
+        is_changed = True
+        placed += [{**part, "text": before}] if before else []
+        for text in others:
+            placed += [next(items), *([{**part, "text": text}] if text else [])]
+    return {**message, "content": placed} if is_changed else message
+
+
+def items_at_marks(content: Sequence[Any], kinds: Iterable[str]) -> Sequence[Any]:
+    """The parts of a message, of which the items stand where marks in its texts say, if it has marks.
+
+    Raises:
+        ValueError: see `place_items`.
+    """
+    for kind in kinds:
+        is_item = [isinstance(part, dict) and part.get("type") == kind for part in content]
+        items = [part for part, is_one in zip(content, is_item, strict=True) if is_one]
+        others = [part for part, is_one in zip(content, is_item, strict=True) if not is_one]
+        (message,), left = place_items([{"content": others}], {kind: items} if items else {})
+        content = message["content"] if items and not left else content
+    return content
+
+
 def outline_of(
     messages: Any, modalities: Collection[str], may_end_empty: bool = False
 ) -> tuple[Outline, list[str], list[dict[str, Any]]]:
@@ -138,7 +211,7 @@ def _outline_of_parts(
     parts: Any, number: int, modalities: dict[str, str], texts: list[str], media: list[dict[str, Any]]
 ) -> tuple[str, ...]:
     types: list[str] = []
-    for part in map(own_part, parts):
+    for part in items_at_marks(list(map(own_part, parts)), modalities):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             if not isinstance(part.get("text"), str):

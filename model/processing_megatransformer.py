@@ -14,6 +14,7 @@ from .chat import (
     guard,
     messages_of,
     outline_of,
+    place_items,
     render_messages,
     render_outline,
     special_tokens_of,
@@ -215,7 +216,8 @@ class MegaTransformerProcessor(ProcessorMixin):
                 {"type": "text", "text": ...} or {"type": KIND, KIND: item}; "path", "bytes", "url" or "base64" may
                 stand in the place of the second KIND. So are parts of OpenAI's format, "image_url" and "input_audio".
                 An item that is a string is a path, a `data:` or `file://` URI, or base64 (`read_source`).
-            media: Items of the parts that have none themselves, by modality. A tensor of floats counts as preprocessed.
+            media: Items of the parts that have none themselves, or of as many marks such as "<image>" in texts, by
+                modality. A tensor of floats counts as preprocessed.
             add_generation_prompt: Ends with the token that lets the assistant speak.
             continue_final_message: The last message stays open.
             chat_template: A template in the place of the processor's own.
@@ -232,6 +234,8 @@ class MegaTransformerProcessor(ProcessorMixin):
                 fewer than the parts for them, or cannot be read (`MediaError`).
         """
         encoder = ConversationEncoder(self.tokenizer, self.modalities, template_of(self.chat_template, chat_template))
+        if media and isinstance(messages, (list, tuple)):
+            messages, _ = place_items(messages, {kind: [{"type": kind}] * len(items) for kind, items in media.items()})
         encoded = encoder.encode(messages, add_generation_prompt, continue_final_message)
         found = preprocess_parts(encoded.media, media or {}, encoder.modalities, allow_fetch)
         ids, is_answer = encoder.expand(encoded.ids, encoded.is_answer, found)

@@ -211,3 +211,57 @@ def test_marks_in_a_text_are_where_its_images_stand(tmp_path):
         assert all(map(torch.equal, row["media"]["image"], expected["media"]["image"]))
     with pytest.raises(ValueError, match="line 3: 1 media of type 'image', but 2 marks '<image>' in the texts"):
         build(source, processor, block_size=256, max_invalid_rows=0)
+
+
+@pytest.mark.parametrize("way", ["files", "chat", "prompt"])
+def test_marks_beside_items_of_their_own_message(tmp_path, caplog, way):
+    """Of a column, of parts that name files, and of a prompt with its answer; others make the row invalid, also where
+    the row has no image. A model is asked with the same rule.
+    """
+    (tmp_path / "p.png").write_bytes(image_file(picture(seed=1)))
+    item, answer = {"type": "image", "path": "p.png"}, {"role": "assistant", "content": "noise"}
+    texts = ["before <image> behind", "two <image> <image>", "no mark"]
+    messages = [[{"role": "user", "content": text}, answer] for text in texts]
+    columns = {"image_column": "image"} | ({} if way == "prompt" else {"messages_column": "messages"})
+    if way == "chat":
+        for row, text in zip(messages, texts, strict=True):
+            row[0]["content"] = [item, {"type": "text", "text": text}]
+        source = SourceConfig("chat", paths=[write(tmp_path, [{"messages": row} for row in messages])])
+    elif way == "files":
+        rows = [{"image": "p.png", "messages": row} for row in messages] + [{"image": None, "messages": messages[0]}]
+        source = SourceConfig("files", paths=[write(tmp_path, rows)], **columns)
+    else:
+        rows = [{"image": "p.png", "question": text, "answer": "noise"} for text in texts]
+        path = write(tmp_path, rows)
+        source = SourceConfig("files", paths=[path], prompt="{question}", answer_column="answer", **columns)
+    processor = tiny_processor()
+    with caplog.at_level(logging.WARNING):
+        built = build(source, processor, block_size=256).train
+    assert "line 2: 1 media of type 'image', but 2 marks '<image>' in the texts" in caplog.text
+    assert way != "files" or "line 4: 0 media of type 'image', but 1 marks" in caplog.text
+    assert len(built) == 2
+    own = {**item, "path": str(tmp_path / "p.png")}
+    parts = [
+        [{"type": "text", "text": "before "}, own, {"type": "text", "text": " behind"}],
+        [own, {"type": "text", "text": "no mark"}],
+    ]
+    for row, content in zip([built[0], built[1]], parts, strict=True):
+        expected = processor.encode_chat([{"role": "user", "content": content}, answer])["input_ids"].tolist()
+        assert row["input_ids"].tolist() == expected
+        text = "".join(part.get("text", "<image>") for part in content)
+        asked = [own, {"type": "text", "text": text}] if content is parts[0] else content
+        again = processor.encode_chat([{"role": "user", "content": asked}, answer])
+        assert again["input_ids"].tolist() == expected
+    marked = [{"role": "user", "content": "before <image> behind"}, answer]
+    beside = processor.encode_chat(marked, media={"image": [own["path"]]})
+    assert beside["input_ids"].tolist() == built[0]["input_ids"].tolist()
+    with pytest.raises(ValueError, match="2 media of type 'image', but 1 marks '<image>'"):
+        processor.encode_chat(marked, media={"image": [own["path"]] * 2})
+    with pytest.raises(ValueError, match="1 media of type 'image', but 2 marks '<image>'"):
+        processor.encode_chat([{"role": "user", "content": [own, {"type": "text", "text": texts[1]}]}])
+
+
+def test_marks_without_any_media_are_text():
+    tokenizer, messages = chat_tokenizer(), [{"role": "user", "content": "what does <video> do in HTML?"}, SAID]
+    ids = encode_conversation(tokenizer, messages)
+    assert "what does <video> do in HTML?" in tokenizer.decode(ids)

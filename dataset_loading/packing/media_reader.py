@@ -8,12 +8,10 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from model import modality_names
 from model.chat import CHAT_TEMPLATE, ConversationEncoder, EncodedConversation, modalities_of_role
+from model.media import CUT_SECONDS
 
 from ..sources.references import place_of, read_reference
 from ..tasks.registry import get_task
-
-_CUT_SECONDS = 0.1
-"""Seconds that may be cut off audio: no word is as short."""
 
 
 class UnreadableItem(ValueError):
@@ -25,12 +23,14 @@ class MediaReader:
 
     Args:
         processor: The run's processor, or its tokenizer where the model reads text alone and so has no modalities.
+        cut_long_audio: Whether audio that is longer than what is read is cut, and not refused.
 
     Raises:
         ValueError: The vocabulary lacks a token of media.
     """
 
-    def __init__(self, processor: PreTrainedTokenizerFast | ProcessorMixin):
+    def __init__(self, processor: PreTrainedTokenizerFast | ProcessorMixin, cut_long_audio: bool = False):
+        self.cut_long_audio = cut_long_audio
         if isinstance(processor, ProcessorMixin):
             self.tokenizer, self.modalities = processor.tokenizer, processor.modalities
         else:
@@ -106,7 +106,7 @@ class MediaReader:
         return kind.tokens_of_size(size) + 2
 
     def _size(self, name: str, source: Any, decode: bool) -> Any:
-        """The size of an item, all of which is read: if audio were cut, its text would say what is not in it.
+        """The size of an item, all of which is read: if audio is cut, its text says what is not in it.
 
         Raises:
             ValueError: The item is longer than what is read, or damaged, as far as it was read.
@@ -114,10 +114,10 @@ class MediaReader:
         kind = self.modalities[name]
         if name in self.sampling_rates:
             seconds = kind.size(source)
-            if seconds > kind.max_seconds + _CUT_SECONDS:
+            if seconds > kind.max_seconds + CUT_SECONDS and not self.cut_long_audio:
                 raise ValueError(
                     f"{seconds:.1f} seconds, of which {kind.max_seconds:g} are read, while its text would stay whole; "
-                    "cut both, or raise max_seconds of the model's audio"
+                    "cut both, raise max_seconds of the model's audio, or set data.cut_long_audio"
                 )
         return kind.size(kind.load(source) if decode else source)
 

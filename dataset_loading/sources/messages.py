@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from model.chat import check_messages
+from model import MODALITIES
+from model.chat import check_messages, items_at_marks, place_items
 
 from ..bad_rows import FIXES, reason_against, reason_against_part
-from .references import UnusableRow, reference_to
+from .references import Reference, UnusableRow, reference_to
 
 _COLUMN = re.compile(r"\{(\w+)\}")
 
@@ -22,9 +23,16 @@ def answer_to(given: Sequence[dict], prompt: str, answer: str, shown: Sequence[d
     Args:
         given: References to media in front of the prompt, which may be empty.
         shown: References to media behind the answer, which may be empty.
+
+    Raises:
+        UnusableRow: A text has marks for media, but more or fewer than there are.
     """
     question = [*given, *([{"type": "text", "text": prompt}] if prompt else [])]
     reply = [*([{"type": "text", "text": answer}] if answer else []), *shown]
+    try:
+        question, reply = (items_at_marks(parts, MODALITIES) for parts in (question, reply))
+    except ValueError as error:
+        raise UnusableRow(str(error)) from error
     return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
 
 
@@ -46,12 +54,13 @@ def parse_messages(
     _refuse_sharegpt(value)
     try:
         check_messages(value, learns_all=loss_on == "all", fixes=FIXES)
+        value, left = place_items(value, attached)
+        waiting = {kind: list(references) for kind, references in left.items()}
+        messages = [_parse_message(message, waiting, folder) for message in value]
+        for message in messages:
+            message["content"] = items_at_marks(message["content"], MODALITIES)
     except ValueError as error:
         raise UnusableRow(str(error)) from error
-    waiting = {kind: list(references) for kind, references in attached.items()}
-    for kind, references in attached.items():
-        value = _with_places(value, kind, len(references)) if references else value
-    messages = [_parse_message(message, waiting, folder) for message in value]
     first = next((message for message in messages if message["role"] == "user"), None)
     for kind, references in waiting.items():
         if references and (first is None or len(references) < len(attached[kind])):
@@ -64,44 +73,6 @@ def parse_messages(
         if not (text_of(message).strip() or media_of([message])):
             raise UnusableRow(f"a message ({message['role']}) is empty")
     return messages
-
-
-def _with_places(messages: list, kind: str, count: int) -> list:
-    """Messages in which a mark such as "<image>" in a text, as LLaVA writes it, is a part.
-
-    Raises:
-        UnusableRow: There are more or fewer marks than media.
-    """
-    mark = f"<{kind}>"
-    placed = [_with_parts(message, mark, kind) for message in messages]
-    found = sum(_count_parts(message, kind) for message in placed) - sum(
-        _count_parts(message, kind) for message in messages
-    )
-    if found not in (0, count):
-        raise UnusableRow(f"{count} media of type {kind!r}, but {found} marks {mark!r} in the texts for them")
-    return placed if found else messages
-
-
-def _count_parts(message: dict, kind: str) -> int:
-    parts = message["content"] if isinstance(message["content"], list) else ()
-    return sum(isinstance(part, dict) and part.get("type") == kind for part in parts)
-
-
-def _with_parts(message: dict, mark: str, kind: str) -> dict:
-    content = message["content"]
-    if isinstance(content, str):
-        if mark not in content:
-            return message
-        content = [{"type": "text", "text": content}]
-    parts: list = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            parts.append(part)
-            continue
-        for number, piece in enumerate(text.split(mark)):
-            parts += [{"type": kind}] * (number > 0) + [{"type": "text", "text": piece}] * bool(piece)
-    return {**message, "content": parts}
 
 
 def _refuse_sharegpt(messages: object) -> None:
@@ -120,6 +91,8 @@ def _parse_message(message: dict, waiting: dict[str, list[dict]], folder: Path |
 
 
 def _parse_part(part: object, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
+    if isinstance(part, Reference):  # placed
+        return part
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         raise UnusableRow(f"a part of a message is {part!r:.80}, without a type such as text or image")
