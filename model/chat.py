@@ -15,7 +15,7 @@ import numpy as np
 from .chat_guard import control_tokens, guard_template, guard_tokenizer, split_at_marks, without_guard
 from .chat_rendering import Rendered, UnboundedTemplateError, render_template, template_of
 from .media_sources import own_part
-from .message_keys import WHAT_TO_DO, reason_against_message
+from .message_keys import WHAT_TO_DO, is_left_out, reason_against_message
 from .text_encoding import encode_texts, normalized
 
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("user", "assistant", "system", "tool")}
@@ -240,8 +240,8 @@ class RenderedOutline:
     pieces: tuple[tuple[str | int, int | None], ...]
     """In order: what the template writes, media as single placeholders, or the number of a text; and of which answer of
     the assistant this is a part, if of any."""
-    has_answers: bool
-    """Whether it is known what the assistant says; `pieces` has no answers where it is not."""
+    num_answers: int | None
+    """How many answers there are; None where it is not known what the assistant says, and `pieces` has none."""
 
 
 @lru_cache(maxsize=4096)
@@ -267,7 +267,8 @@ def render_outline(
         rendered = _render_places(template, form, special_tokens, add_generation_prompt, continue_final_message)
         if not isinstance(rendered, ValueError):
             answers = rendered[1] or _answers_by_prefixes(template, form, special_tokens, rendered[0])
-            return RenderedOutline(form, tuple(_pieces(rendered[0], answers or [])), answers is not None)
+            num_answers = None if answers is None else len(answers)
+            return RenderedOutline(form, tuple(_pieces(rendered[0], answers or [])), num_answers)
         problems.append(str(rendered))
     raise ValueError(problems[0])
 
@@ -431,7 +432,9 @@ class EncodedConversation:
     ids: np.ndarray
     """int32 (tokens,)"""
     is_answer: np.ndarray
-    """bool (tokens,): what the assistant says, and what ends it."""
+    """bool (tokens,): what the assistant says, and what ends it, but for what is left out."""
+    is_left_out: np.ndarray
+    """bool (tokens,): what is kept out of the loss: of an answer all, of other messages their texts."""
     answer_start: int
     """Where the last answer begins; the number of tokens if there is none."""
     media: list[dict[str, Any]]
@@ -507,7 +510,7 @@ class ConversationEncoder:
             UnboundedTemplateError: the template takes more time or memory than it may.
         """
         template, special_tokens = template_of(self.chat_template), special_tokens_of(self.tokenizer)
-        plans: list[tuple[RenderedOutline, int, list[dict[str, Any]]] | ValueError] = []
+        plans: list[tuple[RenderedOutline, int, list[dict[str, Any]], list[bool]] | ValueError] = []
         texts: list[str] = []
         for messages in conversations:
             try:
@@ -519,13 +522,22 @@ class ConversationEncoder:
             except ValueError as error:
                 plans.append(error)
                 continue
-            plans.append((rendered, len(texts), media) if rendered.has_answers or not needs_answers else _no_answers())
+            left_out = list(map(is_left_out, messages))
+            if problem := _problem_of_answers(rendered, left_out, needs_answers):
+                plans.append(ValueError(problem))
+                continue
+            plans.append((rendered, len(texts), media, left_out))
             texts += own_texts
         ids = encode_texts(self.tokenizer, texts)
         return [plan if isinstance(plan, ValueError) else self._assemble(*plan, ids) for plan in plans]
 
     def _assemble(
-        self, rendered: RenderedOutline, first_text: int, media: list[dict[str, Any]], ids_of_texts: list[np.ndarray]
+        self,
+        rendered: RenderedOutline,
+        first_text: int,
+        media: list[dict[str, Any]],
+        left_out: list[bool],
+        ids_of_texts: list[np.ndarray],
     ) -> EncodedConversation | ValueError:
         parts, answers = [], [answer for _, answer in rendered.pieces]
         for piece, _ in rendered.pieces:
@@ -536,7 +548,9 @@ class ConversationEncoder:
             return ValueError(problem)
         last = max((answer for answer in answers if answer is not None), default=None)
         start = len(ids) if last is None else sum(counts[: answers.index(last)])
-        return EncodedConversation(ids, np.repeat([answer is not None for answer in answers], counts), start, media)
+        is_out = np.repeat(_pieces_left_out(rendered, left_out), counts)
+        is_answer = np.repeat([answer is not None for answer in answers], counts) & ~is_out
+        return EncodedConversation(ids, is_answer, is_out, start, media)
 
     def _encode_structure(self, piece: str) -> np.ndarray:
         """Ids of what the template writes, which are few and recur."""
@@ -579,11 +593,34 @@ class ConversationEncoder:
         return expanded, learned
 
 
-def _no_answers() -> ValueError:
-    return ValueError(
-        "the chat template does not tell what the assistant says, as a message changes how those before it are "
-        "written; put {% generation %} and {% endgeneration %} around it in the template"
-    )
+def _problem_of_answers(rendered: RenderedOutline, left_out: list[bool], needs_answers: bool) -> str:
+    """Why it cannot be told what is learned, or ""."""
+    if rendered.num_answers is None and (needs_answers or any(left_out)):
+        return (
+            "the chat template does not tell what the assistant says, as a message changes how those before it are "
+            "written; put {% generation %} and {% endgeneration %} around it in the template"
+        )
+    wanted = sum(role == "assistant" for role, _ in rendered.outline)
+    if any(left_out) and rendered.num_answers != wanted:
+        return (
+            f"the chat template marks {rendered.num_answers} answers of {wanted}, so that none can be left out of the "
+            "loss; put {% generation %} and {% endgeneration %} around each"
+        )
+    return ""
+
+
+def _pieces_left_out(rendered: RenderedOutline, left_out: list[bool]) -> list[bool]:
+    """Whether each piece of a conversation belongs to a message that is left out."""
+    if not any(left_out):
+        return [False] * len(rendered.pieces)
+    roles = [role for role, _ in rendered.outline]
+    answers = [is_out for role, is_out in zip(roles, left_out, strict=True) if role == "assistant"]
+    num_texts = [1 if types is None else types.count("text") for _, types in rendered.outline]
+    texts = [is_out for is_out, number in zip(left_out, num_texts, strict=True) for _ in range(number)]
+    return [
+        answers[answer] if answer is not None else isinstance(piece, int) and texts[piece]
+        for piece, answer in rendered.pieces
+    ]
 
 
 def special_id(tokenizer: Any, token: str) -> int:

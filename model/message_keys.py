@@ -15,7 +15,7 @@ HARMLESS_KEYS = frozenset(
 )
 """Keys of messages and parts of which nothing is to be read or said, whatever they hold."""
 LEARNED_KEYS = ("weight", "train", "trainable", "training", "learn", "loss")
-"""Whether a message is learned."""
+"""Whether a message is learned: 0 or false keeps it out of the loss, and 1 or true is what it is anyway."""
 WHAT_TO_DO = {
     **dict.fromkeys(("tool_calls", "function_call"), "write the calls into its content"),
     **dict.fromkeys(
@@ -41,13 +41,18 @@ def reason_against_message(
         if key == "name" and message.get("role") == "tool":  # which tool answers, the call before it says
             continue
         if key in LEARNED_KEYS:
-            if isinstance(value, (bool, int, float)) and value in (0, 1) and bool(value) == is_learned:
+            if isinstance(value, (bool, int, float)) and (value == 0 or (value == 1 and is_learned)):
                 continue
-            does = "is" if is_learned else "is not"
-            return f"has {key!r} {value!r:.40}, which is not honoured: it {does} learned; remove either"
+            what = "0 or 1" if is_learned else "0, as it is not learned"
+            return f"has {key!r} {value!r:.40}, which is not honoured; give {what}"
         known = "is not read" if key in fixes else "is unknown"
         return f"has {key!r:.80}, which {known}; {what_to_do(key, fixes)}"
     return None
+
+
+def is_left_out(message: Mapping[str, object]) -> bool:
+    """Whether a message, for which there is no reason, is kept out of the loss."""
+    return any(message.get(key) is not None and message[key] == 0 for key in LEARNED_KEYS)  # False is, too
 
 
 def is_empty(value: object) -> bool:

@@ -226,7 +226,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         Returns:
             input_ids: int64 (tokens,).
             answer_mask: bool (tokens,), what is learned: what the assistant says, its end token included, and of its
-                media `Modality.learned`.
+                media `Modality.learned`; but for messages with "weight" 0 or "train" false.
             media: Preprocessed media by modality, in the order of their placeholders; only modalities that occur.
 
         Raises:

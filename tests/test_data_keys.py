@@ -23,13 +23,9 @@ REFUSED = {
         "'tool_calls', which is not read; write the calls into its content",
     ),
     "a call": ([ASKED, {**SAID, "function_call": {"name": "add"}}], "'function_call', which is not read"),
-    "no weight": ([ASKED, {**SAID, "weight": 0}, ASKED, SAID], "'weight' 0, which is not honoured: it is learned"),
     "half a weight": ([ASKED, {**SAID, "weight": 0.5}], "'weight' 0.5, which is not honoured"),
-    "not trained": (
-        [ASKED, {**SAID, "train": False}, ASKED, SAID],
-        "'train' False, which is not honoured: it is learned",
-    ),
-    "a question trained": ([{**ASKED, "train": True}, SAID], "'train' True, which is not honoured: it is not learned"),
+    "twice a weight": ([ASKED, {**SAID, "weight": 2}], "'weight' 2, which is not honoured; give 0 or 1"),
+    "a question trained": ([{**ASKED, "train": True}, SAID], "'train' True, which is not honoured; give 0, as it"),
     "thoughts": ([ASKED, {**SAID, "reasoning_content": "so"}], "'reasoning_content', which is not read; write it into"),
     "thinking": ([ASKED, {**SAID, "thinking": "so"}], "'thinking', which is not read"),
     "a name": ([{**ASKED, "name": "Ann"}, SAID], "'name', which is not read"),
@@ -88,7 +84,7 @@ def test_with_a_loss_on_all_a_question_is_learned_too(tmp_path):
         if is_read:
             assert len(build(source, chat_tokenizer(), max_invalid_rows=0).train) == 1
         else:
-            with pytest.raises(ValueError, match="it is not learned; remove either"):
+            with pytest.raises(ValueError, match="give 0, as it is not learned"):
                 build(source, chat_tokenizer(), max_invalid_rows=0)
 
 
@@ -109,10 +105,10 @@ def test_a_part_that_says_more_than_is_read_is_refused(tmp_path, part, reason):
 CHAT_ROW = {"messages": [ASKED, SAID]}
 QUESTION_ROW = {"instruction": "add", "answer": "4"}
 ROWS = {
-    "a system": (
+    "a system of numbers": (
         CHAT_ROW,
-        {"system": "be brief"},
-        "column 'system' is not read .* write it into a message of the system",
+        {"system": [1]},
+        r"columns system and system_prompt have \[\[1\]\]; give one text",
     ),
     "tools": (CHAT_ROW, {"tools": [{"name": "add"}]}, "column 'tools' is not read"),
     "a mask": (CHAT_ROW, {"loss_mask": [0, 1]}, "column 'loss_mask' is not read"),
@@ -265,3 +261,86 @@ def test_marks_without_any_media_are_text():
     tokenizer, messages = chat_tokenizer(), [{"role": "user", "content": "what does <video> do in HTML?"}, SAID]
     ids = encode_conversation(tokenizer, messages)
     assert "what does <video> do in HTML?" in tokenizer.decode(ids)
+
+
+LEFT_OUT = [ASKED, {"role": "assistant", "content": "5", "weight": 0}, {"role": "user", "content": "again"}, SAID]
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "trainable", "training", "learn", "loss"])
+def test_an_answer_without_weight_is_read_and_not_learned(tmp_path, key):
+    """The tokens are those of the same messages without it; of the labels its own are missing, its end included."""
+    tokenizer = chat_tokenizer()
+    plain = [{"role": it["role"], "content": it["content"]} for it in LEFT_OUT]
+    messages = [plain[0], {**plain[1], key: 0 if key == "weight" else False}, *plain[2:]]
+    path = write(tmp_path, [{"messages": messages}, {"messages": plain}])
+    rows = build(SourceConfig("chat", paths=[path]), tokenizer, max_invalid_rows=0).train
+    row, other = rows[0], rows[1]
+    assert row["input_ids"].tolist() == other["input_ids"].tolist() == encode_conversation(tokenizer, plain)
+    begin = len(encode_conversation(tokenizer, plain[:1], add_generation_prompt=True))
+    end = len(encode_conversation(tokenizer, plain[:2]))
+    expected = other["labels"].clone()
+    assert (expected[begin:end] != -100).all()
+    expected[begin:end] = -100
+    assert row["labels"].tolist() == expected.tolist() and (expected != -100).any()
+
+
+def test_with_a_loss_on_all_a_message_without_weight_keeps_its_text_out(tmp_path):
+    tokenizer = chat_tokenizer()
+    messages = [{**ASKED, "weight": 0}, SAID]
+    source = SourceConfig("chat", paths=[write(tmp_path, [{"messages": messages}])], loss_on="all")
+    row = build(source, tokenizer, max_invalid_rows=0).train[0]
+    text = tokenizer.encode("2+2?", add_special_tokens=False)
+    start = next(i for i in range(len(row["input_ids"])) if row["input_ids"][i : i + len(text)].tolist() == text)
+    expected = row["input_ids"].clone()
+    expected[[0, *range(start, start + len(text))]] = -100
+    assert row["labels"].tolist() == expected.tolist()
+
+
+def test_the_processor_masks_what_has_no_weight(tmp_path):
+    processor = tiny_processor()
+    plain = [{key: value for key, value in message.items() if key != "weight"} for message in LEFT_OUT]
+    masks = [
+        processor.apply_chat_template(it, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        for it in (LEFT_OUT, plain, plain[:2])
+    ]
+    assert masks[0]["input_ids"] == masks[1]["input_ids"]
+    (weighted,), (whole,), (first,) = (found["assistant_masks"] for found in masks)
+    assert weighted == [0] * len(first) + whole[len(first) :] and sum(first) > 0
+
+
+def test_a_row_of_which_nothing_is_learned_is_a_bad_one(tmp_path):
+    path = write(tmp_path, [{"messages": LEFT_OUT[:2]}])
+    with pytest.raises(ValueError, match="all messages of the assistant are left out of the loss"):
+        build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_invalid_rows=0)
+
+
+@pytest.mark.parametrize("way", ["jsonl", "parquet", "hub", "stream", "prompt"])
+def test_a_column_of_the_system_is_its_message(tmp_path, monkeypatch, way):
+    """Not where the messages begin with one, which has to be the same; nor where it says nothing."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    system = {"role": "system", "content": "be brief"}
+    rows = [{"messages": [ASKED, SAID], "system": "be brief"}, {"messages": [ASKED, SAID], "system": None}]
+    rows += [
+        {"messages": [system, ASKED, SAID], "system": "be brief"},
+        {"messages": [system, ASKED, SAID], "system": ""},
+    ]
+    columns = {"messages_column": "messages"}
+    expected = [[system, ASKED, SAID], [ASKED, SAID], [system, ASKED, SAID], [system, ASKED, SAID]]
+    if way == "prompt":
+        rows = [{"question": "2+2?", "answer": "4", "system": said} for said in ("be brief", None)]
+        columns, expected = {"prompt": "{question}", "answer_column": "answer"}, expected[:2]
+    else:
+        rows.append({"messages": [system, ASKED, SAID], "system": "be long"})
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "data", rows, "parquet" if way == "parquet" else "jsonl")
+    if way in ("hub", "stream"):
+        source = SourceConfig("hub", path=str(tmp_path / "data"), streaming=way == "stream", **columns)
+    else:
+        source = SourceConfig("files", paths=[path], **columns)
+    tokenizer = chat_tokenizer()
+    built = list(build(source, tokenizer, packing=False).train)
+    ids = [[it for it in row["input_ids"].tolist() if it != tokenizer.pad_token_id] for row in built]
+    assert ids == [encode_conversation(tokenizer, messages) for messages in expected]
+    if way != "prompt":
+        with pytest.raises(ValueError, match="column 'system' says something else than the first message"):
+            list(build(source, tokenizer, max_invalid_rows=0).train)

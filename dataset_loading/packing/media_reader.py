@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from model import modality_names
 from model.chat import CHAT_TEMPLATE, ConversationEncoder, EncodedConversation, modalities_of_role
 from model.media import CUT_SECONDS
+from model.message_keys import is_left_out
 
 from ..sources.references import place_of, read_reference
 from ..tasks.registry import get_task
@@ -72,13 +73,15 @@ class MediaReader:
         ]
 
     def _problem_of(self, messages: list[dict]) -> ValueError | None:
-        """The reason against an answer of which nothing can be learned, if there is one."""
+        """The reason against an answer of which nothing can be learned, or more than should be, if there is one."""
         for message in self.with_modalities(messages):
             shown = [part["type"] for part in message["content"]]
             if message["role"] == "assistant" and set(shown).isdisjoint(("text", *self.written)):
                 return ValueError(
                     f"the assistant shows type {shown[0]!r}, which the model does not write, and says nothing"
                 )
+            if is_left_out(message) and not set(shown).isdisjoint(self.written):
+                return ValueError("an answer with weight 0 shows generated media, which are learned; remove either")
         return None
 
     def most_tokens(

@@ -5,13 +5,14 @@ A conversation is a list of {"role", "content"}; a content is a list of parts, {
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from model import MODALITIES
 from model.chat import check_messages, items_at_marks, place_items
+from model.message_keys import is_left_out
 
-from ..bad_rows import FIXES, reason_against, reason_against_part
+from ..bad_rows import FIXES, reason_against, reason_against_part, system_of
 from .references import Reference, UnusableRow, reference_to
 
 _COLUMN = re.compile(r"\{(\w+)\}")
@@ -87,7 +88,8 @@ def _refuse_sharegpt(messages: object) -> None:
 def _parse_message(message: dict, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
     content = message["content"]
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return {"role": message["role"], "content": [_parse_part(part, waiting, folder) for part in content]}
+    parts = [_parse_part(part, waiting, folder) for part in content]
+    return {"role": message["role"], "content": parts} | ({"weight": 0} if is_left_out(message) else {})
 
 
 def _parse_part(part: object, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
@@ -114,6 +116,28 @@ def _parse_part(part: object, waiting: dict[str, list[dict]], folder: Path | Non
     if not waiting.get(kind):
         raise UnusableRow(f"a part of type {kind!r} names no file and no column has one for it")
     return waiting[kind].pop(0)
+
+
+def with_system(messages: list[dict], row: Mapping[str, object], used: Collection[str]) -> list[dict]:
+    """Messages behind one of the system, where the row has a column for it.
+
+    Args:
+        used: Columns that are read as something else.
+
+    Raises:
+        UnusableRow: The messages begin with another one already, or the column holds no text.
+    """
+    try:
+        said = system_of(row, used)
+    except ValueError as error:
+        raise UnusableRow(str(error)) from error
+    if said is None or not said.strip():
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": [{"type": "text", "text": said}]}, *messages]
+    if text_of(messages[0]).strip() != said.strip():
+        raise UnusableRow("column 'system' says something else than the first message, which is of the system too")
+    return messages
 
 
 def text_of(message: dict) -> str:
