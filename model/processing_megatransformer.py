@@ -12,6 +12,7 @@ from .chat import (
     NULL_TOKEN,
     ConversationEncoder,
     guard,
+    is_own_template,
     messages_of,
     outline_of,
     place_items,
@@ -285,7 +286,8 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     def _render(self, template: str, messages: list[dict[str, Any]], **open_end: bool) -> str:
         """A conversation as text, with the guard of the template around its texts."""
-        outline, texts, _ = outline_of(messages, self.modalities, open_end["continue_final_message"])
+        may_end_empty, has_fields = open_end["continue_final_message"], not is_own_template(template)
+        outline, texts, _ = outline_of(messages, self.modalities, may_end_empty, has_fields)
         tokens = special_tokens_of(self.tokenizer)
         form = render_outline(template, outline, tokens, *open_end.values()).outline
         return render_messages(template, messages_of(form, texts), **open_end, **dict(tokens))[0]

@@ -11,6 +11,7 @@ import torch
 
 from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.preferences import build_pairs
+from dataset_loading.sources.references import fingerprint
 from model.chat import encode_conversation
 from tests.test_data_chat import build, chat_tokenizer
 from tests.tiny_processor import image_file, picture, tiny_processor
@@ -18,16 +19,17 @@ from tests.tiny_processor import image_file, picture, tiny_processor
 ASKED, SAID = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 CALL = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
 REFUSED = {
-    "calls": (
-        [ASKED, {**SAID, "tool_calls": CALL}],
-        "'tool_calls', which is not read; write the calls into its content",
+    "calls of a user": ([{**ASKED, "tool_calls": CALL}, SAID], "'tool_calls', which only the assistant may have"),
+    "calls of another form": ([ASKED, {**SAID, "tool_calls": [{"add": 1}]}], "has a call {'add': 1}; give {"),
+    "a call": (
+        [ASKED, {**SAID, "function_call": {"name": "add"}}],
+        "'function_call', which is not read; write it as tool_calls",
     ),
-    "a call": ([ASKED, {**SAID, "function_call": {"name": "add"}}], "'function_call', which is not read"),
     "half a weight": ([ASKED, {**SAID, "weight": 0.5}], "'weight' 0.5, which is not honoured"),
     "twice a weight": ([ASKED, {**SAID, "weight": 2}], "'weight' 2, which is not honoured; give 0 or 1"),
     "a question trained": ([{**ASKED, "train": True}, SAID], "'train' True, which is not honoured; give 0, as it"),
-    "thoughts": ([ASKED, {**SAID, "reasoning_content": "so"}], "'reasoning_content', which is not read; write it into"),
-    "thinking": ([ASKED, {**SAID, "thinking": "so"}], "'thinking', which is not read"),
+    "thoughts": ([ASKED, {**SAID, "reasoning_content": 5}], "has reasoning_content 5; give a text"),
+    "thinking": ([ASKED, {**SAID, "thinking": "so"}], "'thinking', which is not read; call it reasoning_content"),
     "a name": ([{**ASKED, "name": "Ann"}, SAID], "'name', which is not read"),
     "unknown": ([ASKED, {**SAID, "mood": "sad"}], "'mood', which is unknown; remove it"),
 }
@@ -154,7 +156,7 @@ def test_images_beside_messages_have_to_be_read(tmp_path):
 
 
 def test_pairs_have_neither(tmp_path, caplog):
-    good, bad = [ASKED, SAID], [ASKED, {**SAID, "tool_calls": CALL}]
+    good, bad = [ASKED, SAID], [ASKED, {**SAID, "function_call": {"name": "add"}}]
     worse = [ASKED, {"role": "assistant", "content": "5"}]
     rows = [{"chosen": good, "rejected": worse}] * 40
     rows += [{"chosen": bad, "rejected": worse}, {"chosen": good, "rejected": bad}]
@@ -165,7 +167,8 @@ def test_pairs_have_neither(tmp_path, caplog):
         train, _ = build_pairs(DataConfig(train=[source], validation=held_out), chat_tokenizer())
     assert len(train) == 40
     assert (
-        "2 rows cannot be used and are left out: 2 of rows (2 x message 1 (assistant) has 'tool_calls'" in caplog.text
+        "2 rows cannot be used and are left out: 2 of rows (2 x message 1 (assistant) has 'function_call'"
+        in caplog.text
     )
 
 
@@ -344,3 +347,64 @@ def test_a_column_of_the_system_is_its_message(tmp_path, monkeypatch, way):
     if way != "prompt":
         with pytest.raises(ValueError, match="column 'system' says something else than the first message"):
             list(build(source, tokenizer, max_invalid_rows=0).train)
+
+
+def call(name, arguments, **more):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+OSLO = {"city": "Oslo", "days": 2, "note": None}
+CALLS = {
+    "beside a text": (
+        {"content": "let me look", "tool_calls": [call("get_weather", '{"city": "Oslo"}', id="1")]},
+        'let me look\nget_weather({"city": "Oslo"})',
+    ),
+    "without a content": ({"content": None, "tool_calls": [call("now", "")]}, "now({})"),
+    "two": (
+        {"content": "", "tool_calls": [call("get_weather", OSLO), call("calculator", "2*21")]},
+        'get_weather({"city": "Oslo", "days": 2})\ncalculator(2*21)',
+    ),
+    "thoughts": ({"content": "4", "reasoning_content": "2 and 2"}, "<think>\n2 and 2\n</think>\n\n4"),
+    "both, in parts": (
+        {
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            "reasoning_content": "hm <|end|>",
+            "tool_calls": [call("f<|user|>", {"<|end|>": 'ü "\n'})],
+        },
+        '<think>\nhm <|end|>\n</think>\n\nab\nf<|user|>({"<|end|>": "ü \\"\\n"})',
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "way"), [*((case, "jsonl") for case in CALLS), ("beside a text", "parquet"), ("thoughts", "parquet")]
+)
+def test_calls_of_tools_and_reasoning_are_said_and_learned(tmp_path, case, way):
+    """In the tokens of what is written out by hand, in training and in what a model is asked."""
+    message, text = CALLS[case]
+    result = {"role": "tool", "tool_call_id": "1", "content": "rain"}
+    messages = [ASKED, {"role": "assistant", **message}, result, SAID]
+    written = [ASKED, {"role": "assistant", "content": text}, result, SAID]
+    tokenizer = chat_tokenizer()
+    path = write(tmp_path, [{"messages": messages}], way)
+    row = build(SourceConfig("files", paths=[path], messages_column="messages"), tokenizer, max_invalid_rows=0).train[0]
+    expected = build(
+        SourceConfig("chat", paths=[write(tmp_path, [{"messages": written}], "json")]), tokenizer, max_invalid_rows=0
+    ).train[0]
+    assert row["input_ids"].tolist() == expected["input_ids"].tolist() == encode_conversation(tokenizer, messages)
+    assert row["labels"].tolist() == expected["labels"].tolist()
+    assert text in tokenizer.decode(row["labels"][row["labels"] != -100])
+    processor = tiny_processor()
+    both = [processor.apply_chat_template(it, tokenize=True) for it in (messages, written)]
+    assert both[0] == both[1]
+    assert processor.apply_chat_template(messages) == processor.apply_chat_template(written)
+
+
+def test_calls_keep_rows_apart_that_say_the_same_otherwise():
+    """Or one could be held out while the other is learned."""
+    texts = [{"type": "text", "text": "a"}]
+    rows = [
+        [{"role": "assistant", "content": texts, **more}]
+        for more in ({}, {"tool_calls": CALL}, {"reasoning_content": "a"}, {"reasoning_content": "b"})
+    ]
+    assert len({fingerprint(row, {}) for row in rows}) == 4

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from model import modality_names
-from model.chat import CHAT_TEMPLATE, ConversationEncoder, EncodedConversation, modalities_of_role
+from model.chat import CHAT_TEMPLATE, ConversationEncoder, EncodedConversation, modalities_of_role, said_content
 from model.media import CUT_SECONDS
 from model.message_keys import is_left_out
 
@@ -75,7 +75,7 @@ class MediaReader:
     def _problem_of(self, messages: list[dict]) -> ValueError | None:
         """The reason against an answer of which nothing can be learned, or more than should be, if there is one."""
         for message in self.with_modalities(messages):
-            shown = [part["type"] for part in message["content"]]
+            shown = [part["type"] for part in said_content(message)]
             if message["role"] == "assistant" and set(shown).isdisjoint(("text", *self.written)):
                 return ValueError(
                     f"the assistant shows type {shown[0]!r}, which the model does not write, and says nothing"

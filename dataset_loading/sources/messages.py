@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from model import MODALITIES
-from model.chat import check_messages, items_at_marks, place_items
-from model.message_keys import is_left_out
+from model.chat import check_messages, items_at_marks, place_items, said_content
+from model.message_keys import calls_of, is_left_out
 
 from ..bad_rows import FIXES, reason_against, reason_against_part, system_of
 from .references import Reference, UnusableRow, reference_to
@@ -86,10 +86,14 @@ def _refuse_sharegpt(messages: object) -> None:
 
 
 def _parse_message(message: dict, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
-    content = message["content"]
+    content = message.get("content") or []
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
     parts = [_parse_part(part, waiting, folder) for part in content]
-    return {"role": message["role"], "content": parts} | ({"weight": 0} if is_left_out(message) else {})
+    more = {"weight": 0} if is_left_out(message) else {}
+    more |= {name: message[name] for name in ("reasoning_content",) if message.get(name)}
+    return {"role": message["role"], "content": parts, **more} | (
+        {"tool_calls": calls} if (calls := calls_of(message)) else {}
+    )
 
 
 def _parse_part(part: object, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
@@ -141,8 +145,8 @@ def with_system(messages: list[dict], row: Mapping[str, object], used: Collectio
 
 
 def text_of(message: dict) -> str:
-    """The text of a message, without its media."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+    """The text of a message, with reasoning and calls of tools, without its media."""
+    return "".join(part["text"] for part in said_content(message) if part["type"] == "text")
 
 
 def media_of(messages: Sequence[dict]) -> list[dict]:
