@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoFeatureExtractor, PreTrainedConfig
 
-from .audio import MegaTransformerAudioModel
 from .backbones import Backbone
 from .configuration_megatransformer import MegaTransformerAudioConfig, MegaTransformerAudioWriterConfig
+from .encoders import MegaTransformerAudioModel
 from .feature_extraction_megatransformer import SILENCE, MegaTransformerFeatureExtractor
 from .media import MAX_SECONDS, audio_seconds, load_audio
 from .modality import Modality, check_count, only_of, processor_of_backbone

@@ -1,60 +1,35 @@
 """Images to a few numbers for each patch, and back."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from .configuration_codecs import MegaTransformerImageAutoencoderConfig
-from .reconstruction import ConvNeXtBlock, Discriminator, ReconstructionModel, ReconstructionOutput
+from .reconstruction import ConvNeXtBlock, ReconstructionModel, ReconstructionOutput
 
 COMPONENTS_SIZE = 0.5
 """Size of the principal components of a patch together, beside the constant; see `begin_with_components`."""
-
-
 REFINEMENT_RATE = 0.03
 """Rate of the first step of `refine`, for numbers whose mean square is 1."""
 
 
-class ImageEncoder(nn.Module):
-    """Patches to features, which convolutions compare with those of the patches around."""
+class PatchBlocks(nn.Module):
+    """Numbers of each patch to other numbers, by blocks whose convolutions compare it with those around."""
 
-    def __init__(self, config: MegaTransformerImageAutoencoderConfig):
+    def __init__(self, config: MegaTransformerImageAutoencoderConfig, num_inputs: int, num_outputs: int, count: int):
         super().__init__()
-        self.patch_size = config.patch_size
-        self.embed = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
-        self.blocks = image_blocks(config, config.num_encoder_layers)
-        self.head = nn.Linear(config.hidden_size, config.latent_size)
+        self.embed = nn.Linear(num_inputs, config.hidden_size)
+        # No norm stands behind the last one either: most of what an autoencoder does is linear.
+        self.blocks = nn.ModuleList(ConvNeXtBlock(config, dimensions=2, has_linear_path=True) for _ in range(count))
+        self.head = nn.Linear(config.hidden_size, num_outputs)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(images, channels, side, side) -> (images, tokens, latent_size), row by row."""
-        pixels = pixel_values.to(self.embed.weight.dtype)
-        patches = nn.functional.pixel_unshuffle(pixels, self.patch_size)  # (images, pixels, rows, columns)
-        hidden = self.embed(patches.movedim(1, -1)).movedim(-1, 1)
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(images, rows, columns, num_inputs) -> (images, rows, columns, num_outputs)."""
+        hidden = self.embed(patches).movedim(-1, 1)  # (images, hidden, rows, columns)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(hidden.flatten(2).transpose(1, 2))
-
-
-class ImageDecoder(nn.Module):
-    """Latents to patches, the way back."""
-
-    def __init__(self, config: MegaTransformerImageAutoencoderConfig):
-        super().__init__()
-        self.patch_size = config.patch_size
-        self.embed = nn.Linear(config.latent_size, config.hidden_size)
-        self.blocks = image_blocks(config, config.num_decoder_layers)
-        self.head = nn.Linear(config.hidden_size, config.num_channels * config.patch_size**2)
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """(images, tokens, latent_size), a square of them, -> (images, channels, side, side)."""
-        side = math.isqrt(latents.shape[1])
-        hidden = self.embed(latents).transpose(1, 2).unflatten(2, (side, side))  # (images, hidden, rows, columns)
-        for block in self.blocks:
-            hidden = block(hidden)
-        patches = self.head(hidden.movedim(1, -1)).movedim(-1, 1)
-        return nn.functional.pixel_shuffle(patches, self.patch_size)
+        return self.head(hidden.movedim(1, -1))
 
 
 class Sphere(nn.Module):
@@ -141,10 +116,11 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
 
     def __init__(self, config: MegaTransformerImageAutoencoderConfig):
         super().__init__(config)
-        self.encoder = ImageEncoder(config)
+        num_numbers = config.num_channels * config.patch_size**2  # of a patch
+        self.encoder = PatchBlocks(config, num_numbers, config.latent_size, config.num_encoder_layers)
         self.bottleneck = {"sphere": Sphere, "fsq": FiniteScalars}[config.bottleneck](config)
-        self.decoder = ImageDecoder(config)
-        self.discriminators = self.build_discriminators(image_discriminators(config))
+        self.decoder = PatchBlocks(config, config.latent_size, num_numbers, config.num_decoder_layers)
+        self.discriminators = self.build_discriminators([{"view": nn.Identity(), "channels": config.num_channels}])
         self.post_init()
 
     @property
@@ -183,7 +159,9 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
                 f"pixel_values has shape {shape}, expected (images, {channels}, side, side), a multiple of patch_size "
                 f"({patch})"
             )
-        return self.bottleneck(self.encoder(pixel_values))
+        pixels = pixel_values.to(self.encoder.embed.weight.dtype)
+        patches = nn.functional.pixel_unshuffle(pixels, patch)  # (images, numbers, rows, columns)
+        return self.bottleneck(self.encoder(patches.movedim(1, -1)).flatten(1, 2))
 
     def refine(self, pixel_values: torch.FloatTensor, latents: torch.FloatTensor) -> torch.Tensor:
         """Latents that the decoder makes better images of: `num_refinement_steps` of Adam, on each image's error.
@@ -223,7 +201,9 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
             raise ValueError(
                 f"latents have shape {shape}, expected (images, tokens, {self.latent_size}), the tokens a square"
             )
-        return self.decoder(latents)
+        side = math.isqrt(shape[1])
+        patches = self.decoder(latents.unflatten(1, (side, side)))
+        return nn.functional.pixel_shuffle(patches.movedim(-1, 1), self.config.patch_size)
 
     @torch.no_grad()
     def begin_with_components(self, images: torch.FloatTensor) -> None:
@@ -308,16 +288,6 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         pixels = {"absolute": absolute_loss, "logarithmic": logarithmic_loss}[self.config.pixel_loss]
         losses = {"pixels": pixels(made, pixel_values), "gradients": gradient_loss(made, pixel_values)}
         return self.compare(made, pixel_values, losses, step)
-
-
-def image_blocks(config: MegaTransformerImageAutoencoderConfig, count: int) -> nn.ModuleList:
-    """No norm stands behind the last one either: most of what an autoencoder does is linear."""
-    return nn.ModuleList(ConvNeXtBlock(config, dimensions=2, has_linear_path=True) for _ in range(count))
-
-
-def image_discriminators(config: MegaTransformerImageAutoencoderConfig) -> Iterator[Discriminator]:
-    """One, which sees the pixels."""
-    yield Discriminator(nn.Identity(), config.num_channels, config.discriminator_size)
 
 
 def absolute_loss(made: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

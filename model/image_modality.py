@@ -10,10 +10,10 @@ from transformers.utils.import_utils import is_vision_available
 
 from .backbones import Backbone
 from .configuration_megatransformer import MegaTransformerImageWriterConfig, MegaTransformerVisionConfig
+from .encoders import MegaTransformerVisionModel
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MAX_PIXELS, image_size, load_image
 from .modality import Modality, check_count, only_of, processor_of_backbone
-from .vision import MegaTransformerVisionModel
 
 if is_vision_available():
     from PIL import Image, ImageOps

@@ -2,10 +2,11 @@
 like its input, with a loss of several parts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -158,9 +159,11 @@ class ReconstructionModel(MegaTransformerPreTrainedModel):
         """Factors on the parts of the loss, by name."""
         raise NotImplementedError
 
-    def build_discriminators(self, discriminators: Iterator[Discriminator]) -> nn.ModuleList | None:
-        """Those that the configuration asks for."""
-        return nn.ModuleList(discriminators) if self.config.adversarial_weight else None
+    def build_discriminators(self, views: Iterable[dict[str, Any]]) -> nn.ModuleList | None:
+        """One for each view (arguments of `Discriminator`), if the configuration asks for them."""
+        if not self.config.adversarial_weight:
+            return None
+        return nn.ModuleList(Discriminator(**view, width=self.config.discriminator_size) for view in views)
 
     def compare(
         self, made: torch.Tensor, media: torch.Tensor, losses: dict[str, torch.Tensor], step: int | None
