@@ -109,11 +109,9 @@ class ModalityEncoder(nn.Module):
 
 
 def take_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Takes what modality encoders read out of `kwargs`, also where a model has no such modality encoder, which then
-    says so.
-    """
-    names = [name for modality in MODALITIES.values() for name in modality.input_names if name in kwargs]
-    return {name: kwargs.pop(name) for name in names}
+    """Takes what encoders of any modality read out of `kwargs`, and leaves out what is None."""
+    names = [name for modality in MODALITIES.values() for name in modality.input_names]
+    return {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
 
 
 def read_media(
@@ -122,7 +120,7 @@ def read_media(
     """Reads media, by modality; see `ModalityEncoder.read`.
 
     Args:
-        media: Inputs of all modality encoders by name.
+        media: Inputs of all modality encoders by name (`take_inputs`).
         run_all: Whether modality encoders without input read something, of which nothing is kept but the gradient,
             which is 0.
         asked: `output_hidden_states`, `output_attentions`.
@@ -131,13 +129,14 @@ def read_media(
         ValueError: no encoder takes an input, or it is no input without another.
     """
     known = {name for reader in readers.values() for name in reader.input_names}
-    unknown = [name for name, value in media.items() if value is not None and name not in known]
-    if unknown:
-        kinds = ", ".join(["text", *readers])
-        raise ValueError(f"{unknown[0]} was given, but this model reads {kinds}; leave it out, or take another model")
+    if unknown := [name for name in media if name not in known]:
+        readable = ", ".join(["text", *readers])
+        raise ValueError(
+            f"{unknown[0]} was given, but this model reads {readable}; leave it out, or take another model"
+        )
     outputs = {}
     for name, reader in readers.items():
-        inputs = {key: media[key] for key in reader.input_names if media.get(key) is not None}
+        inputs = {key: media[key] for key in reader.input_names if key in media}
         if reader.input_names[0] in inputs:
             outputs[name] = reader.read(**inputs, **asked)
         elif inputs:

@@ -123,9 +123,9 @@ def output_head_configs(config: MegaTransformerConfig) -> dict[str, WriterConfig
 
 
 def take_targets(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Takes the arguments that are targets out of `kwargs`."""
+    """Takes the arguments that are targets out of `kwargs`, and leaves out what is None."""
     names = [f"{name}_targets{end}" for name in TARGET_MODALITIES for end in ("", "_mask")]
-    return {name: kwargs.pop(name) for name in names if name in kwargs}
+    return {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
 
 
 def encode_targets(
@@ -141,9 +141,7 @@ def encode_targets(
         ValueError: a target is of what this model does not generate, or not finite; or they and placeholders differ
             in number.
     """
-    given = [name for name, value in targets.items() if value is not None]
-    unknown = [name for name in given if name.partition("_")[0] not in writers]
-    if unknown:
+    if unknown := [name for name in targets if name.partition("_")[0] not in writers]:
         raise ValueError(
             f"{unknown[0]} was given, but this model writes {', '.join(['text', *writers])}; leave it out, or take a "
             "model with such a output_head"

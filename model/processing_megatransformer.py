@@ -91,19 +91,19 @@ class MegaTransformerProcessor(ProcessorMixin):
         self.image_writer, self.audio_writer = image_writer, audio_writer
         given = ((ImageModality, image_writer), (AudioModality, audio_writer))
         targets = [modality.as_target(**options) for modality, options in given if options is not None]
-        self._written = {target.name: target for target in targets}
+        self._targets = {target.name: target for target in targets}
         tokenizer.padding_side = "left"
         self._check_vocabulary()
         for name, kind in self.modalities.items():  # as transformers' own processors have them
             setattr(self, f"{name}_token", kind.token)
             setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(kind.token))
-        if self._written:
+        if self._targets:
             self.null_token, self.null_token_id = NULL_TOKEN, tokenizer.convert_tokens_to_ids(NULL_TOKEN)
 
     def _check_vocabulary(self) -> None:
         """An unknown token would silently be read as bytes."""
         needed = [*ROLES, *tokens_of(self.modalities.values())]
-        needed += [NULL_TOKEN] if self._written else []
+        needed += [NULL_TOKEN] if self._targets else []
         missing = [token for token in needed if token not in self.tokenizer.get_added_vocab()]
         if missing or not (self.tokenizer.bos_token and self.tokenizer.eos_token):
             raise ValueError(
@@ -149,7 +149,7 @@ class MegaTransformerProcessor(ProcessorMixin):
             modalities["image"] = ImageModality(self.image_processor, self.num_image_tokens)
         if self.feature_extractor is not None:
             modalities["audio"] = AudioModality(self.feature_extractor, self.num_audio_tokens)
-        modalities |= self._written
+        modalities |= self._targets
         for name, config in (self.modality_configs or {}).items():
             modalities[name] = further_modality(name, config)
         return modalities
@@ -165,7 +165,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         Raises:
             MediaError: it cannot be used; see `load_image` and `load_audio`.
         """
-        return self._kind(kind).load(source_of({"type": kind, kind: source}))
+        return self._modality(kind).load(source_of({"type": kind, kind: source}))
 
     def item_size(self, kind: str, source: Any) -> Any:
         """(height, width) of an image, seconds of a waveform, from the header; of further modalities, their tokens.
@@ -173,25 +173,25 @@ class MegaTransformerProcessor(ProcessorMixin):
         Raises:
             MediaError: the header tells that it cannot be used.
         """
-        return self._kind(kind).size(source_of({"type": kind, kind: source}))
+        return self._modality(kind).size(source_of({"type": kind, kind: source}))
 
     def num_media_tokens(self, kind: str, size: Any) -> int:
         """Tokens that an item of that size (`item_size`) takes in a text, start and end included."""
-        return self._kind(kind).tokens_of_size(size) + 2
+        return self._modality(kind).tokens_of_size(size) + 2
 
     def preprocess_item(self, kind: str, medium: Any) -> torch.Tensor:
         """One item to the tensor that `encode_chat` and `collate_media` take."""
-        return self._kind(kind).preprocess(medium)
+        return self._modality(kind).preprocess(medium)
 
     def collate_media(self, media: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Preprocessed media by modality, in the order of their placeholders, to the arguments of the model."""
         batch = {}
         for name, tensors in media.items():
             if tensors:
-                batch.update(self._kind(name).collate(tensors))
+                batch.update(self._modality(name).collate(tensors))
         return batch
 
-    def _kind(self, name: str) -> Modality:
+    def _modality(self, name: str) -> Modality:
         modalities = self.modalities
         if name not in modalities:
             raise ValueError(f"{name!r} is nothing that this model reads; it reads {', '.join(['text', *modalities])}")
@@ -403,7 +403,7 @@ class MegaTransformerProcessor(ProcessorMixin):
             write_audio(path, clip, sampling_rate or self.audio_writer["sampling_rate"])
 
     def _preprocess(self, name: str, medium: Any, allow_fetch: bool) -> torch.Tensor:
-        return self._kind(name).preprocess(source_of({"type": name, name: medium}, allow_fetch))
+        return self._modality(name).preprocess(source_of({"type": name, name: medium}, allow_fetch))
 
     def _with_media(
         self, rows: list[list[int]], media: dict[str, list[Any]], allow_fetch: bool
@@ -411,7 +411,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         """Rows of ids with one placeholder for an item, as `encode_chat` gives them."""
         encoded = [{"media": {}} for _ in rows]
         for name in dict.fromkeys([*self.modalities, *media]):
-            kind = self._kind(name)
+            kind = self._modality(name)
             counts = [row.count(getattr(self, f"{name}_token_id")) for row in rows]
             for sample, part in zip(encoded, deal_media(media.get(name, []), counts, kind), strict=True):
                 sample["media"][name] = [self._preprocess(name, medium, allow_fetch) for medium in part]

@@ -103,7 +103,7 @@ def adversarial_losses(
     """
     generator, features, learned = [], [], []
     for discriminator in discriminators:
-        with held(discriminator):
+        with without_gradients(discriminator):
             judged, theirs = discriminator(made)
         said, ours = discriminator(media)
         generator.append(-judged.mean())
@@ -120,7 +120,7 @@ def relative_distance(wanted: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def held(module: nn.Module) -> Iterator[None]:
+def without_gradients(module: nn.Module) -> Iterator[None]:
     """Nothing in this block gives the module's weights a gradient."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in learning:

@@ -14,7 +14,7 @@ PIECE_LENGTH = 2**20
 
 _SEAM = re.compile(r"(?<=\S)(?=\s)")
 _TRIED_SEAMS = 100
-_LOOKED_AT = 100  # characters on each side of a seam: more than a word
+_CONTEXT = 100  # characters on each side of a seam: more than a word
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
@@ -94,7 +94,7 @@ def cut_text(text: str, tokenizer: Any = None) -> Iterator[str]:
 
 
 def _splits_at(tokenizer: Any, text: str, seam: int) -> bool:
-    before, after = text[max(0, seam - _LOOKED_AT) : seam], text[seam : seam + _LOOKED_AT]
+    before, after = text[max(0, seam - _CONTEXT) : seam], text[seam : seam + _CONTEXT]
     first, second, whole = (
         tokenizer.encode(part, add_special_tokens=False).ids for part in (before, after, before + after)
     )

@@ -24,6 +24,7 @@ from dataset_loading import build_datasets, build_tokenizer
 from model import MegaTransformerForCausalLM
 from tests.test_pretrain import write_config
 from tests.tiny import tiny_model
+from tests.tiny_media import tiny_inputs, tiny_media_model
 from tests.tiny_media_run import write_media_config
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,9 @@ BOUNDS = {
     "frames to the loss, with media": 9,
     "stays in files while data are built": 38,
     "texts without a subject": 0,
+    "forms of pixel_values in the model file": 2,
+    "classes of the image modality": 11,
+    "files of a further modality": 2,
 }
 
 
@@ -157,6 +161,64 @@ def test_stays_in_files_while_data_are_built(tmp_path):
         sys.setprofile(None)
     files = list(functions.values())
     check("stays in files while data are built", sum(1 for _ in itertools.groupby(files)))
+
+
+def test_forms_of_pixel_values():
+    """The expressions, such as `kwargs[...]`, by which the file of the models with media reaches the pixels that are
+    given to `forward`, until an encoder has them.
+    """
+    model, inputs, found = tiny_media_model(), tiny_inputs(), set()
+    file = inspect.getsourcefile(type(model))
+
+    def forms_in(frame) -> Iterator[str]:
+        for name, value in frame.f_locals.items():
+            parts = getattr(value, "__dict__", {})
+            for place, holder in {name: value, **{f"{name}.{part}": parts[part] for part in parts}}.items():
+                if holder is inputs["pixel_values"]:
+                    yield place
+                elif isinstance(holder, dict) and any(it is inputs["pixel_values"] for it in holder.values()):
+                    yield f"{place}[...]"
+
+    def follow(frame, event, argument):
+        if frame.f_code.co_filename != file:
+            return None
+        found.update(forms_in(frame))
+        return follow
+
+    before = sys.gettrace()
+    sys.settrace(follow)
+    try:
+        model(**inputs, num_steps=2)
+    finally:
+        sys.settrace(before)
+    assert found
+    check("forms of pixel_values in the model file", len(found))
+
+
+def test_classes_of_the_image_modality():
+    """Classes in `model` whose names say image or vision, and those in files named after images: what is read of them
+    (modality, processor, encoder), what is generated (codec, autoencoder and its parts), and their configurations.
+    """
+    names = {
+        node.name
+        for path, tree in TREES.items()
+        for node in tree.body
+        if path.parent == ROOT / "model" and isinstance(node, ast.ClassDef)
+        if re.search("Image|Vision", node.name) or path.name.startswith("image_")
+    }
+    assert {"ImageModality", "MegaTransformerVisionModel", "MegaTransformerImageAutoencoder"} <= names
+    check("classes of the image modality", len(names))
+
+
+def test_files_of_a_further_modality():
+    """Those that the recipe in `docs/change.md` edits or adds, which `tests/test_change_page.py` carries out: with them
+    a modality is read from sources of data, trained on, saved with its code, and asked about, as images are.
+    """
+    page = (ROOT / "docs/change.md").read_text(encoding="utf-8")
+    recipe = page.split("\n## Modality\n")[1].split("\n## ")[0]
+    files = set(re.findall(r"^`([\w/]+\.py)`:$", recipe, re.MULTILINE))
+    assert "model/modalities.py" in files and f"| [Modality](#modality) | {len(files)} |" in page
+    check("files of a further modality", len(files))
 
 
 # A text that begins with one of these says of nothing what it is.
