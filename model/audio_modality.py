@@ -97,12 +97,8 @@ class AudioModality(Modality):
 
     @classmethod
     def as_target(cls, num_mel_bins: int, frames_per_token: int, **sizes: Any) -> "AudioModality":
-        """Waveforms as they are to be written, whose end is learned.
-
-        Args:
-            num_mel_bins: Mel bins of a frame.
-            frames_per_token: Frames of a token.
-            sizes: Sizes of the frames, as `MegaTransformerFeatureExtractor` takes them.
+        """Waveforms as they are to be generated, whose end is learned; `sizes` of the frames as
+        `MegaTransformerFeatureExtractor` has them.
         """
         recordings = cls(MegaTransformerFeatureExtractor(num_mel_bins, subsampling=frames_per_token, **sizes))
         recordings.become_target((True, True, True))

@@ -48,11 +48,7 @@ class Backbone(nn.Module):
         self.model.requires_grad_(not config.freeze_backbone)
 
     def load(self) -> None:
-        """Fetches the pretrained weights.
-
-        Raises:
-            ValueError: If some are missing, or damaged.
-        """
+        """Fetches the pretrained weights; ValueError if some are missing, or damaged."""
         with loading(f"backbone {self.config.backbone!r}"):
             model, report = AutoModel.from_pretrained(
                 self.config.backbone,
@@ -104,11 +100,7 @@ def loading(what: str) -> Iterator[None]:
 
 
 def config_of(config: EncoderConfig) -> PreTrainedConfig:
-    """`backbone_config` as an object of its class.
-
-    Raises:
-        ValueError: it is of no model that transformers has.
-    """
+    """`backbone_config` as an object of its class; ValueError if transformers has no such model."""
     options = dict(config.backbone_config)
     name = options.get("model_type")
     if not isinstance(name, str) or name not in CONFIG_MAPPING:

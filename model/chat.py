@@ -77,15 +77,9 @@ def modalities_of_role(role: str, modalities: Collection[str]) -> dict[str, str]
 
 
 def check_messages(messages: Any, learns_all: bool = False, fixes: Mapping[str, str] = WHAT_TO_DO) -> None:
-    """Refuse what is no list of messages, each with a role and a content, and nothing besides that would have to be
-    read. Parts of contents are not looked at.
-
-    Args:
-        learns_all: Messages of others than the assistant are learned too.
-        fixes: What to do with keys that are not read.
-
-    Raises:
-        ValueError: says which message, and why.
+    """Refuses what is no list of messages, each with a role and a content, and nothing besides that would have to be
+    read: ValueError says which message, and why. With `learns_all`, messages of others than the assistant are learned
+    too; `fixes` says what to do with keys that are not read. Parts of contents are not looked at.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"a conversation is {_short(messages)}; give a list of messages, at least one")
@@ -294,11 +288,8 @@ def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
 
 
 def check_template(tokenizer: Any) -> None:
-    """See to it that the template of a tokenizer or processor, if it has one, ends. It may refuse messages.
-
-    Raises:
-        UnboundedTemplateError: it takes more time or memory than it may.
-        ValueError: it is no text.
+    """Sees to it that the template of a tokenizer or processor, if it has one, ends (else UnboundedTemplateError), and
+    is a text (else ValueError). It may refuse messages.
     """
     if tokenizer.chat_template is None:
         return
@@ -312,16 +303,9 @@ def check_template(tokenizer: Any) -> None:
 
 
 def guard(tokenizer: Any, template: str | dict[str, str] | None) -> str | dict[str, str]:
-    """Keep texts from passing for special tokens or roles: changes a tokenizer, as far as it has to be.
-
-    Args:
-        template: A chat template, or several by their names. None: `CHAT_TEMPLATE`.
-
-    Returns:
-        The same with a guard.
-
-    Raises:
-        ValueError: the cases of `guard_tokenizer`; or a template is no text.
+    """Keeps texts from passing for special tokens or roles: changes a tokenizer, as far as it has to be, and gives its
+    chat template, or several by their names, a guard. None is `CHAT_TEMPLATE`. ValueError: the cases of
+    `guard_tokenizer`; or a template is no text.
     """
     if isinstance(template, dict):
         return {name: guard(tokenizer, one) for name, one in template.items()}
@@ -399,16 +383,9 @@ class ConversationEncoder:
     def encode(
         self, messages: Any, add_generation_prompt: bool = False, continue_final_message: bool = False
     ) -> EncodedConversation:
-        """One conversation.
-
-        Args:
-            messages: The messages, as `outline_of` takes them.
-            add_generation_prompt: Ends with what lets the assistant speak.
-            continue_final_message: The last message stays open.
-
-        Raises:
-            ValueError: the cases of `outline_of`, `check_texts` and `render_outline`; or the template does not write
-                one placeholder for each item.
+        """One conversation, which ends with what lets the assistant speak, or with its last message open, where that is
+        asked for. ValueError: the cases of `outline_of`, `check_texts` and `render_outline`; or the template does not
+        write one placeholder for each item.
         """
         open_end = add_generation_prompt, continue_final_message
         (found,) = self.encode_all([messages], False, continue_final_message, open_end)
@@ -486,12 +463,9 @@ class ConversationEncoder:
     def expand(
         self, ids: np.ndarray, is_learned: np.ndarray, media: Mapping[str, Sequence[Any]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids with start, placeholders and end of each item in place of its one placeholder, and which are learned.
-
-        Args:
-            ids: (tokens,)
-            is_learned: bool (tokens,); of media that are, what their kind says (`Modality.learned`).
-            media: Preprocessed, by modality, in the order of their placeholders.
+        """Ids (tokens,) with start, placeholders and end of each item in place of its one placeholder, and which are
+        learned, (tokens,) of bool: of media that are, what their modality says (`Modality.learned`). `media` are
+        preprocessed, by modality, in the order of their placeholders.
         """
         counts, is_inside = np.ones(len(ids), dtype=np.int64), is_learned.copy()
         places = {name: (ids == self.token_ids[name][0]).nonzero()[0] for name in media}
@@ -514,11 +488,7 @@ def _no_answers() -> ValueError:
 
 
 def special_id(tokenizer: Any, token: str) -> int:
-    """The id of a special token.
-
-    Raises:
-        ValueError: the tokenizer does not have it.
-    """
+    """The id of a special token; ValueError if the tokenizer does not have it."""
     index = tokenizer.backend_tokenizer.token_to_id(token)  # get_vocab() would copy the whole of it
     if index is None:
         raise ValueError(f"the tokenizer has no token {token!r}, which media need; train or load it with media")
@@ -540,13 +510,9 @@ def encode_conversation(
 
 
 def check_texts(tokenizer: Any, texts: Iterable[str], template: str) -> None:
-    """Refuse texts that would be read as the beginning of a message.
-
-    Args:
-        template: That of the conversation; one of its own begins messages otherwise than ours.
-
-    Raises:
-        ValueError: one contains a role that the vocabulary has no token for, and which is spelled for this reason.
+    """Refuses, with ValueError, texts that contain a role which the vocabulary has no token for, and which is spelled
+    for this reason: they would be read as the beginning of a message. A template that is not ours begins messages
+    otherwise.
     """
     spelled = spelled_roles(tokenizer) if _is_ours(template) else []
     for text in map(partial(normalized, tokenizer), texts) if spelled else ():

@@ -216,11 +216,7 @@ def frozen(model_class: type, config_class: type, values: dict[str, Any], name: 
 
 
 def load_weights(model: nn.Module, name: str) -> None:
-    """Fetches the weights of a codec.
-
-    Raises:
-        ValueError: some are missing, or damaged.
-    """
+    """Fetches the weights of a codec; ValueError if some are missing, or damaged."""
     with loading(f"codec {name!r}"):
         trained, report = type(model).from_pretrained(
             name, config=model.config, dtype=torch.float32, use_safetensors=True, output_loading_info=True

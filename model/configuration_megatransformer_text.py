@@ -73,10 +73,8 @@ def validated(cls):
 
 
 def under_new_names(values: dict[str, Any], attribute_map: dict[str, str]) -> dict[str, Any]:
-    """The same values, where one that has an old name gets its new one, which a warning names.
-
-    Raises:
-        ValueError: a value is given under both names.
+    """The same values, where one that has an old name gets its new one, which a warning names. ValueError if a value is
+    given under both names.
     """
     renamed = dict(values)
     for old, new in attribute_map.items():

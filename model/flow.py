@@ -113,13 +113,9 @@ class FlowHead(nn.Module):
     def losses(
         self, condition: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
     ) -> torch.Tensor:
-        """|v(x_t) - v|^2 of each token, float32 (tokens,): the mean over its numbers and draws.
-
-        Args:
-            condition: (tokens, width).
-            latents: (tokens, latent_size).
-            noise: (tokens, draws, latent_size), standard normal.
-            times: (tokens, draws).
+        """|v(x_t) - v|^2 of each token, float32 (tokens,): the mean over its numbers and draws. Shapes: condition
+        (tokens, width), latents (tokens, latent_size), standard normal noise (tokens, draws, latent_size), times
+        (tokens, draws).
         """
         draws = times.shape[1]
         condition = condition.repeat_interleave(draws, dim=0)

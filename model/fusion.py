@@ -117,16 +117,9 @@ def take_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
 def read_media(
     readers: nn.ModuleDict, media: dict[str, Any], run_all: bool, **asked: bool
 ) -> dict[str, BaseModelOutputWithPooling]:
-    """Reads media, by modality; see `ModalityEncoder.read`.
-
-    Args:
-        media: Inputs of all modality encoders by name (`take_inputs`).
-        run_all: Whether modality encoders without input read something, of which nothing is kept but the gradient,
-            which is 0.
-        asked: `output_hidden_states`, `output_attentions`.
-
-    Raises:
-        ValueError: no encoder takes an input, or it is no input without another.
+    """Reads media, by modality (`ModalityEncoder.read`), of what `take_inputs` gives. With `run_all`, encoders without
+    input read something, of which nothing is kept but the gradient, which is 0. `asked` are output_hidden_states and
+    output_attentions. ValueError: no encoder takes an input, or it is no input without another.
     """
     known = {name for reader in readers.values() for name in reader.input_names}
     if unknown := [name for name in media if name not in known]:
@@ -154,16 +147,10 @@ def embed_media(
     config: MegaTransformerConfig,
     is_whole: bool = True,
 ) -> torch.Tensor:
-    """The embeddings with features in the positions of their placeholders.
-
-    Args:
-        embeds: (batch, sequence, hidden).
-        is_token: Function of the id of a token that gives where it stands, (batch, sequence) of bool.
-        features: Features of each item, (tokens, hidden), by modality, in the order of the placeholders, row by row.
-        is_whole: Whether each of the features is that of a whole item, which lies in one row.
-
-    Raises:
-        ValueError: If the counts differ, or an item is spread over two rows.
+    """The embeddings, (batch, sequence, hidden), with the features of items, (tokens, hidden) each, in the positions of
+    their placeholders, row by row. `is_token` gives where the token of an id stands, (batch, sequence) of bool;
+    `is_whole`: each of the features is that of a whole item, which lies in one row. ValueError if counts differ, or an
+    item is spread over two rows.
     """
     for name in MODALITIES:
         token_id = getattr(config, f"{name}_token_id", None)
@@ -182,15 +169,8 @@ def embed_media(
 
 
 def check_counts(name: str, places: list[int], lengths: list[int], is_whole: bool = True) -> None:
-    """Compare placeholders with features.
-
-    Args:
-        places: Placeholders in each row.
-        lengths: Tokens of each item.
-        is_whole: Whether each of the features is that of a whole item, which lies in one row.
-
-    Raises:
-        ValueError: If they differ; the message names the first row that does not fit.
+    """Compares the placeholders in each row with the tokens of each item; `is_whole`: an item lies in one row.
+    ValueError names the first row that does not fit.
     """
     if sum(places) == sum(lengths) and not (is_whole and any(lengths)):
         return

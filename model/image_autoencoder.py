@@ -147,10 +147,8 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         return {"pixels": self.config.pixel_loss_weight, "gradients": self.config.gradient_loss_weight}
 
     def encode(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
-        """(images, channels, side, side) in -1 .. 1 -> (images, tokens, latent_size).
-
-        Raises:
-            ValueError: images are no squares of whole patches.
+        """(images, channels, side, side) in -1 .. 1 -> (images, tokens, latent_size); ValueError if images are no
+        squares of whole patches.
         """
         patch, channels = self.config.patch_size, self.config.num_channels
         shape = tuple(pixel_values.shape)
@@ -191,10 +189,8 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         return self.project(moving.detach()).to(latents.dtype)
 
     def decode(self, latents: torch.FloatTensor) -> torch.Tensor:
-        """(images, tokens, latent_size) -> (images, channels, side, side), about -1 .. 1.
-
-        Raises:
-            ValueError: latents have another size, or make no square.
+        """(images, tokens, latent_size) -> (images, channels, side, side), about -1 .. 1; ValueError if latents have
+        another size, or make no square.
         """
         shape = tuple(latents.shape)
         if len(shape) != 3 or shape[2] != self.latent_size or math.isqrt(shape[1]) ** 2 != shape[1] or not shape[1]:
@@ -248,19 +244,13 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         return self.bottleneck.project(latents)
 
     def encode_ids(self, pixel_values: torch.FloatTensor) -> torch.LongTensor:
-        """The codes of images, (images, tokens), from 0 to `config.num_codes`, exclusive.
-
-        Raises:
-            ValueError: if the bottleneck has no codes; for images, see `encode`.
+        """The codes of images, (images, tokens), from 0 to `config.num_codes`, exclusive; ValueError if the bottleneck
+        has no codes, or the images are those that `encode` refuses.
         """
         return self._codes().ids(self.encode(pixel_values))
 
     def decode_ids(self, ids: torch.LongTensor) -> torch.Tensor:
-        """(images, tokens) -> (images, channels, side, side).
-
-        Raises:
-            ValueError: if the bottleneck has no codes, or not these.
-        """
+        """(images, tokens) -> (images, channels, side, side); ValueError where there are no codes, or not these."""
         codes = self._codes()
         if ids.numel() and not (ids.min() >= 0 and ids.max() < self.config.num_codes):
             raise ValueError(
@@ -277,11 +267,8 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         return self.bottleneck
 
     def forward(self, pixel_values: torch.FloatTensor, step: int | None = None) -> ReconstructionOutput:
-        """Images through the bottleneck, and how well they came through.
-
-        Args:
-            pixel_values: (images, channels, side, side) in -1 .. 1.
-            step: Updates that were made; see `compare`.
+        """Images, (images, channels, side, side) in -1 .. 1, through the bottleneck, and how well they came through;
+        `step` as in `compare`.
         """
         latents = self.encode(pixel_values)
         made = self.decode(self.bottleneck.perturb(latents) if self.training else latents).float()

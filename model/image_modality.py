@@ -95,13 +95,9 @@ class ImageModality(Modality):
 
     @classmethod
     def as_target(cls, image_size: int, num_tokens: int, is_learned: bool) -> "ImageModality":
-        """Images as they are to be written.
-
-        Args:
-            image_size: Height and width.
-            num_tokens: Placeholders of each.
-            is_learned: Whether the placeholders are labels, in whose places the model puts codes. Their number is
-                fixed, so that there is nothing to learn about the end.
+        """Images as they are to be generated, squares of `image_size`. Their number of tokens is fixed, so that there
+        is nothing to learn about the end; with `is_learned` the placeholders are labels, in whose places the model puts
+        codes.
         """
         images = cls(num_tokens=num_tokens, side=image_size)
         images.become_target((True, is_learned, False))

@@ -119,11 +119,8 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         return torch.from_numpy(pixels)
 
     def pad(self, images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch, with zeros at the right and at the bottom.
-
-        Returns:
-            pixel_values: float (images, 3, height, width) of the largest.
-            image_sizes: int64 (images, 2), height and width of each without padding.
+        """A batch, with zeros at the right and at the bottom: `pixel_values`, float (images, 3, height, width) of the
+        largest, and `image_sizes`, int64 (images, 2), height and width of each without padding.
         """
         sizes = torch.tensor([image.shape[-2:] for image in images])
         height, width = sizes.amax(0).tolist()

@@ -70,14 +70,7 @@ def _check_length(source: str) -> None:
 
 
 def decode_base64(text: str, source: str) -> bytes:
-    """The bytes of base64, in which blanks and line breaks may stand.
-
-    Args:
-        source: What is shown of it in an error.
-
-    Raises:
-        MediaError: it is none.
-    """
+    """The bytes of base64, in which blanks and line breaks may stand; MediaError, with `source`, if it is none."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -182,9 +175,7 @@ def own_part(part: Any) -> Any:
 
 def source_of(part: dict[str, Any], allow_fetch: bool = False) -> Any:
     """The item of a part, {"type": KIND, and KIND, "path", "bytes", "url" or "base64": item}; None: it has none.
-
-    Raises:
-        MediaError: the cases of `read_source`.
+    MediaError: the cases of `read_source`.
     """
     name = part["type"]
     kind = name.removeprefix("written_")

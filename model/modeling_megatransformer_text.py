@@ -64,11 +64,7 @@ def check_kwargs(kwargs: dict[str, Any], forward: Callable, position_ids: torch.
 
 
 def check_state(state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-    """The state, if it can be broadcast to (batch, sequence, hidden).
-
-    Raises:
-        ValueError: if not.
-    """
+    """The state, if it can be broadcast to (batch, sequence, hidden), else ValueError."""
     if state.ndim != 3 or any(size not in (1, wanted) for size, wanted in zip(state.shape, embeds.shape, strict=True)):
         raise ValueError(
             f"initial_state has shape {tuple(state.shape)}, which cannot be broadcast to (batch, new tokens, hidden) = "
@@ -78,10 +74,8 @@ def check_state(state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
 
 
 def last_state(name: str, cache: RecurrentCache | None) -> torch.Tensor | None:
-    """The state in which the token before ended, (batch, 1, hidden); None where there is none.
-
-    Raises:
-        ValueError: the name is another.
+    """The state in which the token before ended, (batch, 1, hidden); None where there is none. ValueError for another
+    name.
     """
     if name != "last":
         raise ValueError(f"initial_state is {name!r}; give a tensor, or 'last'")

@@ -457,11 +457,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         return BatchFeature({**batch, **self.collate_media(media)}, tensor_type=_tensor_type(return_tensors))
 
     def _cut(self, number: int, ids: torch.Tensor, limit: int | None) -> slice:
-        """What is left of a sample of at most that many tokens.
-
-        Raises:
-            ValueError: an item would lose its place.
-        """
+        """What is left of a sample of at most that many tokens; ValueError if an item would lose its place."""
         if limit is None or len(ids) <= limit:
             return slice(None)
         at_end = self.tokenizer.truncation_side == "right"

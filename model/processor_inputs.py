@@ -135,13 +135,8 @@ def _is_among(value: Any, values: tuple) -> bool:
 
 
 def limit_of(truncation: Any, max_length: int | None, default: int) -> int | None:
-    """Most tokens of a text under an option `truncation` of tokenizers; None: all of them.
-
-    Args:
-        default: That of the tokenizer, where max_length is not given.
-
-    Raises:
-        ValueError: there is no such way of truncation.
+    """Most tokens of a text under an option `truncation` of tokenizers; None: all of them. `default` is the
+    tokenizer's, where max_length is not given. ValueError: there is no such way of truncation.
     """
     if truncation not in _TRUNCATING:
         raise ValueError(f"truncation is {truncation!r}; give True or False")
@@ -211,14 +206,8 @@ def preprocess_parts(
 
 
 def deal_media(media: list[Any], counts: list[int], modality: Modality) -> list[list[Any]]:
-    """Media to the texts whose placeholders they fill.
-
-    Args:
-        media: One after another, or a list for each text.
-        counts: Placeholders of each text.
-
-    Raises:
-        ValueError: if they differ in number; the message names the first text that they do not fit.
+    """Media, one after another or a list for each text, to the texts whose placeholders they fill, of which each has as
+    many as `counts` say. ValueError, if they differ in number, names the first text that they do not fit.
     """
     flat = flatten_media(media)
     if media and all(isinstance(part, list) for part in media):

@@ -88,14 +88,9 @@ def bits_and_bytes(config: QuantizationConfig, model: PreTrainedModel, dtype: to
 
 
 def uneven_layers(model: PreTrainedModel, kept: list[str]) -> list[str]:
-    """The linear layers whose rows are not made of whole blocks of weights with one scale. bitsandbytes 0.50 reads the
-    scales of such matrices at wrong places, on CPUs with AVX-512, so that they stay as they are everywhere.
-
-    Args:
-        kept: Patterns of those that stay for another reason.
-
-    Raises:
-        ValueError: if nothing else is left.
+    """The linear layers, but for those of `kept` patterns, whose rows are not made of whole blocks of weights with one
+    scale. bitsandbytes 0.50 reads the scales of such matrices at wrong places, on CPUs with AVX-512, so that they stay
+    as they are everywhere. ValueError if nothing else is left.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     widths = {name: module.in_features for name, module in linear.items() if should_convert_module(name, kept)}

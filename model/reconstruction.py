@@ -168,13 +168,8 @@ class ReconstructionModel(MegaTransformerPreTrainedModel):
     def compare(
         self, made: torch.Tensor, media: torch.Tensor, losses: dict[str, torch.Tensor], step: int | None
     ) -> ReconstructionOutput:
-        """Adds what discriminators say to the other parts of the loss.
-
-        Args:
-            made: The reconstruction.
-            media: What it should be.
-            losses: Parts that are known already.
-            step: Updates that were made before this one. None: as many as it takes.
+        """Adds what discriminators say of a reconstruction `made` of `media` to the other parts of the loss. `step` are
+        the updates made before this one; None: as many as it takes.
         """
         weights = self.loss_weights()
         has_begun = step is None or step >= self.config.adversarial_start

@@ -26,14 +26,8 @@ from .step_lora import StepLora
 
 
 def draw_state(config: MegaTransformerTextConfig, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """One draw of the initial state that `config.recurrence.state_init` names.
-
-    Args:
-        shape: (..., hidden).
-        generator: Never the global one: a draw must not depend on what else was drawn.
-
-    Returns:
-        Float32 tensor of `shape` on the generator's device.
+    """One draw of the initial state that `config.recurrence.state_init` names, float32 of `shape`, (..., hidden), on
+    the generator's device; never the global one, since a draw must not depend on what else was drawn.
     """
     kind = config.recurrence.state_init
     # Float32 whatever the default type is, which `from_pretrained` changes while it makes a model.

@@ -18,13 +18,8 @@ _CONTEXT = 100  # characters on each side of a seam: more than a word
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """Ids (int32) of texts. Calling the backend itself takes half the time of calling the tokenizer.
-
-    Args:
-        tokenizer: A fast one.
-
-    Raises:
-        ValueError: UTF-8 cannot hold one of them.
+    """Ids (int32) of texts by a fast tokenizer, whose backend takes half the time when it is called itself. ValueError
+    if UTF-8 cannot hold one of them.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -55,11 +50,7 @@ def _groups(texts: Sequence[str], backend: Any) -> Iterator[list[tuple[int, str]
 
 
 def normalized(tokenizer: Any, text: str) -> str:
-    """A text as the model of the tokenizer reads it.
-
-    Raises:
-        ValueError: UTF-8 cannot hold it.
-    """
+    """A text as the model of the tokenizer reads it; ValueError if UTF-8 cannot hold it."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     try:
         return text if normalizer is None else normalizer.normalize_str(text)

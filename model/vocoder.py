@@ -50,10 +50,8 @@ class MegaTransformerVocoder(ReconstructionModel):
         return (mel.clamp(min=FLOOR).log10() - LOG_MEAN) / LOG_STD
 
     def decode(self, log_mels: torch.FloatTensor) -> torch.Tensor:
-        """(waveforms, mel bins, frames) -> float32 (waveforms, (frames - 1) * hop_length).
-
-        Raises:
-            ValueError: the tensor has another shape.
+        """(waveforms, mel bins, frames) -> float32 (waveforms, (frames - 1) * hop_length); ValueError for another
+        shape.
         """
         config = self.config
         if log_mels.ndim != 3 or log_mels.shape[1] != config.num_mel_bins or not log_mels.shape[2]:

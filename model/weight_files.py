@@ -39,12 +39,7 @@ MOST_LISTED, LONGEST_NAME = 3, 80
 
 @dataclass(frozen=True)
 class DeclaredWeight:
-    """A weight as the header of its file has it.
-
-    Args:
-        shape: Shape of the tensor.
-        dtype: Name of its type, such as "F32".
-    """
+    """A weight as the header of its file has it: its shape, and the name of its type, such as "F32"."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -56,11 +51,7 @@ class DeclaredWeight:
 
 
 def declared_weights(paths: Iterable[Path]) -> dict[str, DeclaredWeight]:
-    """The weights of all files, by their names; only the headers are read.
-
-    Raises:
-        ValueError: one of them is damaged.
-    """
+    """The weights of all files, by their names; only the headers are read. ValueError if one of them is damaged."""
     found = {}
     for path in paths:
         try:
@@ -76,11 +67,9 @@ def declared_weights(paths: Iterable[Path]) -> dict[str, DeclaredWeight]:
 def build_skeleton(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, declared: Mapping[str, DeclaredWeight]
 ) -> PreTrainedModel:
-    """The model of a configuration on the meta device, without weights.
-
-    Raises:
-        ValueError: it has many more weights than the files, or larger ones; it is not built to its end then. Or it has
-            parts of others, and does not say what they are like.
+    """The model of a configuration on the meta device, without weights. ValueError: it has many more weights than the
+    files, or larger ones, and is not built to its end then; or it has parts of others, and does not say what they are
+    like.
     """
     _refuse_absent_parts(config)
     with torch.device("meta"), _no_more_than(declared):
