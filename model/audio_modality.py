@@ -18,12 +18,8 @@ from .modality import Modality, check_count, only_of, processor_of_backbone
 
 
 class AudioModality(Modality):
-    """Waveforms as log-mel spectrograms, for convolutions and a transformer, a pretrained backbone, or what speaks.
-
-    Args:
-        processor: Our feature extractor, or that of a backbone.
-        num_tokens: Placeholders of every waveform, where it is not ours.
-        clip_samples: Samples of the waveforms that a codec takes.
+    """Waveforms as log-mel spectrograms, for convolutions and a transformer; a pretrained backbone, whose processor is
+    not ours and needs the number of tokens of every waveform; or what speaks. A codec takes `clip_samples` of each.
     """
 
     name = "audio"

@@ -18,15 +18,9 @@ LONGEST_REASON = 300
 
 
 class Backbone(nn.Module):
-    """The encoder of a pretrained model. Its weights are random until `load` fetches them, or a checkpoint of ours has
-    them.
-
-    Args:
-        config: Configuration of the encoder, whose `backbone_config` is filled in if it is missing.
-        main_input_name: "pixel_values" or "input_features".
-
-    Raises:
-        ValueError: If there is no such model, or its encoder takes something else.
+    """The encoder of a pretrained model, whose main input is "pixel_values" or "input_features". Its weights are random
+    until `load` fetches them, or a checkpoint of ours has them; `backbone_config` is filled in if it is missing.
+    ValueError: there is no such model, or its encoder takes something else.
     """
 
     def __init__(self, config: EncoderConfig, main_input_name: str):

@@ -151,11 +151,8 @@ class CacheLayer(CacheLayerMixin):
         self.views = [(both, both[0], both[1]) for both in steps]
 
     def fill_skipped_steps(self, first: int, entries: torch.LongTensor | None, new: slice) -> None:
-        """Writes the new tokens' entries at step `first` and deeper.
-
-        Args:
-            entries: Numbers step * batch + row of what is written, for each of these steps and rows. None: all rows
-                and steps what they have at step `first - 1`.
+        """Writes the new tokens' entries at step `first` and deeper: for each of these steps and rows that of number
+        step * batch + row in `entries`. None: all rows and steps what they have at step `first - 1`.
         """
         found = self.buffer[..., new, :]
         if entries is None:
@@ -379,10 +376,6 @@ class RecurrentCache(Cache):
         self.length += num_new_tokens
         for layer in self.layers:
             layer.length = self.length
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens in the finished chunks."""
-        return self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Number of keys that a chunk of `query_length` tokens sees, and the position of the first."""

@@ -62,6 +62,11 @@ NULL_TOKEN = "<|null|>"
 TARGET_PREFIX = "written_"
 """How the names of modalities begin that are generated rather than read."""
 
+NO_ANSWERS = (
+    "the chat template does not tell what the assistant says, as a message changes how those before it are written; "
+    "put {% generation %} and {% endgeneration %} around it in the template"
+)
+
 # Private characters; no text of a user is ever in a rendered template.
 _PLACE = "\ue000{}\ue001"
 _PLACES = re.compile("\ue000([0-9]+)\ue001")
@@ -98,16 +103,9 @@ def check_messages(messages: Any, learns_all: bool = False, fixes: Mapping[str, 
 def outline_of(
     messages: Any, modalities: Collection[str], may_end_empty: bool = False
 ) -> tuple[Outline, list[str], list[dict[str, Any]]]:
-    """The outline of a conversation, its texts and the parts that are media, in order.
-
-    Texts side by side in a message become one, as they will be read.
-
-    Args:
-        modalities: Modalities that the model reads or generates; the parts get them as their types.
-        may_end_empty: The last message may say nothing.
-
-    Raises:
-        ValueError: this is no conversation; the message says which part of which message, and why.
+    """The outline of a conversation, its texts and the parts that are media, in order, with their modalities as types.
+    Texts side by side in a message become one, as they will be read. `may_end_empty`: the last message may say nothing.
+    ValueError says which part of which message cannot be used, and why.
     """
     check_messages(messages)
     outline: list[tuple[str, tuple[str, ...] | None]] = []
@@ -263,18 +261,12 @@ def messages_of(outline: Outline, texts: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Make a tokenizer that may never have seen conversations ready for them.
-
-    It gets `CHAT_TEMPLATE`, and `ROLE_TOKENS` at the end of its vocabulary as far as the model has rows of embeddings
-    that no token uses. Roles without a token are spelled. A tokenizer with a template of its own keeps that and its
-    vocabulary. Either way the template and the normalizer keep texts from becoming special tokens (`chat_guard.py`),
-    also where what is saved is used without this code.
-
-    Args:
-        vocab_size: rows of the model's embedding table.
-
-    Raises:
-        ValueError: the cases of `guard_tokenizer`; or the tokenizer's own template takes too much time or memory.
+    """Makes a tokenizer that may never have seen conversations ready for them. It gets `CHAT_TEMPLATE`, and
+    `ROLE_TOKENS` at the end of its vocabulary as far as the model, of `vocab_size` rows of embeddings, has some that no
+    token uses. Roles without a token are spelled. A tokenizer with a template of its own keeps that and its vocabulary.
+    Either way the template and the normalizer keep texts from becoming special tokens (`chat_guard.py`), also where
+    what is saved is used without this code. ValueError: the cases of `guard_tokenizer`; or the tokenizer's own template
+    takes too much time or memory.
     """
     if _is_ours(tokenizer.chat_template):
         known = tokenizer.get_vocab()
@@ -350,15 +342,9 @@ class EncodedConversation:
 
 
 class ConversationEncoder:
-    """Conversations to token ids, in which no text can pass for anything but text.
-
-    Args:
-        tokenizer: A fast one.
-        modalities: What the model reads and writes besides text (`Modality`), by name. None: text alone.
-        chat_template: One, or several by their names.
-
-    Raises:
-        ValueError: the vocabulary lacks a token of media.
+    """Conversations to token ids, in which no text can pass for anything but text, by a fast tokenizer. `modalities`
+    are what the model reads and writes besides text, by name, `chat_template` is one, or several by their names.
+    ValueError: the vocabulary lacks a token of media.
     """
 
     def __init__(
@@ -400,15 +386,9 @@ class ConversationEncoder:
         may_end_empty: bool = False,
         open_end: tuple[bool, bool] = (False, False),
     ) -> list[EncodedConversation | ValueError]:
-        """Many conversations, which is faster than one after another; of one that cannot be used, why.
-
-        Args:
-            needs_answers: Whether it has to be known what the assistant says.
-            may_end_empty: Whether the last message may say nothing.
-            open_end: See `encode`.
-
-        Raises:
-            UnboundedTemplateError: the template takes more time or memory than it may.
+        """Many conversations, which is faster than one after another; of one that cannot be used, why. `needs_answers`:
+        it has to be known what the assistant says; `may_end_empty`: the last message may say nothing; `open_end`: see
+        `encode`. UnboundedTemplateError: the template takes more time or memory than it may.
         """
         template, special_tokens = template_of(self.chat_template), special_tokens_of(self.tokenizer)
         plans: list[tuple[RenderedOutline, int, list[dict[str, Any]]] | ValueError] = []
@@ -423,7 +403,8 @@ class ConversationEncoder:
             except ValueError as error:
                 plans.append(error)
                 continue
-            plans.append((rendered, len(texts), media) if rendered.has_answers or not needs_answers else _no_answers())
+            is_usable = rendered.has_answers or not needs_answers
+            plans.append((rendered, len(texts), media) if is_usable else ValueError(NO_ANSWERS))
             texts += own_texts
         ids = encode_texts(self.tokenizer, texts)
         return [plan if isinstance(plan, ValueError) else self._assemble(*plan, ids) for plan in plans]
@@ -478,13 +459,6 @@ class ConversationEncoder:
             for edge, token_id, is_own in ((ends - counts, start, at_start), (ends - 1, end, at_end)):
                 expanded[edge[here]], learned[edge[here]] = token_id, is_learned[here] & is_own
         return expanded, learned
-
-
-def _no_answers() -> ValueError:
-    return ValueError(
-        "the chat template does not tell what the assistant says, as a message changes how those before it are "
-        "written; put {% generation %} and {% endgeneration %} around it in the template"
-    )
 
 
 def special_id(tokenizer: Any, token: str) -> int:

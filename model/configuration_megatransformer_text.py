@@ -87,11 +87,9 @@ def under_new_names(values: dict[str, Any], attribute_map: dict[str, str]) -> di
 
 
 class StrictConfig(PreTrainedConfig):
-    """A `PreTrainedConfig` that refuses keys it does not know, and leaves out those of a file with a warning. Keys of
-    `attribute_map` are old names of others, which are taken with a warning too.
-
-    Raises:
-        ValueError: a key is neither a field of the class nor one of transformers' own.
+    """A `PreTrainedConfig` that refuses, with ValueError, keys that are neither its fields nor transformers' own, and
+    leaves out those of a file with a warning. Keys of `attribute_map` are old names of others, which are taken with a
+    warning too.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -110,10 +108,9 @@ class StrictConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of a `config.json`; as in transformers, `from_pretrained` comes through here.
-
-        Keys that no class knows, at the top or in a part, are named in one warning and left out, so that what is saved
-        again says only what the model does.
+        """The config of a `config.json`; as in transformers, `from_pretrained` comes through here. Keys that no class
+        knows, at the top or in a part, are named in one warning and left out, so that what is saved again says only
+        what the model does.
         """
         known, unknown = cls.split_unknown(config_dict)
         if unknown:

@@ -191,10 +191,8 @@ class DepthOptions:
     def resolve(
         cls, keywords: dict[str, Any], generation_config: GenerationConfig, recurrence: RecurrenceConfig
     ) -> "DepthOptions":
-        """Each option: the keyword, then the generation config, then `config.recurrence`.
-
-        Raises:
-            ValueError: a value is outside its range.
+        """Each option: the keyword, then the generation config, then `config.recurrence`; ValueError for one outside
+        its range.
         """
         sources = (keywords, vars(generation_config), vars(recurrence))
 

@@ -62,14 +62,8 @@ class FlowBlock(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Hidden states to latents.
-
-    Args:
-        config: Configuration of the output head.
-        hidden_size: Width of the language model.
-        latent_size: Numbers in a latent.
-        num_places: Places of an item; later ones count as the last.
-        norm_eps: Epsilon of the norm on hidden states.
+    """Hidden states of width `hidden_size` to latents of `latent_size` numbers; places of an item behind `num_places`
+    count as the last.
     """
 
     def __init__(self, config: WriterConfig, hidden_size: int, latent_size: int, num_places: int, norm_eps: float):

@@ -35,13 +35,7 @@ class Projector(nn.Module):
 
 
 class ModalityEncoder(nn.Module):
-    """An encoder and its projector.
-
-    Args:
-        name: That of the modality.
-        config: Configuration of the encoder.
-        text_config: Configuration of the language model.
-    """
+    """The encoder of a modality, by its name, and its projector."""
 
     def __init__(self, name: str, config: EncoderConfig, text_config: MegaTransformerTextConfig):
         super().__init__()

@@ -162,17 +162,11 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         return self.bottleneck(self.encoder(patches.movedim(1, -1)).flatten(1, 2))
 
     def refine(self, pixel_values: torch.FloatTensor, latents: torch.FloatTensor) -> torch.Tensor:
-        """Latents that the decoder makes better images of: `num_refinement_steps` of Adam, on each image's error.
-
-        An encoder is a guess at the best latents, good on average; what it misses for an image is found by looking at
-        what the decoder made of the guess. Source: Yang et al. 2020, arXiv 2006.04240, without its rounding.
-
-        Args:
-            pixel_values: (images, channels, side, side) in -1 .. 1.
-            latents: (images, tokens, latent_size), which `encode` gave for them.
-
-        Returns:
-            (images, tokens, latent_size), on the sphere and without gradient.
+        """Latents that the decoder makes better images of: `num_refinement_steps` of Adam, on each image's error, from
+        those that `encode` gave; (images, channels, side, side) in -1 .. 1, (images, tokens, latent_size) -> the
+        latter, on the sphere and without gradient. An encoder is a guess at the best latents, good on average; what it
+        misses for an image is found by looking at what the decoder made of the guess. Source: Yang et al. 2020, arXiv
+        2006.04240, without its rounding.
         """
         count = self.num_refinement_steps
         if not count:
@@ -203,16 +197,10 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
 
     @torch.no_grad()
     def begin_with_components(self, images: torch.FloatTensor) -> None:
-        """Make of the whole a linear map, through the principal components of the patches of images.
-
-        What training then finds by itself it finds sooner: the components are the best that a linear map can do. Blocks
-        begin as the identity, and one number of a latent is constant, so that the sphere hardly bends the others.
-
-        Args:
-            images: (images, channels, side, side) in -1 .. 1; together they have at least latent_size patches.
-
-        Raises:
-            ValueError: there are fewer patches.
+        """Makes of the whole a linear map, through the principal components of the patches of images, (images,
+        channels, side, side) in -1 .. 1. What training then finds by itself it finds sooner: the components are the
+        best that a linear map can do. Blocks begin as the identity, and one number of a latent is constant, so that the
+        sphere hardly bends the others. ValueError: there are fewer patches than latent_size.
         """
         patches = nn.functional.pixel_unshuffle(images.float(), self.config.patch_size).movedim(1, -1).flatten(0, -2)
         count = min(self.latent_size - 1, patches.shape[1])

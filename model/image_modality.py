@@ -20,12 +20,9 @@ if is_vision_available():
 
 
 class ImageModality(Modality):
-    """Images for a vision transformer or a pretrained backbone, or squares of one size for what draws them.
-
-    Args:
-        processor: Our image processor, or that of a backbone. None: the square in the middle of each image.
-        num_tokens: Placeholders of every image, where the processor is not ours.
-        side: Height and width of the square, where there is no processor.
+    """Images for a vision transformer or a pretrained backbone, whose processor is not ours and needs the number of
+    tokens of every image; or, without a processor, the square in the middle of each, `side` pixels high and wide, for
+    what draws them.
     """
 
     name = "image"

@@ -128,10 +128,8 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         return {"pixel_values": torch.stack(padded), "image_sizes": sizes}
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """An image, a list of them, or a list of lists, to a batch (`pad`).
-
-        Raises:
-            TypeError, ValueError: for options that ask for something; they belong to the processor itself.
+        """An image, a list of them, or a list of lists, to a batch (`pad`). TypeError, ValueError: for options that ask
+        for something; they belong to the processor itself.
         """
         read_options(kwargs, (), IDLE_IMAGE_OPTIONS, [self], "set it on the image processor")
         pictures = [read_source(image, "image") for image in flatten_media(images)]

@@ -390,7 +390,9 @@ def _opened_audio(source: Any) -> "Iterator[soundfile.SoundFile]":
     if soundfile is None:
         raise ImportError("recordings are read by soundfile, which is not installed; pip install soundfile")
     try:
-        with _stream(_file(source, "recording")) as stream, soundfile.SoundFile(stream) as file:
+        path = _file(source, "recording")
+        # Without its name, by which libsndfile would look for further files of the same name.
+        with open(path, "rb") if isinstance(path, str) else path as stream, soundfile.SoundFile(stream) as file:
             if file.format not in AUDIO_FORMATS:
                 raise MediaError(f"{_name(source)} is {file.format}, none of {', '.join(AUDIO_FORMATS)}; convert it")
             _check_rate(source, file.samplerate)
@@ -400,11 +402,6 @@ def _opened_audio(source: Any) -> "Iterator[soundfile.SoundFile]":
         raise _unreadable("recording", source, error.error_string) from error
     except TypeError as error:  # a .raw file, which has no header
         raise _unreadable("recording", source, error) from error
-
-
-def _stream(file: str | io.BytesIO) -> io.BufferedIOBase:
-    """A file without its name, by which libsndfile would look for further files of the same name."""
-    return open(file, "rb") if isinstance(file, str) else file
 
 
 def _check_size(source: Any, file: "soundfile.SoundFile") -> None:

@@ -171,17 +171,10 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         inputs_embeds: torch.Tensor | None = None,
         **asked: bool,
     ) -> Embedded:
-        """Embeds tokens, and media in the positions of their placeholders.
-
-        Args:
-            input_ids: (batch, sequence).
-            media: What `take_media` gives.
-            inputs_embeds: Embeddings of tokens, in place of `input_ids`; placeholders are those that have the embedding
-                of one.
-            asked: `output_hidden_states`, `output_attentions`.
-
-        Raises:
-            ValueError: if there are more or fewer placeholders than features, or media that this model does not know.
+        """Embeds tokens (batch, sequence), and what `take_media` gives in the positions of their placeholders. With
+        `inputs_embeds` in place of `input_ids`, placeholders are those that have the embedding of one. `asked` are
+        output_hidden_states and output_attentions. ValueError if there are more or fewer placeholders than features, or
+        media that this model does not know.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
@@ -244,10 +237,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
     ) -> BaseModelOutputWithPooling:
         """`pooler_output`: the features of each item, a tuple of (tokens, hidden), ready to be scattered. Of our
         encoders, and pretrained ones, also `last_hidden_state`, in front of the projector, and by request
-        `hidden_states` and `attentions`.
-
-        Raises:
-            ValueError: If this model does not read that modality.
+        `hidden_states` and `attentions`. ValueError if this model does not read that modality.
         """
         if name not in self.readers:
             raise ValueError(f"this model does not read {name}; it reads {', '.join(self.input_modalities)}")

@@ -160,18 +160,14 @@ class MegaTransformerProcessor(ProcessorMixin):
         return modality_names()
 
     def load_item(self, kind: str, source: Any) -> Any:
-        """An item, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate.
-
-        Raises:
-            MediaError: it cannot be used; see `load_image` and `load_audio`.
+        """An item, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate. MediaError if it cannot
+        be used.
         """
         return self._modality(kind).load(source_of({"type": kind, kind: source}))
 
     def item_size(self, kind: str, source: Any) -> Any:
         """(height, width) of an image, seconds of a waveform, from the header; of further modalities, their tokens.
-
-        Raises:
-            MediaError: the header tells that it cannot be used.
+        MediaError: the header tells that it cannot be used.
         """
         return self._modality(kind).size(source_of({"type": kind, kind: source}))
 
@@ -333,7 +329,7 @@ class MegaTransformerProcessor(ProcessorMixin):
             found = {
                 name: [self._preprocess(name, it, allow_fetch) for it in flatten_media(media[name])] for name in media
             }
-            return BatchFeature(self.collate_media(found), tensor_type=_tensor_type(options["return_tensors"]))
+            return BatchFeature(self.collate_media(found), tensor_type=options["return_tensors"])
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
             raise ValueError(f"text is {type(text).__name__}, and not a string or a list of strings")
@@ -385,15 +381,8 @@ class MegaTransformerProcessor(ProcessorMixin):
         return parts
 
     def save_audio(self, audio: Any, saving_path: Any, sampling_rate: int | None = None, **kwargs: Any) -> None:
-        """Waveforms to files, one each, by soundfile.
-
-        Args:
-            audio: Float (samples,) in -1 .. 1, or a list of them.
-            saving_path: A path, or as many.
-            sampling_rate: Default: that of the audio that the model writes.
-
-        Raises:
-            ValueError: there are more or fewer paths than waveforms.
+        """Waveforms, float (samples,) in -1 .. 1, one or a list, to as many files, by soundfile. `sampling_rate`: by
+        default that of the audio that the model writes. ValueError: there are more or fewer paths than waveforms.
         """
         clips = audio if isinstance(audio, list) else [audio]
         paths = saving_path if isinstance(saving_path, list) else [saving_path]
@@ -423,7 +412,10 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     def _read_options(self, given: dict[str, Any], known: tuple[str, ...], idle: dict[str, tuple]) -> dict[str, Any]:
         parts = [part for part in (self.image_processor, self.feature_extractor) if part is not None]
-        return read_options(given, known, idle, parts)
+        options = read_options(given, known, idle, parts)
+        if options.get("return_tensors") == "auto":  # how transformers calls a processor's own default
+            options["return_tensors"] = None
+        return options
 
     def _batch(
         self,
@@ -454,7 +446,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         for sample in encoded:
             for name, tensors in sample["media"].items():
                 media.setdefault(name, []).extend(tensors)
-        return BatchFeature({**batch, **self.collate_media(media)}, tensor_type=_tensor_type(return_tensors))
+        return BatchFeature({**batch, **self.collate_media(media)}, tensor_type=return_tensors)
 
     def _cut(self, number: int, ids: torch.Tensor, limit: int | None) -> slice:
         """What is left of a sample of at most that many tokens; ValueError if an item would lose its place."""
@@ -479,17 +471,9 @@ def build_processor(
     num_image_tokens: int | None = None,
     num_audio_tokens: int | None = None,
 ) -> MegaTransformerProcessor:
-    """The processor of a model.
-
-    Args:
-        config: Configuration of the model. A backbone brings its own image processor or
-            feature extractor along.
-        tokenizer: A fast one that knows `MEDIA_TOKENS`.
-        num_image_tokens: Tokens of an image, if the vision encoder is a backbone.
-        num_audio_tokens: The same of a waveform.
-
-    Raises:
-        ValueError: the cases of `MegaTransformerProcessor`.
+    """The processor of a model, from its configuration and a fast tokenizer that knows `MEDIA_TOKENS`. A backbone
+    brings its own image processor or feature extractor along, and needs the number of tokens of its items. ValueError:
+    the cases of `MegaTransformerProcessor`.
     """
     vision, audio, further = config.vision_config, config.audio_config, config.modality_configs or {}
     images, recordings = config.image_writer_config, config.audio_writer_config
@@ -503,10 +487,3 @@ def build_processor(
         image_writer=None if images is None else ImageModality.target_options(images),
         audio_writer=None if recordings is None else AudioModality.target_options(recordings),
     )
-
-
-# -------------------------------------------------------------------------------------------------------- what is given
-
-
-def _tensor_type(return_tensors: str | None) -> str | None:
-    return None if return_tensors == "auto" else return_tensors  # how transformers calls a processor's own default

@@ -167,16 +167,10 @@ def preprocess_parts(
     modalities: dict[str, Modality],
     allow_fetch: bool = False,
 ) -> dict[str, list[torch.Tensor]]:
-    """The tensors of the parts of messages that are media, by modality.
-
-    Args:
-        parts: {"type": KIND, and KIND, "path", "bytes", "url" or "base64": item}, or without an item. An array of
-            samples may have its "sampling_rate" beside it.
-        media: Items for parts without one, by modality, in order; a tensor of floats counts as preprocessed.
-        allow_fetch: Whether `read_source` may fetch.
-
-    Raises:
-        ValueError: if there are more or fewer media than parts for them, and for media that cannot be read.
+    """The tensors of the parts of messages that are media (`source_of`), by modality; an array of samples may have its
+    "sampling_rate" beside it. `media` are the items for parts without one, by modality, in order; a tensor of floats
+    counts as preprocessed. ValueError if there are more or fewer media than parts for them, and for media that cannot
+    be read.
     """
     waiting = {name: iter(given) for name, given in media.items()}
     found: dict[str, list[torch.Tensor]] = {}

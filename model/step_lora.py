@@ -39,14 +39,9 @@ class StepDeltas(nn.Module):
 
 
 class StepLora(nn.Module):
-    """The deltas of a core, added to the outputs of its linear layers by hooks, so that these may be of any kind.
-
-    Args:
-        core: The `RecurrentCore`.
-        targets: Names of linear layers, as in `core.named_modules()`.
-        num_steps: Steps that have deltas.
-        rank: Rank of the low-rank updates.
-        alpha: Their scale, times the rank.
+    """The deltas of a core, added to the outputs of its linear layers by hooks, so that these may be of any kind:
+    `targets` are their names in `core.named_modules()`, `num_steps` the steps that have deltas, `rank` that of the
+    low-rank updates, `alpha` their scale, times the rank.
     """
 
     def __init__(self, core: nn.Module, targets: Iterable[str], num_steps: int, rank: int, alpha: int):

@@ -63,15 +63,11 @@ def _no_utf8(text: str) -> ValueError:
 
 
 def cut_text(text: str, tokenizer: Any = None) -> Iterator[str]:
-    """Pieces of a text that give, one after another, the same tokens as the whole.
-
-    Cuts are made where white space begins. Byte-level pretokenizers, such as that of our own vocabularies, split there
-    whatever comes before and after: white space begins a piece of theirs or is one, and never follows anything else in
-    it. So do most others, but not all.
-
-    Args:
-        tokenizer: A backend, tried at each cut on the text around it. One that encodes every beginning of a text in a
-            way of its own gets the text whole.
+    """Pieces of a text that give, one after another, the same tokens as the whole. Cuts are made where white space
+    begins. Byte-level pretokenizers, such as that of our own vocabularies, split there whatever comes before and after:
+    white space begins a piece of theirs or is one, and never follows anything else in it. So do most others, but not
+    all: a backend, if given, is tried at each cut on the text around it, and one that encodes every beginning of a text
+    in a way of its own gets the text whole.
     """
     start = 0
     while len(text) - start > PIECE_LENGTH:

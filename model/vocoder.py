@@ -72,15 +72,9 @@ class MegaTransformerVocoder(ReconstructionModel):
         return torch.istft(spectrum, config.n_fft, config.hop_length, window=window)
 
     def forward(self, waveforms: torch.FloatTensor, step: int | None = None) -> ReconstructionOutput:
-        """Audio to log-mel spectrograms and back, and how well it came through.
-
-        Args:
-            waveforms: float (waveforms, samples), at the configured rate; samples behind the last whole frame are left
-                out.
-            step: Updates that were made; see `compare`.
-
-        Raises:
-            ValueError: waveforms are shorter than a frame.
+        """Audio, float (waveforms, samples) at the configured rate, to log-mel spectrograms and back, and how well it
+        came through; samples behind the last whole frame are left out. `step` as in `compare`. ValueError: waveforms
+        are shorter than a frame.
         """
         hop = self.config.hop_length
         if waveforms.ndim != 2 or waveforms.shape[1] < hop:

@@ -125,13 +125,10 @@ def _no_more_than(declared: Mapping[str, DeclaredWeight]) -> Iterator[None]:
 
 
 def check_fit(folder: Path, model: PreTrainedModel, declared: Mapping[str, DeclaredWeight]) -> None:
-    """Compares the weights of a model with those in the files of a folder.
-
-    Those of a backbone are left to transformers, which knows the names that they have had in its earlier versions. Of
-    rounded weights (of 8 or 4 bits), which have companions, the number of their numbers is compared.
-
-    Raises:
-        ValueError: weights are missing, left over, of another shape, or no floating-point numbers.
+    """Compares the weights of a model with those in the files of a folder. Those of a backbone are left to
+    transformers, which knows the names that they have had in its earlier versions. Of rounded weights (of 8 or 4 bits),
+    which have companions, the number of their numbers is compared. ValueError: weights are missing, left over, of
+    another shape, or no floating-point numbers.
     """
     foreign = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Backbone))
     is_rounded = getattr(model.config, "quantization_config", None) is not None
