@@ -98,10 +98,7 @@ def open_conversations(source: SourceConfig) -> IterableDataset:
 
 def conversation_of_stream(source: SourceConfig, row: dict[str, object], number: int) -> tuple[list[dict], list[dict]]:
     """The messages of a row of a stream, or of rows in memory that are mixed with streams, and the media that stand in
-    columns of the row, as {"bytes", "path"}: references say column "media".
-
-    Args:
-        number: Number of the row, from 0.
+    columns of row `number` (from 0), as {"bytes", "path"}: references say column "media".
 
     Raises:
         UnusableRow: The message is the reason.

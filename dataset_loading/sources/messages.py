@@ -17,11 +17,8 @@ _COLUMN = re.compile(r"\{(\w+)\}")
 
 
 def answer_to(given: Sequence[dict], prompt: str, answer: str, shown: Sequence[dict] = ()) -> list[dict]:
-    """The conversation of one question and its answer.
-
-    Args:
-        given: References to media in front of the prompt, which may be empty.
-        shown: References to media behind the answer, which may be empty.
+    """The conversation of one question, with media in front of it, and its answer, with media behind it; each text may
+    be empty.
     """
     question = [*given, *([{"type": "text", "text": prompt}] if prompt else [])]
     reply = [*([{"type": "text", "text": answer}] if answer else []), *shown]
@@ -144,11 +141,7 @@ def template_columns(template: str | None) -> list[str]:
 
 
 def fill_template(template: str, row: Mapping[str, object]) -> str:
-    """A template with the row's values in place of {column}.
-
-    Raises:
-        UnusableRow: The row lacks a column, or its value is neither text nor a number.
-    """
+    """A template with the row's values, texts or numbers, in place of {column}; raises UnusableRow for others."""
     for column in template_columns(template):
         if not isinstance(row.get(column), (str, int, float)):
             raise UnusableRow(f"column {column!r} of the prompt is {type(row.get(column)).__name__}, not text")

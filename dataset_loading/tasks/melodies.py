@@ -166,11 +166,7 @@ class MelodyQuestions(MelodyTask):
 
 
 def parse_melody(medium: str) -> Melody:
-    """The melody that a task has described in a line.
-
-    Raises:
-        ValueError: The line describes no melody.
-    """
+    """The melody that a task has described in a line; raises ValueError for a line that describes none."""
     found = _MELODY.fullmatch(medium)
     tones = [_TONE.fullmatch(part) for part in found[7].split("; ")] if found else [None]
     if None in tones:

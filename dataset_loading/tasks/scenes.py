@@ -238,11 +238,7 @@ class SceneQuestions(SceneTask):
 
 
 def parse_scene(medium: str) -> Scene:
-    """The scene that a task has described in a line.
-
-    Raises:
-        ValueError: The line describes no scene.
-    """
+    """The scene that a task has described in a line; raises ValueError for a line that describes none."""
     found = _SCENE.fullmatch(medium)
     things = [_THING.fullmatch(part) for part in found[6].split("; ")] if found else [None]
     if None in things:
