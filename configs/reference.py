@@ -120,13 +120,11 @@ def classes_of_run() -> dict[type, list[str]]:
             if nested := nested_class(hint):
                 add(nested, f"{key}.{name}")
 
-    for key, cls in [*(("model", cls) for cls in MODEL_CONFIGS.values()), *SECTIONS.items()]:
+    models = (("model", cls) for cls in MODEL_CONFIGS.values())
+    tuning = ((key, cls) for key, cls in finetuning.SECTIONS.items() if cls not in SECTIONS.values())
+    arguments = (("training", cls) for cls in tuning_arguments().values())
+    for key, cls in (*models, *SECTIONS.items(), *tuning, *arguments):
         add(cls, key)
-    for key, cls in finetuning.SECTIONS.items():
-        if cls not in SECTIONS.values():
-            add(cls, key)
-    for cls in tuning_arguments().values():
-        add(cls, "training")
     return found
 
 
@@ -209,13 +207,9 @@ def type_in_words(hint: Any) -> str:
         if typing.get_origin(part) is Literal:
             words += [json.dumps(value) for value in typing.get_args(part)]
         elif not (part is int and float in parts):
-            words.append("null" if part is NoneType else name_of(part))
+            name = part.__name__ if isinstance(part, type) else str(part).replace("typing.", "")
+            words.append("null" if part is NoneType else name)
     return " or ".join(f"`{word}`" for word in words)
-
-
-def name_of(kind: Any) -> str:
-    """The name of a class, or of a list of something."""
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def default_of(item: dataclasses.Field) -> str:

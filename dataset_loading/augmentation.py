@@ -214,10 +214,8 @@ class Augmenter:
         return self.config.audio.shift
 
     def change(self, kind: str, medium: Any, text: str, rng: np.random.Generator) -> Any:
-        """An item of media as loaded, changed; items of further modalities stay as they are.
-
-        Args:
-            text: The text of the conversation, which the change must not falsify.
+        """An item as loaded, changed so that it does not falsify the text of its conversation; items of further
+        modalities stay as they are.
         """
         with torch_seeded_by(rng):
             if kind in self.image_options:
