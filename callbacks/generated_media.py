@@ -52,7 +52,7 @@ class GeneratedMediaConfig:
 class Sample:
     """What was written for a prompt."""
 
-    medium: Any | None
+    item: Any | None
     """A PIL image, or (samples, rate); None: nothing."""
     latents: torch.Tensor | None
     """(places, latent size)."""
@@ -98,7 +98,7 @@ class GeneratedMediaCallback(PeriodicCallback):
         for source, rows in self.examples.items():
             seeded = list(enumerate(rows))
             written = {depth: [self.sample(model, row, depth, seed) for seed, row in seeded] for depth in depths}
-            report[f"written_samples/{source}"] = prompts_of(rows)
+            report[f"generated_samples/{source}"] = prompts_of(rows)
             report |= self.drifts(source, rows, written, model, state)
             self.show(source, rows, written, state)
         return report
@@ -133,7 +133,7 @@ class GeneratedMediaCallback(PeriodicCallback):
         for depth, samples in written.items():
             sizes = size_by_part([sample.latents for sample in samples if sample.latents is not None])
             for part in sorted(sizes.keys() & real.keys()):
-                ratio, name = sizes[part] / real[part], f"written_samples/{source}/latents_{part}_of_{_PARTS}"
+                ratio, name = sizes[part] / real[part], f"generated_samples/{source}/latents_{part}_of_{_PARTS}"
                 yield name if depth is None else f"{name}_steps_{depth}", ratio
                 if not 1 / self.config.largest_drift < ratio < self.config.largest_drift:
                     logger.warning(
@@ -153,13 +153,13 @@ class GeneratedMediaCallback(PeriodicCallback):
             return
         lines = []
         for number, row in enumerate(rows):
-            media = [row["reference"], *(samples[number].medium for samples in written.values())]
+            media = [row["reference"], *(samples[number].item for samples in written.values())]
             lines.append([self.cell(medium) for medium in media])
-        writer.add_image(f"train/written_samples/{source}", grid_of(lines), state.global_step, dataformats="HWC")
+        writer.add_image(f"train/generated_samples/{source}", grid_of(lines), state.global_step, dataformats="HWC")
         for depth, samples in written.items():
             for number, sample in enumerate(samples):
-                label = "sound" if depth is None else f"steps_{depth}"
-                self.add_player(writer, f"{source}_{number}/{label}", sample.medium, state)
+                label = "audio" if depth is None else f"steps_{depth}"
+                self.add_player(writer, f"{source}_{number}/{label}", sample.item, state)
         writer.flush()  # after the last step nobody else does
 
     def cell(self, medium: Any | None) -> np.ndarray | None:
@@ -174,7 +174,7 @@ class GeneratedMediaCallback(PeriodicCallback):
         if isinstance(medium, tuple):
             samples, rate = medium
             sound = torch.as_tensor(samples)[None].clamp(-1, 1)
-            writer.add_audio(f"train/written_samples/{name}", sound, state.global_step, rate)
+            writer.add_audio(f"train/generated_samples/{name}", sound, state.global_step, rate)
 
 
 def is_generated(example: Example) -> bool:

@@ -52,7 +52,7 @@ model = AutoModel.from_pretrained("{folder}", trust_remote_code=True).eval()
 images = torch.zeros(1, {channels}, {side}, {side})  # from -1 to 1
 images = model.decode(model.encode(images))
 """
-SOUND = """\
+AUDIO = """\
 import torch
 from transformers import AutoModel
 
@@ -208,7 +208,7 @@ def loading_code(folder: Path, config: PreTrainedConfig, resolved: Mapping[str, 
     if config.model_type == "megatransformer_image_autoencoder":
         return IMAGES.format(folder=folder.name, channels=config.num_channels, side=config.image_size)
     if config.model_type == "megatransformer_vocoder":
-        return SOUND.format(folder=folder.name, rate=config.sampling_rate)
+        return AUDIO.format(folder=folder.name, rate=config.sampling_rate)
     text = config.get_text_config()
     depth = f"num_steps={text.num_steps or text.recurrence.mean_steps}, " if text.num_core_layers else ""
     return (MEDIA if has_media else TEXT).format(folder=folder.name, depth=depth)

@@ -121,7 +121,7 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         reader = None if args.round_trip is None else RoundTrip(writer, args.round_trip)
         table = media_table(model, depths, prompts, generator, classifiers, reader, args.batch_size, networks)
         write_result(f"\n{media_markdown(table)}")
-        how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.classifier]}
+        how = {"generate": generate_options(args), "classifiers": [str(folder) for folder in args.classifier]}
         how["feature_networks"] = [str(path) for path in args.feature_network]
         with whole_folder(output) as made:
             names += [path.name for path in save_media_table(table, made, {**about, **how})]

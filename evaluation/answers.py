@@ -25,7 +25,7 @@ class Answer:
     is_right: bool
     """Whether each token of the answer is the likeliest; see `answers_right`."""
     reference: str
-    written: str | None
+    generated: str | None
     """By greedy decoding; None if nothing was written."""
     attributes: Callable[[str], dict[str, str]] | None
     """Names what an answer says; None where nothing does."""
@@ -144,7 +144,7 @@ def text_scores(answers: Sequence[Answer]) -> TextScores:
 
     if not answers:
         raise ValueError("0 answers have no scores; give examples with answers")
-    written, references = [answer.written for answer in answers], [answer.reference.strip() for answer in answers]
+    written, references = [answer.generated for answer in answers], [answer.reference.strip() for answer in answers]
     if any(references):
         longest = max(len(reference.split()) for reference in references)
         listed = [[reference] for reference in references]
@@ -200,7 +200,7 @@ def attribute_accuracy(answers: Sequence[Answer]) -> dict[str, float]:
     right: dict[str, list[bool]] = {}
     for answer in answers:
         if answer.attributes is not None:
-            said = answer.attributes(answer.written)
+            said = answer.attributes(answer.generated)
             for name, value in answer.attributes(answer.reference).items():
                 right.setdefault(name, []).append(said.get(name) == value)
     return {name: sum(found) / len(found) for name, found in right.items()}

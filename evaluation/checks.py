@@ -34,7 +34,7 @@ _MOST_ORDERS = 4  # objects in all orders; more are taken as they are seen
 class Request:
     """What a prompt asks to be drawn."""
 
-    kinds: list[tuple[str | None, str, str]]
+    objects: list[tuple[str | None, str, str]]
     """Size, or None for any, colour and shape of each object."""
     relation: str | None
     """How the first object lies to the second."""
@@ -45,7 +45,7 @@ class Request:
 def read_request(prompt: str) -> Request:
     """What "a small red circle left of two blue squares" asks for, or "a large green square at the top left"."""
     prompt = prompt.lower()
-    kinds = [
+    objects = [
         (size, colour, shape)
         for number, size, colour, shape in (found.groups() for found in _OBJECT.finditer(prompt))
         for _ in range(NUMBERS.index(number or "a") + 1)
@@ -54,7 +54,9 @@ def read_request(prompt: str) -> Request:
     words = set(re.findall("[a-z]+", _RELATION.sub("", prompt)))
     third = next((it for it in ROWS if it in words), None), next((it for it in COLUMNS if it in words), None)
     has_third = third != (None, None)
-    return Request(kinds, relation and relation[0], (third[0] or "middle", third[1] or "middle") if has_third else None)
+    return Request(
+        objects, relation and relation[0], (third[0] or "middle", third[1] or "middle") if has_third else None
+    )
 
 
 def check_scene(prompt: str, picture: Image.Image) -> dict[str, bool]:
@@ -64,12 +66,12 @@ def check_scene(prompt: str, picture: Image.Image) -> dict[str, bool]:
     The objects are taken in the order in which most is right.
     """
     request = read_request(prompt)
-    if not request.kinds:
+    if not request.objects:
         return {}
     seen = read_scene(picture)
-    orders = orders_of(seen, len(request.kinds))
+    orders = orders_of(seen, len(request.objects))
     found, _ = max((compare_objects(request, order) for order in orders), key=lambda result: sum(result[1]))
-    right = {"number": len(seen) == len(request.kinds), **found}
+    right = {"number": len(seen) == len(request.objects), **found}
     return {**right, "all": all(right.values())}
 
 
@@ -89,7 +91,7 @@ def compare_objects(request: Request, order: Sequence[SeenObject | None]) -> tup
     for place, name in enumerate(("size", "colour", "shape")):
         pairs = [
             it is not None and it[place] == kind[place]
-            for kind, it in zip(request.kinds, order, strict=True)
+            for kind, it in zip(request.objects, order, strict=True)
             if kind[place] is not None
         ]
         single += pairs

@@ -52,7 +52,7 @@ class ClassifierConfig:
         ValueError: an unknown kind, fewer than two labels, or sizes that are none.
     """
 
-    medium: str
+    modality: str
     """"image" or "audio"."""
     labels: list[str]
     image_size: int = 32
@@ -63,8 +63,8 @@ class ClassifierConfig:
     """Of a recording, around its middle."""
 
     def __post_init__(self) -> None:
-        if self.medium not in ("image", "audio"):
-            raise ValueError(f"a classifier of {self.medium!r} is unknown; choose image or audio")
+        if self.modality not in ("image", "audio"):
+            raise ValueError(f"a classifier of {self.modality!r} is unknown; choose image or audio")
         if len(self.labels) < 2:
             raise ValueError(f"a classifier has labels {self.labels}; give at least two, of which it can choose")
         for name, least in (("image_size", 16), ("sampling_rate", 1000), ("seconds", 0.2)):
@@ -102,7 +102,7 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        channels = (3 if config.medium == "image" else 1, *CHANNELS)
+        channels = (3 if config.modality == "image" else 1, *CHANNELS)
         self.blocks = nn.Sequential(*(block(inner, outer) for inner, outer in pairwise(channels)))
         self.head = nn.Linear(CHANNELS[-1], len(config.labels))
         self.register_buffer("real_features", torch.zeros(0, CHANNELS[-1]))
@@ -116,7 +116,7 @@ class Classifier(nn.Module):
 
     def prepare(self, medium: Image.Image | tuple[np.ndarray, int]) -> torch.Tensor:
         """One medium as (channels, height, width), within -1 and 1."""
-        return self._picture(medium) if self.config.medium == "image" else self._recording(*medium)
+        return self._image(medium) if self.config.modality == "image" else self._audio(*medium)
 
     @torch.no_grad()
     def features(self, media: Sequence[Any], batch_size: int = 128) -> torch.Tensor:
@@ -131,12 +131,12 @@ class Classifier(nn.Module):
         """What it calls media with these features."""
         return [self.config.labels[index] for index in self.head(features).argmax(dim=-1).tolist()]
 
-    def _picture(self, picture: Image.Image) -> torch.Tensor:
+    def _image(self, picture: Image.Image) -> torch.Tensor:
         size = self.config.image_size, self.config.image_size
         pixels = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1
 
-    def _recording(self, waveform: np.ndarray, rate: int) -> torch.Tensor:
+    def _audio(self, waveform: np.ndarray, rate: int) -> torch.Tensor:
         """The log-mel spectrogram, relative to its loudest place, so that the volume does not count."""
         config, samples = self.config, torch.as_tensor(waveform, dtype=torch.float32)
         if rate != config.sampling_rate:
@@ -224,7 +224,7 @@ def fit(
         classifier.train()
         losses = []
         for rows in torch.randperm(len(inputs)).unfold(0, batch_size, batch_size):  # whole batches
-            logits = classifier.head(classifier(perturbed(inputs[rows], classifier.config.medium)))
+            logits = classifier.head(classifier(perturbed(inputs[rows], classifier.config.modality)))
             loss = F.cross_entropy(logits, targets[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -234,10 +234,10 @@ def fit(
         logger.info("epoch %d: loss %.4f", epoch + 1, sum(losses) / len(losses))
 
 
-def perturbed(inputs: torch.Tensor, medium: str) -> torch.Tensor:
+def perturbed(inputs: torch.Tensor, modality: str) -> torch.Tensor:
     """Each medium of a batch moved by a few places, its border repeated, and with noise."""
     media, _, height, width = inputs.shape
-    down, across = round(SHIFT * height) if medium == "image" else 0, round(SHIFT * width)
+    down, across = round(SHIFT * height) if modality == "image" else 0, round(SHIFT * width)
     wide = F.pad(inputs, (across, across, down, down), mode="replicate")
     tops, lefts = torch.randint(2 * down + 1, (media,)).tolist(), torch.randint(2 * across + 1, (media,)).tolist()
     moved = [it[:, top : top + height, left : left + width] for it, top, left in zip(wide, tops, lefts, strict=True)]
@@ -265,33 +265,29 @@ def share_of_equals(found: Sequence[str | None], asked: Sequence[str]) -> float:
 
 
 def save_classifier(classifier: Classifier, folder: Path, about: dict[str, Any]) -> str:
-    """Write judge.safetensors and judge.json into a folder, made if missing; returns the digest of the weights.
+    """Write classifier.safetensors and classifier.json into a folder, made if missing; returns the weights' digest.
 
     Args:
-        about: what it was trained on; stands in the JSON.
+        about: What it was trained on; stands in the JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: value.contiguous() for name, value in classifier.state_dict().items()}, folder / "judge.safetensors"
-    )
-    classifier.digest = digest_of(folder / "judge.safetensors")
-    content = {
-        "config": asdict(classifier.config),
-        "real_accuracy": classifier.real_accuracy,
-        "digest": classifier.digest,
-        **about,
-    }
-    (folder / "judge.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
+    save_file(weights, folder / "classifier.safetensors")
+    classifier.digest = digest_of(folder / "classifier.safetensors")
+    figures = {"real_accuracy": classifier.real_accuracy, "digest": classifier.digest}
+    content = {"config": asdict(classifier.config), **figures, **about}
+    (folder / "classifier.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return classifier.digest
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """The classifier that `save_classifier` has written.
+    """The classifier that `save_classifier` has written, of this version or of earlier ones, which called it judge.
 
     Raises:
         ValueError: there is none, or its weights are not those it was saved with.
     """
-    paths = [folder / name for name in ("judge.json", "judge.safetensors")]
+    names = [name for name in ("classifier", "judge") if (folder / f"{name}.json").is_file()]
+    paths = [folder / f"{(*names, 'classifier')[0]}.{suffix}" for suffix in ("json", "safetensors")]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ValueError(
@@ -301,9 +297,11 @@ def load_classifier(folder: Path) -> Classifier:
     content, digest = json.loads(paths[0].read_bytes()), digest_of(paths[1])
     if digest != content["digest"]:
         raise ValueError(
-            f"{paths[1]} has digest {digest}, where judge.json says {content['digest']}: train the classifier again"
+            f"{paths[1]} has digest {digest}, where {paths[0].name} says {content['digest']}: train the classifier "
+            "again"
         )
-    classifier = Classifier(ClassifierConfig(**content["config"]))
+    renamed = {"modality" if key == "medium" else key: value for key, value in content["config"].items()}
+    classifier = Classifier(ClassifierConfig(**renamed))
     state = load_file(paths[1])
     for name in ("real_features", "held_out_features"):
         setattr(classifier, name, torch.zeros_like(state[name]))  # as many as there are

@@ -43,7 +43,7 @@ class ModalityScores:
     """Loss, perplexity and bits per byte of the validation sources; empty if none has it."""
     exact_match: float | None
     """Of the sources with answers; None if none has it."""
-    written: TextScores | None
+    generated: TextScores | None
 
 
 @dataclass
@@ -63,7 +63,7 @@ class DepthRow:
     """Loss, perplexity and bits per byte of each validation source."""
     exact_match: dict[str, ExactMatch]
     """By source with answers."""
-    written: dict[str, TextScores] = field(default_factory=dict)
+    generated: dict[str, TextScores] = field(default_factory=dict)
     """By source with answers, if texts were written."""
     modalities: dict[str, ModalityScores] = field(default_factory=dict)
     """By modality, where there are others than text."""
@@ -200,7 +200,7 @@ class DepthEvaluator:
             milliseconds_per_token=1000 * seconds / positions,
             sources={name: metrics_from_sums(*part.sum(dim=0).tolist()) for name, part in sums.items()},
             exact_match={name: exact_match(found) for name, found in answers.items()},
-            written={name: text_scores(found) for name, found in answers.items() if self.writer is not None},
+            generated={name: text_scores(found) for name, found in answers.items() if self.writer is not None},
             modalities=self.score_modalities(by_modality, [answer for found in answers.values() for answer in found]),
         )
 
@@ -219,7 +219,7 @@ class DepthEvaluator:
             found[name] = ModalityScores(
                 losses=metrics_from_sums(*part) if part[1] else {},
                 exact_match=exact_match(own).total if own else None,
-                written=text_scores(own) if own and self.writer is not None else None,
+                generated=text_scores(own) if own and self.writer is not None else None,
             )
         return {} if set(found) <= {"text"} else found
 

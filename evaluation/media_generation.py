@@ -31,16 +31,16 @@ GeneratedItem = Any
 class MediaScores:
     """Media that were written for one source, at one depth. Shares in [0, 1]."""
 
-    medium: str
+    modality: str
     """"image" or "audio"."""
     num_examples: int
     checks: dict[str, float]
     """By what can be read exactly: share of media in which it is as asked for; empty where nothing can."""
-    judged: dict[str, ClassifierScores]
+    classified: dict[str, ClassifierScores]
     """By the name of the classifier."""
     distances: dict[str, FeatureDistances]
     """Of pictures, by the name of the network."""
-    read_back: TextScores | None
+    round_trip: TextScores | None
     """What the model itself reads in its media against their prompts; None where it was not asked."""
     milliseconds: float
     """To write a medium, in batches as they came."""
@@ -63,7 +63,7 @@ class MediaSample:
 
     prompt: str
     reference: GeneratedItem
-    written: dict[int | None, GeneratedItem | None] = field(default_factory=dict)
+    generated: dict[int | None, GeneratedItem | None] = field(default_factory=dict)
     """By depth; None where the model wrote none."""
     is_right: dict[int | None, bool] = field(default_factory=dict)
     """By depth, where it can be checked."""
@@ -166,7 +166,7 @@ class RoundTrip:
 class GeneratedMedia:
     """What one source comes to at one depth, batch by batch."""
 
-    kind: str = ""
+    modality: str = ""
     media: list[GeneratedItem | None] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     references: list[GeneratedItem] = field(default_factory=list)
@@ -203,7 +203,7 @@ class MediaEvaluator:
             self.write(chunk, num_steps, found)
         count = len(samples)  # those of the first examples
         for sample, medium, right in zip(samples, found.media[:count], found.right[:count], strict=True):
-            sample.written[num_steps] = medium
+            sample.generated[num_steps] = medium
             if right:
                 sample.is_right[num_steps] = right["all"]
         return self.scores(found)
@@ -216,7 +216,7 @@ class MediaEvaluator:
         media, steps = self.writer.write(self.model, chunk, num_steps, seeds)
         wait_for(self.model.device)
         found.seconds += time.perf_counter() - start
-        found.kind = modality_of(chunk)
+        found.modality = modality_of(chunk)
         found.media += media
         found.prompts += [example["prompt"] for example in chunk]
         found.references += [example["reference"] for example in chunk]
@@ -228,20 +228,20 @@ class MediaEvaluator:
 
     def scores(self, found: GeneratedMedia) -> MediaScores:
         """What all batches come to."""
-        judged = {
+        classified = {
             label: classify_media(classifier, found.prompts, found.media)
             for label, classifier in self.classifiers.items()
-            if classifier.config.medium == found.kind
+            if classifier.config.modality == found.modality
         }
         written = [medium for medium in found.media if medium is not None]
-        networks = self.networks if found.kind == "image" else {}
+        networks = self.networks if found.modality == "image" else {}
         return MediaScores(
-            medium=found.kind,
+            modality=found.modality,
             num_examples=len(found.media),
             checks=shares(found.right),
-            judged={label: scores for label, scores in judged.items() if scores is not None},
+            classified={label: scores for label, scores in classified.items() if scores is not None},
             distances={label: it.distances(found.references, written) for label, it in networks.items()},
-            read_back=text_scores(found.answers) if found.answers else None,
+            round_trip=text_scores(found.answers) if found.answers else None,
             milliseconds=1000 * found.seconds / len(found.media),
             mean_steps=sum(found.steps) / len(found.steps) if found.steps else None,
         )

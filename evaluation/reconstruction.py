@@ -66,10 +66,10 @@ class AudioScores:
         scores = []
         for sound, waveform, length in zip(made, batch["waveforms"], batch["lengths"].tolist(), strict=True):
             length = min(length, len(sound))
-            scores.append(self._of_clip(sound[:length].float(), waveform[:length].float()))
+            scores.append(self._score_one(sound[:length].float(), waveform[:length].float()))
         return torch.tensor(scores, device=made.device)
 
-    def _of_clip(self, made: torch.Tensor, waveform: torch.Tensor) -> list[float]:
+    def _score_one(self, made: torch.Tensor, waveform: torch.Tensor) -> list[float]:
         mel_l1 = (self.log_mel(made[None]) - self.log_mel(waveform[None])).abs().mean()
         si_sdr = scale_invariant_signal_distortion_ratio(made, waveform) if waveform.any() else float("nan")
         scores = [float(mel_l1), stft_distance(made, waveform), float(si_sdr)]
