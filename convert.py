@@ -2,8 +2,6 @@
 that older code has written (`python convert.py refresh runs/old`).
 """
 
-from __future__ import annotations
-
 from inference.logs import LOG_LEVELS, set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split

@@ -1,7 +1,5 @@
 """Images and audio that the model generates during training, next to their references, at several depths."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,7 +96,8 @@ class GeneratedMediaCallback(PeriodicCallback):
         for source, rows in self.examples.items():
             seeded = list(enumerate(rows))
             written = {depth: [self.sample(model, row, depth, seed) for seed, row in seeded] for depth in depths}
-            report[f"generated_samples/{source}"] = prompts_of(rows)
+            prompts = (f"{number}: {row['prompt']}" for number, row in seeded)  # line by line as in the grid
+            report[f"generated_samples/{source}"] = verbatim("\n".join(prompts))
             report |= self.drifts(source, rows, written, model, state)
             self.show(source, rows, written, state)
         return report
@@ -185,11 +184,6 @@ def is_generated(example: Example) -> bool:
 def target_modality(example: Example) -> str:
     """That of the medium, "image" or "audio"."""
     return example["modality"].removeprefix(TARGET_PREFIX)
-
-
-def prompts_of(rows: Sequence[Example]) -> str:
-    """The prompts, line by line as in the grid, as Markdown."""
-    return verbatim("\n".join(f"{number}: {row['prompt']}" for number, row in enumerate(rows)))
 
 
 def target_latents(example: Example, model: PreTrainedModel) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """Answers that the model gives during training, to questions and to media, next to what it saw and heard."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A model card in each saved folder: what the model is and was trained on, how well it does, and how to load it."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -166,14 +164,9 @@ def card_data(folder: Path, config: PreTrainedConfig, resolved: Mapping[str, Any
     )
 
 
-def holds_adapter(folder: Path) -> bool:
-    """Whether a folder holds adapters, and not the model that they are for."""
-    return (folder / ADAPTER).is_file() or (folder / STEP_ADAPTER).is_file()
-
-
 def description(folder: Path, model: nn.Module, resolved: Mapping[str, Any]) -> str:
     """A sentence or two on the model: what it reads and writes, and its size."""
-    if holds_adapter(folder):
+    if (folder / ADAPTER).is_file() or (folder / STEP_ADAPTER).is_file():
         count = sum(parameter_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
         return f"Low-rank adapters of {count:,} parameters for the model in `{resolved['model']['path']}`."
     config = model.config

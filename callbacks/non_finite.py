@@ -1,7 +1,5 @@
 """Losses and gradients that are not finite: noticed, kept, and acted upon."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import deque
@@ -83,11 +81,8 @@ class NonFiniteCallback(TrainerCallback):
     def keep(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook."""
         if model.training:
-            inputs = {
-                name: value
-                for name, value in kwargs.items()
-                if isinstance(value, torch.Tensor) and not value.is_floating_point()
-            }
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+            inputs = {name: value for name, value in tensors.items() if not value.is_floating_point()}
             loss = output.loss.detach() if output.loss is not None else None
             self.batches.append(MicroBatch(inputs, kwargs.get("num_steps"), loss))
 

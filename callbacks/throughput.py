@@ -1,7 +1,5 @@
 """How fast the training goes."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from typing import Any

@@ -2,8 +2,6 @@
 reconstructs, next to what needs no training: `python -m evaluation runs/vocoder`.
 """
 
-from __future__ import annotations
-
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
@@ -89,7 +87,6 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
             written.
     """
     model, processor = load_as_asked(checkpoint, args)
-    choose_threads(model)
     classifiers = load_named(args.classifier, load_classifier)
     networks = load_named(args.feature_network, FeatureNetwork)
     texts = validation_texts(run, processor, args.limit)
@@ -129,11 +126,7 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
 
 
 def evaluate_codec(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None:
-    """Write a table of how well a codec reconstructs the validation media of its run.
-
-    Raises:
-        ValueError: The codec cannot be loaded, or data cannot be read.
-    """
+    """Write a table of how well a codec reconstructs the validation media of its run."""
     model = load_codec(checkpoint, choose_device(args.device))
     choose_threads(model)
     train, validation = build_codec_datasets(run.data, codec_media(model.config), seed=run.seed)
@@ -262,11 +255,7 @@ def validation_examples(
 
 
 def load_named(paths: Sequence[Path], load: Callable[[Path], T]) -> dict[str, T]:
-    """What is in folders or files, by their names.
-
-    Raises:
-        ValueError: there is nothing in one of them, or two have the same name.
-    """
+    """What is in folders or files, by their names; ValueError if two have the same."""
     names = [path.name for path in paths]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

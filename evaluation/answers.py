@@ -1,7 +1,5 @@
 """What a model writes in answer to prompts, and how far that is from what it should have written."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,9 +81,10 @@ class AnswerGenerator:
         """
         most = [self.most_tokens(example) for example in examples]
         inputs = self.prompts(examples)
+        depth = {} if num_steps is None else {"num_steps": num_steps}
         output = model.generate(
             **to_model(inputs, model),
-            **({} if num_steps is None else {"num_steps": num_steps}),
+            **depth,
             do_sample=False,
             max_new_tokens=max(most),
             eos_token_id=self.tokenizer.eos_token_id,
@@ -111,13 +110,10 @@ class AnswerGenerator:
 
     def join_media(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """The media of all examples as arguments of the model."""
-        if self.processor is None:
-            return {}
-        found = [example.get("media", {}) for example in examples]
-        kinds = dict.fromkeys(kind for media in found for kind in media)
-        return self.processor.collate_media(
-            {kind: [medium for media in found for medium in media.get(kind, [])] for kind in kinds}
-        )
+        joined: dict[str, list[Any]] = {}
+        for modality, items in (pair for example in examples for pair in example.get("media", {}).items()):
+            joined.setdefault(modality, []).extend(items)
+        return self.processor.collate_media(joined) if self.processor else {}
 
 
 def left_padded(rows: Sequence[torch.Tensor], filler: int) -> torch.Tensor:
@@ -197,10 +193,14 @@ def character_ngrams(text: str, n: int) -> Counter[str]:
 
 def attribute_accuracy(answers: Sequence[Answer]) -> dict[str, float]:
     """The share of right answers by attribute that references have."""
-    right: dict[str, list[bool]] = {}
-    for answer in answers:
-        if answer.attributes is not None:
-            said = answer.attributes(answer.generated)
-            for name, value in answer.attributes(answer.reference).items():
-                right.setdefault(name, []).append(said.get(name) == value)
-    return {name: sum(found) / len(found) for name, found in right.items()}
+    named = [answer for answer in answers if answer.attributes is not None]
+    pairs = [(answer.attributes(answer.generated), answer.attributes(answer.reference)) for answer in named]
+    return shares([{name: said.get(name) == value for name, value in right.items()} for said, right in pairs])
+
+
+def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:
+    """The share of what is right, by name, among those that have the name."""
+    values: dict[str, list[bool]] = {}
+    for name, is_right in (item for one in found for item in one.items()):
+        values.setdefault(name, []).append(is_right)
+    return {name: sum(right) / len(right) for name, right in values.items()}

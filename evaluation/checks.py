@@ -1,7 +1,5 @@
 """Whether a medium shows what its prompt asks for, where that can be read from it exactly."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

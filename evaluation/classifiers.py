@@ -4,8 +4,6 @@ They classify what a model has drawn or played: by the label asked for, and by t
 those of real media. Next to each figure stands that of real media held out from the classifier.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -23,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.audio_utils import mel_filter_bank
 
-from .distances import compare_features, digest_of
+from .distances import compare_features, digest_of, pixels_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +101,12 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         channels = (3 if config.modality == "image" else 1, *CHANNELS)
-        self.blocks = nn.Sequential(*(block(inner, outer) for inner, outer in pairwise(channels)))
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2))
+                for inner, outer in pairwise(channels)
+            )
+        )
         self.head = nn.Linear(CHANNELS[-1], len(config.labels))
         self.register_buffer("real_features", torch.zeros(0, CHANNELS[-1]))
         self.register_buffer("held_out_features", torch.zeros(0, CHANNELS[-1]))
@@ -133,8 +136,7 @@ class Classifier(nn.Module):
 
     def _image(self, picture: Image.Image) -> torch.Tensor:
         size = self.config.image_size, self.config.image_size
-        pixels = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+        return pixels_of(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC))
 
     def _audio(self, waveform: np.ndarray, rate: int) -> torch.Tensor:
         """The log-mel spectrogram, relative to its loudest place, so that the volume does not count."""
@@ -154,11 +156,6 @@ class Classifier(nn.Module):
         )
         levels = (torch.from_numpy(filters).T @ power).clamp(min=1e-10).log10()
         return ((levels - levels.max()) / (RANGE / 2) + 1).clamp(min=-1)[None]
-
-
-def block(inner: int, outer: int) -> nn.Sequential:
-    """Half the height and width."""
-    return nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2))
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -330,17 +327,13 @@ def classify_media(
     names = iter(classifier.labels(features))
     found = [next(names) if there else None for there in is_there]
     pairs = [(name, label) for name, label in zip(found, asked, strict=True) if label is not None]
+    real, held_out = classifier.real_features, classifier.held_out_features[: max(len(features), 2)]
     return ClassifierScores(
         digest=classifier.digest,
         num_examples=len(pairs),
         accuracy=share_of_equals(*zip(*pairs, strict=True)),
         real_accuracy=classifier.real_accuracy,
-        **compare_features(
-            {
-                "": (classifier.real_features, features),
-                "real_": (classifier.real_features, classifier.held_out_features[: max(len(features), 2)]),
-            }
-        ),
+        **compare_features({"": (real, features), "real_": (real, held_out)}),
     )
 
 

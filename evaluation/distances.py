@@ -1,7 +1,5 @@
 """How far two sets of media are apart, by features of any network, such as one that was exported to a file."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,9 +1,6 @@
 """Images and audio that a model generates at several depths: what of them is right, and what they look like."""
 
-from __future__ import annotations
-
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +12,7 @@ from transformers import PreTrainedModel
 from model import draw_codes
 from model.chat import TARGET_PREFIX
 
-from .answers import Answer, AnswerGenerator, Example, TextScores, text_scores, to_model
+from .answers import Answer, AnswerGenerator, Example, TextScores, shares, text_scores, to_model
 from .classifiers import Classifier, ClassifierScores, classify_media
 from .depth import chunks, evaluating, wait_for
 from .distances import FeatureDistances, FeatureNetwork
@@ -256,24 +253,11 @@ def what_is_right(example: Example, medium: GeneratedItem | None) -> dict[str, b
 
 
 def modality_of(examples: Sequence[Example]) -> str:
-    """The kind of medium that examples ask for.
-
-    Raises:
-        ValueError: they ask for none, or for several.
-    """
+    """The kind of medium that examples ask for; ValueError if that is none, or several."""
     found = sorted({example["modality"] for example in examples})
     if len(found) != 1 or not found[0].startswith(TARGET_PREFIX):
         raise ValueError(f"examples ask for {', '.join(found)}; give those of one kind of medium that is written")
     return found[0].removeprefix(TARGET_PREFIX)
-
-
-def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:
-    """The share of media that are right, by name of a check, among those that have the check."""
-    values: dict[str, list[bool]] = defaultdict(list)
-    for one in found:
-        for name, is_right in one.items():
-            values[name].append(is_right)
-    return {name: sum(right) / len(right) for name, right in values.items()}
 
 
 def media_table(

@@ -14,8 +14,6 @@ frequency whose multiples together are strongest in the spectrum of what lies be
 The file shares no code with what draws and plays, and knows of it only the names below and what they look like.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """How well media came through a codec: against what they were, and against ways that need no training."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 

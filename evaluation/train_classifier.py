@@ -2,8 +2,6 @@
 `python -m evaluation.train_classifier my/speech --modality audio --label-column speaker --output classifiers/speaker`.
 """
 
-from __future__ import annotations
-
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split

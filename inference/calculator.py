@@ -7,8 +7,6 @@ be it ever so long or large, takes more than a moment.
     atom       = number | "(" expression ")"
 """
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 

@@ -48,9 +48,13 @@ def find_resume_point(args: TrainingArguments) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     is_newest = str(wanted).lower() == "true"
-    checkpoint = newest_checkpoint(Path(args.output_dir)) if is_newest else named_checkpoint(Path(wanted))
+    checkpoint = newest_checkpoint(Path(args.output_dir)) if is_newest else Path(wanted)
     if checkpoint is None:
         return None
+    if not checkpoint.is_dir():
+        raise ValueError(f"training.resume_from_checkpoint: {wanted} is no folder; give a checkpoint folder, or true")
+    if not is_newest and (reason := damage(checkpoint)) is not None:
+        raise ValueError(f"training.resume_from_checkpoint: {checkpoint} {reason}; give a checkpoint-N folder of a run")
     state = read_state(checkpoint)
     if (has_all_steps(state, args) and not is_newest) or 0 < args.max_steps < state["global_step"]:
         raise ValueError(f"training.resume_from_checkpoint: {nothing_left(checkpoint, state['global_step'], args)}")
@@ -112,20 +116,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def named_checkpoint(folder: Path) -> Path:
-    """The folder itself.
-
-    Raises:
-        ValueError: if it is no whole checkpoint.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"training.resume_from_checkpoint: {folder} is no folder; give a checkpoint folder, or true")
-    reason = damage(folder)
-    if reason is not None:
-        raise ValueError(f"training.resume_from_checkpoint: {folder} {reason}; give a checkpoint-N folder of a run")
-    return folder
-
-
 def damage(folder: Path) -> str | None:
     """Why training cannot go on from a folder, as the end of a sentence that begins with it; None if it can.
 
@@ -165,8 +155,7 @@ def faulty_state(folder: Path) -> str | None:
 
 def missing_part(folder: Path) -> str | None:
     """The same as `damage`, of the weights and of the state of the optimizer, by the names of files."""
-    own = sorted(path for path in folder.glob(DEEPSPEED_FOLDERS) if path.is_dir())
-    if own:  # where DeepSpeed keeps all of it
+    if any(path.is_dir() for path in folder.glob(DEEPSPEED_FOLDERS)):  # where DeepSpeed keeps all of it
         return faulty_latest(folder)
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         return f"has no weights ({WEIGHTS[0]})"
@@ -283,10 +272,8 @@ class OptionsOfRun(TrainerCallback):
     def remember(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the options of an optimizer that the run has built, before a checkpoint replaces them."""
         groups = optimizer.param_groups
-        self.options, self.options_in_use = (
-            group_options(groups),
-            group_options([one for one in groups if one["params"]]),
-        )
+        self.options = group_options(groups)
+        self.options_in_use = group_options([one for one in groups if one["params"]])
         optimizer.register_load_state_dict_pre_hook(check_sizes)
 
     def on_train_begin(
@@ -303,18 +290,12 @@ class OptionsOfRun(TrainerCallback):
         wanted = self.options or [options_by_arguments(args, group) for group in groups]
         if len(groups) < len(wanted):  # ZeRO-1 and -2 leave out a group of no parameters, as beside adapters is
             wanted = self.options_in_use
-        if args.allow_changes:
-            change_group_options(groups, wanted)
-        else:
+        if not args.allow_changes:
             check_group_options(groups, wanted)
+        for group, options in zip(groups, wanted, strict=True) if args.allow_changes else ():
+            group |= {name: value for name, value in options.items() if name in group}
+            group["initial_lr"] = options["lr"]  # the rate that a schedule begins with
         set_rates(groups, lr_scheduler)
-
-
-def change_group_options(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
-    """Give the groups of an optimizer other options; the rates become those that a schedule begins with."""
-    for group, options in zip(groups, wanted, strict=True):
-        group |= {name: value for name, value in options.items() if name in group}
-        group["initial_lr"] = options["lr"]
 
 
 def check_group_options(groups: Sequence[Options], wanted: Sequence[Options]) -> None:

@@ -51,16 +51,9 @@ def load_reward(name: str) -> RewardFunction:
 
     Raises:
         ValueError: no such module or function, or the module raises while it is imported.
-    """
-    return checked_reward(name, load_function("reward", name, "evaluation.rewards:exact_answer"))
-
-
-def checked_reward(name: str, function: RewardFunction) -> RewardFunction:
-    """The function, with errors that say which one it was.
-
-    Raises:
         RewardError: when it is called: it raises, or returns anything but a finite number or None for each completion.
     """
+    function = load_function("reward", name, "evaluation.rewards:exact_answer")
 
     @functools.wraps(function)
     def reward(*, completions: Sequence, **kwargs) -> list[float | None]:
