@@ -43,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> arguments.OneLineParser:
-    """The command line."""
     parser = arguments.OneLineParser(prog="convert.py", description="Make a checkpoint out of others.")
     commands = parser.add_subparsers(dest="command", required=True)
     again = {"conflict_handler": "resolve"}  # for --log-level

@@ -162,14 +162,14 @@ class GeneratedMediaCallback(PeriodicCallback):
         writer.flush()  # after the last step nobody else does
 
     def cell(self, medium: Any | None) -> np.ndarray | None:
-        """(height, width, 3) of uint8: a picture, or the spectrogram of a recording, as the model learns them."""
+        """(height, width, 3) of uint8: an image, or the spectrogram of a waveform, as the model learns them."""
         if isinstance(medium, tuple):
             levels = spectrogram_image(self.processor.modalities[f"{TARGET_PREFIX}audio"].preprocess(medium))[0]
             return (levels * 255).round().byte().numpy()[..., None].repeat(3, axis=-1)
         return None if medium is None else np.asarray(medium.convert("RGB"))
 
     def add_player(self, writer: Any, name: str, medium: Any | None, state: TrainerState) -> None:
-        """A player, if the medium is a recording."""
+        """A player, if the medium is a waveform."""
         if isinstance(medium, tuple):
             samples, rate = medium
             sound = torch.as_tensor(samples)[None].clamp(-1, 1)
@@ -202,7 +202,7 @@ def size_by_part(media: Sequence[torch.Tensor]) -> dict[int, float]:
 
 
 def grid_of(lines: Sequence[Sequence[np.ndarray | None]]) -> np.ndarray:
-    """Pictures of any sizes in lines and columns, on grey, (height, width, 3); a missing one is black."""
+    """Images of any sizes in lines and columns, on grey, (height, width, 3); a missing one is black."""
     cells = [cell for line in lines for cell in line if cell is not None]
     height, width = (max(cell.shape[axis] for cell in cells) for axis in (0, 1))
     grid = np.full((len(lines) * (height + _LINE), len(lines[0]) * (width + _LINE), 3), 128, dtype=np.uint8)

@@ -52,7 +52,7 @@ class MediaSamplesConfig:
 
 class MediaSamplesCallback(PeriodicCallback):
     """Writes prompt, reference and answers at several depths of each example, to the reports and to the log. What
-    belongs to them stands next to them in TensorBoard: pictures, spectrograms and players, as the model sees and hears
+    belongs to them stands next to them in TensorBoard: images, spectrograms and players, as the model sees and hears
     them, once when training begins.
 
     Args:

@@ -146,7 +146,8 @@ def model_card(
     if results:
         rows = [f"| {name} | {value:.6g} |" for name, value in results.items() if isinstance(value, int | float)]
         parts.append("## Results\n\n" + "\n".join(["| | last value |", "|---|---:|", *rows]))
-    parts.append("## Versions\n\n" + versions())
+    found = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    parts.append("## Versions\n\n" + "\n".join(f"- {name} {number}" for name, number in found.items()))
     data = card_data(folder, config, resolved)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
@@ -224,9 +225,3 @@ def without_empty(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {name: without_empty(value) for name, value in tree.items() if value is not None}
     return tree
-
-
-def versions() -> str:
-    """Python and the libraries, a line each."""
-    found = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    return "\n".join(f"- {name} {number}" for name, number in found.items())

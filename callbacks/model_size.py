@@ -39,19 +39,15 @@ def parameter_count(parameter: nn.Parameter) -> int:
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter belongs to, by its name within the model."""
-    top, *inner = name.split(".")
-    return f"{inner[1]} of {inner[0]}" if top == "readers" else PART_NAMES.get(top, top)
-
-
 def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
     """Sizes of embeddings, prelude, core, coda, norm and head, and of encoders and projectors of media, in the order of
     the model; shared ones count once.
     """
     parts: dict[str, PartSize] = {}
     for name, parameter in model.named_parameters():
-        part = parts.setdefault(part_of(name.removeprefix(f"{model.base_model_prefix}.")), PartSize())
+        top, *inner = name.removeprefix(f"{model.base_model_prefix}.").split(".")
+        name = f"{inner[1]} of {inner[0]}" if top == "readers" else PART_NAMES.get(top, top)
+        part = parts.setdefault(name, PartSize())
         count = parameter_count(parameter)
         part.parameters += count
         part.trainable += count if parameter.requires_grad else 0

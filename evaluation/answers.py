@@ -98,22 +98,18 @@ class AnswerGenerator:
     def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """What `generate` goes on from: prompts, padded on the left, and their media."""
         prompts = [torch.tensor(prompt_of(example)) for example in examples]
+        media: dict[str, list[Any]] = {}
+        for modality, items in (pair for example in examples for pair in example.get("media", {}).items()):
+            media.setdefault(modality, []).extend(items)
         return {
             "input_ids": left_padded(prompts, self.tokenizer.pad_token_id),
             "attention_mask": left_padded([torch.ones_like(prompt) for prompt in prompts], 0),
-            **self.join_media(examples),
+            **(self.processor.collate_media(media) if self.processor else {}),
         }
 
     def most_tokens(self, example: Example) -> int:
         """Tokens after which an answer is cut off: of the row alone, whatever else is in its batch."""
         return self.max_new_tokens or 2 * (len(example["input_ids"]) - len(prompt_of(example)))
-
-    def join_media(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """The media of all examples as arguments of the model."""
-        joined: dict[str, list[Any]] = {}
-        for modality, items in (pair for example in examples for pair in example.get("media", {}).items()):
-            joined.setdefault(modality, []).extend(items)
-        return self.processor.collate_media(joined) if self.processor else {}
 
 
 def left_padded(rows: Sequence[torch.Tensor], filler: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from .recognition import COLOURS, SHAPES, SeenObject, read_notes, read_scene
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("a", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
-"""Thirds of a picture."""
+"""Thirds of an image."""
 MOVES_OF_CUPS = {"a": "23451", "b": "21453", "c": "54213", "d": "34512"}
 """The cups to which a move brings a ball from cup 1, 2, 3, 4, 5."""
 PLACES_OF_CUPS = (("top", "left"), ("top", "right"), ("middle", "middle"), ("bottom", "left"), ("bottom", "right"))
@@ -57,8 +57,8 @@ def read_request(prompt: str) -> Request:
     )
 
 
-def check_scene(prompt: str, picture: Image.Image) -> dict[str, bool]:
-    """Whether a picture shows what a prompt asks for: "number" of objects, "size", "colour" and "shape" of all of them,
+def check_scene(prompt: str, image: Image.Image) -> dict[str, bool]:
+    """Whether an image shows what a prompt asks for: "number" of objects, "size", "colour" and "shape" of all of them,
     "position" or "relation" where the prompt says one, and "all" of these. Empty where it asks for no object.
 
     The objects are taken in the order in which most is right.
@@ -66,7 +66,7 @@ def check_scene(prompt: str, picture: Image.Image) -> dict[str, bool]:
     request = read_request(prompt)
     if not request.objects:
         return {}
-    seen = read_scene(picture)
+    seen = read_scene(image)
     orders = orders_of(seen, len(request.objects))
     found, _ = max((compare_objects(request, order) for order in orders), key=lambda result: sum(result[1]))
     right = {"number": len(seen) == len(request.objects), **found}
@@ -102,7 +102,7 @@ def compare_objects(request: Request, order: Sequence[SeenObject | None]) -> tup
 
 
 def third_of(place: tuple[float, float]) -> tuple[str, str]:
-    """Row and column of a place in a picture."""
+    """Row and column of a place in an image."""
     x, y = place
     return ROWS[min(int(3 * y), 2)], COLUMNS[min(int(3 * x), 2)]
 
@@ -115,14 +115,14 @@ def relation_of(one: SeenObject, other: SeenObject) -> str:
     return "below" if down > 0 else "above"
 
 
-def check_notes(prompt: str, recording: tuple[np.ndarray, int]) -> dict[str, bool]:
-    """Whether a recording, as samples and their rate, has the notes that a prompt names, in their order: "note1", ...,
+def check_notes(prompt: str, waveform: tuple[np.ndarray, int]) -> dict[str, bool]:
+    """Whether a waveform, as samples and their rate, has the notes that a prompt names, in their order: "note1", ...,
     "length", and "all" of these. Empty where it names none.
     """
     asked = _NOTE.findall(prompt)
     if not asked:
         return {}
-    heard = read_notes(*recording)
+    heard = read_notes(*waveform)
     right = {f"note{number}": heard[number - 1 : number] == [note] for number, note in enumerate(asked, start=1)}
     return {**right, "length": len(heard) == len(asked), "all": heard == asked}
 
@@ -138,22 +138,22 @@ def follow(prompt: str) -> int | None:
     return cup
 
 
-def check_cup_image(prompt: str, picture: Image.Image) -> dict[str, bool]:
-    """Whether a picture shows one ball, "number", in the place of the cup that a prompt asks for, "position", and "all"
+def check_cup_image(prompt: str, image: Image.Image) -> dict[str, bool]:
+    """Whether an image shows one ball, "number", in the place of the cup that a prompt asks for, "position", and "all"
     of these. Empty where it asks for none.
     """
     cup = follow(prompt)
     if cup is None:
         return {}
-    seen = read_scene(picture)
+    seen = read_scene(image)
     right = {"number": len(seen) == 1, "position": {third_of(it.place) for it in seen} == {PLACES_OF_CUPS[cup - 1]}}
     return {**right, "all": all(right.values())}
 
 
-def check_cup_tune(prompt: str, recording: tuple[np.ndarray, int]) -> dict[str, bool]:
-    """The same of a recording and its notes: "length", "note1" and "all"."""
+def check_cup_tune(prompt: str, waveform: tuple[np.ndarray, int]) -> dict[str, bool]:
+    """The same of a waveform and its notes: "length", "note1" and "all"."""
     cup = follow(prompt)
-    return {} if cup is None else check_notes(NOTES_OF_CUPS[cup - 1], recording)
+    return {} if cup is None else check_notes(NOTES_OF_CUPS[cup - 1], waveform)
 
 
 Check = Callable[[str, Any], dict[str, bool]]
@@ -165,4 +165,4 @@ CHECKS: dict[str, Check] = {
     "cup_pictures": check_cup_image,
     "cup_tunes": check_cup_tune,
 }
-"""By generated task. A check takes a prompt, and a picture or (samples, rate)."""
+"""By generated task. A check takes a prompt, and an image or (samples, rate)."""

@@ -1,4 +1,4 @@
-"""Small networks that name what a picture shows or who says what, trained on labels of real media in about a minute.
+"""Small networks that name what an image shows or who says what, trained on labels of real media in about a minute.
 
 They classify what a model has drawn or played: by the label asked for, and by the distance of their features from
 those of real media. Next to each figure stands that of real media held out from the classifier.
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.audio_utils import mel_filter_bank
 
-from .distances import compare_features, digest_of, pixels_of
+from .distances import FeatureDistances, compare_features, digest_of, pixels_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ WINDOW, HOP = 0.032, 0.01
 """Seconds of a frame, and from one to the next."""
 NUM_MEL_BINS = 40
 RANGE = 6.0
-"""Powers of ten below the loudest of a recording that are heard."""
+"""Powers of ten below the loudest of a waveform that are heard."""
 SHIFT = 1 / 8
 """Of width and height, by which media are moved in training at most; sounds in time alone."""
 NOISE = 0.05
@@ -54,11 +54,11 @@ class ClassifierConfig:
     """"image" or "audio"."""
     labels: list[str]
     image_size: int = 32
-    """Pixels of a side; pictures of another size are scaled."""
+    """Pixels of a side; images of another size are scaled."""
     sampling_rate: int = 8000
-    """In Hz; recordings at another rate are resampled."""
+    """In Hz; waveforms at another rate are resampled."""
     seconds: float = 1.0
-    """Of a recording, around its middle."""
+    """Of a waveform, around its middle."""
 
     def __post_init__(self) -> None:
         if self.modality not in ("image", "audio"):
@@ -71,27 +71,21 @@ class ClassifierConfig:
 
 
 @dataclass
-class ClassifierScores:
-    """What a classifier says of written media. Shares in [0, 1]."""
+class ClassifierScores(FeatureDistances):
+    """What a classifier says of generated media, with distances of its features from those of the real media that it
+    was trained on; the real distances are those of as many real media held out from it. Shares in [0, 1].
+    """
 
-    digest: str
-    """Of the classifier's weights."""
     num_examples: int
     """Media whose prompt names exactly one of its labels."""
     accuracy: float
     """Of these: those it gives the label asked for; media that were not written count as wrong."""
     real_accuracy: float
     """Of real media held out from it, with their own labels."""
-    frechet_distance: float | None
-    """Of written media from the real ones it was trained on; None for fewer than two."""
-    real_frechet_distance: float | None
-    """Of as many real media held out from it."""
-    kernel_distance: float | None
-    real_kernel_distance: float | None
 
 
 class Classifier(nn.Module):
-    """Convolutions on a picture or a log-mel spectrogram; the mean over all places are the features.
+    """Convolutions on an image or a log-mel spectrogram; the mean over all places are the features.
 
     Args:
         config: what it is given, and may say.
@@ -134,9 +128,9 @@ class Classifier(nn.Module):
         """What it calls media with these features."""
         return [self.config.labels[index] for index in self.head(features).argmax(dim=-1).tolist()]
 
-    def _image(self, picture: Image.Image) -> torch.Tensor:
+    def _image(self, image: Image.Image) -> torch.Tensor:
         size = self.config.image_size, self.config.image_size
-        return pixels_of(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+        return pixels_of(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
 
     def _audio(self, waveform: np.ndarray, rate: int) -> torch.Tensor:
         """The log-mel spectrogram, relative to its loudest place, so that the volume does not count."""
@@ -163,7 +157,7 @@ class Classifier(nn.Module):
 
 @dataclass
 class LabelledMedia:
-    """Media, pictures or (samples, rate), with a label each."""
+    """Media, images or (samples, rate), with a label each."""
 
     media: list[Any] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
@@ -322,10 +316,9 @@ def classify_media(
     asked = [label_in(prompt, classifier.config.labels) for prompt in prompts]
     if not any(asked):
         return None
-    is_there = [medium is not None for medium in media]
     features = classifier.features([medium for medium in media if medium is not None])
     names = iter(classifier.labels(features))
-    found = [next(names) if there else None for there in is_there]
+    found = [None if medium is None else next(names) for medium in media]
     pairs = [(name, label) for name, label in zip(found, asked, strict=True) if label is not None]
     real, held_out = classifier.real_features, classifier.held_out_features[: max(len(features), 2)]
     return ClassifierScores(

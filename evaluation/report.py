@@ -63,7 +63,13 @@ def markdown_table(rows: Sequence[DepthRow]) -> str:
             lines = [[depth_name(row.num_steps), *(percent(found[level]) for level in levels)] for row, found in shares]
             parts += [f"Exact match of {name} by difficulty:\n", format_table(["steps", *map(str, levels)], lines)]
     for name, first in rows[0].generated.items():
-        parts += [f"Texts generated for {name} ({first.num_examples}):\n", text_table(rows, name)]
+        lines = []
+        for row in rows:
+            scores = row.generated[name]
+            named = [percent(scores.attributes[attribute]) for attribute in first.attributes]
+            lines.append([depth_name(row.num_steps), *text_cells(scores), *named])
+        title = f"Texts generated for {name} ({first.num_examples}):\n"
+        parts += [title, format_table(["steps", *TEXT_SCORES, *first.attributes], lines)]
     return "\n".join(parts)
 
 
@@ -78,17 +84,6 @@ def modality_table(rows: Sequence[DepthRow]) -> str:
         texts = ["-"] * len(titles) if scores.generated is None else text_cells(scores.generated)[1:]
         lines.append([name, depth_name(row.num_steps), loss, exact, *texts])
     return format_table(["modality", "steps", "loss", "exact", *titles], lines)
-
-
-def text_table(rows: Sequence[DepthRow], name: str) -> str:
-    """Scores of the texts of a source, and of the attributes that they name."""
-    attributes = list(rows[0].generated[name].attributes)
-    lines = []
-    for row in rows:
-        scores = row.generated[name]
-        named = [percent(scores.attributes[attribute]) for attribute in attributes]
-        lines.append([depth_name(row.num_steps), *text_cells(scores), *named])
-    return format_table(["steps", *TEXT_SCORES, *attributes], lines)
 
 
 def text_cells(scores: TextScores) -> list[str]:
@@ -173,12 +168,9 @@ def plot_media(table: MediaTable, path: Path) -> None:
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of a size in inches that is drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def label_depths(axes: Axes, rows: Sequence[DepthRow | MediaRow]) -> None:
@@ -264,7 +256,7 @@ def save_contact_sheet(samples: Sequence[MediaSample], path: Path) -> None:
 
 
 def show(medium: GeneratedItem | None, axes: Axes, label: str) -> None:
-    """A picture, or the spectrogram of a recording; nothing of none."""
+    """An image, or the spectrogram of a waveform; nothing of none."""
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(label, fontsize=7)
     if isinstance(medium, tuple):

@@ -34,7 +34,7 @@ FOLDERS = {"image": "imagefolder", "audio": "audiofolder"}
 VALIDATION_SHARE = 0.1
 """Share of the media that measures the classifier, where no others are named."""
 MOST_HEARD = 0.98
-"""Share of the recordings that are heard whole."""
+"""Share of the waveforms that are heard whole."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> arguments.OneLineParser:
-    """The command line."""
     parser = arguments.OneLineParser(
         prog="evaluation.train_classifier",
         renamed={"--medium": "--modality"},
@@ -98,16 +97,11 @@ def labelled_media(folder: Path, args: argparse.Namespace) -> LabelledMedia:
     found = LabelledMedia()
     for row in load_rows(source, "train", data, args.seed, BadRows(data.max_invalid_rows)):
         question, answer = (message["content"] for message in json.loads(row["messages"]))
-        found.media.append(decode(read_reference(question[0], row), args))
+        item = read_reference(question[0], row)
+        is_image = args.modality == "image"
+        found.media.append(load_image(item) if is_image else (load_audio(item, args.sampling_rate), args.sampling_rate))
         found.labels.append(answer[0]["text"])
     return found
-
-
-def decode(medium: Any, args: argparse.Namespace) -> Any:
-    """An image, or a waveform and its rate."""
-    if args.modality == "image":
-        return load_image(medium)
-    return load_audio(medium, args.sampling_rate), args.sampling_rate
 
 
 def hold_out(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMedia]:

@@ -36,7 +36,6 @@ COMMANDS = {
 
 
 def build_parser() -> arguments.OneLineParser:
-    """The command line."""
     parser = arguments.OneLineParser(
         prog="inference.chat", description="Talk with a model in the terminal; /help lists what else it understands."
     )

@@ -103,20 +103,18 @@ class Conversation:
         self.attached = []
         try:
             for _ in range(MAX_CALLS):
-                message = self._add("assistant", self._answer(streamer))
+                message = {"role": "assistant", "content": self._answer(streamer)}
+                self.messages.append(message)
                 yield message
                 expression = called_expression(message["content"])
                 if expression is None:
                     return
-                yield self._add("tool", answer_call(expression))
+                self.messages.append({"role": "tool", "content": answer_call(expression)})
+                yield self.messages[-1]
             logger.warning("the calculator was called %d times without an answer; ask again", MAX_CALLS)
         except BaseException:
             self.messages, self.attached = before, attached
             raise
-
-    def _add(self, role: str, content: str) -> dict[str, Any]:
-        self.messages.append({"role": role, "content": content})
-        return self.messages[-1]
 
     def _answer(self, streamer: TextStreamer | None) -> str:
         inputs = self._inputs().to(self.model.device, self.model.dtype)
@@ -143,13 +141,16 @@ class Conversation:
         where there is none for the last message either.
         """
         inputs = self._encode()
-        while inputs["input_ids"].shape[1] > self.room and self._forget_first_exchange():
+        while (length := inputs["input_ids"].shape[1]) > self.room:
+            asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+            if len(asked) < 2:
+                raise ValueError(
+                    f"the message has {length} tokens, with what stands around it, and there is room for {self.room}; "
+                    "say less, lower --max-new-tokens or raise --max-prompt-tokens."
+                )
+            logger.warning("no more room: what was said first is forgotten")
+            del self.messages[: asked[1]]
             inputs = self._encode()
-        if (length := inputs["input_ids"].shape[1]) > self.room:
-            raise ValueError(
-                f"the message has {length} tokens, with what stands around it, and there is room for {self.room}; say "
-                "less, lower --max-new-tokens or raise --max-prompt-tokens."
-            )
         return inputs
 
     def _encode(self) -> BatchFeature:
@@ -160,15 +161,6 @@ class Conversation:
             )
         ids = torch.tensor([encode_conversation(self.tokenizer, messages, add_generation_prompt=True)])
         return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-    def _forget_first_exchange(self) -> bool:
-        """Whether there was one before the last thing that the user said."""
-        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
-        if len(asked) < 2:
-            return False
-        logger.warning("no more room: what was said first is forgotten")
-        del self.messages[: asked[1]]
-        return True
 
     def save(self, path: Path) -> None:
         """Append the conversation to a file as one line, which sources of kind `chat` read. Names of media files are

@@ -49,7 +49,6 @@ BATCH_SIZE = 8
 
 
 def build_parser() -> arguments.OneLineParser:
-    """The command line."""
     parser = arguments.OneLineParser(
         prog="inference.generate",
         description="Continue a text with a trained model, or answer to images and audio; what it generates goes to "

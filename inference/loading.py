@@ -10,7 +10,6 @@ import torch
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -106,8 +105,13 @@ def load_model(
     check_generation_config(folder, config.get_text_config().vocab_size)
     is_quantized, options = getattr(config, "quantization_config", None) is not None, {}
     if quantization is not None and quantization.load_in is not None:
-        options = quantization_options(folder, skeleton, quantization, dtype)
-        is_quantized = True
+        if is_quantized:
+            raise ValueError(
+                f"The weights in {folder} are quantised already and cannot be quantised again, to "
+                f"{quantization.load_in}: leave that out, or use the checkpoint that they were made from."
+            )
+        rounding = bits_and_bytes(quantization, skeleton, dtype or config.dtype or torch.float32)
+        is_quantized, options = True, {"quantization_config": rounding}
     if is_quantized:
         options["device_map"] = {"": str(device)}  # rounded where the model is to be; left out, transformers chooses
     options["dtype"] = "auto" if dtype is None else dtype
@@ -222,20 +226,6 @@ def shared_settings(processor: ProcessorMixin, config: PreTrainedConfig) -> list
         if isinstance(part, own_class):
             shared += [(name, getattr(part, name), getattr(encoder, there)) for name, there in names.items()]
     return shared
-
-
-def quantization_options(
-    folder: Path, model: PreTrainedModel, quantization: QuantizationConfig, dtype: torch.dtype | None
-) -> dict[str, BitsAndBytesConfig]:
-    """The argument of `from_pretrained` for a model, here without weights; ValueError for weights that are quantised
-    already, or cannot be.
-    """
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"The weights in {folder} are quantised already and cannot be quantised again, to {quantization.load_in}: "
-            "leave that out, or use the checkpoint that they were made from."
-        )
-    return {"quantization_config": bits_and_bytes(quantization, model, dtype or model.config.dtype or torch.float32)}
 
 
 def choose_kernel(model: PreTrainedModel) -> None:

@@ -174,7 +174,6 @@ def manifest_fault(folder: Path, with_digests: bool = True) -> str | None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether the saving of a checkpoint was cut off."""
     return manifest_fault(folder, with_digests=False) == UNFINISHED
 
 
@@ -213,7 +212,6 @@ def files_of_checkpoint(folder: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

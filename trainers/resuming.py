@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,25 +156,18 @@ def faulty_state(folder: Path) -> str | None:
 def missing_part(folder: Path) -> str | None:
     """The same as `damage`, of the weights and of the state of the optimizer, by the names of files."""
     if any(path.is_dir() for path in folder.glob(DEEPSPEED_FOLDERS)):  # where DeepSpeed keeps all of it
-        return faulty_latest(folder)
+        path = folder / "latest"  # which tells DeepSpeed the folder to read
+        try:
+            name = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            return f"has no {path.name} that can be read ({error}), from which DeepSpeed goes on"
+        if not (re.fullmatch(r"global_step\d+", name) and (folder / name).is_dir()):
+            return f"has a damaged {path.name} (there is no {name[:40]!r} in the folder)"
+        return None if any((folder / name).glob("*_states.pt")) else f"has no states in {name}"
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         return f"has no weights ({WEIGHTS[0]})"
     if not any(folder.glob("optimizer*")):
         return "has no state of an optimizer (optimizer*)"
-    return None
-
-
-def faulty_latest(folder: Path) -> str | None:
-    """The same as `damage`, of the file that tells DeepSpeed which folder to read."""
-    path = folder / "latest"
-    try:
-        name = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        return f"has no {path.name} that can be read ({error}), from which DeepSpeed goes on"
-    if not (re.fullmatch(r"global_step\d+", name) and (folder / name).is_dir()):
-        return f"has a damaged {path.name} (there is no {name[:40]!r} in the folder)"
-    if not any((folder / name).glob("*_states.pt")):
-        return f"has no states in {name}"
     return None
 
 
@@ -218,7 +211,10 @@ def check_weights(checkpoint: str, model: PreTrainedModel | PeftModel) -> None:
         "of another shape": [f"{name} ({there[name]}, not {here[name]})" for name in reshaped],
     }
     if any(problems.values()):
-        listed = ", ".join(f"{problem} {first_names(names)}" for problem, names in problems.items())
+        first = {
+            problem: ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3) for problem, names in problems.items()
+        }
+        listed = ", ".join(f"{problem} {names or 'none'}" for problem, names in first.items())
         raise ValueError(f"training.resume_from_checkpoint: {checkpoint} does not fit the model: {listed}")
 
 
@@ -228,12 +224,6 @@ def forget_tied_weights(model: PreTrainedModel, loaded: Any) -> None:
     """
     missing, tied = set(loaded.missing_keys), model.all_tied_weights_keys
     loaded.missing_keys[:] = [name for name in loaded.missing_keys if tied.get(name, name) in missing]
-
-
-def first_names(names: Iterable[str]) -> str:
-    """The first three names, and whether there are more."""
-    names = sorted(names)
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3) if names else "none"
 
 
 # ----------------------------------------------------------------------------------------------- optimizer and schedule

@@ -35,14 +35,11 @@ def load_function(kind: str, name: str, example: str) -> Callable[..., Any]:
     return function
 
 
-RewardFunction = Callable[..., Sequence[float | None]]
-
-
 class RewardError(ValueError):
     """A reward function failed while a model was trained by it."""
 
 
-def load_reward(name: str) -> RewardFunction:
+def load_reward(name: str) -> Callable[..., Sequence[float | None]]:
     """The function that "package.module:function" names, with its results checked at every call.
 
     It is called by keyword with prompts, completions and completion_ids, one of each for every answer, with every other
