@@ -74,7 +74,9 @@ TIMES = ("seconds", "milliseconds", "runtime", "per_second", "throughput", "toke
 NEWER = ("media_columns",)
 """Options that the code did not have which wrote the results; an evaluation repeats all of them."""
 OLD_NAMES = {new: old.split(".")[-1] for old, new in RENAMED.items()}
-"""The names that options had then."""
+OLD_NAMES |= {"generated": "written", "classified": "judged", "round_trip": "read_back", "modality": "medium"}
+OLD_NAMES |= {"classifiers": "judges"}
+"""The names that options and results had then."""
 
 
 def main(argv: list[str] | None = None) -> int:

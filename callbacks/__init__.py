@@ -1,7 +1,5 @@
 """What is watched and written during training, with the trainer's own logs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,11 +80,17 @@ def add_callbacks(
         trainer.add_callback(ModelSizeCallback(reporter))
     if config.samples.prompts:
         trainer.add_callback(SamplesCallback(config.samples, tokenizer_of(processor), reporter))
-    read, written = split_examples(examples or {})
+    read: dict[str, list[Mapping[str, Any]]] = {}
+    generated: dict[str, list[Mapping[str, Any]]] = {}
+    for source, row in ((source, row) for source, rows in (examples or {}).items() for row in rows):
+        if is_generated(row):
+            generated.setdefault(f"{source}_{target_modality(row)}", []).append(row)
+        else:
+            read.setdefault(source, []).append(row)
     if read and config.media_samples.num_examples:
         trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, read, reporter))
-    if written and config.generated_samples.num_examples:
-        trainer.add_callback(GeneratedMediaCallback(config.generated_samples, processor, written, reporter))
+    if generated and config.generated_samples.num_examples:
+        trainer.add_callback(GeneratedMediaCallback(config.generated_samples, processor, generated, reporter))
     trainer.add_callback(NonFiniteCallback(config.non_finite))
 
 
@@ -95,16 +99,3 @@ def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
     if config.model_size.enabled:
         trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
     trainer.add_callback(NonFiniteCallback(config.non_finite))
-
-
-def split_examples(examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, list[Mapping[str, Any]]]]:
-    """The examples whose answer is text, by source; and those whose answer is a medium, by source and kind."""
-    read: dict[str, list[Mapping[str, Any]]] = {}
-    written: dict[str, list[Mapping[str, Any]]] = {}
-    for source, rows in examples.items():
-        for row in rows:
-            if is_generated(row):
-                written.setdefault(f"{source}_{target_modality(row)}", []).append(row)
-            else:
-                read.setdefault(source, []).append(row)
-    return [read, written]

@@ -1,10 +1,7 @@
 """Texts written by the model during training, at several depths."""
 
-from __future__ import annotations
-
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
@@ -66,17 +63,13 @@ class SamplesCallback(PeriodicCallback):
         texts = {}
         for depth in depths_of(model, self.config.num_steps):
             name = "samples" if depth is None else f"samples/num_steps_{depth}"
-            continuations = self.continue_prompts(model, depth)
-            texts[name] = as_markdown(self.config.prompts, continuations)
+            with aside(model, self.config.seed):
+                pairs = [(prompt, self.continue_prompt(model, prompt, depth)) for prompt in self.config.prompts]
+            texts[name] = "\n\n---\n\n".join(verbatim(f"{prompt}⟶{continuation}") for prompt, continuation in pairs)
             if state.is_world_process_zero:
-                for prompt, continuation in zip(self.config.prompts, continuations, strict=True):
+                for prompt, continuation in pairs:
                     logger.info("step %d, %s: %r -> %r", state.global_step, name, prompt, continuation)
         return texts
-
-    def continue_prompts(self, model: PreTrainedModel, depth: int | None) -> list[str]:
-        """The text after each prompt, special tokens left out."""
-        with aside(model, self.config.seed):
-            return [self.continue_prompt(model, prompt, depth) for prompt in self.config.prompts]
 
     def continue_prompt(self, model: PreTrainedModel, prompt: str, depth: int | None) -> str:
         """The text after one prompt. Prompts go one by one: a few short ones, and none is padded."""
@@ -87,9 +80,3 @@ class SamplesCallback(PeriodicCallback):
         if self.config.do_sample:
             inputs |= {"do_sample": True, "temperature": self.config.temperature, "top_k": 0, "top_p": 1.0}
         return generate_text(model, self.tokenizer, inputs, self.config.max_new_tokens)
-
-
-def as_markdown(prompts: Sequence[str], continuations: Sequence[str]) -> str:
-    """Prompts in bold and what follows them, as TensorBoard's text page shows it: verbatim, in code blocks."""
-    pairs = zip(prompts, continuations, strict=True)
-    return "\n\n---\n\n".join(verbatim(f"{prompt}⟶{continuation}") for prompt, continuation in pairs)

@@ -132,11 +132,7 @@ def check_low_rank(rank: int, alpha: int) -> None:
 
 
 def peft_config(options: PeftOptions, model: nn.Module) -> LoraConfig:
-    """The configuration of PEFT.
-
-    Raises:
-        ValueError: The same as `find_targets`.
-    """
+    """The configuration of PEFT; ValueError as of `find_targets`."""
     return LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
@@ -149,11 +145,7 @@ def peft_config(options: PeftOptions, model: nn.Module) -> LoraConfig:
 
 
 def find_targets(model: nn.Module, options: TargetOptions) -> list[str]:
-    """The full names of the linear layers that the options name.
-
-    Raises:
-        ValueError: no part is named, or a name matches nothing; says what there is.
-    """
+    """The full names of the linear layers that the options name; ValueError if they name none, says what there is."""
     layers, found = linear_layers(model), []
     wanted = {
         "prelude": options.prelude,
@@ -199,11 +191,7 @@ def linear_layers(model: nn.Module) -> dict[str, list[str]]:
 
 
 def match(layers: dict[str, list[str]], part: str, names: str | list[str], key: str) -> list[str]:
-    """The full names of the layers of a part that are named, or of all of them.
-
-    Raises:
-        ValueError: The part has no linear layers, or none of them has a name.
-    """
+    """The full names of the layers of a part that are named, or of all; ValueError for names that match nothing."""
     if part not in layers:
         raise ValueError(f"{key}: {part} has no linear layers; this model has {describe_layers(layers)}")
     if names == ALL_LINEAR:
