@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from model import CODEC_CONFIGS
 from trainers import RecurrentTrainingArguments
-from trainers.arguments import MINIMUMS, MOMENTS
+from trainers.arguments import MINIMUMS, SHARES
 from trainers.finetuning import FINETUNERS, ModelOptions
 
 from . import api_reference, finetuning
@@ -145,7 +145,7 @@ def about(cls: type) -> str:
     if not issubclass(cls, TrainingArguments):
         return f"{docstring_parser.parse(cls.__doc__).short_description}\n"
     inherited = {name: f"at least {least}" for name, least in MINIMUMS.items() if name not in documented(cls)}
-    inherited |= dict.fromkeys(MOMENTS, "from 0 to below 1")
+    inherited |= {name: "from 0 to below 1" for name in SHARES if name not in documented(cls)}
     lines = [
         f"- {words}: {', '.join(f'`{name}`' for name in inherited if inherited[name] == words)}\n"
         for words in dict.fromkeys(inherited.values())

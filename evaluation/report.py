@@ -104,7 +104,7 @@ def media_markdown(table: MediaTable) -> str:
     """A table for each source of media: a line for each depth, and one for real media."""
     parts = []
     for name, first in table.rows[0].sources.items():
-        columns = [columns_of(row.sources[name], table.real[name]) for row in table.rows]
+        columns = [media_columns(row.sources[name], table.real[name]) for row in table.rows]
         header, _, real = zip(*columns[0], strict=True)
         lines = [
             [depth_name(row.num_steps), *(figure for _, figure, _ in found)]
@@ -120,7 +120,7 @@ def names_of_checks(checks: Mapping[str, float]) -> list[str]:
     return sorted(checks, key=lambda name: name != "all")
 
 
-def columns_of(scores: MediaScores, real: Mapping[str, float]) -> list[tuple[str, str, str]]:
+def media_columns(scores: MediaScores, real: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """Title, figure, and the same figure of real media, a dash where there is none, of the columns of a source."""
     columns = [(name, percent(scores.checks[name]), percent(real[name])) for name in names_of_checks(scores.checks)]
     for name, it in [*scores.classified.items(), *scores.distances.items()]:

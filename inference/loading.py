@@ -115,7 +115,7 @@ def load_model(
     if is_quantized:
         options["device_map"] = {"": str(device)}  # rounded where the model is to be; left out, transformers chooses
     options["dtype"] = "auto" if dtype is None else dtype
-    model = load_weights(folder, config, f"The weights in {folder} are damaged", **options)
+    model = load_and_check(folder, config, f"The weights in {folder} are damaged", **options)
     if tuned != folder:
         model = load_adapters(model, tuned, merge=not is_quantized)
         check_finite(tuned, model)
@@ -142,10 +142,10 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
     check_files(folder)
     config = load_model_config(folder, CODEC_CONFIGS)
     build_checked(folder, config)
-    return load_weights(folder, config, f"The codec in {folder} is damaged").to(device).eval()
+    return load_and_check(folder, config, f"The codec in {folder} is damaged").to(device).eval()
 
 
-def load_weights(folder: Path, config: PreTrainedConfig, damage: str, **options: Any) -> PreTrainedModel:
+def load_and_check(folder: Path, config: PreTrainedConfig, damage: str, **options: Any) -> PreTrainedModel:
     """The model of a configuration with the weights of a folder, nothing missing, left over, or of another shape.
 
     Args:

@@ -227,13 +227,13 @@ def check_prompts(
     for prompt in prompts:
         try:
             check_characters(tokenizer_of(processor), prompt.text, limit)
-            check_length(encode_batch(processor, [prompt]), limit)
+            check_length(encode_prompts(processor, [prompt]), limit)
         except (ValueError, OSError) as error:
             bad[prompt.line] = str(error)
     refuse(path, bad, len(prompts))
 
 
-def encode_batch(processor: PreTrainedTokenizerBase | ProcessorMixin, batch: Sequence[Prompt]) -> BatchFeature:
+def encode_prompts(processor: PreTrainedTokenizerBase | ProcessorMixin, batch: Sequence[Prompt]) -> BatchFeature:
     """The inputs of the model for prompts that all have media, or all have none."""
     if batch[0].media:
         return encode_question(processor, *((prompt.media, prompt.text) for prompt in batch))
@@ -260,7 +260,7 @@ def write_answers(
     tokenizer, num_written = tokenizer_of(processor), 0
     for batch in batches(prompts, batch_size):
         set_seed(seed)
-        inputs = encode_batch(processor, batch)
+        inputs = encode_prompts(processor, batch)
         ids = model.generate(
             **inputs.to(model.device, model.dtype),
             eos_token_id=tokenizer.eos_token_id,

@@ -27,7 +27,7 @@ MINIMUMS = {
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "logging_steps", "eval_steps", "save_steps"), 0),
     **dict.fromkeys(("recurrence_logging_steps", "dataloader_num_workers", "stall_seconds", "seed", "data_seed"), 0),
 }
-DECAYS = ("adam_beta1", "adam_beta2", "ema_decay")
+SHARES = ("adam_beta1", "adam_beta2", "ema_decay")
 # What transformers offers and our metrics and model cannot do: the value there has to be, and what another would cause.
 FIXED = {
     "label_names": (None, "the metrics need the labels that the model takes, which are called labels"),
@@ -144,7 +144,7 @@ class RecurrentTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {value}; give at least {least}")
         self._check_report_to()
         check_keywords(self)
-        for name in DECAYS:
+        for name in SHARES:
             if (value := getattr(self, name)) is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; give a number from 0 to below 1")
         check_fixed(self, FIXED)

@@ -372,7 +372,6 @@ def describe_speed(flops: Flops, plan: Plan) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """10^9 bytes."""
     return f"{size / 1e9:,.3f}"
 
 

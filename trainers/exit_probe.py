@@ -37,9 +37,6 @@ class ExitProbeTrainer(ScoringTrainer):
     """`transformers.Trainer` for the exit probe of a model whose other weights are frozen: binary cross-entropy of its
     decision after each step, up to the mean depth.
 
-    Args:
-        kwargs: The arguments of `transformers.Trainer`.
-
     Raises:
         ValueError: The libraries refuse an option, or there are several processes; nothing is written then.
     """

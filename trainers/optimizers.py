@@ -39,7 +39,10 @@ def build_optimizer(
 
 def build_muon(groups: list[dict[str, Any]], args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
     """Muon at `args.muon_learning_rate` for the matrices inside the layers, and the optimizer of `args.optim` for the
-    rest; ValueError if that is not torch's, so that its state may not be loadable by torch's rules.
+    rest.
+
+    Raises:
+        ValueError: The optimizer is not torch's, so that its state may not be loadable by torch's rules.
     """
     auxiliary, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if not auxiliary.__module__.startswith("torch.optim."):
