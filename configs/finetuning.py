@@ -60,7 +60,7 @@ NOT_OPTIONS[PreferenceArguments] = {
     *("modality_weights", "router_aux_loss_coef"),
 }
 NOT_OPTIONS[RolloutArguments] = {
-    *("model_init_kwargs", "trust_remote_code", "remove_unused_columns", "pad_to_multiple_of", "chat_template_kwargs"),
+    *("model_init_kwargs", "trust_remote_code", "pad_to_multiple_of", "chat_template_kwargs"),
     *("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching", "use_transformers_paged"),
     *("transformers_continuous_batching_config", "max_tool_calling_iterations", "num_generations_eval"),
     *("log_multimodal", "log_completions_hub_repo", "modality_weights", "router_aux_loss_coef"),
@@ -195,7 +195,7 @@ def add_fresh_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[t
     steps = []
     if run.step_lora is not None:
         options = run.step_lora
-        targets = step_lora_targets(model, options.target_modules, lora)
+        targets = step_lora_targets(model, options.target_modules)
         steps = [add_step_lora(model, targets, options.num_steps, options.rank, options.alpha)]
     model.requires_grad_(False)
     if lora is not None:

@@ -31,17 +31,19 @@ from model.versions import VersionAction
 from trainers import RecurrentTrainingArguments
 
 from . import strict_yaml
-from .renamed import new_name, with_new_names
+from .renamed import is_removed, new_name, with_new_names
 
 SWITCHES = ("__dry_run", "__allow_code")  # flags that may stand without a value
 OPTIONAL_SECTIONS = ("peft", "step_lora")  # of fine-tuning
-# Not for YAML: what every Hugging Face config inherits, what tokenizer, backbone and launcher decide, and secrets.
+# Not for YAML: what every Hugging Face config inherits, what tokenizer, backbone and launcher decide, what has a single
+# value here, and secrets.
 NOT_OPTIONS = {
     PreTrainedConfig: {item.name for item in dataclasses.fields(PreTrainedConfig)}
     | {"pad_token_id", "bos_token_id", "eos_token_id", "backbone_config", "codec_config", "vocoder_config"},
     MegaTransformerConfig: {"tie_word_embeddings", "image_code_offset", "structure_token_ids"}
     | {name for name in MegaTransformerConfig.__dataclass_fields__ if name.endswith("_token_id")},
-    RecurrentTrainingArguments: {"local_rank", "parallelism_config", "hub_token"},
+    RecurrentTrainingArguments: {"local_rank", "parallelism_config", "hub_token"}
+    | {"logging_nan_inf_filter", "remove_unused_columns"},
 }
 CODE_OPTIONS = ("optimizer", "rewards")
 """Options of training that name functions, as module:function."""
@@ -174,13 +176,21 @@ def read_arguments(argv: Sequence[str]) -> Iterator[Given]:
 
 
 def read_flag(flag: str, value: str) -> Given:
-    """What a flag of a section gives; under its new name, where it has an old one."""
+    """What a flag of a section gives; under its new name, where it has an old one; nothing, if it is gone.
+
+    Raises:
+        ValueError: it is gone, and the value is not the one that is left; or the value cannot be read.
+    """
     found = read_value(flag, value)
     old, keys = flag[2:].replace("-", "_").split("."), []
+    if is_removed(old, found):
+        return Given([])
     for name in old:
         keys.append(new_name([*keys, name]))
     if (new := with_new_names(found, keys=keys)) != found:
         value = json.dumps(new)
+    if found and not new:
+        return Given([])
     name = flag if keys == old else f"--{'.'.join(keys)}"
     return Given([f"{name}={value}"], functools.reduce(lambda inner, key: {key: inner}, reversed(keys), new))
 

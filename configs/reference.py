@@ -36,7 +36,8 @@ A run is one YAML with the sections below; what is left out has its default. Eve
 section: `--model.recurrence.mean_steps 8`. Several `--config` files may be given; later files and flags override
 earlier ones. What is wrong with a key, a type, a choice or a range is said in one line that names the key, before
 anything is built. The `config.yaml` of a run folder holds every option as it was resolved. An option that has been
-renamed is still read by its old name, and a line on standard error says the new one.
+renamed is still read by its old name, and a line on standard error says the new one; one that is gone may still be
+given with the value that is left.
 
 `training.optimizer` and `training.rewards` may name functions, which are imported and run. Where a file names one that
 is not in `trainers` or `evaluation`, it is refused unless the command line has `--allow-code`, which no file can say.
@@ -106,8 +107,10 @@ def headings_of_run() -> dict[type, str]:
 
 
 def tuning_arguments() -> dict[str, type]:
-    """The training arguments of each trainer of fine-tuning that has its own."""
-    return {name: cls for name, (_, cls) in FINETUNERS.items() if cls is not RecurrentTrainingArguments}
+    """The training arguments of each trainer of fine-tuning that declares some."""
+    return {
+        name: cls for name, (_, cls) in FINETUNERS.items() if cls is not RecurrentTrainingArguments and documented(cls)
+    }
 
 
 def classes_of_run() -> dict[type, list[str]]:

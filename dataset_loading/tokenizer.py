@@ -14,6 +14,8 @@ from .splits import iterate_training_texts
 
 logger = logging.getLogger(__name__)
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
+TRAINING_ROWS = 10_000
+"""Rows of each hub or generated source that a vocabulary is trained on; files are read whole."""
 
 
 def build_tokenizer(
@@ -49,7 +51,7 @@ def build_tokenizer(
         )
     if config.path is not None:
         return load_tokenizer(config.path, media_tokens)
-    texts = iterate_training_texts(data_config, seed, config.training_rows)
+    texts = iterate_training_texts(data_config, seed, TRAINING_ROWS)
     return train_tokenizer(texts, config.vocab_size, config.split_digits, media_tokens)
 
 
