@@ -1,7 +1,5 @@
 """What depth buys: loss, answers and time of one model at several numbers of core steps."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +16,7 @@ from model import TARGET_MODALITIES, modality_names
 from model.chat import TARGET_PREFIX
 
 from .answers import Answer, AnswerGenerator, Example, TextScores, prompt_of, text_scores, to_model
-from .metrics import flow_weights, metrics_from_sums, token_scores, with_flow_losses
+from .metrics import METRICS, flow_weights, metrics_from_sums, token_scores, with_flow_losses
 
 Item = Mapping[str, Any]
 Collate = Callable[[list[Item]], dict[str, torch.Tensor]]
@@ -45,7 +43,7 @@ class ModalityScores:
     if none has it."""
     exact_match: float | None
     """Of the sources with answers; None if none has it."""
-    written: TextScores | None
+    generated: TextScores | None
 
 
 @dataclass
@@ -66,7 +64,7 @@ class DepthRow:
     """Loss, perplexity and bits per byte of each validation source, and flow_loss_NAME of what it has generated."""
     exact_match: dict[str, ExactMatch]
     """By source with answers."""
-    written: dict[str, TextScores] = field(default_factory=dict)
+    generated: dict[str, TextScores] = field(default_factory=dict)
     """By source with answers, if texts were written."""
     modalities: dict[str, ModalityScores] = field(default_factory=dict)
     """By modality, where there are others than text."""
@@ -141,11 +139,6 @@ class DepthEvaluator:
     batch_size: int
     writer: AnswerGenerator | None
 
-    def batches(self, items: Iterable[Item]) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of at most `batch_size` items, in order, as `batch_of` makes them."""
-        for chunk in chunks(items, self.batch_size):
-            yield self.batch_of(chunk)
-
     def batch_of(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """Items on the device, with the codes of images, where these are tokens."""
         with_codes = getattr(self.model, "with_codes", dict)  # models of text alone have none
@@ -164,7 +157,8 @@ class DepthEvaluator:
         num_scores = 2 if self.byte_lengths is None else 3
         tokens, latents = torch.zeros(len(modality_names()), num_scores), torch.zeros(len(TARGET_MODALITIES), 2)
         sums = TextSums(tokens.double(), latents.double())
-        for batch in self.batches(items):
+        for chunk in chunks(items, self.batch_size):
+            batch = self.batch_of(chunk)
             has_targets = any(batch.get(f"{name}_targets") is not None for name in TARGET_MODALITIES)
             wait_for(self.model.device)
             start = time.perf_counter()
@@ -191,20 +185,10 @@ class DepthEvaluator:
         for chunk in chunks(examples, self.batch_size):  # read once: there may be media to decode
             batch = self.batch_of([row_of(example) for example in chunk])
             right = answers_right(self.forward(batch, num_steps).logits, batch["labels"]).tolist()
-            written = [None] * len(chunk)
-            if self.writer is not None:
-                written = self.writer.write(self.model, chunk, num_steps)
-            answers += [
-                Answer(
-                    example.get("modality", "text"),
-                    example.get("difficulty"),
-                    is_right,
-                    example.get("answer", ""),
-                    text,
-                    example.get("attributes"),
-                )
-                for example, is_right, text in zip(chunk, right, written, strict=True)
-            ]
+            written = self.writer.write(self.model, chunk, num_steps) if self.writer else [None] * len(chunk)
+            for row, is_right, text in zip(chunk, right, written, strict=True):
+                known = row.get("modality", "text"), row.get("difficulty"), is_right, row.get("answer", "")
+                answers.append(Answer(*known, text, row.get("attributes")))
         return answers
 
     def row(
@@ -223,23 +207,16 @@ class DepthEvaluator:
         answers = {name: self.answer(rows, num_steps) for name, rows in examples.items()}
         return DepthRow(
             num_steps=num_steps,
-            loss=total["loss"],
-            perplexity=total["perplexity"],
-            bits_per_byte=total.get("bits_per_byte"),
+            **{name: total.get(name) for name in METRICS},
             milliseconds_per_token=1000 * seconds / positions,
             sources=dict(zip(sums, of_sources, strict=True)),
             exact_match={name: exact_match(found) for name, found in answers.items()},
-            written={name: text_scores(found) for name, found in answers.items() if self.writer is not None},
+            generated={name: text_scores(found) for name, found in answers.items() if self.writer is not None},
             modalities=self.score_modalities(whole, [answer for found in answers.values() for answer in found]),
         )
 
     def score_modalities(self, sums: TextSums, answers: Sequence[Answer]) -> dict[str, ModalityScores]:
-        """Scores by modality; none where all is text.
-
-        Args:
-            sums: Sums over all sources.
-            answers: Answers of all sources.
-        """
+        """Scores by modality, from sums and answers of all sources; none where all is text."""
         found = {}
         targets = dict(zip(TARGET_MODALITIES, sums.latents.tolist(), strict=True))
         for name, part in zip(modality_names(), sums.tokens.tolist(), strict=True):
@@ -250,7 +227,7 @@ class DepthEvaluator:
             found[name] = ModalityScores(
                 losses=self.metrics(part, {shown: targets[shown]} if shown else {}) if part[1] else {},
                 exact_match=exact_match(own).total if own else None,
-                written=text_scores(own) if own and self.writer is not None else None,
+                generated=text_scores(own) if own and self.writer is not None else None,
             )
         return {} if set(found) <= {"text"} else found
 

@@ -19,14 +19,11 @@ _COLUMN = re.compile(r"\{(\w+)\}")
 
 
 def answer_to(given: Sequence[dict], prompt: str, answer: str, shown: Sequence[dict] = ()) -> list[dict]:
-    """The conversation of one question and its answer.
-
-    Args:
-        given: References to media in front of the prompt, which may be empty.
-        shown: References to media behind the answer, which may be empty.
+    """The conversation of one question, with media in front of it, and its answer, with media behind it; each text may
+    be empty, or have marks for its media.
 
     Raises:
-        UnusableRow: A text has marks for media, but more or fewer than there are.
+        UnusableRow: A text has marks, but more or fewer than media.
     """
     question = [*given, *([{"type": "text", "text": prompt}] if prompt else [])]
     reply = [*([{"type": "text", "text": answer}] if answer else []), *shown]
@@ -52,7 +49,12 @@ def parse_messages(
         UnusableRow: These are no messages, a part is of an unknown type, an item of media is missing or left over,
             there is nothing to learn, or another key changes what is to be learned.
     """
-    _refuse_sharegpt(value)
+    for message in value if isinstance(value, list) else ():
+        if isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message:
+            raise UnusableRow(
+                "a message has 'from' and 'value', as ShareGPT writes it; rename them to role and content, and in role "
+                "human to user and gpt to assistant"
+            )
     try:
         check_messages(value, learns_all=loss_on == "all", fixes=FIXES)
         value, left = place_items(value, attached)
@@ -76,24 +78,16 @@ def parse_messages(
     return messages
 
 
-def _refuse_sharegpt(messages: object) -> None:
-    for message in messages if isinstance(messages, list) else ():
-        if isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message:
-            raise UnusableRow(
-                "a message has 'from' and 'value', as ShareGPT writes it; rename them to role and content, and in role "
-                "human to user and gpt to assistant"
-            )
-
-
 def _parse_message(message: dict, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
     content = message.get("content") or []
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    parts = [_parse_part(part, waiting, folder) for part in content]
-    more = {"weight": 0} if is_left_out(message) else {}
-    more |= {name: message[name] for name in ("reasoning_content",) if message.get(name)}
-    return {"role": message["role"], "content": parts, **more} | (
-        {"tool_calls": calls} if (calls := calls_of(message)) else {}
-    )
+    parsed = {"role": message["role"], "content": [_parse_part(part, waiting, folder) for part in content]}
+    fields = {
+        "weight": 0 if is_left_out(message) else None,
+        "reasoning_content": message.get("reasoning_content") or None,
+        "tool_calls": calls_of(message) or None,
+    }
+    return parsed | {name: value for name, value in fields.items() if value is not None}
 
 
 def _parse_part(part: object, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
@@ -172,11 +166,7 @@ def template_columns(template: str | None) -> list[str]:
 
 
 def fill_template(template: str, row: Mapping[str, object]) -> str:
-    """A template with the row's values in place of {column}.
-
-    Raises:
-        UnusableRow: The row lacks a column, or its value is neither text nor a number.
-    """
+    """A template with the row's values, texts or numbers, in place of {column}; raises UnusableRow for others."""
     for column in template_columns(template):
         if not isinstance(row.get(column), (str, int, float)):
             raise UnusableRow(f"column {column!r} of the prompt is {type(row.get(column)).__name__}, not text")
