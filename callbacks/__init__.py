@@ -11,21 +11,19 @@ from model import tokenizer_of
 from .generated_media import GeneratedMediaCallback, GeneratedMediaConfig, is_generated, target_modality
 from .media_samples import MediaSamplesCallback, MediaSamplesConfig
 from .model_card import ModelCardWriter, model_card, sources_of
-from .model_size import ModelSizeCallback, ModelSizeConfig, size_table
+from .model_size import ModelSizeCallback, size_table
 from .non_finite import NonFiniteCallback, NonFiniteConfig
 from .reporting import Reporter
 from .samples import SamplesCallback, SamplesConfig
-from .throughput import ThroughputCallback, ThroughputConfig
+from .throughput import ThroughputCallback
 
 __all__ = [
     "CallbacksConfig",
     "GeneratedMediaConfig",
     "MediaSamplesConfig",
     "ModelCardWriter",
-    "ModelSizeConfig",
     "NonFiniteConfig",
     "SamplesConfig",
-    "ThroughputConfig",
     "add_callbacks",
     "add_codec_callbacks",
     "model_card",
@@ -46,12 +44,6 @@ class CallbacksConfig:
 
     generated_samples: GeneratedMediaConfig = field(default_factory=GeneratedMediaConfig)
     """Images and audio that are generated for fixed prompts, at several depths."""
-
-    throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
-    """Tokens and core steps per second."""
-
-    model_size: ModelSizeConfig = field(default_factory=ModelSizeConfig)
-    """Parameters by part of the model."""
 
     non_finite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
     """What happens when the loss or the gradient is not finite."""
@@ -74,10 +66,8 @@ def add_callbacks(
             as answers, see `GeneratedMediaCallback`.
     """
     reporter = Reporter(trainer)
-    if config.throughput.enabled:
-        trainer.callback_handler.callbacks.insert(0, ThroughputCallback())
-    if config.model_size.enabled:
-        trainer.add_callback(ModelSizeCallback(reporter))
+    trainer.callback_handler.callbacks.insert(0, ThroughputCallback())
+    trainer.add_callback(ModelSizeCallback(reporter))
     if config.samples.prompts:
         trainer.add_callback(SamplesCallback(config.samples, tokenizer_of(processor), reporter))
     read: dict[str, list[Mapping[str, Any]]] = {}
@@ -96,6 +86,5 @@ def add_callbacks(
 
 def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
     """Add the callbacks that a model without tokens has a use for."""
-    if config.model_size.enabled:
-        trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
+    trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
     trainer.add_callback(NonFiniteCallback(config.non_finite))

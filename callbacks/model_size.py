@@ -16,14 +16,6 @@ PART_NAMES = {"embed_tokens": "embeddings", "embed_positions": "embeddings", "lm
 
 
 @dataclass
-class ModelSizeConfig:
-    """Table of the model's parts."""
-
-    enabled: bool = True
-    """Log the parameters, memory and passes of each part when the training starts."""
-
-
-@dataclass
 class PartSize:
     """One part of a model."""
 

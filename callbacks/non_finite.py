@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("stop", "skip", "warn")
+KEPT_BATCHES = 64
+"""Micro-batches that are kept for inspection until the next log."""
 
 
 @dataclass
@@ -24,15 +26,9 @@ class NonFiniteConfig:
     """What a loss or gradient norm that is not finite leads to: "stop" ends the run with an error, "skip" leaves out
     the update (and waits for the device at each step to see whether it has to), "warn" goes on."""
 
-    keep_batches: int = 64
-    """Micro-batches kept for inspection until the next log, at least 1; the offending one is saved in the output
-    folder."""
-
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
             raise ValueError(f"non_finite.action is {self.action!r}, must be one of {', '.join(ACTIONS)}.")
-        if self.keep_batches < 1:
-            raise ValueError(f"non_finite.keep_batches is {self.keep_batches}, must be at least 1.")
 
 
 @dataclass
@@ -54,7 +50,7 @@ class NonFiniteCallback(TrainerCallback):
 
     def __init__(self, config: NonFiniteConfig) -> None:
         self.config = config
-        self.batches: deque[MicroBatch] = deque(maxlen=config.keep_batches)
+        self.batches: deque[MicroBatch] = deque(maxlen=KEPT_BATCHES)
         self.hook: torch.utils.hooks.RemovableHandle | None = None
 
     def on_train_begin(

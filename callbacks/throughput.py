@@ -1,19 +1,10 @@
 """How fast the training goes."""
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
-
-
-@dataclass
-class ThroughputConfig:
-    """Speed of the training."""
-
-    enabled: bool = True
-    """Log tokens and core steps per second."""
 
 
 class ThroughputCallback(TrainerCallback):
