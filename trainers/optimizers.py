@@ -192,18 +192,18 @@ def split_groups(
     owners, decaying = assign(model, groups), set(decaying)
     decays = {parameter: name in decaying for name, parameter in model.named_parameters()}
     whole, optimizer.param_groups[:] = list(optimizer.param_groups), []
-    for owner in (None, *groups):
+    for group in (None, *groups):
         for options in whole:
-            members = [parameter for parameter in options["params"] if owners.get(parameter) is owner]
+            members = [parameter for parameter in options["params"] if owners.get(parameter) is group]
             if not members:
                 continue
             own: dict[str, float] = {}
-            if owner is not None:
-                rate = options["lr"] * (1 if owner.lr_factor is None else owner.lr_factor)
-                rate = rate if owner.learning_rate is None else owner.learning_rate
-                own = {"lr": rate, "freeze_steps": owner.freeze_steps}
-                if decays[members[0]] and owner.weight_decay is not None:
-                    own["weight_decay"] = owner.weight_decay
+            if group is not None:
+                rate = options["lr"] * (1 if group.lr_factor is None else group.lr_factor)
+                rate = rate if group.learning_rate is None else group.learning_rate
+                own = {"lr": rate, "freeze_steps": group.freeze_steps}
+                if decays[members[0]] and group.weight_decay is not None:
+                    own["weight_decay"] = group.weight_decay
             optimizer.add_param_group({**options, **own, "params": members})
 
 
