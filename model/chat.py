@@ -131,17 +131,16 @@ def said_content(message: Mapping[str, Any]) -> Any:
     """
     content, calls = _content_of(message), calls_of(message)
     before = f"<think>\n{message['reasoning_content']}\n</think>\n\n" if message.get("reasoning_content") else ""
-    behind = "\n".join(
-        f"{call['name']}({_json(it) if isinstance(it := call['arguments'], dict) else it})" for call in calls
-    )
+    said = [call["name"] + f"({it if isinstance(it := call['arguments'], str) else _json(it)})" for call in calls]
+    has_content = bool(content) if isinstance(content, str) else any(part != _NOTHING for part in content)
+    behind = "\n".join([*([""] if has_content and said else []), *said])
     if isinstance(content, str):
-        return f"{before}{content}{chr(10) if content and behind else ''}{behind}"
-    behind = f"\n{behind}" if behind and content else behind
-    return [
-        *({"type": "text", "text": text} for text in [before] if text),
-        *content,
-        *([{"type": "text", "text": behind}] if behind else []),
-    ]
+        return before + content + behind
+    parts = [{"type": "text", "text": text} for text in (before, behind)]
+    return [part for part in (parts[0], *content, parts[1]) if part != _NOTHING]
+
+
+_NOTHING = {"type": "text", "text": ""}
 
 
 def _json(value: Any) -> str:

@@ -364,6 +364,10 @@ CALLS = {
         {"content": "", "tool_calls": [call("get_weather", OSLO), call("calculator", "2*21")]},
         'get_weather({"city": "Oslo", "days": 2})\ncalculator(2*21)',
     ),
+    "beside a part that says nothing": (
+        {"content": [{"type": "text", "text": ""}], "tool_calls": [call("now", {})]},
+        "now({})",
+    ),
     "thoughts": ({"content": "4", "reasoning_content": "2 and 2"}, "<think>\n2 and 2\n</think>\n\n4"),
     "both, in parts": (
         {
