@@ -168,7 +168,9 @@ def test_completions_of_a_prompt_share_a_depth_that_ranks_agree_on(tmp_path, rew
 
 
 def test_evaluation_is_greedy_at_the_mean_depth(tmp_path, rewards):
-    """Its reward is that of what `generate` writes by itself; the metrics have the name of their source."""
+    """Its reward is that of what `generate` writes by itself; the metrics have the name of their source, but for the mean
+    reward of all sources.
+    """
     seen = []
 
     def collect(prompts, completions, answer, **kwargs):
@@ -177,8 +179,8 @@ def test_evaluation_is_greedy_at_the_mean_depth(tmp_path, rewards):
 
     trainer = build(tmp_path, rewards.add(collect), adapters=False)
     metrics = trainer.evaluate()
-    assert metrics["eval_tiny_reward"] == 0.25 and "eval_reward" not in metrics
-    assert metrics["eval_tiny_num_steps"] == 3
+    assert metrics["eval_tiny_reward"] == metrics["eval_reward"] == 0.25
+    assert metrics["eval_tiny_num_steps"] == 3 and "eval_num_steps" not in metrics
     assert len(seen) == len(PROMPTS)
     for prompt, completion, answer in seen:
         ids = torch.tensor([[1, *TOKENIZER(prompt, add_special_tokens=False)["input_ids"]]])
