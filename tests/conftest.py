@@ -1,10 +1,12 @@
 """What all tests share: no network, and the same random numbers in each, whichever run before it."""
 
+import gc
 import os
 
 # Before any library reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+gc.disable()  # until all is imported; see `pytest_collection_finish`
 
 import logging
 import random
@@ -12,6 +14,20 @@ import random
 import numpy
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    """From here on Python's collector runs."""
+    gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """What libraries hold for good is not looked through again by each collection: trainers ask for one several times,
+    and then it is most of what a short training takes.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
