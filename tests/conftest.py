@@ -6,7 +6,6 @@ import os
 # Before any library reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-gc.disable()  # until all is imported; see `pytest_collection_finish`
 
 import logging
 import random
@@ -14,11 +13,6 @@ import random
 import numpy
 import pytest
 import torch
-
-
-def pytest_collection_finish() -> None:
-    """From here on Python's collector runs."""
-    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,15 +1,18 @@
-"""`deepspeed pretrain.py` with two processes: ZeRO stages, ranks, exit codes, resuming. Through the real launcher."""
+"""`deepspeed pretrain.py` with two processes: ZeRO stages, ranks, exit codes, resuming. What the launcher does is
+seen through it; what the ranks compute, in processes with the same environment.
+"""
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
+from tests.processes import free_port, run_ranks
 from tests.test_callbacks import texts
 from tests.test_pretrain import losses, write_config
 
@@ -17,12 +20,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "configs" / "recurrent_lm.yaml"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def launch(*arguments, processes=2, script="pretrain.py"):
@@ -40,9 +37,17 @@ def launch(*arguments, processes=2, script="pretrain.py"):
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
-def trained(folder, *arguments, processes=2, script="pretrain.py"):
+def run(*arguments, processes=2, script="pretrain.py"):
+    """The same without the launcher: all that the ranks have written, and the code of one that has failed."""
+    ranks = run_ranks(REPOSITORY / script, *arguments, count=processes)
+    code = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    written = ("".join(getattr(rank, name) for rank in ranks) for name in ("stdout", "stderr"))
+    return CompletedProcess(arguments, code, *written)
+
+
+def trained(folder, *arguments, processes=2, script="pretrain.py", through=run):
     """The losses of a run that must succeed."""
-    process = launch(*arguments, "--training.output_dir", folder, processes=processes, script=script)
+    process = through(*arguments, "--training.output_dir", folder, processes=processes, script=script)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return losses(folder)
 
@@ -71,9 +76,11 @@ def samples(folder):
 
 @pytest.fixture(scope="module")
 def without_deepspeed(tmp_path_factory):
-    """Ten steps of the quickstart on two ranks without ZeRO: their losses, and what the model writes after them."""
+    """Ten steps of the quickstart through the launcher, on two ranks without ZeRO: their losses, and what the model
+    writes after them.
+    """
     folder = tmp_path_factory.mktemp("plain")
-    return trained(folder, *quickstart()), samples(folder)
+    return trained(folder, *quickstart(), through=launch), samples(folder)
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])

@@ -1,4 +1,4 @@
-"""Adapters through the launcher, on two ranks."""
+"""Adapters on two ranks, under DeepSpeed and without it."""
 
 import shutil
 
