@@ -4,6 +4,8 @@ A server imports them once and forks for each process. Our own code is imported 
 command as its user does, or has to begin with nothing, is not for here.
 """
 
+import atexit
+import functools
 import gc
 import multiprocessing
 import os
@@ -12,6 +14,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -19,6 +22,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ["torch", "transformers.trainer", "deepspeed", "torchmetrics.functional.audio", "trl", "jsonargparse"]
@@ -60,9 +64,17 @@ class Python:
         return CompletedProcess(self.words, self.code, *written)
 
 
+@functools.cache
 def server() -> ForkServerContext:
+    """The server. It sees no GPU, and nothing is yet in the folder to which the libraries copy the code of checkpoints,
+    whatever the environment of a process says.
+    """
+    home = tempfile.TemporaryDirectory()
+    atexit.register(home.cleanup)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
+    with mock.patch.dict(os.environ, {"HF_MODULES_CACHE": home.name, "CUDA_VISIBLE_DEVICES": ""}):
+        forkserver.ensure_running()
     return context
 
 
@@ -75,12 +87,11 @@ def run_here(words: list[str], cwd: str, environment: dict[str, str], files: lis
     os.environ.update(environment)
     os.chdir(cwd)
     first, *arguments = words
-    places = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
-    if first in ("-m", "-c"):
-        places.insert(0, cwd)
-    else:
-        places.insert(0, str(Path(first).parent))
-    sys.path[:] = [*places, *(place for place in sys.path if Path(place) != ROOT and place)]
+    places = [cwd if first in ("-m", "-c") else str(Path(first).parent)]
+    places += [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
+    sys.path[:] = [*places, *(place for place in sys.path if place and Path(place) != ROOT)]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
     if first == "-m":
         sys.argv = arguments
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
