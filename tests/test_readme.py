@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, free_port, run_python, run_ranks
+from tests.processes import ROOT, free_port
 from tests.tiny_language_model import save_checkpoint
 from tests.tiny_processor import audio_file, image_file, picture, sound
 
@@ -83,19 +83,6 @@ def run(words: list[str], **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-def start_of(command: str) -> str:
-    """A command up to the script or module that it runs."""
-    return re.match(r".*?(\.py|-m \S+)(?= |$)", command)[0]
-
-
-def run_as_those_before(words: list[str]) -> subprocess.CompletedProcess:
-    """The same for a script that has been started before as the reader does: it begins with the libraries imported."""
-    if words[0].endswith("deepspeed"):
-        script = next(place for place, word in enumerate(words) if word.endswith(".py"))
-        return run_ranks(*words[script:], count=1)[0]
-    return run_python(*words[1:])
-
-
 def write_files(folder: Path) -> None:
     """Texts, photos and recordings of one's own, as the README has them, and what `make quickstart-lm` leaves."""
     save_checkpoint(folder / "runs" / "recurrent_lm")
@@ -121,15 +108,13 @@ def write_files(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_command_runs(tmp_path):
-    """In order. What begins as none before is run as a reader would type it; what follows differs by its options."""
+    """In order, as a reader would type them."""
     write_files(tmp_path)
-    ran, started = [], set()
+    ran = []
     for command in commands("bash", *PAGES):
         if command.startswith(("make ", "source ", "tensorboard ")):
             continue
-        run_it = run_as_those_before if start_of(command) in started else run
-        process = run_it(prepared(command, tmp_path))
-        started.add(start_of(command))
+        process = run(prepared(command, tmp_path))
         assert process.returncode == 0, f"{command}\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
         ran.append(command)
     assert len(ran) >= 24
