@@ -14,7 +14,6 @@ from transformers import TextStreamer
 from inference.generate import encode_prompt, main, write_continuation
 from model import RecurrentCache
 from model.exit_criteria import ExitOptions
-from tests.processes import run_python
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -265,6 +264,6 @@ def test_the_command_from_another_folder(checkpoint, tmp_path):
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == reference("the cat", 2, 8) + "\n"
-    result = run_python(*command[1:], "--top-p", "2", cwd=tmp_path, environment=environment)
+    result = subprocess.run([*command, "--top-p", "2"], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 2 and result.stdout == ""
     assert "--top-p: 2 is not a probability above 0 and at most 1" in result.stderr

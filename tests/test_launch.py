@@ -1,18 +1,15 @@
-"""`deepspeed pretrain.py` with two processes: ZeRO stages, ranks, exit codes, resuming. What the launcher does is
-seen through it; what the ranks compute, in processes with the same environment.
-"""
+"""`deepspeed pretrain.py` with two processes: ZeRO stages, ranks, exit codes, resuming. Through the real launcher."""
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 
-from tests.processes import free_port, run_ranks
 from tests.test_callbacks import texts
 from tests.test_pretrain import losses, write_config
 
@@ -20,6 +17,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "configs" / "recurrent_lm.yaml"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def launch(*arguments, processes=2, script="pretrain.py"):
@@ -37,17 +40,9 @@ def launch(*arguments, processes=2, script="pretrain.py"):
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
-def run(*arguments, processes=2, script="pretrain.py"):
-    """The same without the launcher: all that the ranks have written, and the code of one that has failed."""
-    ranks = run_ranks(REPOSITORY / script, *arguments, count=processes)
-    code = next((rank.returncode for rank in ranks if rank.returncode), 0)
-    written = ("".join(getattr(rank, name) for rank in ranks) for name in ("stdout", "stderr"))
-    return CompletedProcess(arguments, code, *written)
-
-
-def trained(folder, *arguments, processes=2, script="pretrain.py", through=run):
+def trained(folder, *arguments, processes=2, script="pretrain.py"):
     """The losses of a run that must succeed."""
-    process = through(*arguments, "--training.output_dir", folder, processes=processes, script=script)
+    process = launch(*arguments, "--training.output_dir", folder, processes=processes, script=script)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return losses(folder)
 
@@ -76,11 +71,9 @@ def samples(folder):
 
 @pytest.fixture(scope="module")
 def without_deepspeed(tmp_path_factory):
-    """Ten steps of the quickstart through the launcher, on two ranks without ZeRO: their losses, and what the model
-    writes after them.
-    """
+    """Ten steps of the quickstart on two ranks without ZeRO: their losses, and what the model writes after them."""
     folder = tmp_path_factory.mktemp("plain")
-    return trained(folder, *quickstart(), through=launch), samples(folder)
+    return trained(folder, *quickstart()), samples(folder)
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
@@ -115,3 +108,12 @@ def test_resuming_on_two_ranks_with_zero_continues_exactly(tmp_path):
     shutil.rmtree(out / "checkpoint-6")
     (out / "trainer_state.json").unlink()  # with it, the run would be finished
     assert trained(out, *flags, "--training.resume_from_checkpoint", "true") == whole
+
+
+def test_exit_code_of_the_launcher_is_that_of_the_script(tmp_path):
+    """The launcher puts --local_rank before the flags; a typo is one line and exit code 2 all the same."""
+    process = launch("--config", write_config(tmp_path), "--training.learning_rat", "1")
+    assert process.returncode == 2
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "training.learning_rat" in lines[0] and "did you mean learning_rate?" in lines[0]

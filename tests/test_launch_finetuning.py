@@ -1,4 +1,4 @@
-"""Adapters on two ranks, under DeepSpeed and without it."""
+"""Adapters through the launcher, on two ranks."""
 
 import shutil
 

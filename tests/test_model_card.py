@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ import pretrain
 from callbacks import model_card
 from configs import load_run_config
 from model import MegaTransformerImageAutoencoder, MegaTransformerVocoder
-from tests.processes import run_python
 from tests.test_pretrain import write_config
 from tests.tiny_codecs import tiny_autoencoder, tiny_vocoder
 from tests.tiny_finetuning import write_tuning_config
@@ -30,10 +31,11 @@ def code_in(folder: Path) -> str:
     return block
 
 
-def run_code(folder: Path, place: str = "") -> None:
+def run_code(tmp_path: Path, folder: Path, place: str = "") -> None:
     """Run the code of a card in the folder above; `place` is the folder that Python may import from."""
-    environment = {**os.environ, "PYTHONPATH": place}
-    run = run_python("-c", code_in(folder), cwd=folder.parent, environment=environment)
+    environment = {**os.environ, "PYTHONPATH": place, "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-c", code_in(folder)]
+    run = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
@@ -79,7 +81,7 @@ def test_code_of_the_cards_runs(run, tmp_path):
     model_card(tmp_path / "reader", tiny_reader()).save(tmp_path / "reader/README.md")
     lora = tmp_path / "lora"
     for folder in (run, run / "checkpoint-2", lora, lora / "checkpoint-2", tmp_path / "merged", tmp_path / "reader"):
-        run_code(folder)
+        run_code(tmp_path, folder)
     for folder in (lora, lora / "checkpoint-2"):
         assert ModelCard.load(folder / "README.md").data.library_name == "peft"
         assert str(run) in section(folder, "How to load it")
@@ -92,7 +94,7 @@ def test_code_of_the_cards_runs_for_adapters_of_steps(run, tmp_path):
     """Which are no other library's: its code runs where this repository is."""
     tuning = write_tuning_config(tmp_path, run, peft=None, trainer="continued", step_lora={"num_steps": 2})
     assert finetune.main(["--config", str(tuning), "--training.output_dir", str(tmp_path / "steps"), *FEW]) == 0
-    run_code(tmp_path / "steps", place=str(REPOSITORY))
+    run_code(tmp_path, tmp_path / "steps", place=str(REPOSITORY))
 
 
 @pytest.mark.slow
@@ -102,7 +104,7 @@ def test_code_of_the_cards_of_codecs_runs(model, tmp_path):
     model_card(tmp_path / "codec", model).save(tmp_path / "codec/README.md")
     assert isinstance(model, MegaTransformerImageAutoencoder | MegaTransformerVocoder)
     assert ModelCard.load(tmp_path / "codec/README.md").data.library_name == "transformers"
-    run_code(tmp_path / "codec")
+    run_code(tmp_path, tmp_path / "codec")
 
 
 def test_a_refreshed_checkpoint_has_a_card_and_keeps_the_one_it_had(tmp_path):

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, free_port
+from tests.test_launch import REPOSITORY, free_port
 from tests.tiny_language_model import save_checkpoint
 from tests.tiny_processor import audio_file, image_file, picture, sound
 
-README = (ROOT / "README.md").read_text()
-PAGES = [README, *((ROOT / "docs" / f"{name}.md").read_text() for name in ("training", "generation"))]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+README = (REPOSITORY / "README.md").read_text()
+PAGES = [README, *((REPOSITORY / "docs" / f"{name}.md").read_text() for name in ("training", "generation"))]
+DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 FEW_STEPS = ["--training.max_steps", "2", "--training.warmup_steps", "1"]
 FEW_STEPS += ["--callbacks.samples.max_new_tokens", "2", "--callbacks.media_samples.max_new_tokens", "2"]
 FEW_ROWS = """
@@ -74,7 +74,7 @@ def run(words: list[str], **kwargs) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         words,
-        cwd=ROOT,
+        cwd=REPOSITORY,
         env={**os.environ, "PATH": path},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -135,7 +135,7 @@ def test_the_environment_is_entered_before_its_commands():
 
 
 def test_make_targets_of_the_readme_exist():
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (REPOSITORY / "Makefile").read_text()
     for command in commands("bash", *PAGES):
         if command.startswith("make "):
             assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.MULTILINE), command
@@ -145,7 +145,7 @@ def test_files_named_in_the_tree_exist():
     tree = README.split("## The tree")[1].split("```")[1]
     names = re.findall(r"[\w/*]+\.(?:py|yaml|json)|^\w+/", tree, flags=re.MULTILINE)
     for name in names:
-        assert (ROOT / name).exists() or list(ROOT.glob(f"[!.]*/**/{name}")), name
+        assert (REPOSITORY / name).exists() or list(REPOSITORY.glob(f"[!.]*/**/{name}")), name
     assert len(names) > 15
 
 
@@ -156,7 +156,7 @@ def test_the_readme_is_short():
 
 def test_every_page_is_linked_from_the_readme():
     linked = set(re.findall(r"\]\((docs/\w+\.md)", README))
-    assert linked == {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert linked == {f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")}
 
 
 def anchors(page: str) -> set[str]:
@@ -167,7 +167,7 @@ def anchors(page: str) -> set[str]:
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in DOCS)])
 def test_links_lead_to_files_and_headings(name):
-    path = ROOT / name
+    path = REPOSITORY / name
     for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", path.read_text(encoding="utf-8")):
         file, _, anchor = link.partition("#")
         target = path.parent / file if file else path
