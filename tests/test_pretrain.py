@@ -265,7 +265,10 @@ def test_models_are_built_whole_under_zero_3():
         ({"training": {"per_device_train_batch_size": 5000}}, r"less than one batch of 5000"),
         ({"training": {"max_steps": -1, "num_train_epochs": 0}}, "num_train_epochs is 0: there is nothing to train"),
         ({"training": {"resume_from_checkpoint": str(REPOSITORY / "docs")}}, "docs has no trainer_state.json"),
-        ({"training": {"metric_for_best_model": "accuracy"}}, "'accuracy' is unknown; .* are eval_addition_loss, eval"),
+        (
+            {"training": {"metric_for_best_model": "accuracy"}},
+            "'accuracy' is unknown; .* are eval_loss, eval_addition_loss, eval",
+        ),
         ({"training": {"lr_scheduler_kwargs": {"bogus": 1}}}, "training.lr_scheduler_type or .*'bogus'"),
         ({"model": {"num_attention_heads": 5}}, r"hidden_size \(32\).*num_attention_heads \(5\)"),
         ({"model": {"position_embedding": "learned", "max_position_embeddings": 8}}, "block_size: 48.*8 positions"),

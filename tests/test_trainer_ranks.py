@@ -58,6 +58,23 @@ if trainer.state.is_world_process_zero:
 end_process(0)
 """
 
+EVALUATION_OF_LATENTS = """
+import json, sys
+from dataset_loading import DataConfig, build_datasets
+from inference.shutdown import end_process
+from tests.test_trainer_writing import SOURCES, build, model_of
+from tests.tiny_artist import artist_processor
+
+config = DataConfig(train=SOURCES, block_size=160, packing=False)
+rows = build_datasets(config, artist_processor(), seed=3).train
+sources = {"some": [rows[index] for index in range(7)], "others": [rows[index] for index in range(7, 10)]}
+trainer = build(sys.argv[1], rows, model_of(), sources, per_device_eval_batch_size=int(sys.argv[2]))
+found = {name: it for name, it in trainer.evaluate().items() if "loss" in name}
+if trainer.state.is_world_process_zero:
+    print("FOUND", json.dumps(found))
+end_process(0)
+"""
+
 
 def run(folder, ranks, cut=0, resume=False, **options):
     """The logs of a run of `ranks` processes."""
@@ -109,3 +126,10 @@ def test_two_ranks_evaluate_each_row_once_whatever_training_drops(tmp_path):
     one, two = (launch(ranks, EVALUATION, str(tmp_path), size) for ranks, size in ((1, "4"), (2, "3")))
     assert one[1] == two[1] == 8 * 11 + 3 * 3
     assert two[0] == pytest.approx(one[0], abs=1e-6)
+
+
+def test_two_ranks_evaluate_latents_as_one_does(tmp_path):
+    """Rows that are padded to other lengths, of which one rank has images where the other has none or sound."""
+    one, two = (launch(ranks, EVALUATION_OF_LATENTS, str(tmp_path), size) for ranks, size in ((1, "7"), (2, "2")))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert {"eval_loss", "eval_some_flow_loss_image", "eval_some_flow_loss_audio", "eval_others_loss"} <= set(one)
