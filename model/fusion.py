@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .chat import TARGET_PREFIX
 from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .modalities import MODALITIES
@@ -160,13 +161,15 @@ def embed_media(
     Args:
         embeds: (batch, sequence, hidden).
         is_token: Function of the id of a token that gives where it stands, (batch, sequence) of bool.
-        features: Features of each item, (tokens, hidden), by modality, in the order of the placeholders, row by row.
+        features: Features of each item, (tokens, hidden), by modality, in the order of the placeholders, row by row;
+            those of generated media by "written_image" and "written_audio".
         is_whole: Whether each of the features is that of a whole item, which lies in one row.
 
     Raises:
         ValueError: If the counts differ, or an item is spread over two rows.
     """
-    for name in MODALITIES:
+    generated = [name for name in features if name.startswith(TARGET_PREFIX)]
+    for name in (*MODALITIES, *generated):
         token_id = getattr(config, f"{name}_token_id", None)
         given = list(features.get(name, ()))
         if token_id is None:

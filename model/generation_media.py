@@ -7,7 +7,7 @@ of it goes through one cache. With guidance, each row runs twice, the second tim
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
@@ -19,13 +19,15 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .cache import RecurrentCache
+from .chat import TARGET_PREFIX
 from .depth import DepthOptions, keyed_generator
 from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitController, ExitCriterion, ExitOptions
 from .fusion import check_counts, read_media, take_inputs
-from .generation_text import RecurrentGenerationMixin
+from .generation_text import num_cached_tokens
 from .modalities import TARGET_MODALITIES
-from .output_heads import OutputHead, take_targets
-from .outputs import CACHE_NAME, with_parameters_of
+from .output_heads import OutputHead, put_codes, read_targets, take_targets
+from .outputs import CACHE_NAME
 
 MODES = ("text", *TARGET_MODALITIES, "any")
 CHUNK_SIZE = 16
@@ -174,7 +176,7 @@ class MediaGenerationMixin:
         options |= {} if velocity_threshold is None else {"velocity_threshold": velocity_threshold}
         depths = num_steps if isinstance(num_steps, dict) else None
         media_options = MediaOptions(generation_mode, guidance_scale, num_steps=depths, **options)
-        kwargs = self._read_media(inputs, kwargs)
+        inputs, kwargs = self._read_media(inputs, kwargs, keeps_cached=generation_mode != "text")
         if generation_mode == "text":
             unused = [name for name, value in options.items() if value is not None]
             if unused:
@@ -186,7 +188,9 @@ class MediaGenerationMixin:
         kwargs = {"return_dict_in_generate": True, **kwargs}
         if not {"max_new_tokens", "max_length", "generation_config"} & kwargs.keys():
             kwargs["max_new_tokens"] = self._default_new_tokens(generation_mode)
-        loop = functools.partial(generate_media, media_options=media_options)
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        num_cached = num_cached_tokens(prompt, kwargs)
+        loop = functools.partial(generate_media, media_options=media_options, num_cached=num_cached)
         return super().generate(inputs, *args, num_steps=most, custom_generate=loop, **kwargs)
 
     def _default_new_tokens(self, generation_mode: str) -> int:
@@ -194,71 +198,118 @@ class MediaGenerationMixin:
         lengths = {name: output_head.num_places + 2 for name, output_head in self.model.writers.items()}
         return 2 * sum(lengths.values()) if generation_mode == "any" else lengths.get(generation_mode, 1)
 
-    def _read_media(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords with features of all media in `mm_encoder_outputs`, by modality, in place of the inputs of the
-        modality encoders.
+    def _read_media(
+        self, inputs: torch.Tensor | None, kwargs: dict[str, Any], keeps_cached: bool
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """The prompt, in which images that are codes are tokens, and the keywords with the features of all other media
+        in `mm_encoder_outputs`: by the names of their placeholders one entry a row, (tokens, hidden), in place of what
+        was read and of what was generated before. So they are expanded, cut and left out with the rows.
+
+        Args:
+            keeps_cached: Whether features that the cache holds are kept.
         """
-        kwargs = dict(kwargs)
-        media = take_inputs(kwargs)
-        if media and kwargs.get("inputs_embeds") is not None:
+        kwargs, writers = dict(kwargs), self.model.writers
+        media, targets = (
+            {name: value for name, value in taken.items() if value is not None}
+            for taken in (take_inputs(kwargs), take_targets(kwargs))
+        )
+        given = {name: output.pooler_output for name, output in (kwargs.pop("mm_encoder_outputs", None) or {}).items()}
+        embeds, input_ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids") if inputs is None else inputs
+        if (media or targets) and embeds is not None:
             raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
+        if input_ids is None and embeds is None:
+            return inputs, kwargs
+        num_cached = num_cached_tokens(input_ids, kwargs)
+        if targets:
+            input_ids = self._with_codes(input_ids, targets, num_cached)
+            inputs, kwargs = (None, kwargs | {"input_ids": input_ids}) if inputs is None else (input_ids, kwargs)
+        if num_cached and not keeps_cached:
+            self._leave_out_cached(media, targets, input_ids[:, num_cached:])
         encoded = read_media(self.model.readers, media, run_all=self.model.must_run_alike)
-        outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        for name, output in encoded.items():
-            if name in outputs:
-                raise ValueError(f"{name}: give its features (mm_encoder_outputs) or what to read, not both")
-            check_counts(name, self._count_places(name, input_ids), [len(part) for part in output.pooler_output])
-            outputs[name] = output
-        return kwargs | ({"mm_encoder_outputs": outputs} if outputs else {})
+        found = {name: output.pooler_output for name, output in encoded.items()} | read_targets(writers, targets)
+        twice = sorted(found.keys() & given.keys())
+        if twice:
+            raise ValueError(f"{twice[0]}: give its features (mm_encoder_outputs) or what to read, not both")
+        rows = {}
+        for name in self._placeholder_names:
+            parts = list((found | given).get(name, ()))
+            counts = self._count_places(name, input_ids, embeds)
+            unseen = counts if embeds is not None else self._count_places(name, input_ids[:, num_cached:])
+            if not parts and (not num_cached or not sum(unseen)):
+                continue
+            lengths = [len(part) for part in parts]
+            counts = unseen if sum(lengths) == sum(unseen) else counts
+            check_counts(name.replace(TARGET_PREFIX, "a written "), counts, lengths, is_whole=name in found)
+            rows[name] = torch.cat(parts).split(counts)
+            rows[name] = rows[name] if keeps_cached else last_features(rows[name], unseen)
+        if rows:
+            kwargs["mm_encoder_outputs"] = {name: of_rows(parts) for name, parts in rows.items()}
+        return inputs, kwargs
+
+    def _with_codes(self, input_ids: torch.LongTensor, targets: dict[str, Any], num_cached: int) -> torch.LongTensor:
+        """The prompt with the codes of all images, or of those behind what the cache holds; these targets are taken
+        out.
+        """
+        for name, output_head in self.model.writers.items():
+            if output_head.head is not None or output_head.target_name not in targets:
+                continue
+            places = sum(self._count_places(f"{TARGET_PREFIX}{name}", input_ids))
+            start = 0 if places == len(targets[output_head.target_name]) * output_head.num_places else num_cached
+            new = put_codes(self.model.writers, targets, input_ids[:, start:], self.config)
+            input_ids = torch.cat((input_ids[:, :start], new), dim=1)
+        return input_ids
+
+    def _leave_out_cached(self, media: dict[str, Any], targets: dict[str, Any], unseen: torch.LongTensor) -> None:
+        """Takes out what need not be read, since the cache has all of its modality."""
+        names = {name: reader.input_names for name, reader in self.model.readers.items()}
+        names |= {f"{TARGET_PREFIX}{it}": (f"{it}_targets", f"{it}_targets_mask") for it in self.model.writers}
+        for name, inputs in names.items():
+            if not sum(self._count_places(name, unseen)):
+                for each in inputs:
+                    media.pop(each, None)
+                    targets.pop(each, None)
+
+    @property
+    def _placeholder_names(self) -> list[str]:
+        """The names of all placeholders: those of what is read, and of what is generated."""
+        return [*self.model.readers, *(f"{TARGET_PREFIX}{name}" for name in self.model.writers)]
 
     @property
     def placeholder_ids(self) -> list[int]:
         """Tokens in whose positions media stand."""
-        names = [f"{name}_token_id" for name in self.model.readers]
-        names += [f"written_{name}_token_id" for name in self.model.writers]
-        return [getattr(self.config, name) for name in names if getattr(self.config, name) is not None]
+        ids = [getattr(self.config, f"{name}_token_id") for name in self._placeholder_names]
+        return [token_id for token_id in ids if token_id is not None]
 
     def _expand_multimodal_outputs(
         self, input_ids: torch.LongTensor, mm_encoder_output: dict, expand_size: int = 1, **kwargs: Any
     ) -> dict:
-        """The features of each row as often as the row itself: [A, B] of one row -> [A, B, A, B]."""
-        expanded = {}
-        for name, output in mm_encoder_output.items():
-            rows = self._features_of_rows(name, output, input_ids)
-            expanded[name] = BaseModelOutputWithPooling(
-                pooler_output=tuple(row for row in rows for _ in range(expand_size))
-            )
-        return expanded
+        """The features of each row as often as the row itself."""
+        return {
+            name: of_rows(row for row in output.pooler_output for _ in range(expand_size))
+            for name, output in mm_encoder_output.items()
+        }
 
-    def _count_places(self, name: str, input_ids: torch.LongTensor) -> list[int]:
-        """Placeholders of a modality in each row."""
-        return (input_ids == getattr(self.config, f"{name}_token_id")).sum(dim=1).tolist()
+    def _count_places(
+        self, name: str, input_ids: torch.LongTensor | None, embeds: torch.Tensor | None = None
+    ) -> list[int]:
+        """Placeholders in each row, of token ids or embeddings."""
+        token_id = getattr(self.config, f"{name}_token_id")
+        if token_id is None:
+            return [0] * len(input_ids if embeds is None else embeds)
+        if embeds is None:
+            return (input_ids == token_id).sum(dim=1).tolist()
+        is_place = embeds == self.model.embed_tokens(torch.tensor(token_id, device=embeds.device))
+        return is_place.all(dim=-1).sum(dim=1).tolist()
 
-    def _features_of_rows(self, name: str, output: ModelOutput, input_ids: torch.LongTensor) -> tuple:
-        """The features of a modality for each row, (tokens, hidden)."""
-        return torch.cat(list(output.pooler_output)).split(self._count_places(name, input_ids))
 
-    @with_parameters_of(RecurrentGenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        *args: Any,
-        inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
-        **kwargs: Any,
-    ) -> dict:
-        """Prepares as the original does, without the features of placeholders that are in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        outputs = inputs.get("mm_encoder_outputs")
-        num_seen = 0 if inputs.get("input_ids") is None else input_ids.shape[1] - inputs["input_ids"].shape[1]
-        if not outputs or num_seen == 0:
-            return inputs
-        seen_ids, left = input_ids[:, :num_seen], {}
-        for name, output in outputs.items():
-            rows, seen = self._features_of_rows(name, output, input_ids), self._count_places(name, seen_ids)
-            unseen = tuple(row[count:] for row, count in zip(rows, seen, strict=True))
-            left[name] = BaseModelOutputWithPooling(pooler_output=unseen)
-        return {**inputs, "mm_encoder_outputs": left}
+def of_rows(features: Iterable[torch.Tensor]) -> BaseModelOutputWithPooling:
+    """Features of rows, (tokens, hidden) each, as `forward` takes them."""
+    return BaseModelOutputWithPooling(pooler_output=tuple(features))
+
+
+def last_features(rows: Iterable[torch.Tensor], counts: Iterable[int]) -> tuple[torch.Tensor, ...]:
+    """The last features of each row, so many of each."""
+    return tuple(row[len(row) - count :] for row, count in zip(rows, counts, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -276,8 +327,13 @@ class Row:
     noise: torch.Tensor | None = None
     """(positions, latent_size), of the item it is within."""
     num_media: int = 0
-    is_done: bool = False
+    end: int | None = None
+    """How many new tokens it has; None: it goes on."""
     segments: list[tuple[str, Any]] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return self.end is not None
 
 
 def generate_media(
@@ -287,6 +343,7 @@ def generate_media(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     media_options: MediaOptions,
+    num_cached: int = 0,
     synced_gpus: bool = False,
     streamer: Any = None,
     **model_kwargs: Any,
@@ -295,7 +352,14 @@ def generate_media(
     if synced_gpus:
         raise ValueError("media are not written under ZeRO-3 or FSDP: ranks would wait for each other; gather weights")
     run = MediaGeneration(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, media_options, model_kwargs
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        media_options,
+        num_cached,
+        model_kwargs,
     )
     hidden = run.read_prompt()
     while True:
@@ -314,7 +378,15 @@ class MediaGeneration:
     """One call of `generate`: the rows, the cache, and what has been written."""
 
     def __init__(
-        self, model, input_ids, logits_processor, stopping_criteria, generation_config, media_options, model_kwargs
+        self,
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        media_options,
+        num_cached,
+        model_kwargs,
     ):
         self.model, self.ids, self.generation_config = model, input_ids, generation_config
         self.media_options = media_options
@@ -334,8 +406,9 @@ class MediaGeneration:
         self.cache = model_kwargs.pop(CACHE_NAME, None)
         if self.cache is None:
             raise ValueError("media are written through the cache: leave use_cache=False out")
+        self.num_cached, past = num_cached, self.cache.get_seq_length()
         mask = model_kwargs.pop("attention_mask", None)
-        self.mask = torch.ones_like(input_ids) if mask is None else mask
+        self.mask = input_ids.new_ones(batch, past - num_cached + self.prompt_length) if mask is None else mask
         self.finished: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in self.rows] for name in self.names}
         self.exit_steps: list[torch.Tensor] = []
         self._check_capacity()
@@ -364,34 +437,72 @@ class MediaGeneration:
 
     def read_prompt(self) -> torch.Tensor:
         """(rows, hidden), or twice as many with guidance, after the last token of each prompt."""
-        ids, mask = self.ids, self.mask
-        features = self.inputs.get("mm_encoder_outputs") or {}
-        targets = take_targets(self.inputs)
+        ids, mask, features = self.ids, self.mask, self._features()
         if self.is_guided:
             unconditional = self._unconditional_ids(ids)
-            features = {name: self._features_twice(name, output, unconditional) for name, output in features.items()}
-            targets = {name: None if it is None else torch.cat((it, it)) for name, it in targets.items()}
+            if self.cache.get_seq_length():
+                self._read_cached_again(unconditional, features)
             ids, mask = torch.cat((ids, unconditional)), torch.cat((mask, mask))
-        return self._forward(mask, input_ids=ids, mm_encoder_outputs=features or None, **targets)
+            features = {name: (*rows, *rows) for name, rows in features.items()}
+        return self._forward(mask, self.cache, **self._inputs(ids[:, self.num_cached :], features))
+
+    def _features(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """The features of the prompts by the names of their placeholders, a row each."""
+        given = self.inputs.get("mm_encoder_outputs") or {}
+        return {name: output.pooler_output for name, output in given.items()}
+
+    def _inputs(self, ids: torch.LongTensor, features: Mapping[str, tuple[torch.Tensor, ...]]) -> dict[str, Any]:
+        """Prompts, and the features of their placeholders, which are the last ones."""
+        outputs = {
+            name: of_rows(last_features(rows, self.model._count_places(name, ids))) for name, rows in features.items()
+        }
+        return {"input_ids": ids, "mm_encoder_outputs": outputs or None}
+
+    def _read_cached_again(
+        self, unconditional: torch.LongTensor, features: Mapping[str, tuple[torch.Tensor, ...]]
+    ) -> None:
+        """Adds the rows of unconditional prompts to a cache that holds a part of the prompts.
+
+        Raises:
+            ValueError: that part, or one of its media, is not given.
+        """
+        part, missing = unconditional[:, : self.num_cached], not self.num_cached
+        counts = {name: self.model._count_places(name, unconditional) for name in self.model._placeholder_names}
+        missing |= any(sum(counts[name]) > sum(map(len, features.get(name, ()))) for name in counts)
+        if missing:
+            raise ValueError(
+                "guidance reads all of the prompt a second time, without its text; give the whole prompt and all of "
+                "its media with the cache, or guidance_scale=1"
+            )
+        read = {}
+        for name, rows in features.items():
+            seen, whole = self.model._count_places(name, part), counts[name]
+            parts = zip(last_features(rows, whole), seen, strict=True)
+            read[name] = tuple(row[:count] for row, count in parts)
+        cache = self.cache.like()
+        self._forward(self.mask[:, : self.num_cached], cache, is_read_again=True, **self._inputs(part, read))
+        self.cache.append_rows(cache)
 
     def advance(self, embeds: torch.Tensor) -> torch.Tensor:
         """The next positions: (rows, hidden) -> (rows, hidden), or twice as many with guidance."""
         mask = self.mask
         if self.is_guided:
             embeds, mask = torch.cat((embeds, embeds)), torch.cat((mask, mask))
-        return self._forward(mask, inputs_embeds=embeds[:, None])
+        return self._forward(mask, self.cache, inputs_embeds=embeds[:, None])
 
-    def _forward(self, mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def _forward(
+        self, mask: torch.Tensor, cache: RecurrentCache, is_read_again: bool = False, **inputs: Any
+    ) -> torch.Tensor:
         outputs = self.model.model(
             attention_mask=mask,
-            cache=self.cache,
+            cache=cache,
             use_cache=True,
             num_steps=self._num_steps(),
             exit_controller=self._exit_controller(is_prompt="input_ids" in inputs),
             return_dict=True,
             **inputs,
         )
-        if outputs.exit_steps is not None:
+        if outputs.exit_steps is not None and not is_read_again:
             self.exit_steps.append(outputs.exit_steps[: len(self.rows)].clone())
         return outputs.last_hidden_state[:, -1]
 
@@ -459,18 +570,13 @@ class MediaGeneration:
                 "guidance needs a model that was trained with dropped prompts (null_token_id is not set); give "
                 "guidance_scale=1"
             )
-        kept = torch.isin(ids, torch.tensor(config.structure_token_ids, device=ids.device)) | (self.mask == 0)
+        kept = torch.isin(ids, torch.tensor(config.structure_token_ids, device=ids.device))
+        kept |= self.mask[:, -ids.shape[1] :] == 0
         unconditional = ids.masked_fill(~kept, config.null_token_id)
         for name in self.model.model.readers:
             is_place = ids == getattr(config, f"{name}_token_id")
             unconditional = unconditional.masked_fill(is_place & kept.all(dim=1, keepdim=True), config.null_token_id)
         return unconditional
-
-    def _features_twice(self, name: str, output: Any, unconditional: torch.LongTensor) -> BaseModelOutputWithPooling:
-        """The features of the prompts, and those whose positions are left in the unconditional ones."""
-        rows = self.model._features_of_rows(name, output, self.ids)
-        left = [row for row, count in zip(rows, self.model._count_places(name, unconditional), strict=True) if count]
-        return BaseModelOutputWithPooling(pooler_output=(*rows, *left))
 
     # -------------------------------------------------------------------------------------------------- what comes next
 
@@ -575,7 +681,7 @@ class MediaGeneration:
                 if not (row.segments and row.segments[-1][0] == "text"):
                     row.segments.append(("text", []))
                 row.segments[-1][1].append(token)
-                row.is_done = bool(texts_end[number])
+                row.end = self._num_new if texts_end[number] else None
 
     def _open(self, row: Row, name: str) -> None:
         output_head = self.writers[name]
@@ -588,7 +694,7 @@ class MediaGeneration:
         self.finished[row.modality][number].append(torch.stack(row.latents))
         row.segments.append((row.modality, len(self.finished[row.modality][number]) - 1))
         row.modality, row.num_media = None, row.num_media + 1
-        row.is_done = self.media_options.mode in TARGET_MODALITIES
+        row.end = self._num_new if self.media_options.mode in TARGET_MODALITIES else None
 
     def _show(self, number: int, is_complete: bool) -> None:
         """Hands a chunk to the caller who wants to see it."""
@@ -620,7 +726,9 @@ class MediaGeneration:
             row.segments = segments
         steps = None
         if self.exit_steps:
-            steps = torch.stack(self.exit_steps, dim=1)[:, : self.ids.shape[1] - self.prompt_length]
+            steps = torch.stack(self.exit_steps, dim=1)[:, : self._num_new]
+            for number, row in enumerate(self.rows):
+                steps[number, self._num_new if row.end is None else row.end :] = 0
         return MediaGenerateOutput(
             sequences=self.ids,
             images=images if "image" in self.names else None,
@@ -628,9 +736,19 @@ class MediaGeneration:
             sampling_rate=self.writers["audio"].config.sampling_rate if "audio" in self.names else None,
             segments=[row.segments for row in self.rows],
             latents=latents,
-            **{CACHE_NAME: self.cache},
+            **{CACHE_NAME: self._cache_of_prompts()},
             exit_steps=steps,
         )
+
+    @property
+    def _num_new(self) -> int:
+        return self.ids.shape[1] - self.prompt_length
+
+    def _cache_of_prompts(self) -> RecurrentCache:
+        """The cache without the rows of unconditional prompts, so that a further turn may go on from it."""
+        if self.is_guided:
+            self.cache.batch_select_indices(torch.arange(len(self.rows)))
+        return self.cache
 
     def _id(self, name: str) -> int:
         found = getattr(self.config, f"{name}_token_id")

@@ -319,6 +319,26 @@ def prompt_length(inputs: torch.Tensor | None, kwargs: dict[str, Any], has_embed
     return 1 if ids is None else ids.shape[1]
 
 
+def num_cached_tokens(input_ids: torch.LongTensor | None, kwargs: dict[str, Any]) -> int:
+    """How many tokens of the prompt the cache holds already: all of its own, or, where the mask shows that the prompt
+    goes on from them, none.
+
+    Raises:
+        ValueError: it holds all of the prompt.
+    """
+    cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
+    cache = kwargs.get("past_key_values") if cache is None else cache
+    num_cached = 0 if cache is None else cache.get_seq_length()
+    if not num_cached or input_ids is None or (mask is not None and mask.shape[1] != input_ids.shape[1]):
+        return 0
+    if num_cached >= input_ids.shape[1]:
+        raise ValueError(
+            f"the cache holds {num_cached} tokens, and the prompt has {input_ids.shape[1]}; give the whole "
+            "conversation, or its new tokens and an attention_mask of all"
+        )
+    return num_cached
+
+
 def steps_taken(cache: RecurrentCache, beam_indices: torch.LongTensor | None, num_new_tokens: int) -> torch.LongTensor:
     """(rows, new tokens), in the order of the sequences that are returned; each token was read off the one before."""
     if beam_indices is None:
