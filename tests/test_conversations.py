@@ -38,6 +38,8 @@ def options_of(mode: str, seeds: list[int], **options) -> dict:
     if mode == "text":
         return {"max_new_tokens": NEW, **shared}
     shared |= {"generation_mode": mode, "flow_seeds": seeds}
+    if mode in ("image", "audio"):
+        shared.pop("top_k", None)
     return {"max_new_tokens": 16, **shared} if mode == "any" else shared
 
 
