@@ -24,10 +24,18 @@ from .chat import TARGET_PREFIX
 from .depth import DepthOptions, keyed_generator
 from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitController, ExitCriterion, ExitOptions
 from .fusion import check_counts, read_media, take_inputs
-from .generation_text import OF_FORWARD, TEXTS, OwnLoop, by_name, check_read, num_cached_tokens
-from .modalities import TARGET_MODALITIES
+from .generation_text import (
+    OF_FORWARD,
+    TEXTS,
+    OwnLoop,
+    RecurrentGenerationMixin,
+    by_name,
+    check_read,
+    num_cached_tokens,
+)
+from .modalities import MODALITIES, TARGET_MODALITIES
 from .output_heads import OutputHead, put_codes, read_targets, take_targets
-from .outputs import CACHE_NAME
+from .outputs import CACHE_NAME, with_parameters_of
 
 MEDIA, ANY = ("image", "audio", "any"), (*TEXTS, "any")
 READ_BY = {
@@ -202,8 +210,11 @@ class MediaGenerationMixin:
         media_options = MediaOptions(generation_mode, **options)
         kwargs |= by_name(args, first="generation_config")
         config = kwargs.get("generation_config")
+        media = {name: kwargs[name] for name in media_names() if kwargs.get(name) is not None}
         inputs, kwargs = self._read_media(inputs, kwargs, keeps_cached=generation_mode != "text")
         if generation_mode == "text":
+            if kwargs.get("assistant_model") is not None and media:
+                kwargs["draft_media"] = media
             check_read(self.read_by, "text", options, config, self.generation_config)
             return super().generate(inputs, guidance_scale=guidance_scale, **kwargs)
         check_read(self.read_by, generation_mode, {**options, **kwargs}, config, self.generation_config)
@@ -213,6 +224,21 @@ class MediaGenerationMixin:
         num_cached = num_cached_tokens(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         loop = MediaLoop(media_options, num_cached, kwargs.get("streamer"))
         return super().generate(inputs, **{**kwargs, "custom_generate": loop})
+
+    @with_parameters_of(RecurrentGenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        *args: Any,
+        inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
+        **kwargs: Any,
+    ) -> dict:
+        """Prepares as the original does; the media of a draft, whose prompt is none to transformers, are read too."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        cache, features = inputs["past_key_values"], kwargs.get("mm_encoder_outputs")
+        if features and (cache is None or cache.get_seq_length() == 0):
+            inputs["mm_encoder_outputs"] = features
+        return inputs
 
     def _default_new_tokens(self, generation_mode: str) -> int:
         """New tokens where nobody says how many: those of one item, or of one of each kind and as many of text."""
@@ -321,6 +347,13 @@ class MediaGenerationMixin:
             return (input_ids == token_id).sum(dim=1).tolist()
         is_place = embeds == self.model.embed_tokens(torch.tensor(token_id, device=embeds.device))
         return is_place.all(dim=-1).sum(dim=1).tolist()
+
+
+def media_names() -> list[str]:
+    """The arguments that are media, or features of such."""
+    names = [name for modality in MODALITIES.values() for name in modality.input_names]
+    names += [f"{name}_targets{end}" for name in TARGET_MODALITIES for end in ("", "_mask")]
+    return [*names, "mm_encoder_outputs"]
 
 
 def of_rows(features: Iterable[torch.Tensor]) -> BaseModelOutputWithPooling:

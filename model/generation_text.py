@@ -27,7 +27,7 @@ from .outputs import CACHE_NAME
 
 CACHE_OPTIONS = ("cache_policy", "num_kept_steps")
 DEFAULT_NEW_TOKENS = 20  # of transformers
-OWN_ARGUMENTS = ("num_steps", "depth_options", "num_cached_tokens")  # of `prepare_inputs_for_generation`
+OWN_ARGUMENTS = ("num_steps", "depth_options", "num_cached_tokens", "draft_media")  # of `prepare_inputs_for_generation`
 
 
 TEXTS = ("text", "drafts")
@@ -75,7 +75,7 @@ class RecurrentGenerationMixin:
         own_loop = own_loop if isinstance(own_loop, OwnLoop) else None
         config, depth, cache_options, kwargs = self._merge_options(generation_config, kwargs)
         is_assisted = own_loop is None and is_assisted_by(config, kwargs.get("assistant_model"))
-        if own_loop is None and not config.is_assistant:
+        if own_loop is None:
             check_read(
                 self.read_by, "drafts" if is_assisted else "text", given, generation_config, self.generation_config
             )
@@ -88,7 +88,7 @@ class RecurrentGenerationMixin:
             kwargs["initial_state"] = state.expand(num_prompts(inputs, kwargs), -1, -1)  # rows, for their copies
         cache = self._make_cache(inputs, config, depth, cache_options, kwargs)
         if is_assisted:
-            self._check_assistance(config, depth, cache, kwargs)
+            self._check_assistance(inputs, depth, cache, kwargs)
         refuse_empty_rows(inputs, config, kwargs)
         config.suppress_tokens = [*(config.suppress_tokens or ()), *self.placeholder_ids] or None
         num_prompt_tokens = prompt_length(inputs, kwargs, has_embeds=False)
@@ -245,7 +245,7 @@ class RecurrentGenerationMixin:
         return RecurrentCache(self.text_config, options["cache_policy"], options["num_kept_steps"], **room)
 
     def _check_assistance(
-        self, config: GenerationConfig, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
+        self, inputs: torch.Tensor | None, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
     ) -> None:
         """Checks that drafts can be verified, and counts the tokens that the cache holds before.
 
@@ -259,8 +259,10 @@ class RecurrentGenerationMixin:
             raise ValueError("assisted generation is not possible with use_cache=False; leave one of them out")
         if cache.max_length is not None:
             raise ValueError("assisted generation is not possible with a static cache; leave cache_implementation out")
-        if cache.get_seq_length():
-            kwargs["num_cached_tokens"] = cache.get_seq_length()
+        if num_cached := cache.get_seq_length():
+            if num_cached_tokens(inputs, kwargs) != num_cached:
+                raise ValueError("assisted generation on a cache needs the whole conversation; give all of its tokens")
+            kwargs["num_cached_tokens"] = num_cached
         steps = self._depth(depth.num_steps).total
         if cache.num_kept_steps is not None and cache.num_kept_steps < steps:
             raise ValueError(
@@ -298,6 +300,7 @@ class RecurrentGenerationMixin:
         is_first_iteration: bool | None = False,
         num_cached_tokens: int = 0,
         depth_options: DepthOptions | None = None,
+        draft_media: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict:
         """Prepares as the original does, with what the token takes of depth.
@@ -306,6 +309,7 @@ class RecurrentGenerationMixin:
             num_cached_tokens: Where candidates are checked, tokens of the prompt that a cache held before: transformers
                 5.23 and 5.24 give the whole prompt then, for Llama too, and the model would read them twice.
             depth_options: What `generate` was asked for.
+            draft_media: What a model that drafts reads of media; not read here.
         """
         cache = past_key_values if cache is None else cache
         if next_sequence_length is None and num_cached_tokens:
@@ -346,10 +350,19 @@ class RecurrentGenerationMixin:
     def _get_candidate_generator(
         self, *, generation_config: GenerationConfig, model_kwargs: dict, assistant_model=None, **kwargs: Any
     ) -> Any:
-        """The original's generator; the model that drafts has a depth of its own, from its generation config."""
+        """The original's generator; the model that drafts has a depth of its own, from its generation config, and reads
+        media itself.
+        """
+        media = model_kwargs.get("draft_media") or {}
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
         if assistant_model is not None:
+            read = inspect.signature(assistant_model.forward).parameters
+            if "mm_encoder_outputs" in read and media.get("mm_encoder_outputs"):
+                raise ValueError("mm_encoder_outputs are of this model, and a draft reads media itself; give the media")
+            model_kwargs.pop("mm_encoder_outputs", None)
+            model_kwargs |= {name: value for name, value in media.items() if name in read}
             generation_config = copy.deepcopy(generation_config)
+            generation_config.prefill_chunk_size = None  # chunks of a draft have no media
             for name in (*DepthOptions.names(), *CACHE_OPTIONS):
                 setattr(generation_config, name, getattr(assistant_model.generation_config, name, None))
         return super()._get_candidate_generator(
@@ -393,6 +406,8 @@ def check_read(
     Raises:
         ValueError: an option has no effect.
     """
+    if generation_config is not None and generation_config.is_assistant:
+        return  # a draft has what transformers made of the options of the model that checks it
     asked, usual = dict(keywords), vars(defaults)
     for name, value in vars(generation_config or GenerationConfig()).items():
         if not name.startswith("_") and name != "transformers_version" and usual.get(name) != value:

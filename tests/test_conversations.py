@@ -2,6 +2,8 @@
 the row alone, and a turn that goes on from a cache is the turn behind the whole conversation.
 """
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import LogitsProcessorList
@@ -210,3 +212,32 @@ def test_a_cache_that_holds_the_whole_prompt_is_refused(model):
     cache = model.generate(**batch_of([conversation]), **options_of("text", [])).past_key_values
     with pytest.raises(ValueError, match=rf"the cache holds {len(conversation.ids) + NEW - 1} tokens, and the prompt"):
         model.generate(torch.tensor([conversation.ids]), **options_of("text", []), past_key_values=cache)
+
+
+# -------------------------------------------------------------------------------------------------------------- drafts
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 7}], ids=str)
+def test_a_draft_reads_the_media_itself(model, options):
+    """The text is that without a draft; of a draft that is the model itself, all that is drafted is right, so that few
+    passes check it.
+    """
+    conversation = random_turns(seed=1, num_turns=3)
+    inputs, options = batch_of([conversation]), options_of("text", [], max_new_tokens=8, **options)
+    expected = model.generate(**inputs, **options)
+    itself, other = deepcopy(model), tiny_writer(scale=1.0)
+    itself.generation_config.num_steps, itself.generation_config.assistant_confidence_threshold = STEPS, 0.0
+    assert torch.equal(model.generate(**inputs, **options, assistant_model=other).sequences, expected.sequences)
+    passes = []
+    hook = model.register_forward_pre_hook(lambda *args: passes.append(1))
+    found = model.generate(**inputs, **options, assistant_model=itself).sequences
+    hook.remove()
+    assert torch.equal(found, expected.sequences) and len(passes) <= 2
+
+
+def test_a_draft_that_reads_media_needs_them(model):
+    """Features are those of the model that checks."""
+    inputs = batch_of([random_turns(seed=2, num_turns=1)])
+    features = {"image": model.get_image_features(inputs.pop("pixel_values"))}
+    with pytest.raises(ValueError, match="mm_encoder_outputs are of this model, and a draft reads media itself"):
+        model.generate(**inputs, **options_of("text", []), mm_encoder_outputs=features, assistant_model=model)
