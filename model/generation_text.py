@@ -260,7 +260,8 @@ class RecurrentGenerationMixin:
         if cache.max_length is not None:
             raise ValueError("assisted generation is not possible with a static cache; leave cache_implementation out")
         if num_cached := cache.get_seq_length():
-            if num_cached_tokens(inputs, kwargs) != num_cached:
+            ids = kwargs.get("input_ids") if inputs is None else inputs
+            if num_cached_tokens(ids, {**kwargs, "cache": cache}) != num_cached:
                 raise ValueError("assisted generation on a cache needs the whole conversation; give all of its tokens")
             kwargs["num_cached_tokens"] = num_cached
         steps = self._depth(depth.num_steps).total
