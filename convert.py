@@ -2,8 +2,6 @@
 that older code has written (`python convert.py refresh runs/old`).
 """
 
-from __future__ import annotations
-
 from inference.logs import LOG_LEVELS, set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
@@ -45,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> arguments.OneLineParser:
-    """The command line."""
     parser = arguments.OneLineParser(prog="convert.py", description="Make a checkpoint out of others.")
     commands = parser.add_subparsers(dest="command", required=True)
     again = {"conflict_handler": "resolve"}  # for --log-level

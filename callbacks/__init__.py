@@ -1,7 +1,5 @@
 """What is watched and written during training, with the trainer's own logs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,21 +11,19 @@ from model import tokenizer_of
 from .generated_media import GeneratedMediaCallback, GeneratedMediaConfig, is_generated, target_modality
 from .media_samples import MediaSamplesCallback, MediaSamplesConfig
 from .model_card import ModelCardWriter, model_card, sources_of
-from .model_size import ModelSizeCallback, ModelSizeConfig, size_table
+from .model_size import ModelSizeCallback, size_table
 from .non_finite import NonFiniteCallback, NonFiniteConfig
 from .reporting import Reporter
 from .samples import SamplesCallback, SamplesConfig
-from .throughput import ThroughputCallback, ThroughputConfig
+from .throughput import ThroughputCallback
 
 __all__ = [
     "CallbacksConfig",
     "GeneratedMediaConfig",
     "MediaSamplesConfig",
     "ModelCardWriter",
-    "ModelSizeConfig",
     "NonFiniteConfig",
     "SamplesConfig",
-    "ThroughputConfig",
     "add_callbacks",
     "add_codec_callbacks",
     "model_card",
@@ -48,12 +44,6 @@ class CallbacksConfig:
 
     generated_samples: GeneratedMediaConfig = field(default_factory=GeneratedMediaConfig)
     """Images and audio that are generated for fixed prompts, at several depths."""
-
-    throughput: ThroughputConfig = field(default_factory=ThroughputConfig)
-    """Tokens and core steps per second."""
-
-    model_size: ModelSizeConfig = field(default_factory=ModelSizeConfig)
-    """Parameters by part of the model."""
 
     non_finite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
     """What happens when the loss or the gradient is not finite."""
@@ -76,35 +66,25 @@ def add_callbacks(
             as answers, see `GeneratedMediaCallback`.
     """
     reporter = Reporter(trainer)
-    if config.throughput.enabled:
-        trainer.callback_handler.callbacks.insert(0, ThroughputCallback())
-    if config.model_size.enabled:
-        trainer.add_callback(ModelSizeCallback(reporter))
+    trainer.callback_handler.callbacks.insert(0, ThroughputCallback())
+    trainer.add_callback(ModelSizeCallback(reporter))
     if config.samples.prompts:
         trainer.add_callback(SamplesCallback(config.samples, tokenizer_of(processor), reporter))
-    read, written = split_examples(examples or {})
+    read: dict[str, list[Mapping[str, Any]]] = {}
+    generated: dict[str, list[Mapping[str, Any]]] = {}
+    for source, row in ((source, row) for source, rows in (examples or {}).items() for row in rows):
+        if is_generated(row):
+            generated.setdefault(f"{source}_{target_modality(row)}", []).append(row)
+        else:
+            read.setdefault(source, []).append(row)
     if read and config.media_samples.num_examples:
         trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, read, reporter))
-    if written and config.generated_samples.num_examples:
-        trainer.add_callback(GeneratedMediaCallback(config.generated_samples, processor, written, reporter))
+    if generated and config.generated_samples.num_examples:
+        trainer.add_callback(GeneratedMediaCallback(config.generated_samples, processor, generated, reporter))
     trainer.add_callback(NonFiniteCallback(config.non_finite))
 
 
 def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
     """Add the callbacks that a model without tokens has a use for."""
-    if config.model_size.enabled:
-        trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
+    trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
     trainer.add_callback(NonFiniteCallback(config.non_finite))
-
-
-def split_examples(examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, list[Mapping[str, Any]]]]:
-    """The examples whose answer is text, by source; and those whose answer is a medium, by source and kind."""
-    read: dict[str, list[Mapping[str, Any]]] = {}
-    written: dict[str, list[Mapping[str, Any]]] = {}
-    for source, rows in examples.items():
-        for row in rows:
-            if is_generated(row):
-                written.setdefault(f"{source}_{target_modality(row)}", []).append(row)
-            else:
-                read.setdefault(source, []).append(row)
-    return [read, written]

@@ -1,7 +1,5 @@
 """Images and audio that the model generates during training, next to their references, at several depths."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +50,7 @@ class GeneratedMediaConfig:
 class Sample:
     """What was written for a prompt."""
 
-    medium: Any | None
+    item: Any | None
     """A PIL image, or (samples, rate); None: nothing."""
     latents: torch.Tensor | None
     """(places, latent size)."""
@@ -98,7 +96,8 @@ class GeneratedMediaCallback(PeriodicCallback):
         for source, rows in self.examples.items():
             seeded = list(enumerate(rows))
             written = {depth: [self.sample(model, row, depth, seed) for seed, row in seeded] for depth in depths}
-            report[f"written_samples/{source}"] = prompts_of(rows)
+            prompts = (f"{number}: {row['prompt']}" for number, row in seeded)  # line by line as in the grid
+            report[f"generated_samples/{source}"] = verbatim("\n".join(prompts))
             report |= self.drifts(source, rows, written, model, state)
             self.show(source, rows, written, state)
         return report
@@ -134,7 +133,7 @@ class GeneratedMediaCallback(PeriodicCallback):
         for depth, samples in written.items():
             sizes = size_by_part([sample.latents for sample in samples if sample.latents is not None])
             for part in sorted(sizes.keys() & real.keys()):
-                ratio, name = sizes[part] / real[part], f"written_samples/{source}/latents_{part}_of_{_PARTS}"
+                ratio, name = sizes[part] / real[part], f"generated_samples/{source}/latents_{part}_of_{_PARTS}"
                 yield name if depth is None else f"{name}_steps_{depth}", ratio
                 if not 1 / self.config.largest_drift < ratio < self.config.largest_drift:
                     logger.warning(
@@ -154,28 +153,28 @@ class GeneratedMediaCallback(PeriodicCallback):
             return
         lines = []
         for number, row in enumerate(rows):
-            media = [row["reference"], *(samples[number].medium for samples in written.values())]
+            media = [row["reference"], *(samples[number].item for samples in written.values())]
             lines.append([self.cell(medium) for medium in media])
-        writer.add_image(f"train/written_samples/{source}", grid_of(lines), state.global_step, dataformats="HWC")
+        writer.add_image(f"train/generated_samples/{source}", grid_of(lines), state.global_step, dataformats="HWC")
         for depth, samples in written.items():
             for number, sample in enumerate(samples):
-                label = "sound" if depth is None else f"steps_{depth}"
-                self.add_player(writer, f"{source}_{number}/{label}", sample.medium, state)
+                label = "audio" if depth is None else f"steps_{depth}"
+                self.add_player(writer, f"{source}_{number}/{label}", sample.item, state)
         writer.flush()  # after the last step nobody else does
 
     def cell(self, medium: Any | None) -> np.ndarray | None:
-        """(height, width, 3) of uint8: a picture, or the spectrogram of a recording, as the model learns them."""
+        """(height, width, 3) of uint8: an image, or the spectrogram of a waveform, as the model learns them."""
         if isinstance(medium, tuple):
             levels = spectrogram_image(self.processor.modalities[f"{TARGET_PREFIX}audio"].preprocess(medium))[0]
             return (levels * 255).round().byte().numpy()[..., None].repeat(3, axis=-1)
         return None if medium is None else np.asarray(medium.convert("RGB"))
 
     def add_player(self, writer: Any, name: str, medium: Any | None, state: TrainerState) -> None:
-        """A player, if the medium is a recording."""
+        """A player, if the medium is a waveform."""
         if isinstance(medium, tuple):
             samples, rate = medium
             sound = torch.as_tensor(samples)[None].clamp(-1, 1)
-            writer.add_audio(f"train/written_samples/{name}", sound, state.global_step, rate)
+            writer.add_audio(f"train/generated_samples/{name}", sound, state.global_step, rate)
 
 
 def is_generated(example: Example) -> bool:
@@ -186,11 +185,6 @@ def is_generated(example: Example) -> bool:
 def target_modality(example: Example) -> str:
     """That of the medium, "image" or "audio"."""
     return example["modality"].removeprefix(TARGET_PREFIX)
-
-
-def prompts_of(rows: Sequence[Example]) -> str:
-    """The prompts, line by line as in the grid, as Markdown."""
-    return verbatim("\n".join(f"{number}: {row['prompt']}" for number, row in enumerate(rows)))
 
 
 def target_latents(example: Example, model: PreTrainedModel) -> torch.Tensor:
@@ -209,7 +203,7 @@ def size_by_part(media: Sequence[torch.Tensor]) -> dict[int, float]:
 
 
 def grid_of(lines: Sequence[Sequence[np.ndarray | None]]) -> np.ndarray:
-    """Pictures of any sizes in lines and columns, on grey, (height, width, 3); a missing one is black."""
+    """Images of any sizes in lines and columns, on grey, (height, width, 3); a missing one is black."""
     cells = [cell for line in lines for cell in line if cell is not None]
     height, width = (max(cell.shape[axis] for cell in cells) for axis in (0, 1))
     grid = np.full((len(lines) * (height + _LINE), len(lines[0]) * (width + _LINE), 3), 128, dtype=np.uint8)

@@ -1,7 +1,5 @@
 """Answers that the model gives during training, to questions and to media, next to what it saw and heard."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +52,7 @@ class MediaSamplesConfig:
 
 class MediaSamplesCallback(PeriodicCallback):
     """Writes prompt, reference and answers at several depths of each example, to the reports and to the log. What
-    belongs to them stands next to them in TensorBoard: pictures, spectrograms and players, as the model sees and hears
+    belongs to them stands next to them in TensorBoard: images, spectrograms and players, as the model sees and hears
     them, once when training begins.
 
     Args:
@@ -86,14 +84,14 @@ class MediaSamplesCallback(PeriodicCallback):
             return
         for name, example in self.examples.items():
             for number, pixels in enumerate(example["media"].get("image", [])):
-                writer.add_image(f"train/{name}/picture_{number}", self.picture(pixels), state.global_step)
+                writer.add_image(f"train/{name}/image_{number}", self.denormalize(pixels), state.global_step)
             for number, features in enumerate(example["media"].get("audio", [])):
                 writer.add_image(f"train/{name}/spectrogram_{number}", spectrogram_image(features), state.global_step)
             for number, waveform in enumerate(example["waveforms"]()):
-                sound, rate = torch.as_tensor(waveform)[None], self.processor.feature_extractor.sampling_rate
-                writer.add_audio(f"train/{name}/sound_{number}", sound, state.global_step, rate)
+                audio, rate = torch.as_tensor(waveform)[None], self.processor.feature_extractor.sampling_rate
+                writer.add_audio(f"train/{name}/audio_{number}", audio, state.global_step, rate)
 
-    def picture(self, pixels: torch.Tensor) -> torch.Tensor:
+    def denormalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """(3, height, width) in [0, 1] from what the model gets."""
         statistics = self.processor.image_processor.image_mean, self.processor.image_processor.image_std
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)

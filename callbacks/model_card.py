@@ -1,7 +1,5 @@
 """A model card in each saved folder: what the model is and was trained on, how well it does, and how to load it."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -52,7 +50,7 @@ model = AutoModel.from_pretrained("{folder}", trust_remote_code=True).eval()
 images = torch.zeros(1, {channels}, {side}, {side})  # from -1 to 1
 images = model.decode(model.encode(images))
 """
-SOUND = """\
+AUDIO = """\
 import torch
 from transformers import AutoModel
 
@@ -148,7 +146,8 @@ def model_card(
     if results:
         rows = [f"| {name} | {value:.6g} |" for name, value in results.items() if isinstance(value, int | float)]
         parts.append("## Results\n\n" + "\n".join(["| | last value |", "|---|---:|", *rows]))
-    parts.append("## Versions\n\n" + versions())
+    found = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    parts.append("## Versions\n\n" + "\n".join(f"- {name} {number}" for name, number in found.items()))
     data = card_data(folder, config, resolved)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
@@ -166,14 +165,9 @@ def card_data(folder: Path, config: PreTrainedConfig, resolved: Mapping[str, Any
     )
 
 
-def holds_adapter(folder: Path) -> bool:
-    """Whether a folder holds adapters, and not the model that they are for."""
-    return (folder / ADAPTER).is_file() or (folder / STEP_ADAPTER).is_file()
-
-
 def description(folder: Path, model: nn.Module, resolved: Mapping[str, Any]) -> str:
     """A sentence or two on the model: what it reads and writes, and its size."""
-    if holds_adapter(folder):
+    if (folder / ADAPTER).is_file() or (folder / STEP_ADAPTER).is_file():
         count = sum(parameter_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
         return f"Low-rank adapters of {count:,} parameters for the model in `{resolved['model']['path']}`."
     config = model.config
@@ -208,7 +202,7 @@ def loading_code(folder: Path, config: PreTrainedConfig, resolved: Mapping[str, 
     if config.model_type == "megatransformer_image_autoencoder":
         return IMAGES.format(folder=folder.name, channels=config.num_channels, side=config.image_size)
     if config.model_type == "megatransformer_vocoder":
-        return SOUND.format(folder=folder.name, rate=config.sampling_rate)
+        return AUDIO.format(folder=folder.name, rate=config.sampling_rate)
     text = config.get_text_config()
     depth = f"num_steps={text.num_steps or text.recurrence.mean_steps}, " if text.num_core_layers else ""
     return (MEDIA if has_media else TEXT).format(folder=folder.name, depth=depth)
@@ -231,9 +225,3 @@ def without_empty(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {name: without_empty(value) for name, value in tree.items() if value is not None}
     return tree
-
-
-def versions() -> str:
-    """Python and the libraries, a line each."""
-    found = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
-    return "\n".join(f"- {name} {number}" for name, number in found.items())

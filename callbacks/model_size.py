@@ -1,7 +1,5 @@
 """How large the model is, part by part."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +13,6 @@ from .reporting import ReportingCallback
 logger = logging.getLogger(__name__)
 
 PART_NAMES = {"embed_tokens": "embeddings", "embed_positions": "embeddings", "lm_head": "head"}
-
-
-@dataclass
-class ModelSizeConfig:
-    """Table of the model's parts."""
-
-    enabled: bool = True
-    """Log the parameters, memory and passes of each part when the training starts."""
 
 
 @dataclass
@@ -41,19 +31,15 @@ def parameter_count(parameter: nn.Parameter) -> int:
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter belongs to, by its name within the model."""
-    top, *inner = name.split(".")
-    return f"{inner[1]} of {inner[0]}" if top == "readers" else PART_NAMES.get(top, top)
-
-
 def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
     """Sizes of embeddings, prelude, core, coda, norm and head, and of encoders and projectors of media, in the order of
     the model; shared ones count once.
     """
     parts: dict[str, PartSize] = {}
     for name, parameter in model.named_parameters():
-        part = parts.setdefault(part_of(name.removeprefix(f"{model.base_model_prefix}.")), PartSize())
+        top, *inner = name.removeprefix(f"{model.base_model_prefix}.").split(".")
+        name = f"{inner[1]} of {inner[0]}" if top == "readers" else PART_NAMES.get(top, top)
+        part = parts.setdefault(name, PartSize())
         count = parameter_count(parameter)
         part.parameters += count
         part.trainable += count if parameter.requires_grad else 0
@@ -83,13 +69,9 @@ def size_table(model: PreTrainedModel) -> str:
     is_language_model = model.get_output_embeddings() is not None
     if is_language_model and model.config.tie_word_embeddings:
         lines.append("| head | the embeddings | | | 1 | |")
-    total = PartSize(
-        parameters=sum(part.parameters for part in parts.values()),
-        trainable=sum(part.trainable for part in parts.values()),
-        num_bytes=sum(part.num_bytes for part in parts.values()),
-    )
-    executed = sum(part.passes * part.parameters for part in parts.values())
-    lines.append(f"| all | {total.parameters:,} | {total.trainable:,} | {total.num_bytes / 1e6:.2f} | | {executed:,} |")
+    sizes = [(it.parameters, it.trainable, it.num_bytes, it.passes * it.parameters) for it in parts.values()]
+    parameters, trainable, num_bytes, executed = map(sum, zip(*sizes, strict=True))
+    lines.append(f"| all | {parameters:,} | {trainable:,} | {num_bytes / 1e6:.2f} | | {executed:,} |")
     if is_language_model:
         config = model.config.get_text_config()
         lines += ["", f"{config.num_hidden_layers} layers, {config.mean_executed_layers} executed at the mean depth"]

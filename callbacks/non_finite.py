@@ -1,7 +1,5 @@
 """Losses and gradients that are not finite: noticed, kept, and acted upon."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import deque
@@ -11,11 +9,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("stop", "skip", "warn")
+KEPT_BATCHES = 64
+"""Micro-batches that are kept for inspection until the next log."""
 
 
 @dataclass
@@ -26,15 +26,9 @@ class NonFiniteConfig:
     """What a loss or gradient norm that is not finite leads to: "stop" ends the run with an error, "skip" leaves out
     the update (and waits for the device at each step to see whether it has to), "warn" goes on."""
 
-    keep_batches: int = 64
-    """Micro-batches kept for inspection until the next log, at least 1; the offending one is saved in the output
-    folder."""
-
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
             raise ValueError(f"non_finite.action is {self.action!r}, must be one of {', '.join(ACTIONS)}.")
-        if self.keep_batches < 1:
-            raise ValueError(f"non_finite.keep_batches is {self.keep_batches}, must be at least 1.")
 
 
 @dataclass
@@ -56,7 +50,7 @@ class NonFiniteCallback(TrainerCallback):
 
     def __init__(self, config: NonFiniteConfig) -> None:
         self.config = config
-        self.batches: deque[MicroBatch] = deque(maxlen=config.keep_batches)
+        self.batches: deque[MicroBatch] = deque(maxlen=KEPT_BATCHES)
         self.hook: torch.utils.hooks.RemovableHandle | None = None
 
     def on_train_begin(
@@ -83,11 +77,8 @@ class NonFiniteCallback(TrainerCallback):
     def keep(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook."""
         if model.training:
-            inputs = {
-                name: value
-                for name, value in kwargs.items()
-                if isinstance(value, torch.Tensor) and not value.is_floating_point()
-            }
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+            inputs = {name: value for name, value in tensors.items() if not value.is_floating_point()}
             loss = output.loss.detach() if output.loss is not None else None
             self.batches.append(MicroBatch(inputs, kwargs.get("num_steps"), loss))
 
@@ -113,20 +104,16 @@ class NonFiniteCallback(TrainerCallback):
         watched = {name: float(logs[name]) for name in ("loss", "grad_norm") if logs.get(name) is not None}
         bad = {name: value for name, value in watched.items() if not math.isfinite(value)}
         if bad:
-            self.act(args, state, bad)
+            figures = ", ".join(f"{name} is {value}" for name, value in bad.items())
+            where = self.save_offending(Path(args.output_dir), state.global_step, args.process_index)
+            message = (
+                f"At step {state.global_step} the {figures}. {where} Lower the learning rate or the clipping norm, or "
+                "look at the batch; callbacks.non_finite.action: skip or warn goes on."
+            )
+            if self.config.action == "stop":
+                raise FloatingPointError(message)
+            logger.warning("%s", message)
         self.batches.clear()
-
-    def act(self, args: TrainingArguments, state: TrainerState, bad: dict[str, float]) -> None:
-        """Save the offending batch, then stop or warn."""
-        figures = ", ".join(f"{name} is {value}" for name, value in bad.items())
-        where = self.save_offending(Path(args.output_dir), state.global_step, args.process_index)
-        message = (
-            f"At step {state.global_step} the {figures}. {where} Lower the learning rate or the clipping norm, or look "
-            "at the batch; callbacks.non_finite.action: skip or warn goes on."
-        )
-        if self.config.action == "stop":
-            raise FloatingPointError(message)
-        logger.warning("%s", message)
 
     def save_offending(self, folder: Path, step: int, rank: int) -> str:
         """Save the first micro-batch with a loss that is not finite, else the last one; a sentence that says which."""

@@ -1,7 +1,5 @@
 """How callbacks report, to whatever `report_to` names, and how they let the model write every few steps."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,7 +45,7 @@ class Reporter:
             if isinstance(callback, kinds):
                 callback.on_log(args, state, control, logs=dict(texts), model=self.handler.model)
 
-    def summary_writer(self) -> SummaryWriter | None:
+    def summary_writer(self) -> "SummaryWriter | None":
         """TensorBoard's, for what is no text; None on ranks other than 0, and where the run does not report there."""
         found = [callback for callback in self.handler.callbacks if isinstance(callback, TensorBoardCallback)]
         return found[0].tb_writer if found else None

@@ -1,10 +1,6 @@
 """Texts written by the model during training, at several depths."""
 
-from __future__ import annotations
-
 import logging
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
@@ -19,7 +15,7 @@ class SamplesConfig:
     """Samples from fixed prompts."""
 
     prompts: list[str] = field(default_factory=list)
-    """Texts to continue; none: no samples. An empty prompt starts from the begin token."""
+    """Texts to continue by the likeliest tokens; none: no samples. An empty prompt starts from the begin token."""
 
     every_steps: int = 500
     """Optimizer steps between samples, at least 1; there is one at the end as well."""
@@ -30,22 +26,8 @@ class SamplesConfig:
     max_new_tokens: int = 48
     """Most tokens in a sample, at least 1."""
 
-    do_sample: bool = False
-    """Draw the tokens instead of taking the likeliest."""
-
-    temperature: float = 0.8
-    """Divides the logits before a draw, above 0; read if do_sample is true."""
-
-    seed: int = 0
-    """Seed of the draws, at least 0; the same each time, so that only the model changes. Read if do_sample is true."""
-
     def __post_init__(self) -> None:
-        check_samples("samples", self, every_steps=1, max_new_tokens=1, seed=0)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(
-                f"samples.temperature is {self.temperature}, must be above 0 and finite; "
-                "for the likeliest token set do_sample: false."
-            )
+        check_samples("samples", self, every_steps=1, max_new_tokens=1)
 
 
 class SamplesCallback(PeriodicCallback):
@@ -66,17 +48,13 @@ class SamplesCallback(PeriodicCallback):
         texts = {}
         for depth in depths_of(model, self.config.num_steps):
             name = "samples" if depth is None else f"samples/num_steps_{depth}"
-            continuations = self.continue_prompts(model, depth)
-            texts[name] = as_markdown(self.config.prompts, continuations)
+            with aside(model):
+                pairs = [(prompt, self.continue_prompt(model, prompt, depth)) for prompt in self.config.prompts]
+            texts[name] = "\n\n---\n\n".join(verbatim(f"{prompt}⟶{continuation}") for prompt, continuation in pairs)
             if state.is_world_process_zero:
-                for prompt, continuation in zip(self.config.prompts, continuations, strict=True):
+                for prompt, continuation in pairs:
                     logger.info("step %d, %s: %r -> %r", state.global_step, name, prompt, continuation)
         return texts
-
-    def continue_prompts(self, model: PreTrainedModel, depth: int | None) -> list[str]:
-        """The text after each prompt, special tokens left out."""
-        with aside(model, self.config.seed):
-            return [self.continue_prompt(model, prompt, depth) for prompt in self.config.prompts]
 
     def continue_prompt(self, model: PreTrainedModel, prompt: str, depth: int | None) -> str:
         """The text after one prompt. Prompts go one by one: a few short ones, and none is padded."""
@@ -84,12 +62,4 @@ class SamplesCallback(PeriodicCallback):
         if self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id, *ids]
         inputs = inputs_of({"prompt_ids": ids, "media": {}}, model, self.tokenizer, depth)
-        if self.config.do_sample:
-            inputs |= {"do_sample": True, "temperature": self.config.temperature, "top_k": 0, "top_p": 1.0}
         return generate_text(model, self.tokenizer, inputs, self.config.max_new_tokens)
-
-
-def as_markdown(prompts: Sequence[str], continuations: Sequence[str]) -> str:
-    """Prompts in bold and what follows them, as TensorBoard's text page shows it: verbatim, in code blocks."""
-    pairs = zip(prompts, continuations, strict=True)
-    return "\n\n---\n\n".join(verbatim(f"{prompt}⟶{continuation}") for prompt, continuation in pairs)

@@ -1,21 +1,10 @@
 """How fast the training goes."""
 
-from __future__ import annotations
-
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
-
-
-@dataclass
-class ThroughputConfig:
-    """Speed of the training."""
-
-    enabled: bool = True
-    """Log tokens and core steps per second."""
 
 
 class ThroughputCallback(TrainerCallback):
@@ -32,14 +21,12 @@ class ThroughputCallback(TrainerCallback):
     def __init__(self) -> None:
         self.hook: torch.utils.hooks.RemovableHandle | None = None
         self.mark = 0.0  # up to when time is counted, or left out
+        self.interrupted = False
         self.reset()
 
     def reset(self) -> None:
         """Begin a new interval."""
-        self.tokens = 0
-        self.core_steps = 0
-        self.seconds = 0.0
-        self.interrupted = False
+        self.tokens, self.core_steps, self.seconds = 0, 0, 0.0
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
@@ -90,9 +77,7 @@ class ThroughputCallback(TrainerCallback):
             figures["core_steps_per_second"] = self.core_steps / self.seconds
         logs.update(figures)
         state.log_history[-1].update(figures)
-        interrupted = self.interrupted
         self.reset()
-        self.interrupted = interrupted
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Stop counting."""

@@ -66,10 +66,12 @@ def render_names() -> str:
         parts += [f"### {heading}\n", f"{what}; `{name}` in `{file_of(module)}`.\n"]
         parts.append(table_of("name", meanings(getattr(module, name))))
     parts += ["### Rewards\n", f"`training.rewards`, {OR_FUNCTION}; functions of `{file_of(rewards)}`.\n"]
-    parts.append(
-        table_of("name", {f"{rewards.__name__}:{name}": text for name, text in meanings(reward_functions()).items()})
-    )
-    parts += ["### Kinds of source\n", "`kind` of a source of data ([data](data.md#sources)).\n", kinds_of_source()]
+    functions = {f"{rewards.__name__}:{name}": it for name, it in inspect.getmembers(rewards, inspect.isfunction)}
+    given = {name: it for name, it in functions.items() if {"completions", "columns"} <= set(names_of(it))}
+    parts.append(table_of("name", meanings(given)))
+    fields = docstring_parser.parse_from_object(dataset_loading.SourceConfig).params
+    kinds = " ".join(next(field.description for field in fields if field.arg_name == "kind").split())
+    parts += ["### Kinds of source\n", "`kind` of a source of data ([data](data.md#sources)).\n", f"{kinds}\n"]
     parts += ["### Callbacks\n", f"`callbacks` of a run; fields of `CallbacksConfig` in `{file_of(callbacks)}`.\n"]
     parts.append(table_of("group", meanings(get_type_hints(callbacks.CallbacksConfig))))
     return "\n".join(parts)
@@ -84,7 +86,7 @@ def entry(package: Any, name: str) -> str:
     lines = [f"### {name}\n"]
     if isinstance(value, type) and issubclass(value, PreTrainedConfig):
         lines += [f"`{path}`. {text} Its arguments are [options](config.md).\n"]
-    elif callable(value) and not is_error(value):
+    elif callable(value) and not (isinstance(value, type) and issubclass(value, Exception)):
         lines += [f"`{path}`. {text}\n", f"```python\n{signature(name, value)}\n```\n"]
         if name in OPTIONS:
             lines.append(table_of("field", described(value)))
@@ -95,27 +97,17 @@ def entry(package: Any, name: str) -> str:
     return "\n".join(lines)
 
 
-def is_error(value: Any) -> bool:
-    """Whether a name is that of an error, which is raised and not called."""
-    return isinstance(value, type) and issubclass(value, Exception)
-
-
 def origin_of(package: Any, name: str) -> tuple[str, str]:
     """The file that defines a name of a package, from its root, and the first paragraph about it."""
-    tree, module = ast.parse(inspect.getsource(package)), package
-    while module_name := imported_from(tree, name):
-        module = importlib.import_module(f".{module_name}", package.__name__)
+    value, module, sources = getattr(package, name), package, [package.__name__]
+    while sources:
+        module = importlib.import_module(sources[0])
         tree = ast.parse(inspect.getsource(module))
-    value = getattr(package, name)
+        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
+        named = [node.module for node in imports if name in {alias.name for alias in node.names}]
+        sources = [f"{package.__name__}.{it}" for it in named]
     text = inspect.getdoc(value) if callable(value) else text_below(tree, name)
     return file_of(module), first_paragraph(text)
-
-
-def imported_from(tree: ast.Module, name: str) -> str:
-    """The module from which a file imports a name, relative to its package; "" if it defines it."""
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 1]
-    found = [node.module for node in imports if name in {alias.name for alias in node.names}]
-    return found[0] if found else ""
 
 
 def text_below(tree: ast.Module, name: str) -> str:
@@ -200,12 +192,6 @@ def described(value: Any) -> dict[str, str]:
     return {item.arg_name: item.description for item in items if item.arg_name != "kwargs"}
 
 
-def reward_functions() -> dict[str, Callable[..., Any]]:
-    """The functions of a module that take completions and columns."""
-    functions = inspect.getmembers(rewards, inspect.isfunction)
-    return {name: value for name, value in functions if {"completions", "columns"} <= set(names_of(value))}
-
-
 def file_of(module: ModuleType) -> str:
     """The file of a module, from the root."""
     return str(Path(inspect.getfile(module)).relative_to(ROOT))
@@ -215,13 +201,6 @@ def meanings(entries: Mapping[str, Any]) -> dict[str, str]:
     """What the entries of a registry are."""
     values = {name: value[0] if isinstance(value, tuple) else value for name, value in entries.items()}
     return {name: first_paragraph(inspect.getdoc(value)) for name, value in values.items()}
-
-
-def kinds_of_source() -> str:
-    """The kinds that a source of data may have."""
-    fields = docstring_parser.parse_from_object(dataset_loading.SourceConfig).params
-    text = next(field.description for field in fields if field.arg_name == "kind")
-    return " ".join(text.split()) + "\n"
 
 
 def table_of(heading: str, meanings: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ INTEGERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accu
 # Parts whose keys are compared with those of a class or of a function.
 CHECKED_ELSEWHERE = ("optimizer", "scheduler", "zero_optimization")
 # What DeepSpeed takes out of the parameters of an optimizer before it builds that.
-BESIDE_ARGUMENTS = {"torch_adam", "adam_w_mode", "max_grad_norm", "cuda_aware", "comm_backend_name"}
+NOT_ARGUMENTS = {"torch_adam", "adam_w_mode", "max_grad_norm", "cuda_aware", "comm_backend_name"}
 
 
 def find_deepspeed(value: Any) -> Any:
@@ -48,11 +48,7 @@ def find_deepspeed(value: Any) -> Any:
 
 
 def path_of(value: str) -> Path:
-    """Where the file is.
-
-    Raises:
-        ValueError: nowhere.
-    """
+    """Where the file is; raises ValueError where there is none."""
     for path in (Path(value), DEEPSPEED_FOLDER / value, DEEPSPEED_FOLDER / f"{value}.json"):
         if path.is_file():
             return path
@@ -61,10 +57,8 @@ def path_of(value: str) -> Path:
 
 
 def deepspeed_content(value: Any) -> Any:
-    """What a file says that is given as for `find_deepspeed`; a value that is no string is the content.
-
-    Raises:
-        ValueError: the file is not there or holds no JSON object.
+    """What a file says that is given as for `find_deepspeed`, and with its errors; a value that is no string is the
+    content.
     """
     if not isinstance(value, str):
         return value
@@ -81,11 +75,7 @@ def deepspeed_content(value: Any) -> Any:
 
 
 def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: a key is there twice, of which one would be lost.
-    """
+    """A JSON object; raises ValueError for a key that is there twice, of which one would be lost."""
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
@@ -94,20 +84,12 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_deepspeed(content: dict[str, Any], where: str) -> None:
-    """Build DeepSpeed's configuration of what a file says, and see what of it was read.
-
-    Args:
-        where: What an error begins with.
-
-    Raises:
-        ValueError: nobody looks for a key, in which case the closest known one is named; or DeepSpeed refuses a value.
+    """Build DeepSpeed's configuration of what a file says, and see what of it was read; raises ValueError for a key
+    that nobody looks for, or a value that DeepSpeed refuses.
     """
     from deepspeed.runtime.config import DeepSpeedConfig  # it takes seconds, and is not always there
 
-    check_part(content, "optimizer", where)
-    check_part(content, "scheduler", where)
-    check_optimizer(content.get("optimizer", {}), where)
-    check_scheduler(content.get("scheduler", {}), where)
+    check_parts(content, where)
     for name in INTEGERS:
         value = content.get(name, 1)
         if value != AUTO and not (fits(value, int) and value > 0):
@@ -130,52 +112,43 @@ def check_deepspeed(content: dict[str, Any], where: str) -> None:
     check_values(content, recorder, where)
 
 
-def check_part(content: dict[str, Any], name: str, where: str) -> None:
-    """Raises ValueError for a description of an optimizer or a schedule that is none."""
-    part = content.get(name, {})
-    if not isinstance(part, dict):
-        raise ValueError(f"{where}: {name} is {part!r}, not an object with type and params")
-    for key in part:
-        if key not in ("type", "params", "legacy_fusion"):
-            raise ValueError(f"{where}: unknown key {name}.{key}; {advice(key, ['type', 'params'])}")
-    if not isinstance(part.get("params", {}), dict):
-        raise ValueError(f"{where}: {name}.params is {part['params']!r}, not an object")
-
-
-def check_optimizer(part: dict[str, Any], where: str) -> None:
-    """Raises ValueError for an optimizer that DeepSpeed would look for in vain, or arguments that it does not take."""
+def check_parts(content: dict[str, Any], where: str) -> None:
+    """Raises ValueError for an optimizer or a schedule that DeepSpeed has not, or arguments that it does not take."""
+    from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    name = part.get("type")
-    if name is None:
-        return
-    ours = {it.lower(): cls for it, cls in vars(torch.optim).items() if inspect.isclass(cls)}
-    if not isinstance(name, str) or (name.lower() not in DEEPSPEED_OPTIMIZERS and name.lower() not in ours):
-        raise ValueError(f"{where}: optimizer.type is {name!r}, which is unknown; {advice(name, DEEPSPEED_OPTIMIZERS)}")
-    if cls := ours.get(name.lower()):
-        known = {*inspect.signature(cls).parameters, *BESIDE_ARGUMENTS} - {"params"}
-        refuse_unknown(part.get("params", {}), known, f"{where}: unknown key optimizer.params")
+    for name in ("optimizer", "scheduler"):
+        part = content.get(name, {})
+        if not isinstance(part, dict):
+            raise ValueError(f"{where}: {name} is {part!r}, not an object with type and params")
+        keys = [key for key in part if key != "legacy_fusion"]
+        refuse_unknown(keys, ["type", "params"], f"{where}: unknown key {name}")
+        if not isinstance(part.get("params", {}), dict):
+            raise ValueError(f"{where}: {name}.params is {part['params']!r}, not an object")
+    optimizers = {it.lower(): cls for it, cls in vars(torch.optim).items() if inspect.isclass(cls)}
+    schedules = {it: vars(lr_schedules)[it] for it in lr_schedules.VALID_LR_SCHEDULES}
+    for name, classes, known in (
+        ("optimizer", optimizers, DEEPSPEED_OPTIMIZERS),
+        ("scheduler", schedules, lr_schedules.VALID_LR_SCHEDULES),
+    ):
+        part = content.get(name, {})
+        given = part.get("type")
+        kind = given.lower() if name == "optimizer" and isinstance(given, str) else given
+        if given is None:
+            continue
+        if not isinstance(kind, str) or (kind not in known and kind not in classes):
+            raise ValueError(f"{where}: {name}.type is {given!r}, which is unknown; {advice(given, known)}")
+        if kind in classes:
+            arguments = set(inspect.signature(classes[kind]).parameters) - {"params", "optimizer"}
+            arguments |= NOT_ARGUMENTS if name == "optimizer" else set()
+            refuse_unknown(part.get("params", {}), sorted(arguments), f"{where}: unknown key {name}.params")
 
 
-def check_scheduler(part: dict[str, Any], where: str) -> None:
-    """Raises ValueError for a schedule that DeepSpeed has not, or arguments that it does not take."""
-    from deepspeed.runtime import lr_schedules
-
-    name = part.get("type")
-    if name is None:
-        return
-    if name not in lr_schedules.VALID_LR_SCHEDULES:
-        known = lr_schedules.VALID_LR_SCHEDULES
-        raise ValueError(f"{where}: scheduler.type is {name!r}, which is unknown; {advice(name, known)}")
-    known = set(inspect.signature(vars(lr_schedules)[name]).parameters) - {"optimizer"}
-    refuse_unknown(part.get("params", {}), known, f"{where}: unknown key scheduler.params")
-
-
-def refuse_unknown(part: dict[str, Any], known: set[str], beginning: str) -> None:
+def refuse_unknown(names: Iterable[str], known: Sequence[str], beginning: str) -> None:
     """Raises ValueError for the first name that is not known."""
-    for name in part:
+    for name in names:
         if name not in known:
-            raise ValueError(f"{beginning}.{name}; {advice(name, sorted(known))}")
+            raise ValueError(f"{beginning}.{name}; {advice(name, known)}")
 
 
 def check_values(content: dict[str, Any], recorder: Recorder, where: str, key: str = "") -> None:
@@ -241,10 +214,6 @@ def fields_of(error: ValidationError, place: Sequence[Any]) -> list[str]:
     cls = next(cls for cls in classes if cls.__name__ == error.title)
     for name in place[:-1]:
         hint = cls.model_fields[name].annotation
-        nested = [
-            it
-            for it in (hint, *getattr(hint, "__args__", ()))
-            if inspect.isclass(it) and issubclass(it, DeepSpeedConfigModel)
-        ]
-        cls = nested[0]
+        hints = (hint, *getattr(hint, "__args__", ()))
+        cls = next(it for it in hints if inspect.isclass(it) and issubclass(it, DeepSpeedConfigModel))
     return sorted({*cls.model_fields, *(it.alias for it in cls.model_fields.values() if it.alias)})

@@ -60,7 +60,7 @@ NOT_OPTIONS[PreferenceArguments] = {
     *("modality_weights", "router_aux_loss_coef"),
 }
 NOT_OPTIONS[RolloutArguments] = {
-    *("model_init_kwargs", "trust_remote_code", "remove_unused_columns", "pad_to_multiple_of", "chat_template_kwargs"),
+    *("model_init_kwargs", "trust_remote_code", "pad_to_multiple_of", "chat_template_kwargs"),
     *("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching", "use_transformers_paged"),
     *("transformers_continuous_batching_config", "max_tool_calling_iterations", "num_generations_eval"),
     *("log_multimodal", "log_completions_hub_repo", "modality_weights", "router_aux_loss_coef"),
@@ -90,7 +90,7 @@ class FinetuningConfig(ResolvedConfig):
         step_lora: Low-rank adapters of single steps of the core.
         quantization: Bits of the weights that do not learn.
         data: What is read.
-        callbacks: What is watched and written beside the trainer's own logs.
+        callbacks: What is logged and generated besides the trainer's own logs.
         training: Training arguments, of the class that belongs to the trainer; None if `load_finetuned_run` left them
             out.
         trainer: Name of the trainer: what is learned from the data.
@@ -149,23 +149,19 @@ def build_finetuning(run: FinetuningConfig, resume_point: str | None = None) -> 
     if run.trainer == "exit_probe":
         add_exit_probe(model)
     model, adapters = add_fresh_adapters(run, model)
-    beside = [base, *adapters] if run.has_adapters else []
+    auxiliary = [base, *adapters] if run.has_adapters else []
     if resume_point is not None:
         check_adapters(run, resume_point)
         check_weights(resume_point, model)
-        for part in beside:
+        for part in auxiliary:
             part.load(resume_point)
     trainer = BUILDERS[run.trainer](run, model, processor)
-    trainer.auxiliary = beside
+    trainer.auxiliary = auxiliary
     return trainer
 
 
 def load_base(run: FinetuningConfig, folder: Path) -> tuple[PreTrainedModel, Processor]:
-    """The checkpoint that is tuned, with its tokenizer or processor, made ready for conversations.
-
-    Raises:
-        ValueError: it cannot be loaded, or not trained in this way.
-    """
+    """The checkpoint that is tuned, with its tokenizer or processor, made ready for conversations."""
     options, args = run.model, run.training
     dtype = options.dtype and getattr(torch, options.dtype)
     with whole_weights(args):
@@ -182,11 +178,7 @@ def load_base(run: FinetuningConfig, folder: Path) -> tuple[PreTrainedModel, Pro
 
 
 def add_exit_probe(model: PreTrainedModel) -> None:
-    """Give a model a fresh exit probe, which alone learns.
-
-    Raises:
-        ValueError: the model has no core, so that there is nothing to exit from.
-    """
+    """Give a model a fresh exit probe, which alone learns."""
     if model.config.get_text_config().num_core_layers == 0:
         raise ValueError("model.path: the model has no core (num_core_layers is 0), so there is nothing to exit from")
     model.requires_grad_(False)
@@ -196,9 +188,6 @@ def add_exit_probe(model: PreTrainedModel) -> None:
 def add_fresh_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[torch.nn.Module, list[StepLora]]:
     """The model with fresh adapters, which alone learn, and those of them that are not PEFT's; the model as it is where
     the run has none.
-
-    Raises:
-        ValueError: they are for layers that the model does not have.
     """
     if not run.has_adapters:
         return model, []
@@ -206,7 +195,7 @@ def add_fresh_adapters(run: FinetuningConfig, model: PreTrainedModel) -> tuple[t
     steps = []
     if run.step_lora is not None:
         options = run.step_lora
-        targets = step_lora_targets(model, options.target_modules, lora)
+        targets = step_lora_targets(model, options.target_modules)
         steps = [add_step_lora(model, targets, options.num_steps, options.rank, options.alpha)]
     model.requires_grad_(False)
     if lora is not None:
@@ -231,11 +220,6 @@ def check_adapters(run: FinetuningConfig, resume_point: str) -> None:
             f"training.resume_from_checkpoint: {resume_point} has {there}, but this run has {here}; give the same "
             "sections, or another checkpoint"
         )
-
-
-def build_token_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
-    """The trainer of `continued` and `sft`: rows of tokens, of which some are learned."""
-    return build_recurrent_trainer(FINETUNERS[run.trainer][0], run, model, processor)
 
 
 def build_exit_probe_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
@@ -302,8 +286,8 @@ def build_rollout_trainer(run: FinetuningConfig, model: torch.nn.Module, process
 
 
 BUILDERS: dict[str, Callable[[FinetuningConfig, torch.nn.Module, Processor], Trainer]] = {
-    "continued": build_token_trainer,
-    "sft": build_token_trainer,
+    "continued": functools.partial(build_recurrent_trainer, FINETUNERS["continued"][0]),
+    "sft": functools.partial(build_recurrent_trainer, FINETUNERS["sft"][0]),
     "dpo": build_preference_trainer,
     "grpo": build_rollout_trainer,
     "exit_probe": build_exit_probe_trainer,

@@ -31,17 +31,19 @@ from model.versions import VersionAction
 from trainers import RecurrentTrainingArguments
 
 from . import strict_yaml
-from .renamed import new_name, with_new_names
+from .renamed import is_removed, new_name, with_new_names
 
 SWITCHES = ("__dry_run", "__allow_code")  # flags that may stand without a value
 OPTIONAL_SECTIONS = ("peft", "step_lora")  # of fine-tuning
-# Not for YAML: what every Hugging Face config inherits, what tokenizer, backbone and launcher decide, and secrets.
+# Not for YAML: what every Hugging Face config inherits, what tokenizer, backbone and launcher decide, what has a single
+# value here, and secrets.
 NOT_OPTIONS = {
     PreTrainedConfig: {item.name for item in dataclasses.fields(PreTrainedConfig)}
     | {"pad_token_id", "bos_token_id", "eos_token_id", "backbone_config", "codec_config", "vocoder_config"},
     MegaTransformerConfig: {"tie_word_embeddings", "image_code_offset", "structure_token_ids"}
     | {name for name in MegaTransformerConfig.__dataclass_fields__ if name.endswith("_token_id")},
-    RecurrentTrainingArguments: {"local_rank", "parallelism_config", "hub_token"},
+    RecurrentTrainingArguments: {"local_rank", "parallelism_config", "hub_token"}
+    | {"logging_nan_inf_filter", "remove_unused_columns"},
 }
 CODE_OPTIONS = ("optimizer", "rewards")
 """Options of training that name functions, as module:function."""
@@ -82,12 +84,8 @@ class Layout:
 
 @dataclass
 class Given:
-    """What one flag of a command line gives.
-
-    Args:
-        flags: What the parser gets to see of it, if it names no file.
-        tree: The values that it gives.
-        file: The configuration file that it names.
+    """What one flag of a command line gives: what the parser gets to see of it, if it names no file; its values; and
+    the configuration file that it names.
     """
 
     flags: list[str]
@@ -155,11 +153,7 @@ def option_values(given: Sequence[Given], layout: Layout, is_to_run: bool = Fals
 
 
 def read_arguments(argv: Sequence[str]) -> Iterator[Given]:
-    """What each flag of a command line gives; a configuration file gives its content.
-
-    Raises:
-        ValueError: an argument is no flag, a flag has no value, or a file cannot be read.
-    """
+    """What each flag of a command line gives, and a configuration file; raises ValueError for what is none of these."""
     rest = list(argv)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
@@ -182,23 +176,27 @@ def read_arguments(argv: Sequence[str]) -> Iterator[Given]:
 
 
 def read_flag(flag: str, value: str) -> Given:
-    """What a flag of a section gives; under its new name, where it has an old one."""
+    """What a flag of a section gives; under its new name, where it has an old one; nothing, if it is gone.
+
+    Raises:
+        ValueError: it is gone, and the value is not the one that is left; or the value cannot be read.
+    """
     found = read_value(flag, value)
     old, keys = flag[2:].replace("-", "_").split("."), []
+    if is_removed(old, found):
+        return Given([])
     for name in old:
         keys.append(new_name([*keys, name]))
     if (new := with_new_names(found, keys=keys)) != found:
         value = json.dumps(new)
+    if found and not new:
+        return Given([])
     name = flag if keys == old else f"--{'.'.join(keys)}"
     return Given([f"{name}={value}"], functools.reduce(lambda inner, key: {key: inner}, reversed(keys), new))
 
 
 def read_value(flag: str, value: str) -> Any:
-    """What a flag is given, if that is a list or a mapping; else its text, since the parser knows what is expected.
-
-    Raises:
-        ValueError: `strict_yaml` refuses it.
-    """
+    """What a flag is given, if that is a list or a mapping; else its text, since the parser knows what is expected."""
     try:
         value.encode("utf-8")  # what an argument has that is not UTF-8 came as surrogates
         found = strict_yaml.parse_yaml(value)
@@ -263,11 +261,8 @@ def make_paths_absolute(tree: dict[str, Any], schema: dict[str, Any], folder: Pa
 
 
 def check_code(given: Sequence[Given]) -> None:
-    """Look at the functions that the last one to name them names. Code of others runs only where the command line
-    allows it.
-
-    Raises:
-        ValueError: a file names one that is not this project's.
+    """Raises ValueError where the last one to name a function is a file, and the function is not this project's: code
+    of others runs only where the command line allows it.
     """
     for key in CODE_OPTIONS:
         sections = [(item.origin, item.tree["training"]) for item in given if "training" in item.tree]
@@ -301,11 +296,11 @@ def option_types(cls: type) -> dict[str, Any]:
 
 def schema_of(cls: type) -> dict[str, Any]:
     """Each key of a class with None, or `PATH`, or the schema of the class it holds, in a list if it holds many."""
-    schema, fields = {}, {item.name: item for item in dataclasses.fields(cls)}
+    schema = {}
     for name, hint in option_types(cls).items():
         inner = schema_of(nested) if (nested := nested_class(hint)) else None
-        is_list, is_path = typing.get_origin(hint) is list, fields[name].metadata.get("is_path", False)
-        schema[name] = PATH if is_path else [inner] if inner and is_list else inner
+        is_path = cls.__dataclass_fields__[name].metadata.get("is_path", False)
+        schema[name] = PATH if is_path else [inner] if inner and typing.get_origin(hint) is list else inner
     return schema
 
 
@@ -373,11 +368,7 @@ def sections_in(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 class SectionHelp(argparse.Action):
-    """Shows the options of one section, those of the sections in it included, and ends the process.
-
-    Args:
-        of: The class of the section.
-    """
+    """Shows the options of one section, that of the class `of`, with the sections in it, and ends the process."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, of: type, **kwargs: Any) -> None:
         what = "Show the options of this section alone, and exit"
@@ -410,12 +401,8 @@ def describe_error(message: str, schema: dict[str, Any]) -> str:
 
 
 def closest(name: Any, known: Sequence[str], else_where: str = "--help lists the known ones") -> str:
-    """Advice about a name that is not known: the one that is most like it, and which are known, or where they are
-    listed if they are many.
-
-    Args:
-        name: The unknown one.
-        else_where: What is said of many.
+    """Advice about a name that is not known: the one that is most like it, and which are known, or, of many,
+    `else_where`.
     """
     near = difflib.get_close_matches(str(name), known, n=1)
     listed = f"known: {', '.join(known)}" if len(known) <= 20 else else_where

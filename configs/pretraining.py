@@ -82,11 +82,7 @@ def build_language_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
 def build_recurrent_trainer(
     trainer_class: type[RecurrentTrainer], run: ResolvedConfig, model: PreTrainedModel, processor: Processor
 ) -> Trainer:
-    """The trainer of a model on rows of tokens, of which some or all are learned, in pretraining and in fine-tuning.
-
-    Raises:
-        ValueError: data cannot be read, or do not fit the model.
-    """
+    """The trainer of a model on rows of tokens, of which some or all are learned, in pretraining and in fine-tuning."""
     args, datasets = run.training, build_rows(run, model, processor)
     args.choose_best_metric([f"eval_{source}_{name}" for source in datasets.validation for name in METRICS])
     trainer = trainer_class(
@@ -103,11 +99,7 @@ def build_recurrent_trainer(
 
 
 def build_rows(run: ResolvedConfig, model: PreTrainedModel, processor: Processor) -> RunDatasets:
-    """The rows of tokens that a run learns from and is evaluated on.
-
-    Raises:
-        ValueError: data cannot be read, or do not fit the model.
-    """
+    """The rows of tokens that a run learns from and is evaluated on."""
     args = run.training
     return build_datasets(
         run.data,
@@ -136,12 +128,8 @@ def special_tokens(run: RunConfig) -> list[str]:
     """What a vocabulary has besides pad, begin and end: tokens of media, or of the roles in conversations."""
     if isinstance(run.model, MegaTransformerConfig):
         return media_tokens(run.model)
-    return list(ROLE_TOKENS.values()) if learns_from_chats(run) else []
-
-
-def learns_from_chats(run: RunConfig) -> bool:
-    """Whether a train source has conversations."""
-    return any(source.is_media for source in run.data.train)
+    learns_from_chats = any(source.is_media for source in run.data.train)
+    return list(ROLE_TOKENS.values()) if learns_from_chats else []
 
 
 def build_codec_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
@@ -215,11 +203,7 @@ def whole_weights(args: RecurrentTrainingArguments) -> Iterator[None]:
 
 
 def without_weights(run: RunConfig) -> PreTrainedModel:
-    """The model of a run on the meta device, which takes no memory.
-
-    Raises:
-        ValueError: its sizes are beyond what any tensor can have.
-    """
+    """The model of a run on the meta device, which takes no memory."""
     try:
         with whole_weights(run.training), torch.device("meta"):
             return MODELS[type(run.model)](run.model)

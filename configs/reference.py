@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from model import CODEC_CONFIGS
 from trainers import RecurrentTrainingArguments
-from trainers.arguments import MINIMUMS, MOMENTS
+from trainers.arguments import MINIMUMS, SHARES
 from trainers.finetuning import FINETUNERS, ModelOptions
 
 from . import api_reference, finetuning
@@ -36,7 +36,8 @@ A run is one YAML with the sections below; what is left out has its default. Eve
 section: `--model.recurrence.mean_steps 8`. Several `--config` files may be given; later files and flags override
 earlier ones. What is wrong with a key, a type, a choice or a range is said in one line that names the key, before
 anything is built. The `config.yaml` of a run folder holds every option as it was resolved. An option that has been
-renamed is still read by its old name, and a line on standard error says the new one.
+renamed is still read by its old name, and a line on standard error says the new one; one that is gone may still be
+given with the value that is left.
 
 `training.optimizer` and `training.rewards` may name functions, which are imported and run. Where a file names one that
 is not in `trainers` or `evaluation`, it is refused unless the command line has `--allow-code`, which no file can say.
@@ -106,8 +107,10 @@ def headings_of_run() -> dict[type, str]:
 
 
 def tuning_arguments() -> dict[str, type]:
-    """The training arguments of each trainer of fine-tuning that has its own."""
-    return {name: cls for name, (_, cls) in FINETUNERS.items() if cls is not RecurrentTrainingArguments}
+    """The training arguments of each trainer of fine-tuning that declares some."""
+    return {
+        name: cls for name, (_, cls) in FINETUNERS.items() if cls is not RecurrentTrainingArguments and documented(cls)
+    }
 
 
 def classes_of_run() -> dict[type, list[str]]:
@@ -120,13 +123,11 @@ def classes_of_run() -> dict[type, list[str]]:
             if nested := nested_class(hint):
                 add(nested, f"{key}.{name}")
 
-    for key, cls in [*(("model", cls) for cls in MODEL_CONFIGS.values()), *SECTIONS.items()]:
+    models = (("model", cls) for cls in MODEL_CONFIGS.values())
+    tuning = ((key, cls) for key, cls in finetuning.SECTIONS.items() if cls not in SECTIONS.values())
+    arguments = (("training", cls) for cls in tuning_arguments().values())
+    for key, cls in (*models, *SECTIONS.items(), *tuning, *arguments):
         add(cls, key)
-    for key, cls in finetuning.SECTIONS.items():
-        if cls not in SECTIONS.values():
-            add(cls, key)
-    for cls in tuning_arguments().values():
-        add(cls, "training")
     return found
 
 
@@ -147,7 +148,7 @@ def about(cls: type) -> str:
     if not issubclass(cls, TrainingArguments):
         return f"{docstring_parser.parse(cls.__doc__).short_description}\n"
     inherited = {name: f"at least {least}" for name, least in MINIMUMS.items() if name not in documented(cls)}
-    inherited |= dict.fromkeys(MOMENTS, "from 0 to below 1")
+    inherited |= {name: "from 0 to below 1" for name in SHARES if name not in documented(cls)}
     lines = [
         f"- {words}: {', '.join(f'`{name}`' for name in inherited if inherited[name] == words)}\n"
         for words in dict.fromkeys(inherited.values())
@@ -209,13 +210,9 @@ def type_in_words(hint: Any) -> str:
         if typing.get_origin(part) is Literal:
             words += [json.dumps(value) for value in typing.get_args(part)]
         elif not (part is int and float in parts):
-            words.append("null" if part is NoneType else name_of(part))
+            name = part.__name__ if isinstance(part, type) else str(part).replace("typing.", "")
+            words.append("null" if part is NoneType else name)
     return " or ".join(f"`{word}`" for word in words)
-
-
-def name_of(kind: Any) -> str:
-    """The name of a class, or of a list of something."""
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def default_of(item: dataclasses.Field) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,79 +13,47 @@ from trainers.resuming import TRAINER_STATE_NAME, find_resume_point, holds_check
 
 from .deepspeed_files import deepspeed_content
 from .loader import OPTIONAL_SECTIONS, read_yaml, to_yaml
-from .runs import ResolvedConfig, check_output_dir, find_run_config
+from .runs import ResolvedConfig, check_output_dir, find_run_config, resolve
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 
+_TRAINING = {
+    "the length of the run; the schedule is that of the new length": "max_steps num_train_epochs",
+    "how to go on": "resume_from_checkpoint allow_changes",
+    "what is said while it trains": "logging_* log_* disable_tqdm num_completions_to_print deepspeed.steps_per_print "
+    "deepspeed.wall_clock_breakdown deepspeed.dump_state deepspeed.comms_logger* deepspeed.flops_profiler*",
+    "where figures go": "report_to run_name project trackio_*",
+    "which figures there are": "skip_memory_metrics include_num_input_tokens_seen",
+    "which figures there are; the loss at one step is computed aside": "recurrence_logging_steps",
+    "when to warn": "*_alarm stall_seconds",
+    "when and how to evaluate, which changes no weight": "eval_* per_device_eval_batch_size prediction_loss_only "
+    "batch_eval_metrics include_for_metrics",
+    "nothing reads them": "do_*",
+    "when and where to save": "output_dir save_* enable_jit_checkpoint push_to_hub hub_*",
+    "who reads the rows, whose order stays": "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
+    "dataloader_persistent_workers dataloader_multiprocessing_context",
+    "memory; the values are the same": "torch_empty_cache_steps",
+    "memory; the values are computed again, and are the same": "activation_checkpointing gradient_checkpointing",
+    "how long ranks wait for each other": "ddp_timeout",
+}
 # Patterns of the keys that may change when a run goes on, and why: what is computed stays the same. All other keys are
 # those of the run that the checkpoint is of.
-FREE = {
-    "training.max_steps": "the length of the run; the schedule is that of the new length",
-    "training.num_train_epochs": "the length of the run; the schedule is that of the new length",
-    "training.resume_from_checkpoint": "how to go on",
-    "training.allow_changes": "how to go on",
-    "training.logging_*": "what is said while it trains",
-    "training.log_*": "what is said while it trains",
-    "training.disable_tqdm": "what is said while it trains",
-    "training.report_to": "where figures go",
-    "training.run_name": "where figures go",
-    "training.project": "where figures go",
-    "training.trackio_*": "where figures go",
-    "training.skip_memory_metrics": "which figures there are",
-    "training.include_num_input_tokens_seen": "which figures there are",
-    "training.recurrence_logging_steps": "which figures there are; the loss at one step is computed aside",
-    "training.*_alarm": "when to warn",
-    "training.stall_seconds": "when to warn",
-    "training.num_completions_to_print": "what is said while it trains",
-    "training.eval_*": "when and how to evaluate, which changes no weight",
-    "training.per_device_eval_batch_size": "when and how to evaluate, which changes no weight",
-    "training.prediction_loss_only": "when and how to evaluate, which changes no weight",
-    "training.batch_eval_metrics": "when and how to evaluate, which changes no weight",
-    "training.include_for_metrics": "when and how to evaluate, which changes no weight",
-    "training.do_*": "nothing reads them",
-    "training.output_dir": "where to save",
-    "training.save_*": "when and where to save",
-    "training.enable_jit_checkpoint": "when and where to save",
-    "training.push_to_hub": "where to save",
-    "training.hub_*": "where to save",
-    "training.dataloader_num_workers": "who reads the rows, whose order stays",
-    "training.dataloader_pin_memory": "who reads the rows, whose order stays",
-    "training.dataloader_persistent_workers": "who reads the rows, whose order stays",
-    "training.dataloader_prefetch_factor": "who reads the rows, whose order stays",
-    "training.dataloader_multiprocessing_context": "who reads the rows, whose order stays",
-    "training.torch_empty_cache_steps": "memory; the values are the same",
-    "training.activation_checkpointing": "memory; the values are computed again, and are the same",
-    "training.gradient_checkpointing": "memory; the values are computed again, and are the same",
-    "training.ddp_timeout": "how long ranks wait for each other",
-    "training.deepspeed.steps_per_print": "what is said while it trains",
-    "training.deepspeed.wall_clock_breakdown": "what is said while it trains",
-    "training.deepspeed.dump_state": "what is said while it trains",
-    "training.deepspeed.comms_logger*": "what is said while it trains",
-    "training.deepspeed.flops_profiler*": "what is said while it trains",
+FREE = {f"training.{name}": reason for reason, names in _TRAINING.items() for name in names.split()} | {
     "data.max_invalid_rows": "when to give up; the rows are the same",
     "data.preprocessing_workers": "who prepares the rows, whose order stays",
-    "callbacks.*": "what is watched beside the training, and what happens where a loss is not finite",
+    "callbacks.*": "what is measured besides the training, and what happens where a loss is not finite",
     "log_level": "what is said while it trains",
 }
+_OF_GROUPS = (f"parameter_groups[[]*[]].{it}" for it in ("learning_rate", "lr_factor", "weight_decay", "freeze_steps"))
+_OF_OPTIMIZER = ("learning_rate", "muon_learning_rate", "weight_decay", "adam_*", "optim_args", *_OF_GROUPS)
+_OF_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs*", "warmup_steps")
 # Those that may change where `training.allow_changes` is true; the optimizer and the schedule then have the new ones.
-CHANGEABLE = {
-    "training.learning_rate": "of the optimizer",
-    "training.muon_learning_rate": "of the optimizer",
-    "training.weight_decay": "of the optimizer",
-    "training.adam_*": "of the optimizer",
-    "training.optim_args": "of the optimizer",
-    "training.parameter_groups[[]*[]].learning_rate": "of the optimizer",
-    "training.parameter_groups[[]*[]].lr_factor": "of the optimizer",
-    "training.parameter_groups[[]*[]].weight_decay": "of the optimizer",
-    "training.parameter_groups[[]*[]].freeze_steps": "of the optimizer",
-    "training.deepspeed.optimizer.params.*": "of the optimizer",
-    "training.lr_scheduler_type": "of the schedule",
-    "training.lr_scheduler_kwargs*": "of the schedule",
-    "training.warmup_steps": "of the schedule",
-    "training.deepspeed.scheduler.params.*": "of the schedule",
-}
+CHANGEABLE = (
+    *(f"training.{name}" for name in (*_OF_OPTIMIZER, *_OF_SCHEDULE)),
+    *(f"training.deepspeed.{part}.params.*" for part in ("optimizer", "scheduler")),
+)
 # Schedules whose rates follow from what has happened, and not from the number of the step.
 WITH_MEMORY = ("reduce_lr_on_plateau", "greedy")
 MOST_SHOWN = 3
@@ -128,7 +97,13 @@ def find_start(run: ResolvedConfig) -> Start:
     check_output_dir(run)
     folder, wanted = Path(args.output_dir), str(args.resume_from_checkpoint).lower()
     if wanted in ("none", "false"):
-        check_new_folder(folder)
+        if name := holds_checkpoints(folder):  # those of both runs could not be told apart
+            raise ValueError(
+                f"training.output_dir: {folder} holds {name} of an earlier run; go on with it by "
+                "--training.resume_from_checkpoint true, choose another output_dir, or remove the folder"
+            )
+        if (folder / TRAINER_STATE_NAME).is_file():
+            logger.warning("%s holds a finished run, which this one replaces", folder)
         return Start()
     is_named = wanted != "true"
     checkpoint = find_resume_point(args)
@@ -142,27 +117,8 @@ def find_start(run: ResolvedConfig) -> Start:
     return Start(checkpoint, may_be_complete=not is_named)
 
 
-def check_new_folder(folder: Path) -> None:
-    """Refuse to begin anew where the checkpoints of another run are: those of both could not be told apart.
-
-    Raises:
-        ValueError: if there are any.
-    """
-    if name := holds_checkpoints(folder):
-        raise ValueError(
-            f"training.output_dir: {folder} holds {name} of an earlier run; go on with it by "
-            "--training.resume_from_checkpoint true, choose another output_dir, or remove the folder"
-        )
-    if (folder / TRAINER_STATE_NAME).is_file():
-        logger.warning("%s holds a finished run, which this one replaces", folder)
-
-
 def check_ranks(checkpoint: Path, args: RecurrentTrainingArguments) -> None:
-    """Compare the number of ranks with that of a checkpoint, where each has a state of its own.
-
-    Raises:
-        ValueError: it is another one: an update would be of other rows.
-    """
+    """Raises ValueError for a checkpoint of another number of ranks: an update would be of other rows."""
     there = len(list(checkpoint.glob("rng_state*.pth")))
     if there in (0, args.world_size):
         return
@@ -181,9 +137,7 @@ def config_text(run: ResolvedConfig) -> str:
     """The YAML that a checkpoint keeps of its run: that of the run folder, with what the file of DeepSpeed says in
     place of its name.
     """
-    training = run.resolved["training"]
-    content = deepspeed_content(training["deepspeed"])
-    return to_yaml({**run.resolved, "training": {**training, "deepspeed": content}})
+    return to_yaml(with_deepspeed_content(run.resolved))
 
 
 def check_options(run: ResolvedConfig, checkpoint: Path) -> None:
@@ -223,12 +177,13 @@ def refusal(checkpoint: Path, found: list[Difference]) -> str:
 def differences(run: ResolvedConfig, path: Path) -> Iterator[Difference]:
     """The options of a run that are not those of a configuration file, but for those that are free."""
     try:
-        there = run.reread(path)
+        there = resolve(["--config", str(path)], type(run))  # options that are younger have their defaults
     except ValueError:  # keys that are gone since, or of a run of another kind: as it is, in which they are named
         there = read_yaml(path)
-    there, here = with_deepspeed_content(there), with_deepspeed_content(run.resolved)
+    with suppress(ValueError):  # where DeepSpeed's file is gone since, its name is compared
+        there = with_deepspeed_content(there)
     has_adapters = any(run.resolved.get(part) for part in OPTIONAL_SECTIONS)
-    for item in compare_trees(there, here):
+    for item in compare_trees(there, with_deepspeed_content(run.resolved)):
         is_base = has_adapters and item.key == "model.path"  # its weights are compared when the adapter is loaded
         if not (is_base or any(fnmatchcase(item.key, pattern) for pattern in FREE)):
             yield item
@@ -247,13 +202,9 @@ def compare_trees(there: Any, here: Any, key: str = "") -> Iterator[Difference]:
 
 
 def with_deepspeed_content(tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree with what DeepSpeed's file says in place of its name, where there is such a file."""
+    """A tree with what DeepSpeed's file says in place of its name."""
     training = tree.get("training") or {}
-    try:
-        content = deepspeed_content(training.get("deepspeed"))
-    except ValueError:
-        return tree
-    return {**tree, "training": {**training, "deepspeed": content}}
+    return {**tree, "training": {**training, "deepspeed": deepspeed_content(training.get("deepspeed"))}}
 
 
 def is_changeable(item: Difference) -> bool:

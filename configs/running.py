@@ -88,11 +88,7 @@ def leaving(lock: RunLock) -> Iterator[None]:
 
 
 def begin_run(run: ResolvedConfig, lock: RunLock) -> Start:
-    """Where a run begins, in a folder that no other run writes to; a folder that is not there yet is not made.
-
-    Raises:
-        ValueError: the run cannot begin there, or the folder is in use.
-    """
+    """Where a run begins, in a folder that no other run writes to; a folder that is not there yet is not made."""
     start = find_start(run)
     if not start.is_finished:
         lock.take(may_make_folder=False)
@@ -102,10 +98,8 @@ def begin_run(run: ResolvedConfig, lock: RunLock) -> Start:
 
 
 def decide(choose: Callable[[], Answer], args: TrainingArguments) -> Answer:
-    """What the first rank finds, on all ranks: each might find something else in a folder that is being written.
-
-    Raises:
-        ValueError: the first rank has found a ValueError or an OSError; all ranks raise it.
+    """What the first rank finds, or the ValueError or OSError that it raises, on all ranks: each might find something
+    else in a folder that is being written.
     """
     if args.world_size == 1:
         return choose()

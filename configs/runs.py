@@ -57,11 +57,7 @@ class ResolvedConfig:
 
     @classmethod
     def layout(cls, trees: Sequence[dict[str, Any]]) -> Layout:
-        """What a YAML of this kind of run may hold, as the trees of what is given say, the last one first.
-
-        Raises:
-            ValueError: a trainer or a type of model is not known.
-        """
+        """What a YAML of this kind of run may hold, as the trees of what is given say; the last one rules."""
         raise NotImplementedError
 
     @classmethod
@@ -93,29 +89,16 @@ class ResolvedConfig:
         """Whether the run is only planned; `training` then knows nothing of this machine."""
         return "dry_run" in self.resolved
 
-    def defaults(self) -> dict[str, Any]:
-        """What is resolved where nothing is given but what selects the classes."""
-        return option_values([], self.layout([self.resolved]))
-
-    def reread(self, path: str | Path) -> dict[str, Any]:
-        """Every option of a run of this kind as plain values, as a resolved YAML of earlier code says; options that are
-        younger than that have their defaults.
-
-        Raises:
-            ValueError: it is no such file.
-        """
-        return resolve(["--config", str(path)], type(self))
-
     def save(self, path: str | Path) -> None:
         """Write the resolved YAML, which alone repeats the run; nobody ever reads half of it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            beside.write_text(to_yaml(self.resolved), encoding="utf-8")
-            beside.replace(path)
+            temporary.write_text(to_yaml(self.resolved), encoding="utf-8")
+            temporary.replace(path)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 @dataclass
@@ -126,7 +109,7 @@ class RunConfig(ResolvedConfig):
         model: Configuration of the network; the ids of special tokens are not in it yet.
         tokenizer: Which tokenizer, or how to train one.
         data: What is read.
-        callbacks: What is watched and written beside the trainer's own logs.
+        callbacks: What is logged and generated besides the trainer's own logs.
         training: Training arguments; None if `load_run_config` left them out.
         trainer: Name of the trainer.
         log_level: Least severe message that is shown.
@@ -144,14 +127,26 @@ class RunConfig(ResolvedConfig):
     identity: ClassVar[tuple[str, ...]] = ("model.", "tokenizer.")
 
     def __post_init__(self) -> None:
-        check_trainer(self.model, self.trainer)
-        if not isinstance(self.model, CODEC_CONFIGS):
-            check_positions(self.model, self.data.block_size)
+        is_codec, model = isinstance(self.model, CODEC_CONFIGS), self.model.get_text_config()
+        fitting = "reconstruction" if is_codec else "pretrain"
+        if self.trainer != fitting:
+            raise ValueError(f"trainer: {self.trainer!r} trains no {self.model.model_type}; set trainer: {fitting}")
+        is_table = not is_codec and model.position_embedding in ("learned", "sinusoidal")  # which does not extrapolate
+        if is_table and self.data.block_size > model.max_position_embeddings:
+            raise ValueError(
+                f"data.block_size: {self.data.block_size} is more than the {model.max_position_embeddings} positions "
+                f"of a {model.position_embedding} table; raise model.max_position_embeddings or choose rope or alibi"
+            )
 
     @classmethod
     def layout(cls, trees: Sequence[dict[str, Any]]) -> Layout:
         """The sections of pretraining, with the class that the type of the model selects."""
-        config_class = model_config_class(trees)
+        sections = [tree["model"] for tree in trees if isinstance(tree.get("model"), dict)]
+        names = [section["model_type"] for section in sections if "model_type" in section]
+        name = names[-1] if names else MegaTransformerTextConfig.model_type
+        if str(name) not in MODEL_CONFIGS:
+            raise ValueError(f"model.model_type: {name!r} is unknown; known: {', '.join(MODEL_CONFIGS)}")
+        config_class = MODEL_CONFIGS[name]
         optional = (f"model.{name}" for name, spec in config_class.sub_configs_defaults.items() if spec.optional)
         sections = (("model", config_class), *SECTIONS.items())
         return Layout(tuple(TRAINERS), "pretrain", sections, tuple(optional), config_class.model_type, has_dry_run=True)
@@ -245,12 +240,7 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) 
 
 
 def check_output_dir(run: ResolvedConfig) -> None:
-    """Refuse to write where nothing can be written, or into the folder of another model.
-
-    Raises:
-        ValueError: if the output folder cannot be made, or holds a run of another model; names the first key that
-            differs.
-    """
+    """Raises ValueError for an output folder that cannot be written, or holds a run of another model."""
     name = run.training.output_dir
     folder = Path(name).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -266,25 +256,15 @@ def first_difference(folder: Path, run: ResolvedConfig, prefixes: tuple[str, ...
     """
     if not (folder / "config.yaml").exists():
         return None
-    content = read_yaml(folder / "config.yaml")
-    make_paths_absolute(content, run.layout([run.resolved]).schema(), Path.cwd())  # as all are that today's code writes
-    there, here = flatten_keys(run.defaults()) | flatten_keys(content), flatten_keys(run.resolved)
+    content, layout = read_yaml(folder / "config.yaml"), run.layout([run.resolved])
+    make_paths_absolute(content, layout.schema(), Path.cwd())  # as all are that today's code writes
+    there, here = flatten_keys(option_values([], layout)) | flatten_keys(content), flatten_keys(run.resolved)
     different = (key for key in here | there if key.startswith(prefixes) and there.get(key) != here.get(key))
     key = next(different, None)
     return key and f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
 
 
 # ----------------------------------------------------------------------------------------------- from values to classes
-
-
-def model_config_class(trees: Sequence[dict[str, Any]]) -> type[PreTrainedConfig]:
-    """The class named by the last `model.model_type` among the trees."""
-    sections = [tree["model"] for tree in trees if isinstance(tree.get("model"), dict)]
-    names = [section["model_type"] for section in sections if "model_type" in section]
-    name = names[-1] if names else MegaTransformerTextConfig.model_type
-    if str(name) not in MODEL_CONFIGS:
-        raise ValueError(f"model.model_type: {name!r} is unknown; known: {', '.join(MODEL_CONFIGS)}")
-    return MODEL_CONFIGS[name]
 
 
 def build(cls: type, values: dict[str, Any], key: str) -> Any:
@@ -306,7 +286,14 @@ def build(cls: type, values: dict[str, Any], key: str) -> Any:
     try:
         return cls(**values)
     except torch.distributed.DistNetworkError as error:
-        raise ValueError(network_problem(str(error))) from error
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        problem = f"MASTER_ADDR and MASTER_PORT: {address}:{port} does not answer: {error}"
+        if "EADDRINUSE" in str(error):
+            problem = (
+                f"MASTER_PORT: {port} is in use, perhaps by another run; give another one, as in "
+                "`deepspeed --master_port 29501 pretrain.py`"
+            )
+        raise ValueError(problem) from error
     except (ValueError, TypeError, ImportError, OSError) as error:
         reason = str(error).removeprefix(cls.__name__)
         raise ValueError(f"{key}{reason}" if reason.startswith((".", ":")) else f"{key}: {reason}") from error
@@ -319,31 +306,3 @@ def numbers_in(value: Any) -> Iterator[float]:
             yield from numbers_in(part)
     elif isinstance(value, float):
         yield value
-
-
-def network_problem(message: str) -> str:
-    """Why the processes of a run do not find each other."""
-    port = os.environ.get("MASTER_PORT")
-    if "EADDRINUSE" in message:
-        return (
-            f"MASTER_PORT: {port} is in use, perhaps by another run; give another one, as in "
-            "`deepspeed --master_port 29501 pretrain.py`"
-        )
-    return f"MASTER_ADDR and MASTER_PORT: {os.environ.get('MASTER_ADDR')}:{port} does not answer: {message}"
-
-
-def check_trainer(model: PreTrainedConfig, trainer: str) -> None:
-    """Codecs have a trainer of their own."""
-    fitting = "reconstruction" if isinstance(model, CODEC_CONFIGS) else "pretrain"
-    if trainer != fitting:
-        raise ValueError(f"trainer: {trainer!r} trains no {model.model_type}; set trainer: {fitting}")
-
-
-def check_positions(model: PreTrainedConfig, block_size: int) -> None:
-    """Tables of positions do not extrapolate."""
-    model = model.get_text_config()
-    if model.position_embedding in ("learned", "sinusoidal") and block_size > model.max_position_embeddings:
-        raise ValueError(
-            f"data.block_size: {block_size} is more than the {model.max_position_embeddings} positions of a "
-            f"{model.position_embedding} table; raise model.max_position_embeddings or choose rope or alibi"
-        )

@@ -106,11 +106,7 @@ def _check_node(node: yaml.Node, line: int) -> None:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain values.
-
-    Raises:
-        yaml.YAMLError: it is none, or refused.
-    """
+    """Plain values; raises yaml.YAMLError for what is none, or refused."""
     try:
         return yaml.load(text, Loader=StrictLoader)
     except (ValueError, LookupError) as error:  # of a value that is not of the type that is named before it
@@ -125,11 +121,8 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def read_text(path: Path) -> str:
-    """The text of a configuration file, a byte-order mark left out.
-
-    Raises:
-        ValueError: it is not UTF-8, or longer than any configuration.
-        OSError: it cannot be read.
+    """The text of a configuration file, a byte-order mark left out; raises ValueError for one that is not UTF-8, or
+    longer than any configuration.
     """
     with open(path, "rb", opener=_open_at_once) as file:
         content = file.read(MAX_BYTES + 1)

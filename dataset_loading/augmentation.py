@@ -4,7 +4,6 @@ A change that would falsify the text of a conversation is left out for it. Engli
 texts of other languages switch off what could do harm.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,16 +30,11 @@ _HEIGHTS = (
 _WRITING = "text|word|words|letter|letters|says|say|reads|read|written|writing|sign|number|numbers|digit|digits"
 _COUNTS = "how many|count|number|several|one|two|three|four|five|six|seven|eight|nine|ten|corner|edge|border|all|every"
 _EXTENTS = "large|larger|largest|small|smaller|smallest|big|bigger|biggest|tiny|huge|tall|short|size|close|far"
-_COLOURS = (
-    "colou?r|colou?rs|colou?red|red|green|blue|yellow|orange|purple|violet|pink|brown|black|white|gr[ae]y|cyan|magenta|"
-    "turquoise|beige|gold|golden|silver|crimson|dark|bright"
-)
 _MUSIC = (
     "note|notes|pitch|pitches|melody|tempo|octave|chord|chords|rises|rising|highest|lowest|how long|how fast|how many|"
     "[a-g][#b]?[0-8]"
 )
 _LOUDNESS = "loud|louder|quiet|quieter|noise|noisy|volume|how loud"
-_MAGNITUDES = 31
 _BLANKS = ("Ġ", "Ċ", "ĉ", "▁", " ", "\n", "\t")  # how tokens begin that begin a word, byte-level ones and others
 
 
@@ -52,25 +46,14 @@ class ImageAugmentationConfig:
     """Smallest part of the area that a random crop keeps, scaled to full size then; above 0, at most 1 (no crop)."""
     flip: float = 0.0
     """Probability of mirroring left and right, at least 0, at most 1."""
-    vertical_flip: float = 0.0
-    """Probability of mirroring top and bottom, at least 0, at most 1."""
     colour: float = 0.0
     """Largest change of brightness, contrast and saturation, as a part of them, at least 0, at most 1."""
-    hue: float = 0.0
-    """Largest change of hue, as a part of the colour circle, at least 0, at most 0.5."""
-    trivial: float = 0.0
-    """Probability of one random operation of random strength (TrivialAugment), at least 0, at most 1."""
-    erasing: float = 0.0
-    """Probability of erasing a rectangle, at least 0, at most 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop is {self.crop}; give a part of the area above 0 and at most 1, which is no crop")
-        for name, most in {
-            "hue": 0.5,
-            **dict.fromkeys(("flip", "vertical_flip", "colour", "trivial", "erasing"), 1),
-        }.items():
-            _check_between(name, getattr(self, name), most)
+        for name in ("flip", "colour"):
+            _check_between(name, getattr(self, name), 1)
 
 
 @dataclass
@@ -119,16 +102,9 @@ class TextAugmentationConfig:
 
     word_drop: float = 0.0
     """Probability with which a word is hidden, at least 0, at most 1."""
-    span_corruption: float = 0.0
-    """Part of the tokens that is hidden in spans, at least 0, at most 0.5."""
-    span_length: float = 3.0
-    """Mean length of a span in tokens, at least 1."""
 
     def __post_init__(self) -> None:
         _check_between("word_drop", self.word_drop, 1)
-        _check_between("span_corruption", self.span_corruption, 0.5)
-        if not 1 <= self.span_length < math.inf:
-            raise ValueError(f"span_length is {self.span_length}; give at least 1 token")
 
 
 @dataclass
@@ -156,11 +132,7 @@ def _words(*alternatives: str) -> re.Pattern:
 FORBIDDEN_BY = {
     "crop": _words(_SIDES, _HEIGHTS, _COUNTS, _EXTENTS, _WRITING),
     "flip": _words(_SIDES, _WRITING),
-    "vertical_flip": _words(_HEIGHTS, _WRITING),
     "colour": _words("dark", "bright", "black", "white", r"gr[ae]y"),
-    "hue": _words(_COLOURS),
-    "trivial": _words(_SIDES, _HEIGHTS, _COUNTS, _EXTENTS, _WRITING, _COLOURS),
-    "erasing": _words(_SIDES, _HEIGHTS, _COUNTS, _WRITING),
     "speed": _words(_MUSIC),
     "masks": _words(_MUSIC),
     "noise": _words(_LOUDNESS),
@@ -214,10 +186,8 @@ class Augmenter:
         return self.config.audio.shift
 
     def change(self, kind: str, medium: Any, text: str, rng: np.random.Generator) -> Any:
-        """An item of media as loaded, changed; items of further modalities stay as they are.
-
-        Args:
-            text: The text of the conversation, which the change must not falsify.
+        """An item as loaded, changed so that it does not falsify the text of its conversation; items of further
+        modalities stay as they are.
         """
         with torch_seeded_by(rng):
             if kind in self.image_options:
@@ -228,13 +198,11 @@ class Augmenter:
         return medium
 
     def mask(self, kind: str, tensor: torch.Tensor, text: str, rng: np.random.Generator) -> torch.Tensor:
-        """A preprocessed item with parts set to 0, which is about the mean of what the processor gives."""
+        """A preprocessed item; of audio with parts set to 0, which is about the mean of what the processor gives."""
+        if kind != "audio" or not may_change("masks", text):
+            return tensor
         with torch_seeded_by(rng):
-            if kind == "image" and may_change("erasing", text):
-                return v2.RandomErasing(self.config.image.erasing, scale=(0.02, 0.2))(tensor)
-            if kind == "audio" and may_change("masks", text):
-                return mask_spectrogram(tensor, self.config.audio)
-        return tensor
+            return mask_spectrogram(tensor, self.config.audio)
 
 
 @contextmanager
@@ -255,17 +223,8 @@ def change_image(
         image = v2.RandomResizedCrop(image.size[::-1], scale=(config.crop, 1.0))(image)
     if rng.random() < config.flip and may_change("flip", text):
         image = v2.functional.horizontal_flip(image)
-    if rng.random() < config.vertical_flip and may_change("vertical_flip", text):
-        image = v2.functional.vertical_flip(image)
-    colour = config.colour if may_change("colour", text) else 0.0
-    hue = config.hue if may_change("hue", text) else 0.0
-    if colour or hue:
-        image = v2.ColorJitter(brightness=colour, contrast=colour, saturation=colour, hue=hue)(image)
-    if rng.random() < config.trivial and may_change("trivial", text):
-        # One operation of any strength (Müller and Hutter 2021, arXiv 2103.10158). v2.TrivialAugmentWide moves pictures
-        # of any size by up to 32 pixels: small ones out of sight.
-        magnitude = int(rng.integers(_MAGNITUDES))
-        image = v2.RandAugment(num_ops=1, magnitude=magnitude, num_magnitude_bins=_MAGNITUDES)(image)
+    if config.colour and may_change("colour", text):
+        image = v2.ColorJitter(brightness=config.colour, contrast=config.colour, saturation=config.colour)(image)
     return image
 
 
@@ -314,8 +273,8 @@ def mask_spectrogram(spectrogram: torch.Tensor, config: AudioAugmentationConfig)
 class TextNoise:
     """Hides tokens from the model: they become padding in its input, while the labels stay.
 
-    Only tokens that are labels are hidden, so that a question never has a hole, and no special ones. `word_drop`
-    (Bowman et al. 2016, arXiv 1511.06349) hides words one by one, `span_corruption` spans of tokens.
+    Only tokens that are labels are hidden, so that a question never has a hole, and no special ones. Words are hidden
+    one by one (Bowman et al. 2016, arXiv 1511.06349).
     """
 
     def __init__(self, config: TextAugmentationConfig, tokenizer: PreTrainedTokenizerFast):
@@ -327,27 +286,14 @@ class TextNoise:
 
     @property
     def is_on(self) -> bool:
-        return self.config.word_drop > 0 or self.config.span_corruption > 0
+        return self.config.word_drop > 0
 
     def __call__(self, tokens: np.ndarray, is_label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Tokens (tokens,) with holes, where `is_label` allows them."""
         may_hide = is_label & ~self.is_special[tokens]
         words = np.cumsum(self.begins_word[tokens] | ~may_hide)
         hidden = rng.random(len(tokens) + 1)[words] < self.config.word_drop
-        hidden |= self._in_spans(len(tokens), rng)
         return np.where(hidden & may_hide, self.hidden, tokens)
-
-    def _in_spans(self, length: int, rng: np.random.Generator) -> np.ndarray:
-        """bool (length,): alternating runs, hidden ones of the mean length that is asked for, seen ones so much longer
-        that the part that is hidden is right.
-        """
-        part, mean = self.config.span_corruption, self.config.span_length
-        if part == 0:
-            return np.zeros(length, dtype=bool)
-        seen = mean * (1 - part) / part
-        count = int(length / (seen + mean)) + 1
-        runs = np.stack([rng.geometric(1 / seen, 2 * count + 8), rng.geometric(1 / mean, 2 * count + 8)], axis=1)
-        return np.resize(np.repeat(np.tile([False, True], len(runs)), runs.flatten()), length)
 
 
 class CFGDropout:

@@ -52,10 +52,8 @@ class BadRows:
         return cls(limit, silent=os.environ.get("RANK", "0") != "0")
 
     def add(self, source: str, where: str, reason: str) -> None:
-        """Report one bad row of `source`; `where` says which (e.g. "notes.jsonl line 3").
-
-        Raises:
-            ValueError: More than `limit` rows are bad; the message names the first of them with their reasons.
+        """Report one bad row of `source`; `where` says which (e.g. "notes.jsonl line 3"). Raises ValueError, with the
+        first rows and their reasons, where more than `limit` are bad.
         """
         self.counts[source] = self.counts.get(source, 0) + 1
         self.found.append((source, where, reason))
@@ -109,11 +107,8 @@ def reason_against(row: Mapping[str, object], columns: Sequence[str]) -> str | N
 
 
 def checked_columns(used: Collection[str], is_chat: bool) -> frozenset[str]:
-    """Columns without media that may not be left out, where a table has them.
-
-    Args:
-        used: Columns that are read.
-        is_chat: Whether these are messages, rather than a prompt and its answer.
+    """Columns without media that may not be left out, where a table has them, besides those that are used: of messages,
+    or of prompts and answers.
     """
     columns = _CHAT_COLUMNS if is_chat else _PROMPT_COLUMNS | ({"input"} if "instruction" in used else frozenset())
     return columns - set(used)

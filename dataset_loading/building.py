@@ -18,9 +18,9 @@ from .packing.documents import MediaDocuments, read_documents, tokenize_rows
 from .packing.media import MediaDataset
 from .packing.media_reader import MediaReader
 from .packing.mixture import MixtureDataset
-from .packing.streaming import StreamingDataset, build_stream
+from .packing.streaming import StreamingDataset, stream_of
 from .packing.texts import PackedDataset
-from .splits import Split, load_split, load_validation
+from .splits import Split, load_split, load_validation, mix
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,12 @@ class Builder:
         self.tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         self.bad_rows = BadRows.of_building(config.max_invalid_rows)
         self.report: list[SourceReport] = []
-        _check_vocabulary(self.tokenizer, vocab_size)
+        largest = max(self.tokenizer.get_vocab().values())  # in the data or not: in what the model is given later
+        if vocab_size is not None and largest >= vocab_size:
+            raise ValueError(
+                f"the tokenizer has token id {largest}, but the model's vocab_size is {vocab_size}; "
+                f"use the model's own tokenizer or raise vocab_size to at least {largest + 1}"
+            )
 
     @cached_property
     def reader(self) -> MediaReader:
@@ -125,7 +130,7 @@ class Builder:
         return MediaReader(self.processor)
 
     def read(self, source: SourceConfig, rows: HubDataset, augmenter: Augmenter | None = None) -> MediaDocuments:
-        _check_kinds(source, self.reader)
+        _check_modalities(source, self.reader)
         return read_documents(source, rows, self.reader, self.config, self.bad_rows, augmenter)
 
     def augmenter(self, role: str, source: SourceConfig) -> Augmenter | None:
@@ -149,14 +154,25 @@ class Builder:
         return CFGDropout(config.cfg_dropout, self.reader)
 
     def stream(self, split: Split) -> StreamingDataset:
-        """The train set of a run of which a source streams."""
+        """The train set of a run of which a source streams: its sources are mixed document by document, those in memory
+        included, until each has been read whole once.
+        """
         sources = [source for source, _ in split.train]
         augmenters = {source.label: augmenter for source in sources if (augmenter := self.augmenter("train", source))}
         reader = self.reader if any(source.is_media for source in sources) else None
         for source in sources if reader else ():
-            _check_kinds(source, reader)
-        cfg_dropout = self.cfg_dropout("train") if reader else None
-        return build_stream(split, self.config, self.tokenizer, self.seed, reader, augmenters, cfg_dropout)
+            _check_modalities(source, reader)
+        streams = [stream_of(*part, self.tokenizer, split.validation_digests) for part in split.train]
+        return StreamingDataset(
+            mix(streams, sources, self.seed),
+            self.config,
+            self.tokenizer.pad_token_id,
+            {source.label: source.loss_on for source in sources},
+            reader,
+            augmenters,
+            self.seed,
+            self.cfg_dropout("train") if reader else None,
+        )
 
     def build(self, role: str, source: SourceConfig, rows: HubDataset) -> PackedDataset | MediaDataset:
         """The dataset of one source."""
@@ -190,7 +206,7 @@ class Builder:
         return dataset
 
 
-def _check_kinds(source: SourceConfig, reader: MediaReader) -> None:
+def _check_modalities(source: SourceConfig, reader: MediaReader) -> None:
     """Rows that have what the model does not read, or ask for what it does not write, would all be bad, for one
     reason.
     """
@@ -209,16 +225,6 @@ def _check_kinds(source: SourceConfig, reader: MediaReader) -> None:
                 f"source {source.label!r} has direction {str(direction)!r}, but the model does not write {missing[0]}; "
                 f"set {missing[0]}_writer_config, or another direction"
             )
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None) -> None:
-    """Whether its ids occur in the data or not: they may in what the model is given later."""
-    largest = max(tokenizer.get_vocab().values())
-    if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(
-            f"the tokenizer has token id {largest}, but the model's vocab_size is {vocab_size}; "
-            f"use the model's own tokenizer or raise vocab_size to at least {largest + 1}"
-        )
 
 
 def _check_size(train: Dataset, report: list[SourceReport], config: DataConfig, batch_size: int | None) -> None:

@@ -66,25 +66,22 @@ class CodecDataset(RowDataset):
             number = (index + shift) % len(self)
             if number in self._unreadable:
                 continue
+            row_number, place = self.places[number].tolist()
+            row = ArrowRow(self.rows[row_number : row_number + 1])
             try:
-                return self._tensor(number, rng)
+                item = read_item(self.media.load, _references(row["messages"], self.media.name)[place], row)
+                return self.media.codec_input(item if rng is None else self._changed(item, rng), rng)
             except UnreadableItem as error:
                 self._unreadable.add(number)
-                self.bad_rows.add(self.name, f"row {self.places[number, 0] + 1}", str(error))
+                self.bad_rows.add(self.name, f"row {row_number + 1}", str(error))
         raise ValueError(f"no medium of {self.name!r} can be read any more; are its files gone?")
 
-    def _tensor(self, number: int, rng: np.random.Generator | None) -> torch.Tensor:
-        row_number, place = self.places[number].tolist()
-        row = ArrowRow(self.rows[row_number : row_number + 1])
-        medium = read_item(self.media.load, _references(row["messages"], self.media.name)[place], row)
-        return self.media.codec_input(medium if rng is None else self._changed(medium, rng), rng)
-
-    def _changed(self, medium: Any, rng: np.random.Generator) -> Any:
+    def _changed(self, item: Any, rng: np.random.Generator) -> Any:
         """The item changed at random; it has no text that a change could falsify."""
         with torch_seeded_by(rng):
             if self.media.name == "image":
-                return change_image(medium, "", self.augmentation.image, rng)
-            return change_audio(medium, self.media.sampling_rate, "", self.augmentation.audio, rng)
+                return change_image(item, "", self.augmentation.image, rng)
+            return change_audio(item, self.media.sampling_rate, "", self.augmentation.audio, rng)
 
 
 def build_codec_datasets(
@@ -102,7 +99,11 @@ def build_codec_datasets(
             too little to train on.
     """
     for source in (*config.train, *config.validation):
-        _check_source(source, media.name)
+        label, name = source.label, media.name
+        if not source.is_media:
+            raise ValueError(f"source {label!r} has no media, and this model learns from type {name!r}; remove it")
+        if source.streaming:
+            raise ValueError(f"source {label!r} is streaming, which this model cannot read; set streaming: false")
     bad_rows = BadRows.of_building(config.max_invalid_rows)
     split = load_split(config, seed, bad_rows)
     parts = [_build(source, rows, "train", config, media, seed, bad_rows) for source, rows in split.train]
@@ -120,13 +121,6 @@ def build_codec_datasets(
     return train, validation
 
 
-def _check_source(source: SourceConfig, kind: str) -> None:
-    if not source.is_media:
-        raise ValueError(f"source {source.label!r} has no media, and this model learns from type {kind!r}; remove it")
-    if source.streaming:
-        raise ValueError(f"source {source.label!r} is streaming, which this model cannot read; set streaming: false")
-
-
 def _build(
     source: SourceConfig,
     rows: HubDataset,
@@ -136,7 +130,7 @@ def _build(
     seed: int,
     bad_rows: BadRows,
 ) -> CodecDataset:
-    places = _look_into(source, rows, config, media, bad_rows)
+    places = _places_of(source, rows, config, media, bad_rows)
     logger.info("%s: %d media of type %r for %s", source.label, len(places), media.name, role)
     augmentation = None
     if role == "train":
@@ -146,25 +140,17 @@ def _build(
     return CodecDataset(rows, places, media, BadRows(config.max_invalid_rows), source.label, seed, augmentation)
 
 
-def _look_into(
+def _places_of(
     source: SourceConfig, rows: HubDataset, config: DataConfig, media: Modality, bad_rows: BadRows
 ) -> np.ndarray:
     """Where the media are: int64 (media, 2), row and number within it."""
-    found = map_in_memory(
-        rows.with_format("arrow"),
-        _look_into_batch,
-        _FEATURES,
-        config.preprocessing_workers,
-        f"looking into {source.label}",
-        media=media,
-        decode=config.check_media,
-    )[:]
-    places, columns = [], (rows["where"], found["media"].to_pylist(), found["problem"].to_pylist())
-    for number, (where, count, problem) in enumerate(zip(*columns, strict=True)):
+    options = {"media": media, "decode": config.check_media}
+    purpose, workers = f"looking into {source.label}", config.preprocessing_workers
+    found = map_in_memory(rows.with_format("arrow"), _count_batch, _FEATURES, workers, purpose, **options)[:]
+    for where, problem in zip(rows["where"], found["problem"].to_pylist(), strict=True):
         if problem:
             bad_rows.add(source.label, where, problem)
-        else:
-            places += [(number, place) for place in range(count)]
+    places = [(row, place) for row, count in enumerate(found["media"].to_pylist()) for place in range(count)]
     if not places:
         raise ValueError(
             f"source {source.label!r} has no usable media of type {media.name!r} in {len(rows)} rows; check its columns"
@@ -172,7 +158,8 @@ def _look_into(
     return np.array(places, dtype=np.int64)
 
 
-def _look_into_batch(batch: pa.Table, media: Modality, decode: bool) -> dict[str, list]:
+def _count_batch(batch: pa.Table, media: Modality, decode: bool) -> dict[str, list]:
+    """The usable media of each row, and the reason against it."""
     counts, problems = [], []
     for number, messages in enumerate(batch["messages"].to_pylist()):
         references, problem = _references(messages, media.name), ""
@@ -182,7 +169,7 @@ def _look_into_batch(batch: pa.Table, media: Modality, decode: bool) -> dict[str
                     read_item(media.load, reference, ArrowRow(batch, number))
         except UnreadableItem as error:
             problem = str(error)
-        counts.append(len(references))
+        counts.append(0 if problem else len(references))
         problems.append(problem)
     return {"media": counts, "problem": problems}
 

@@ -40,7 +40,11 @@ class Collator:
             batch = {name: torch.stack([row[name] for row in tensors]) for name in tensors[0]}
         else:
             batch = self._pad(tensors, lengths)
-        return batch | self._join_media(rows)
+        if self.processor is None:
+            return batch
+        media = [row.get("media", {}) for row in rows]
+        found = {name: [it for items in media for it in items.get(name, [])] for name in self.processor.modalities}
+        return batch | self.processor.collate_media(found)
 
     def _pad(self, rows: list[dict[str, torch.Tensor]], lengths: set[int]) -> dict[str, torch.Tensor]:
         if any("position_ids" in row and (row["position_ids"] == 0).sum() > 1 for row in rows):
@@ -58,12 +62,3 @@ class Collator:
             for name in names:
                 batch[name][number, :length] = row[name]
         return batch
-
-    def _join_media(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        if self.processor is None:
-            return {}
-        found = [row.get("media", {}) for row in rows]
-        modalities = self.processor.modalities
-        return self.processor.collate_media(
-            {kind: [it for media in found for it in media.get(kind, [])] for kind in modalities}
-        )

@@ -434,13 +434,9 @@ class TokenizerConfig:
     """Size of the trained vocabulary, 3 special tokens and 256 bytes included: at least 259, which is pure bytes."""
     split_digits: bool = False
     """In a trained vocabulary every digit stays a token of its own."""
-    training_rows: int = 10_000
-    """Rows of each hub or generated source that the vocabulary is trained on, at least 1; files are read whole."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 259:
             raise ValueError(
                 f"tokenizer vocab_size is {self.vocab_size}, but bytes and special tokens are 259; give at least 259"
             )
-        if self.training_rows < 1:
-            raise ValueError(f"tokenizer training_rows is {self.training_rows}; give at least 1")

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from .building import Builder
 from .configuration import DataConfig, SourceConfig
 from .packing.documents import MediaDocument, MediaDocuments, tokenize_rows
-from .packing.media import Piece, join_pieces, read_piece
-from .packing.media_reader import MediaReader
+from .packing.media import Piece, join_pieces, read_pieces
+from .packing.media_reader import MediaReader, UnreadableItem
 from .packing.texts import IGNORED
 from .sources.loading import load_rows
 from .sources.messages import last_answer, media_of, prompt_and_answer
@@ -60,26 +60,33 @@ class MediaExamples(Sequence):
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
         document = self.documents[range(len(self))[index]]
-        piece = read_piece(document, self.reader, None, np.random.default_rng(0))
+        (piece,) = read_pieces([document], self.reader, [None], None)
+        if isinstance(piece, UnreadableItem):
+            raise piece
         row = join_pieces([piece], None, self.reader.tokenizer.pad_token_id)
         ids = row["input_ids"].tolist()
         given = json.loads(document.row["messages"])
         messages = self.reader.with_modalities(given)
         prompt, answer = prompt_and_answer(messages)
         shown = [it for it in media_of([messages[last_answer(messages)]]) if it["type"] in self.reader.written]
-        media = row["media"]
-        targets = {
-            kind: _take_last(media, kind, number) for kind, number in Counter(it["type"] for it in shown).items()
-        }
+        targets, media, written = {}, row["media"], Counter(it["type"] for it in shown)
+        for name, number in written.items():
+            media[name], targets[name] = media[name][:-number], media[name][-number:]
+        media = {name: items for name, items in media.items() if items}
+        read = (name for name in media if name not in self.reader.written)
+        reference = None
+        if shown:
+            item = self.reader.load(shown[-1], document.row)
+            reference = self.reader.modalities[shown[-1]["type"]].reference(item)
         return {
             "input_ids": ids,
             "labels": row["labels"].tolist(),
             "prompt_ids": ids[: self._prompt_length(given, piece)],
             "media": media,
             "targets": targets,
-            "reference": self._reference(shown[-1], document) if shown else None,
+            "reference": reference,
             "check": partial(self.check, prompt) if self.check and shown else None,
-            "modality": shown[-1]["type"] if shown else self._last_kind(media),
+            "modality": shown[-1]["type"] if shown else max(read, key=self.reader.modality_ids.get, default="text"),
             "prompt": prompt,
             "answer": answer,
             "difficulty": document.row["difficulty"],
@@ -94,24 +101,9 @@ class MediaExamples(Sequence):
         shown = piece.media[: np.isin(encoded.ids[: encoded.answer_start], placeholders).sum()]
         return encoded.answer_start + sum(self.reader.modalities[kind].num_tokens(tensor) + 1 for kind, tensor in shown)
 
-    def _last_kind(self, media: dict[str, list]) -> str:
-        kinds = (kind for kind in media if kind not in self.reader.written)
-        return max(kinds, key=self.reader.modality_ids.get, default="text")
-
-    def _reference(self, reference: dict, document: MediaDocument) -> Any:
-        return self.reader.modalities[reference["type"]].reference(self.reader.load(reference, document.row))
-
     def _waveforms(self, document: MediaDocument) -> list[np.ndarray]:
         references = media_of(self.reader.with_modalities(json.loads(document.row["messages"])))
         return [self.reader.load(it, document.row) for it in references if it["type"] == "audio"]
-
-
-def _take_last(media: dict[str, list], kind: str, number: int) -> list:
-    """Take the last items of a modality out of `media`."""
-    found = media.pop(kind)
-    if len(found) > number:
-        media[kind] = found[:-number]
-    return found[-number:]
 
 
 def build_examples(

@@ -8,8 +8,7 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
-from datasets import Dataset, IterableDataset, interleave_datasets
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from model.chat import CHAT_TEMPLATE, ConversationEncoder
@@ -19,7 +18,7 @@ from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
 from .sources.loading import load_rows
 from .sources.messages import last_answer, media_of, text_of
-from .splits import load_split
+from .splits import load_split, mix
 
 Datasets = tuple[Dataset, dict[str, Dataset]]
 """What is trained on, and by name of the source what is held out."""
@@ -80,10 +79,7 @@ def _build(config: DataConfig, seed: int, convert: Callable[[SourceConfig, Datas
     train = [convert(source, rows, bad_rows) for source, rows in split.train]
     validation = {source.label: convert(source, rows, bad_rows) for source, rows in split.validation}
     bad_rows.report()
-    if len(train) > 1:
-        weights = np.array([source.weight for source in config.train])
-        train = [interleave_datasets(train, list(weights / weights.sum()), seed, stopping_strategy="all_exhausted")]
-    return train[0], validation
+    return mix(train, config.train, seed), validation
 
 
 def _prompts(source: SourceConfig, rows: Dataset, bad_rows: BadRows) -> Dataset:
@@ -94,33 +90,19 @@ def _prompts(source: SourceConfig, rows: Dataset, bad_rows: BadRows) -> Dataset:
             asked.append((given, text_of(messages[-1])))
     else:
         asked = list(zip(rows["prompt"], rows["answer"], strict=True))
-    difficulty = rows["difficulty"] if "difficulty" in rows.column_names else [None] * len(rows)
-    return Dataset.from_dict(
-        {
-            "prompt": [prompt for prompt, _ in asked],
-            "answer": [answer for _, answer in asked],
-            "source": [source.label] * len(rows),
-            "difficulty": list(difficulty),
-        }
-    )
+    columns = {name: [pair[place] for pair in asked] for place, name in enumerate(("prompt", "answer"))}
+    difficulty = list(rows["difficulty"]) if "difficulty" in rows.column_names else [None] * len(rows)
+    return Dataset.from_dict({**columns, "source": [source.label] * len(rows), "difficulty": difficulty})
 
 
 def _pairs_of_texts(source: SourceConfig, rows: Dataset, tokenizer: PreTrainedTokenizerFast, seed: int) -> Dataset:
     rejected = rows["rejected"] if source.rejected_column is not None else _spoiled(source, rows["answer"], seed)
     prompts = encode_texts(tokenizer, list(rows["prompt"]))
-    answers = [
-        encode_texts(tokenizer, [source.separator + text for text in texts]) for texts in (rows["answer"], rejected)
-    ]
-    begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [begin + ids.tolist() for ids in prompts],
-            **{
-                name: [ids.tolist() + end for ids in texts]
-                for name, texts in zip(("chosen_ids", "rejected_ids"), answers, strict=True)
-            },
-        }
-    )
+    columns = {"prompt_ids": [[tokenizer.bos_token_id, *ids.tolist()] for ids in prompts]}
+    for name, texts in {"chosen_ids": rows["answer"], "rejected_ids": rejected}.items():
+        encoded = encode_texts(tokenizer, [source.separator + text for text in texts])
+        columns[name] = [[*ids.tolist(), tokenizer.eos_token_id] for ids in encoded]
+    return Dataset.from_dict(columns)
 
 
 def _pairs_of_conversations(
@@ -165,11 +147,7 @@ def _pairs_of_conversations(
 
 
 def _conversations(source: SourceConfig, rows: Dataset) -> list[list[dict]]:
-    """The messages of each row up to its last answer.
-
-    Raises:
-        ValueError: There are media in them.
-    """
+    """The messages of each row up to its last answer; raises ValueError for media in them."""
     conversations = [json.loads(messages) for messages in rows["messages"]]
     if any(map(media_of, conversations)):
         raise ValueError(

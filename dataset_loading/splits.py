@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
-from datasets import Dataset, IterableDataset, concatenate_datasets
+import numpy as np
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 from .bad_rows import BadRows
 from .configuration import DataConfig, SourceConfig
@@ -25,6 +26,16 @@ class Split:
     train: list[tuple[SourceConfig, Dataset | IterableDataset]] = field(default_factory=list)
     validation: list[tuple[SourceConfig, Dataset]] = field(default_factory=list)
     validation_digests: set[bytes] = field(default_factory=set)
+
+
+def mix(
+    parts: Sequence[Dataset | IterableDataset], sources: Sequence[SourceConfig], seed: int
+) -> Dataset | IterableDataset:
+    """The rows of several sources in the proportions of their weights, until each has been read whole once."""
+    if len(parts) == 1:
+        return parts[0]
+    weights = np.array([source.weight for source in sources])
+    return interleave_datasets(list(parts), list(weights / weights.sum()), seed, stopping_strategy="all_exhausted")
 
 
 def load_split(config: DataConfig, seed: int, bad_rows: BadRows, limit: int | None = None) -> Split:
@@ -60,22 +71,14 @@ def load_split(config: DataConfig, seed: int, bad_rows: BadRows, limit: int | No
 
 
 def load_validation(config: DataConfig, seed: int, bad_rows: BadRows) -> list[tuple[SourceConfig, Dataset]]:
-    """The validation rows of `load_split` alone; generated train rows are not drawn for them.
-
-    Raises:
-        ValueError: The reasons are those of `load_split`.
-    """
+    """The validation rows of `load_split` alone; generated train rows are not drawn for them."""
     if config.validation:
         return [(source, load_rows(source, "validation", config, seed, bad_rows)) for source in config.validation]
     return [(source, load_held_out(source, config, seed, bad_rows)) for source in config.train]
 
 
 def load_held_out(source: SourceConfig, config: DataConfig, seed: int, bad_rows: BadRows) -> Dataset:
-    """What is split off a train source where `config` has no validation sources.
-
-    Raises:
-        ValueError: The reasons are those of `load_split`.
-    """
+    """What is split off a train source where `config` has no validation sources."""
     if source.kind == "generated":
         return load_rows(_held_out(source, config), "validation", config, seed, bad_rows)
     return _load_train_source(source, config, seed, bad_rows, None)[1]
@@ -95,7 +98,11 @@ def iterate_training_texts(config: DataConfig, seed: int, limit: int) -> Iterato
         elif source.kind == "hub":  # after the split, so that no validation document is among them
             rows = rows.take(min(limit, len(rows)))
         if source.is_media:
-            yield from _texts_of_conversations(rows)
+            for messages in rows.select_columns("messages").with_format("arrow").iter(batch_size=1000):
+                for conversation in map(json.loads, messages["messages"].to_pylist()):
+                    yield from (
+                        part["text"] for message in conversation for part in message["content"] if "text" in part
+                    )
             continue
         for batch in rows.iter(batch_size=1000):
             if "text" in batch:
@@ -103,12 +110,6 @@ def iterate_training_texts(config: DataConfig, seed: int, limit: int) -> Iterato
             else:
                 yield from batch["prompt"]
                 yield from (source.separator + answer for answer in batch["answer"])
-
-
-def _texts_of_conversations(rows: Dataset) -> Iterator[str]:
-    for messages in rows.select_columns("messages").with_format("arrow").iter(batch_size=1000):
-        for conversation in map(json.loads, messages["messages"].to_pylist()):
-            yield from (part["text"] for message in conversation for part in message["content"] if "text" in part)
 
 
 def document_digest(row: dict[str, str]) -> bytes:

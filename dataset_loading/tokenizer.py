@@ -14,6 +14,8 @@ from .splits import iterate_training_texts
 
 logger = logging.getLogger(__name__)
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
+TRAINING_ROWS = 10_000
+"""Rows of each hub or generated source that a vocabulary is trained on; files are read whole."""
 
 
 def build_tokenizer(
@@ -39,22 +41,18 @@ def build_tokenizer(
             for the special tokens, or the tokenizer that the run began with is gone.
     """
     if resume_point is not None:
-        return _load_saved(Path(resume_point), media_tokens)
+        checkpoint = Path(resume_point)  # a run saves it with its model: in each, and at the end in the folder above
+        for folder in (checkpoint, checkpoint.absolute().parent):
+            if (folder / "tokenizer.json").is_file():
+                return load_tokenizer(str(folder), media_tokens)
+        raise ValueError(
+            f"neither {checkpoint} nor the folder above has the tokenizer.json that its model was trained with; "
+            "copy it there, or start afresh"
+        )
     if config.path is not None:
         return load_tokenizer(config.path, media_tokens)
-    texts = iterate_training_texts(data_config, seed, config.training_rows)
+    texts = iterate_training_texts(data_config, seed, TRAINING_ROWS)
     return train_tokenizer(texts, config.vocab_size, config.split_digits, media_tokens)
-
-
-def _load_saved(checkpoint: Path, media_tokens: Sequence[str]) -> PreTrainedTokenizerFast:
-    """The tokenizer that a run saved with its model: in each checkpoint, and at the end in the run folder above."""
-    for folder in (checkpoint, checkpoint.absolute().parent):
-        if (folder / "tokenizer.json").is_file():
-            return load_tokenizer(str(folder), media_tokens)
-    raise ValueError(
-        f"neither {checkpoint} nor the folder above has the tokenizer.json that its model was trained with; "
-        "copy it there, or start afresh"
-    )
 
 
 def load_tokenizer(path: str, media_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:

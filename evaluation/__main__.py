@@ -2,8 +2,6 @@
 reconstructs, next to what needs no training: `python -m evaluation runs/vocoder`.
 """
 
-from __future__ import annotations
-
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
@@ -13,7 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 from torch.utils.data import Dataset, Subset
@@ -46,7 +44,6 @@ from .report import markdown_table, media_markdown, save_depth_table, save_media
 
 logger = logging.getLogger("evaluation")  # __name__ is __main__ when run with -m
 
-T = TypeVar("T")
 DEFAULT_DEPTHS = [1, 2, 4, 8, 16]
 EXAMPLES_PER_SOURCE = 256
 FOR_CODECS = ("checkpoint", "limit", "device", "log_level")
@@ -74,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = find_checkpoint(args.checkpoint)
         run = read_run_config(checkpoint, overrides)
         if is_codec(checkpoint):
-            check_codec_options(parser, args)
+            for name, value in vars(args).items():
+                if name not in FOR_CODECS and value != parser.get_default(name):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"{flag} is for language models, and this is a codec: leave it out.")
             evaluate_codec(checkpoint, run, args)
         else:
             evaluate(checkpoint, run, args)
@@ -89,11 +89,18 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
             written.
     """
     model, processor = load_as_asked(checkpoint, args)
-    choose_threads(model)
     classifiers = load_named(args.classifier, load_classifier)
     networks = load_named(args.feature_network, FeatureNetwork)
     texts = validation_texts(run, processor, args.limit)
-    examples, prompts = split_by_answer(validation_examples(run, processor, args.limit or EXAMPLES_PER_SOURCE))
+    limit = args.limit or EXAMPLES_PER_SOURCE
+    # Questions not trained on: of the validation sources, else of the train sources new ones, where they are generated,
+    # or those that were split off.
+    questions = {
+        source.label: build_examples(source, run.data, processor, limit, run.seed, CHECKS)
+        for source in run.data.validation or run.data.train
+        if source.has_answers and not source.streaming
+    }
+    examples, prompts = split_by_answer(questions)
     depths = sorted(set(args.num_steps))
     if model.config.get_text_config().num_core_layers == 0:
         logger.warning("%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint)
@@ -121,7 +128,7 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         reader = None if args.round_trip is None else RoundTrip(writer, args.round_trip)
         table = media_table(model, depths, prompts, generator, classifiers, reader, args.batch_size, networks)
         write_result(f"\n{media_markdown(table)}")
-        how = {"generate": generate_options(args), "judges": [str(folder) for folder in args.classifier]}
+        how = {"generate": generate_options(args), "classifiers": [str(folder) for folder in args.classifier]}
         how["feature_networks"] = [str(path) for path in args.feature_network]
         with whole_folder(output) as made:
             names += [path.name for path in save_media_table(table, made, {**about, **how})]
@@ -129,22 +136,11 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
 
 
 def evaluate_codec(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None:
-    """Write a table of how well a codec reconstructs the validation media of its run.
-
-    Raises:
-        ValueError: The codec cannot be loaded, or data cannot be read.
-    """
+    """Write a table of how well a codec reconstructs the validation media of its run."""
     model = load_codec(checkpoint, choose_device(args.device))
     choose_threads(model)
     train, validation = build_codec_datasets(run.data, codec_media(model.config), seed=run.seed)
     write_result(reconstruction_table(model, train, validation, args.limit))
-
-
-def check_codec_options(parser: arguments.OneLineParser, args: argparse.Namespace) -> None:
-    """Raises ValueError for an option that codecs have no use for."""
-    for name, value in vars(args).items():
-        if name not in FOR_CODECS and value != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} is for language models, and this is a codec: leave it out.")
 
 
 def build_parser() -> arguments.OneLineParser:
@@ -248,25 +244,8 @@ def validation_texts(
     }
 
 
-def validation_examples(
-    run: RunConfig, processor: PreTrainedTokenizerBase | ProcessorMixin, limit: int
-) -> dict[str, Sequence[dict]]:
-    """Questions not trained on, by source: of the validation sources, else of the train sources new ones, where they
-    are generated, or those that were split off.
-    """
-    return {
-        source.label: build_examples(source, run.data, processor, limit, run.seed, CHECKS)
-        for source in run.data.validation or run.data.train
-        if source.has_answers and not source.streaming
-    }
-
-
-def load_named(paths: Sequence[Path], load: Callable[[Path], T]) -> dict[str, T]:
-    """What is in folders or files, by their names.
-
-    Raises:
-        ValueError: there is nothing in one of them, or two have the same name.
-    """
+def load_named(paths: Sequence[Path], load: Callable[[Path], Any]) -> dict[str, Any]:
+    """What is in folders or files, by their names; ValueError if two have the same."""
     names = [path.name for path in paths]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

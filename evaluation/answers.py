@@ -1,7 +1,5 @@
 """What a model writes in answer to prompts, and how far that is from what it should have written."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ class Answer:
     is_right: bool
     """Whether each token of the answer is the likeliest; see `answers_right`."""
     reference: str
-    written: str | None
+    generated: str | None
     """By greedy decoding; None if nothing was written."""
     attributes: Callable[[str], dict[str, str]] | None
     """Names what an answer says; None where nothing does."""
@@ -83,9 +81,10 @@ class AnswerGenerator:
         """
         most = [self.most_tokens(example) for example in examples]
         inputs = self.prompts(examples)
+        depth = {} if num_steps is None else {"num_steps": num_steps}
         output = model.generate(
             **to_model(inputs, model),
-            **({} if num_steps is None else {"num_steps": num_steps}),
+            **depth,
             do_sample=False,
             max_new_tokens=max(most),
             eos_token_id=self.tokenizer.eos_token_id,
@@ -99,25 +98,18 @@ class AnswerGenerator:
     def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """What `generate` goes on from: prompts, padded on the left, and their media."""
         prompts = [torch.tensor(prompt_of(example)) for example in examples]
+        media: dict[str, list[Any]] = {}
+        for modality, items in (pair for example in examples for pair in example.get("media", {}).items()):
+            media.setdefault(modality, []).extend(items)
         return {
             "input_ids": left_padded(prompts, self.tokenizer.pad_token_id),
             "attention_mask": left_padded([torch.ones_like(prompt) for prompt in prompts], 0),
-            **self.join_media(examples),
+            **(self.processor.collate_media(media) if self.processor else {}),
         }
 
     def most_tokens(self, example: Example) -> int:
         """Tokens after which an answer is cut off: of the row alone, whatever else is in its batch."""
         return self.max_new_tokens or 2 * (len(example["input_ids"]) - len(prompt_of(example)))
-
-    def join_media(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """The media of all examples as arguments of the model."""
-        if self.processor is None:
-            return {}
-        found = [example.get("media", {}) for example in examples]
-        kinds = dict.fromkeys(kind for media in found for kind in media)
-        return self.processor.collate_media(
-            {kind: [medium for media in found for medium in media.get(kind, [])] for kind in kinds}
-        )
 
 
 def left_padded(rows: Sequence[torch.Tensor], filler: int) -> torch.Tensor:
@@ -144,7 +136,7 @@ def text_scores(answers: Sequence[Answer]) -> TextScores:
 
     if not answers:
         raise ValueError("0 answers have no scores; give examples with answers")
-    written, references = [answer.written for answer in answers], [answer.reference.strip() for answer in answers]
+    written, references = [answer.generated for answer in answers], [answer.reference.strip() for answer in answers]
     if any(references):
         longest = max(len(reference.split()) for reference in references)
         listed = [[reference] for reference in references]
@@ -197,10 +189,14 @@ def character_ngrams(text: str, n: int) -> Counter[str]:
 
 def attribute_accuracy(answers: Sequence[Answer]) -> dict[str, float]:
     """The share of right answers by attribute that references have."""
-    right: dict[str, list[bool]] = {}
-    for answer in answers:
-        if answer.attributes is not None:
-            said = answer.attributes(answer.written)
-            for name, value in answer.attributes(answer.reference).items():
-                right.setdefault(name, []).append(said.get(name) == value)
-    return {name: sum(found) / len(found) for name, found in right.items()}
+    named = [answer for answer in answers if answer.attributes is not None]
+    pairs = [(answer.attributes(answer.generated), answer.attributes(answer.reference)) for answer in named]
+    return shares([{name: said.get(name) == value for name, value in right.items()} for said, right in pairs])
+
+
+def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:
+    """The share of what is right, by name, among those that have the name."""
+    values: dict[str, list[bool]] = {}
+    for name, is_right in (item for one in found for item in one.items()):
+        values.setdefault(name, []).append(is_right)
+    return {name: sum(right) / len(right) for name, right in values.items()}

@@ -1,7 +1,5 @@
 """Whether a medium shows what its prompt asks for, where that can be read from it exactly."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from .recognition import COLOURS, SHAPES, SeenObject, read_notes, read_scene
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("a", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
-"""Thirds of a picture."""
+"""Thirds of an image."""
 MOVES_OF_CUPS = {"a": "23451", "b": "21453", "c": "54213", "d": "34512"}
 """The cups to which a move brings a ball from cup 1, 2, 3, 4, 5."""
 PLACES_OF_CUPS = (("top", "left"), ("top", "right"), ("middle", "middle"), ("bottom", "left"), ("bottom", "right"))
@@ -34,7 +32,7 @@ _MOST_ORDERS = 4  # objects in all orders; more are taken as they are seen
 class Request:
     """What a prompt asks to be drawn."""
 
-    kinds: list[tuple[str | None, str, str]]
+    objects: list[tuple[str | None, str, str]]
     """Size, or None for any, colour and shape of each object."""
     relation: str | None
     """How the first object lies to the second."""
@@ -45,7 +43,7 @@ class Request:
 def read_request(prompt: str) -> Request:
     """What "a small red circle left of two blue squares" asks for, or "a large green square at the top left"."""
     prompt = prompt.lower()
-    kinds = [
+    objects = [
         (size, colour, shape)
         for number, size, colour, shape in (found.groups() for found in _OBJECT.finditer(prompt))
         for _ in range(NUMBERS.index(number or "a") + 1)
@@ -54,22 +52,24 @@ def read_request(prompt: str) -> Request:
     words = set(re.findall("[a-z]+", _RELATION.sub("", prompt)))
     third = next((it for it in ROWS if it in words), None), next((it for it in COLUMNS if it in words), None)
     has_third = third != (None, None)
-    return Request(kinds, relation and relation[0], (third[0] or "middle", third[1] or "middle") if has_third else None)
+    return Request(
+        objects, relation and relation[0], (third[0] or "middle", third[1] or "middle") if has_third else None
+    )
 
 
-def check_scene(prompt: str, picture: Image.Image) -> dict[str, bool]:
-    """Whether a picture shows what a prompt asks for: "number" of objects, "size", "colour" and "shape" of all of them,
+def check_scene(prompt: str, image: Image.Image) -> dict[str, bool]:
+    """Whether an image shows what a prompt asks for: "number" of objects, "size", "colour" and "shape" of all of them,
     "position" or "relation" where the prompt says one, and "all" of these. Empty where it asks for no object.
 
     The objects are taken in the order in which most is right.
     """
     request = read_request(prompt)
-    if not request.kinds:
+    if not request.objects:
         return {}
-    seen = read_scene(picture)
-    orders = orders_of(seen, len(request.kinds))
+    seen = read_scene(image)
+    orders = orders_of(seen, len(request.objects))
     found, _ = max((compare_objects(request, order) for order in orders), key=lambda result: sum(result[1]))
-    right = {"number": len(seen) == len(request.kinds), **found}
+    right = {"number": len(seen) == len(request.objects), **found}
     return {**right, "all": all(right.values())}
 
 
@@ -89,7 +89,7 @@ def compare_objects(request: Request, order: Sequence[SeenObject | None]) -> tup
     for place, name in enumerate(("size", "colour", "shape")):
         pairs = [
             it is not None and it[place] == kind[place]
-            for kind, it in zip(request.kinds, order, strict=True)
+            for kind, it in zip(request.objects, order, strict=True)
             if kind[place] is not None
         ]
         single += pairs
@@ -102,7 +102,7 @@ def compare_objects(request: Request, order: Sequence[SeenObject | None]) -> tup
 
 
 def third_of(place: tuple[float, float]) -> tuple[str, str]:
-    """Row and column of a place in a picture."""
+    """Row and column of a place in an image."""
     x, y = place
     return ROWS[min(int(3 * y), 2)], COLUMNS[min(int(3 * x), 2)]
 
@@ -115,14 +115,14 @@ def relation_of(one: SeenObject, other: SeenObject) -> str:
     return "below" if down > 0 else "above"
 
 
-def check_notes(prompt: str, recording: tuple[np.ndarray, int]) -> dict[str, bool]:
-    """Whether a recording, as samples and their rate, has the notes that a prompt names, in their order: "note1", ...,
+def check_notes(prompt: str, waveform: tuple[np.ndarray, int]) -> dict[str, bool]:
+    """Whether a waveform, as samples and their rate, has the notes that a prompt names, in their order: "note1", ...,
     "length", and "all" of these. Empty where it names none.
     """
     asked = _NOTE.findall(prompt)
     if not asked:
         return {}
-    heard = read_notes(*recording)
+    heard = read_notes(*waveform)
     right = {f"note{number}": heard[number - 1 : number] == [note] for number, note in enumerate(asked, start=1)}
     return {**right, "length": len(heard) == len(asked), "all": heard == asked}
 
@@ -138,22 +138,22 @@ def follow(prompt: str) -> int | None:
     return cup
 
 
-def check_cup_image(prompt: str, picture: Image.Image) -> dict[str, bool]:
-    """Whether a picture shows one ball, "number", in the place of the cup that a prompt asks for, "position", and "all"
+def check_cup_image(prompt: str, image: Image.Image) -> dict[str, bool]:
+    """Whether an image shows one ball, "number", in the place of the cup that a prompt asks for, "position", and "all"
     of these. Empty where it asks for none.
     """
     cup = follow(prompt)
     if cup is None:
         return {}
-    seen = read_scene(picture)
+    seen = read_scene(image)
     right = {"number": len(seen) == 1, "position": {third_of(it.place) for it in seen} == {PLACES_OF_CUPS[cup - 1]}}
     return {**right, "all": all(right.values())}
 
 
-def check_cup_tune(prompt: str, recording: tuple[np.ndarray, int]) -> dict[str, bool]:
-    """The same of a recording and its notes: "length", "note1" and "all"."""
+def check_cup_tune(prompt: str, waveform: tuple[np.ndarray, int]) -> dict[str, bool]:
+    """The same of a waveform and its notes: "length", "note1" and "all"."""
     cup = follow(prompt)
-    return {} if cup is None else check_notes(NOTES_OF_CUPS[cup - 1], recording)
+    return {} if cup is None else check_notes(NOTES_OF_CUPS[cup - 1], waveform)
 
 
 Check = Callable[[str, Any], dict[str, bool]]
@@ -165,4 +165,4 @@ CHECKS: dict[str, Check] = {
     "cup_pictures": check_cup_image,
     "cup_tunes": check_cup_tune,
 }
-"""By generated task. A check takes a prompt, and a picture or (samples, rate)."""
+"""By generated task. A check takes a prompt, and an image or (samples, rate)."""

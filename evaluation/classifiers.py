@@ -1,10 +1,8 @@
-"""Small networks that name what a picture shows or who says what, trained on labels of real media in about a minute.
+"""Small networks that name what an image shows or who says what, trained on labels of real media in about a minute.
 
 They classify what a model has drawn or played: by the label asked for, and by the distance of their features from
 those of real media. Next to each figure stands that of real media held out from the classifier.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -23,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.audio_utils import mel_filter_bank
 
-from .distances import compare_features, digest_of
+from .distances import FeatureDistances, compare_features, digest_of, pixels_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +31,7 @@ WINDOW, HOP = 0.032, 0.01
 """Seconds of a frame, and from one to the next."""
 NUM_MEL_BINS = 40
 RANGE = 6.0
-"""Powers of ten below the loudest of a recording that are heard."""
+"""Powers of ten below the loudest of a waveform that are heard."""
 SHIFT = 1 / 8
 """Of width and height, by which media are moved in training at most; sounds in time alone."""
 NOISE = 0.05
@@ -52,19 +50,19 @@ class ClassifierConfig:
         ValueError: an unknown kind, fewer than two labels, or sizes that are none.
     """
 
-    medium: str
+    modality: str
     """"image" or "audio"."""
     labels: list[str]
     image_size: int = 32
-    """Pixels of a side; pictures of another size are scaled."""
+    """Pixels of a side; images of another size are scaled."""
     sampling_rate: int = 8000
-    """In Hz; recordings at another rate are resampled."""
+    """In Hz; waveforms at another rate are resampled."""
     seconds: float = 1.0
-    """Of a recording, around its middle."""
+    """Of a waveform, around its middle."""
 
     def __post_init__(self) -> None:
-        if self.medium not in ("image", "audio"):
-            raise ValueError(f"a classifier of {self.medium!r} is unknown; choose image or audio")
+        if self.modality not in ("image", "audio"):
+            raise ValueError(f"a classifier of {self.modality!r} is unknown; choose image or audio")
         if len(self.labels) < 2:
             raise ValueError(f"a classifier has labels {self.labels}; give at least two, of which it can choose")
         for name, least in (("image_size", 16), ("sampling_rate", 1000), ("seconds", 0.2)):
@@ -73,27 +71,21 @@ class ClassifierConfig:
 
 
 @dataclass
-class ClassifierScores:
-    """What a classifier says of written media. Shares in [0, 1]."""
+class ClassifierScores(FeatureDistances):
+    """What a classifier says of generated media, with distances of its features from those of the real media that it
+    was trained on; the real distances are those of as many real media held out from it. Shares in [0, 1].
+    """
 
-    digest: str
-    """Of the classifier's weights."""
     num_examples: int
     """Media whose prompt names exactly one of its labels."""
     accuracy: float
     """Of these: those it gives the label asked for; media that were not written count as wrong."""
     real_accuracy: float
     """Of real media held out from it, with their own labels."""
-    frechet_distance: float | None
-    """Of written media from the real ones it was trained on; None for fewer than two."""
-    real_frechet_distance: float | None
-    """Of as many real media held out from it."""
-    kernel_distance: float | None
-    real_kernel_distance: float | None
 
 
 class Classifier(nn.Module):
-    """Convolutions on a picture or a log-mel spectrogram; the mean over all places are the features.
+    """Convolutions on an image or a log-mel spectrogram; the mean over all places are the features.
 
     Args:
         config: what it is given, and may say.
@@ -102,8 +94,13 @@ class Classifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        channels = (3 if config.medium == "image" else 1, *CHANNELS)
-        self.blocks = nn.Sequential(*(block(inner, outer) for inner, outer in pairwise(channels)))
+        channels = (3 if config.modality == "image" else 1, *CHANNELS)
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2))
+                for inner, outer in pairwise(channels)
+            )
+        )
         self.head = nn.Linear(CHANNELS[-1], len(config.labels))
         self.register_buffer("real_features", torch.zeros(0, CHANNELS[-1]))
         self.register_buffer("held_out_features", torch.zeros(0, CHANNELS[-1]))
@@ -116,7 +113,7 @@ class Classifier(nn.Module):
 
     def prepare(self, medium: Image.Image | tuple[np.ndarray, int]) -> torch.Tensor:
         """One medium as (channels, height, width), within -1 and 1."""
-        return self._picture(medium) if self.config.medium == "image" else self._recording(*medium)
+        return self._image(medium) if self.config.modality == "image" else self._audio(*medium)
 
     @torch.no_grad()
     def features(self, media: Sequence[Any], batch_size: int = 128) -> torch.Tensor:
@@ -131,12 +128,11 @@ class Classifier(nn.Module):
         """What it calls media with these features."""
         return [self.config.labels[index] for index in self.head(features).argmax(dim=-1).tolist()]
 
-    def _picture(self, picture: Image.Image) -> torch.Tensor:
+    def _image(self, image: Image.Image) -> torch.Tensor:
         size = self.config.image_size, self.config.image_size
-        pixels = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+        return pixels_of(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
 
-    def _recording(self, waveform: np.ndarray, rate: int) -> torch.Tensor:
+    def _audio(self, waveform: np.ndarray, rate: int) -> torch.Tensor:
         """The log-mel spectrogram, relative to its loudest place, so that the volume does not count."""
         config, samples = self.config, torch.as_tensor(waveform, dtype=torch.float32)
         if rate != config.sampling_rate:
@@ -156,17 +152,12 @@ class Classifier(nn.Module):
         return ((levels - levels.max()) / (RANGE / 2) + 1).clamp(min=-1)[None]
 
 
-def block(inner: int, outer: int) -> nn.Sequential:
-    """Half the height and width."""
-    return nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2))
-
-
 # ------------------------------------------------------------------------------------------------------------- training
 
 
 @dataclass
 class LabelledMedia:
-    """Media, pictures or (samples, rate), with a label each."""
+    """Media, images or (samples, rate), with a label each."""
 
     media: list[Any] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
@@ -224,7 +215,7 @@ def fit(
         classifier.train()
         losses = []
         for rows in torch.randperm(len(inputs)).unfold(0, batch_size, batch_size):  # whole batches
-            logits = classifier.head(classifier(perturbed(inputs[rows], classifier.config.medium)))
+            logits = classifier.head(classifier(perturbed(inputs[rows], classifier.config.modality)))
             loss = F.cross_entropy(logits, targets[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -234,10 +225,10 @@ def fit(
         logger.info("epoch %d: loss %.4f", epoch + 1, sum(losses) / len(losses))
 
 
-def perturbed(inputs: torch.Tensor, medium: str) -> torch.Tensor:
+def perturbed(inputs: torch.Tensor, modality: str) -> torch.Tensor:
     """Each medium of a batch moved by a few places, its border repeated, and with noise."""
     media, _, height, width = inputs.shape
-    down, across = round(SHIFT * height) if medium == "image" else 0, round(SHIFT * width)
+    down, across = round(SHIFT * height) if modality == "image" else 0, round(SHIFT * width)
     wide = F.pad(inputs, (across, across, down, down), mode="replicate")
     tops, lefts = torch.randint(2 * down + 1, (media,)).tolist(), torch.randint(2 * across + 1, (media,)).tolist()
     moved = [it[:, top : top + height, left : left + width] for it, top, left in zip(wide, tops, lefts, strict=True)]
@@ -265,33 +256,29 @@ def share_of_equals(found: Sequence[str | None], asked: Sequence[str]) -> float:
 
 
 def save_classifier(classifier: Classifier, folder: Path, about: dict[str, Any]) -> str:
-    """Write judge.safetensors and judge.json into a folder, made if missing; returns the digest of the weights.
+    """Write classifier.safetensors and classifier.json into a folder, made if missing; returns the weights' digest.
 
     Args:
-        about: what it was trained on; stands in the JSON.
+        about: What it was trained on; stands in the JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: value.contiguous() for name, value in classifier.state_dict().items()}, folder / "judge.safetensors"
-    )
-    classifier.digest = digest_of(folder / "judge.safetensors")
-    content = {
-        "config": asdict(classifier.config),
-        "real_accuracy": classifier.real_accuracy,
-        "digest": classifier.digest,
-        **about,
-    }
-    (folder / "judge.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
+    save_file(weights, folder / "classifier.safetensors")
+    classifier.digest = digest_of(folder / "classifier.safetensors")
+    figures = {"real_accuracy": classifier.real_accuracy, "digest": classifier.digest}
+    content = {"config": asdict(classifier.config), **figures, **about}
+    (folder / "classifier.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return classifier.digest
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """The classifier that `save_classifier` has written.
+    """The classifier that `save_classifier` has written, of this version or of earlier ones, which called it judge.
 
     Raises:
         ValueError: there is none, or its weights are not those it was saved with.
     """
-    paths = [folder / name for name in ("judge.json", "judge.safetensors")]
+    names = [name for name in ("classifier", "judge") if (folder / f"{name}.json").is_file()]
+    paths = [folder / f"{(*names, 'classifier')[0]}.{suffix}" for suffix in ("json", "safetensors")]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ValueError(
@@ -301,9 +288,11 @@ def load_classifier(folder: Path) -> Classifier:
     content, digest = json.loads(paths[0].read_bytes()), digest_of(paths[1])
     if digest != content["digest"]:
         raise ValueError(
-            f"{paths[1]} has digest {digest}, where judge.json says {content['digest']}: train the classifier again"
+            f"{paths[1]} has digest {digest}, where {paths[0].name} says {content['digest']}: train the classifier "
+            "again"
         )
-    classifier = Classifier(ClassifierConfig(**content["config"]))
+    renamed = {"modality" if key == "medium" else key: value for key, value in content["config"].items()}
+    classifier = Classifier(ClassifierConfig(**renamed))
     state = load_file(paths[1])
     for name in ("real_features", "held_out_features"):
         setattr(classifier, name, torch.zeros_like(state[name]))  # as many as there are
@@ -327,22 +316,17 @@ def classify_media(
     asked = [label_in(prompt, classifier.config.labels) for prompt in prompts]
     if not any(asked):
         return None
-    is_there = [medium is not None for medium in media]
     features = classifier.features([medium for medium in media if medium is not None])
     names = iter(classifier.labels(features))
-    found = [next(names) if there else None for there in is_there]
+    found = [None if medium is None else next(names) for medium in media]
     pairs = [(name, label) for name, label in zip(found, asked, strict=True) if label is not None]
+    real, held_out = classifier.real_features, classifier.held_out_features[: max(len(features), 2)]
     return ClassifierScores(
         digest=classifier.digest,
         num_examples=len(pairs),
         accuracy=share_of_equals(*zip(*pairs, strict=True)),
         real_accuracy=classifier.real_accuracy,
-        **compare_features(
-            {
-                "": (classifier.real_features, features),
-                "real_": (classifier.real_features, classifier.held_out_features[: max(len(features), 2)]),
-            }
-        ),
+        **compare_features({"": (real, features), "real_": (real, held_out)}),
     )
 
 

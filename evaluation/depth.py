@@ -1,7 +1,5 @@
 """What depth buys: loss, answers and time of one model at several numbers of core steps."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +15,7 @@ from transformers import PreTrainedModel
 from model import modality_names
 
 from .answers import Answer, AnswerGenerator, Example, TextScores, prompt_of, text_scores, to_model
-from .metrics import metrics_from_sums, token_scores
+from .metrics import METRICS, metrics_from_sums, token_scores
 
 Item = Mapping[str, Any]
 Collate = Callable[[list[Item]], dict[str, torch.Tensor]]
@@ -43,7 +41,7 @@ class ModalityScores:
     """Loss, perplexity and bits per byte of the validation sources; empty if none has it."""
     exact_match: float | None
     """Of the sources with answers; None if none has it."""
-    written: TextScores | None
+    generated: TextScores | None
 
 
 @dataclass
@@ -63,7 +61,7 @@ class DepthRow:
     """Loss, perplexity and bits per byte of each validation source."""
     exact_match: dict[str, ExactMatch]
     """By source with answers."""
-    written: dict[str, TextScores] = field(default_factory=dict)
+    generated: dict[str, TextScores] = field(default_factory=dict)
     """By source with answers, if texts were written."""
     modalities: dict[str, ModalityScores] = field(default_factory=dict)
     """By modality, where there are others than text."""
@@ -124,11 +122,6 @@ class DepthEvaluator:
     batch_size: int
     writer: AnswerGenerator | None
 
-    def batches(self, items: Iterable[Item]) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of at most `batch_size` items, in order, as `batch_of` makes them."""
-        for chunk in chunks(items, self.batch_size):
-            yield self.batch_of(chunk)
-
     def batch_of(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """Items on the device, with the codes of images, where these are tokens."""
         with_codes = getattr(self.model, "with_codes", dict)  # models of text alone have none
@@ -147,7 +140,8 @@ class DepthEvaluator:
         """
         sums = torch.zeros(len(modality_names()), 2 if self.byte_lengths is None else 3, dtype=torch.float64)
         seconds, positions = 0.0, 0
-        for batch in self.batches(items):
+        for chunk in chunks(items, self.batch_size):
+            batch = self.batch_of(chunk)
             wait_for(self.model.device)
             start = time.perf_counter()
             logits = self.logits(batch, num_steps)
@@ -165,20 +159,10 @@ class DepthEvaluator:
         for chunk in chunks(examples, self.batch_size):  # read once: there may be media to decode
             batch = self.batch_of([row_of(example) for example in chunk])
             right = answers_right(self.logits(batch, num_steps), batch["labels"]).tolist()
-            written = [None] * len(chunk)
-            if self.writer is not None:
-                written = self.writer.write(self.model, chunk, num_steps)
-            answers += [
-                Answer(
-                    example.get("modality", "text"),
-                    example.get("difficulty"),
-                    is_right,
-                    example.get("answer", ""),
-                    text,
-                    example.get("attributes"),
-                )
-                for example, is_right, text in zip(chunk, right, written, strict=True)
-            ]
+            written = self.writer.write(self.model, chunk, num_steps) if self.writer else [None] * len(chunk)
+            for row, is_right, text in zip(chunk, right, written, strict=True):
+                known = row.get("modality", "text"), row.get("difficulty"), is_right, row.get("answer", "")
+                answers.append(Answer(*known, text, row.get("attributes")))
         return answers
 
     def row(
@@ -189,28 +173,20 @@ class DepthEvaluator:
         sums = {name: sums for name, (sums, _, _) in scores.items()}
         by_modality = sum(sums.values())
         total = metrics_from_sums(*by_modality.sum(dim=0).tolist())
-        seconds = sum(seconds for _, seconds, _ in scores.values())
-        positions = sum(positions for _, _, positions in scores.values())
+        _, seconds, positions = map(sum, zip(*scores.values(), strict=True))
         answers = {name: self.answer(rows, num_steps) for name, rows in examples.items()}
         return DepthRow(
             num_steps=num_steps,
-            loss=total["loss"],
-            perplexity=total["perplexity"],
-            bits_per_byte=total.get("bits_per_byte"),
+            **{name: total.get(name) for name in METRICS},
             milliseconds_per_token=1000 * seconds / positions,
             sources={name: metrics_from_sums(*part.sum(dim=0).tolist()) for name, part in sums.items()},
             exact_match={name: exact_match(found) for name, found in answers.items()},
-            written={name: text_scores(found) for name, found in answers.items() if self.writer is not None},
+            generated={name: text_scores(found) for name, found in answers.items() if self.writer is not None},
             modalities=self.score_modalities(by_modality, [answer for found in answers.values() for answer in found]),
         )
 
     def score_modalities(self, sums: torch.Tensor, answers: Sequence[Answer]) -> dict[str, ModalityScores]:
-        """Scores by modality; none where all is text.
-
-        Args:
-            sums: Result of `score_texts`.
-            answers: Answers of all sources.
-        """
+        """Scores by modality, from sums of `score_texts` and the answers of all sources; none where all is text."""
         found = {}
         for name, part in zip(modality_names(), sums.tolist(), strict=True):
             own = [answer for answer in answers if answer.modality == name]
@@ -219,7 +195,7 @@ class DepthEvaluator:
             found[name] = ModalityScores(
                 losses=metrics_from_sums(*part) if part[1] else {},
                 exact_match=exact_match(own).total if own else None,
-                written=text_scores(own) if own and self.writer is not None else None,
+                generated=text_scores(own) if own and self.writer is not None else None,
             )
         return {} if set(found) <= {"text"} else found
 

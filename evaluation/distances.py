@@ -1,7 +1,5 @@
 """How far two sets of media are apart, by features of any network, such as one that was exported to a file."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,12 +90,12 @@ def check_features(real: torch.Tensor, written: torch.Tensor) -> None:
 
 @dataclass
 class FeatureDistances:
-    """Between sets of pictures; None for sets of fewer than two."""
+    """Between sets of images; None for sets of fewer than two."""
 
     digest: str
     """Of the network's file."""
     frechet_distance: float | None
-    """Of written pictures from their references."""
+    """Of written images from their references."""
     real_frechet_distance: float | None
     """Of each second reference from the others."""
     kernel_distance: float | None
@@ -105,8 +103,8 @@ class FeatureDistances:
 
 
 class FeatureNetwork:
-    """A network in a file that `torch.jit.save` has written: float pictures (pictures, 3, height, width) in -1 .. 1, of
-    the size that the model writes, to features (pictures, features).
+    """A network in a file that `torch.jit.save` has written: float images (images, 3, height, width) in -1 .. 1, of
+    the size that the model writes, to features (images, features).
 
     Raises:
         ValueError: there is none in the file.
@@ -121,13 +119,13 @@ class FeatureNetwork:
         self.digest = digest_of(path)
 
     @torch.no_grad()
-    def features(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
-        """(pictures, features).
+    def features(self, images: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
+        """(images, features).
 
         Raises:
-            ValueError: the network does not take pictures of this size.
+            ValueError: the network does not take images of this size.
         """
-        pixels = torch.stack([pixels_of(picture) for picture in pictures])
+        pixels = torch.stack([pixels_of(image) for image in images])
         try:
             return torch.cat([self.network(part) for part in pixels.split(batch_size)])
         except RuntimeError as error:
@@ -135,15 +133,15 @@ class FeatureNetwork:
             raise ValueError(f"the network does not take pixels of shape {tuple(pixels.shape)} ({reason})") from error
 
     def distances(self, references: Sequence[Image.Image], written: Sequence[Image.Image]) -> FeatureDistances:
-        """Distances of generated pictures from their references, and of the references from each other."""
+        """Distances of generated images from their references, and of the references from each other."""
         real = self.features(references)
         made = self.features(written) if written else real[:0]
         return FeatureDistances(self.digest, **compare_features({"": (real, made), "real_": (real[::2], real[1::2])}))
 
 
-def pixels_of(picture: Image.Image) -> torch.Tensor:
+def pixels_of(image: Image.Image) -> torch.Tensor:
     """(3, height, width) in -1 .. 1."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def digest_of(path: Path) -> str:

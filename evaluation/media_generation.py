@@ -1,9 +1,6 @@
 """Images and audio that a model generates at several depths: what of them is right, and what they look like."""
 
-from __future__ import annotations
-
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +12,7 @@ from transformers import PreTrainedModel
 from model import draw_codes
 from model.chat import TARGET_PREFIX
 
-from .answers import Answer, AnswerGenerator, Example, TextScores, text_scores, to_model
+from .answers import Answer, AnswerGenerator, Example, TextScores, shares, text_scores, to_model
 from .classifiers import Classifier, ClassifierScores, classify_media
 from .depth import chunks, evaluating, wait_for
 from .distances import FeatureDistances, FeatureNetwork
@@ -31,16 +28,16 @@ GeneratedItem = Any
 class MediaScores:
     """Media that were written for one source, at one depth. Shares in [0, 1]."""
 
-    medium: str
+    modality: str
     """"image" or "audio"."""
     num_examples: int
     checks: dict[str, float]
     """By what can be read exactly: share of media in which it is as asked for; empty where nothing can."""
-    judged: dict[str, ClassifierScores]
+    classified: dict[str, ClassifierScores]
     """By the name of the classifier."""
     distances: dict[str, FeatureDistances]
-    """Of pictures, by the name of the network."""
-    read_back: TextScores | None
+    """Of images, by the name of the network."""
+    round_trip: TextScores | None
     """What the model itself reads in its media against their prompts; None where it was not asked."""
     milliseconds: float
     """To write a medium, in batches as they came."""
@@ -63,7 +60,7 @@ class MediaSample:
 
     prompt: str
     reference: GeneratedItem
-    written: dict[int | None, GeneratedItem | None] = field(default_factory=dict)
+    generated: dict[int | None, GeneratedItem | None] = field(default_factory=dict)
     """By depth; None where the model wrote none."""
     is_right: dict[int | None, bool] = field(default_factory=dict)
     """By depth, where it can be checked."""
@@ -163,20 +160,6 @@ class RoundTrip:
 
 
 @dataclass
-class GeneratedMedia:
-    """What one source comes to at one depth, batch by batch."""
-
-    kind: str = ""
-    media: list[GeneratedItem | None] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    references: list[GeneratedItem] = field(default_factory=list)
-    right: list[dict[str, bool]] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
-    seconds: float = 0.0
-    steps: list[int] = field(default_factory=list)
-
-
-@dataclass
 class MediaEvaluator:
     """Lets one model write media at one depth after the other.
 
@@ -184,7 +167,7 @@ class MediaEvaluator:
         model: called through `generate`.
         writer: writes media.
         classifiers: Classifiers by name; each classifies all media of its kind.
-        networks: Networks by name; each compares all pictures with their references.
+        networks: Networks by name; each compares all images with their references.
         round_trip: lets the model read what it wrote; None: it does not.
         batch_size: media that are written at the same time.
     """
@@ -198,52 +181,40 @@ class MediaEvaluator:
 
     def source(self, examples: Sequence[Example], num_steps: int | None, samples: Sequence[MediaSample]) -> MediaScores:
         """One source at one depth; what is to be shown is added to the samples."""
-        found = GeneratedMedia()
+        rows: list[Example] = []
+        media: list[GeneratedItem | None] = []
+        answers: list[Answer] = []
+        steps: list[int] = []
+        seconds = 0.0
         for chunk in chunks(examples, self.batch_size):
-            self.write(chunk, num_steps, found)
-        count = len(samples)  # those of the first examples
-        for sample, medium, right in zip(samples, found.media[:count], found.right[:count], strict=True):
-            sample.written[num_steps] = medium
-            if right:
-                sample.is_right[num_steps] = right["all"]
-        return self.scores(found)
-
-    def write(self, chunk: Sequence[Example], num_steps: int | None, found: GeneratedMedia) -> None:
-        """One batch, added to what was found."""
-        seeds = range(len(found.media), len(found.media) + len(chunk))
-        wait_for(self.model.device)
-        start = time.perf_counter()
-        media, steps = self.writer.write(self.model, chunk, num_steps, seeds)
-        wait_for(self.model.device)
-        found.seconds += time.perf_counter() - start
-        found.kind = modality_of(chunk)
-        found.media += media
-        found.prompts += [example["prompt"] for example in chunk]
-        found.references += [example["reference"] for example in chunk]
-        found.right += [what_is_right(example, medium) for example, medium in zip(chunk, media, strict=True)]
-        if steps is not None:
-            found.steps += steps[steps > 0].tolist()
-        if self.round_trip is not None:
-            found.answers += self.round_trip.read(self.model, chunk, media, num_steps)
-
-    def scores(self, found: GeneratedMedia) -> MediaScores:
-        """What all batches come to."""
-        judged = {
-            label: classify_media(classifier, found.prompts, found.media)
-            for label, classifier in self.classifiers.items()
-            if classifier.config.medium == found.kind
-        }
-        written = [medium for medium in found.media if medium is not None]
-        networks = self.networks if found.kind == "image" else {}
+            wait_for(self.model.device)
+            start = time.perf_counter()
+            made, exits = self.writer.write(self.model, chunk, num_steps, range(len(media), len(media) + len(chunk)))
+            wait_for(self.model.device)
+            seconds += time.perf_counter() - start
+            rows, media = rows + chunk, media + made
+            steps += [] if exits is None else exits[exits > 0].tolist()
+            if self.round_trip is not None:
+                answers += self.round_trip.read(self.model, chunk, made, num_steps)
+        right = [what_is_right(row, medium) for row, medium in zip(rows, media, strict=True)]
+        for sample, medium, checks in zip(samples, media, right, strict=False):  # those of the first examples
+            sample.generated[num_steps] = medium
+            if checks:
+                sample.is_right[num_steps] = checks["all"]
+        modality, prompts = modality_of(rows), [row["prompt"] for row in rows]
+        own = {name: it for name, it in self.classifiers.items() if it.config.modality == modality}
+        classified = {name: classify_media(it, prompts, media) for name, it in own.items()}
+        there = [medium for medium in media if medium is not None]
+        networks, references = self.networks if modality == "image" else {}, [row["reference"] for row in rows]
         return MediaScores(
-            medium=found.kind,
-            num_examples=len(found.media),
-            checks=shares(found.right),
-            judged={label: scores for label, scores in judged.items() if scores is not None},
-            distances={label: it.distances(found.references, written) for label, it in networks.items()},
-            read_back=text_scores(found.answers) if found.answers else None,
-            milliseconds=1000 * found.seconds / len(found.media),
-            mean_steps=sum(found.steps) / len(found.steps) if found.steps else None,
+            modality=modality,
+            num_examples=len(media),
+            checks=shares(right),
+            classified={name: scores for name, scores in classified.items() if scores is not None},
+            distances={name: network.distances(references, there) for name, network in networks.items()},
+            round_trip=text_scores(answers) if answers else None,
+            milliseconds=1000 * seconds / len(media),
+            mean_steps=sum(steps) / len(steps) if steps else None,
         )
 
 
@@ -256,24 +227,11 @@ def what_is_right(example: Example, medium: GeneratedItem | None) -> dict[str, b
 
 
 def modality_of(examples: Sequence[Example]) -> str:
-    """The kind of medium that examples ask for.
-
-    Raises:
-        ValueError: they ask for none, or for several.
-    """
+    """The kind of medium that examples ask for; ValueError if that is none, or several."""
     found = sorted({example["modality"] for example in examples})
     if len(found) != 1 or not found[0].startswith(TARGET_PREFIX):
         raise ValueError(f"examples ask for {', '.join(found)}; give those of one kind of medium that is written")
     return found[0].removeprefix(TARGET_PREFIX)
-
-
-def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:
-    """The share of media that are right, by name of a check, among those that have the check."""
-    values: dict[str, list[bool]] = defaultdict(list)
-    for one in found:
-        for name, is_right in one.items():
-            values[name].append(is_right)
-    return {name: sum(right) / len(right) for name, right in values.items()}
 
 
 def media_table(
@@ -297,7 +255,7 @@ def media_table(
         classifiers: Classifiers by name.
         round_trip: lets the model read what it wrote.
         batch_size: media that are written at the same time.
-        networks: Networks by name, whose features of pictures are compared with those of references.
+        networks: Networks by name, whose features of images are compared with those of references.
 
     Raises:
         ValueError: a source without rows, or with several kinds of media.

@@ -4,8 +4,6 @@ The Hugging Face trainer averages the loss over batches, so a short last batch w
 row is reduced to sums on the device, and the sums are divided once at the end.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable
@@ -29,7 +27,8 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor:
     """
     special = set(tokenizer.all_special_ids)
     added = tokenizer.added_tokens_decoder
-    byte_level = is_byte_level(tokenizer)
+    # Whether the vocabulary is written in the byte-level alphabet, GPT-2's way.
+    byte_level = tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
     lengths = torch.zeros(len(tokenizer), dtype=torch.long)
     for token, index in tokenizer.get_vocab().items():
         if index in added:  # stored as plain text by every kind of tokenizer
@@ -38,11 +37,6 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor:
         elif index not in special:
             lengths[index] = len(token) if byte_level else approximate_byte_length(token)
     return lengths
-
-
-def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer's vocabulary is written in the byte-level alphabet (GPT-2's way)."""
-    return tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
 
 
 def approximate_byte_length(token: str) -> int:

@@ -1,4 +1,4 @@
-"""What a picture of a scene shows and which notes a melody has, read from pixels and samples alone, so that media that
+"""What an image of a scene shows and which notes a melody has, read from pixels and samples alone, so that media that
 a model has generated are read like the rest.
 
 Scenes:
@@ -13,8 +13,6 @@ frequency whose multiples together are strongest in the spectrum of what lies be
 
 The file shares no code with what draws and plays, and knows of it only the names below and what they look like.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -33,13 +31,13 @@ COLOURS = {
 }
 """RGB in the middle of the shades that bear a name."""
 LARGE_RADIUS = 1 / 6
-"""Of the picture's side: from this radius on an object is large, below it small."""
+"""Of the image's side: from this radius on an object is large, below it small."""
 UNCLEAR = "unclear"
 """Shape of an object that is like none of them."""
 
 _CONTRAST = 50  # distance in RGB from the background from which a pixel may belong to an object
-_LEAST_BACKGROUND = 0.2  # of the picture
-_LEAST_AREA = 0.01  # of the picture; the smallest object has three times as much
+_LEAST_BACKGROUND = 0.2  # of the image
+_LEAST_AREA = 0.01  # of the image; the smallest object has three times as much
 _WORST_FIT = 0.25  # squared difference from the best shape, as a part of the area; a circle as a square has 0.18
 _FINE = 8  # points along a pixel at which a shape is looked up
 
@@ -63,7 +61,7 @@ class SeenObject(NamedTuple):
     colour: str
     shape: str
     place: tuple[float, float]
-    """Middle of its bounding box: x to the right and y down, as parts of the picture's width and height."""
+    """Middle of its bounding box: x to the right and y down, as parts of the image's width and height."""
 
 
 class Shape(NamedTuple):
@@ -83,9 +81,9 @@ SHAPES = {
 }
 
 
-def read_scene(picture: Image.Image) -> list[SeenObject]:
-    """The objects of a picture, from top to bottom. Specks, and noise, are none."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)  # (height, width, 3)
+def read_scene(image: Image.Image) -> list[SeenObject]:
+    """The objects of an image, from top to bottom. Specks, and noise, are none."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)  # (height, width, 3)
     background = background_of(pixels)
     differs = np.linalg.norm(pixels - background, axis=-1)
     parts = [part for part in connected_parts(differs > _CONTRAST) if part.mean() >= _LEAST_AREA]
@@ -93,7 +91,7 @@ def read_scene(picture: Image.Image) -> list[SeenObject]:
 
 
 def background_of(pixels: np.ndarray) -> np.ndarray:
-    """The colour behind each pixel, as large as the picture: a plane, fitted to what is near it."""
+    """The colour behind each pixel, as large as the image: a plane, fitted to what is near it."""
     height, width, _ = pixels.shape
     down, across = (grid / grid.size for grid in np.ogrid[:height, :width])
     terms = np.stack(np.broadcast_arrays(1.0, across, down), axis=-1).reshape(-1, 3)
@@ -125,7 +123,7 @@ def connected_parts(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def recognize_object(pixels: np.ndarray, background: np.ndarray, part: np.ndarray) -> SeenObject:
-    """What one part of a picture shows."""
+    """What one part of an image shows."""
     fill = colour_of(pixels, background, part)
     coverage = coverage_of(pixels, background, fill) * grown(part)
     height, width = part.shape

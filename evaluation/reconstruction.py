@@ -1,7 +1,5 @@
 """How well media came through a codec: against what they were, and against ways that need no training."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,7 +21,7 @@ except ImportError:
     PesqError = None
 
 SHORTEST_FOR_PESQ = 0.4
-"""Seconds; of shorter clips the measure says little, or nothing."""
+"""Seconds; of shorter waveforms the measure says little, or nothing."""
 RATES_OF_PESQ = {8000: "nb", 16000: "wb"}
 STFT_SIZES = (128, 256, 512, 1024)
 MOST_MEDIA_FOR_COMPONENTS = 20_000
@@ -32,12 +30,12 @@ Batch = Mapping[str, torch.Tensor]
 
 
 class ImageScores:
-    """Scores of each picture: psnr, the peak signal-to-noise ratio in dB, and ssim, the structural similarity."""
+    """Scores of each image: psnr, the peak signal-to-noise ratio in dB, and ssim, the structural similarity."""
 
     names = ("psnr", "ssim")
 
     def __call__(self, made: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Reconstructions of `pixel_values`, (pictures, channels, height, width) in -1 .. 1, to (pictures, scores)."""
+        """Reconstructions of `pixel_values`, (images, channels, height, width) in -1 .. 1, to (images, scores)."""
         images, made = batch["pixel_values"].float(), made.float().clamp(-1, 1)
         psnr = peak_signal_noise_ratio(made, images, data_range=2.0, reduction="none", dim=(1, 2, 3))
         ssim = structural_similarity_index_measure(made, images, data_range=2.0, reduction="none")
@@ -45,15 +43,15 @@ class ImageScores:
 
 
 class AudioScores:
-    """Scores of each clip: mel_l1, the mean error of its log-mel spectrogram; mr_stft, that of its spectrograms; and
-    si_sdr, the scale-invariant signal-to-distortion ratio in dB, which wants right phases, NaN for silent clips.
+    """Scores of each waveform: mel_l1, the mean error of its log-mel spectrogram; mr_stft, that of its spectrograms;
+    and si_sdr, the scale-invariant signal-to-distortion ratio in dB, which wants right phases, NaN for silence.
 
     Where the package pesq is installed and knows the sampling rate (narrow-band at 8 kHz, wide-band at 16), also pesq,
-    about 1 to 4.5, and pesq_failed, 1 for a clip that it could not rate, such as a silent one, whose pesq is NaN. Both
-    are NaN for clips that are too short.
+    about 1 to 4.5, and pesq_failed, 1 for a waveform that it could not rate, such as a silent one, whose pesq is NaN.
+    Both are NaN for waveforms that are too short.
 
     Args:
-        log_mel: (clips, samples) -> (clips, mel bins, frames).
+        log_mel: (waveforms, samples) -> (waveforms, mel bins, frames).
     """
 
     def __init__(self, sampling_rate: int, log_mel: Callable[[torch.Tensor], torch.Tensor]):
@@ -62,14 +60,14 @@ class AudioScores:
         self.names = ("mel_l1", "mr_stft", "si_sdr", *(("pesq", "pesq_failed") if has_pesq else ()))
 
     def __call__(self, made: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Reconstructions of `waveforms`, (clips, samples), of which the first `lengths` count, to (clips, scores)."""
+        """Reconstructions of `waveforms`, (items, samples), of which the first `lengths` count, to (items, scores)."""
         scores = []
         for sound, waveform, length in zip(made, batch["waveforms"], batch["lengths"].tolist(), strict=True):
             length = min(length, len(sound))
-            scores.append(self._of_clip(sound[:length].float(), waveform[:length].float()))
+            scores.append(self._score_one(sound[:length].float(), waveform[:length].float()))
         return torch.tensor(scores, device=made.device)
 
-    def _of_clip(self, made: torch.Tensor, waveform: torch.Tensor) -> list[float]:
+    def _score_one(self, made: torch.Tensor, waveform: torch.Tensor) -> list[float]:
         mel_l1 = (self.log_mel(made[None]) - self.log_mel(waveform[None])).abs().mean()
         si_sdr = scale_invariant_signal_distortion_ratio(made, waveform) if waveform.any() else float("nan")
         scores = [float(mel_l1), stft_distance(made, waveform), float(si_sdr)]
@@ -197,13 +195,13 @@ def codec_scores(model: PreTrainedModel) -> ImageScores | AudioScores:
 
 
 def ways_of_images(model: PreTrainedModel, train: Dataset) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """The autoencoder, also with refined latents if it refines them, and as many principal components of train pictures
+    """The autoencoder, also with refined latents if it refines them, and as many principal components of train images
     as it has numbers.
     """
     num_numbers = model.num_tokens * model.latent_size
-    pictures = torch.stack([train[number] for number in range(min(len(train), MOST_MEDIA_FOR_COMPONENTS))])
-    components = PrincipalComponents(pictures, num_numbers)
-    name = f"autoencoder, {num_numbers} of {pictures[0].numel()} numbers"
+    images = torch.stack([train[number] for number in range(min(len(train), MOST_MEDIA_FOR_COMPONENTS))])
+    components = PrincipalComponents(images, num_numbers)
+    name = f"autoencoder, {num_numbers} of {images[0].numel()} numbers"
     ways = {name: lambda pixels: model(pixels).reconstruction}
     if count := model.num_refinement_steps:
         ways[f"{name}, refined in {count} steps"] = lambda pixels: model.decode(

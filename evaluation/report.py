@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 
 from .answers import TextScores
-from .depth import DepthRow, ModalityScores
+from .classifiers import ClassifierScores
+from .depth import DepthRow
 from .media_generation import GeneratedItem, MediaRow, MediaSample, MediaScores, MediaTable
 
 if TYPE_CHECKING:
@@ -55,51 +57,33 @@ def markdown_table(rows: Sequence[DepthRow]) -> str:
     if rows[0].modalities:
         parts += ["By modality:\n", modality_table(rows)]
     for name in names:
-        if len(rows[0].exact_match[name].by_difficulty) > 1:
-            parts += [f"Exact match of {name} by difficulty:\n", difficulty_table(rows, name)]
-    for name, first in rows[0].written.items():
-        parts += [f"Texts generated for {name} ({first.num_examples}):\n", text_table(rows, name)]
+        levels = list(rows[0].exact_match[name].by_difficulty)
+        if len(levels) > 1:
+            shares = [(row, row.exact_match[name].by_difficulty) for row in rows]
+            lines = [[depth_name(row.num_steps), *(percent(found[level]) for level in levels)] for row, found in shares]
+            parts += [f"Exact match of {name} by difficulty:\n", format_table(["steps", *map(str, levels)], lines)]
+    for name, first in rows[0].generated.items():
+        lines = []
+        for row in rows:
+            scores = row.generated[name]
+            named = [percent(scores.attributes[attribute]) for attribute in first.attributes]
+            lines.append([depth_name(row.num_steps), *text_cells(scores), *named])
+        title = f"Texts generated for {name} ({first.num_examples}):\n"
+        parts += [title, format_table(["steps", *TEXT_SCORES, *first.attributes], lines)]
     return "\n".join(parts)
 
 
-def difficulty_table(rows: Sequence[DepthRow], name: str) -> str:
-    """Exact match of a source by depth and difficulty."""
-    levels = list(rows[0].exact_match[name].by_difficulty)
-    lines = [
-        [depth_name(row.num_steps), *(percent(row.exact_match[name].by_difficulty[level]) for level in levels)]
-        for row in rows
-    ]
-    return format_table(["steps", *map(str, levels)], lines)
-
-
 def modality_table(rows: Sequence[DepthRow]) -> str:
-    """A line for each modality and depth."""
-    with_texts = bool(rows[0].written)
-    lines = [
-        [name, depth_name(row.num_steps), *modality_cells(row.modalities[name], with_texts)]
-        for name in rows[0].modalities
-        for row in rows
-    ]
-    return format_table(["modality", "steps", "loss", "exact", *(TEXT_SCORES[1:] if with_texts else ())], lines)
-
-
-def modality_cells(scores: ModalityScores, with_texts: bool) -> list[str]:
-    """Figures of one modality; a dash where there are none."""
-    loss = f"{scores.losses['loss']:.4f}" if scores.losses else "-"
-    exact = "-" if scores.exact_match is None else percent(scores.exact_match)
-    texts = ["-"] * (len(TEXT_SCORES) - 1) if scores.written is None else text_cells(scores.written)[1:]
-    return [loss, exact, *(texts if with_texts else ())]
-
-
-def text_table(rows: Sequence[DepthRow], name: str) -> str:
-    """Scores of the texts of a source, and of the attributes that they name."""
-    attributes = list(rows[0].written[name].attributes)
+    """A line for each modality and depth; a dash where there is no figure."""
+    titles = TEXT_SCORES[1:] if rows[0].generated else ()
     lines = []
-    for row in rows:
-        scores = row.written[name]
-        named = [percent(scores.attributes[attribute]) for attribute in attributes]
-        lines.append([depth_name(row.num_steps), *text_cells(scores), *named])
-    return format_table(["steps", *TEXT_SCORES, *attributes], lines)
+    for name, row in product(rows[0].modalities, rows):
+        scores = row.modalities[name]
+        loss = f"{scores.losses['loss']:.4f}" if scores.losses else "-"
+        exact = "-" if scores.exact_match is None else percent(scores.exact_match)
+        texts = ["-"] * len(titles) if scores.generated is None else text_cells(scores.generated)[1:]
+        lines.append([name, depth_name(row.num_steps), loss, exact, *texts])
+    return format_table(["modality", "steps", "loss", "exact", *titles], lines)
 
 
 def text_cells(scores: TextScores) -> list[str]:
@@ -116,24 +100,19 @@ def format_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-# ------------------------------------------------------------------------------------------------------ tables of media
-
-
 def media_markdown(table: MediaTable) -> str:
-    """A table for each source: a line for each depth, and one for real media."""
+    """A table for each source of media: a line for each depth, and one for real media."""
     parts = []
     for name, first in table.rows[0].sources.items():
-        title = f"{VERBS[first.medium]} for {name} ({first.num_examples}):\n"
-        parts += [title, source_table(table, name)]
+        columns = [media_columns(row.sources[name], table.real[name]) for row in table.rows]
+        header, _, real = zip(*columns[0], strict=True)
+        lines = [
+            [depth_name(row.num_steps), *(figure for _, figure, _ in found)]
+            for row, found in zip(table.rows, columns, strict=True)
+        ]
+        parts.append(f"{VERBS[first.modality]} for {name} ({first.num_examples}):\n")
+        parts.append(format_table(["steps", *header], [*lines, ["real", *real]]))
     return "\n".join(parts)
-
-
-def source_table(table: MediaTable, name: str) -> str:
-    """Checks, what classifiers say, the round trip, and time."""
-    scores = [row.sources[name] for row in table.rows]
-    lines = [[depth_name(row.num_steps), *cells(row.sources[name])] for row in table.rows]
-    lines.append(["real", *real_cells(table.real[name], scores[0])])
-    return format_table(["steps", *header_of(scores[0])], lines)
 
 
 def names_of_checks(checks: Mapping[str, float]) -> list[str]:
@@ -141,42 +120,21 @@ def names_of_checks(checks: Mapping[str, float]) -> list[str]:
     return sorted(checks, key=lambda name: name != "all")
 
 
-def header_of(scores: MediaScores) -> list[str]:
-    """Names of the columns behind that of the depth."""
-    judged = [f"{name} {what}" for name in scores.judged for what in ("classifier", "Frechet", "KID")]
-    judged += [f"{name} {what}" for name in scores.distances for what in ("Frechet", "KID")]
-    read_back = ["round trip", "round trip WER"] if scores.read_back else []
-    return [*names_of_checks(scores.checks), *judged, *read_back, *(["mean steps"] if scores.mean_steps else []), "ms"]
-
-
-def cells(scores: MediaScores) -> list[str]:
-    """Figures of one depth, in the order of `header_of`."""
-    found = [percent(scores.checks[name]) for name in names_of_checks(scores.checks)]
-    for it in scores.judged.values():
-        found += [percent(it.accuracy), distance_cell(it.frechet_distance), distance_cell(it.kernel_distance)]
-    for it in scores.distances.values():
-        found += [distance_cell(it.frechet_distance), distance_cell(it.kernel_distance)]
-    if scores.read_back:
-        found += [percent(scores.read_back.exact_match), percent(scores.read_back.word_error_rate)]
-    return [*found, *([f"{scores.mean_steps:.2f}"] if scores.mean_steps else []), f"{scores.milliseconds:.1f}"]
-
-
-def real_cells(checks: Mapping[str, float], scores: MediaScores) -> list[str]:
-    """The same figures of real media; a dash where there are none."""
-    found = [percent(checks[name]) for name in names_of_checks(scores.checks)]
-    for it in scores.judged.values():
-        found += [
-            percent(it.real_accuracy),
-            distance_cell(it.real_frechet_distance),
-            distance_cell(it.real_kernel_distance),
-        ]
-    for it in scores.distances.values():
-        found += [distance_cell(it.real_frechet_distance), distance_cell(it.real_kernel_distance)]
-    return [*found, *["-"] * (len(header_of(scores)) - len(found))]
-
-
-def distance_cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def media_columns(scores: MediaScores, real: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Title, figure, and the same figure of real media, a dash where there is none, of the columns of a source."""
+    columns = [(name, percent(scores.checks[name]), percent(real[name])) for name in names_of_checks(scores.checks)]
+    for name, it in [*scores.classified.items(), *scores.distances.items()]:
+        if isinstance(it, ClassifierScores):
+            columns.append((f"{name} classifier", percent(it.accuracy), percent(it.real_accuracy)))
+        distances = (it.frechet_distance, it.real_frechet_distance), (it.kernel_distance, it.real_kernel_distance)
+        for title, pair in zip(("Frechet", "KID"), distances, strict=True):
+            columns.append((f"{name} {title}", *("-" if value is None else f"{value:.3f}" for value in pair)))
+    if scores.round_trip:
+        columns.append(("round trip", percent(scores.round_trip.exact_match), "-"))
+        columns.append(("round trip WER", percent(scores.round_trip.word_error_rate), "-"))
+    if scores.mean_steps:
+        columns.append(("mean steps", f"{scores.mean_steps:.2f}", "-"))
+    return [*columns, ("ms", f"{scores.milliseconds:.1f}", "-")]
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -186,11 +144,11 @@ def plot_depths(rows: Sequence[DepthRow], path: Path) -> None:
     """Loss, exact match and time against depth, side by side, as PNG; depth on a logarithmic axis. Below them, if texts
     were generated, error rates, BLEU and chrF, and attributes.
     """
-    num_lines = 2 if rows[0].written else 1
+    num_lines = 2 if rows[0].generated else 1
     figure = new_figure(13, 4 * num_lines)
     panels = figure.subplots(num_lines, 3, squeeze=False)
     plot_losses(rows, *panels[0])
-    if rows[0].written:
+    if rows[0].generated:
         plot_texts(rows, *panels[1])
     for axes in panels.flat:
         label_depths(axes, rows)
@@ -210,12 +168,9 @@ def plot_media(table: MediaTable, path: Path) -> None:
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure of a size in inches that is drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def label_depths(axes: Axes, rows: Sequence[DepthRow | MediaRow]) -> None:
@@ -254,8 +209,8 @@ def plot_losses(rows: Sequence[DepthRow], loss: Axes, exact: Axes, duration: Axe
 def plot_texts(rows: Sequence[DepthRow], errors: Axes, scores: Axes, attributes: Axes) -> None:
     """The panels of what was written."""
     depths = places_of(rows)
-    for number, (name, first) in enumerate(rows[0].written.items()):
-        written = [row.written[name] for row in rows]
+    for number, (name, first) in enumerate(rows[0].generated.items()):
+        written = [row.generated[name] for row in rows]
         (line,) = errors.plot(depths, [it.word_error_rate for it in written], marker="o", label=f"{name}, words")
         look = {"color": line.get_color(), "marker": ".", "ls": "--"}
         errors.plot(depths, [it.character_error_rate for it in written], label=f"{name}, characters", **look)
@@ -274,34 +229,34 @@ def plot_texts(rows: Sequence[DepthRow], errors: Axes, scores: Axes, attributes:
 def plot_source(scores: Sequence[MediaScores], depths: Sequence[int], real: Mapping[str, float], axes: Axes) -> None:
     """The curves of one source."""
     curves = {name: ([it.checks[name] for it in scores], real[name]) for name in names_of_checks(scores[0].checks)}
-    for name, first in scores[0].judged.items():
-        curves[f"{name} classifier"] = [it.judged[name].accuracy for it in scores], first.real_accuracy
+    for name, first in scores[0].classified.items():
+        curves[f"{name} classifier"] = [it.classified[name].accuracy for it in scores], first.real_accuracy
     for name, (values, limit) in curves.items():
         (line,) = axes.plot(depths, values, marker="o" if name == "all" else ".", label=name)
         axes.axhline(limit, color=line.get_color(), ls=":", lw=0.8)
-    if scores[0].read_back:
-        axes.plot(depths, [it.read_back.exact_match for it in scores], marker=".", ls="--", label="round trip")
+    if scores[0].round_trip:
+        axes.plot(depths, [it.round_trip.exact_match for it in scores], marker=".", ls="--", label="round trip")
 
 
 def save_contact_sheet(samples: Sequence[MediaSample], path: Path) -> None:
     """A line for each prompt, as PNG: the reference, and what was written at each depth, framed by whether it is right.
     Of sound the spectrogram is shown.
     """
-    depths = list(samples[0].written)
+    depths = list(samples[0].generated)
     figure = new_figure(1.5 * (len(depths) + 1), 1.8 * len(samples))
     for sample, part in zip(samples, figure.subfigures(len(samples), squeeze=False)[:, 0], strict=True):
         part.suptitle(textwrap.shorten(sample.prompt, 60, placeholder="..."), fontsize=7, x=0.01, ha="left")
         first, *others = part.subplots(1, len(depths) + 1, squeeze=False)[0]
         show(sample.reference, first, "reference")
         for depth, axes in zip(depths, others, strict=True):
-            show(sample.written[depth], axes, depth_name(depth))
+            show(sample.generated[depth], axes, depth_name(depth))
             if depth in sample.is_right:
                 axes.spines[:].set(color=RIGHT if sample.is_right[depth] else WRONG, linewidth=2)
     figure.savefig(path, dpi=150)
 
 
 def show(medium: GeneratedItem | None, axes: Axes, label: str) -> None:
-    """A picture, or the spectrogram of a recording; nothing of none."""
+    """An image, or the spectrogram of a waveform; nothing of none."""
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(label, fontsize=7)
     if isinstance(medium, tuple):

@@ -14,7 +14,7 @@ Completion = str | Sequence[dict[str, Any]]
 
 def exact_answer(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
     """1 for the answer, 0 for anything else; blanks at both ends do not count."""
-    return [float(written(text) == right.strip()) for text, right in zip(completions, answer, strict=True)]
+    return [float(completion_text(text) == right.strip()) for text, right in zip(completions, answer, strict=True)]
 
 
 def close_answer(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> list[float]:
@@ -24,12 +24,12 @@ def close_answer(completions: Sequence[Completion], answer: Sequence[str], **col
     """
     rewards = []
     for text, right in zip(completions, answer, strict=True):
-        signs = list(zip_longest(written(text), right.strip()))
+        signs = list(zip_longest(completion_text(text), right.strip()))
         share = sum(one == other for one, other in signs) / max(len(signs), 1)
         rewards.append(1.0 if share == 1 else share / 2)
     return rewards
 
 
-def written(completion: Completion) -> str:
+def completion_text(completion: Completion) -> str:
     """The text of a completion, of a conversation that of its last message."""
     return (completion if isinstance(completion, str) else completion[-1]["content"]).strip()

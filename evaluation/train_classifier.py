@@ -2,8 +2,6 @@
 `python -m evaluation.train_classifier my/speech --modality audio --label-column speaker --output classifiers/speaker`.
 """
 
-from __future__ import annotations
-
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
@@ -32,11 +30,11 @@ from .classifiers import Classifier, ClassifierConfig, LabelledMedia, save_class
 EPOCHS = arguments.counted("the number of times all media are seen, 1 or more")
 PIXELS = arguments.counted("the number of pixels of a side, 1 or more")
 HERTZ = arguments.counted("the number of samples per second, 1 or more")
-KINDS = {"image": "imagefolder", "audio": "audiofolder"}
-HELD_OUT = 0.1
+FOLDERS = {"image": "imagefolder", "audio": "audiofolder"}
+VALIDATION_SHARE = 0.1
 """Share of the media that measures the classifier, where no others are named."""
 MOST_HEARD = 0.98
-"""Share of the recordings that are heard whole."""
+"""Share of the waveforms that are heard whole."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> arguments.OneLineParser:
-    """The command line."""
     parser = arguments.OneLineParser(
         prog="evaluation.train_classifier",
         renamed={"--medium": "--modality"},
@@ -80,7 +77,7 @@ def build_parser() -> arguments.OneLineParser:
         "`python -m evaluation --classifier`.",
     )
     parser.add_argument("data", type=Path, help="folder of media with a metadata.jsonl or .csv")
-    parser.add_argument("--modality", choices=tuple(KINDS), required=True, help="what the folder holds")
+    parser.add_argument("--modality", choices=tuple(FOLDERS), required=True, help="what the folder holds")
     parser.add_argument("--label-column", default="text", help="column of the metadata with the labels")
     parser.add_argument("--validation", type=Path, help="folder to measure with; default: a tenth of the data")
     parser.add_argument("--output", type=Path, required=True, help="folder of the classifier, whose name it is")
@@ -93,26 +90,24 @@ def build_parser() -> arguments.OneLineParser:
 
 def labelled_media(folder: Path, args: argparse.Namespace) -> LabelledMedia:
     """The media of a folder with their labels."""
-    source, data = SourceConfig(KINDS[args.modality], path=str(folder), answer_column=args.label_column), DataConfig()
+    source, data = (
+        SourceConfig(FOLDERS[args.modality], path=str(folder), answer_column=args.label_column),
+        DataConfig(),
+    )
     found = LabelledMedia()
     for row in load_rows(source, "train", data, args.seed, BadRows(data.max_invalid_rows)):
         question, answer = (message["content"] for message in json.loads(row["messages"]))
-        found.media.append(decode(read_reference(question[0], row), args))
+        item = read_reference(question[0], row)
+        is_image = args.modality == "image"
+        found.media.append(load_image(item) if is_image else (load_audio(item, args.sampling_rate), args.sampling_rate))
         found.labels.append(answer[0]["text"])
     return found
-
-
-def decode(medium: Any, args: argparse.Namespace) -> Any:
-    """An image, or a waveform and its rate."""
-    if args.modality == "image":
-        return load_image(medium)
-    return load_audio(medium, args.sampling_rate), args.sampling_rate
 
 
 def hold_out(data: LabelledMedia, seed: int) -> tuple[LabelledMedia, LabelledMedia]:
     """What is learned, and what is held out; at least two media."""
     order = np.random.default_rng(seed).permutation(len(data.media)).tolist()
-    count = max(2, round(HELD_OUT * len(order)))
+    count = max(2, round(VALIDATION_SHARE * len(order)))
     return tuple(
         LabelledMedia([data.media[number] for number in part], [data.labels[number] for number in part])
         for part in (order[count:], order[:count])

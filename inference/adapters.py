@@ -1,13 +1,10 @@
 """Adapters: whose they are, and how they get onto a model."""
 
-from __future__ import annotations
-
 import json
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +18,7 @@ from model.step_lora import load_step_lora
 from model.weight_files import DeclaredWeight, declared_weights
 
 from .checkpoints import ADAPTERS, adapters_in, blamed_on, find_checkpoint, is_adapter, read_json, weight_files
+from .generation_config import FLAG, is_whole, real
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,9 +31,11 @@ PLAIN_NAME = re.compile(r"\^?[\w.]+")
 
 
 def is_positive(value: Any) -> bool:
-    """Whether it is a finite number above 0."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
+    return real(0)[0](value) and value > 0
+
+
+def is_rank(value: Any) -> bool:
+    return is_whole(value) and value > 0
 
 
 def is_pattern(value: Any, fits: Callable[[Any], bool]) -> bool:
@@ -43,11 +43,6 @@ def is_pattern(value: Any, fits: Callable[[Any], bool]) -> bool:
     return value is None or (
         isinstance(value, dict) and all(PLAIN_NAME.fullmatch(name) and fits(part) for name, part in value.items())
     )
-
-
-def is_rank(value: Any) -> bool:
-    """Whether it is a whole number above 0."""
-    return is_positive(value) and isinstance(value, int)
 
 
 # What an adapter_config.json may say, and how that is said.
@@ -61,10 +56,7 @@ LORA_RULES = {
         "true, or another that leaves the base as it is",
     ),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    **dict.fromkeys(
-        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
-        (lambda value: isinstance(value, bool), "true or false"),
-    ),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), FLAG),
     "modules_to_save": (
         lambda value: value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)),
         "a list of names",
@@ -74,11 +66,6 @@ LORA_RULES = {
 NOT_READ = {"layer_replication", "megatron_config", "target_parameters", "trainable_token_indices", "use_bdlora"}
 NOT_READ |= {"use_qalora", "alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config"}
 NOT_READ |= {"monteclora_config"}
-# How the weights began, and which layers they are for, is known from the weights.
-NOT_NEEDED = {"init_lora_weights", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "megatron_core"}
-NOT_NEEDED |= {"exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"}
-NOT_NEEDED |= {"auto_mapping", "qalora_group_size", "base_model_name_or_path", "revision", "task_type", "peft_type"}
-NOT_NEEDED |= {"peft_version", "ensure_weight_tying"}
 
 
 @dataclass(frozen=True)
@@ -185,11 +172,8 @@ def load_adapters(model: PreTrainedModel, folder: Path, merge: bool = True) -> P
 
 
 def load_lora(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """PEFT's model with the adapter of a folder.
-
-    Raises:
-        ValueError: it is no LoRA, for layers that the model does not have, or lacks weights, of which PEFT would only
-            warn.
+    """PEFT's model with the adapter of a folder; ValueError if it is no LoRA, for layers that the model does not have,
+    or lacks weights, of which PEFT would only warn.
     """
     from peft import PeftModel, get_peft_model_state_dict  # takes a second, for those who need it
 
@@ -206,14 +190,11 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return lora
 
 
-def checked_lora_config(content: Mapping[str, Any], weights: Mapping[str, DeclaredWeight]) -> LoraConfig:
+def checked_lora_config(content: Mapping[str, Any], weights: Mapping[str, DeclaredWeight]) -> "LoraConfig":
     """What PEFT wants to know of an adapter, after it is compared with its weights, whose size it decides.
 
     The layers are those that there are weights for. Patterns of names, in a file from elsewhere, may take for ever to
-    match; so only plain names are patterns here.
-
-    Raises:
-        ValueError: it is none of a LoRA, or not of these weights.
+    match; so only plain names are patterns here. ValueError if it is none of a LoRA, or not of these weights.
     """
     from peft import LoraConfig
 
@@ -233,7 +214,7 @@ def checked_lora_config(content: Mapping[str, Any], weights: Mapping[str, Declar
     wrong = [rank for rank in (content.get("r", largest), *ranks) if rank > largest]
     if wrong:
         raise ValueError(f"its rank is {wrong[0]}, but that of its weights {largest}")
-    known = {field.name for field in fields(LoraConfig)}
-    options = {name: value for name, value in content.items() if name in known - NOT_READ - NOT_NEEDED}
+    # How the weights began, and which layers they are for, is known from the weights.
+    options = {name: content[name] for name in LORA_RULES if name in content and name != "init_lora_weights"}
     targets = sorted(name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in down)
     return LoraConfig(**{**options, "target_modules": targets, "inference_mode": True})

@@ -1,7 +1,5 @@
 """Command-line arguments: one line on standard error and exit code 2 for whatever is wrong with them."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import logging

@@ -7,8 +7,6 @@ be it ever so long or large, takes more than a moment.
     atom       = number | "(" expression ")"
 """
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 
@@ -88,8 +86,7 @@ class _Reader:
     def expression(self, depth: int) -> Fraction:
         value = self.term(depth)
         while self.next in ("+", "-"):
-            sign = 1 if self.take() == "+" else -1
-            value = _checked(value + sign * self.term(depth))
+            value = _checked(value + (1 if self.take() == "+" else -1) * self.term(depth))
         return value
 
     def term(self, depth: int) -> Fraction:
@@ -105,8 +102,7 @@ class _Reader:
         if depth > MAX_DEPTH:
             raise CalculatorError(f"more than {MAX_DEPTH} brackets, signs and powers within each other")
         if self.next in ("+", "-"):
-            sign = 1 if self.take() == "+" else -1
-            return sign * self.factor(depth + 1)
+            return (1 if self.take() == "+" else -1) * self.factor(depth + 1)
         base = self.atom(depth)
         if self.next in ("^", "**"):
             self.take()

@@ -1,7 +1,5 @@
 """Talk with a model in the terminal: `python -m inference.chat runs/finetune_lora`."""
 
-from __future__ import annotations
-
 from .logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
@@ -19,8 +17,8 @@ from model.terminal import one_line
 
 from . import arguments
 from .conversation import Conversation
-from .decoding import add_decoding_arguments, check_depth, decoding_options
-from .devices import choose_threads, device_report
+from .decoding import add_decoding_arguments, decoding_options, depth_option
+from .devices import device_report
 from .loading import add_loading_arguments, load_as_asked
 from .output import TerminalStreamer, write_result
 
@@ -38,7 +36,6 @@ COMMANDS = {
 
 
 def build_parser() -> arguments.OneLineParser:
-    """The command line."""
     parser = arguments.OneLineParser(
         prog="inference.chat", description="Talk with a model in the terminal; /help lists what else it understands."
     )
@@ -61,10 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("%s", device_report())
     with parser.one_line_errors():
         model, processor = load_as_asked(args.checkpoint, args)
-        choose_threads(model)
-        check_depth(model, args.num_steps)
-        if args.num_steps is not None:
-            options["num_steps"] = args.num_steps
+        options |= depth_option(model, args.num_steps)
         conversation = Conversation(model, processor, options, args.system, args.max_prompt_tokens)
     set_seed(args.seed)
     converse(conversation)
@@ -115,12 +109,7 @@ def answer(conversation: Conversation, text: str) -> None:
 
 
 def obey(conversation: Conversation, line: str) -> None:
-    """Carry out a command.
-
-    Raises:
-        ValueError: there is no such command, or it cannot be done.
-        OSError: a file cannot be read or written.
-    """
+    """Carry out a command; ValueError or OSError if there is no such command, or it cannot be done."""
     command, _, argument = line.partition(" ")
     argument, usage = argument.strip(), {usage.partition(" ")[0]: usage for usage in COMMANDS}
     if command not in usage:
@@ -131,21 +120,16 @@ def obey(conversation: Conversation, line: str) -> None:
     if command == "/help":
         sys.stdout.write("".join(f"{usage:<18}{what}\n" for usage, what in COMMANDS.items()))
     elif command == "/steps":
-        conversation.set_steps(number_of_steps(argument))
+        try:
+            conversation.set_steps(arguments.core_steps(argument))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"/steps {error}") from error
     elif command in ("/image", "/audio"):
         conversation.attach(command[1:], str(Path(argument).expanduser()))
     elif command == "/save":
         conversation.save(Path(argument).expanduser())
     else:
         conversation.forget()
-
-
-def number_of_steps(text: str) -> int:
-    """The argument of /steps; ValueError for what is none."""
-    try:
-        return arguments.core_steps(text)
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"/steps {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Which folder holds what a run left behind, whole: a model, or an adapter beside which its model is not."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,6 @@
 """A conversation with a model: its history, what is shown with the next message, and the calls of tools."""
 
-from __future__ import annotations
-
+import copy
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from model import tokenizer_of
 from model.chat import ROLE_TOKENS, encode_conversation
 
 from .calculator import answer_call, called_expression
-from .decoding import check_depth
+from .decoding import depth_option
 from .output import append
 from .prompts import check_characters, prompt_limit
 
@@ -72,8 +71,7 @@ class Conversation:
         Raises:
             ValueError: the model has none.
         """
-        check_depth(self.model, num_steps, name="/steps")
-        self.options["num_steps"] = num_steps
+        self.options |= depth_option(self.model, num_steps, name="/steps")
 
     def attach(self, kind: str, path: str) -> None:
         """Show a file of a kind, "image" or "audio", with the next message.
@@ -105,28 +103,28 @@ class Conversation:
         self.attached = []
         try:
             for _ in range(MAX_CALLS):
-                message = self._add("assistant", self._answer(streamer))
+                message = {"role": "assistant", "content": self._answer(streamer)}
+                self.messages.append(message)
                 yield message
                 expression = called_expression(message["content"])
                 if expression is None:
                     return
-                yield self._add("tool", answer_call(expression))
+                self.messages.append({"role": "tool", "content": answer_call(expression)})
+                yield self.messages[-1]
             logger.warning("the calculator was called %d times without an answer; ask again", MAX_CALLS)
         except BaseException:
             self.messages, self.attached = before, attached
             raise
 
-    def _add(self, role: str, content: str) -> dict[str, Any]:
-        self.messages.append({"role": role, "content": content})
-        return self.messages[-1]
-
     def _answer(self, streamer: TextStreamer | None) -> str:
         inputs = self._inputs().to(self.model.device, self.model.dtype)
+        known = self.tokenizer.get_vocab()  # an answer ends with the end token, or where the next message would begin
+        ends = [self.tokenizer.eos_token_id, *(known[token] for token in ROLE_TOKENS.values() if token in known)]
         output = self.model.generate(
             **inputs,
             **self.options,
             streamer=streamer,
-            eos_token_id=self._ends(),
+            eos_token_id=ends,
             pad_token_id=self.tokenizer.pad_token_id,
             return_dict_in_generate=True,
         )
@@ -138,25 +136,21 @@ class Conversation:
             raise ValueError("the model has nothing to say to that; ask in another way.")
         return text
 
-    def _ends(self) -> list[int]:
-        """Tokens at which the model has said what it has to say: end, or whatever would begin the next message."""
-        known = self.tokenizer.get_vocab()
-        return [self.tokenizer.eos_token_id, *(known[token] for token in ROLE_TOKENS.values() if token in known)]
-
     def _inputs(self) -> BatchFeature:
-        """What `generate` goes on from. What was said longest ago is forgotten where there is no more room.
-
-        Raises:
-            ValueError: there is no room for the last message either.
+        """What `generate` goes on from. What was said longest ago is forgotten where there is no more room; ValueError
+        where there is none for the last message either.
         """
         inputs = self._encode()
-        while inputs["input_ids"].shape[1] > self.room and self._forget_first_exchange():
+        while (length := inputs["input_ids"].shape[1]) > self.room:
+            asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+            if len(asked) < 2:
+                raise ValueError(
+                    f"the message has {length} tokens, with what stands around it, and there is room for {self.room}; "
+                    "say less, lower --max-new-tokens or raise --max-prompt-tokens."
+                )
+            logger.warning("no more room: what was said first is forgotten")
+            del self.messages[: asked[1]]
             inputs = self._encode()
-        if (length := inputs["input_ids"].shape[1]) > self.room:
-            raise ValueError(
-                f"the message has {length} tokens, with what stands around it, and there is room for {self.room}; say "
-                "less, lower --max-new-tokens or raise --max-prompt-tokens."
-            )
         return inputs
 
     def _encode(self) -> BatchFeature:
@@ -167,15 +161,6 @@ class Conversation:
             )
         ids = torch.tensor([encode_conversation(self.tokenizer, messages, add_generation_prompt=True)])
         return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-    def _forget_first_exchange(self) -> bool:
-        """Whether there was one before the last thing that the user said."""
-        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
-        if len(asked) < 2:
-            return False
-        logger.warning("no more room: what was said first is forgotten")
-        del self.messages[: asked[1]]
-        return True
 
     def save(self, path: Path) -> None:
         """Append the conversation to a file as one line, which sources of kind `chat` read. Names of media files are
@@ -188,14 +173,7 @@ class Conversation:
             raise ValueError("nothing has been said that could be saved.")
         if path.suffix != ".jsonl":
             raise ValueError(f"/save {path}: the name must end in .jsonl.")
-        messages = [
-            {**message, "content": _relative(message["content"], path.parent)}
-            for message in [*self.first, *self.messages]
-        ]
+        messages = copy.deepcopy([*self.first, *self.messages])
+        for part in (part for message in messages for part in message["content"] if "path" in part):  # in no character
+            part["path"] = os.path.relpath(part["path"], path.parent)
         append(path, json.dumps({"messages": messages}, ensure_ascii=False))
-
-
-def _relative(content: str | list[dict[str, str]], folder: Path) -> str | list[dict[str, str]]:
-    if isinstance(content, str):
-        return content
-    return [{**part, "path": os.path.relpath(part["path"], folder)} if "path" in part else part for part in content]

@@ -1,7 +1,5 @@
 """How tokens are chosen and how deep each is computed: arguments that all commands which write text share."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
@@ -27,12 +25,9 @@ class FiniteLogits(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """The scores as they are. Both are (rows, ...)."""
         largest = scores.amax(dim=-1)
-        fault = None
-        if not largest.isfinite().all():
-            fault = "infinite or no numbers"
-        elif (largest == scores.amin(dim=-1)).any():
-            fault = "all equal"
-        if fault is not None:
+        fault = "" if largest.isfinite().all() else "infinite or no numbers"
+        if fault or (largest == scores.amin(dim=-1)).any():
+            fault = fault or "all equal"
             raise ValueError(
                 f"the model's logits are {fault} after {input_ids.shape[1]} tokens: its weights are too "
                 "large or damaged; use a checkpoint from before training diverged, or another --dtype."
@@ -98,23 +93,19 @@ def decoding_options(parser: arguments.OneLineParser, args: argparse.Namespace) 
     exits = {"exit_criterion": args.exit_criterion, "exit_threshold": args.exit_threshold}
     options |= {name: value for name, value in exits.items() if value is not None}
     options["logits_processor"] = LogitsProcessorList([FiniteLogits()])
-    return options | sampling_options(parser, args)
-
-
-def sampling_options(parser: arguments.OneLineParser, args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `generate` that say how a token is chosen."""
     given = {name: getattr(args, name) for name in SAMPLING_DEFAULTS if name in args}
     if not args.greedy:
-        return {"do_sample": True, **SAMPLING_DEFAULTS, **given}
+        return {**options, "do_sample": True, **SAMPLING_DEFAULTS, **given}
     if given:
         name = next(iter(given)).replace("_", "-")
         parser.error(f"--{name} has no effect with --greedy: leave one of the two out.")
-    return {"do_sample": False}
+    return {**options, "do_sample": False}
 
 
-def check_depth(model: PreTrainedModel, num_steps: int | None, name: str = "--num-steps") -> None:
-    """Raise ValueError if a depth is asked of a model that has none."""
+def depth_option(model: PreTrainedModel, num_steps: int | None, name: str = "--num-steps") -> dict[str, int]:
+    """The argument of `generate` for a depth, if one is asked for; ValueError if the model has none."""
     if num_steps is not None and model.config.get_text_config().num_core_layers == 0:
         raise ValueError(
             f"{name} {num_steps} was given, but this model has no core to repeat (num_core_layers is 0): leave it out."
         )
+    return {} if num_steps is None else {"num_steps": num_steps}

@@ -1,7 +1,5 @@
 """What this machine computes with. A broken driver is reported, never raised."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform
@@ -36,18 +34,15 @@ def attempt(what: str, query: Callable[[], str]) -> str:
 
 def device_report() -> str:
     """A few lines on CPU, memory, GPUs and the number formats they compute in; a broken device is one of the lines."""
-    lines = [
+    lines = (
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
-        attempt("CPU", describe_cpu),
-        attempt("memory", describe_memory),
+        attempt("CPU", lambda: f"CPU: {cpu_model()}, {usable_cores()} cores usable, {', '.join(DTYPES[:2])}"),
+        attempt(
+            "memory", lambda: f"memory: {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+        ),
         attempt("CUDA", describe_cuda),
-    ]
+    )
     return "\n".join(lines)
-
-
-def describe_cpu() -> str:
-    """Model and cores."""
-    return f"CPU: {cpu_model()}, {usable_cores()} cores usable, {', '.join(DTYPES[:2])}"
 
 
 def usable_cores() -> int:
@@ -63,12 +58,6 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def describe_memory() -> str:
-    """Main memory of the machine."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"memory: {total / 2**30:.1f} GiB"
 
 
 def describe_cuda() -> str:

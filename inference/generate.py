@@ -2,27 +2,19 @@
 for: `python -m inference.generate CHECKPOINT --mode image --prompt "a small red circle" --out out.png`.
 """
 
-from __future__ import annotations
-
 from .logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    set_seed,
-)
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from model import MODALITIES, draw_codes, tokenizer_of
 
@@ -32,10 +24,10 @@ from .decoding import (
     FiniteLogits,
     add_decoding_arguments,
     add_flow_arguments,
-    check_depth,
     decoding_options,
+    depth_option,
 )
-from .devices import choose_threads, device_report
+from .devices import device_report
 from .loading import add_loading_arguments, load_as_asked
 from .output import SUFFIXES, TerminalStreamer, check_path, save_audio, save_images, whole_file, write_result
 from .prompts import (
@@ -57,7 +49,6 @@ BATCH_SIZE = 8
 
 
 def build_parser() -> arguments.OneLineParser:
-    """The command line."""
     parser = arguments.OneLineParser(
         prog="inference.generate",
         description="Continue a text with a trained model, or answer to images and audio; what it generates goes to "
@@ -119,15 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             prompt = (args.prompt or "") if args.media else read_prompt(args.prompt)
         model, processor = load_as_asked(args.checkpoint, args)
-        choose_threads(model)
         tokenizer = tokenizer_of(processor)
-        check_depth(model, args.num_steps)
-        if args.num_steps is not None:
-            options["num_steps"] = args.num_steps
+        options |= depth_option(model, args.num_steps)
         limit = prompt_limit(model, args.max_prompt_tokens)
         if args.prompts is not None:
             check_prompts(args.prompts, processor, prompts, limit)
-            with open_output(args.out) as out:
+            with ExitStack() as files:
+                out = sys.stdout
+                if args.out is not None:
+                    out = files.enter_context(files.enter_context(whole_file(args.out)).open("w", encoding="utf-8"))
                 write_answers(model, processor, prompts, args.batch_size or BATCH_SIZE, args.seed, options, out)
             return 0
         set_seed(args.seed)
@@ -140,16 +131,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         inputs = inputs.to(model.device, model.dtype)
         write_continuation(model, tokenizer, inputs, stream=not args.no_stream, options=options)
     return 0
-
-
-@contextmanager
-def open_output(path: Path | None) -> Iterator[TextIO]:
-    """The file at a path, which is there when all is written, or standard output."""
-    if path is None:
-        yield sys.stdout
-    else:
-        with whole_file(path) as beside, beside.open("w", encoding="utf-8") as file:
-            yield file
 
 
 def check_mode(parser: arguments.OneLineParser, args: argparse.Namespace) -> None:
@@ -194,13 +175,8 @@ def answer_with_media(
     prompt: str,
     limit: int,
 ) -> None:
-    """Write as many media as asked for, of the same prompt, and their paths to standard output.
-
-    Args:
-        limit: The most tokens of the prompt.
-
-    Raises:
-        ValueError: the model does not write such media, the prompt is longer, or the file cannot be written.
+    """Write as many media as asked for, of the same prompt of at most `limit` tokens, and their paths to standard
+    output; ValueError where the model does not write such media, or the file cannot be written.
     """
     path = check_path(args.out, args.mode)
     if not isinstance(processor, ProcessorMixin):
@@ -234,14 +210,8 @@ def write_continuation(
     stream: bool,
     options: Mapping[str, Any],
 ) -> None:
-    """Generate and write the text after the prompt to standard output, word by word or at once.
-
-    The streamer holds text back until a word is complete, so a character whose bytes lie in several tokens comes whole.
-
-    Args:
-        inputs: arguments of the model for the prompt, one row.
-        stream: write while generating.
-        options: further arguments of `generate`.
+    """Generate and write the text after the prompt, one row, to standard output, word by word (`stream`) or at once.
+    The streamer holds text back until a word is complete, so a character of bytes in several tokens comes whole.
     """
     decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     output = model.generate(

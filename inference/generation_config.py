@@ -1,7 +1,5 @@
 """The generation_config.json of a checkpoint: what it may say, checked before `generate` reads it."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Checkpoints from disk: found, checked, loaded; nothing missing, nothing ignored, nothing executed."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Sequence
@@ -12,7 +10,6 @@ import torch
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +24,7 @@ from model import (
     MegaTransformerTextConfig,
     tokenizer_of,
 )
-from model.chat import check_template
+from model.chat import TARGET_PREFIX, check_template
 from model.feature_extraction_megatransformer import MegaTransformerFeatureExtractor
 from model.image_processing_megatransformer import MegaTransformerImageProcessor
 from model.quantization import QuantizationConfig, bits_and_bytes, keep_scales
@@ -45,7 +42,7 @@ from .checkpoints import (
     reads_media,
     weight_files,
 )
-from .devices import DTYPES, choose_device
+from .devices import DTYPES, choose_device, choose_threads
 from .generation_config import check_generation_config
 
 LANGUAGE_MODELS = (MegaTransformerTextConfig, MegaTransformerConfig)
@@ -70,9 +67,11 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
 def load_as_asked(
     path: str | Path, args: argparse.Namespace
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
-    """What `load_model` loads from a path for the arguments of `add_loading_arguments`."""
+    """What `load_model` loads from a path for the arguments of `add_loading_arguments`, with torch's threads for it."""
     dtype, quantization = args.dtype and getattr(torch, args.dtype), QuantizationConfig(load_in=args.load_in)
-    return load_model(path, choose_device(args.device), dtype, quantization)
+    model, processor = load_model(path, choose_device(args.device), dtype, quantization)
+    choose_threads(model)
+    return model, processor
 
 
 def load_model(
@@ -106,30 +105,23 @@ def load_model(
     check_generation_config(folder, config.get_text_config().vocab_size)
     is_quantized, options = getattr(config, "quantization_config", None) is not None, {}
     if quantization is not None and quantization.load_in is not None:
-        options = quantization_options(folder, skeleton, quantization, dtype)
-        is_quantized = True
+        if is_quantized:
+            raise ValueError(
+                f"The weights in {folder} are quantised already and cannot be quantised again, to "
+                f"{quantization.load_in}: leave that out, or use the checkpoint that they were made from."
+            )
+        rounding = bits_and_bytes(quantization, skeleton, dtype or config.dtype or torch.float32)
+        is_quantized, options = True, {"quantization_config": rounding}
     if is_quantized:
         options["device_map"] = {"": str(device)}  # rounded where the model is to be; left out, transformers chooses
-    with blamed_on(f"The weights in {folder} are damaged", "use another checkpoint."):
-        model, report = MODELS[type(config)].from_pretrained(
-            folder,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # so that mismatches are reported below, with their names
-            output_loading_info=True,
-            **options,
-        )
-    check_loading(folder, report)
-    check_finite(folder, model)
+    options["dtype"] = "auto" if dtype is None else dtype
+    model = load_and_check(folder, config, f"The weights in {folder} are damaged", **options)
     if tuned != folder:
         model = load_adapters(model, tuned, merge=not is_quantized)
         check_finite(tuned, model)
     if all((tuned / name).is_file() for name in TOKENIZER):
         folder = tuned
-    processor = load_processor(folder) if reads_media(config.model_type) else load_checkpoint_tokenizer(folder)
+    processor = load_processor(folder, reads_media(config.model_type))
     check_processor(folder, processor, config)
     check_template(processor)
     if is_quantized:
@@ -150,21 +142,38 @@ def load_codec(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
     check_files(folder)
     config = load_model_config(folder, CODEC_CONFIGS)
     build_checked(folder, config)
-    with blamed_on(f"The codec in {folder} is damaged", "use another checkpoint."):
+    return load_and_check(folder, config, f"The codec in {folder} is damaged").to(device).eval()
+
+
+def load_and_check(folder: Path, config: PreTrainedConfig, damage: str, **options: Any) -> PreTrainedModel:
+    """The model of a configuration with the weights of a folder, nothing missing, left over, or of another shape.
+
+    Args:
+        damage: What an error begins with.
+        options: Arguments of `from_pretrained`.
+    """
+    options |= {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    with blamed_on(damage, "use another checkpoint."):
         model, report = MODELS[type(config)].from_pretrained(
-            folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            ignore_mismatched_sizes=True,  # so that mismatches are reported below, with their names
+            output_loading_info=True,
+            **options,
         )
-    check_loading(folder, report)
+    for problem, keys in (
+        ("lacks", report["missing_keys"]),
+        ("has unexpected", report["unexpected_keys"]),
+        ("has of another shape", report["mismatched_keys"]),
+    ):
+        refuse_weights(folder, problem, (key if isinstance(key, str) else key[0] for key in keys))
     check_finite(folder, model)
-    return model.to(device).eval()
+    return model
 
 
 def build_checked(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration, without weights, which are compared with those in the files of a folder. Nothing of
-    their size is allocated.
-
-    Raises:
-        ValueError: they do not belong together.
+    their size is allocated. ValueError if they do not belong together.
     """
     declared = declared_weights(folder / name for name in weight_files(folder))
     with blamed_on(f"{folder / 'config.json'} is wrong", "correct it, or use another checkpoint."):
@@ -205,10 +214,9 @@ def shared_settings(processor: ProcessorMixin, config: PreTrainedConfig) -> list
     shared = [(name, getattr(processor, name), getattr(config, name, None)) for name in ids]
     vocabulary = processor.tokenizer.get_vocab()
     for name, kind in processor.modalities.items():
-        if name.startswith("written_"):
-            medium = name.removeprefix("written_")
+        if name.startswith(TARGET_PREFIX):
             for end, token in (("start", kind.start_token), ("end", kind.end_token)):
-                key = f"{medium}_{end}_token_id"
+                key = f"{name.removeprefix(TARGET_PREFIX)}_{end}_token_id"
                 shared.append((key, vocabulary.get(token), getattr(config, key, None)))
     pairs = (
         (processor.image_processor, MegaTransformerImageProcessor, config.vision_config, IMAGE_SETTINGS),
@@ -218,23 +226,6 @@ def shared_settings(processor: ProcessorMixin, config: PreTrainedConfig) -> list
         if isinstance(part, own_class):
             shared += [(name, getattr(part, name), getattr(encoder, there)) for name, there in names.items()]
     return shared
-
-
-def quantization_options(
-    folder: Path, model: PreTrainedModel, quantization: QuantizationConfig, dtype: torch.dtype | None
-) -> dict[str, BitsAndBytesConfig]:
-    """The argument of `from_pretrained`; ValueError for weights that are quantised already, or cannot be.
-
-    Args:
-        model: One without weights.
-    """
-    config = model.config
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"The weights in {folder} are quantised already and cannot be quantised again, to {quantization.load_in}: "
-            "leave that out, or use the checkpoint that they were made from."
-        )
-    return {"quantization_config": bits_and_bytes(quantization, model, dtype or config.dtype or torch.float32)}
 
 
 def choose_kernel(model: PreTrainedModel) -> None:
@@ -248,16 +239,6 @@ def choose_kernel(model: PreTrainedModel) -> None:
             if module.compute_dtype != torch.bfloat16 or module.out_features % 32:
                 module.support_avx512bf16_for_cpu = False
             keep_scales(module)
-
-
-def check_loading(folder: Path, report: dict) -> None:
-    """Raise ValueError for weights that are missing, left over, or of another shape; transformers only warns."""
-    for problem, keys in (
-        ("lacks", report["missing_keys"]),
-        ("has unexpected", report["unexpected_keys"]),
-        ("has of another shape", report["mismatched_keys"]),
-    ):
-        refuse_weights(folder, problem, (key if isinstance(key, str) else key[0] for key in keys))
 
 
 def load_model_config(folder: Path, kinds: Sequence[type[PreTrainedConfig]] = LANGUAGE_MODELS) -> PreTrainedConfig:
@@ -288,17 +269,14 @@ def refuse_foreign_code(content: Any) -> None:
                 raise ValueError(f"quantization_config has quant_method {repr(method)[:60]}, not 'bitsandbytes'")
 
 
-def load_checkpoint_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint; ValueError names its files if they are damaged."""
-    with blamed_on(f"{' or '.join(TOKENIZER)} in {folder} is damaged", "use another."):
+def load_processor(folder: Path, has_media: bool) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The processor of a checkpoint, or its tokenizer where the model reads text alone; ValueError names its files if
+    they are damaged, or make another processor.
+    """
+    files, loader = ((PROCESSOR, *TOKENIZER), AutoProcessor) if has_media else (TOKENIZER, AutoTokenizer)
+    with blamed_on(f"{' or '.join(files)} in {folder} is damaged", "use another."):
         # Left out, transformers asks at the terminal whether it may run the model's code.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def load_processor(folder: Path) -> ProcessorMixin:
-    """The processor of a checkpoint; ValueError names its files if they are damaged, or make another processor."""
-    with blamed_on(f"{' or '.join((PROCESSOR, *TOKENIZER))} in {folder} is damaged", "use another."):
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if not isinstance(processor, MegaTransformerProcessor):
+        processor = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if has_media and not isinstance(processor, MegaTransformerProcessor):
             raise ValueError(f"it is a {type(processor).__name__}, and not a {MegaTransformerProcessor.__name__}")
         return processor

@@ -1,7 +1,5 @@
 """One place that sets up logging, for every command line."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -26,11 +24,7 @@ LAUNCHER_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAS
 
 
 def check_launcher_numbers() -> None:
-    """Refuse what is no number where a launcher writes one.
-
-    Raises:
-        SystemExit: one is no number; the code is 2, after one line on standard error that names it.
-    """
+    """Refuse what is no number where a launcher writes one: with code 2, and one line on standard error."""
     for name in LAUNCHER_NUMBERS:
         value = os.environ.get(name, "0")
         if not re.fullmatch(r"-?\d+", value):

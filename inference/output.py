@@ -1,7 +1,5 @@
 """What commands write: files and folders that are there whole, or not at all, and standard output."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -1,7 +1,5 @@
 """Prompts: as tensors, and many of them from a file."""
 
-from __future__ import annotations
-
 import codecs
 import difflib
 import json
@@ -163,15 +161,9 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def refuse_other_encodings(path: Path, raw: bytes) -> None:
-    """Refuse a file that is not UTF-8 at all, whose lines would each be refused by themselves.
-
-    Raises:
-        ValueError: names the encoding and the fix.
-    """
-    wide = (
-        raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or raw.count(0) > len(raw) / 3
-    )
-    if wide:
+    """Raise ValueError for a file that is not UTF-8 at all, whose lines would each be refused by themselves."""
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+    if raw.startswith(marks) or raw.count(0) > len(raw) / 3:
         raise ValueError(f"--prompts {path} is UTF-16 or UTF-32; save it as UTF-8.")
     try:
         raw.decode("utf-8")
@@ -184,11 +176,7 @@ def refuse_other_encodings(path: Path, raw: bytes) -> None:
 
 
 def read_line(number: int, line: bytes, folder: Path) -> Prompt:
-    """One line.
-
-    Raises:
-        ValueError: why it is none.
-    """
+    """One line; ValueError says why it is none."""
     try:
         given = json.loads(line.decode("utf-8"))
     except RecursionError as error:
@@ -198,24 +186,19 @@ def read_line(number: int, line: bytes, folder: Path) -> Prompt:
     for name in given.keys() - set(KEYS):
         near = difflib.get_close_matches(name, KEYS, n=1)
         raise ValueError(f"unknown key {name!r}; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(KEYS)}")
-    media = tuple(
-        (MEDIA_KEYS[key], str(folder / path)) for key in given if key != "prompt" for path in paths_of(given, key)
-    )
+    media = []
+    for key in (key for key in given if key != "prompt"):
+        paths = given[key] if isinstance(given[key], list) else [given[key]]
+        if not paths or not all(isinstance(path, str) and path for path in paths):
+            raise ValueError(f"{key} is {given[key]!r}; give a path, or a list of paths")
+        media += [(MEDIA_KEYS[key], str(folder / path)) for path in paths]
     text = given.get("prompt", "")
     if not isinstance(text, str) or not (text.strip() or media):
         raise ValueError(f"prompt is {text!r}; give a text")
     for _, file in media:
         if not os.path.isfile(file):
             raise ValueError(f"{file} is no file; correct the path")
-    return Prompt(number, given, text, media)
-
-
-def paths_of(given: Mapping[str, Any], key: str) -> list[str]:
-    """The paths under a key; ValueError for something else."""
-    paths = given[key] if isinstance(given[key], list) else [given[key]]
-    if not paths or not all(isinstance(path, str) and path for path in paths):
-        raise ValueError(f"{key} is {given[key]!r}; give a path, or a list of paths")
-    return paths
+    return Prompt(number, given, text, tuple(media))
 
 
 def refuse(path: Path, bad: Mapping[int, str], count: int) -> None:
@@ -240,17 +223,21 @@ def check_prompts(
     Raises:
         ValueError: names the lines that it cannot.
     """
-    bad, tokenizer = {}, tokenizer_of(processor)
+    bad = {}
     for prompt in prompts:
         try:
-            check_characters(tokenizer, prompt.text, limit)
-            if prompt.media:
-                check_length(encode_question(processor, (prompt.media, prompt.text)), limit)
-            else:
-                check_length(encode_prompt(tokenizer, prompt.text), limit)
+            check_characters(tokenizer_of(processor), prompt.text, limit)
+            check_length(encode_prompts(processor, [prompt]), limit)
         except (ValueError, OSError) as error:
             bad[prompt.line] = str(error)
     refuse(path, bad, len(prompts))
+
+
+def encode_prompts(processor: PreTrainedTokenizerBase | ProcessorMixin, batch: Sequence[Prompt]) -> BatchFeature:
+    """The inputs of the model for prompts that all have media, or all have none."""
+    if batch[0].media:
+        return encode_question(processor, *((prompt.media, prompt.text) for prompt in batch))
+    return encode_prompt(tokenizer_of(processor), *(prompt.text for prompt in batch))
 
 
 def write_answers(
@@ -273,10 +260,7 @@ def write_answers(
     tokenizer, num_written = tokenizer_of(processor), 0
     for batch in batches(prompts, batch_size):
         set_seed(seed)
-        if batch[0].media:
-            inputs = encode_question(processor, *((prompt.media, prompt.text) for prompt in batch))
-        else:
-            inputs = encode_prompt(tokenizer, *(prompt.text for prompt in batch))
+        inputs = encode_prompts(processor, batch)
         ids = model.generate(
             **inputs.to(model.device, model.dtype),
             eos_token_id=tokenizer.eos_token_id,

@@ -1,7 +1,5 @@
 """A checkpoint that was written by older code, with the code of today beside the same weights."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,32 +7,15 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
-from model import (
-    MegaTransformerForCausalLM,
-    MegaTransformerForConditionalGeneration,
-    MegaTransformerForSequenceClassification,
-    MegaTransformerImageAutoencoder,
-    MegaTransformerModel,
-    MegaTransformerProcessor,
-    MegaTransformerTextModel,
-    MegaTransformerVocoder,
-)
+import model as ours
+from model import MegaTransformerProcessor
 from model.backbones import reason_of
 from model.weight_files import build_skeleton, check_fit, declared_weights
 
 from .checkpoints import PROCESSOR, read_json
 
 MODELS: dict[str, type[PreTrainedModel]] = {
-    cls.__name__: cls
-    for cls in (
-        MegaTransformerForCausalLM,
-        MegaTransformerForConditionalGeneration,
-        MegaTransformerForSequenceClassification,
-        MegaTransformerImageAutoencoder,
-        MegaTransformerModel,
-        MegaTransformerTextModel,
-        MegaTransformerVocoder,
-    )
+    name: it for name, it in vars(ours).items() if isinstance(it, type) and issubclass(it, PreTrainedModel)
 }
 MANIFEST = "manifest.json"  # of the files as training saved them; a refreshed checkpoint has none
 
@@ -95,11 +76,10 @@ def skeleton(folder: Path) -> PreTrainedModel:
         raise ValueError(
             f"{folder} holds no checkpoint of these models: its config.json has architectures {repr(names)[:60]}"
         )
-    model_class = MODELS[names[0]]
     declared = declared_weights(sorted(folder.glob("model*.safetensors")))
     try:
-        config = model_class.config_class.from_dict({key: value for key, value in content.items() if key != "auto_map"})
-        model = build_skeleton(model_class, config, declared)
+        given = {key: value for key, value in content.items() if key != "auto_map"}
+        model = build_skeleton(MODELS[names[0]], MODELS[names[0]].config_class.from_dict(given), declared)
     except Exception as error:  # of all kinds: values of wrong types reach code of libraries
         raise ValueError(f"{folder / 'config.json'} is wrong ({reason_of(error)}): use another checkpoint") from error
     check_fit(folder, model, declared)

@@ -59,22 +59,16 @@ MODELS = {
 CODEC_CONFIGS = (MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig)
 """Configurations of codecs, which `trainer: reconstruction` trains."""
 
-AutoConfig.register(MegaTransformerTextConfig.model_type, MegaTransformerTextConfig)
+for _config in MODELS:
+    AutoConfig.register(_config.model_type, _config)
+for _config in CODEC_CONFIGS:
+    AutoModel.register(_config, MODELS[_config])
+for _auto in (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForTextToWaveform):
+    _auto.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
 AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
 AutoModelForCausalLM.register(MegaTransformerTextConfig, MegaTransformerForCausalLM)
 AutoModelForSequenceClassification.register(MegaTransformerTextConfig, MegaTransformerForSequenceClassification)
-
-AutoConfig.register(MegaTransformerImageAutoencoderConfig.model_type, MegaTransformerImageAutoencoderConfig)
-AutoModel.register(MegaTransformerImageAutoencoderConfig, MegaTransformerImageAutoencoder)
-AutoConfig.register(MegaTransformerVocoderConfig.model_type, MegaTransformerVocoderConfig)
-AutoModel.register(MegaTransformerVocoderConfig, MegaTransformerVocoder)
-
-AutoConfig.register(MegaTransformerConfig.model_type, MegaTransformerConfig)
 AutoModel.register(MegaTransformerConfig, MegaTransformerModel)
-AutoModelForCausalLM.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
-AutoModelForMultimodalLM.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
-AutoModelForImageTextToText.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
-AutoModelForTextToWaveform.register(MegaTransformerConfig, MegaTransformerForConditionalGeneration)
 AutoProcessor.register(MegaTransformerConfig, MegaTransformerProcessor)
 AutoFeatureExtractor.register(MegaTransformerConfig, MegaTransformerFeatureExtractor)
 # One class, whichever backend is asked for: it resizes with Pillow.

@@ -97,14 +97,8 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
 
 
 def alibi_bias(query_positions: torch.Tensor, key_positions: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """ALiBi bias slope * (key position - query position).
-
-    Args:
-        query_positions: (1 or batch, query).
-        key_positions: (1 or batch, key).
-
-    Returns:
-        (1 or batch, heads, query, key), float32.
+    """ALiBi bias slope * (key position - query position): (1 or batch, query), (1 or batch, key) -> float32 (1 or
+    batch, heads, query, key).
     """
     distance = key_positions[:, None, None, :] - query_positions[:, None, :, None]  # (batch, 1, query, key)
     return alibi_slopes(num_heads).to(distance.device)[:, None, None] * distance.float()
@@ -191,14 +185,10 @@ def prepare_bidirectional_attention(
     hidden_states: list[torch.Tensor] | None = None,
     attentions: list[torch.Tensor] | None = None,
 ) -> AttentionInputs:
-    """Mask and rotations for an encoder, in which all tokens see each other, but none sees padding.
-
-    Args:
-        hidden: (batch, sequence, hidden).
-        is_real: (batch, sequence) of bool; None: all are.
-        angles: (1 or batch, sequence, head_dim / 2), of `rotary_angles`.
-        hidden_states: Where the outputs of the layers are gathered, behind `hidden`.
-        attentions: Where their attention probabilities are gathered, for which they are computed eagerly.
+    """Mask and rotations for an encoder, in which all tokens see each other, but none sees padding: `hidden` is (batch,
+    sequence, hidden), `is_real` (batch, sequence) of bool or None, `angles` (1 or batch, sequence, head_dim / 2). The
+    lists, if given, gather the outputs of the layers, behind `hidden`, and their attention probabilities, for which
+    these are computed eagerly.
     """
     check_backend(config, config._attn_implementation)
     config = config if attentions is None else in_eager(config)

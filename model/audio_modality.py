@@ -9,21 +9,17 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoFeatureExtractor, PreTrainedConfig
 
-from .audio import MegaTransformerAudioModel
 from .backbones import Backbone
 from .configuration_megatransformer import MegaTransformerAudioConfig, MegaTransformerAudioWriterConfig
+from .encoders import MegaTransformerAudioModel
 from .feature_extraction_megatransformer import SILENCE, MegaTransformerFeatureExtractor
 from .media import MAX_SECONDS, audio_seconds, load_audio
 from .modality import Modality, check_count, only_of, processor_of_backbone
 
 
 class AudioModality(Modality):
-    """Waveforms as log-mel spectrograms, for convolutions and a transformer, a pretrained backbone, or what speaks.
-
-    Args:
-        processor: Our feature extractor, or that of a backbone.
-        num_tokens: Placeholders of every waveform, where it is not ours.
-        clip_samples: Samples of the waveforms that a codec takes.
+    """Waveforms as log-mel spectrograms, for convolutions and a transformer; a pretrained backbone, whose processor is
+    not ours and needs the number of tokens of every waveform; or what speaks. A codec takes `clip_samples` of each.
     """
 
     name = "audio"
@@ -97,12 +93,8 @@ class AudioModality(Modality):
 
     @classmethod
     def as_target(cls, num_mel_bins: int, frames_per_token: int, **sizes: Any) -> "AudioModality":
-        """Waveforms as they are to be written, whose end is learned.
-
-        Args:
-            num_mel_bins: Mel bins of a frame.
-            frames_per_token: Frames of a token.
-            sizes: Sizes of the frames, as `MegaTransformerFeatureExtractor` takes them.
+        """Waveforms as they are to be generated, whose end is learned; `sizes` of the frames as
+        `MegaTransformerFeatureExtractor` has them.
         """
         recordings = cls(MegaTransformerFeatureExtractor(num_mel_bins, subsampling=frames_per_token, **sizes))
         recordings.become_target((True, True, True))

@@ -18,15 +18,9 @@ LONGEST_REASON = 300
 
 
 class Backbone(nn.Module):
-    """The encoder of a pretrained model. Its weights are random until `load` fetches them, or a checkpoint of ours has
-    them.
-
-    Args:
-        config: Configuration of the encoder, whose `backbone_config` is filled in if it is missing.
-        main_input_name: "pixel_values" or "input_features".
-
-    Raises:
-        ValueError: If there is no such model, or its encoder takes something else.
+    """The encoder of a pretrained model, whose main input is "pixel_values" or "input_features". Its weights are random
+    until `load` fetches them, or a checkpoint of ours has them; `backbone_config` is filled in if it is missing.
+    ValueError: there is no such model, or its encoder takes something else.
     """
 
     def __init__(self, config: EncoderConfig, main_input_name: str):
@@ -48,11 +42,7 @@ class Backbone(nn.Module):
         self.model.requires_grad_(not config.freeze_backbone)
 
     def load(self) -> None:
-        """Fetches the pretrained weights.
-
-        Raises:
-            ValueError: If some are missing, or damaged.
-        """
+        """Fetches the pretrained weights; ValueError if some are missing, or damaged."""
         with loading(f"backbone {self.config.backbone!r}"):
             model, report = AutoModel.from_pretrained(
                 self.config.backbone,
@@ -104,11 +94,7 @@ def loading(what: str) -> Iterator[None]:
 
 
 def config_of(config: EncoderConfig) -> PreTrainedConfig:
-    """`backbone_config` as an object of its class.
-
-    Raises:
-        ValueError: it is of no model that transformers has.
-    """
+    """`backbone_config` as an object of its class; ValueError if transformers has no such model."""
     options = dict(config.backbone_config)
     name = options.get("model_type")
     if not isinstance(name, str) or name not in CONFIG_MAPPING:

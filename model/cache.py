@@ -152,11 +152,8 @@ class CacheLayer(CacheLayerMixin):
         self.views = [(both, both[0], both[1]) for both in steps]
 
     def fill_skipped_steps(self, first: int, entries: torch.LongTensor | None, new: slice) -> None:
-        """Writes the new tokens' entries at step `first` and deeper.
-
-        Args:
-            entries: Numbers step * batch + row of what is written, for each of these steps and rows. None: all rows
-                and steps what they have at step `first - 1`.
+        """Writes the new tokens' entries at step `first` and deeper: for each of these steps and rows that of number
+        step * batch + row in `entries`. None: all rows and steps what they have at step `first - 1`.
         """
         found = self.buffer[..., new, :]
         if entries is None:
@@ -257,10 +254,7 @@ class RecurrentCache(Cache):
     @classmethod
     def of_prefix(cls, config: MegaTransformerTextConfig, prefix: Cache) -> "RecurrentCache":
         """A cache that begins with keys and values of each layer, as prefix tuning learns them; those of a layer of the
-        core are read at every step.
-
-        Raises:
-            ValueError: keys and values are those of other layers or heads.
+        core are read at every step. ValueError if they are those of other layers or heads.
         """
         cache = cls(config)
         wanted = (config.num_key_value_heads, config.head_dim)
@@ -314,14 +308,8 @@ class RecurrentCache(Cache):
         return sum(layer.buffer.nbytes for layer in self.layers if layer.is_initialized)
 
     def begin(self, embeds: torch.Tensor, num_steps: int) -> None:
-        """Before a chunk: makes room for it.
-
-        Args:
-            embeds: (batch, new tokens, hidden), for the batch, and the type of keys and values of static size.
-            num_steps: The most steps that a row will take.
-
-        Raises:
-            ValueError: a cache of static size has no room for the tokens or steps.
+        """Before a chunk of embeddings (batch, new tokens, hidden): makes room for it and for `num_steps` steps, the
+        most of a row. ValueError if a cache of static size, which also takes its type from them, has no such room.
         """
         length = self.length + embeds.shape[1]
         if self.max_length is not None:
@@ -360,10 +348,8 @@ class RecurrentCache(Cache):
         return slice(*new) if self.max_length is None else torch.arange(*new, device=device)
 
     def fill_skipped_steps(self, row_steps: torch.LongTensor, num_new_tokens: int) -> None:
-        """After the core: new tokens get their deepest entry in every slot deeper than the steps that their row took.
-
-        Args:
-            row_steps: Steps taken, (batch,), on the CPU.
+        """After the core: new tokens get their deepest entry in every slot deeper than the steps that their row took,
+        (batch,) on the CPU.
         """
         self._keep_steps(row_steps, num_new_tokens)
         steps = row_steps.tolist()
@@ -396,10 +382,6 @@ class RecurrentCache(Cache):
         self.length += num_new_tokens
         for layer in self.layers:
             layer.length = self.length
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens in the finished chunks."""
-        return self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Number of keys that a chunk of `query_length` tokens sees, and the position of the first."""

@@ -62,6 +62,11 @@ NULL_TOKEN = "<|null|>"
 TARGET_PREFIX = "written_"
 """How the names of modalities begin that are generated rather than read."""
 
+NO_ANSWERS = (
+    "the chat template does not tell what the assistant says, as a message changes how those before it are written; "
+    "put {% generation %} and {% endgeneration %} around it in the template"
+)
+
 # Private characters; no text of a user is ever in a rendered template.
 _PLACE = "\ue000{}\ue001"
 _PLACES = re.compile("\ue000([0-9]+)\ue001")
@@ -77,15 +82,9 @@ def modalities_of_role(role: str, modalities: Collection[str]) -> dict[str, str]
 
 
 def check_messages(messages: Any, learns_all: bool = False, fixes: Mapping[str, str] = WHAT_TO_DO) -> None:
-    """Refuse what is no list of messages, each with a role and a content, and nothing besides that would have to be
-    read. Parts of contents are not looked at.
-
-    Args:
-        learns_all: Messages of others than the assistant are learned too.
-        fixes: What to do with keys that are not read.
-
-    Raises:
-        ValueError: says which message, and why.
+    """Refuses what is no list of messages, each with a role and a content, and nothing besides that would have to be
+    read: ValueError says which message, and why. With `learns_all`, messages of others than the assistant are learned
+    too; `fixes` says what to do with keys that are not read. Parts of contents are not looked at.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"a conversation is {_short(messages)}; give a list of messages, at least one")
@@ -104,16 +103,9 @@ def check_messages(messages: Any, learns_all: bool = False, fixes: Mapping[str, 
 def outline_of(
     messages: Any, modalities: Collection[str], may_end_empty: bool = False
 ) -> tuple[Outline, list[str], list[dict[str, Any]]]:
-    """The outline of a conversation, its texts and the parts that are media, in order.
-
-    Texts side by side in a message become one, as they will be read.
-
-    Args:
-        modalities: Modalities that the model reads or generates; the parts get them as their types.
-        may_end_empty: The last message may say nothing.
-
-    Raises:
-        ValueError: this is no conversation; the message says which part of which message, and why.
+    """The outline of a conversation, its texts and the parts that are media, in order, with their modalities as types.
+    Texts side by side in a message become one, as they will be read. `may_end_empty`: the last message may say nothing.
+    ValueError says which part of which message cannot be used, and why.
     """
     check_messages(messages)
     outline: list[tuple[str, tuple[str, ...] | None]] = []
@@ -269,18 +261,12 @@ def messages_of(outline: Outline, texts: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Make a tokenizer that may never have seen conversations ready for them.
-
-    It gets `CHAT_TEMPLATE`, and `ROLE_TOKENS` at the end of its vocabulary as far as the model has rows of embeddings
-    that no token uses. Roles without a token are spelled. A tokenizer with a template of its own keeps that and its
-    vocabulary. Either way the template and the normalizer keep texts from becoming special tokens (`chat_guard.py`),
-    also where what is saved is used without this code.
-
-    Args:
-        vocab_size: rows of the model's embedding table.
-
-    Raises:
-        ValueError: the cases of `guard_tokenizer`; or the tokenizer's own template takes too much time or memory.
+    """Makes a tokenizer that may never have seen conversations ready for them. It gets `CHAT_TEMPLATE`, and
+    `ROLE_TOKENS` at the end of its vocabulary as far as the model, of `vocab_size` rows of embeddings, has some that no
+    token uses. Roles without a token are spelled. A tokenizer with a template of its own keeps that and its vocabulary.
+    Either way the template and the normalizer keep texts from becoming special tokens (`chat_guard.py`), also where
+    what is saved is used without this code. ValueError: the cases of `guard_tokenizer`; or the tokenizer's own template
+    takes too much time or memory.
     """
     if _is_ours(tokenizer.chat_template):
         known = tokenizer.get_vocab()
@@ -294,11 +280,8 @@ def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
 
 
 def check_template(tokenizer: Any) -> None:
-    """See to it that the template of a tokenizer or processor, if it has one, ends. It may refuse messages.
-
-    Raises:
-        UnboundedTemplateError: it takes more time or memory than it may.
-        ValueError: it is no text.
+    """Sees to it that the template of a tokenizer or processor, if it has one, ends (else UnboundedTemplateError), and
+    is a text (else ValueError). It may refuse messages.
     """
     if tokenizer.chat_template is None:
         return
@@ -312,16 +295,9 @@ def check_template(tokenizer: Any) -> None:
 
 
 def guard(tokenizer: Any, template: str | dict[str, str] | None) -> str | dict[str, str]:
-    """Keep texts from passing for special tokens or roles: changes a tokenizer, as far as it has to be.
-
-    Args:
-        template: A chat template, or several by their names. None: `CHAT_TEMPLATE`.
-
-    Returns:
-        The same with a guard.
-
-    Raises:
-        ValueError: the cases of `guard_tokenizer`; or a template is no text.
+    """Keeps texts from passing for special tokens or roles: changes a tokenizer, as far as it has to be, and gives its
+    chat template, or several by their names, a guard. None is `CHAT_TEMPLATE`. ValueError: the cases of
+    `guard_tokenizer`; or a template is no text.
     """
     if isinstance(template, dict):
         return {name: guard(tokenizer, one) for name, one in template.items()}
@@ -366,15 +342,9 @@ class EncodedConversation:
 
 
 class ConversationEncoder:
-    """Conversations to token ids, in which no text can pass for anything but text.
-
-    Args:
-        tokenizer: A fast one.
-        modalities: What the model reads and writes besides text (`Modality`), by name. None: text alone.
-        chat_template: One, or several by their names.
-
-    Raises:
-        ValueError: the vocabulary lacks a token of media.
+    """Conversations to token ids, in which no text can pass for anything but text, by a fast tokenizer. `modalities`
+    are what the model reads and writes besides text, by name, `chat_template` is one, or several by their names.
+    ValueError: the vocabulary lacks a token of media.
     """
 
     def __init__(
@@ -399,16 +369,9 @@ class ConversationEncoder:
     def encode(
         self, messages: Any, add_generation_prompt: bool = False, continue_final_message: bool = False
     ) -> EncodedConversation:
-        """One conversation.
-
-        Args:
-            messages: The messages, as `outline_of` takes them.
-            add_generation_prompt: Ends with what lets the assistant speak.
-            continue_final_message: The last message stays open.
-
-        Raises:
-            ValueError: the cases of `outline_of`, `check_texts` and `render_outline`; or the template does not write
-                one placeholder for each item.
+        """One conversation, which ends with what lets the assistant speak, or with its last message open, where that is
+        asked for. ValueError: the cases of `outline_of`, `check_texts` and `render_outline`; or the template does not
+        write one placeholder for each item.
         """
         open_end = add_generation_prompt, continue_final_message
         (found,) = self.encode_all([messages], False, continue_final_message, open_end)
@@ -423,15 +386,9 @@ class ConversationEncoder:
         may_end_empty: bool = False,
         open_end: tuple[bool, bool] = (False, False),
     ) -> list[EncodedConversation | ValueError]:
-        """Many conversations, which is faster than one after another; of one that cannot be used, why.
-
-        Args:
-            needs_answers: Whether it has to be known what the assistant says.
-            may_end_empty: Whether the last message may say nothing.
-            open_end: See `encode`.
-
-        Raises:
-            UnboundedTemplateError: the template takes more time or memory than it may.
+        """Many conversations, which is faster than one after another; of one that cannot be used, why. `needs_answers`:
+        it has to be known what the assistant says; `may_end_empty`: the last message may say nothing; `open_end`: see
+        `encode`. UnboundedTemplateError: the template takes more time or memory than it may.
         """
         template, special_tokens = template_of(self.chat_template), special_tokens_of(self.tokenizer)
         plans: list[tuple[RenderedOutline, int, list[dict[str, Any]]] | ValueError] = []
@@ -446,7 +403,8 @@ class ConversationEncoder:
             except ValueError as error:
                 plans.append(error)
                 continue
-            plans.append((rendered, len(texts), media) if rendered.has_answers or not needs_answers else _no_answers())
+            is_usable = rendered.has_answers or not needs_answers
+            plans.append((rendered, len(texts), media) if is_usable else ValueError(NO_ANSWERS))
             texts += own_texts
         ids = encode_texts(self.tokenizer, texts)
         return [plan if isinstance(plan, ValueError) else self._assemble(*plan, ids) for plan in plans]
@@ -486,12 +444,9 @@ class ConversationEncoder:
     def expand(
         self, ids: np.ndarray, is_learned: np.ndarray, media: Mapping[str, Sequence[Any]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids with start, placeholders and end of each item in place of its one placeholder, and which are learned.
-
-        Args:
-            ids: (tokens,)
-            is_learned: bool (tokens,); of media that are, what their kind says (`Modality.learned`).
-            media: Preprocessed, by modality, in the order of their placeholders.
+        """Ids (tokens,) with start, placeholders and end of each item in place of its one placeholder, and which are
+        learned, (tokens,) of bool: of media that are, what their modality says (`Modality.learned`). `media` are
+        preprocessed, by modality, in the order of their placeholders.
         """
         counts, is_inside = np.ones(len(ids), dtype=np.int64), is_learned.copy()
         places = {name: (ids == self.token_ids[name][0]).nonzero()[0] for name in media}
@@ -506,19 +461,8 @@ class ConversationEncoder:
         return expanded, learned
 
 
-def _no_answers() -> ValueError:
-    return ValueError(
-        "the chat template does not tell what the assistant says, as a message changes how those before it are "
-        "written; put {% generation %} and {% endgeneration %} around it in the template"
-    )
-
-
 def special_id(tokenizer: Any, token: str) -> int:
-    """The id of a special token.
-
-    Raises:
-        ValueError: the tokenizer does not have it.
-    """
+    """The id of a special token; ValueError if the tokenizer does not have it."""
     index = tokenizer.backend_tokenizer.token_to_id(token)  # get_vocab() would copy the whole of it
     if index is None:
         raise ValueError(f"the tokenizer has no token {token!r}, which media need; train or load it with media")
@@ -540,13 +484,9 @@ def encode_conversation(
 
 
 def check_texts(tokenizer: Any, texts: Iterable[str], template: str) -> None:
-    """Refuse texts that would be read as the beginning of a message.
-
-    Args:
-        template: That of the conversation; one of its own begins messages otherwise than ours.
-
-    Raises:
-        ValueError: one contains a role that the vocabulary has no token for, and which is spelled for this reason.
+    """Refuses, with ValueError, texts that contain a role which the vocabulary has no token for, and which is spelled
+    for this reason: they would be read as the beginning of a message. A template that is not ours begins messages
+    otherwise.
     """
     spelled = spelled_roles(tokenizer) if _is_ours(template) else []
     for text in map(partial(normalized, tokenizer), texts) if spelled else ():

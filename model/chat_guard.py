@@ -24,14 +24,11 @@ _END_OF_GUARD = "{# guarded #}"
 
 
 def guard_tokenizer(tokenizer: Any) -> None:
-    """Make a fast tokenizer read special tokens only where they are written as they are, and take marks out of texts.
-
+    """Makes a fast tokenizer read special tokens only where they are written as they are, and take marks out of texts.
     Its special tokens are found before a text is normalized; else another spelling, such as full-width letters, would
     become one. Where the model of the tokenizer itself makes a special token of its characters, as some unigram models
     do, the normalizer puts a blank behind the first. Other texts keep their tokens. A second call changes nothing.
-
-    Raises:
-        ValueError: an ordinary text becomes a special token all the same.
+    ValueError: an ordinary text becomes a special token all the same.
     """
     backend = tokenizer.backend_tokenizer
     found_late = [token for token in tokenizer.added_tokens_decoder.values() if token.special and token.normalized]

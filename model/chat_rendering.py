@@ -42,14 +42,9 @@ class UnboundedTemplateError(ValueError):
 
 
 def template_of(chat_template: Any, name: str | None = None) -> str:
-    """The template that is meant, where a tokenizer or processor has one, or several by their names.
-
-    Args:
-        chat_template: The template or templates, as transformers keeps them.
-        name: Name of one of several, or a template itself. Default: the one called "default".
-
-    Raises:
-        ValueError: there is none, or none of this name, or it is no text.
+    """The template that is meant, where a tokenizer or processor has one, or several by their names; `name` is that of
+    one, or a template itself. Default: the one called "default". ValueError: there is none, or none of this name, or it
+    is no text.
     """
     if name is not None:
         chat_template = chat_template.get(name, name) if isinstance(chat_template, dict) else name
@@ -68,17 +63,10 @@ def template_of(chat_template: Any, name: str | None = None) -> str:
 def render_template(
     template: str, messages: list[dict[str, Any]], is_trusted: bool = False, **variables: Any
 ) -> Rendered:
-    """A conversation as a template writes it.
-
-    Args:
-        is_trusted: It is one of ours, and is rendered at once. So is any where processes cannot be bounded: elsewhere
-            than on Linux.
-        variables: What transformers gives to templates besides the messages.
-
-    Raises:
-        ValueError: it fails, or writes nothing.
-        UnboundedTemplateError: it takes more time or memory than it may, or writes more.
-        OSError: the system starts no further process.
+    """A conversation as a template writes it, with what transformers gives to templates besides the messages. One that
+    is trusted is ours, and is rendered at once; so is any where processes cannot be bounded: elsewhere than on Linux.
+    ValueError: it fails, or writes nothing; UnboundedTemplateError: it takes more time or memory than it may, or writes
+    more; OSError: the system starts no further process.
     """
     if is_trusted or resource is None or sys.platform != "linux":
         return _attempt(template, messages, variables)

@@ -4,11 +4,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_vision_available
 
 from .backbones import loading
-from .configuration_codecs import MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig
 from .configuration_megatransformer import (
     MegaTransformerAudioWriterConfig,
     MegaTransformerImageWriterConfig,
@@ -16,6 +14,7 @@ from .configuration_megatransformer import (
 )
 from .feature_extraction_megatransformer import LOG_MEAN, LOG_STD, SILENCE, waveform_of
 from .image_autoencoder import MegaTransformerImageAutoencoder
+from .reconstruction import ReconstructionModel
 from .vocoder import MegaTransformerVocoder
 
 if is_vision_available():
@@ -36,6 +35,22 @@ class Codec(nn.Module):
 
     latent_size: int
     max_tokens: int
+    name: str | None = None
+    """Name or folder of the trained part, if there is one."""
+
+    def load(self) -> None:
+        """Fetches the weights of the trained part, if there is one; ValueError if some are missing, or damaged."""
+        for part in self.children():
+            with loading(f"codec {self.name!r}"):
+                trained, report = type(part).from_pretrained(
+                    self.name, config=part.config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                )
+            if report["missing_keys"]:
+                missing = sorted(report["missing_keys"])
+                raise ValueError(
+                    f"the weights of codec {self.name!r} lack {missing[0]!r} (and {len(missing) - 1} more)"
+                )
+            part.load_state_dict(trained.state_dict())
 
     def train(self, mode: bool = True) -> "Codec":
         """It stays in evaluation mode: latents have no noise."""
@@ -57,10 +72,8 @@ class ImageCodec(Codec):
         self.max_tokens = (self.side // self.patch) ** 2
 
     def _take_autoencoder(self, config: MegaTransformerImageWriterConfig) -> None:
-        name = config.codec_name_or_path
-        part = config.codec_config or read_config(name, MegaTransformerImageAutoencoderConfig)
-        self.name = name
-        self.autoencoder = frozen(MegaTransformerImageAutoencoder, MegaTransformerImageAutoencoderConfig, part, name)
+        self.name = config.codec_name_or_path
+        self.autoencoder = frozen(MegaTransformerImageAutoencoder, config.codec_config, self.name)
         config.codec_config = self.autoencoder.config.to_dict()
         patch, bottleneck = self.autoencoder.config.patch_size, self.autoencoder.config.bottleneck
         if self.side % patch:
@@ -74,11 +87,6 @@ class ImageCodec(Codec):
     def num_codes(self) -> int:
         """Codes of an autoencoder whose bottleneck has some."""
         return self.autoencoder.config.num_codes
-
-    def load(self) -> None:
-        """Fetches the trained weights, if there are any."""
-        if self.autoencoder is not None:
-            load_weights(self.autoencoder, self.name)
 
     def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
         """(images, channels, side, side) in -1 .. 1."""
@@ -132,22 +140,15 @@ class AudioCodec(Codec):
         self.latent_size = config.num_mel_bins * config.frames_per_token
         self.max_tokens = config.max_tokens
         self.vocoder = None
-        name = config.vocoder_name_or_path
-        if name is None and config.vocoder_config is None:
+        self.name = config.vocoder_name_or_path
+        if self.name is None and config.vocoder_config is None:
             return
-        part = config.vocoder_config or read_config(name, MegaTransformerVocoderConfig)
-        self.name = name
-        self.vocoder = frozen(MegaTransformerVocoder, MegaTransformerVocoderConfig, part, name)
+        self.vocoder = frozen(MegaTransformerVocoder, config.vocoder_config, self.name)
         config.vocoder_config = self.vocoder.config.to_dict()
         for option in ("sampling_rate", "n_fft", "hop_length", "num_mel_bins"):
             here, there = getattr(config, option), getattr(self.vocoder.config, option)
             if here != there:
                 raise ValueError(f"{option} is {here}, but that of the vocoder {there}; they have to be the same")
-
-    def load(self) -> None:
-        """Fetches the weights of the vocoder, if there is one."""
-        if self.vocoder is not None:
-            load_weights(self.vocoder, self.name)
 
     def encode(self, targets: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
         """(waveforms, mel bins, frames), a multiple of `frames_per_token`, and (waveforms, frames), 1 for real
@@ -191,44 +192,18 @@ def build_codec(config: WriterConfig) -> Codec:
     return ImageCodec(config)
 
 
-def read_config(name: str, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """The configuration of a trained codec, by name or folder.
-
-    Raises:
-        ValueError: there is none, or it is of something else.
+def frozen(model_class: type[ReconstructionModel], values: dict[str, Any] | None, name: str | None) -> nn.Module:
+    """A model that does not learn, without discriminators, of a configuration, or of that of codec `name`, a name or
+    folder; ValueError if there is none, or it is wrong, or of something else.
     """
+    config_class = model_class.config_class
     with loading(f"codec {name!r}"):
-        values, _ = config_class.get_config_dict(name)
-    if values.get("model_type") != config_class.model_type:
-        raise ValueError(f"{name!r} is a {values.get('model_type')!r}, and not a {config_class.model_type!r}")
-    return values
-
-
-def frozen(model_class: type, config_class: type, values: dict[str, Any], name: str | None) -> nn.Module:
-    """A model of that configuration that does not learn, without discriminators.
-
-    Raises:
-        ValueError: the configuration, which is that of the codec `name`, is wrong.
-    """
+        found = values or config_class.get_config_dict(name)[0]
+    if not values and found.get("model_type") != config_class.model_type:
+        raise ValueError(f"{name!r} is a {found.get('model_type')!r}, and not a {config_class.model_type!r}")
     with loading(f"codec {name!r}"):
-        config = config_class.from_dict({**values, "adversarial_weight": 0.0})
+        config = config_class.from_dict({**found, "adversarial_weight": 0.0})
         return model_class(config).requires_grad_(False).eval()
-
-
-def load_weights(model: nn.Module, name: str) -> None:
-    """Fetches the weights of a codec.
-
-    Raises:
-        ValueError: some are missing, or damaged.
-    """
-    with loading(f"codec {name!r}"):
-        trained, report = type(model).from_pretrained(
-            name, config=model.config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(f"the weights of codec {name!r} lack {missing[0]!r} (and {len(missing) - 1} more)")
-    model.load_state_dict(trained.state_dict())
 
 
 def to_image(pixels: torch.Tensor) -> "Image.Image":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers.utils.type_validators import interval
 
-from .configuration_megatransformer_text import MOST_LAYERS, StrictConfig, validated
+from .configuration_megatransformer_text import MOST_LAYERS, StrictConfig, check_positive, validated
 
 
 class CodecConfig(StrictConfig):
@@ -46,8 +46,7 @@ class CodecConfig(StrictConfig):
         """Checks that `interval` cannot express; run by `strict` after the fields' own."""
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size ({self.kernel_size}) must be odd, so that a block has a middle")
-        if self.initializer_range <= 0:
-            raise ValueError(f"initializer_range ({self.initializer_range}) must be greater than 0")
+        check_positive(self, "initializer_range")
 
 
 @validated

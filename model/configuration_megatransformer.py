@@ -13,82 +13,33 @@ from .configuration_megatransformer_text import (
     MOST_LAYERS,
     MegaTransformerTextConfig,
     StrictConfig,
-    check_heads,
-    check_heads_divide_width,
-    check_positive,
+    TransformerConfig,
     validated,
 )
 
 
-class EncoderConfig(StrictConfig):
+class EncoderConfig(TransformerConfig):
     """What the encoders have in common: a transformer whose tokens all see each other, or a pretrained backbone.
 
     Args:
-        hidden_size: Width of the residual stream.
-        intermediate_size: Width inside the feed-forward layer.
         num_hidden_layers: Number of layers.
-        num_attention_heads: Number of query heads.
-        num_key_value_heads: Number of key/value heads, at least 1; divides the number of query heads. Default: as many.
-        head_dim: Width of a head. Default: hidden_size / num_attention_heads, which must then divide hidden_size.
-        rope_theta: Base of the RoPE frequencies.
-        norm: Kind of all norms, as in the language model.
-        norm_eps: Epsilon of the norms.
-        norm_placement: Place of the norms, as in the language model.
-        mlp: Feed-forward layer, as in the language model.
-        qk_norm: RMSNorm over the features of each query and key head.
-        qk_bias: Learned bias on queries and keys.
-        attn_logit_softcapping: c in c tanh(logit / c) on attention logits, above 0. Default: none.
-        attention_dropout: Dropout on attention probabilities.
-        hidden_dropout: Dropout on the output of each attention and feed-forward layer.
-        initializer_range: Standard deviation of the weights, above 0. Default: sqrt(2 / (5 hidden_size)).
         backbone: Name on the Hugging Face hub, or folder, of a pretrained model whose encoder takes the place of ours;
-            of the options above none is read then.
+            of the options of a transformer none is read then.
         backbone_config: Its configuration, filled in when the model is built, so that a checkpoint loads without it.
         freeze_backbone: Whether the backbone's weights stay as they are.
     """
 
     is_causal = False
 
-    hidden_size: int = interval(min=1)(default=256)
-    intermediate_size: int = interval(min=1)(default=768)
     num_hidden_layers: int = interval(min=1, max=MOST_LAYERS)(default=4)
-    num_attention_heads: int = interval(min=1)(default=4)
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    rope_theta: float | int = interval(min=0.0, exclude_min=True)(default=100.0)
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float | int = interval(min=0.0, exclude_min=True)(default=1e-6)
-    norm_placement: Literal["sandwich", "pre", "post"] = "pre"
-    mlp: Literal["swiglu", "geglu", "mlp"] = "swiglu"
-    qk_norm: bool = False
-    qk_bias: bool = False
-    attn_logit_softcapping: float | int | None = None
-    attention_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
-    hidden_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
-    initializer_range: float | int | None = None
     backbone: str | None = field(default=None, metadata={"is_path": True})
     backbone_config: dict | None = None
     freeze_backbone: bool = True
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            check_heads_divide_width(self)
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.initializer_range is None:
-            self.initializer_range = math.sqrt(2 / (5 * self.hidden_size))
-        super().__post_init__(**kwargs)
 
     @property
     def mean_executed_layers(self) -> int:
         """Number of layers executed per token."""
         return self.num_hidden_layers
-
-    def validate_heads(self) -> None:
-        """Checks that span several fields; run by `strict` after the fields' own."""
-        check_heads(self)
-        check_positive(self, "attn_logit_softcapping", "initializer_range")
 
 
 @validated

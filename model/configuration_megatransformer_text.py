@@ -73,10 +73,8 @@ def validated(cls):
 
 
 def under_new_names(values: dict[str, Any], attribute_map: dict[str, str]) -> dict[str, Any]:
-    """The same values, where one that has an old name gets its new one, which a warning names.
-
-    Raises:
-        ValueError: a value is given under both names.
+    """The same values, where one that has an old name gets its new one, which a warning names. ValueError if a value is
+    given under both names.
     """
     renamed = dict(values)
     for old, new in attribute_map.items():
@@ -89,11 +87,9 @@ def under_new_names(values: dict[str, Any], attribute_map: dict[str, str]) -> di
 
 
 class StrictConfig(PreTrainedConfig):
-    """A `PreTrainedConfig` that refuses keys it does not know, and leaves out those of a file with a warning. Keys of
-    `attribute_map` are old names of others, which are taken with a warning too.
-
-    Raises:
-        ValueError: a key is neither a field of the class nor one of transformers' own.
+    """A `PreTrainedConfig` that refuses, with ValueError, keys that are neither its fields nor transformers' own, and
+    leaves out those of a file with a warning. Keys of `attribute_map` are old names of others, which are taken with a
+    warning too.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -112,10 +108,9 @@ class StrictConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of a `config.json`; as in transformers, `from_pretrained` comes through here.
-
-        Keys that no class knows, at the top or in a part, are named in one warning and left out, so that what is saved
-        again says only what the model does.
+        """The config of a `config.json`; as in transformers, `from_pretrained` comes through here. Keys that no class
+        knows, at the top or in a part, are named in one warning and left out, so that what is saved again says only
+        what the model does.
         """
         known, unknown = cls.split_unknown(config_dict)
         if unknown:
@@ -171,6 +166,82 @@ def check_num_labels(values: dict[str, Any]) -> None:
     count = values.get("num_labels")
     if count is not None and not (isinstance(count, int) and 0 <= count <= MOST_LABELS):
         raise ValueError(f"num_labels is {count!r:.60}; give a whole number of at most {MOST_LABELS}")
+
+
+def check_positive(config: StrictConfig, *names: str) -> None:
+    """Raises ValueError for an option that is given and not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} ({value}) must be greater than 0")
+
+
+class TransformerConfig(StrictConfig):
+    """What transformers have in common: the language model, and encoders.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width inside the feed-forward layer.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key/value heads, at least 1; divides the number of query heads. Default: as many
+            as query heads.
+        head_dim: Width of a head. Default: hidden_size / num_attention_heads, which must then divide hidden_size.
+        rope_theta: Base of the RoPE frequencies.
+        norm: Kind of all norms but those of `qk_norm`: "rmsnorm" or "layernorm".
+        norm_eps: Epsilon of the norms.
+        norm_placement: "sandwich" is N2(f(N1 x) + x), "pre" is x + f(N1 x), "post" is N2(x + f(x)).
+        mlp: Feed-forward layer: "swiglu", "geglu", or "mlp" (two linear maps with a GELU between).
+        qk_norm: RMSNorm over the features of each query and key head.
+        qk_bias: Learned bias on queries and keys.
+        attn_logit_softcapping: c in c tanh(logit / c) on attention logits, above 0 (Gemma 2, arXiv 2408.00118,
+            uses 50). Default: none.
+        attention_dropout: Dropout on attention probabilities.
+        hidden_dropout: Dropout on the output of each attention and feed-forward layer.
+        initializer_range: Standard deviation of the weights, above 0. Default: sqrt(2 / (5 hidden_size)) (Takase et al.
+            2023, arXiv 2312.16903).
+    """
+
+    hidden_size: int = interval(min=1)(default=256)
+    intermediate_size: int = interval(min=1)(default=768)
+    num_attention_heads: int = interval(min=1)(default=4)
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float | int = interval(min=0.0, exclude_min=True)(default=100.0)
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float | int = interval(min=0.0, exclude_min=True)(default=1e-6)
+    norm_placement: Literal["sandwich", "pre", "post"] = "pre"
+    mlp: Literal["swiglu", "geglu", "mlp"] = "swiglu"
+    qk_norm: bool = False
+    qk_bias: bool = False
+    attn_logit_softcapping: float | int | None = None
+    attention_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
+    hidden_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
+    initializer_range: float | int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"{type(self).__name__}: hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                    f"({self.num_attention_heads}); change one of them or set head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.initializer_range is None:
+            self.initializer_range = math.sqrt(2 / (5 * self.hidden_size))
+        super().__post_init__(**kwargs)
+
+    def validate_heads(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim ({self.head_dim}) must be at least 1")
+        check_positive(self, "attn_logit_softcapping", "initializer_range")
 
 
 @validated
@@ -239,40 +310,23 @@ class RecurrenceConfig(StrictConfig):
 
 
 @validated
-class MegaTransformerTextConfig(StrictConfig):
+class MegaTransformerTextConfig(TransformerConfig):
     """A causal language model: prelude, a core that is iterated, coda.
 
     Args:
         vocab_size: Number of rows of the embedding; token ids are below it.
-        hidden_size: Width of the residual stream.
-        intermediate_size: Width inside the feed-forward layer.
         num_prelude_layers: Layers that run once, before the core.
         num_core_layers: Layers of the core, which runs `num_steps` times. 0 makes a plain transformer.
         num_coda_layers: Layers that run once, after the core.
-        num_attention_heads: Number of query heads.
-        num_key_value_heads: Number of key/value heads, at least 1; divides the number of query heads. Default: as many
-            as query heads.
         head_dim: Width of a head, at least 1; even for "rope". Default: hidden_size / num_attention_heads, which must
             then divide hidden_size.
         position_embedding: "rope" and "alibi" extrapolate; "learned" and "sinusoidal" are tables of
             `max_position_embeddings` rows added to the embeddings; "none" adds nothing. "sinusoidal" needs an even
             hidden_size.
         max_position_embeddings: Rows of the position table; for "rope" and "alibi" only the length meant for training.
-        rope_theta: Base of the RoPE frequencies.
-        norm: Kind of all norms but those of `qk_norm`: "rmsnorm" or "layernorm".
-        norm_eps: Epsilon of the norms.
-        norm_placement: "sandwich" is N2(f(N1 x) + x), "pre" is x + f(N1 x), "post" is N2(x + f(x)).
-        mlp: Feed-forward layer: "swiglu", "geglu", or "mlp" (two linear maps with a GELU between).
-        qk_norm: RMSNorm over the features of each query and key head.
-        qk_bias: Learned bias on queries and keys.
-        attn_logit_softcapping: c in c tanh(logit / c) on attention logits, above 0 (Gemma 2, arXiv 2408.00118,
-            uses 50). Default: none.
-        final_logit_softcapping: The same on the output logits, above 0 (Gemma 2 uses 30). Default: none.
-        attention_dropout: Dropout on attention probabilities.
-        hidden_dropout: Dropout on the output of each attention and feed-forward layer.
+        final_logit_softcapping: c in c tanh(logit / c) on the output logits, above 0 (Gemma 2 uses 30). Default: none.
         embedding_scale: Factor on the token embeddings, above 0. Default: sqrt(hidden_size) (Takase et al. 2023, arXiv
             2312.16903).
-        initializer_range: Standard deviation of the weights, above 0. Default: sqrt(2 / (5 hidden_size)), same source.
         tie_word_embeddings: Whether the head shares the embedding matrix.
         use_cache: Whether `forward` returns a key/value cache when nothing else says so.
         num_steps: Core steps, at least 1, taken when neither the call nor the generation config names them. Default:
@@ -300,23 +354,12 @@ class MegaTransformerTextConfig(StrictConfig):
     num_core_layers: int = interval(min=0, max=MOST_LAYERS)(default=2)
     num_coda_layers: int = interval(min=0, max=MOST_LAYERS)(default=1)
     num_attention_heads: int = interval(min=1)(default=8)
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     position_embedding: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
     max_position_embeddings: int = interval(min=1)(default=2048)
     rope_theta: float | int = interval(min=0.0, exclude_min=True)(default=50000.0)
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float | int = interval(min=0.0, exclude_min=True)(default=1e-6)
     norm_placement: Literal["sandwich", "pre", "post"] = "sandwich"
-    mlp: Literal["swiglu", "geglu", "mlp"] = "swiglu"
-    qk_norm: bool = False
-    qk_bias: bool = False
-    attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
-    attention_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
-    hidden_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
     embedding_scale: float | int | None = None
-    initializer_range: float | int | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     num_steps: int | None = None
@@ -326,15 +369,8 @@ class MegaTransformerTextConfig(StrictConfig):
     recurrence: RecurrenceConfig | dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            check_heads_divide_width(self)
-            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.embedding_scale is None:
             self.embedding_scale = math.sqrt(self.hidden_size)
-        if self.initializer_range is None:
-            self.initializer_range = math.sqrt(2 / (5 * self.hidden_size))
         # `_auto_class` holds one class only, so the map of all of them is written here.
         model = "modeling_megatransformer_text.MegaTransformer"
         auto_map = {
@@ -360,7 +396,7 @@ class MegaTransformerTextConfig(StrictConfig):
 
     def validate_architecture(self) -> None:
         """Checks that span several fields; run by `strict` after the fields' own."""
-        check_heads(self)
+        self.validate_heads()
         if self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(
                 f"position_embedding 'rope' rotates pairs of features: head_dim ({self.head_dim}) must be even"
@@ -373,9 +409,7 @@ class MegaTransformerTextConfig(StrictConfig):
             )
         if self.num_steps is not None and not 1 <= self.num_steps <= MOST_STEPS:
             raise ValueError(f"num_steps ({self.num_steps}) must be at least 1 and at most {MOST_STEPS}")
-        check_positive(
-            self, "attn_logit_softcapping", "final_logit_softcapping", "embedding_scale", "initializer_range"
-        )
+        check_positive(self, "final_logit_softcapping", "embedding_scale")
 
     def validate_special_tokens(self) -> None:
         """Checks that span several fields; run by `strict` after the fields' own."""
@@ -384,31 +418,3 @@ class MegaTransformerTextConfig(StrictConfig):
             ids = value if isinstance(value, list) else [] if value is None else [value]
             if not all(0 <= token < self.vocab_size for token in ids):
                 raise ValueError(f"{name} ({value!s:.60}) is outside the vocabulary (vocab_size {self.vocab_size})")
-
-
-def check_heads(config: StrictConfig) -> None:
-    """Raises ValueError for heads that do not fit each other."""
-    if config.num_key_value_heads < 1 or config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(
-            f"num_attention_heads ({config.num_attention_heads}) must be a multiple of num_key_value_heads "
-            f"({config.num_key_value_heads})"
-        )
-    if config.head_dim < 1:
-        raise ValueError(f"head_dim ({config.head_dim}) must be at least 1")
-
-
-def check_positive(config: StrictConfig, *names: str) -> None:
-    """Raises ValueError for an option that is given and not above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} ({value}) must be greater than 0")
-
-
-def check_heads_divide_width(config: StrictConfig) -> None:
-    """Raises ValueError for a width that the heads cannot share."""
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{type(config).__name__}: hidden_size ({config.hidden_size}) is not a multiple of num_attention_heads "
-            f"({config.num_attention_heads}); change one of them or set head_dim"
-        )

@@ -156,12 +156,8 @@ class NoiseOptions:
     def mix(
         self, step: int, state: torch.Tensor, position_ids: torch.Tensor, config: MegaTransformerTextConfig
     ) -> torch.Tensor:
-        """(1 - w) x + w noise.
-
-        Args:
-            step: Number of steps taken.
-            state: (rows, sequence, hidden).
-            position_ids: (1 or rows, sequence).
+        """(1 - w) x + w noise after `step` steps, of a state (rows, sequence, hidden) at positions (1 or rows,
+        sequence).
         """
         positions, indices = position_ids.cpu().unique(return_inverse=True)
         seed = config.recurrence.state_seed
@@ -197,10 +193,8 @@ class DepthOptions:
     def resolve(
         cls, keywords: dict[str, Any], generation_config: GenerationConfig, recurrence: RecurrenceConfig
     ) -> "DepthOptions":
-        """Each option: the keyword, then the generation config, then `config.recurrence`.
-
-        Raises:
-            ValueError: a value is outside its range, or a keyword has no effect beside the others.
+        """Each option: the keyword, then the generation config, then `config.recurrence`; ValueError for one outside
+        its range, or for a keyword that has no effect beside the others.
         """
         sources = (keywords, vars(generation_config), vars(recurrence))
 

@@ -23,11 +23,7 @@ class RecurrentDepthCallback(TrainerCallback):
         self.hooks: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Add depth and states to the arguments of the model, of PEFT's too.
-
-        Raises:
-            ValueError: the model has no core.
-        """
+        """Adds depth and states to the arguments of the model, of PEFT's too; ValueError if it has no core."""
         config = model.config.get_text_config()
         if config.num_core_layers == 0:
             raise ValueError("RecurrentDepthCallback draws depths, but this model has no core; leave it out")

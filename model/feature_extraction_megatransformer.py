@@ -105,11 +105,8 @@ class MegaTransformerFeatureExtractor(SequenceFeatureExtractor):
         return (mel.clamp(min=FLOOR).log10() - LOG_MEAN) / LOG_STD
 
     def pad(self, clips: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch, with `padding_value` after the end of each.
-
-        Returns:
-            input_features: float (waveforms, mel bins, frames) of the longest.
-            input_features_mask: int64 (waveforms, frames), 1 for what is no padding.
+        """A batch, with `padding_value` after the end of each: `input_features`, float (waveforms, mel bins, frames) of
+        the longest, and `input_features_mask`, int64 (waveforms, frames), 1 for what is no padding.
         """
         lengths = torch.tensor([clip.shape[-1] for clip in clips])
         longest = int(lengths.max())

@@ -62,14 +62,8 @@ class FlowBlock(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Hidden states to latents.
-
-    Args:
-        config: Configuration of the output head.
-        hidden_size: Width of the language model.
-        latent_size: Numbers in a latent.
-        num_places: Places of an item; later ones count as the last.
-        norm_eps: Epsilon of the norm on hidden states.
+    """Hidden states of width `hidden_size` to latents of `latent_size` numbers; places of an item behind `num_places`
+    count as the last.
     """
 
     def __init__(self, config: WriterConfig, hidden_size: int, latent_size: int, num_places: int, norm_eps: float):
@@ -113,13 +107,9 @@ class FlowHead(nn.Module):
     def losses(
         self, condition: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
     ) -> torch.Tensor:
-        """|v(x_t) - v|^2 of each token, float32 (tokens,): the mean over its numbers and draws.
-
-        Args:
-            condition: (tokens, width).
-            latents: (tokens, latent_size).
-            noise: (tokens, draws, latent_size), standard normal.
-            times: (tokens, draws).
+        """|v(x_t) - v|^2 of each token, float32 (tokens,): the mean over its numbers and draws. Shapes: condition
+        (tokens, width), latents (tokens, latent_size), standard normal noise (tokens, draws, latent_size), times
+        (tokens, draws).
         """
         draws = times.shape[1]
         condition = condition.repeat_interleave(draws, dim=0)

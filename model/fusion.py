@@ -36,13 +36,7 @@ class Projector(nn.Module):
 
 
 class ModalityEncoder(nn.Module):
-    """An encoder and its projector.
-
-    Args:
-        name: That of the modality.
-        config: Configuration of the encoder.
-        text_config: Configuration of the language model.
-    """
+    """The encoder of a modality, by its name, and its projector."""
 
     def __init__(self, name: str, config: EncoderConfig, text_config: MegaTransformerTextConfig):
         super().__init__()
@@ -110,35 +104,27 @@ class ModalityEncoder(nn.Module):
 
 
 def take_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Takes what modality encoders read out of `kwargs`, also where a model has no such modality encoder, which then
-    says so.
-    """
-    names = [name for modality in MODALITIES.values() for name in modality.input_names if name in kwargs]
-    return {name: kwargs.pop(name) for name in names}
+    """Takes what encoders of any modality read out of `kwargs`, and leaves out what is None."""
+    names = [name for modality in MODALITIES.values() for name in modality.input_names]
+    return {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
 
 
 def read_media(
     readers: nn.ModuleDict, media: dict[str, Any], run_all: bool, **asked: bool
 ) -> dict[str, BaseModelOutputWithPooling]:
-    """Reads media, by modality; see `ModalityEncoder.read`.
-
-    Args:
-        media: Inputs of all modality encoders by name.
-        run_all: Whether modality encoders without input read something, of which nothing is kept but the gradient,
-            which is 0.
-        asked: `output_hidden_states`, `output_attentions`.
-
-    Raises:
-        ValueError: no encoder takes an input, or it is no input without another.
+    """Reads media, by modality (`ModalityEncoder.read`), of what `take_inputs` gives. With `run_all`, encoders without
+    input read something, of which nothing is kept but the gradient, which is 0. `asked` are output_hidden_states and
+    output_attentions. ValueError: no encoder takes an input, or it is no input without another.
     """
     known = {name for reader in readers.values() for name in reader.input_names}
-    unknown = [name for name, value in media.items() if value is not None and name not in known]
-    if unknown:
-        kinds = ", ".join(["text", *readers])
-        raise ValueError(f"{unknown[0]} was given, but this model reads {kinds}; leave it out, or take another model")
+    if unknown := [name for name in media if name not in known]:
+        readable = ", ".join(["text", *readers])
+        raise ValueError(
+            f"{unknown[0]} was given, but this model reads {readable}; leave it out, or take another model"
+        )
     outputs = {}
     for name, reader in readers.items():
-        inputs = {key: media[key] for key in reader.input_names if media.get(key) is not None}
+        inputs = {key: media[key] for key in reader.input_names if key in media}
         if reader.input_names[0] in inputs:
             outputs[name] = reader.read(**inputs, **asked)
         elif inputs:
@@ -156,17 +142,10 @@ def embed_media(
     config: MegaTransformerConfig,
     is_whole: bool = True,
 ) -> torch.Tensor:
-    """The embeddings with features in the positions of their placeholders.
-
-    Args:
-        embeds: (batch, sequence, hidden).
-        is_token: Function of the id of a token that gives where it stands, (batch, sequence) of bool.
-        features: Features of each item, (tokens, hidden), by modality, in the order of the placeholders, row by row;
-            those of generated media by "written_image" and "written_audio".
-        is_whole: Whether each of the features is that of a whole item, which lies in one row.
-
-    Raises:
-        ValueError: If the counts differ, or an item is spread over two rows.
+    """The embeddings, (batch, sequence, hidden), with the features of items, (tokens, hidden) each, in the positions of
+    their placeholders, row by row; those of generated media by "written_image" and "written_audio". `is_token` gives
+    where the token of an id stands, (batch, sequence) of bool; `is_whole`: each of the features is that of a whole
+    item, which lies in one row. ValueError if counts differ, or an item is spread over two rows.
     """
     generated = [name for name in features if name.startswith(TARGET_PREFIX)]
     for name in (*MODALITIES, *generated):
@@ -186,15 +165,8 @@ def embed_media(
 
 
 def check_counts(name: str, places: list[int], lengths: list[int], is_whole: bool = True) -> None:
-    """Compare placeholders with features.
-
-    Args:
-        places: Placeholders in each row.
-        lengths: Tokens of each item.
-        is_whole: Whether each of the features is that of a whole item, which lies in one row.
-
-    Raises:
-        ValueError: If they differ; the message names the first row that does not fit.
+    """Compares the placeholders in each row with the tokens of each item; `is_whole`: an item lies in one row.
+    ValueError names the first row that does not fit.
     """
     if sum(places) == sum(lengths) and not (is_whole and any(lengths)):
         return

@@ -256,10 +256,7 @@ class MediaGenerationMixin:
             keeps_cached: Whether features that the cache holds are kept.
         """
         kwargs, writers = dict(kwargs), self.model.writers
-        media, targets = (
-            {name: value for name, value in taken.items() if value is not None}
-            for taken in (take_inputs(kwargs), take_targets(kwargs))
-        )
+        media, targets = take_inputs(kwargs), take_targets(kwargs)
         given = {name: output.pooler_output for name, output in (kwargs.pop("mm_encoder_outputs", None) or {}).items()}
         embeds, input_ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids") if inputs is None else inputs
         if (media or targets) and embeds is not None:

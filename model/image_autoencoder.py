@@ -1,60 +1,35 @@
 """Images to a few numbers for each patch, and back."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from .configuration_codecs import MegaTransformerImageAutoencoderConfig
-from .reconstruction import ConvNeXtBlock, Discriminator, ReconstructionModel, ReconstructionOutput
+from .reconstruction import ConvNeXtBlock, ReconstructionModel, ReconstructionOutput
 
 COMPONENTS_SIZE = 0.5
 """Size of the principal components of a patch together, beside the constant; see `begin_with_components`."""
-
-
 REFINEMENT_RATE = 0.03
 """Rate of the first step of `refine`, for numbers whose mean square is 1."""
 
 
-class ImageEncoder(nn.Module):
-    """Patches to features, which convolutions compare with those of the patches around."""
+class PatchBlocks(nn.Module):
+    """Numbers of each patch to other numbers, by blocks whose convolutions compare it with those around."""
 
-    def __init__(self, config: MegaTransformerImageAutoencoderConfig):
+    def __init__(self, config: MegaTransformerImageAutoencoderConfig, num_inputs: int, num_outputs: int, count: int):
         super().__init__()
-        self.patch_size = config.patch_size
-        self.embed = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
-        self.blocks = image_blocks(config, config.num_encoder_layers)
-        self.head = nn.Linear(config.hidden_size, config.latent_size)
+        self.embed = nn.Linear(num_inputs, config.hidden_size)
+        # No norm stands behind the last one either: most of what an autoencoder does is linear.
+        self.blocks = nn.ModuleList(ConvNeXtBlock(config, dimensions=2, has_linear_path=True) for _ in range(count))
+        self.head = nn.Linear(config.hidden_size, num_outputs)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(images, channels, side, side) -> (images, tokens, latent_size), row by row."""
-        pixels = pixel_values.to(self.embed.weight.dtype)
-        patches = nn.functional.pixel_unshuffle(pixels, self.patch_size)  # (images, pixels, rows, columns)
-        hidden = self.embed(patches.movedim(1, -1)).movedim(-1, 1)
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(images, rows, columns, num_inputs) -> (images, rows, columns, num_outputs)."""
+        hidden = self.embed(patches).movedim(-1, 1)  # (images, hidden, rows, columns)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(hidden.flatten(2).transpose(1, 2))
-
-
-class ImageDecoder(nn.Module):
-    """Latents to patches, the way back."""
-
-    def __init__(self, config: MegaTransformerImageAutoencoderConfig):
-        super().__init__()
-        self.patch_size = config.patch_size
-        self.embed = nn.Linear(config.latent_size, config.hidden_size)
-        self.blocks = image_blocks(config, config.num_decoder_layers)
-        self.head = nn.Linear(config.hidden_size, config.num_channels * config.patch_size**2)
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """(images, tokens, latent_size), a square of them, -> (images, channels, side, side)."""
-        side = math.isqrt(latents.shape[1])
-        hidden = self.embed(latents).transpose(1, 2).unflatten(2, (side, side))  # (images, hidden, rows, columns)
-        for block in self.blocks:
-            hidden = block(hidden)
-        patches = self.head(hidden.movedim(1, -1)).movedim(-1, 1)
-        return nn.functional.pixel_shuffle(patches, self.patch_size)
+        return self.head(hidden.movedim(1, -1))
 
 
 class Sphere(nn.Module):
@@ -141,10 +116,11 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
 
     def __init__(self, config: MegaTransformerImageAutoencoderConfig):
         super().__init__(config)
-        self.encoder = ImageEncoder(config)
+        num_numbers = config.num_channels * config.patch_size**2  # of a patch
+        self.encoder = PatchBlocks(config, num_numbers, config.latent_size, config.num_encoder_layers)
         self.bottleneck = {"sphere": Sphere, "fsq": FiniteScalars}[config.bottleneck](config)
-        self.decoder = ImageDecoder(config)
-        self.discriminators = self.build_discriminators(image_discriminators(config))
+        self.decoder = PatchBlocks(config, config.latent_size, num_numbers, config.num_decoder_layers)
+        self.discriminators = self.build_discriminators([{"view": nn.Identity(), "channels": config.num_channels}])
         self.post_init()
 
     @property
@@ -171,10 +147,8 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         return {"pixels": self.config.pixel_loss_weight, "gradients": self.config.gradient_loss_weight}
 
     def encode(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
-        """(images, channels, side, side) in -1 .. 1 -> (images, tokens, latent_size).
-
-        Raises:
-            ValueError: images are no squares of whole patches.
+        """(images, channels, side, side) in -1 .. 1 -> (images, tokens, latent_size); ValueError if images are no
+        squares of whole patches.
         """
         patch, channels = self.config.patch_size, self.config.num_channels
         shape = tuple(pixel_values.shape)
@@ -183,20 +157,16 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
                 f"pixel_values has shape {shape}, expected (images, {channels}, side, side), a multiple of patch_size "
                 f"({patch})"
             )
-        return self.bottleneck(self.encoder(pixel_values))
+        pixels = pixel_values.to(self.encoder.embed.weight.dtype)
+        patches = nn.functional.pixel_unshuffle(pixels, patch)  # (images, numbers, rows, columns)
+        return self.bottleneck(self.encoder(patches.movedim(1, -1)).flatten(1, 2))
 
     def refine(self, pixel_values: torch.FloatTensor, latents: torch.FloatTensor) -> torch.Tensor:
-        """Latents that the decoder makes better images of: `num_refinement_steps` of Adam, on each image's error.
-
-        An encoder is a guess at the best latents, good on average; what it misses for an image is found by looking at
-        what the decoder made of the guess. Source: Yang et al. 2020, arXiv 2006.04240, without its rounding.
-
-        Args:
-            pixel_values: (images, channels, side, side) in -1 .. 1.
-            latents: (images, tokens, latent_size), which `encode` gave for them.
-
-        Returns:
-            (images, tokens, latent_size), on the sphere and without gradient.
+        """Latents that the decoder makes better images of: `num_refinement_steps` of Adam, on each image's error, from
+        those that `encode` gave; (images, channels, side, side) in -1 .. 1, (images, tokens, latent_size) -> the
+        latter, on the sphere and without gradient. An encoder is a guess at the best latents, good on average; what it
+        misses for an image is found by looking at what the decoder made of the guess. Source: Yang et al. 2020, arXiv
+        2006.04240, without its rounding.
         """
         count = self.num_refinement_steps
         if not count:
@@ -213,30 +183,24 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         return self.project(moving.detach()).to(latents.dtype)
 
     def decode(self, latents: torch.FloatTensor) -> torch.Tensor:
-        """(images, tokens, latent_size) -> (images, channels, side, side), about -1 .. 1.
-
-        Raises:
-            ValueError: latents have another size, or make no square.
+        """(images, tokens, latent_size) -> (images, channels, side, side), about -1 .. 1; ValueError if latents have
+        another size, or make no square.
         """
         shape = tuple(latents.shape)
         if len(shape) != 3 or shape[2] != self.latent_size or math.isqrt(shape[1]) ** 2 != shape[1] or not shape[1]:
             raise ValueError(
                 f"latents have shape {shape}, expected (images, tokens, {self.latent_size}), the tokens a square"
             )
-        return self.decoder(latents)
+        side = math.isqrt(shape[1])
+        patches = self.decoder(latents.unflatten(1, (side, side)))
+        return nn.functional.pixel_shuffle(patches.movedim(-1, 1), self.config.patch_size)
 
     @torch.no_grad()
     def begin_with_components(self, images: torch.FloatTensor) -> None:
-        """Make of the whole a linear map, through the principal components of the patches of images.
-
-        What training then finds by itself it finds sooner: the components are the best that a linear map can do. Blocks
-        begin as the identity, and one number of a latent is constant, so that the sphere hardly bends the others.
-
-        Args:
-            images: (images, channels, side, side) in -1 .. 1; together they have at least latent_size patches.
-
-        Raises:
-            ValueError: there are fewer patches.
+        """Makes of the whole a linear map, through the principal components of the patches of images, (images,
+        channels, side, side) in -1 .. 1. What training then finds by itself it finds sooner: the components are the
+        best that a linear map can do. Blocks begin as the identity, and one number of a latent is constant, so that the
+        sphere hardly bends the others. ValueError: there are fewer patches than latent_size.
         """
         patches = nn.functional.pixel_unshuffle(images.float(), self.config.patch_size).movedim(1, -1).flatten(0, -2)
         count = min(self.latent_size - 1, patches.shape[1])
@@ -268,19 +232,13 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         return self.bottleneck.project(latents)
 
     def encode_ids(self, pixel_values: torch.FloatTensor) -> torch.LongTensor:
-        """The codes of images, (images, tokens), from 0 to `config.num_codes`, exclusive.
-
-        Raises:
-            ValueError: if the bottleneck has no codes; for images, see `encode`.
+        """The codes of images, (images, tokens), from 0 to `config.num_codes`, exclusive; ValueError if the bottleneck
+        has no codes, or the images are those that `encode` refuses.
         """
         return self._codes().ids(self.encode(pixel_values))
 
     def decode_ids(self, ids: torch.LongTensor) -> torch.Tensor:
-        """(images, tokens) -> (images, channels, side, side).
-
-        Raises:
-            ValueError: if the bottleneck has no codes, or not these.
-        """
+        """(images, tokens) -> (images, channels, side, side); ValueError where there are no codes, or not these."""
         codes = self._codes()
         if ids.numel() and not (ids.min() >= 0 and ids.max() < self.config.num_codes):
             raise ValueError(
@@ -297,27 +255,14 @@ class MegaTransformerImageAutoencoder(ReconstructionModel):
         return self.bottleneck
 
     def forward(self, pixel_values: torch.FloatTensor, step: int | None = None) -> ReconstructionOutput:
-        """Images through the bottleneck, and how well they came through.
-
-        Args:
-            pixel_values: (images, channels, side, side) in -1 .. 1.
-            step: Updates that were made; see `compare`.
+        """Images, (images, channels, side, side) in -1 .. 1, through the bottleneck, and how well they came through;
+        `step` as in `compare`.
         """
         latents = self.encode(pixel_values)
         made = self.decode(self.bottleneck.perturb(latents) if self.training else latents).float()
         pixels = {"absolute": absolute_loss, "logarithmic": logarithmic_loss}[self.config.pixel_loss]
         losses = {"pixels": pixels(made, pixel_values), "gradients": gradient_loss(made, pixel_values)}
         return self.compare(made, pixel_values, losses, step)
-
-
-def image_blocks(config: MegaTransformerImageAutoencoderConfig, count: int) -> nn.ModuleList:
-    """No norm stands behind the last one either: most of what an autoencoder does is linear."""
-    return nn.ModuleList(ConvNeXtBlock(config, dimensions=2, has_linear_path=True) for _ in range(count))
-
-
-def image_discriminators(config: MegaTransformerImageAutoencoderConfig) -> Iterator[Discriminator]:
-    """One, which sees the pixels."""
-    yield Discriminator(nn.Identity(), config.num_channels, config.discriminator_size)
 
 
 def absolute_loss(made: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -10,22 +10,19 @@ from transformers.utils.import_utils import is_vision_available
 
 from .backbones import Backbone
 from .configuration_megatransformer import MegaTransformerImageWriterConfig, MegaTransformerVisionConfig
+from .encoders import MegaTransformerVisionModel
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MAX_PIXELS, image_size, load_image
 from .modality import Modality, check_count, only_of, processor_of_backbone
-from .vision import MegaTransformerVisionModel
 
 if is_vision_available():
     from PIL import Image, ImageOps
 
 
 class ImageModality(Modality):
-    """Images for a vision transformer or a pretrained backbone, or squares of one size for what draws them.
-
-    Args:
-        processor: Our image processor, or that of a backbone. None: the square in the middle of each image.
-        num_tokens: Placeholders of every image, where the processor is not ours.
-        side: Height and width of the square, where there is no processor.
+    """Images for a vision transformer or a pretrained backbone, whose processor is not ours and needs the number of
+    tokens of every image; or, without a processor, the square in the middle of each, `side` pixels high and wide, for
+    what draws them.
     """
 
     name = "image"
@@ -95,13 +92,9 @@ class ImageModality(Modality):
 
     @classmethod
     def as_target(cls, image_size: int, num_tokens: int, is_learned: bool) -> "ImageModality":
-        """Images as they are to be written.
-
-        Args:
-            image_size: Height and width.
-            num_tokens: Placeholders of each.
-            is_learned: Whether the placeholders are labels, in whose places the model puts codes. Their number is
-                fixed, so that there is nothing to learn about the end.
+        """Images as they are to be generated, squares of `image_size`. Their number of tokens is fixed, so that there
+        is nothing to learn about the end; with `is_learned` the placeholders are labels, in whose places the model puts
+        codes.
         """
         images = cls(num_tokens=num_tokens, side=image_size)
         images.become_target((True, is_learned, False))

@@ -119,11 +119,8 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         return torch.from_numpy(pixels)
 
     def pad(self, images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A batch, with zeros at the right and at the bottom.
-
-        Returns:
-            pixel_values: float (images, 3, height, width) of the largest.
-            image_sizes: int64 (images, 2), height and width of each without padding.
+        """A batch, with zeros at the right and at the bottom: `pixel_values`, float (images, 3, height, width) of the
+        largest, and `image_sizes`, int64 (images, 2), height and width of each without padding.
         """
         sizes = torch.tensor([image.shape[-2:] for image in images])
         height, width = sizes.amax(0).tolist()
@@ -131,10 +128,8 @@ class MegaTransformerImageProcessor(BaseImageProcessor):
         return {"pixel_values": torch.stack(padded), "image_sizes": sizes}
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
-        """An image, a list of them, or a list of lists, to a batch (`pad`).
-
-        Raises:
-            TypeError, ValueError: for options that ask for something; they belong to the processor itself.
+        """An image, a list of them, or a list of lists, to a batch (`pad`). TypeError, ValueError: for options that ask
+        for something; they belong to the processor itself.
         """
         read_options(kwargs, (), IDLE_IMAGE_OPTIONS, [self], "set it on the image processor")
         pictures = [read_source(image, "image") for image in flatten_media(images)]

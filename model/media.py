@@ -98,11 +98,7 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> "Image.Image":
 
 
 def image_size(source: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of what `load_image` gives, from the header.
-
-    Raises:
-        MediaError: the header tells that it cannot be used.
-    """
+    """(height, width) of what `load_image` gives, from the header; MediaError if that tells that it cannot be used."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _image_from_array(source).size[::-1]
     with _opened_image(source, max_pixels) as image:
@@ -321,15 +317,8 @@ def load_audio(source: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS
 
 
 def audio_seconds(source: Any, sampling_rate: int | None = None) -> float:
-    """Duration of the whole waveform in seconds, from the header.
-
-    Args:
-        source: What `load_audio` takes.
-        sampling_rate: Samples of a second of an array which comes without.
-
-    Raises:
-        MediaError: the header tells that it cannot be used.
-        ValueError: an array without a rate.
+    """Duration of the whole waveform of a source in seconds, from the header; `sampling_rate` is that of an array
+    without one. MediaError: the header tells that it cannot be used; ValueError: an array without a rate.
     """
     array, rate = _as_array(source, sampling_rate)
     if array is None:
@@ -342,11 +331,7 @@ def audio_seconds(source: Any, sampling_rate: int | None = None) -> float:
 
 
 def write_audio(path: Any, waveform: np.ndarray | torch.Tensor, sampling_rate: int) -> None:
-    """A waveform to a file of the format that its name ends in; samples beyond -1 .. 1 are cut off.
-
-    Args:
-        waveform: float (samples,).
-    """
+    """A waveform, float (samples,), to a file of the format that its name ends in; beyond -1 .. 1 it is cut off."""
     if soundfile is None:
         raise ImportError("recordings are written by soundfile, which is not installed; pip install soundfile")
     soundfile.write(path, torch.as_tensor(waveform).float().clamp(-1, 1).cpu().numpy(), sampling_rate)
@@ -405,7 +390,9 @@ def _opened_audio(source: Any) -> "Iterator[soundfile.SoundFile]":
     if soundfile is None:
         raise ImportError("recordings are read by soundfile, which is not installed; pip install soundfile")
     try:
-        with _stream(_file(source, "recording")) as stream, soundfile.SoundFile(stream) as file:
+        path = _file(source, "recording")
+        # Without its name, by which libsndfile would look for further files of the same name.
+        with open(path, "rb") if isinstance(path, str) else path as stream, soundfile.SoundFile(stream) as file:
             if file.format not in AUDIO_FORMATS:
                 raise MediaError(f"{_name(source)} is {file.format}, none of {', '.join(AUDIO_FORMATS)}; convert it")
             _check_rate(source, file.samplerate)
@@ -415,11 +402,6 @@ def _opened_audio(source: Any) -> "Iterator[soundfile.SoundFile]":
         raise _unreadable("recording", source, error.error_string) from error
     except TypeError as error:  # a .raw file, which has no header
         raise _unreadable("recording", source, error) from error
-
-
-def _stream(file: str | io.BytesIO) -> io.BufferedIOBase:
-    """A file without its name, by which libsndfile would look for further files of the same name."""
-    return open(file, "rb") if isinstance(file, str) else file
 
 
 def _check_size(source: Any, file: "soundfile.SoundFile") -> None:

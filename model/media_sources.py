@@ -8,7 +8,6 @@ import binascii
 import os
 import re
 import time
-from collections.abc import Callable
 from http.client import HTTPException
 from typing import Any
 from urllib import request
@@ -52,14 +51,10 @@ def read_source(source: Any, kind: str, allow_fetch: bool = False) -> Any:
         if not allow_fetch:
             raise MediaError(
                 f"{quoted(source)} is an address, which is never fetched unless allow_fetch=True is given; download "
-                f"the {_word(kind)} before"
+                f"the {_WORDS.get(kind, kind)} before"
             )
         return _fetch(source)
     return decode_base64(source, source) if _BASE64.fullmatch(source) else source
-
-
-def _word(kind: str) -> str:
-    return _WORDS.get(kind, kind)
 
 
 def _check_length(source: str) -> None:
@@ -70,14 +65,7 @@ def _check_length(source: str) -> None:
 
 
 def decode_base64(text: str, source: str) -> bytes:
-    """The bytes of base64, in which blanks and line breaks may stand.
-
-    Args:
-        source: What is shown of it in an error.
-
-    Raises:
-        MediaError: it is none.
-    """
+    """The bytes of base64, in which blanks and line breaks may stand; MediaError, with `source`, if it is none."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -91,7 +79,9 @@ def _read_data(source: str, kind: str) -> bytes:
     media_type, *options = head.split(";")
     declared = media_type.split("/")[0].strip().lower()
     if declared not in ("", kind, "application"):
-        raise MediaError(f"{quoted(source)} is declared as {declared}, and not as {kind}; give a {_word(kind)}")
+        raise MediaError(
+            f"{quoted(source)} is declared as {declared}, and not as {kind}; give a {_WORDS.get(kind, kind)}"
+        )
     if len(data) > MAX_PERCENTS and "%" in data:
         raise MediaError(
             f"{quoted(source)} has {len(data)} characters with percents, and at most {MAX_PERCENTS} of them are "
@@ -126,7 +116,12 @@ def _fetch(source: str) -> bytes:
         with opener.open(source, timeout=FETCH_SECONDS) as response:
             while chunk := response.read1(2**20):
                 data += chunk
-                _check_fetched(source, len(data), ends)
+                if len(data) > MAX_BYTES:
+                    raise MediaError(
+                        f"{quoted(source)} has more than {MAX_BYTES} bytes; download it before, and scale it down"
+                    )
+                if time.monotonic() > ends:
+                    raise MediaError(f"{quoted(source)} takes more than {FETCH_SECONDS:g} seconds; download it before")
     except (HTTPException, URLError, OSError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
@@ -135,56 +130,33 @@ def _fetch(source: str) -> bytes:
     return bytes(data)
 
 
-def _check_fetched(source: str, size: int, ends: float) -> None:
-    if size > MAX_BYTES:
-        raise MediaError(f"{quoted(source)} has more than {MAX_BYTES} bytes; download it before, and scale it down")
-    if time.monotonic() > ends:
-        raise MediaError(f"{quoted(source)} takes more than {FETCH_SECONDS:g} seconds; download it before")
-
-
 # -------------------------------------------------------------------------------------------------- parts of messages
 
 
-def _of_image_url(part: dict) -> dict:
-    given = part.get("image_url")
-    return {"type": "image", "url": given.get("url") if isinstance(given, dict) else given}
-
-
-def _of_audio_url(part: dict) -> dict:
-    given = part.get("audio_url")
-    return {"type": "audio", "url": given.get("url") if isinstance(given, dict) else given}
-
-
-def _of_input_audio(part: dict) -> dict:
-    given = part.get("input_audio")
-    return {"type": "audio", "base64": given.get("data") if isinstance(given, dict) else given}
-
-
-def _of_text(part: dict) -> dict:
-    return {"type": "text", "text": part.get("text")}
-
-
-_FOREIGN: dict[str, Callable[[dict], dict]] = {
-    "audio_url": _of_audio_url,
-    "image_url": _of_image_url,
-    "input_audio": _of_input_audio,
-    "input_image": _of_image_url,
-    "input_text": _of_text,
-    "output_text": _of_text,
+_FOREIGN = {
+    "audio_url": ("audio", "url", "audio_url", "url"),
+    "image_url": ("image", "url", "image_url", "url"),
+    "input_audio": ("audio", "base64", "input_audio", "data"),
+    "input_image": ("image", "url", "image_url", "url"),
+    "input_text": ("text", "text", "text", None),
+    "output_text": ("text", "text", "text", None),
 }
+"""Types of parts in OpenAI's format: our type and key, and where the value stands, which may be a dict around it."""
 
 
 def own_part(part: Any) -> Any:
     """A part of OpenAI's format, such as "image_url" and "input_audio", as a part of ours; others stay as they are."""
     kind = part.get("type") if isinstance(part, dict) else None
-    return _FOREIGN[kind](part) if isinstance(kind, str) and kind in _FOREIGN else part
+    if not isinstance(kind, str) or kind not in _FOREIGN:
+        return part
+    own, key, place, inner = _FOREIGN[kind]
+    given = part.get(place)
+    return {"type": own, key: given.get(inner) if inner and isinstance(given, dict) else given}
 
 
 def source_of(part: dict[str, Any], allow_fetch: bool = False) -> Any:
     """The item of a part, {"type": KIND, and KIND, "path", "bytes", "url" or "base64": item}; None: it has none.
-
-    Raises:
-        MediaError: the cases of `read_source`.
+    MediaError: the cases of `read_source`.
     """
     name = part["type"]
     kind = name.removeprefix("written_")

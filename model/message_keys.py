@@ -29,11 +29,8 @@ WHAT_TO_DO = {
 def reason_against_message(
     message: Mapping[str, object], is_learned: bool, fixes: Mapping[str, str] = WHAT_TO_DO
 ) -> str | None:
-    """Why a message must not be read by its role and content alone, or None.
-
-    Args:
-        is_learned: Whether it is going to be, where an answer is.
-        fixes: What to do with keys that are not read.
+    """Why a message must not be read by its role and content alone, or None; `is_learned`: whether it is going to be,
+    where an answer is; `fixes`: what to do with keys that are not read.
     """
     for key, value in message.items():
         if key in ("role", "content") or key in HARMLESS_KEYS or is_empty(value):

@@ -26,11 +26,7 @@ TARGET_MODALITIES = (ImageModality.name, AudioModality.name)
 
 
 def modality_configs(config: MegaTransformerConfig) -> dict[str, EncoderConfig]:
-    """The configurations of all encoders of a model, by modality.
-
-    Raises:
-        ValueError: a modality is not registered.
-    """
+    """The configurations of all encoders of a model, by modality; ValueError if one is not registered."""
     configs = {it.name: getattr(config, it.config_key) for it in MODALITIES.values() if it.config_key is not None}
     for name, part in (config.modality_configs or {}).items():
         if name not in MODALITIES:

@@ -65,11 +65,7 @@ class Modality(ABC):
         """The smallest input of the encoder, one item."""
 
     def load(self, source: Any) -> Any:
-        """The item, decoded, from anything that holds it.
-
-        Raises:
-            ValueError: It cannot be used; the message is the reason.
-        """
+        """The item, decoded, from anything that holds it; ValueError, with the reason, if it cannot be used."""
         return source
 
     def size(self, source: Any) -> Any:
@@ -81,11 +77,7 @@ class Modality(ABC):
         return size
 
     def preprocess(self, medium: Any) -> torch.Tensor:
-        """One item, or a source of one, to a tensor of any shape.
-
-        Raises:
-            ValueError: It cannot be used; the message is the reason.
-        """
+        """One item, or a source of one, to a tensor of any shape; ValueError, with the reason, if it cannot be used."""
         raise NotImplementedError(f"modality {self.name!r} cannot be preprocessed; give tensors")
 
     def num_tokens(self, preprocessed: torch.Tensor) -> int:

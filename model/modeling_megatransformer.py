@@ -95,8 +95,8 @@ class Embedded(NamedTuple):
     """(batch, sequence, hidden)."""
     encoded: dict[str, ModelOutput]
     """What modality encoders gave, by modality."""
-    written: Targets | None = None
-    """The latents of what is written, for their losses."""
+    targets: Targets | None = None
+    """The latents of what is to be generated, for their losses."""
     input_ids: torch.LongTensor | None = None
     """(batch, sequence), with the codes of images in the positions of those that are written as codes."""
 
@@ -121,12 +121,9 @@ class MediaArguments:
 
 def take_media(kwargs: dict[str, Any]) -> MediaArguments:
     """Takes them out of the keywords of `forward`."""
-    inputs, targets = (
-        {name: value for name, value in taken.items() if value is not None}
-        for taken in (take_inputs(kwargs), take_targets(kwargs))
-    )
-    outputs, seeds = kwargs.pop("mm_encoder_outputs", None), kwargs.pop("flow_seeds", None)
-    return MediaArguments(inputs, targets, outputs or {}, seeds, kwargs.pop("num_targets_in_batch", None) or {})
+    outputs, seeds = kwargs.pop("mm_encoder_outputs", None) or {}, kwargs.pop("flow_seeds", None)
+    counts = kwargs.pop("num_targets_in_batch", None) or {}
+    return MediaArguments(take_inputs(kwargs), take_targets(kwargs), outputs, seeds, counts)
 
 
 class BackbonesFollow:
@@ -174,17 +171,10 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         inputs_embeds: torch.Tensor | None = None,
         **asked: bool,
     ) -> Embedded:
-        """Embeds tokens, and media in the positions of their placeholders.
-
-        Args:
-            input_ids: (batch, sequence).
-            media: What `take_media` gives.
-            inputs_embeds: Embeddings of tokens, in place of `input_ids`; placeholders are those that have the embedding
-                of one.
-            asked: `output_hidden_states`, `output_attentions`.
-
-        Raises:
-            ValueError: if there are more or fewer placeholders than features, or media that this model does not know.
+        """Embeds tokens (batch, sequence), and what `take_media` gives in the positions of their placeholders. With
+        `inputs_embeds` in place of `input_ids`, placeholders are those that have the embedding of one. `asked` are
+        output_hidden_states and output_attentions. ValueError if there are more or fewer placeholders than features, or
+        media that this model does not know.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
@@ -247,10 +237,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
     ) -> BaseModelOutputWithPooling:
         """`pooler_output`: the features of each item, a tuple of (tokens, hidden), ready to be scattered. Of our
         encoders, and pretrained ones, also `last_hidden_state`, in front of the projector, and by request
-        `hidden_states` and `attentions`.
-
-        Raises:
-            ValueError: If this model does not read that modality.
+        `hidden_states` and `attentions`. ValueError if this model does not read that modality.
         """
         if name not in self.readers:
             raise ValueError(f"this model does not read {name}; it reads {', '.join(self.input_modalities)}")
@@ -409,7 +396,7 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
         )
         found = {**outputs, **self.model.shown(embedded.encoded, kwargs)}
         if outputs.loss is not None:
-            found |= self._with_flow_loss(outputs, embedded.written)
+            found |= self._with_flow_loss(outputs, embedded.targets)
         return MegaTransformerMediaCausalLMOutput(**found)
 
     def with_codes(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -425,17 +412,17 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
         labels = labels if labels is None else torch.where(labels == ids, coded, labels)
         return {**batch, "input_ids": coded, "labels": labels, "image_targets": targets.get("image_targets")}
 
-    def _with_flow_loss(self, outputs: MegaTransformerCausalLMOutput, written: Targets | None) -> dict[str, Any]:
+    def _with_flow_loss(self, outputs: MegaTransformerCausalLMOutput, targets: Targets | None) -> dict[str, Any]:
         """`loss`, with those of latents added, and `target_losses`."""
         loss, hidden, of_modalities = outputs.loss, outputs.last_hidden_state, {}
         for name, output_head in self.model.writers.items():
             if output_head.head is None:
                 continue
-            if written is None or name not in written.latents:
+            if targets is None or name not in targets.latents:
                 loss = loss + (output_head.no_loss(hidden) if self.model.must_run_alike else 0.0)
                 continue
-            of_latents = output_head.losses(hidden, written.latents[name], written.seeds)
+            of_latents = output_head.losses(hidden, targets.latents[name], targets.seeds)
             of_modalities[name] = of_latents.detach().sum(), len(of_latents)
-            count = written.num_in_batch.get(name, len(of_latents))
+            count = targets.num_in_batch.get(name, len(of_latents))
             loss = loss + output_head.config.loss_weight * of_latents.sum() / count
         return {"loss": loss, "target_losses": of_modalities or None}

@@ -42,11 +42,8 @@ PACKING_NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k
 
 def check_kwargs(kwargs: dict[str, Any], forward: Callable, position_ids: torch.Tensor | None) -> None:
     """Libraries around the model pass arguments of their own to every model. Those that ask for nothing, and those that
-    say again where the packed documents of `position_ids` begin, are accepted.
-
-    Raises:
-        ValueError: any other is given, since `**kwargs` would swallow a misspelt one; or documents that `position_ids`
-            do not begin.
+    say again where the packed documents of `position_ids` begin, are accepted. ValueError: any other is given, since
+    `**kwargs` would swallow a misspelt one; or documents that `position_ids` do not begin.
     """
     for name, value in kwargs.items():
         if name in PACKING_NAMES and position_ids is not None:
@@ -63,36 +60,13 @@ def check_kwargs(kwargs: dict[str, Any], forward: Callable, position_ids: torch.
         raise ValueError(f"cu_seq_lens_q has documents begin at {starts.tolist()}, where position_ids do not restart")
 
 
-def check_state(state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-    """The state, if it can be broadcast to (batch, sequence, hidden).
-
-    Raises:
-        ValueError: if not.
-    """
-    if state.ndim != 3 or any(size not in (1, wanted) for size, wanted in zip(state.shape, embeds.shape, strict=True)):
-        raise ValueError(
-            f"initial_state has shape {tuple(state.shape)}, which cannot be broadcast to (batch, new tokens, hidden) = "
-            f"{tuple(embeds.shape)}; in `generate`, where the number of new tokens changes, give (batch, 1, hidden)"
-        )
-    return state
-
-
 def last_state(name: str, cache: RecurrentCache | None) -> torch.Tensor | None:
-    """The state in which the token before ended, (batch, 1, hidden); None where there is none.
-
-    Raises:
-        ValueError: the name is another.
+    """The state in which the token before ended, (batch, 1, hidden); None where there is none. ValueError for another
+    name.
     """
     if name != "last":
         raise ValueError(f"initial_state is {name!r}; give a tensor, or 'last'")
     return None if cache is None else cache.last_state
-
-
-def tokens_of_chunk(attention_mask: torch.Tensor | None, sequence: int) -> torch.Tensor | None:
-    """(batch, sequence) of bool: which of the new places hold tokens, by a padding mask; None where there is none."""
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -sequence:].bool()
 
 
 class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
@@ -227,7 +201,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             perturb = functools.partial(self._perturb, state_noise, position_ids) if is_noisy else None
             check_exits = None
             if exit_controller is not None:
-                exit_controller.begin(state, tokens_of_chunk(attention_mask, sequence))
+                is_padded = attention_mask is not None and attention_mask.ndim == 2
+                exit_controller.begin(state, attention_mask[:, -sequence:].bool() if is_padded else None)
                 check_exits = functools.partial(self._check_exits, exit_controller, cache)
             state, exit_steps = iterate_core(
                 self.core, state, hidden, depth, inputs, cache, states, perturb, check_exits
@@ -269,14 +244,23 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         if position_ids is not None and past == 0 and attention_mask is not None and attention_mask.ndim == 2:
             # A mask that hides nothing would hide that positions restart, and with them documents.
             attention_mask = None if attention_mask.all() else attention_mask
-        if position_ids is None:
-            position_ids = self._default_positions(sequence, past, attention_mask, embeds.device)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            # Counted over the real tokens, so that a padded row stands where it would stand alone.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -sequence:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + sequence, device=embeds.device)[None]
         self._check_positions(position_ids, batch, sequence)
         return attention_mask, position_ids
 
     def _first_state(self, hidden: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
         """s_0, (batch, sequence, hidden), in one memory layout, so that there is one compiled graph."""
-        state = self._fixed_state(hidden) if initial_state is None else check_state(initial_state, hidden)
+        state, wanted = self._fixed_state(hidden) if initial_state is None else initial_state, tuple(hidden.shape)
+        shape = tuple(state.shape)
+        if len(shape) != 3 or any(size not in (1, most) for size, most in zip(shape, wanted, strict=True)):
+            raise ValueError(
+                f"initial_state has shape {shape}, which cannot be broadcast to (batch, new tokens, hidden) = {wanted};"
+                " in `generate`, where the number of new tokens changes, give (batch, 1, hidden)"
+            )
         return state.to(hidden).expand_as(hidden).contiguous()
 
     def _fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -373,15 +357,6 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 f"{self.text_config.position_embedding} table (max_position_embeddings); shorten the input, or use "
                 "rope or alibi"
             )
-
-    @staticmethod
-    def _default_positions(sequence: int, past: int, attention_mask, device) -> torch.Tensor:
-        """(1 or batch, sequence): counted over the real tokens, so that a padded row stands where it would stand
-        alone.
-        """
-        if attention_mask is not None and attention_mask.ndim == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -sequence:]
-        return torch.arange(past, past + sequence, device=device)[None]
 
     def _add_positions(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         if self.text_config.position_embedding == "learned":
@@ -506,18 +481,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         elif labels is not None:
             shifted = labels if is_shifted else None
             loss = self.loss_function(logits, labels, vocab_size, num_items_in_batch, shift_labels=shifted)
-        return MegaTransformerCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            **{CACHE_NAME: outputs.cache},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            state=outputs.state,
-            states=outputs.states,
-            exit_steps=outputs.exit_steps,
-            token_losses=token_losses,
-            last_hidden_state=hidden,
-        )
+        return MegaTransformerCausalLMOutput(loss=loss, logits=logits, token_losses=token_losses, **outputs)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., vocab)."""

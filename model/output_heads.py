@@ -49,13 +49,7 @@ class Targets:
 
 
 class OutputHead(nn.Module):
-    """A codec, and, where its head is a flow, what embeds latents and what makes them.
-
-    Args:
-        name: "image" or "audio".
-        config: Configuration of the output head.
-        text_config: Configuration of the language model.
-    """
+    """A codec, and, where its head is a flow, what embeds latents and what makes them. `name` is "image" or "audio"."""
 
     def __init__(self, name: str, config: WriterConfig, text_config: MegaTransformerTextConfig):
         super().__init__()
@@ -84,10 +78,8 @@ class OutputHead(nn.Module):
         return self.norm(self.down_proj(hidden)) * self.scale
 
     def latents_of(self, targets: Mapping[str, Any]) -> tuple[torch.Tensor, list[int]]:
-        """The latents of all target media, (tokens, latent_size), and how many each has.
-
-        Raises:
-            ValueError: they have a wrong shape, or values that are not finite.
+        """The latents of all target media, (tokens, latent_size), and how many each has; ValueError for a wrong shape,
+        or values that are not finite.
         """
         with torch.no_grad():
             latents, lengths = self.codec.encode(targets[self.target_name], targets.get(f"{self.target_name}_mask"))
@@ -95,12 +87,8 @@ class OutputHead(nn.Module):
         return latents, lengths
 
     def losses(self, hidden: torch.Tensor, targets: TargetLatents, seeds: torch.Tensor) -> torch.Tensor:
-        """The loss of each latent, float32 (tokens,).
-
-        Args:
-            hidden: (batch, sequence, hidden), after the final norm.
-            targets: The latents.
-            seeds: (batch,), of noise and times.
+        """The loss of each latent, float32 (tokens,), from hidden states (batch, sequence, hidden) after the final
+        norm, and seeds of noise and times, (batch,).
         """
         draws, size = self.head.num_draws, self.codec.latent_size
         noise, times = [], []
@@ -135,9 +123,9 @@ def output_head_configs(config: MegaTransformerConfig) -> dict[str, WriterConfig
 
 
 def take_targets(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Takes the arguments that are targets out of `kwargs`."""
+    """Takes the arguments that are targets out of `kwargs`, and leaves out what is None."""
     names = [f"{name}_targets{end}" for name in TARGET_MODALITIES for end in ("", "_mask")]
-    return {name: kwargs.pop(name) for name in names if name in kwargs}
+    return {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
 
 
 def encode_targets(
@@ -147,16 +135,9 @@ def encode_targets(
     config: MegaTransformerConfig,
     filled: Collection[str] = (),
 ) -> dict[str, TargetLatents]:
-    """The latents of what is to be written, or was, by modality.
-
-    Args:
-        targets: NAME_targets, and NAME_targets_mask.
-        input_ids: (batch, sequence), with their placeholders.
-        filled: Names of placeholders that have their features already.
-
-    Raises:
-        ValueError: a target is of what this model does not generate, or not finite; or they and placeholders differ
-            in number.
+    """The latents of what is to be generated, or was, by modality, from `take_targets` and `input_ids` (batch,
+    sequence) with their placeholders, of which `filled` names those that have their features already. ValueError: a
+    target is of what this model does not generate, or not finite; or they and placeholders differ in number.
     """
     check_target_names(writers, targets)
     found = {}
@@ -181,9 +162,7 @@ def encode_targets(
 
 def check_target_names(writers: nn.ModuleDict, targets: Mapping[str, Any]) -> None:
     """Raises ValueError for a target of what this model does not generate."""
-    given = [name for name, value in targets.items() if value is not None]
-    unknown = [name for name in given if name.partition("_")[0] not in writers]
-    if unknown:
+    if unknown := [name for name in targets if name.partition("_")[0] not in writers]:
         raise ValueError(
             f"{unknown[0]} was given, but this model writes {', '.join(['text', *writers])}; leave it out, or take a "
             "model with such a output_head"
@@ -191,11 +170,8 @@ def check_target_names(writers: nn.ModuleDict, targets: Mapping[str, Any]) -> No
 
 
 def read_targets(writers: nn.ModuleDict, targets: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, ...]]:
-    """Generated media as features of each, (tokens, hidden), by the names of their placeholders; media that are codes
-    have none.
-
-    Raises:
-        ValueError: a target is of what this model does not generate, or not finite.
+    """The features of generated media, (tokens, hidden) each, by the names of their placeholders; media that are codes
+    have none. ValueError: a target is of what this model does not generate, or not finite.
     """
     check_target_names(writers, targets)
     features = {}
@@ -210,9 +186,7 @@ def put_codes(
     writers: nn.ModuleDict, targets: dict[str, Any], input_ids: torch.LongTensor, config: MegaTransformerConfig
 ) -> torch.LongTensor:
     """Token ids with the codes of images in their positions, where the head is "fsq"; these targets are taken out.
-
-    Raises:
-        ValueError: there are more or fewer images than placeholders, or some that are not finite.
+    ValueError: there are more or fewer images than placeholders, or some that are not finite.
     """
     for name, output_head in writers.items():
         if output_head.head is not None or targets.get(output_head.target_name) is None:
@@ -242,13 +216,9 @@ def embed_latents(
     seeds: torch.Tensor | None,
     run_all: bool,
 ) -> torch.Tensor:
-    """The embeddings with those of latents in their positions.
-
-    Args:
-        embeds: (batch, sequence, hidden).
-        found: What `encode_targets` gives.
-        seeds: (batch,), of the noise that is added: generation reads latents that are not quite right. None: no noise.
-        run_all: Whether output heads without latents run as well; see `read_media`.
+    """The embeddings, (batch, sequence, hidden), with those of latents in their positions. Generation reads latents
+    that are not quite right: noise by `seeds` (batch,) is added; None: no noise. With `run_all` output heads without
+    latents run as well; see `read_media`.
     """
     for name, output_head in writers.items():
         if output_head.head is None:
@@ -288,10 +258,8 @@ def check_codes(writers: nn.ModuleDict, config: MegaTransformerConfig) -> None:
 
 
 def images_of_codes(codec: Codec, offset: int, sequences: torch.LongTensor) -> list[Any]:
-    """PIL images of token ids (rows, tokens), row by row: each run of as many codes as an image has.
-
-    Raises:
-        ValueError: a run of codes is no whole number of images.
+    """PIL images of token ids (rows, tokens), row by row: each run of as many codes as an image has. ValueError: a run
+    is no whole number of images.
     """
     images = []
     for row, ids in enumerate(sequences):

@@ -16,12 +16,9 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).pa
 
 
 def pop_cache(cache: Any, kwargs: dict[str, Any]) -> Any:
-    """The cache, which may also be called `past_key_values`; that is taken out of the keywords.
-
-    The library's `deprecate_kwarg` would warn at each token where the library itself still uses the old name.
-
-    Raises:
-        ValueError: both are given.
+    """The cache, which may also be called `past_key_values`; that is taken out of the keywords. (The library's
+    `deprecate_kwarg` would warn at each token where the library itself still uses the old name.) ValueError if both are
+    given.
     """
     past_key_values = kwargs.pop("past_key_values", None)
     if past_key_values is None:

@@ -91,19 +91,19 @@ class MegaTransformerProcessor(ProcessorMixin):
         self.image_writer, self.audio_writer = image_writer, audio_writer
         given = ((ImageModality, image_writer), (AudioModality, audio_writer))
         targets = [modality.as_target(**options) for modality, options in given if options is not None]
-        self._written = {target.name: target for target in targets}
+        self._targets = {target.name: target for target in targets}
         tokenizer.padding_side = "left"
         self._check_vocabulary()
         for name, kind in self.modalities.items():  # as transformers' own processors have them
             setattr(self, f"{name}_token", kind.token)
             setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(kind.token))
-        if self._written:
+        if self._targets:
             self.null_token, self.null_token_id = NULL_TOKEN, tokenizer.convert_tokens_to_ids(NULL_TOKEN)
 
     def _check_vocabulary(self) -> None:
         """An unknown token would silently be read as bytes."""
         needed = [*ROLES, *tokens_of(self.modalities.values())]
-        needed += [NULL_TOKEN] if self._written else []
+        needed += [NULL_TOKEN] if self._targets else []
         missing = [token for token in needed if token not in self.tokenizer.get_added_vocab()]
         if missing or not (self.tokenizer.bos_token and self.tokenizer.eos_token):
             raise ValueError(
@@ -149,7 +149,7 @@ class MegaTransformerProcessor(ProcessorMixin):
             modalities["image"] = ImageModality(self.image_processor, self.num_image_tokens)
         if self.feature_extractor is not None:
             modalities["audio"] = AudioModality(self.feature_extractor, self.num_audio_tokens)
-        modalities |= self._written
+        modalities |= self._targets
         for name, config in (self.modality_configs or {}).items():
             modalities[name] = further_modality(name, config)
         return modalities
@@ -160,38 +160,34 @@ class MegaTransformerProcessor(ProcessorMixin):
         return modality_names()
 
     def load_item(self, kind: str, source: Any) -> Any:
-        """An item, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate.
-
-        Raises:
-            MediaError: it cannot be used; see `load_image` and `load_audio`.
+        """An item, decoded: a PIL image, or float32 (samples,) at the feature extractor's rate. MediaError if it cannot
+        be used.
         """
-        return self._kind(kind).load(source_of({"type": kind, kind: source}))
+        return self._modality(kind).load(source_of({"type": kind, kind: source}))
 
     def item_size(self, kind: str, source: Any) -> Any:
         """(height, width) of an image, seconds of a waveform, from the header; of further modalities, their tokens.
-
-        Raises:
-            MediaError: the header tells that it cannot be used.
+        MediaError: the header tells that it cannot be used.
         """
-        return self._kind(kind).size(source_of({"type": kind, kind: source}))
+        return self._modality(kind).size(source_of({"type": kind, kind: source}))
 
     def num_media_tokens(self, kind: str, size: Any) -> int:
         """Tokens that an item of that size (`item_size`) takes in a text, start and end included."""
-        return self._kind(kind).tokens_of_size(size) + 2
+        return self._modality(kind).tokens_of_size(size) + 2
 
     def preprocess_item(self, kind: str, medium: Any) -> torch.Tensor:
         """One item to the tensor that `encode_chat` and `collate_media` take."""
-        return self._kind(kind).preprocess(medium)
+        return self._modality(kind).preprocess(medium)
 
     def collate_media(self, media: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Preprocessed media by modality, in the order of their placeholders, to the arguments of the model."""
         batch = {}
         for name, tensors in media.items():
             if tensors:
-                batch.update(self._kind(name).collate(tensors))
+                batch.update(self._modality(name).collate(tensors))
         return batch
 
-    def _kind(self, name: str) -> Modality:
+    def _modality(self, name: str) -> Modality:
         modalities = self.modalities
         if name not in modalities:
             raise ValueError(f"{name!r} is nothing that this model reads; it reads {', '.join(['text', *modalities])}")
@@ -333,7 +329,7 @@ class MegaTransformerProcessor(ProcessorMixin):
             found = {
                 name: [self._preprocess(name, it, allow_fetch) for it in flatten_media(media[name])] for name in media
             }
-            return BatchFeature(self.collate_media(found), tensor_type=_tensor_type(options["return_tensors"]))
+            return BatchFeature(self.collate_media(found), tensor_type=options["return_tensors"])
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not all(isinstance(sample, str) for sample in texts):
             raise ValueError(f"text is {type(text).__name__}, and not a string or a list of strings")
@@ -385,15 +381,8 @@ class MegaTransformerProcessor(ProcessorMixin):
         return parts
 
     def save_audio(self, audio: Any, saving_path: Any, sampling_rate: int | None = None, **kwargs: Any) -> None:
-        """Waveforms to files, one each, by soundfile.
-
-        Args:
-            audio: Float (samples,) in -1 .. 1, or a list of them.
-            saving_path: A path, or as many.
-            sampling_rate: Default: that of the audio that the model writes.
-
-        Raises:
-            ValueError: there are more or fewer paths than waveforms.
+        """Waveforms, float (samples,) in -1 .. 1, one or a list, to as many files, by soundfile. `sampling_rate`: by
+        default that of the audio that the model writes. ValueError: there are more or fewer paths than waveforms.
         """
         clips = audio if isinstance(audio, list) else [audio]
         paths = saving_path if isinstance(saving_path, list) else [saving_path]
@@ -403,7 +392,7 @@ class MegaTransformerProcessor(ProcessorMixin):
             write_audio(path, clip, sampling_rate or self.audio_writer["sampling_rate"])
 
     def _preprocess(self, name: str, medium: Any, allow_fetch: bool) -> torch.Tensor:
-        return self._kind(name).preprocess(source_of({"type": name, name: medium}, allow_fetch))
+        return self._modality(name).preprocess(source_of({"type": name, name: medium}, allow_fetch))
 
     def _with_media(
         self, rows: list[list[int]], media: dict[str, list[Any]], allow_fetch: bool
@@ -411,7 +400,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         """Rows of ids with one placeholder for an item, as `encode_chat` gives them."""
         encoded = [{"media": {}} for _ in rows]
         for name in dict.fromkeys([*self.modalities, *media]):
-            kind = self._kind(name)
+            kind = self._modality(name)
             counts = [row.count(getattr(self, f"{name}_token_id")) for row in rows]
             for sample, part in zip(encoded, deal_media(media.get(name, []), counts, kind), strict=True):
                 sample["media"][name] = [self._preprocess(name, medium, allow_fetch) for medium in part]
@@ -423,7 +412,10 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     def _read_options(self, given: dict[str, Any], known: tuple[str, ...], idle: dict[str, tuple]) -> dict[str, Any]:
         parts = [part for part in (self.image_processor, self.feature_extractor) if part is not None]
-        return read_options(given, known, idle, parts)
+        options = read_options(given, known, idle, parts)
+        if options.get("return_tensors") == "auto":  # how transformers calls a processor's own default
+            options["return_tensors"] = None
+        return options
 
     def _batch(
         self,
@@ -454,14 +446,10 @@ class MegaTransformerProcessor(ProcessorMixin):
         for sample in encoded:
             for name, tensors in sample["media"].items():
                 media.setdefault(name, []).extend(tensors)
-        return BatchFeature({**batch, **self.collate_media(media)}, tensor_type=_tensor_type(return_tensors))
+        return BatchFeature({**batch, **self.collate_media(media)}, tensor_type=return_tensors)
 
     def _cut(self, number: int, ids: torch.Tensor, limit: int | None) -> slice:
-        """What is left of a sample of at most that many tokens.
-
-        Raises:
-            ValueError: an item would lose its place.
-        """
+        """What is left of a sample of at most that many tokens; ValueError if an item would lose its place."""
         if limit is None or len(ids) <= limit:
             return slice(None)
         at_end = self.tokenizer.truncation_side == "right"
@@ -483,17 +471,9 @@ def build_processor(
     num_image_tokens: int | None = None,
     num_audio_tokens: int | None = None,
 ) -> MegaTransformerProcessor:
-    """The processor of a model.
-
-    Args:
-        config: Configuration of the model. A backbone brings its own image processor or
-            feature extractor along.
-        tokenizer: A fast one that knows `MEDIA_TOKENS`.
-        num_image_tokens: Tokens of an image, if the vision encoder is a backbone.
-        num_audio_tokens: The same of a waveform.
-
-    Raises:
-        ValueError: the cases of `MegaTransformerProcessor`.
+    """The processor of a model, from its configuration and a fast tokenizer that knows `MEDIA_TOKENS`. A backbone
+    brings its own image processor or feature extractor along, and needs the number of tokens of its items. ValueError:
+    the cases of `MegaTransformerProcessor`.
     """
     vision, audio, further = config.vision_config, config.audio_config, config.modality_configs or {}
     images, recordings = config.image_writer_config, config.audio_writer_config
@@ -507,10 +487,3 @@ def build_processor(
         image_writer=None if images is None else ImageModality.target_options(images),
         audio_writer=None if recordings is None else AudioModality.target_options(recordings),
     )
-
-
-# -------------------------------------------------------------------------------------------------------- what is given
-
-
-def _tensor_type(return_tensors: str | None) -> str | None:
-    return None if return_tensors == "auto" else return_tensors  # how transformers calls a processor's own default

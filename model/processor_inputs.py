@@ -135,13 +135,8 @@ def _is_among(value: Any, values: tuple) -> bool:
 
 
 def limit_of(truncation: Any, max_length: int | None, default: int) -> int | None:
-    """Most tokens of a text under an option `truncation` of tokenizers; None: all of them.
-
-    Args:
-        default: That of the tokenizer, where max_length is not given.
-
-    Raises:
-        ValueError: there is no such way of truncation.
+    """Most tokens of a text under an option `truncation` of tokenizers; None: all of them. `default` is the
+    tokenizer's, where max_length is not given. ValueError: there is no such way of truncation.
     """
     if truncation not in _TRUNCATING:
         raise ValueError(f"truncation is {truncation!r}; give True or False")
@@ -172,16 +167,10 @@ def preprocess_parts(
     modalities: dict[str, Modality],
     allow_fetch: bool = False,
 ) -> dict[str, list[torch.Tensor]]:
-    """The tensors of the parts of messages that are media, by modality.
-
-    Args:
-        parts: {"type": KIND, and KIND, "path", "bytes", "url" or "base64": item}, or without an item. An array of
-            samples may have its "sampling_rate" beside it.
-        media: Items for parts without one, by modality, in order; a tensor of floats counts as preprocessed.
-        allow_fetch: Whether `read_source` may fetch.
-
-    Raises:
-        ValueError: if there are more or fewer media than parts for them, and for media that cannot be read.
+    """The tensors of the parts of messages that are media (`source_of`), by modality; an array of samples may have its
+    "sampling_rate" beside it. `media` are the items for parts without one, by modality, in order; a tensor of floats
+    counts as preprocessed. ValueError if there are more or fewer media than parts for them, and for media that cannot
+    be read.
     """
     waiting = {name: iter(given) for name, given in media.items()}
     found: dict[str, list[torch.Tensor]] = {}
@@ -211,14 +200,8 @@ def preprocess_parts(
 
 
 def deal_media(media: list[Any], counts: list[int], modality: Modality) -> list[list[Any]]:
-    """Media to the texts whose placeholders they fill.
-
-    Args:
-        media: One after another, or a list for each text.
-        counts: Placeholders of each text.
-
-    Raises:
-        ValueError: if they differ in number; the message names the first text that they do not fit.
+    """Media, one after another or a list for each text, to the texts whose placeholders they fill, of which each has as
+    many as `counts` say. ValueError, if they differ in number, names the first text that they do not fit.
     """
     flat = flatten_media(media)
     if media and all(isinstance(part, list) for part in media):

@@ -59,14 +59,8 @@ class QuantizationConfig:
 
 
 def bits_and_bytes(config: QuantizationConfig, model: PreTrainedModel, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What transformers wants to know.
-
-    Args:
-        model: One like that which is loaded; its weights are not looked at.
-        dtype: Type of products with matrices of 4 bits.
-
-    Raises:
-        ValueError: the head cannot be quantised, or nothing of the model can be.
+    """What transformers wants to know of a model like that which is loaded; its weights are not looked at. `dtype` is
+    that of products with matrices of 4 bits. ValueError: the head cannot be quantised, or nothing of the model can be.
     """
     if model.config.get_text_config().tie_word_embeddings and "heads" not in config.keep_in_high_precision:
         raise ValueError(
@@ -88,14 +82,9 @@ def bits_and_bytes(config: QuantizationConfig, model: PreTrainedModel, dtype: to
 
 
 def uneven_layers(model: PreTrainedModel, kept: list[str]) -> list[str]:
-    """The linear layers whose rows are not made of whole blocks of weights with one scale. bitsandbytes 0.50 reads the
-    scales of such matrices at wrong places, on CPUs with AVX-512, so that they stay as they are everywhere.
-
-    Args:
-        kept: Patterns of those that stay for another reason.
-
-    Raises:
-        ValueError: if nothing else is left.
+    """The linear layers, but for those of `kept` patterns, whose rows are not made of whole blocks of weights with one
+    scale. bitsandbytes 0.50 reads the scales of such matrices at wrong places, on CPUs with AVX-512, so that they stay
+    as they are everywhere. ValueError if nothing else is left.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     widths = {name: module.in_features for name, module in linear.items() if should_convert_module(name, kept)}
@@ -111,15 +100,11 @@ def uneven_layers(model: PreTrainedModel, kept: list[str]) -> list[str]:
 
 
 def keep_scales(layer: nn.Module) -> None:
-    """Lets a `Linear4bit` be saved after it was used.
-
-    For its fast kernel on CPUs bitsandbytes 0.50 rearranges a layer's weights in their place, in the first forward pass
-    of evaluation. When they are saved it arranges them back, bit for bit, but not their scales: these have been rounded
-    to bfloat16, and without `double_quant` they stay transposed. So the scales of before, a small part of the whole,
-    are kept, and take the place of those.
-
-    Args:
-        layer: One whose weights are rounded already.
+    """Lets a `Linear4bit`, whose weights are rounded already, be saved after it was used. For its fast kernel on CPUs
+    bitsandbytes 0.50 rearranges a layer's weights in their place, in the first forward pass of evaluation. When they
+    are saved it arranges them back, bit for bit, but not their scales: these have been rounded to bfloat16, and without
+    `double_quant` they stay transposed. So the scales of before, a small part of the whole, are kept, and take the
+    place of those.
     """
     if layer.support_avx512bf16_for_cpu:
         layer.register_forward_pre_hook(_keep_scales)
@@ -127,7 +112,7 @@ def keep_scales(layer: nn.Module) -> None:
 
 
 def _keep_scales(layer: nn.Module, args: tuple) -> None:
-    if not _is_rearranged(layer):
+    if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):  # not rearranged yet
         layer.kept_scales = copy(layer.weight.quant_state)  # rearranging changes attributes of that object alone
 
 
@@ -139,7 +124,3 @@ def _restore_scales(layer: nn.Module, state_dict: dict, prefix: str, local_metad
     layer.weight.quant_state = layer.quant_state = copy(kept)
     for name, value in kept.as_dict(packed=True).items():
         state_dict[f"{prefix}weight.{name}"] = value
-
-
-def _is_rearranged(layer: nn.Module) -> bool:
-    return getattr(layer.weight.quant_state, "packing_format_for_cpu", False)

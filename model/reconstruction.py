@@ -2,10 +2,11 @@
 like its input, with a loss of several parts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,7 +103,7 @@ def adversarial_losses(
     """
     generator, features, learned = [], [], []
     for discriminator in discriminators:
-        with held(discriminator):
+        with without_gradients(discriminator):
             judged, theirs = discriminator(made)
         said, ours = discriminator(media)
         generator.append(-judged.mean())
@@ -119,7 +120,7 @@ def relative_distance(wanted: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def held(module: nn.Module) -> Iterator[None]:
+def without_gradients(module: nn.Module) -> Iterator[None]:
     """Nothing in this block gives the module's weights a gradient."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in learning:
@@ -158,20 +159,17 @@ class ReconstructionModel(MegaTransformerPreTrainedModel):
         """Factors on the parts of the loss, by name."""
         raise NotImplementedError
 
-    def build_discriminators(self, discriminators: Iterator[Discriminator]) -> nn.ModuleList | None:
-        """Those that the configuration asks for."""
-        return nn.ModuleList(discriminators) if self.config.adversarial_weight else None
+    def build_discriminators(self, views: Iterable[dict[str, Any]]) -> nn.ModuleList | None:
+        """One for each view (arguments of `Discriminator`), if the configuration asks for them."""
+        if not self.config.adversarial_weight:
+            return None
+        return nn.ModuleList(Discriminator(**view, width=self.config.discriminator_size) for view in views)
 
     def compare(
         self, made: torch.Tensor, media: torch.Tensor, losses: dict[str, torch.Tensor], step: int | None
     ) -> ReconstructionOutput:
-        """Adds what discriminators say to the other parts of the loss.
-
-        Args:
-            made: The reconstruction.
-            media: What it should be.
-            losses: Parts that are known already.
-            step: Updates that were made before this one. None: as many as it takes.
+        """Adds what discriminators say of a reconstruction `made` of `media` to the other parts of the loss. `step` are
+        the updates made before this one; None: as many as it takes.
         """
         weights = self.loss_weights()
         has_begun = step is None or step >= self.config.adversarial_start

@@ -26,14 +26,8 @@ from .step_lora import StepLora
 
 
 def draw_state(config: MegaTransformerTextConfig, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """One draw of the initial state that `config.recurrence.state_init` names.
-
-    Args:
-        shape: (..., hidden).
-        generator: Never the global one: a draw must not depend on what else was drawn.
-
-    Returns:
-        Float32 tensor of `shape` on the generator's device.
+    """One draw of the initial state that `config.recurrence.state_init` names, float32 of `shape`, (..., hidden), on
+    the generator's device; never the global one, since a draw must not depend on what else was drawn.
     """
     kind = config.recurrence.state_init
     # Float32 whatever the default type is, which `from_pretrained` changes while it makes a model.
@@ -60,14 +54,10 @@ def draw_training_states(
     row_keys: list[tuple[int, ...]],
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Initial states of a training batch, each row from its own key, usually (seed, global step, row in the global
-    batch).
-
-    So a row has the same state however the batch is spread over ranks and micro-batches. They are drawn where they are
-    needed, since on a CPU that can take as long as a GPU's training step; the values differ between kinds of devices.
-
-    Returns:
-        (len(row_keys), sequence, hidden), float32 on `device`.
+    """Initial states of a training batch, (rows, sequence, hidden), float32 on `device`, each row from its own key,
+    usually (seed, global step, row in the global batch): so it has the same state however the batch is spread over
+    ranks and micro-batches. They are drawn where they are needed, since on a CPU that can take as long as a GPU's
+    training step; the values differ between kinds of devices.
     """
     states = torch.empty(len(row_keys), sequence, config.hidden_size, device=device)
     for state, key in zip(states, row_keys, strict=True):

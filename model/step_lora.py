@@ -39,14 +39,9 @@ class StepDeltas(nn.Module):
 
 
 class StepLora(nn.Module):
-    """The deltas of a core, added to the outputs of its linear layers by hooks, so that these may be of any kind.
-
-    Args:
-        core: The `RecurrentCore`.
-        targets: Names of linear layers, as in `core.named_modules()`.
-        num_steps: Steps that have deltas.
-        rank: Rank of the low-rank updates.
-        alpha: Their scale, times the rank.
+    """The deltas of a core, added to the outputs of its linear layers by hooks, so that these may be of any kind:
+    `targets` are their names in `core.named_modules()`, `num_steps` the steps that have deltas, `rank` that of the
+    low-rank updates, `alpha` their scale, times the rank.
     """
 
     def __init__(self, core: nn.Module, targets: Iterable[str], num_steps: int, rank: int, alpha: int):
@@ -68,10 +63,8 @@ class StepLora(nn.Module):
         return output + (self.scale * deltas(args[0], self.step)).to(output.dtype)
 
     def save(self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Write the two files of the adapter.
-
-        Args:
-            state_dict: Weights of the whole model, where a library has gathered it. Default: those that are here.
+        """Writes the two files of the adapter; `state_dict` has the weights of the whole model, where a library has
+        gathered it.
         """
         mark = ".step_lora."
         if state_dict is None:
@@ -83,11 +76,7 @@ class StepLora(nn.Module):
         (Path(folder) / CONFIG).write_text(json.dumps(self.options, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
-        """Read the weights of an adapter with the same options.
-
-        Raises:
-            ValueError: the adapter has other weights.
-        """
+        """Reads the weights of an adapter with the same options; ValueError if it has other weights."""
         with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
             there = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         here = {name: weight.shape for name, weight in self.state_dict().items()}
@@ -104,13 +93,8 @@ class StepLora(nn.Module):
 
 
 def add_step_lora(model: nn.Module, targets: Iterable[str], num_steps: int, rank: int, alpha: int) -> StepLora:
-    """Add fresh deltas, which change nothing yet, to the core of a model with a head.
-
-    Args:
-        targets: Names of linear layers of the core, as in `core.named_modules()`.
-
-    Raises:
-        ValueError: the model has no core, or no such layer.
+    """Adds fresh deltas, which change nothing yet, to layers of the core of a model with a head; `targets` are their
+    names in `core.named_modules()`. ValueError if the model has no core, or no such layer.
     """
     core = model.base_model.core
     if core is None:
@@ -127,10 +111,8 @@ def add_step_lora(model: nn.Module, targets: Iterable[str], num_steps: int, rank
 
 
 def load_step_lora(model: nn.Module, folder: str | Path) -> StepLora:
-    """Add the deltas of an adapter folder, whose options are compared with its weights before room is made for them.
-
-    Raises:
-        ValueError: if they do not fit each other or the model, or a file is damaged.
+    """Adds the deltas of an adapter folder, whose options are compared with its weights before room is made for them.
+    ValueError if they do not fit each other or the model, or a file is damaged.
     """
     path, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     try:

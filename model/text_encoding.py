@@ -14,17 +14,12 @@ PIECE_LENGTH = 2**20
 
 _SEAM = re.compile(r"(?<=\S)(?=\s)")
 _TRIED_SEAMS = 100
-_LOOKED_AT = 100  # characters on each side of a seam: more than a word
+_CONTEXT = 100  # characters on each side of a seam: more than a word
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """Ids (int32) of texts. Calling the backend itself takes half the time of calling the tokenizer.
-
-    Args:
-        tokenizer: A fast one.
-
-    Raises:
-        ValueError: UTF-8 cannot hold one of them.
+    """Ids (int32) of texts by a fast tokenizer, whose backend takes half the time when it is called itself. ValueError
+    if UTF-8 cannot hold one of them.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -55,11 +50,7 @@ def _groups(texts: Sequence[str], backend: Any) -> Iterator[list[tuple[int, str]
 
 
 def normalized(tokenizer: Any, text: str) -> str:
-    """A text as the model of the tokenizer reads it.
-
-    Raises:
-        ValueError: UTF-8 cannot hold it.
-    """
+    """A text as the model of the tokenizer reads it; ValueError if UTF-8 cannot hold it."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     try:
         return text if normalizer is None else normalizer.normalize_str(text)
@@ -72,15 +63,11 @@ def _no_utf8(text: str) -> ValueError:
 
 
 def cut_text(text: str, tokenizer: Any = None) -> Iterator[str]:
-    """Pieces of a text that give, one after another, the same tokens as the whole.
-
-    Cuts are made where white space begins. Byte-level pretokenizers, such as that of our own vocabularies, split there
-    whatever comes before and after: white space begins a piece of theirs or is one, and never follows anything else in
-    it. So do most others, but not all.
-
-    Args:
-        tokenizer: A backend, tried at each cut on the text around it. One that encodes every beginning of a text in a
-            way of its own gets the text whole.
+    """Pieces of a text that give, one after another, the same tokens as the whole. Cuts are made where white space
+    begins. Byte-level pretokenizers, such as that of our own vocabularies, split there whatever comes before and after:
+    white space begins a piece of theirs or is one, and never follows anything else in it. So do most others, but not
+    all: a backend, if given, is tried at each cut on the text around it, and one that encodes every beginning of a text
+    in a way of its own gets the text whole.
     """
     start = 0
     while len(text) - start > PIECE_LENGTH:
@@ -94,7 +81,7 @@ def cut_text(text: str, tokenizer: Any = None) -> Iterator[str]:
 
 
 def _splits_at(tokenizer: Any, text: str, seam: int) -> bool:
-    before, after = text[max(0, seam - _LOOKED_AT) : seam], text[seam : seam + _LOOKED_AT]
+    before, after = text[max(0, seam - _CONTEXT) : seam], text[seam : seam + _CONTEXT]
     first, second, whole = (
         tokenizer.encode(part, add_special_tokens=False).ids for part in (before, after, before + after)
     )

@@ -3,7 +3,6 @@
 Source: Siuzdak 2023 (Vocos), arXiv 2306.00814.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -11,12 +10,12 @@ from torch import nn
 
 from .configuration_codecs import MegaTransformerVocoderConfig
 from .feature_extraction_megatransformer import FLOOR, LOG_MEAN, LOG_STD, window_and_filters
-from .reconstruction import ConvNeXtBlock, Discriminator, ReconstructionModel, ReconstructionOutput
+from .reconstruction import ConvNeXtBlock, ReconstructionModel, ReconstructionOutput
 
 QUIET = 1e-7
 """Smallest power in the loss on spectrograms."""
 PERIODS = (2, 3, 5, 7, 11)
-"""Periods at which discriminators fold audio. Source: Kong et al. 2020 (HiFi-GAN), arXiv 2010.05646."""
+"""Periods at which discriminators fold audio, to see samples so far apart. Source: HiFi-GAN, arXiv 2010.05646."""
 
 
 class MegaTransformerVocoder(ReconstructionModel):
@@ -35,7 +34,9 @@ class MegaTransformerVocoder(ReconstructionModel):
         self.blocks = nn.ModuleList(ConvNeXtBlock(config, dimensions=1) for _ in range(config.num_hidden_layers))
         self.last_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.n_fft + 2)
-        self.discriminators = self.build_discriminators(waveform_discriminators(config))
+        views = [{"view": partial(fold, period=period), "channels": 1, "kernel": (5, 1)} for period in PERIODS]
+        views += [{"view": partial(log_spectrogram, n_fft=size), "channels": 1} for size in config.stft_sizes]
+        self.discriminators = self.build_discriminators(views)
         self.post_init()
 
     def loss_weights(self) -> dict[str, float]:
@@ -49,10 +50,8 @@ class MegaTransformerVocoder(ReconstructionModel):
         return (mel.clamp(min=FLOOR).log10() - LOG_MEAN) / LOG_STD
 
     def decode(self, log_mels: torch.FloatTensor) -> torch.Tensor:
-        """(waveforms, mel bins, frames) -> float32 (waveforms, (frames - 1) * hop_length).
-
-        Raises:
-            ValueError: the tensor has another shape.
+        """(waveforms, mel bins, frames) -> float32 (waveforms, (frames - 1) * hop_length); ValueError for another
+        shape.
         """
         config = self.config
         if log_mels.ndim != 3 or log_mels.shape[1] != config.num_mel_bins or not log_mels.shape[2]:
@@ -73,15 +72,9 @@ class MegaTransformerVocoder(ReconstructionModel):
         return torch.istft(spectrum, config.n_fft, config.hop_length, window=window)
 
     def forward(self, waveforms: torch.FloatTensor, step: int | None = None) -> ReconstructionOutput:
-        """Audio to log-mel spectrograms and back, and how well it came through.
-
-        Args:
-            waveforms: float (waveforms, samples), at the configured rate; samples behind the last whole frame are left
-                out.
-            step: Updates that were made; see `compare`.
-
-        Raises:
-            ValueError: waveforms are shorter than a frame.
+        """Audio, float (waveforms, samples) at the configured rate, to log-mel spectrograms and back, and how well it
+        came through; samples behind the last whole frame are left out. `step` as in `compare`. ValueError: waveforms
+        are shorter than a frame.
         """
         hop = self.config.hop_length
         if waveforms.ndim != 2 or waveforms.shape[1] < hop:
@@ -117,15 +110,6 @@ def stft_loss(made: torch.Tensor, waveforms: torch.Tensor, sizes: list[int]) -> 
         )
         losses += [(theirs - ours).norm() / theirs.norm(), (theirs.log() - ours.log()).abs().mean()]
     return torch.stack(losses).sum() / len(sizes)
-
-
-def waveform_discriminators(config: MegaTransformerVocoderConfig) -> Iterator[Discriminator]:
-    """One for each of `PERIODS`, which sees samples that far apart side by side, and one for each size of window."""
-    size = config.discriminator_size
-    for period in PERIODS:
-        yield Discriminator(partial(fold, period=period), channels=1, width=size, kernel=(5, 1))
-    for window in config.stft_sizes:
-        yield Discriminator(partial(log_spectrogram, n_fft=window), channels=1, width=size)
 
 
 def fold(waveforms: torch.Tensor, period: int) -> torch.Tensor:

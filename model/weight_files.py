@@ -39,12 +39,7 @@ MOST_LISTED, LONGEST_NAME = 3, 80
 
 @dataclass(frozen=True)
 class DeclaredWeight:
-    """A weight as the header of its file has it.
-
-    Args:
-        shape: Shape of the tensor.
-        dtype: Name of its type, such as "F32".
-    """
+    """A weight as the header of its file has it: its shape, and the name of its type, such as "F32"."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -56,11 +51,7 @@ class DeclaredWeight:
 
 
 def declared_weights(paths: Iterable[Path]) -> dict[str, DeclaredWeight]:
-    """The weights of all files, by their names; only the headers are read.
-
-    Raises:
-        ValueError: one of them is damaged.
-    """
+    """The weights of all files, by their names; only the headers are read. ValueError if one of them is damaged."""
     found = {}
     for path in paths:
         try:
@@ -76,11 +67,9 @@ def declared_weights(paths: Iterable[Path]) -> dict[str, DeclaredWeight]:
 def build_skeleton(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, declared: Mapping[str, DeclaredWeight]
 ) -> PreTrainedModel:
-    """The model of a configuration on the meta device, without weights.
-
-    Raises:
-        ValueError: it has many more weights than the files, or larger ones; it is not built to its end then. Or it has
-            parts of others, and does not say what they are like.
+    """The model of a configuration on the meta device, without weights. ValueError: it has many more weights than the
+    files, or larger ones, and is not built to its end then; or it has parts of others, and does not say what they are
+    like.
     """
     _refuse_absent_parts(config)
     with torch.device("meta"), _no_more_than(declared):
@@ -136,13 +125,10 @@ def _no_more_than(declared: Mapping[str, DeclaredWeight]) -> Iterator[None]:
 
 
 def check_fit(folder: Path, model: PreTrainedModel, declared: Mapping[str, DeclaredWeight]) -> None:
-    """Compares the weights of a model with those in the files of a folder.
-
-    Those of a backbone are left to transformers, which knows the names that they have had in its earlier versions. Of
-    rounded weights (of 8 or 4 bits), which have companions, the number of their numbers is compared.
-
-    Raises:
-        ValueError: weights are missing, left over, of another shape, or no floating-point numbers.
+    """Compares the weights of a model with those in the files of a folder. Those of a backbone are left to
+    transformers, which knows the names that they have had in its earlier versions. Of rounded weights (of 8 or 4 bits),
+    which have companions, the number of their numbers is compared. ValueError: weights are missing, left over, of
+    another shape, or no floating-point numbers.
     """
     foreign = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Backbone))
     is_rounded = getattr(model.config, "quantization_config", None) is not None

@@ -140,7 +140,7 @@ def test_prompt_reference_and_answers_stand_in_tensorboard(run):
 def test_pictures_stand_beside_them_as_they_are(run):
     """Pictures of 32 x 16 are not resized, so that the model sees their pixels."""
     found = events(run[0])
-    for tag, seed in (("scenes_0/picture_0", 1), ("scenes_1/picture_0", 5), ("scenes_1/picture_1", 1)):
+    for tag, seed in (("scenes_0/image_0", 1), ("scenes_1/image_0", 5), ("scenes_1/image_1", 1)):
         (event,) = found.Images(f"train/samples/{tag}")
         shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"), dtype=int)
         assert shown.shape == (16, 32, 3) and np.abs(shown - np.asarray(picture(seed=seed))).max() <= 1
@@ -149,7 +149,7 @@ def test_pictures_stand_beside_them_as_they_are(run):
 def test_sounds_can_be_heard_and_seen(run):
     """A player with the samples at their rate, and a spectrogram."""
     found = events(run[0])
-    (event,) = found.Audio("train/samples/digits_0/sound_0")
+    (event,) = found.Audio("train/samples/digits_0/audio_0")
     heard, rate = soundfile.read(io.BytesIO(event.encoded_audio_string), dtype="float32")
     assert rate == event.sample_rate == 8000
     np.testing.assert_allclose(heard, AUDIO["audio"], atol=2 / 2**15)
@@ -163,7 +163,7 @@ def test_sounds_of_sources_can_be_heard(tmp_path):
     source = SourceConfig("generated", task="melodies", num_rows=4, difficulty=[1, 1])
     data = DataConfig(train=[source], block_size=256)
     train(tmp_path, samples(num_examples=1), {"melodies": build_examples(source, data, tiny_processor(), 2)})
-    (event,) = events(tmp_path).Audio("train/samples/melodies_0/sound_0")
+    (event,) = events(tmp_path).Audio("train/samples/melodies_0/audio_0")
     heard, _ = soundfile.read(io.BytesIO(event.encoded_audio_string), dtype="float32")
     medium = generate_row(get_task("melodies"), (1, 1), "test", (0, 0), 0)["medium"]
     played, rate = get_task("melodies").render(medium)

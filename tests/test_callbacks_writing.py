@@ -84,7 +84,7 @@ def drawn(examples):
 def test_grids_have_the_reference_and_what_is_written_at_each_depth(run, examples):
     """After steps 2 and 3; with the weights of that moment."""
     folder, trainer = run
-    found = events(folder).Images("train/written_samples/drawings_image")
+    found = events(folder).Images("train/generated_samples/drawings_image")
     assert [event.step for event in found] == [2, 3]
     grid = np.asarray(Image.open(io.BytesIO(found[-1].encoded_image_string)).convert("RGB"))
     assert grid.shape == (2 * 32 + 2, 3 * 32 + 4, 3)
@@ -98,7 +98,7 @@ def test_grids_have_the_reference_and_what_is_written_at_each_depth(run, example
 
 
 def test_prompts_are_listed_and_answers_in_text_are_elsewhere(run, examples):
-    (_, text) = texts(run[0], "written_samples/drawings_image").values()
+    (_, text) = texts(run[0], "generated_samples/drawings_image").values()
     assert text.splitlines() == [f"    {line}: {row['prompt']}" for line, row in enumerate(drawn(examples))]
     assert set(texts(run[0], "samples/drawings_0")) == {3}
     assert not any("samples/tunes_0" in tag and "written" not in tag for tag in events(run[0]).Tags()["tensors"])
@@ -109,15 +109,15 @@ def test_sounds_can_be_heard_and_seen(run, examples):
     folder, trainer = run
     found = events(folder)
     samples_of_it, rate = examples["tunes"][1]["reference"]
-    (event,) = found.Audio("train/written_samples/tunes_audio_1/reference")
+    (event,) = found.Audio("train/generated_samples/tunes_audio_1/reference")
     heard, _ = soundfile.read(io.BytesIO(event.encoded_audio_string), dtype="float32")
     assert event.step == 0 and event.sample_rate == rate == 8000
     np.testing.assert_allclose(heard, samples_of_it, atol=2 / 2**15)
-    event = found.Audio("train/written_samples/tunes_audio_1/steps_4")[-1]
+    event = found.Audio("train/generated_samples/tunes_audio_1/steps_4")[-1]
     heard, _ = soundfile.read(io.BytesIO(event.encoded_audio_string), dtype="float32")
     (expected,) = written(trainer, examples["tunes"][1], 4, 1).audio
     np.testing.assert_allclose(heard, expected.clamp(-1, 1).numpy(), atol=2 / 2**15)
-    assert len(found.Images("train/written_samples/tunes_audio")) == 2
+    assert len(found.Images("train/generated_samples/tunes_audio")) == 2
 
 
 def test_the_size_of_latents_is_logged_by_part(run, examples):
@@ -138,7 +138,7 @@ def test_the_size_of_latents_is_logged_by_part(run, examples):
             sizes.append(torch.cat(pixels).square().mean().sqrt().item())
         ratios.append(sizes[1] / sizes[0])
     for part, ratio in enumerate(ratios, start=1):
-        tag = f"train/written_samples/drawings_image/latents_{part}_of_3_steps_4"
+        tag = f"train/generated_samples/drawings_image/latents_{part}_of_3_steps_4"
         assert events(folder).Scalars(tag)[-1].value == pytest.approx(ratio, rel=0.02)
 
 
@@ -167,7 +167,7 @@ def test_images_that_are_tokens(tmp_path, monkeypatch):
     grids = {}
     for name in ("untrained", "trained"):
         found = events(tmp_path / name)
-        event = found.Images("train/written_samples/drawings_image")[-1]
+        event = found.Images("train/generated_samples/drawings_image")[-1]
         grids[name] = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB"))
         assert not any("latents" in name for name in found.Tags()["scalars"])
     model = trainer.model.eval()
@@ -225,7 +225,7 @@ def test_latents_drift_when_they_are_twice_or_half_as_large(examples, caplog, fa
 def test_parts_that_no_reference_has_are_not_compared(examples):
     """The reference has two places."""
     ratios = drifts_of(examples["tunes"][1], torch.ones(16, 8), 1.0)
-    assert list(ratios) == [f"written_samples/tunes/latents_{part}_of_3" for part in (1, 2)]
+    assert list(ratios) == [f"generated_samples/tunes/latents_{part}_of_3" for part in (1, 2)]
 
 
 def test_sizes_are_root_mean_squares_of_what_there_is():

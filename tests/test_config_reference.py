@@ -25,7 +25,6 @@ from model import (
 )
 from trainers import RecurrentTrainingArguments
 from trainers.dpo import PreferenceArguments
-from trainers.exit_probe import ExitProbeArguments
 from trainers.finetuning import FINETUNERS, ModelOptions
 from trainers.grpo import RolloutArguments
 from trainers.optimizers import ParameterGroup
@@ -44,7 +43,7 @@ CODECS = {
 }
 TUNING = ["--model.path", "some/run"]
 OF_TUNING = ["The run [finetune.py]", "model [finetune.py]", "peft", "peft.target_modules", "step_lora", "quantization"]
-OF_TRAINERS = {f"training [{name}]": name for name in FINETUNERS if name != "continued"}
+OF_TRAINERS = {f"training [{name}]": name for name in FINETUNERS if name not in ("continued", "exit_probe")}
 
 
 class Line(NamedTuple):
@@ -157,7 +156,7 @@ def test_every_option_stands_there_once(tmp_path: Path):
     expected |= {f"training.parameter_groups.{item.name}" for item in dataclasses.fields(ParameterGroup)}
     tuned = configs.resolve([*TUNING, "--peft.rank", "2", "--step_lora.rank", "2"], FinetuningConfig)
     expected |= flatten_keys({name: tuned[name] for name in ("model", "peft", "step_lora", "quantization")}).keys()
-    for cls in (SupervisedArguments, PreferenceArguments, RolloutArguments, ExitProbeArguments):
+    for cls in (SupervisedArguments, PreferenceArguments, RolloutArguments):
         expected |= {f"training.{name}" for name in cls.__annotations__ if name in loader.option_types(cls)}
     assert len({(line.group, line.key) for line in LINES}) == len(LINES)
     groups = {part for line in LINES for part in line.group.partition(" [")[0].split(", ")}
@@ -223,7 +222,6 @@ NEEDED = {
     SupervisedArguments: {"output_dir": "unused", "use_cpu": True},
     PreferenceArguments: {"output_dir": "unused", "use_cpu": True},
     RolloutArguments: {"output_dir": "unused", "use_cpu": True, "rewards": ["some:reward"]},
-    ExitProbeArguments: {"output_dir": "unused", "use_cpu": True},
     ModelOptions: {"path": "some/run"},
 }
 

@@ -1,5 +1,7 @@
 """Old names of options still work, in files and on the command line, with one line that says the new one."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from configs import flatten_keys, load_run_config, read_yaml, renamed, resolve
 from configs.finetuning import FinetuningConfig
 from inference.arguments import OneLineParser, counted
 from model.terminal import say_new_name
+from tests.test_config_reference import LINES
 
 LINE = "{} is now called {}; the old name will not be known to the next version\n"
 
@@ -96,3 +99,44 @@ def test_each_old_name_is_gone_and_each_new_one_is_an_option() -> None:
         new_key = ".".join([*old.split(".")[:-1], new])
         assert any(f".{new_key}." in f".{key}." for key in keys), new_key
         assert not any(f".{old}." in f".{key}." for key in keys), old
+
+
+GONE = """
+callbacks:
+  samples: {prompts: [a], do_sample: false, temperature: 0.8}
+  throughput: {enabled: true}
+  non_finite: {keep_batches: 64}
+"""
+
+
+def test_options_that_are_gone_may_have_the_value_that_is_left(yaml_file, capsys) -> None:
+    run = load_run_config(yaml_file(GONE))
+    assert run.resolved == load_run_config(yaml_file("callbacks: {samples: {prompts: [a]}}")).resolved
+    flags = ["--callbacks.samples.do-sample", "false", "--callbacks.throughput", "{enabled: true}"]
+    assert resolve([*flags, "--callbacks.non_finite.keep_batches=64"]) == resolve([])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({"callbacks": {"samples": {"do_sample": True}}}, ["--callbacks.samples.do_sample", "true"]),
+        ({"callbacks": {"throughput": {"enabled": False}}}, ["--callbacks", "{throughput: {enabled: false}}"]),
+        ({"callbacks": {"non_finite": {"keep_batches": 8}}}, ["--callbacks.non_finite.keep_batches=8"]),
+    ],
+)
+def test_options_that_are_gone_have_no_other_value(given, flags, yaml_file) -> None:
+    ((key, value),) = flatten_keys(given).items()
+    path = yaml_file(json.dumps(given))
+    message = f"{key} is {value!r}, but this option is gone, and is always {renamed.REMOVED[key]!r}; remove it"
+    with pytest.raises(ValueError, match=rf"old.yaml: {re.escape(message)}$"):
+        read_yaml(path)
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)} is .*, but this option is gone, and is always"):
+        resolve(flags)
+
+
+def test_each_option_that_is_gone_is_none() -> None:
+    keys = {name for line in LINES for name in line.names}
+    assert "callbacks.samples.prompts" in keys
+    for old in renamed.REMOVED:
+        assert not any(f".{key}".endswith(f".{old}") for key in keys), old

@@ -21,7 +21,7 @@ from tests.tiny_reader import tiny_reader
 def answers_of(*pairs, **options):
     return [
         Answer(**{"modality": "text", "difficulty": None, "is_right": False, "attributes": None, **options},
-               reference=reference, written=written)
+               reference=reference, generated=written)
         for reference, written in pairs
     ]  # fmt: skip
 
@@ -261,9 +261,9 @@ def test_the_table_has_losses_and_answers_by_source_modality_and_depth():
         written = [answer(model, example, depth, 4).strip() for example in examples]
         for name, indices in (("text", [2]), ("image", [0, 4]), ("audio", [1, 3])):
             chosen = answers_of(*((examples[index]["answer"], written[index]) for index in indices))
-            assert depth_row.modalities[name].written == text_scores(chosen)
+            assert depth_row.modalities[name].generated == text_scores(chosen)
         chosen = answers_of(*((examples[index]["answer"], written[index]) for index in (2, 3, 4)))
-        assert depth_row.written["second"] == text_scores(chosen)
+        assert depth_row.generated["second"] == text_scores(chosen)
 
 
 def test_a_modality_may_have_losses_or_answers_alone():
@@ -275,8 +275,8 @@ def test_a_modality_may_have_losses_or_answers_alone():
         writer=AnswerGenerator(processor, 2),
     )
     image, audio = depth_row.modalities["image"], depth_row.modalities["audio"]
-    assert image.losses == depth_row.sources["scenes"] and image.exact_match is None and image.written is None
-    assert audio.losses == {} and audio.exact_match == 0 and audio.written.num_examples == 1
+    assert image.losses == depth_row.sources["scenes"] and image.exact_match is None and image.generated is None
+    assert audio.losses == {} and audio.exact_match == 0 and audio.generated.num_examples == 1
     assert "text" not in depth_row.modalities
 
 
@@ -307,7 +307,7 @@ def test_what_is_written_is_right_where_every_token_is_the_likeliest():
         writer=AnswerGenerator(processor, max_new_tokens=3),
     )
     assert table[0].exact_match["scenes"] == ExactMatch(0.5, 4, {1: 0.5, 2: 0.5})
-    assert table[0].written["scenes"].exact_match == table[0].modalities["image"].exact_match == 0.5
+    assert table[0].generated["scenes"].exact_match == table[0].modalities["image"].exact_match == 0.5
 
 
 def test_a_model_of_text_writes_too_and_has_no_modalities():
@@ -321,7 +321,7 @@ def test_a_model_of_text_writes_too_and_has_no_modalities():
     output = model.generate(torch.tensor([[1, *ids[:2]]]), num_steps=2, max_new_tokens=3, do_sample=False)
     written = tokenizer.decode(output[0, 3:], skip_special_tokens=True)
     expected = text_scores(answers_of((example["answer"], written.strip())))
-    assert depth_row.written == {"cats": expected} and depth_row.modalities == {}
+    assert depth_row.generated == {"cats": expected} and depth_row.modalities == {}
 
 
 # The report
@@ -335,7 +335,7 @@ def known_rows():
         match = ExactMatch(share, 8)
         return DepthRow(
             *(steps, 2.5, 12.18, None, 0.5, {"scenes": {"loss": 2.5}}, {"scenes": match}),
-            written={"scenes": written(share)},
+            generated={"scenes": written(share)},
             modalities={
                 "text": ModalityScores({"loss": 3.0, "perplexity": 20.1}, None, None),
                 "image": ModalityScores({"loss": 2.25, "perplexity": 9.5}, share, written(share)),
@@ -369,8 +369,8 @@ def test_markdown_has_a_table_of_modalities_and_one_of_texts():
 def test_saved_files_hold_them_too(tmp_path):
     json_path, markdown_path, picture_path = save_depth_table(known_rows(), tmp_path, {})
     rows = json.loads(json_path.read_text())["rows"]
-    assert rows[1]["written"]["scenes"]["attributes"] == {"colour": 1.0, "shape": 0.25}
-    assert rows[0]["modalities"]["image"]["written"]["word_error_rate"] == 0.75
+    assert rows[1]["generated"]["scenes"]["attributes"] == {"colour": 1.0, "shape": 0.25}
+    assert rows[0]["modalities"]["image"]["generated"]["word_error_rate"] == 0.75
     assert markdown_path.read_text() == markdown_table(known_rows())
     from PIL import Image
 

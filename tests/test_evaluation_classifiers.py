@@ -114,17 +114,27 @@ def test_saved_is_loaded_with_its_digest(classifiers, tmp_path):
     assert torch.equal(loaded.features(media), classifiers["shade"].features(media))
     assert torch.equal(loaded.held_out_features, classifiers["shade"].held_out_features)
     assert loaded.config == PICTURES and loaded.real_accuracy == classifiers["shade"].real_accuracy
-    content = json.loads((tmp_path / "shade" / "judge.json").read_text())
+    content = json.loads((tmp_path / "shade" / "classifier.json").read_text())
     assert content["digest"] == loaded.digest == digest and content["data"] == "somewhere"
 
 
+def test_a_classifier_of_an_earlier_version_is_read(classifiers, tmp_path):
+    save_classifier(classifiers["shade"], tmp_path, {})
+    content = json.loads((tmp_path / "classifier.json").read_text())
+    content["config"]["medium"] = content["config"].pop("modality")
+    (tmp_path / "judge.json").write_text(json.dumps(content))
+    (tmp_path / "classifier.json").unlink()
+    (tmp_path / "classifier.safetensors").rename(tmp_path / "judge.safetensors")
+    assert load_classifier(tmp_path).config == PICTURES
+
+
 def test_a_folder_that_is_no_classifier_is_refused(classifiers, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no classifier \(judge.json is missing\): give a folder that evalu"):
+    with pytest.raises(ValueError, match=r"holds no classifier \(classifier.json is missing\): give a folder that "):
         load_classifier(tmp_path)
     save_classifier(classifiers["shade"], tmp_path, {})
-    weights = tmp_path / "judge.safetensors"
+    weights = tmp_path / "classifier.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
-    with pytest.raises(ValueError, match=r"has digest .*, where judge.json says .*: train the classifier again"):
+    with pytest.raises(ValueError, match=r"has digest .*, where classifier.json says .*: train the classifier again"):
         load_classifier(tmp_path)
 
 
@@ -157,7 +167,7 @@ def test_labels_are_found_as_whole_words():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"medium": "video"}, "a classifier of 'video' is unknown; choose image or audio"),
+        ({"modality": "video"}, "a classifier of 'video' is unknown; choose image or audio"),
         ({"labels": ["one"]}, "a classifier has labels .*; give at least two"),
         ({"image_size": 8}, "image_size of a classifier is 8; give at least 16"),
         ({"seconds": 0.0}, "seconds of a classifier is 0.0; give at least 0.2"),
@@ -165,7 +175,7 @@ def test_labels_are_found_as_whole_words():
 )
 def test_classifiers_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
-        ClassifierConfig(**{"medium": "image", "labels": ["a", "b"], **options})
+        ClassifierConfig(**{"modality": "image", "labels": ["a", "b"], **options})
 
 
 def test_media_that_cannot_be_learned():

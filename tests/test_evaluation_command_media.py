@@ -44,24 +44,24 @@ def test_answers_attributes_and_errors_by_source_modality_and_depth(run_folder, 
     model, processor = tiny_reader(), tiny_processor()
     data = DataConfig(train=[SourceConfig(**source) for source in SOURCES], block_size=256)
     for row in rows:
-        assert set(row["sources"]) == set(row["written"]) == set(row["exact_match"])
+        assert set(row["sources"]) == set(row["generated"]) == set(row["exact_match"])
         assert set(row["modalities"]) == {"text", "image", "audio"}
         for source, modality in zip(data.train, ("image", "audio", "text"), strict=True):
-            scores = row["written"][source.task]
-            assert scores == row["modalities"][modality]["written"] and scores["num_examples"] == 5
+            scores = row["generated"][source.task]
+            assert scores == row["modalities"][modality]["generated"] and scores["num_examples"] == 5
             assert row["modalities"][modality]["losses"] == pytest.approx(row["sources"][source.task])
             assert scores["word_error_rate"] > 0 and 0 <= scores["chrf"] < 0.5
             assert bool(scores["attributes"]) == (modality != "text")
     examples = build_examples(data.train[0], data, processor, 5, seed=5)
     pairs = [(example["answer"], answer(model, example, 3, 6).strip()) for example in examples]
     expected = text_scores(answers_of(*pairs, attributes=get_task("scenes").attributes))
-    assert rows[1]["written"]["scenes"] == asdict(expected) and "colour1" in expected.attributes
+    assert rows[1]["generated"]["scenes"] == asdict(expected) and "colour1" in expected.attributes
     assert "Texts generated for melodies (5):" in out and "By modality:" in out
 
 
 def test_without_texts_nothing_is_written(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("transformers.GenerationMixin.generate", None)
     rows = run(run_folder, tmp_path, "--no-texts")
-    assert rows[0]["written"] == {} and rows[0]["modalities"]["image"]["written"] is None
+    assert rows[0]["generated"] == {} and rows[0]["modalities"]["image"]["generated"] is None
     out = capsys.readouterr().out
     assert "Texts written" not in out and "WER" not in out and "exact scenes" in out

@@ -35,7 +35,7 @@ def classifier_folder(tmp_path_factory):
     """A classifier of colours that has seen a few plain pictures."""
     colours = {"red": (220, 40, 40), "blue": (50, 80, 220)}
     media = LabelledMedia([Image.new("RGB", (32, 32), colour) for colour in colours.values()] * 2, list(colours) * 2)
-    folder = tmp_path_factory.mktemp("judges") / "colours"
+    folder = tmp_path_factory.mktemp("classifiers") / "colours"
     save_classifier(train_classifier(ClassifierConfig("image", list(colours)), media, media, num_epochs=1), folder, {})
     return folder
 
@@ -55,7 +55,7 @@ def test_what_is_written_is_checked_by_source_and_depth(run_folder, classifier_f
     rows = run(run_folder, tmp_path, *flags)
     out = capsys.readouterr().out
     assert set(rows[0]["sources"]) == {"drawings", "tunes", "scenes", "addition"}
-    assert set(rows[0]["exact_match"]) == set(rows[0]["written"]) == {"scenes", "addition"}
+    assert set(rows[0]["exact_match"]) == set(rows[0]["generated"]) == {"scenes", "addition"}
     assert rows[0]["exact_match"]["scenes"]["num_examples"] == 2
 
     content = json.loads((tmp_path / "media.json").read_text())
@@ -65,10 +65,10 @@ def test_what_is_written_is_checked_by_source_and_depth(run_folder, classifier_f
     assert {name: scores["num_examples"] for name, scores in deep.items()} == {"drawings": 4, "tunes": 4, "scenes": 2}
     assert set(deep["tunes"]["checks"]) == {"note1", "note2", "note3", "length", "all"}
     assert content["real"]["drawings"]["all"] == content["real"]["tunes"]["all"] == 1.0
-    assert deep["drawings"]["judged"]["colours"]["digest"] == load_classifier(classifier_folder).digest
+    assert deep["drawings"]["classified"]["colours"]["digest"] == load_classifier(classifier_folder).digest
     assert deep["drawings"]["distances"]["pixels.pt"]["kernel_distance"] > 0
-    assert deep["tunes"]["judged"] == deep["tunes"]["distances"] == {}
-    assert deep["drawings"]["read_back"]["num_examples"] == 4
+    assert deep["tunes"]["classified"] == deep["tunes"]["distances"] == {}
+    assert deep["drawings"]["round_trip"]["num_examples"] == 4
 
     model, processor = tiny_artist(), artist_processor()
     data = DataConfig(train=[SourceConfig(**source) for source in SOURCES], block_size=256)
@@ -161,7 +161,7 @@ def test_rows_are_divided_by_what_answers_them():
     [
         (
             ["--classifier", "nowhere"],
-            "nowhere holds no classifier (judge.json is missing): give a folder that",
+            "nowhere holds no classifier (classifier.json is missing): give a folder that",
         ),
         (["--num-flow-steps", "0"], "argument --num-flow-steps: 0 is less than 1"),
         (["--guidance-scale", "-1"], "argument --guidance-scale: -1 is less than 0: give a number, 0 or more."),

@@ -93,8 +93,8 @@ def test_checks_are_counted_by_source_and_depth():
     assert deep.sources["sounds"].checks["all"] == 1.0
     assert found.real == {"pictures": {"bright": 1.0, "all": 1.0}, "sounds": {"loud": 1.0, "all": 1.0}}
     scores = deep.sources["pictures"]
-    assert scores.medium == "image" and scores.num_examples == 5 and scores.milliseconds > 0
-    assert scores.judged == {} and scores.read_back is None and scores.mean_steps is None
+    assert scores.modality == "image" and scores.num_examples == 5 and scores.milliseconds > 0
+    assert scores.classified == {} and scores.round_trip is None and scores.mean_steps is None
 
 
 def test_seeds_are_those_of_the_examples_whatever_the_batches():
@@ -171,11 +171,11 @@ def test_classifiers_classify_media_of_their_kind():
     found, _ = table(
         classifiers={"stub": Stub()}, pictures=examples("image", 3, None), sounds=examples("audio", 2, None)
     )
-    shallow, deep = (row.sources["pictures"].judged["stub"] for row in found.rows)
+    shallow, deep = (row.sources["pictures"].classified["stub"] for row in found.rows)
     assert (shallow.num_examples, shallow.accuracy) == (2, 1.0)  # levels 40 and 50; no label is p2
     assert deep.accuracy == 0.5 and deep.real_accuracy == 0.75 and deep.digest == "abc"
     assert isinstance(deep, ClassifierScores) and deep.frechet_distance > shallow.frechet_distance > 0
-    assert all(row.sources["sounds"].judged == {} for row in found.rows)
+    assert all(row.sources["sounds"].classified == {} for row in found.rows)
 
 
 class Compared:
@@ -199,7 +199,7 @@ def test_what_is_written_is_read_back():
     """The model reads p1 in every picture; the fourth has none."""
     reader = RoundTrip(AnswerGenerator(tiny_processor(), 8), "what is it?")
     found, model = table(depths=[4], round_trip=reader, pictures=examples("image", 4, None))
-    scores = found.rows[0].sources["pictures"].read_back
+    scores = found.rows[0].sources["pictures"].round_trip
     assert scores.num_examples == 4 and scores.exact_match == 1 / 4
     assert scores.character_error_rate == (1 + 0 + 1 + 2) / 8
     calls = [call for call in model.calls if "generation_mode" not in call]
@@ -244,9 +244,9 @@ def test_the_table_has_a_line_for_each_depth_and_one_for_real_media():
     )
     assert header[:6] == ["steps", "all", "bright", "stub classifier", "stub Frechet", "stub KID"]
     assert shallow[:4] == ["4", "0.0 %", "0.0 %", "100.0 %"] and deep[:4] == ["8", "40.0 %", "40.0 %", "50.0 %"]
-    judged = found.rows[1].sources["pictures"].judged["stub"]
-    assert deep[4] == f"{judged.frechet_distance:.3f}" and real[4] == f"{judged.real_frechet_distance:.3f}"
-    assert deep[5] == f"{judged.kernel_distance:.3f}" and real[5] == f"{judged.real_kernel_distance:.3f}"
+    classified = found.rows[1].sources["pictures"].classified["stub"]
+    assert deep[4] == f"{classified.frechet_distance:.3f}" and real[4] == f"{classified.real_frechet_distance:.3f}"
+    assert deep[5] == f"{classified.kernel_distance:.3f}" and real[5] == f"{classified.real_kernel_distance:.3f}"
     assert real[:4] == ["real", "100.0 %", "100.0 %", "75.0 %"] and real[-3:] == ["-", "-", "-"]
 
 

@@ -103,14 +103,14 @@ def test_any_picture_can_be_read():
 
 def test_requests_are_understood():
     request = read_request("Draw a small red circle left of a large blue square, please")
-    assert request.kinds == [("small", "red", "circle"), ("large", "blue", "square")]
+    assert request.objects == [("small", "red", "circle"), ("large", "blue", "square")]
     assert request.relation == "left of" and request.third is None
     assert read_request("A large green square at the top left").third == ("top", "left")
     assert read_request("a white triangle at the bottom").third == ("bottom", "middle")
     assert read_request("a white triangle at the right").third == ("middle", "right")
     assert read_request("a white triangle in the middle").third == ("middle", "middle")
-    assert read_request("three yellow circles").kinds == [(None, "yellow", "circle")] * 3
-    assert read_request("a cat on a chair").kinds == []
+    assert read_request("three yellow circles").objects == [(None, "yellow", "circle")] * 3
+    assert read_request("a cat on a chair").objects == []
 
 
 RED, BLUE = (215, 45, 40), (50, 80, 220)

@@ -51,7 +51,7 @@ def test_a_classifier_of_pictures_is_trained_on_a_column_and_measured_on_another
     run(train, *flags, "--validation", other, "--output", tmp_path / "colours")
     classifier, content = (
         load_classifier(tmp_path / "colours"),
-        json.loads((tmp_path / "colours" / "judge.json").read_text()),
+        json.loads((tmp_path / "colours" / "classifier.json").read_text()),
     )
     assert classifier.config.labels == ["blue", "red"] and classifier.config.image_size == 16
     assert classifier.real_accuracy >= 0.9
@@ -65,7 +65,7 @@ def test_a_classifier_of_pictures_is_trained_on_a_column_and_measured_on_another
 def test_a_classifier_of_recordings_holds_a_tenth_back(tmp_path, capsys):
     folder = write_sounds(tmp_path / "sounds", 40)
     run(folder, "--modality", "audio", "--epochs", 6, "--output", tmp_path / "height")
-    content = json.loads((tmp_path / "height" / "judge.json").read_text())
+    content = json.loads((tmp_path / "height" / "classifier.json").read_text())
     assert (content["num_train"], content["num_held_out"]) == (36, 4)
     assert content["config"]["labels"] == ["high", "low"] and 0.25 < content["config"]["seconds"] <= 0.3
     assert "of 4 media held out" in capsys.readouterr().out

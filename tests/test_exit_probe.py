@@ -17,18 +17,21 @@ from model.exit_criteria import ExitProbe
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_finetuning import write_tuning_config
 from tests.tiny_media_run import TINY_MEDIA_RUN, write_media_config
+from trainers import exit_probe
 from trainers.exit_probe import observe
 
 
 @pytest.mark.parametrize("distance", [10.0, 0.3])
-def test_labels_say_from_where_on_distribution_and_state_are_those_of_full_depth(distance):
+def test_labels_say_from_where_on_distribution_and_state_are_those_of_full_depth(distance, monkeypatch):
     """Against passes of each depth by themselves."""
+    monkeypatch.setattr(exit_probe, "DIVERGENCE", 0.05)
+    monkeypatch.setattr(exit_probe, "DISTANCE", distance)
     model, ids = tiny_model(scale=2.0), tiny_ids(2, 5)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, :2] = -100
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    states, is_final, counts = observe(model, batch, 6, 0.05, distance)
+    states, is_final, counts = observe(model, batch, 6)
     assert len(states) == 7 and is_final.shape == (6, 2, 5)
     assert counts.tolist() == [[False, True, True, True, False], [True, True, False, False, False]]
     with torch.no_grad():
@@ -72,9 +75,9 @@ def train_probe(folder, base, *flags, **sections):
     return out, json.loads((out / "eval_results.json").read_text())
 
 
-def test_a_run_trains_a_probe_better_than_a_guess_and_leaves_the_model_alone(tiny_run, tmp_path):
-    flags = ["--training.max_steps", "60", "--training.exit_divergence", "0.001", "--model.num_steps", "5"]
-    out, measured = train_probe(tmp_path, tiny_run, *flags)
+def test_a_run_trains_a_probe_better_than_a_guess_and_leaves_the_model_alone(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(exit_probe, "DIVERGENCE", 1e-3)
+    out, measured = train_probe(tmp_path, tiny_run, "--training.max_steps", "60", "--model.num_steps", "5")
     before, after = (load_model(folder, torch.device("cpu"))[0] for folder in (tiny_run, out))
     kept = after.state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in before.state_dict().items())
@@ -93,16 +96,17 @@ def test_a_run_trains_a_probe_better_than_a_guess_and_leaves_the_model_alone(tin
     assert steps[:, 0].tolist() == [5, 5] and steps.max() <= 5
 
 
-def test_the_share_of_right_decisions_is_that_of_the_tokens_that_count(tiny_run, tmp_path):
+def test_the_share_of_right_decisions_is_that_of_the_tokens_that_count(tiny_run, tmp_path, monkeypatch):
     """Against the probe by hand on one batch of the validation rows."""
-    out, measured = train_probe(tmp_path, tiny_run, "--training.max_steps", "2", "--training.exit_divergence", "0.01")
+    monkeypatch.setattr(exit_probe, "DIVERGENCE", 0.01)
+    out, measured = train_probe(tmp_path, tiny_run, "--training.max_steps", "2")
     model, tokenizer = load_model(out)
     run = load_run_config(out / "config.yaml")
     rows = build_validation(run.data, tokenizer, seed=run.seed)["addition"]
     shares = []
     for row in rows:
         batch = Collator(tokenizer)([row])
-        states, is_final, counts = observe(model, batch, model.config.recurrence.mean_steps, 0.01, 0.05)
+        states, is_final, counts = observe(model, batch, model.config.recurrence.mean_steps)
         with torch.no_grad():
             logits = [model.model.exit_probe(states[i], states[i - 1]) for i in range(1, len(states))]
         right = [(logit > 0) == final for logit, final in zip(logits, is_final, strict=True)]
@@ -141,8 +145,10 @@ def test_a_probe_costs_at_most_a_hundredth_of_a_step():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--training.exit_distance", "0"], "training.exit_distance: 0.0 is not above 0"),
-        (["--training.exit_divergense", "3"], "did you mean exit_divergence?"),
+        (
+            ["--training.exit_distance", "0"],
+            "training.exit_distance is '0', but this option is gone, and is always 0.05",
+        ),
         (["--model.path", "nowhere"], "nowhere"),
         (["--peft.rank", "2", "--peft.target_modules.core", "all-linear"], "peft: an exit probe learns alone"),
         (["--data.train", "[{kind: files, paths: [nowhere/*.txt]}]"], "nowhere"),

@@ -124,21 +124,6 @@ def test_the_depth_of_a_run_is_that_of_its_evaluation(tiny_run, tmp_path):
         assert not torch.equal(model(input_ids=ids).logits, logits_of(model, 1))
 
 
-@pytest.mark.parametrize("option", ["use_rslora", "use_dora"])
-def test_the_variants_of_lora(option, tiny_run, tmp_path):
-    """rsLoRA divides by the root of the rank; DoRA scales the rows of the sum to lengths that are learned."""
-    folder = tune(tmp_path, tiny_run, "--training.max_steps", 2, f"--peft.{option}", "true", "--peft.dropout", 0)
-    weights, layer = adapter_weights(folder), "model.core.layers.0.mlp.down_proj"
-    down, up = (weights[f"base_model.model.{layer}.lora_{name}.weight"] for name in "AB")
-    weight = load_model(tiny_run)[0].get_submodule(layer).weight
-    if option == "use_rslora":
-        expected = weight + 6 / 2**0.5 * up @ down
-    else:
-        length = weights[f"base_model.model.{layer}.lora_magnitude_vector"]
-        expected = torch.nn.functional.normalize(weight + SCALE * up @ down, dim=1) * length[:, None]
-    torch.testing.assert_close(load_model(folder)[0].get_submodule(layer).weight, expected, atol=1e-6, rtol=1e-5)
-
-
 # ------------------------------------------------------------ from the folder back to a model
 
 
@@ -216,10 +201,6 @@ def refusal(capsys, main, *argv: object) -> str:
         (["--peft.target_modules.core", "q_proj"], "'q_proj' matches nothing; the linear layers of core are proj, qkv"),
         (["--peft.target_modules.vision", "all-linear"], "vision has no linear layers; this model has prelude (qkv"),
         (["--step_lora.target_modules", "head"], "step_lora.target_modules: 'head' matches nothing"),
-        (
-            ["--step_lora.rank", "1", "--peft.use_dora", "true"],
-            "step_lora.target_modules: proj of the core has DoRA as well",
-        ),
         (["--training.packing", "true"], "unknown key training.packing"),
         (["--training.loss_type", "dtf"], "loss_type is 'dtf'; give one of nll, dft"),
     ],

@@ -282,7 +282,7 @@ def test_media_columns_that_cannot_be_are_refused(options, message, tmp_path):
 
 
 def test_a_file_that_cannot_go_along_is_named(tmp_path, monkeypatch, caplog):
-    for name, code in (("a.py", "from model import Modality\n"), ("audio.py", "x = 1\n")):
+    for name, code in (("a.py", "from model import Modality\n"), ("encoders.py", "x = 1\n")):
         (tmp_path / name).write_text(code)
         monkeypatch.setattr("inspect.getfile", lambda _, path=str(tmp_path / name): path)
         (tmp_path / "out").mkdir(exist_ok=True)

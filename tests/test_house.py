@@ -19,11 +19,13 @@ import pytest
 from torch import nn
 
 import pretrain
-from configs import load_config
+from configs import load_config, read_yaml
 from dataset_loading import build_datasets, build_tokenizer
 from model import MegaTransformerForCausalLM
+from tests.test_config_reference import LINES
 from tests.test_pretrain import write_config
 from tests.tiny import tiny_model
+from tests.tiny_media import tiny_inputs, tiny_media_model
 from tests.tiny_media_run import write_media_config
 
 ROOT = Path(__file__).parents[1]
@@ -36,15 +38,20 @@ OF_COMMANDS = {"main", "build_parser"}
 
 BOUNDS = {
     "scripts": 3,
-    "files": 157,
-    "lines": 31_982,
+    "files": 156,
+    "lines": 30_035,
     "names defined twice": 0,
     "names of the text model's forward": 20,
-    "lines that a text checkpoint exports": 3_220,
+    "lines that a text checkpoint exports": 3_162,
     "frames to the loss": 8,
     "frames to the loss, with media": 9,
     "stays in files while data are built": 38,
     "texts without a subject": 0,
+    "forms of pixel_values in the model file": 2,
+    "classes of the image modality": 11,
+    "files of a further modality": 2,
+    "options of a run": 313,
+    "options that no YAML sets": 92,
 }
 
 
@@ -157,6 +164,81 @@ def test_stays_in_files_while_data_are_built(tmp_path):
         sys.setprofile(None)
     files = list(functions.values())
     check("stays in files while data are built", sum(1 for _ in itertools.groupby(files)))
+
+
+def test_forms_of_pixel_values():
+    """The expressions, such as `kwargs[...]`, by which the file of the models with media reaches the pixels that are
+    given to `forward`, until an encoder has them.
+    """
+    model, inputs, found = tiny_media_model(), tiny_inputs(), set()
+    file = inspect.getsourcefile(type(model))
+
+    def forms_in(frame) -> Iterator[str]:
+        for name, value in frame.f_locals.items():
+            parts = getattr(value, "__dict__", {})
+            for place, holder in {name: value, **{f"{name}.{part}": parts[part] for part in parts}}.items():
+                if holder is inputs["pixel_values"]:
+                    yield place
+                elif isinstance(holder, dict) and any(it is inputs["pixel_values"] for it in holder.values()):
+                    yield f"{place}[...]"
+
+    def follow(frame, event, argument):
+        if frame.f_code.co_filename != file:
+            return None
+        found.update(forms_in(frame))
+        return follow
+
+    before = sys.gettrace()
+    sys.settrace(follow)
+    try:
+        model(**inputs, num_steps=2)
+    finally:
+        sys.settrace(before)
+    assert found
+    check("forms of pixel_values in the model file", len(found))
+
+
+def test_classes_of_the_image_modality():
+    """Classes in `model` whose names say image or vision, and those in files named after images: what is read of them
+    (modality, processor, encoder), what is generated (codec, autoencoder and its parts), and their configurations.
+    """
+    names = {
+        node.name
+        for path, tree in TREES.items()
+        for node in tree.body
+        if path.parent == ROOT / "model" and isinstance(node, ast.ClassDef)
+        if re.search("Image|Vision", node.name) or path.name.startswith("image_")
+    }
+    assert {"ImageModality", "MegaTransformerVisionModel", "MegaTransformerImageAutoencoder"} <= names
+    check("classes of the image modality", len(names))
+
+
+def test_files_of_a_further_modality():
+    """Those that the recipe in `docs/change.md` edits or adds, which `tests/test_change_page.py` carries out: with them
+    a modality is read from sources of data, trained on, saved with its code, and asked about, as images are.
+    """
+    page = (ROOT / "docs/change.md").read_text(encoding="utf-8")
+    recipe = page.split("\n## Modality\n")[1].split("\n## ")[0]
+    files = set(re.findall(r"^`([\w/]+\.py)`:$", recipe, re.MULTILINE))
+    assert "model/modalities.py" in files and f"| [Modality](#modality) | {len(files)} |" in page
+    check("files of a further modality", len(files))
+
+
+def names_in(tree: object) -> set[str]:
+    """The names of all groups and options in a YAML."""
+    if isinstance(tree, list):
+        return {name for item in tree for name in names_in(item)}
+    return {str(key) for key in tree} | names_in(list(tree.values())) if isinstance(tree, dict) else set()
+
+
+def test_options():
+    """The rows of docs/config.md, and those whose names are in no file of configs/."""
+    names = names_in([read_yaml(path) for path in sorted((ROOT / "configs").glob("*.yaml"))])
+    options = {(line.group, line.key) for line in LINES}
+    unset = {(group, key) for group, key in options if key not in names}
+    assert ("peft", "rank") in options - unset and ("model, model.text_config", "qk_norm") in unset
+    check("options of a run", len(options))
+    check("options that no YAML sets", len(unset))
 
 
 # A text that begins with one of these says of nothing what it is.

@@ -57,9 +57,9 @@ def test_past_the_branches_of_the_blocks_there_is_a_linear_map():
     assert not encoder.blocks[0].depthwise.weight.any()
     nn.init.constant_(encoder.blocks[0].depthwise.weight[:, :, 1, 2:], 0.5)  # half of the patch to the right
     patches = nn.functional.unfold(images, 4, stride=4).transpose(1, 2).view(1, 4, 4, -1)
-    patches = patches + 0.5 * nn.functional.pad(patches[:, :, 1:], (0, 0, 0, 1))
-    expected = 900 * (patches @ encoder.embed.weight.T @ encoder.head.weight.T).flatten(1, 2)
-    found = encoder(1000 * images) - encoder(100 * images)
+    mixed = patches + 0.5 * nn.functional.pad(patches[:, :, 1:], (0, 0, 0, 1))
+    expected = 900 * (mixed @ encoder.embed.weight.T @ encoder.head.weight.T)
+    found = encoder(1000 * patches) - encoder(100 * patches)
     torch.testing.assert_close(found, expected, atol=0.1, rtol=1e-3)
 
 

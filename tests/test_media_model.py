@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from model import MODALITIES, MegaTransformerConfig, MegaTransformerForConditionalGeneration, Modality
+from model.encoders import image_stem, shuffle_pixels
 from model.fusion import check_counts
 from model.modeling_megatransformer import take_media
-from model.vision import Stem, shuffle_pixels
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_media import AUDIO, IMAGE, draw, row_of, tiny_inputs, tiny_media_config, tiny_media_model
 
@@ -41,7 +41,7 @@ def test_a_padded_image_is_the_image_alone(stem):
 
 def test_a_deep_stem_is_its_convolutions():
     """Two for each halving of 8 pixels to one; activations keep their size on the way, as He et al. want it."""
-    stem = Stem(tiny_media_config(vision={"stem": "conv", "stem_depth": 2, "patch_size": 8}).vision_config)
+    stem = image_stem(tiny_media_config(vision={"stem": "conv", "stem_depth": 2, "patch_size": 8}).vision_config)
     assert [conv.stride[0] for conv in stem.convs] == [2, 1, 2, 1, 2, 1]
     encoder = tiny_media_model(vision={"hidden_size": 256, "head_dim": 8, "stem": "conv", "stem_depth": 4})
     hidden = draw(4, 3, 32, 32)

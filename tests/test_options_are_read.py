@@ -38,8 +38,6 @@ READERS = {
     "SamplesConfig": ("callbacks/samples.py", r"(self\.)?config"),
     "MediaSamplesConfig": ("callbacks/media_samples.py", r"(self\.)?config"),
     "GeneratedMediaConfig": ("callbacks/generated_media.py", r"(self\.)?config"),
-    "ThroughputConfig": ("callbacks", None),
-    "ModelSizeConfig": ("callbacks", None),
     "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),
     "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
     "ModalityWeights": ("trainers/losses.py", "weights"),

@@ -67,7 +67,7 @@ def test_no_loss_sees_its_target_or_what_follows(model, name):
     """The prediction of latent i changes with latent j, as it is read, for j < i and for no other."""
     batch = writing_batch()
     embedded = model.model.embed(batch["input_ids"], take_media(dict(batch)))
-    embeds, latents = embedded.embeds.detach(), embedded.written.latents
+    embeds, latents = embedded.embeds.detach(), embedded.targets.latents
     found = latents[name]
     found.latents = found.latents.clone().requires_grad_()
     hidden = model.model(
@@ -145,7 +145,7 @@ def test_weights_and_counts_of_the_trainer_scale_the_loss(model):
 def test_latents_that_are_read_back_are_noisy_in_training_alone(model):
     batch = writing_batch()
     inputs = {key: it for key, it in batch.items() if key != "labels"}
-    clean = model.model.embed(inputs["input_ids"], take_media(dict(inputs))).written.latents["image"]
+    clean = model.model.embed(inputs["input_ids"], take_media(dict(inputs))).targets.latents["image"]
     noisy = perturb(model.model.writers["image"], clean, torch.tensor([1, 2, 3]))
     spread = (noisy - clean.latents).std(dim=1)
     assert spread.min() > 0 and spread.max() < 0.45
@@ -220,7 +220,7 @@ def test_step_by_step_is_one_pass(model, name, scale):
         with torch.no_grad():
             media = {"pixel_values": PIXELS, **targets_of(outputs, model)}
             passed = model.model(input_ids=ids, num_steps=STEPS, **media)
-            found = model.model.embed(ids, take_media(media)).written.latents[name]
+            found = model.model.embed(ids, take_media(media)).targets.latents[name]
         hidden.append(passed.last_hidden_state[found.rows, found.columns - 1])
     places = torch.arange(len(latents))
     noise = torch.randn(writer.num_places, latents.shape[1], generator=keyed_generator("sample", name, 7, 0))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -21,29 +21,13 @@ from .optimizers import OPTIMIZERS, ParameterGroup
 
 # Least values that make sense, where transformers checks none.
 MINIMUMS = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "warmup_steps": 0,
-    "num_train_epochs": 0,
-    "logging_steps": 0,
-    "eval_steps": 0,
-    "save_steps": 0,
-    "save_total_limit": 1,
-    "eval_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-    "stall_seconds": 0,
-    "dataloader_prefetch_factor": 1,
-    "adam_epsilon": 0,
-    "seed": 0,
-    "data_seed": 0,
-    "recurrence_logging_steps": 0,
-    "muon_learning_rate": 0,
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("save_total_limit", "eval_accumulation_steps", "dataloader_prefetch_factor"), 1),
+    **dict.fromkeys(("learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), 0),
+    **dict.fromkeys(("num_train_epochs", "warmup_steps", "logging_steps", "eval_steps", "save_steps"), 0),
+    **dict.fromkeys(("recurrence_logging_steps", "dataloader_num_workers", "stall_seconds", "seed", "data_seed"), 0),
 }
-MOMENTS = ("adam_beta1", "adam_beta2")
+SHARES = ("adam_beta1", "adam_beta2", "ema_decay")
 # What transformers offers and our metrics and model cannot do: the value there has to be, and what another would cause.
 FIXED = {
     "label_names": (None, "the metrics need the labels that the model takes, which are called labels"),
@@ -55,7 +39,6 @@ FIXED = {
 
 
 def check_choices(name: str, value: str, known: Sequence[str]) -> None:
-    """Raises ValueError for a value of an option that is not among those known."""
     if value not in known:
         raise ValueError(f"{name} is {value!r}; give one of {', '.join(known)}")
 
@@ -120,6 +103,9 @@ class RecurrentTrainingArguments(TrainingArguments):
     """Seconds without a step or a batch of an evaluation, at least 0, after which a warning says what the run waits
     for, such as a worker that hangs; 0 turns it off."""
 
+    is_planned: ClassVar[bool] = False
+    """Whether the machine of the run is another one than this."""
+
     def __post_init__(self) -> None:
         self._check_ranges()
         # The trainer compiles the units of the model; transformers would compile the whole model, whose loop varies in
@@ -141,11 +127,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             found = "; ".join(line.removeprefix("- ds ") for line in self.hf_deepspeed_config.mismatches)
             raise ValueError(f"deepspeed: its file says otherwise than the arguments: {found}; write auto there")
-        self._check_device()
-
-    def _check_device(self) -> None:
-        """Raises ValueError for what the device would leave out without a word."""
-        if self.fp16 and self.use_cpu:
+        if self.fp16 and self.use_cpu and not self.is_planned:
             raise ValueError(
                 f"{type(self).__name__}.fp16: it is on, but on a CPU the run would be in float32 all the same; set "
                 "bf16 to true instead"
@@ -162,17 +144,15 @@ class RecurrentTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {value}; give at least {least}")
         self._check_report_to()
         check_keywords(self)
-        for name in MOMENTS:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number from 0 to below 1")
+        for name in SHARES:
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; give a number from 0 to below 1")
         check_fixed(self, FIXED)
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata.get("choices")
-            if choices and value is not None and value not in choices:
-                raise ValueError(f"{item.name} is {value!r}; give one of {', '.join(choices)}")
+            if choices and value is not None:
+                check_choices(item.name, value, choices)
         self._check_optimizer()
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; give a number from 0 to below 1")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
         if self.max_steps == -1 and self.num_train_epochs == 0:
@@ -208,15 +188,12 @@ class RecurrentTrainingArguments(TrainingArguments):
             if name not in INTEGRATION_TO_CALLBACK:
                 known = ", ".join(["none", "all", *sorted(INTEGRATION_TO_CALLBACK)])
                 raise ValueError(f"{type(self).__name__}.report_to: {name!r} is unknown; known: {known}")
-            if name not in self._installed_integrations():
+            # Flyte is there where flyte runs.
+            if name not in (*get_available_reporting_integrations(), "flyte") and not self.is_planned:
                 raise ValueError(
                     f"{type(self).__name__}.report_to: {name!r} needs a package that is not installed; install it, or "
                     "give another, such as tensorboard or none"
                 )
-
-    def _installed_integrations(self) -> list[str]:
-        """Names of where metrics can go from this machine."""
-        return [*get_available_reporting_integrations(), "flyte"]  # flyte is there where flyte runs
 
     def to_dict(self) -> dict:
         """The arguments as plain values, those of ours too."""
@@ -259,18 +236,13 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
     engine is set up.
     """
 
+    is_planned = True
+
     def __post_init__(self) -> None:
         deepspeed, self.deepspeed = self.deepspeed, None
         self.use_cpu, self.tf32 = True, None
         super().__post_init__()
         self.deepspeed = deepspeed
-
-    def _check_device(self) -> None:
-        """Nothing: the machine of the run is another one."""
-
-    def _installed_integrations(self) -> list[str]:
-        """All: the machine of the run is another one."""
-        return list(INTEGRATION_TO_CALLBACK)
 
     @property
     def device(self) -> torch.device:

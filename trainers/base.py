@@ -170,10 +170,8 @@ class BaseTrainer(Trainer):
         return output
 
     def set_initial_training_values(self, args: RecurrentTrainingArguments, dataloader: DataLoader) -> tuple:
-        """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more.
-
-        Raises:
-            ResumeError: The checkpoint is of a step that the run does not have.
+        """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more;
+        ResumeError for a checkpoint of a step that the run does not have.
         """
         self.num_train_epochs, *others = super().set_initial_training_values(args, dataloader)
         step, max_steps = 0 if self.resume_point is None else read_state(self.resume_point)["global_step"], others[-1]
@@ -193,12 +191,8 @@ class BaseTrainer(Trainer):
         names = set(self.get_decay_parameter_names(self.model))
         decaying = {parameter for name, parameter in self.model.named_parameters() if name in names}
         groups = [
-            {"params": [parameter for parameter in parameters if parameter in decaying]},
-            {
-                "params": [parameter for parameter in parameters if parameter not in decaying],
-                "weight_decay": 0.0,
-                "name": UNDECAYED,
-            },
+            {"params": [it for it in parameters if it in decaying]},
+            {"params": [it for it in parameters if it not in decaying], "weight_decay": 0.0, "name": UNDECAYED},
         ]
         return [group for group in groups if group["params"]]
 

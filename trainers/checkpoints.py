@@ -86,7 +86,9 @@ def rotate(newest: Path, limit: int | None, best: str | None = None) -> None:
     kept = {newest.name, Path(best).name if best else newest.name}
     last_step = number_of(newest)
     checkpoints = [path for path in checkpoints_in(newest.parent) if number_of(path) <= last_step]
-    whole = [path for path in checkpoints if looks_whole(path)]
+    # As far as names and sizes tell.
+    with_state = [path for path in checkpoints if (path / TRAINER_STATE_NAME).is_file()]
+    whole = [path for path in with_state if manifest_fault(path, with_digests=False) is None]
     for path in checkpoints:
         if path.name not in kept and path not in whole and (limit or is_unfinished(path)):
             discard(path)
@@ -95,11 +97,6 @@ def rotate(newest: Path, limit: int | None, best: str | None = None) -> None:
     excess = len(whole) - max(limit, len(kept & {path.name for path in whole}))
     for path in [path for path in whole if path.name not in kept][: max(excess, 0)]:
         discard(path)
-
-
-def looks_whole(folder: Path) -> bool:
-    """Whether a checkpoint is whole as far as names and sizes tell."""
-    return (folder / TRAINER_STATE_NAME).is_file() and manifest_fault(folder, with_digests=False) is None
 
 
 def discard(folder: Path) -> None:
@@ -156,10 +153,10 @@ def manifest_fault(folder: Path, with_digests: bool = True) -> str | None:
         with_digests: Whether the files are read; their sizes are always compared, and first.
     """
     try:
-        manifest = read_manifest(folder)
-        files = {} if manifest is None else files_of_manifest(manifest)
+        manifest = read_manifest(folder) if has_manifest(folder) else {"files": {}}
     except ValueError as error:
         return f"has a damaged {MANIFEST_NAME} ({error})"
+    files = manifest["files"]
     if files is None:
         return UNFINISHED
     for name, entry in files.items():
@@ -168,7 +165,7 @@ def manifest_fault(folder: Path, with_digests: bool = True) -> str | None:
             return f"lacks {name}"
         if (size := path.stat().st_size) != entry["size"]:
             return f"has a damaged {name} ({size} bytes, and {entry['size']} when it was saved)"
-    if manifest and manifest.get("problem"):
+    if manifest.get("problem"):
         return manifest["problem"]
     for name, entry in files.items() if with_digests else ():
         if sha256_of(folder / name) != entry["sha256"]:
@@ -177,7 +174,6 @@ def manifest_fault(folder: Path, with_digests: bool = True) -> str | None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether the saving of a checkpoint was cut off."""
     return manifest_fault(folder, with_digests=False) == UNFINISHED
 
 
@@ -186,27 +182,18 @@ def has_manifest(folder: Path) -> bool:
     return (folder / MANIFEST_NAME).exists()
 
 
-def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a folder, None if there is none; ValueError if it is no JSON object."""
-    if not has_manifest(folder):
-        return None
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, with sizes and digests by file under "files", None of what was not finished. ValueError
+    if the format is not known, or files are not described or lie outside of the folder.
+    """
     manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict):
         raise ValueError("no JSON object")
-    return manifest
-
-
-def files_of_manifest(manifest: dict) -> dict[str, dict] | None:
-    """Sizes and digests by file, None of a checkpoint that was not finished.
-
-    Raises:
-        ValueError: The format is not known, or files are not described or lie outside of the folder.
-    """
     if manifest.get("format") != MANIFEST_FORMAT:
         raise ValueError(f"its format is {manifest.get('format')!r}, and known is {MANIFEST_FORMAT}")
-    files = manifest.get("files", {})
+    files = manifest.setdefault("files", {})
     if files is None:
-        return None
+        return manifest
     if not isinstance(files, dict) or not files:
         raise ValueError("it names no files")
     for name, entry in files.items():
@@ -214,7 +201,7 @@ def files_of_manifest(manifest: dict) -> dict[str, dict] | None:
             raise ValueError(f"{name!r} is outside of the folder")
         if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
             raise ValueError(f"{name!r} has no size and sha256")
-    return files
+    return manifest
 
 
 def files_of_checkpoint(folder: Path) -> Iterator[Path]:
@@ -225,7 +212,6 @@ def files_of_checkpoint(folder: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -301,25 +287,18 @@ def not_finite(folder: Path) -> str | None:
 
 
 def load_tensors(path: Path) -> Any:
-    """What is in a file of `torch.save`, its tensors mapped and not read.
-
-    Raises:
-        pickle.UnpicklingError: there is more in it than tensors, plain values and DeepSpeed's own records.
+    """What is in a file of `torch.save`, its tensors mapped and not read; pickle.UnpicklingError for more than tensors,
+    plain values and DeepSpeed's own records.
     """
-    with numpy_safe_globals(), safe_globals(deepspeed_records() if is_deepspeeds(path) else []):
+    with numpy_safe_globals(), safe_globals(deepspeed_records(path)):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
-def is_deepspeeds(path: Path) -> bool:
-    """Whether a file is one of those that DeepSpeed writes into folders of its own."""
-    return any(parent.match(DEEPSPEED_FOLDERS) for parent in path.parents)
-
-
-def deepspeed_records() -> list[type]:
-    """Classes of plain values in the states of DeepSpeed's optimizers; none where it is not installed, as nobody loads
-    them then.
+def deepspeed_records(path: Path) -> list[type]:
+    """Classes of plain values in the states of DeepSpeed's optimizers; none for files outside of its folders, and where
+    it is not installed, as nobody loads them then.
     """
-    if not is_deepspeed_available():
+    if not is_deepspeed_available() or not any(parent.match(DEEPSPEED_FOLDERS) for parent in path.parents):
         return []
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -331,7 +310,7 @@ def deepspeed_records() -> list[type]:
 def unsafe_contents(path: Path) -> str:
     """What a file holds besides tensors and plain values, in words."""
     try:
-        with numpy_safe_globals(), safe_globals(deepspeed_records() if is_deepspeeds(path) else []):
+        with numpy_safe_globals(), safe_globals(deepspeed_records(path)):
             names = get_unsafe_globals_in_checkpoint(path)
     except (pickle.UnpicklingError, RuntimeError, ValueError):
         names = []

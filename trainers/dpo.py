@@ -84,10 +84,7 @@ class PreferenceTrainer(RecurrentTrainer, DPOTrainer, NamedMetrics):
         self, dataset: Dataset, processing_class: Any, args: PreferenceArguments, name: str
     ) -> Dataset:
         """TRL would tokenise texts, and tokenise them otherwise than pretraining does. Pairs of which `max_length`
-        would leave nothing but the prompt teach nothing, and are left out.
-
-        Raises:
-            ValueError: none is left.
+        would leave nothing but the prompt teach nothing, and are left out; ValueError if none is left.
         """
         if args.max_length is None:
             return dataset

@@ -132,12 +132,9 @@ def state_bytes(
     """
     shares = (ranks if stage >= least else 1 for least in (3, 2, 1))
     trained = parameters if trained is None else trained
-    kinds = (
-        parameters * (precision.weight + precision.cast),
-        trained * precision.gradient,
-        trained * precision.optimizer,
-    )
-    return tuple(size / share for size, share in zip(kinds, shares, strict=True))
+    weights = parameters * (precision.weight + precision.cast)
+    sizes = weights, trained * precision.gradient, trained * precision.optimizer
+    return tuple(size / share for size, share in zip(sizes, shares, strict=True))
 
 
 @dataclass(frozen=True)
@@ -283,49 +280,34 @@ def describe_needs(model: PreTrainedModel, args: PlannedTrainingArguments, block
         steps = expected_steps(config.recurrence, args.seed)
     kept = activation_bytes(config, plan.precision_at(plan.stage), steps.most_grad, block_size, packing)
     flops = flops_per_token(model, steps, block_size)
-    states = states_by_stage(model, plan)
-    parts = (
-        describe_states(states, plan),
-        describe_activations(kept, plan, steps),
-        describe_sum(states[plan.stage], kept, plan),
-        describe_flops(flops, plan, steps),
-        describe_speed(flops, plan),
-    )
-    if config is not model.config:
-        parts += (ENCODERS_LEFT_OUT,)
-    return "\n\n".join(parts)
-
-
-def states_by_stage(model: PreTrainedModel, plan: Plan) -> dict[int | None, tuple[float, float, float]]:
-    """Bytes of weights, gradients and optimizer states on each GPU, without DeepSpeed (None) and at each stage."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {
+    states = {  # without DeepSpeed, and at each stage
         stage: state_bytes(parameters, plan.precision_at(stage), stage or 0, plan.args.world_size, trained)
         for stage in (None, 0, 1, 2, 3)
     }
+    parts = [describe_states(states, plan), describe_activations(kept, plan, steps)]
+    parts += [describe_sum(states[plan.stage], kept, plan), describe_flops(flops, plan, steps)]
+    parts += [describe_speed(flops, plan), *([] if config is model.config else [ENCODERS_LEFT_OUT])]
+    return "\n\n".join(parts)
 
 
-def describe_states(states_by_stage: dict[int | None, tuple[float, float, float]], plan: Plan) -> str:
+def describe_states(by_stage: dict[int | None, tuple[float, float, float]], plan: Plan) -> str:
     """Weights, gradients and optimizer states on each GPU."""
     rows = []
-    for stage, states in states_by_stage.items():
+    for stage, states in by_stage.items():
         precision = plan.precision_at(stage)
         name = ("no DeepSpeed" if stage is None else f"ZeRO {stage}") + ", this run" * (stage == plan.stage)
         sizes = f"{precision.weight + precision.cast} + {precision.gradient} + {precision.optimizer}"
         rows.append([name, *(gigabytes(size) for size in (*states, sum(states))), sizes])
-    lines = [
-        f"Weights, gradients and AdamW's states, GB on each of {plan.args.world_size} GPU(s):",
-        "",
-        *table(["", "weights", "gradients", "optimizer", "all", "bytes per parameter"], rows),
-    ]
+    title = f"Weights, gradients and AdamW's states, GB on each of {plan.args.world_size} GPU(s):"
+    text = table(title, ["", "weights", "gradients", "optimizer", "all", "bytes per parameter"], rows)
     if plan.is_half:
-        lines += [
-            "",
-            "Without DeepSpeed the weights stay in float32 (4 bytes), and autocast computes on copies of 2; with it "
-            "they have 2 bytes, and their float32 master copy is counted with the optimizer.",
-        ]
-    return "\n".join(lines)
+        text += (
+            "\n\nWithout DeepSpeed the weights stay in float32 (4 bytes), and autocast computes on copies of 2; with "
+            "it they have 2 bytes, and their float32 master copy is counted with the optimizer."
+        )
+    return text
 
 
 def describe_activations(kept: ActivationBytes, plan: Plan, steps: StepCounts) -> str:
@@ -336,15 +318,10 @@ def describe_activations(kept: ActivationBytes, plan: Plan, steps: StepCounts) -
     rows = [[name, *(gigabytes(size * plan.micro_batch) for size in pair)] for name, pair in sizes.items()]
     names = ["without checkpointing", "with activation checkpointing"]
     names[int(plan.args.activation_checkpointing)] += ", this run"
-    lines = [
-        f"Activations of a micro-batch of {plan.args.per_device_train_batch_size} x {plan.row:,} tokens, "
-        "GB on each GPU:",
-        "",
-        *table(["", *names], rows),
-        "",
-        f"Training computes the logits in chunks; all at once would be {gigabytes(kept.logits * plan.micro_batch)} GB.",
-    ]
-    return "\n".join(lines)
+    size = f"{plan.args.per_device_train_batch_size} x {plan.row:,} tokens"
+    text = table(f"Activations of a micro-batch of {size}, GB on each GPU:", ["", *names], rows)
+    logits = gigabytes(kept.logits * plan.micro_batch)
+    return f"{text}\n\nTraining computes the logits in chunks; all at once would be {logits} GB."
 
 
 def describe_sum(states: tuple[float, float, float], kept: ActivationBytes, plan: Plan) -> str:
@@ -354,9 +331,8 @@ def describe_sum(states: tuple[float, float, float], kept: ActivationBytes, plan
     moved = [name.removeprefix("offload_") for name in ("offload_param", "offload_optimizer") if name in plan.zero]
     if moved:
         text += f", less {' and '.join(moved)}, which DeepSpeed's file moves to the memory of the machine"
-    return (
-        f"{text}. Not counted: buffers of communication, weights that ZeRO 3 gathers, fragmentation, the CUDA context."
-    )
+    left_out = "buffers of communication, weights that ZeRO 3 gathers, fragmentation, the CUDA context"
+    return f"{text}. Not counted: {left_out}."
 
 
 def describe_flops(flops: Flops, plan: Plan, steps: StepCounts) -> str:
@@ -373,7 +349,7 @@ def describe_flops(flops: Flops, plan: Plan, steps: StepCounts) -> str:
     title = "Floating-point operations"
     if steps.most_grad:
         title += f", at {steps.no_grad:.2f} core steps without gradient and {steps.grad:.2f} with (means of the draws)"
-    return "\n".join([f"{title}:", "", *table(["per", "FLOPs"], rows)])
+    return table(f"{title}:", ["per", "FLOPs"], rows)
 
 
 def describe_speed(flops: Flops, plan: Plan) -> str:
@@ -386,22 +362,20 @@ def describe_speed(flops: Flops, plan: Plan) -> str:
         hours = [f"{tokens / (speed * gpus) / 3600:,.2f}"] if tokens > 0 else []
         rows.append([name, f"{peak:,}", f"{speed:,.0f}", f"{speed * gpus:,.0f}", *hours])
     names = ["GPU", "peak, dense bf16 TFLOPS", "tokens/s on one", f"tokens/s on {gpus}", "hours of the run"]
-    lines = [
-        f"Speed, if {UTILISATION:.0%} of the peak is reached (an assumption, in which what is computed again counts):",
-        "",
-        *table(names[: len(rows[0])], rows),
-    ]
+    title = (
+        f"Speed, if {UTILISATION:.0%} of the peak is reached (an assumption, in which what is computed again counts):"
+    )
+    text = table(title, names[: len(rows[0])], rows)
     if not plan.is_half:
-        lines += ["", "This run is in float32, whose peak is a fraction of these; set training.bf16: true."]
-    return "\n".join(lines)
+        text += "\n\nThis run is in float32, whose peak is a fraction of these; set training.bf16: true."
+    return text
 
 
 def gigabytes(size: float) -> str:
-    """10^9 bytes."""
     return f"{size / 1e9:,.3f}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, numbers to the right."""
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table below its title, numbers to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])

@@ -1,7 +1,6 @@
 """The trainer of the head by which a model exits without reading its output. The model itself stays as it is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,30 +14,20 @@ from .arguments import RecurrentTrainingArguments
 from .base import ScoringTrainer
 from .recurrent import inputs_of_model
 
+DIVERGENCE = 1e-4
+"""KL(full depth || exit) in nats, below which an exit counts as equal to full depth."""
+DISTANCE = 0.05
+"""Distance |s_full - s_i| / |s_full|, below which an exit counts as equal to full depth, since later tokens read the
+keys and values of its state."""
 
-@dataclass
+
 class ExitProbeArguments(RecurrentTrainingArguments):
-    """Ours, and which exits count as equal to full depth."""
-
-    exit_divergence: float = 1e-4
-    """KL(full depth || exit) in nats, below which an exit counts as equal to full depth; above 0."""
-    exit_distance: float = 0.05
-    """Distance |s_full - s_i| / |s_full|, below which an exit counts as equal to full depth, since later tokens read
-    the keys and values of its state; above 0."""
-
-    def _check_ranges(self) -> None:
-        super()._check_ranges()
-        for name in ("exit_divergence", "exit_distance"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{type(self).__name__}.{name}: {getattr(self, name)} is not above 0; raise it")
+    """Training arguments of an exit probe."""
 
 
 class ExitProbeTrainer(ScoringTrainer):
     """`transformers.Trainer` for the exit probe of a model whose other weights are frozen: binary cross-entropy of its
     decision after each step, up to the mean depth.
-
-    Args:
-        kwargs: The arguments of `transformers.Trainer`.
 
     Raises:
         ValueError: The libraries refuse an option, or there are several processes; nothing is written then.
@@ -59,9 +48,7 @@ class ExitProbeTrainer(ScoringTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         """The loss, and with `return_outputs` the share of right decisions of each row, (batch,)."""
         model.eval()  # what is observed is what there will be in generation
-        states, is_final, counts = observe(
-            model, inputs, self.full_depth, self.args.exit_divergence, self.args.exit_distance
-        )
+        states, is_final, counts = observe(model, inputs, self.full_depth)
         probe = self.model.model.exit_probe
         logits = torch.stack([probe(now, before) for before, now in pairwise(states)])
         losses = nn.functional.binary_cross_entropy_with_logits(logits, is_final.float(), reduction="none")
@@ -74,12 +61,12 @@ class ExitProbeTrainer(ScoringTrainer):
 
 @torch.no_grad()
 def observe(
-    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], full: int, divergence: float, distance: float
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], full: int
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
     """What the probe learns from.
 
-    A token is final after a step if from there on KL(P_full || P_i) is below `divergence`, and |s_full - s_i| /
-    |s_full| below `distance`: a distribution that passes by the last one leaves keys and values unlike those of full
+    A token is final after a step if from there on KL(P_full || P_i) is below `DIVERGENCE`, and |s_full - s_i| /
+    |s_full| below `DISTANCE`: a distribution that passes by the last one leaves keys and values unlike those of full
     depth.
 
     Returns:
@@ -94,8 +81,8 @@ def observe(
     ]
     divergences = torch.stack([(log_p[-1].exp() * (log_p[-1] - each)).sum(-1) for each in log_p])
     counts = nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
-    is_close = torch.stack([relative_change(states[-1], state) < distance for state in states[1:]])
-    is_final = (divergences < divergence) & is_close
+    is_close = torch.stack([relative_change(states[-1], state) < DISTANCE for state in states[1:]])
+    is_final = (divergences < DIVERGENCE) & is_close
     return states, is_final.flip(0).cumprod(0).flip(0).bool(), counts
 
 

@@ -88,11 +88,6 @@ class PeftOptions:
     """Scale of the low-rank update, times the rank; at least 1."""
     dropout: float = 0.0
     """Dropout of what goes into the low-rank update; at least 0, below 1."""
-    use_rslora: bool = False
-    """Divide by the square root of the rank instead, so that large ranks learn as fast as small ones (Kalajdzievski
-    2023, arXiv 2312.03732)."""
-    use_dora: bool = False
-    """Learn the length of each row of the sum apart from its direction (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
     target_modules: TargetOptions = field(default_factory=TargetOptions)
     """Where the adapters are; at least one part has to be named."""
 
@@ -132,28 +127,18 @@ def check_low_rank(rank: int, alpha: int) -> None:
 
 
 def peft_config(options: PeftOptions, model: nn.Module) -> LoraConfig:
-    """The configuration of PEFT.
-
-    Raises:
-        ValueError: The same as `find_targets`.
-    """
+    """The configuration of PEFT; ValueError as of `find_targets`."""
     return LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
-        use_rslora=options.use_rslora,
-        use_dora=options.use_dora,
         target_modules=find_targets(model, options.target_modules),
         task_type="CAUSAL_LM",
     )
 
 
 def find_targets(model: nn.Module, options: TargetOptions) -> list[str]:
-    """The full names of the linear layers that the options name.
-
-    Raises:
-        ValueError: no part is named, or a name matches nothing; says what there is.
-    """
+    """The full names of the linear layers that the options name; ValueError if they name none, says what there is."""
     layers, found = linear_layers(model), []
     wanted = {
         "prelude": options.prelude,
@@ -171,23 +156,13 @@ def find_targets(model: nn.Module, options: TargetOptions) -> list[str]:
     return found
 
 
-def step_lora_targets(model: nn.Module, names: str | list[str], lora: LoraConfig | None = None) -> list[str]:
+def step_lora_targets(model: nn.Module, names: str | list[str]) -> list[str]:
     """The linear layers of the core that are named, or all of them, as the core calls them.
 
-    Args:
-        lora: Adapters that are added with it.
-
     Raises:
-        ValueError: The same as `find_targets`; also for layers with DoRA, which would scale the deltas of steps as
-            well, but no more when it is merged.
+        ValueError: The same as `find_targets`.
     """
     layers = match(linear_layers(model), "core", names, "step_lora.target_modules")
-    both = [layer for layer in layers if lora is not None and lora.use_dora and layer in lora.target_modules]
-    if both:
-        raise ValueError(
-            f"step_lora.target_modules: {last_name(both[0])} of the core has DoRA as well, which would scale the "
-            "deltas of steps; set peft.use_dora to false, or name other layers"
-        )
     return [layer.removeprefix("model.core.") for layer in layers]
 
 
@@ -199,11 +174,7 @@ def linear_layers(model: nn.Module) -> dict[str, list[str]]:
 
 
 def match(layers: dict[str, list[str]], part: str, names: str | list[str], key: str) -> list[str]:
-    """The full names of the layers of a part that are named, or of all of them.
-
-    Raises:
-        ValueError: The part has no linear layers, or none of them has a name.
-    """
+    """The full names of the layers of a part that are named, or of all; ValueError for names that match nothing."""
     if part not in layers:
         raise ValueError(f"{key}: {part} has no linear layers; this model has {describe_layers(layers)}")
     if names == ALL_LINEAR:

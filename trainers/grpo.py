@@ -21,12 +21,7 @@ from .dpo import NamedMetrics, prepare_models
 from .user_functions import load_reward
 
 # With these a token is written with the probability that the pass of the loss computes for it.
-EXACT = {
-    "exit_criterion": "none",
-    "cache_policy": "full",
-    "state_warm_start": False,
-    "noise_level": 0.0,
-}
+EXACT = {"exit_criterion": "none", "cache_policy": "full", "state_warm_start": False, "noise_level": 0.0}
 # What TRL knows, which looks only while it trains.
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),

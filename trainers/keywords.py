@@ -136,7 +136,6 @@ def read(name: str, value: Any) -> dict[str, Any]:
 
 
 def check_known(key: str, name: str, known: Collection[str]) -> None:
-    """Raises ValueError for a name that is not known."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         listed = ", ".join(sorted(known))

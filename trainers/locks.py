@@ -96,20 +96,13 @@ def warn_of_build_locks() -> None:
     for path, age in build_locks():
         holder = process_with(path)
         if holder is None:
-            logger.warning(
-                "%s is the lock of a build, %s old, that no process of this machine holds: DeepSpeed waits for it "
-                "without an end. If no other machine builds there, remove it: rm %s",
-                path,
-                in_words(age),
-                path,
+            state = (
+                f", {in_words(age)} old, that no process of this machine holds: DeepSpeed waits for it without an end. "
+                f"If no other machine builds there, remove it: rm {path}"
             )
         else:
-            logger.warning(
-                "%s is the lock of a build of process %d, begun %s ago: DeepSpeed waits until it is done",
-                path,
-                holder,
-                in_words(age),
-            )
+            state = f" of process {holder}, begun {in_words(age)} ago: DeepSpeed waits until it is done"
+        logger.warning("%s is the lock of a build%s", path, state)
 
 
 def build_locks() -> list[tuple[Path, float]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .user_functions import load_function
 
@@ -192,30 +192,19 @@ def split_groups(
     owners, decaying = assign(model, groups), set(decaying)
     decays = {parameter: name in decaying for name, parameter in model.named_parameters()}
     whole, optimizer.param_groups[:] = list(optimizer.param_groups), []
-    for owner in (None, *groups):
+    for group in (None, *groups):
         for options in whole:
-            members = [parameter for parameter in options["params"] if owners.get(parameter) is owner]
+            members = [parameter for parameter in options["params"] if owners.get(parameter) is group]
             if not members:
                 continue
-            own = {} if owner is None else options_for(owner, options["lr"], decays[members[0]])
+            own: dict[str, float] = {}
+            if group is not None:
+                rate = options["lr"] * (1 if group.lr_factor is None else group.lr_factor)
+                rate = rate if group.learning_rate is None else group.learning_rate
+                own = {"lr": rate, "freeze_steps": group.freeze_steps}
+                if decays[members[0]] and group.weight_decay is not None:
+                    own["weight_decay"] = group.weight_decay
             optimizer.add_param_group({**options, **own, "params": members})
-
-
-def options_for(group: ParameterGroup, learning_rate: float, decays: bool) -> dict[str, float]:
-    """What the optimizer does otherwise with the parameters of a group.
-
-    Args:
-        learning_rate: That of the training.
-        decays: Whether these are parameters that decay.
-    """
-    options = {"lr": learning_rate, "freeze_steps": group.freeze_steps}
-    if group.learning_rate is not None:
-        options["lr"] = group.learning_rate
-    elif group.lr_factor is not None:
-        options["lr"] = group.lr_factor * learning_rate
-    if decays and group.weight_decay is not None:
-        options["weight_decay"] = group.weight_decay
-    return options
 
 
 class FreezeStepsCallback(TrainerCallback):
@@ -229,23 +218,14 @@ class FreezeStepsCallback(TrainerCallback):
     def __init__(self) -> None:
         self.rates: list[tuple[dict, float]] = []
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs,
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Set them to 0."""
         frozen = [group for group in optimizer.param_groups if group.get("freeze_steps", 0) > state.global_step]
         self.rates = [(group, group["lr"]) for group in frozen]
         for group in frozen:
             group["lr"] = 0.0
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Set them back."""
         for group, rate in self.rates:
             group["lr"] = rate

@@ -9,9 +9,6 @@ from torch import nn
 
 from .base import ScoringTrainer
 
-ONLY_FOR_SCORES = ("lengths",)
-"""What a batch has besides the arguments of the model."""
-
 
 class ReconstructionTrainer(ScoringTrainer):
     """`transformers.Trainer` for models that take media and return how well they came through.
@@ -34,7 +31,7 @@ class ReconstructionTrainer(ScoringTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         """Tells the model how many updates it has had, and keeps the parts of its loss."""
-        inputs = {name: value for name, value in inputs.items() if name not in ONLY_FOR_SCORES}
+        inputs = {name: value for name, value in inputs.items() if name != "lengths"}  # for scores alone
         outputs = model(**inputs, step=self.state.global_step)
         if model.training:
             for name, value in outputs.losses.items():

@@ -62,7 +62,8 @@ class RecurrentTrainer(BaseTrainer):
         step, micro_batch = self._position
         self._position = (self.state.global_step, micro_batch + 1 if step == self.state.global_step else 0)
         self.modalities.num_windows += self._position[1] == 0
-        if self._is_time_to_probe():
+        every = self.args.recurrence_logging_steps
+        if self.is_recurrent and every > 0 and self._position[0] % every == 0 and self._position[1] == 0:
             self._probe_recurrence(model, inputs_of_model(self._prepare_inputs(inputs)))
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -166,11 +167,6 @@ class RecurrentTrainer(BaseTrainer):
         return [(self.args.seed, step, first + row) for row in range(batch)]
 
     # ------------------------------------------------------------------------------------------------- is depth in use?
-
-    def _is_time_to_probe(self) -> bool:
-        every = self.args.recurrence_logging_steps
-        step, micro_batch = self._position
-        return self.is_recurrent and every > 0 and step % every == 0 and micro_batch == 0
 
     @torch.no_grad()
     def _probe_recurrence(self, model: nn.Module, inputs: dict[str, Any]) -> None:

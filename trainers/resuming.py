@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,13 @@ def find_resume_point(args: TrainingArguments) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     is_newest = str(wanted).lower() == "true"
-    checkpoint = newest_checkpoint(Path(args.output_dir)) if is_newest else named_checkpoint(Path(wanted))
+    checkpoint = newest_checkpoint(Path(args.output_dir)) if is_newest else Path(wanted)
     if checkpoint is None:
         return None
+    if not checkpoint.is_dir():
+        raise ValueError(f"training.resume_from_checkpoint: {wanted} is no folder; give a checkpoint folder, or true")
+    if not is_newest and (reason := damage(checkpoint)) is not None:
+        raise ValueError(f"training.resume_from_checkpoint: {checkpoint} {reason}; give a checkpoint-N folder of a run")
     state = read_state(checkpoint)
     if (has_all_steps(state, args) and not is_newest) or 0 < args.max_steps < state["global_step"]:
         raise ValueError(f"training.resume_from_checkpoint: {nothing_left(checkpoint, state['global_step'], args)}")
@@ -112,20 +116,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def named_checkpoint(folder: Path) -> Path:
-    """The folder itself.
-
-    Raises:
-        ValueError: if it is no whole checkpoint.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"training.resume_from_checkpoint: {folder} is no folder; give a checkpoint folder, or true")
-    reason = damage(folder)
-    if reason is not None:
-        raise ValueError(f"training.resume_from_checkpoint: {folder} {reason}; give a checkpoint-N folder of a run")
-    return folder
-
-
 def damage(folder: Path) -> str | None:
     """Why training cannot go on from a folder, as the end of a sentence that begins with it; None if it can.
 
@@ -165,27 +155,19 @@ def faulty_state(folder: Path) -> str | None:
 
 def missing_part(folder: Path) -> str | None:
     """The same as `damage`, of the weights and of the state of the optimizer, by the names of files."""
-    own = sorted(path for path in folder.glob(DEEPSPEED_FOLDERS) if path.is_dir())
-    if own:  # where DeepSpeed keeps all of it
-        return faulty_latest(folder)
+    if any(path.is_dir() for path in folder.glob(DEEPSPEED_FOLDERS)):  # where DeepSpeed keeps all of it
+        path = folder / "latest"  # which tells DeepSpeed the folder to read
+        try:
+            name = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            return f"has no {path.name} that can be read ({error}), from which DeepSpeed goes on"
+        if not (re.fullmatch(r"global_step\d+", name) and (folder / name).is_dir()):
+            return f"has a damaged {path.name} (there is no {name[:40]!r} in the folder)"
+        return None if any((folder / name).glob("*_states.pt")) else f"has no states in {name}"
     if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         return f"has no weights ({WEIGHTS[0]})"
     if not any(folder.glob("optimizer*")):
         return "has no state of an optimizer (optimizer*)"
-    return None
-
-
-def faulty_latest(folder: Path) -> str | None:
-    """The same as `damage`, of the file that tells DeepSpeed which folder to read."""
-    path = folder / "latest"
-    try:
-        name = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        return f"has no {path.name} that can be read ({error}), from which DeepSpeed goes on"
-    if not (re.fullmatch(r"global_step\d+", name) and (folder / name).is_dir()):
-        return f"has a damaged {path.name} (there is no {name[:40]!r} in the folder)"
-    if not any((folder / name).glob("*_states.pt")):
-        return f"has no states in {name}"
     return None
 
 
@@ -229,7 +211,10 @@ def check_weights(checkpoint: str, model: PreTrainedModel | PeftModel) -> None:
         "of another shape": [f"{name} ({there[name]}, not {here[name]})" for name in reshaped],
     }
     if any(problems.values()):
-        listed = ", ".join(f"{problem} {first_names(names)}" for problem, names in problems.items())
+        first = {
+            problem: ", ".join(sorted(names)[:3]) + ", ..." * (len(names) > 3) for problem, names in problems.items()
+        }
+        listed = ", ".join(f"{problem} {names or 'none'}" for problem, names in first.items())
         raise ValueError(f"training.resume_from_checkpoint: {checkpoint} does not fit the model: {listed}")
 
 
@@ -239,12 +224,6 @@ def forget_tied_weights(model: PreTrainedModel, loaded: Any) -> None:
     """
     missing, tied = set(loaded.missing_keys), model.all_tied_weights_keys
     loaded.missing_keys[:] = [name for name in loaded.missing_keys if tied.get(name, name) in missing]
-
-
-def first_names(names: Iterable[str]) -> str:
-    """The first three names, and whether there are more."""
-    names = sorted(names)
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3) if names else "none"
 
 
 # ----------------------------------------------------------------------------------------------- optimizer and schedule
@@ -283,10 +262,8 @@ class OptionsOfRun(TrainerCallback):
     def remember(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the options of an optimizer that the run has built, before a checkpoint replaces them."""
         groups = optimizer.param_groups
-        self.options, self.options_in_use = (
-            group_options(groups),
-            group_options([one for one in groups if one["params"]]),
-        )
+        self.options = group_options(groups)
+        self.options_in_use = group_options([one for one in groups if one["params"]])
         optimizer.register_load_state_dict_pre_hook(check_sizes)
 
     def on_train_begin(
@@ -303,18 +280,12 @@ class OptionsOfRun(TrainerCallback):
         wanted = self.options or [options_by_arguments(args, group) for group in groups]
         if len(groups) < len(wanted):  # ZeRO-1 and -2 leave out a group of no parameters, as beside adapters is
             wanted = self.options_in_use
-        if args.allow_changes:
-            change_group_options(groups, wanted)
-        else:
+        if not args.allow_changes:
             check_group_options(groups, wanted)
+        for group, options in zip(groups, wanted, strict=True) if args.allow_changes else ():
+            group |= {name: value for name, value in options.items() if name in group}
+            group["initial_lr"] = options["lr"]  # the rate that a schedule begins with
         set_rates(groups, lr_scheduler)
-
-
-def change_group_options(groups: Sequence[Options], wanted: Sequence[Options]) -> None:
-    """Give the groups of an optimizer other options; the rates become those that a schedule begins with."""
-    for group, options in zip(groups, wanted, strict=True):
-        group |= {name: value for name, value in options.items() if name in group}
-        group["initial_lr"] = options["lr"]
 
 
 def check_group_options(groups: Sequence[Options], wanted: Sequence[Options]) -> None:

@@ -45,11 +45,8 @@ class LossOfTextOrModel(SFTTrainer):
 
 
 class SupervisedTrainer(RecurrentTrainer, LossOfTextOrModel):
-    """`trl.SFTTrainer` for models that take `num_steps` and `initial_state`, on rows that are tokenised already.
-
-    Args:
-        train_dataset: Rows that `RecurrentTrainer` takes.
-        kwargs: The arguments of `RecurrentTrainer`.
+    """`trl.SFTTrainer` for models that take `num_steps` and `initial_state`, on the rows and with the arguments that
+    `RecurrentTrainer` takes.
 
     Raises:
         ValueError: The libraries refuse an option, or models with media do not have the loss.

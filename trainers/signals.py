@@ -25,7 +25,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Launchers and terminals send the same wish two or three times: to a group, then to each process of it.
 SAME_WISH = 1.0
 """Seconds after the first signal within which others mean the same."""
-WATCH_INTERVAL = 1.0
+POLL_INTERVAL = 1.0
 """Seconds from one look at the launcher to the next."""
 
 
@@ -203,7 +203,7 @@ def launchers() -> dict[int | str, int]:
 def wait_for_the_end_of(parents: dict[int | str, int]) -> None:
     """Returns, and sends the signal, when a process has another parent than before."""
     while all(parent_of(child) == parent for child, parent in parents.items()):
-        time.sleep(WATCH_INTERVAL)
+        time.sleep(POLL_INTERVAL)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

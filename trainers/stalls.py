@@ -26,7 +26,7 @@ class StallCallback(TrainerCallback):
         self.is_over = threading.Event()
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to watch."""
+        """Begin to monitor."""
         self.end()
         self.is_over = threading.Event()
         self.workers = args.dataloader_num_workers

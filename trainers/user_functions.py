@@ -35,14 +35,11 @@ def load_function(kind: str, name: str, example: str) -> Callable[..., Any]:
     return function
 
 
-RewardFunction = Callable[..., Sequence[float | None]]
-
-
 class RewardError(ValueError):
     """A reward function failed while a model was trained by it."""
 
 
-def load_reward(name: str) -> RewardFunction:
+def load_reward(name: str) -> Callable[..., Sequence[float | None]]:
     """The function that "package.module:function" names, with its results checked at every call.
 
     It is called by keyword with prompts, completions and completion_ids, one of each for every answer, with every other
@@ -51,16 +48,9 @@ def load_reward(name: str) -> RewardFunction:
 
     Raises:
         ValueError: no such module or function, or the module raises while it is imported.
-    """
-    return checked_reward(name, load_function("reward", name, "evaluation.rewards:exact_answer"))
-
-
-def checked_reward(name: str, function: RewardFunction) -> RewardFunction:
-    """The function, with errors that say which one it was.
-
-    Raises:
         RewardError: when it is called: it raises, or returns anything but a finite number or None for each completion.
     """
+    function = load_function("reward", name, "evaluation.rewards:exact_answer")
 
     @functools.wraps(function)
     def reward(*, completions: Sequence, **kwargs) -> list[float | None]:

@@ -74,10 +74,8 @@ def tokenize_rows(
     workers: int = 1,
     loss_on: str | None = None,
 ) -> Documents:
-    """Tokenise checked rows in batches, in `workers` processes; the result stays in memory and leaves no files.
-
-    Args:
-        loss_on: "all" or "answer", instead of the source's own.
+    """Tokenise checked rows in batches, in `workers` processes; the result stays in memory and leaves no files. What is
+    learned is `loss_on`, "all" or "answer", instead of the source's own.
     """
     options = {"tokenizer": tokenizer, "separator": source.separator, "loss_on": loss_on or source.loss_on}
     purpose = f"tokenising {source.label}"
@@ -85,7 +83,7 @@ def tokenize_rows(
     encoded = encoded.with_format("arrow")[:]
     tokens = encoded.column("tokens")
     return Documents(
-        tokens=np.concatenate([chunk.flatten().to_numpy() for chunk in tokens.chunks]),
+        tokens=_flat(tokens),
         lengths=pc.list_value_length(tokens).to_numpy().astype(np.int64),
         loss_start=encoded.column("loss_start").to_numpy(),
     )
@@ -129,20 +127,16 @@ class MediaDocument:
 
 @dataclass(frozen=True)
 class MediaDocuments:
-    """Conversations one after another, with what `MediaDocument` has of each."""
+    """Conversations one after another, with what `MediaDocument` has of each: tokens (int32) and is_label (bool), each
+    (tokens,); ends among them and lengths (int64) and modality (int8), each (documents,); rows in the format "arrow".
+    """
 
     tokens: np.ndarray
-    """int32 (tokens,)"""
     is_label: np.ndarray
-    """bool (tokens,)"""
     ends: np.ndarray
-    """int64 (documents,): where each ends among the tokens."""
     lengths: np.ndarray
-    """int64 (documents,)"""
     modality: np.ndarray
-    """int8 (documents,)"""
     rows: Dataset
-    """In the format "arrow"."""
 
     def __len__(self) -> int:
         return len(self.ends)

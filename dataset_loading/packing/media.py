@@ -120,33 +120,19 @@ def pack_whole(lengths: np.ndarray, block_size: int, seed: int | None = None) ->
     """
     order = np.arange(len(lengths)) if seed is None else np.random.default_rng(seed).permutation(len(lengths))
     rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (room, number of the row), sorted
+    open_rows: list[tuple[int, int]] = []  # (capacity, number of the row), sorted
     for number in order.tolist():
         length = int(lengths[number])
         place = bisect_left(open_rows, (length, -1))
         if place < len(open_rows):
-            room, row = open_rows.pop(place)
+            capacity, row = open_rows.pop(place)
         else:
-            room, row = block_size, len(rows)
+            capacity, row = block_size, len(rows)
             rows.append([])
         rows[row].append(number)
-        if room > length:
-            insort(open_rows, (room - length, row))
+        if capacity > length:
+            insort(open_rows, (capacity - length, row))
     return np.concatenate(rows), np.cumsum([len(row) for row in rows])
-
-
-def read_piece(
-    document: MediaDocument, reader: MediaReader, augmenter: Augmenter | None, rng: np.random.Generator | None
-) -> Piece:
-    """A document with its media.
-
-    Raises:
-        UnreadableItem: An item is not what it was.
-    """
-    (piece,) = read_pieces([document], reader, [augmenter], rng)
-    if isinstance(piece, UnreadableItem):
-        raise piece
-    return piece
 
 
 def read_pieces(
@@ -178,26 +164,16 @@ def read_pieces(
             unreadable[number] = error
     media = []
     for found, messages, augmenter in zip(loaded, conversations, augmenters, strict=True):
-        text = " ".join(map(text_of, messages)) if augmenter else ""
-        media.append([(kind, _tensor(kind, medium, text, reader, augmenter, rng)) for kind, medium in found])
+        text, tensors = " ".join(map(text_of, messages)) if augmenter else "", []
+        for kind, item in found:
+            changed = augmenter.change(kind, item, text, rng) if augmenter else item
+            tensor = reader.modalities[kind].preprocess(changed)
+            tensors.append((kind, augmenter.mask(kind, tensor, text, rng) if augmenter else tensor))
+        media.append(tensors)
     return [
         unreadable.get(number) or _piece(document, media[number], reader, augmenter, rng, cfg_dropout)
         for number, (document, augmenter) in enumerate(zip(documents, augmenters, strict=True))
     ]
-
-
-def _tensor(
-    kind: str,
-    medium: Any,
-    text: str,
-    reader: MediaReader,
-    augmenter: Augmenter | None,
-    rng: np.random.Generator | None,
-) -> torch.Tensor:
-    if augmenter is None:
-        return reader.tensor(kind, medium)
-    tensor = reader.tensor(kind, augmenter.change(kind, medium, text, rng))
-    return augmenter.mask(kind, tensor, text, rng)
 
 
 def _piece(
@@ -236,7 +212,7 @@ def join_pieces(pieces: Sequence[Piece], row_length: int | None, pad_id: int) ->
     labels[0] = IGNORED  # a begin token, or the repeated token of a text that was cut
     values = {"input_ids": ids, "labels": labels, "position_ids": positions, "modality_ids": modality_ids}
     row: dict[str, Any] = {name: torch.from_numpy(it) for name, it in values.items()}
-    row["media"] = by_modality([medium for piece in pieces for medium in piece.media])
+    row["media"] = by_modality([item for piece in pieces for item in piece.media])
     return row
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from model import modality_names
@@ -47,8 +46,7 @@ class MediaReader:
     @property
     def sampling_rates(self) -> dict[str, int]:
         """Sampling rates in Hz by modality, of those that are audio."""
-        audio = {name: kind for name, kind in self.modalities.items() if name in ("audio", "written_audio")}
-        return {name: kind.sampling_rate for name, kind in audio.items()}
+        return {name: it.sampling_rate for name, it in self.modalities.items() if name in ("audio", "written_audio")}
 
     def with_modalities(self, messages: list[dict]) -> list[dict]:
         """Messages in which media of the assistant have the type of the modality that is generated, if there is one.
@@ -84,15 +82,8 @@ class MediaReader:
     def most_tokens(
         self, reference: Mapping, row: Mapping[str, object], decode: bool, stretch: float = 1.0, silence: float = 0.0
     ) -> int:
-        """Most tokens of an item, with those that start and end it.
-
-        Args:
-            decode: Whether the item is read whole, and not its header only; a generated one is never made for it.
-            stretch: How many times as long audio that is read may become.
-            silence: How many seconds longer it may become then.
-
-        Raises:
-            UnreadableItem: The item is damaged, as far as it was read.
+        """Most tokens of an item, with those that start and end it; see `read_conversations`. A generated one is never
+        made for it; raises UnreadableItem for one that is damaged, as far as it was read.
         """
         name = reference["type"]
         kind = self.modalities[name]
@@ -106,11 +97,7 @@ class MediaReader:
         return kind.tokens_of_size(size) + 2
 
     def _size(self, name: str, source: Any, decode: bool) -> Any:
-        """The size of an item, all of which is read: if audio were cut, its text would say what is not in it.
-
-        Raises:
-            ValueError: The item is longer than what is read, or damaged, as far as it was read.
-        """
+        """The size of an item, all of which is read: if audio were cut, its text would say what is not in it."""
         kind = self.modalities[name]
         if name in self.sampling_rates:
             seconds = kind.size(source)
@@ -122,26 +109,13 @@ class MediaReader:
         return kind.size(kind.load(source) if decode else source)
 
     def load(self, reference: Mapping, row: Mapping[str, object]) -> Any:
-        """An item decoded: an image, or samples at the processor's rate.
-
-        Raises:
-            UnreadableItem: The item is missing, damaged, or outside of the processor's limits.
-        """
+        """An item decoded, an image or samples at the processor's rate; see `read_item` for errors."""
         return read_item(self.modalities[reference["type"]].load, reference, row)
-
-    def tensor(self, kind: str, medium: Any) -> torch.Tensor:
-        """What `load` gave, as the model's input for one item."""
-        return self.modalities[kind].preprocess(medium)
 
 
 def read_item(read: Callable[[Any], Any], reference: Mapping, row: Mapping[str, object]) -> Any:
-    """What a function makes of an item of media.
-
-    Args:
-        read: Takes a path, bytes, or what a generated task makes.
-
-    Raises:
-        UnreadableItem: The item is missing, damaged, or refused by the function.
+    """What a function makes of the path, the bytes or the generated item that a reference leads to; raises
+    UnreadableItem for one that is missing, damaged, or refused by the function.
     """
     try:
         return read(read_reference(reference, row))

@@ -21,7 +21,7 @@ from ..configuration import DataConfig, SourceConfig
 from ..sources.conversations import STORED_MEDIA, conversation_of_stream
 from ..sources.loading import columns_of, reason_against_text
 from ..sources.references import fingerprint
-from ..splits import Split, document_digest
+from ..splits import document_digest
 from .documents import MediaDocument, encode_batch, read_conversations
 from .media import join_pieces, read_pieces
 from .media_reader import MediaReader, UnreadableItem
@@ -73,11 +73,8 @@ class StreamingDataset(IterableDataset):
         cfg_dropout: CFGDropout | None = None,
     ):
         self.stream, self.reader, self.pad_id, self.seed = stream, reader, pad_id, seed
-        self.block_size, self.packing, self.max_invalid_rows = (
-            config.block_size,
-            config.packing,
-            config.max_invalid_rows,
-        )
+        self.block_size, self.packing = config.block_size, config.packing
+        self.max_invalid_rows = config.max_invalid_rows
         self.loss_on, self.augmenters, self.cfg_dropout = loss_on, augmenters or {}, cfg_dropout
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
         self._pending: list[MediaDocument] = []
@@ -100,7 +97,10 @@ class StreamingDataset(IterableDataset):
             raise ValueError(f"the train sources give no row to learn from ({found} bad ones); check what they name")
 
     def _pass(self, bad_rows: BadRows) -> Iterator[dict[str, Any]]:
-        self._begin_pass()
+        start, self._start = self._start, None
+        self.stream.load_state_dict(start and start["stream"])  # None: from the first row
+        self._pending = [_from_state(document) for document in start["pending"]] if start else []
+        self._num_rows = start["num_rows"] if start else 0
         stream = iter(self.stream)
         yield from self._rows(bad_rows, flush=not self.packing)
         while arrived := list(islice(stream, _ARRIVE_AT_ONCE)):
@@ -118,36 +118,27 @@ class StreamingDataset(IterableDataset):
         """Let the next pass, and only that, go on from `state`."""
         self._start = state
 
-    def _begin_pass(self) -> None:
-        start, self._start = self._start, None
-        self.stream.load_state_dict(start and start["stream"])  # None: from the first row
-        self._pending = [_from_state(document) for document in start["pending"]] if start else []
-        self._num_rows = start["num_rows"] if start else 0
-
     def _accept(self, source: str, rows: Sequence[dict[str, Any]], bad_rows: BadRows) -> None:
         """Let the documents of rows wait until they fit into a row. Only the headers of media are read yet."""
         conversations = [(json.loads(row["messages"]), row) for row in rows if row["messages"]]
-        read = iter(self._read(source, conversations) if conversations else ())
+        options = {"loss_on": self.loss_on[source], "decode": False, "block_size": self.block_size}
+        if augmenter := self.augmenters.get(source):
+            options |= {"stretch": augmenter.stretch, "silence": augmenter.silence}
+        read = read_conversations(conversations, self.reader, **options)
         for row in rows:
+            origin = {name: row[name] for name in ("source", "row", "messages", "media")}
             problem, document = row["problem"], None
             if row["messages"]:
                 *parts, problem = next(read)
-                document = MediaDocument(*parts, _origin_of(row))
+                document = MediaDocument(*parts, origin)
             elif len(row["tokens"]):
                 tokens = np.asarray(row["tokens"], dtype=np.int32)
                 is_label = np.arange(len(tokens)) >= row["loss_start"]
-                document = MediaDocument(tokens, is_label, len(tokens), 0, _origin_of(row))
+                document = MediaDocument(tokens, is_label, len(tokens), 0, origin)
             if problem:
                 bad_rows.add(source, f"row {row['row']}", problem)
             elif document is not None:
                 self._pending.append(document)
-
-    def _read(self, source: str, conversations: list[tuple[list[dict], Mapping]]) -> Iterator[tuple]:
-        augmenter = self.augmenters.get(source)
-        longer = {"stretch": augmenter.stretch, "silence": augmenter.silence} if augmenter else {}
-        return read_conversations(
-            conversations, self.reader, self.loss_on[source], decode=False, block_size=self.block_size, **longer
-        )
 
     def _rows(self, bad_rows: BadRows, flush: bool = False) -> Iterator[dict[str, Any]]:
         while documents := self._take(flush):
@@ -157,23 +148,19 @@ class StreamingDataset(IterableDataset):
                 yield row
 
     def _take(self, flush: bool) -> list[MediaDocument]:
-        """The documents of the next row, from the front of those that wait; none, if it is not full.
-
-        Args:
-            flush: Whether a row that is not full is taken, too.
-        """
+        """The documents of the next row, from the front of those that wait; none, if it is not full, unless `flush`."""
         taken: list[MediaDocument] = []
-        room, waiting = self.block_size, list(self._pending)
-        while waiting and room and (self.packing or not taken):
+        capacity, waiting = self.block_size, list(self._pending)
+        while waiting and capacity and (self.packing or not taken):
             document = waiting.pop(0)
-            if document.row["messages"] and document.length > room:
+            if document.row["messages"] and document.length > capacity:
                 waiting.insert(0, document)
                 break
-            part, rest = _cut(document, room)
+            part, rest = _cut(document, capacity)
             taken.append(part)
             waiting[:0] = rest
-            room -= part.length
-        if room and not waiting and not flush:
+            capacity -= part.length
+        if capacity and not waiting and not flush:
             return []
         self._pending = waiting
         return taken
@@ -181,7 +168,8 @@ class StreamingDataset(IterableDataset):
     def _join(self, documents: Sequence[MediaDocument], bad_rows: BadRows) -> dict[str, Any] | None:
         augmenters = [self.augmenters.get(document.row["source"]) for document in documents]
         pieces = []
-        rng = self._generator() if any(augmenters) or self.cfg_dropout else None
+        worker = get_worker_info()
+        rng = np.random.default_rng([self.seed, int(self.epoch), worker.id if worker else 0, self._num_rows])
         found = read_pieces(documents, self.reader, augmenters, rng, self.cfg_dropout)
         for document, piece in zip(documents, found, strict=True):
             if isinstance(piece, UnreadableItem):
@@ -193,23 +181,14 @@ class StreamingDataset(IterableDataset):
         row = join_pieces(pieces, self.block_size, self.pad_id)
         return row if self.reader else {name: row[name] for name in ("input_ids", "labels", "position_ids")}
 
-    def _generator(self) -> np.random.Generator:
-        """Random numbers for the row that is made."""
-        worker = get_worker_info()
-        return np.random.default_rng([self.seed, int(self.epoch), worker.id if worker else 0, self._num_rows])
 
-
-def _origin_of(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("source", "row", "messages", "media")}
-
-
-def _cut(document: MediaDocument, room: int) -> tuple[MediaDocument, list[MediaDocument]]:
+def _cut(document: MediaDocument, capacity: int) -> tuple[MediaDocument, list[MediaDocument]]:
     """What fits into a row, and the rest, which begins with the last token of that; conversations fit whole."""
-    if document.length <= room:
+    if document.length <= capacity:
         return document, []
     parts = [
         replace(document, tokens=document.tokens[part], is_label=document.is_label[part], length=part.stop - part.start)
-        for part in (slice(0, room), slice(room - 1, document.length))
+        for part in (slice(0, capacity), slice(capacity - 1, document.length))
     ]
     return parts[0], parts[1:]
 
@@ -232,44 +211,25 @@ def _from_state(state: dict[str, Any]) -> MediaDocument:
     return MediaDocument(tokens, is_label, state["length"], state["modality"], {**state["row"], "media": media})
 
 
-def build_stream(
-    split: Split,
-    config: DataConfig,
+def stream_of(
+    source: SourceConfig,
+    rows: datasets.Dataset | datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerFast,
-    seed: int,
-    reader: MediaReader | None = None,
-    augmenters: Mapping[str, Augmenter] | None = None,
-    cfg_dropout: CFGDropout | None = None,
-) -> StreamingDataset:
-    """Mix the train sources document by document, those in memory included, until each has been read whole once.
-
-    Args:
-        reader: Reads media; None: no source has any.
-        augmenters: Augmenters by name of the source.
-        cfg_dropout: Hides prompts of generated targets.
+    forbidden: set[bytes],
+) -> datasets.IterableDataset:
+    """The rows of a train source, in memory or not, with the columns that a StreamingDataset reads; documents whose
+    digests are forbidden are passed over.
     """
-    streams = []
-    for source, rows in split.train:
-        if source.is_media:
-            encode = partial(_encode_conversation, source=source, forbidden=split.validation_digests)
-        else:
-            columns = columns_of(source)
-            if isinstance(rows, datasets.Dataset):  # checked and renamed already
-                columns = {name: name for name in columns.values()}
-            encode = partial(
-                _encode_text, source=source, columns=columns, tokenizer=tokenizer, forbidden=split.validation_digests
-            )
-        rows = rows.to_iterable_dataset().decode(False) if isinstance(rows, datasets.Dataset) else rows
-        # A map with features is taken at its word, while a cast converts each value to those of Arrow and back.
-        streams.append(rows.map(encode, with_indices=True, features=_FEATURES).select_columns(list(_FEATURES)))
-    stream = streams[0]
-    if len(streams) > 1:
-        shares = np.array([source.weight for source, _ in split.train])
-        stream = datasets.interleave_datasets(
-            streams, probabilities=list(shares / shares.sum()), seed=seed, stopping_strategy="all_exhausted"
-        )
-    loss_on = {source.label: source.loss_on for source, _ in split.train}
-    return StreamingDataset(stream, config, tokenizer.pad_token_id, loss_on, reader, augmenters, seed, cfg_dropout)
+    options: dict[str, Any] = {"source": source, "forbidden": forbidden}
+    if not source.is_media:
+        columns = columns_of(source)
+        if isinstance(rows, datasets.Dataset):  # checked and renamed already
+            columns = {name: name for name in columns.values()}
+        options |= {"columns": columns, "tokenizer": tokenizer}
+    encode = partial(_encode_conversation if source.is_media else _encode_text, **options)
+    rows = rows.to_iterable_dataset().decode(False) if isinstance(rows, datasets.Dataset) else rows
+    # A map with features is taken at its word, while a cast converts each value to those of Arrow and back.
+    return rows.map(encode, with_indices=True, features=_FEATURES).select_columns(list(_FEATURES))
 
 
 def _encode_text(

@@ -65,36 +65,19 @@ class PackedDataset(RowDataset):
     def draw(self, index: int, occurrence: int) -> dict[str, torch.Tensor]:
         part = slice(self.starts[index], self.stops[index])
         tokens, is_label = self.tokens[part], self.is_label[part]
-        shown = None if self.noise is None else self.noise(tokens, is_label, self.generator(index, occurrence))
-        return make_row(tokens, self.is_start[part], is_label, self.row_length, self.pad_id, shown)
-
-
-def make_row(
-    tokens: np.ndarray,
-    is_start: np.ndarray,
-    is_label: np.ndarray,
-    row_length: int | None,
-    pad_id: int,
-    shown: np.ndarray | None = None,
-) -> dict[str, torch.Tensor]:
-    """One row of a part of the documents, filled up to `row_length` tokens when that is given.
-
-    Args:
-        shown: The `input_ids`, where they differ from the tokens.
-    """
-    labels = np.where(is_label, tokens, IGNORED)
-    labels[0] = IGNORED  # a begin token, or the repeated token of a document that was cut
-    missing = 0 if row_length is None else row_length - len(tokens)
-    restarts = np.pad(is_start, (0, missing))
-    if missing:
-        restarts[len(tokens)] = True
-    places = np.arange(len(restarts))
-    row = {
-        "input_ids": np.pad(tokens if shown is None else shown, (0, missing), constant_values=pad_id),
-        "labels": np.pad(labels, (0, missing), constant_values=IGNORED),
-        "position_ids": places - np.maximum.accumulate(np.where(restarts, places, 0)),
-    }
-    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in row.items()}
+        shown = tokens if self.noise is None else self.noise(tokens, is_label, self.generator(index, occurrence))
+        labels = np.where(is_label, tokens, IGNORED)
+        labels[0] = IGNORED  # a begin token, or the repeated token of a document that was cut
+        missing = 0 if self.row_length is None else self.row_length - len(tokens)
+        restarts = np.pad(self.is_start[part], (0, missing))
+        restarts[len(tokens) : len(tokens) + 1] = True  # the padding, if there is any
+        places = np.arange(len(restarts))
+        row = {
+            "input_ids": np.pad(shown, (0, missing), constant_values=self.pad_id),
+            "labels": np.pad(labels, (0, missing), constant_values=IGNORED),
+            "position_ids": places - np.maximum.accumulate(np.where(restarts, places, 0)),
+        }
+        return {name: torch.from_numpy(values.astype(np.int64)) for name, values in row.items()}
 
 
 def _cut_packed(is_start: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:

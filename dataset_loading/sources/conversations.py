@@ -5,7 +5,7 @@ Nothing is decoded here, and of files only a digest is taken; `packing/documents
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -74,24 +74,18 @@ def load_conversations(
     if source.kind == "generated":
         return _generated(source, role, config, seed, limit)
     if source.kind == "hub":
-        rows = _of_table(source, _raw_table(source, load_hub(source)), None, folder_of(source), bad_rows, limit)
+        rows = _of_table(source, load_hub(source), None, folder_of(source), bad_rows, limit)
     elif source.kind == "files" and _are_parquet(source):
         tables = [(path, _parquet_table(path)) for path in expand_paths(source)]
-        parts = [
-            _of_table(source, _raw_table(source, table), path, path.parent, bad_rows, limit) for path, table in tables
-        ]
+        parts = [_of_table(source, table, path, path.parent, bad_rows, limit) for path, table in tables]
         rows = concatenate_datasets(parts)
     else:
-        rows = _of_rows(source, _ROWS[source.kind](source), bad_rows, limit)
+        rows = _of_rows(source, bad_rows, limit)
     return _usable(source, rows, config.preprocessing_workers, bad_rows) if len(rows) else rows
 
 
 def open_conversations(source: SourceConfig) -> IterableDataset:
-    """The rows of a streaming source with media, for `conversation_of_stream`.
-
-    Raises:
-        ValueError: It cannot be opened, or lacks a column.
-    """
+    """The rows of a streaming source with media, for `conversation_of_stream`."""
     if source.kind == "webdataset":
         paths = [str(path) for path in expand_paths(source)]
         return IterableDataset.from_generator(_stream_tars, gen_kwargs={"paths": paths, "source": source})
@@ -104,10 +98,7 @@ def open_conversations(source: SourceConfig) -> IterableDataset:
 
 def conversation_of_stream(source: SourceConfig, row: dict[str, object], number: int) -> tuple[list[dict], list[dict]]:
     """The messages of a row of a stream, or of rows in memory that are mixed with streams, and the media that stand in
-    columns of the row, as {"bytes", "path"}: references say column "media".
-
-    Args:
-        number: Number of the row, from 0.
+    columns of row `number` (from 0), as {"bytes", "path"}: references say column "media".
 
     Raises:
         UnusableRow: The message is the reason.
@@ -195,24 +186,26 @@ def conversation_of(
 # ------------------------------------------------------------------------------------------------------ generated tasks
 
 
+def rows_of_task(source: SourceConfig, role: Role, config: DataConfig, seed: int, limit: int | None) -> Dataset:
+    """What `generate_rows` gives of a generated source, at most `limit` rows."""
+    num_rows = source.num_rows if limit is None else min(source.num_rows, limit)
+    seeds, workers = (seed, source.seed), config.preprocessing_workers
+    return generate_rows(get_task(source.task), source.difficulty, source.role or role, seeds, num_rows, workers)
+
+
 def _generated(source: SourceConfig, role: Role, config: DataConfig, seed: int, limit: int | None) -> Dataset:
-    task, num_rows = get_task(source.task), source.num_rows if limit is None else min(source.num_rows, limit)
-    role, seeds = source.role or role, (seed, source.seed)
-    rows = generate_rows(task, source.difficulty, role, seeds, num_rows, config.preprocessing_workers)
+    task, rows = get_task(source.task), rows_of_task(source, role, config, seed, limit)
     found, turns = _Found(), source.directed_prompts
     for number, row in enumerate(rows, start=1):
         direction, prompt = turns[(number - 1) % len(turns)]
+        gives_text = source.has_media and "text" in direction.given
+        question = row["answer" if gives_text else "prompt"] if prompt is None else fill_template(prompt, row)
         if not source.has_media:
-            question = {"role": "user", "content": fill_template(prompt or "{prompt}", row)}
-            found.add(parse_messages([question, *task.replies(row)], {}, None), f"row {number}", row["difficulty"])
-            continue
-        medium = Reference(type=task.modality, task=task.name, medium=row["medium"])
-        if "text" in direction.given:
-            question = row["answer"] if prompt is None else fill_template(prompt, row)
-            messages = answer_to([], question, "", [medium])
+            messages = parse_messages([{"role": "user", "content": question}, *task.replies(row)], {}, None)
         else:
-            question = row["prompt"] if prompt is None else fill_template(prompt, row)
-            messages = answer_to([medium], question, row["answer"])
+            item = Reference(type=task.modality, task=task.name, medium=row["medium"])
+            given, answer, shown = ([], "", [item]) if gives_text else ([item], row["answer"], ())
+            messages = answer_to(given, question, answer, shown)
         found.add(messages, f"row {number}", row["difficulty"])
     return found.dataset().add_column("digest", [b""] * len(rows))
 
@@ -232,9 +225,9 @@ class _Found:
         return Dataset.from_dict(self.columns, features=FEATURES)
 
 
-def _of_rows(source: SourceConfig, rows: RowsInFolders, bad_rows: BadRows, limit: int | None) -> Dataset:
-    found = _Found()
-    for number, (where, row, reason, folder) in enumerate(rows if limit is None else islice(rows, limit)):
+def _of_rows(source: SourceConfig, bad_rows: BadRows, limit: int | None) -> Dataset:
+    found, rows = _Found(), islice(_READERS.get(source.kind, read_folder)(source), limit)
+    for number, (where, row, reason, folder) in enumerate(rows):
         try:
             found.add(_of_row(source, row, reason, folder, number), where)
         except UnusableRow as error:
@@ -274,14 +267,7 @@ def _stream_tars(paths: list[str], source: SourceConfig) -> Iterator[dict[str, s
             yield {"messages": messages, "problem": reason or ""}
 
 
-_ROWS: dict[str, Callable[[SourceConfig], RowsInFolders]] = {
-    "files": _read_files,
-    "chat": _read_files,
-    "imagefolder": read_folder,
-    "audiofolder": read_folder,
-    "folder": read_folder,
-    "webdataset": _read_tars,
-}
+_READERS = {"files": _read_files, "chat": _read_files, "webdataset": _read_tars}
 
 
 # ---------------------------------------------------------------------------------------- tables that hold the media
@@ -298,11 +284,7 @@ def _are_parquet(source: SourceConfig) -> bool:
 
 
 def _parquet_table(path: Path) -> Dataset:
-    """A table on the disk.
-
-    Raises:
-        ValueError: It is damaged, or would fill the memory.
-    """
+    """A table on the disk; raises ValueError for one that is damaged, or would fill the memory."""
     open_parquet(path)
     try:
         return Dataset.from_parquet(str(path), batch_size=_CONVERTED_AT_ONCE)
@@ -310,20 +292,12 @@ def _parquet_table(path: Path) -> Dataset:
         raise ValueError(f"{str(path)!r} is damaged: {one_line(error.__cause__ or error)}; write it again") from error
 
 
-def _raw_table(source: SourceConfig, rows: Dataset) -> Dataset:
-    """The needed columns, undecoded.
-
-    Raises:
-        ValueError: One is missing.
-    """
-    check_columns(source, needed_columns(source), rows.column_names)
-    return rows.select_columns(table_columns(source, rows.column_names)).with_format("arrow")
-
-
 def _of_table(
     source: SourceConfig, table: Dataset, path: Path | None, folder: Path | None, bad_rows: BadRows, limit: int | None
 ) -> Dataset:
-    """Conversations whose media stand in columns of their own rows, one for each row of the table."""
+    """Conversations whose media stand, undecoded, in columns of their own rows, one for each row of the table."""
+    check_columns(source, needed_columns(source), table.column_names)
+    table = table.select_columns(table_columns(source, table.column_names)).with_format("arrow")
     table = table if limit is None else table.take(min(limit, len(table)))
     texts = [column for column in table.column_names if column not in source.media_columns]
     names = label_names(table.features)
@@ -358,24 +332,19 @@ def _usable(source: SourceConfig, rows: Dataset, workers: int, bad_rows: BadRows
     for where, problem in zip(rows["where"], found["problem"], strict=True):
         if problem:
             bad_rows.add(source.label, where, problem)
-    _report_repeated(source, rows["where"], found["digest"])
-    rows = rows.add_column("digest", found["digest"])
-    return rows.select([number for number, digest in enumerate(found["digest"]) if digest])
-
-
-def _report_repeated(source: SourceConfig, places: Iterable[str], digests: Iterable[bytes]) -> None:
-    """Says how many rows are others again, as those of a file and its copy are."""
     seen: dict[bytes, str] = {}
     again = [
         (where, first)
-        for where, mark in zip(places, digests, strict=True)
+        for where, mark in zip(rows["where"], found["digest"], strict=True)
         if mark and (first := seen.setdefault(mark, where)) != where
     ]
-    if again:
+    if again:  # as those of a file and its copy are
         logger.warning(
             "%s: %d rows have the text and the media of a row before them, the first of them %s, as %s; all are used",
             *(source.label, len(again), *again[0]),
         )
+    rows = rows.add_column("digest", found["digest"])
+    return rows.select([number for number, digest in enumerate(found["digest"]) if digest])
 
 
 def _digest_batch(batch: pa.Table) -> dict[str, list]:

@@ -27,29 +27,43 @@ def read_folder(source: SourceConfig) -> RowsInFolders:
     folder = Path(source.path)
     if not folder.is_dir():
         raise ValueError(f"source {source.label!r}: {source.path!r} is no folder; correct the path")
-    metadata = sorted(path for name in _METADATA for path in folder.rglob(name))
-    named = _NamedMedia(source)
-    for path in metadata:
-        if not (path.is_file() and is_within(str(path), str(folder))):
-            raise ValueError(f"source {source.label!r}: {str(path)!r} is no regular file of the folder; replace it")
-        for where, row, reason in READERS[path.suffix](path, tuple(needed_columns(source))):
-            named.add(path, where, row)
-            yield where, row, reason, path.parent
-    if metadata:
-        named.report()
+    if metadata := sorted(path for name in _METADATA for path in folder.rglob(name)):
+        yield from _read_metadata(source, folder, metadata)
         return
-    suffixes = _suffixes(source)
+    suffixes = _SUFFIXES.get(source.kind) or {
+        suffix for kind in source.media_columns.values() for suffix in MODALITIES[kind].file_suffixes
+    }
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     _check_without_metadata(source, folder, files, suffixes)
     for path in files:
         yield str(path), {"file_name": str(path.relative_to(folder)), "label": path.parent.name}, None, folder
 
 
-def _suffixes(source: SourceConfig) -> set[str]:
-    """How names of media end, by what a folder holds."""
-    if source.kind in _SUFFIXES:
-        return _SUFFIXES[source.kind]
-    return {suffix for kind in source.media_columns.values() for suffix in MODALITIES[kind].file_suffixes}
+def _read_metadata(source: SourceConfig, folder: Path, metadata: list[Path]) -> RowsInFolders:
+    """The rows of metadata. A file may be named in several rows of one file of metadata, and in no second one."""
+    first: dict[str, tuple[Path, str]] = {}
+    again: list[tuple[str, str]] = []
+    for path in metadata:
+        if not (path.is_file() and is_within(str(path), str(folder))):
+            raise ValueError(f"source {source.label!r}: {str(path)!r} is no regular file of the folder; replace it")
+        for where, row, reason in READERS[path.suffix](path, tuple(needed_columns(source))):
+            cells = [row.get(column) for column in source.media_columns]
+            names = (name for cell in cells for name in (cell if isinstance(cell, list) else [cell]))
+            for name in (name for name in names if isinstance(name, str)):
+                found = os.path.normpath(os.path.join(path.parent, name))
+                other, place = first.setdefault(found, (path, where))
+                if other != path:
+                    raise ValueError(
+                        f"source {source.label!r}: {str(other)!r} and {str(path)!r} both name {found!r}, which would "
+                        "be learned twice as often; remove one of them, or leave each file in one"
+                    )
+                again += [(where, place)] * (place != where)
+            yield where, row, reason, path.parent
+    if again:  # as several captions of one image do
+        logger.warning(
+            "%s: %d rows name a file that a row before them names too, the first of them %s, as %s; all are used",
+            *(source.label, len(again), *again[0]),
+        )
 
 
 def _check_without_metadata(source: SourceConfig, folder: Path, files: list[Path], suffixes: set[str]) -> None:
@@ -71,39 +85,3 @@ def _check_without_metadata(source: SourceConfig, folder: Path, files: list[Path
         f"source {source.label!r}: {str(folder)!r} has no {names}{near}, and no file that is one of "
         f"{', '.join(sorted(suffixes))}; correct the path"
     )
-
-
-class _NamedMedia:
-    """The files that metadata name. A file may occur in several rows of one metadata file, and in no second one."""
-
-    def __init__(self, source: SourceConfig):
-        self.source = source
-        self.first: dict[str, tuple[Path, str]] = {}
-        self.again: list[tuple[str, str]] = []
-
-    def add(self, metadata: Path, where: str, row: dict[str, object]) -> None:
-        """Take a row.
-
-        Raises:
-            ValueError: Another file of metadata names one of its media too.
-        """
-        for column in self.source.media_columns:
-            values = row.get(column) if isinstance(row.get(column), list) else [row.get(column)]
-            for name in (value for value in values if isinstance(value, str)):
-                path = os.path.normpath(os.path.join(metadata.parent, name))
-                first, first_where = self.first.setdefault(path, (metadata, where))
-                if first != metadata:
-                    raise ValueError(
-                        f"source {self.source.label!r}: {str(first)!r} and {str(metadata)!r} both name {path!r}, which "
-                        "would be learned twice as often; remove one of them, or leave each file in one"
-                    )
-                if first_where != where:
-                    self.again.append((where, first_where))
-
-    def report(self) -> None:
-        """Log how many rows name what another one of the same file names, as several captions of one image do."""
-        if self.again:
-            logger.warning(
-                "%s: %d rows name a file that a row before them names too, the first of them %s, as %s; all are used",
-                *(self.source.label, len(self.again), *self.again[0]),
-            )

@@ -10,8 +10,7 @@ from datasets import Dataset, Features, Value
 from ..bad_rows import BadRows, checked_columns, reason_against, reason_against_columns
 from ..configuration import DataConfig, SourceConfig
 from ..tasks.base import Role
-from ..tasks.registry import generate_rows, get_task
-from .conversations import conversations_of_stream, load_conversations, open_conversations
+from .conversations import conversations_of_stream, load_conversations, open_conversations, rows_of_task
 from .tables import CHECKED_AT_ONCE, READERS, Rows, check_columns, columns_of_stream, expand_paths, load_hub
 
 
@@ -46,11 +45,13 @@ def load_rows(
     if source.is_media:
         rows = load_conversations(source, role, config, seed, bad_rows, limit)
     elif source.kind == "generated":
-        task, num_rows = get_task(source.task), source.num_rows if limit is None else min(source.num_rows, limit)
-        role, seeds = source.role or role, (seed, source.seed)
-        return generate_rows(task, source.difficulty, role, seeds, num_rows, config.preprocessing_workers)
+        return rows_of_task(source, role, config, seed, limit)
+    elif source.kind == "files":
+        columns = tuple(columns_of(source))
+        read = (row for path in expand_paths(source) for row in READERS[path.suffix](path, columns))
+        rows = _usable_texts(source, read, bad_rows)
     else:
-        rows = _read_files(source, bad_rows) if source.kind == "files" else _read_hub(source, bad_rows, limit)
+        rows = _read_hub(source, bad_rows, limit)
     if len(rows) == 0:
         raise ValueError(
             f"source {source.label!r} has no usable rows: {bad_rows.reasons_of(source.label) or 'it has none'}"
@@ -59,22 +60,12 @@ def load_rows(
 
 
 def open_stream(source: SourceConfig) -> datasets.IterableDataset:
-    """The raw rows of a streaming source.
-
-    Raises:
-        ValueError: It cannot be opened, or lacks a column.
-    """
+    """The raw rows of a streaming source."""
     if source.is_media:
         return open_conversations(source)
     stream = load_hub(source)
     check_columns(source, columns_of(source), columns_of_stream(stream))
     return stream
-
-
-def _read_files(source: SourceConfig, bad_rows: BadRows) -> Dataset:
-    columns = tuple(columns_of(source))
-    rows = (row for path in expand_paths(source) for row in READERS[path.suffix](path, columns))
-    return _usable_texts(source, rows, bad_rows)
 
 
 def rows_of_stream(source: SourceConfig, stream: datasets.IterableDataset, bad_rows: BadRows) -> Dataset:

@@ -35,8 +35,7 @@ def needed_columns(source: SourceConfig) -> list[str]:
 
 def used_columns(source: SourceConfig) -> list[str]:
     """The columns that are read for a source, or by another pass over it."""
-    rejected = [] if source.rejected_column is None else [source.rejected_column]
-    return [*needed_columns(source), *rejected]
+    return [*needed_columns(source), *filter(None, [source.rejected_column])]
 
 
 def table_columns(source: SourceConfig, found: list[str]) -> list[str]:
@@ -81,11 +80,7 @@ def with_label_names(row: dict[str, object], names: dict[str, list[str]]) -> dic
 
 
 def stored_cells(column: str, values: pa.ChunkedArray) -> list[Cell]:
-    """What each row has. Bytes are not looked at.
-
-    Raises:
-        ValueError: The column is of a type that holds no media.
-    """
+    """What each row has; raises ValueError for a column of a type that holds no media. Bytes are not looked at."""
     if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
         return _cells(column, values)
     cells = iter(_cells(column, pc.list_flatten(values)))
@@ -139,21 +134,16 @@ def attached_references(
 ) -> list[Reference]:
     if found is None:
         return []
-    if isinstance(found, list):
-        return [_reference(source, kind, column, cell, item, folder) for item, cell in enumerate(found)]
-    return [_reference(source, kind, column, found, None, folder)]
-
-
-def _reference(
-    source: SourceConfig, kind: str, column: str, cell: Cell, item: int | None, folder: Path | None
-) -> Reference:
-    if isinstance(cell, list):
-        raise UnusableRow(f"column {column!r} holds lists of lists; give each row one list")
-    if not isinstance(cell, str):
-        return Reference(type=kind, column=column, item=item)
-    unpacked = datasets.config.EXTRACTED_DATASETS_PATH
-    is_unpacked = source.kind == "hub" and cell.startswith(f"{unpacked}{os.sep}")
-    return reference_to(kind, cell, Path(unpacked) if is_unpacked else folder)
+    references, unpacked = [], datasets.config.EXTRACTED_DATASETS_PATH
+    for item, cell in enumerate(found) if isinstance(found, list) else [(None, found)]:
+        if isinstance(cell, list):
+            raise UnusableRow(f"column {column!r} holds lists of lists; give each row one list")
+        if isinstance(cell, str):
+            is_unpacked = source.kind == "hub" and cell.startswith(f"{unpacked}{os.sep}")
+            references.append(reference_to(kind, cell, Path(unpacked) if is_unpacked else folder))
+        else:
+            references.append(Reference(type=kind, column=column, item=item))
+    return references
 
 
 def folder_of(source: SourceConfig) -> Path | None:

@@ -17,11 +17,8 @@ _COLUMN = re.compile(r"\{(\w+)\}")
 
 
 def answer_to(given: Sequence[dict], prompt: str, answer: str, shown: Sequence[dict] = ()) -> list[dict]:
-    """The conversation of one question and its answer.
-
-    Args:
-        given: References to media in front of the prompt, which may be empty.
-        shown: References to media behind the answer, which may be empty.
+    """The conversation of one question, with media in front of it, and its answer, with media behind it; each text may
+    be empty.
     """
     question = [*given, *([{"type": "text", "text": prompt}] if prompt else [])]
     reply = [*([{"type": "text", "text": answer}] if answer else []), *shown]
@@ -43,15 +40,22 @@ def parse_messages(
         UnusableRow: These are no messages, a part is of an unknown type, an item of media is missing or left over,
             there is nothing to learn, or another key changes what is to be learned.
     """
-    _refuse_sharegpt(value)
+    for message in value if isinstance(value, list) else ():
+        if isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message:
+            raise UnusableRow(
+                "a message has 'from' and 'value', as ShareGPT writes it; rename them to role and content, and in role "
+                "human to user and gpt to assistant"
+            )
     try:
         check_messages(value, learns_all=loss_on == "all", fixes=FIXES)
     except ValueError as error:
         raise UnusableRow(str(error)) from error
     waiting = {kind: list(references) for kind, references in attached.items()}
+    contents = [[{"type": "text", "text": it}] if isinstance(it, str) else it for it in (m["content"] for m in value)]
+    read = [{"role": message["role"], "content": it} for message, it in zip(value, contents, strict=True)]
     for kind, references in attached.items():
-        value = _with_places(value, kind, len(references)) if references else value
-    messages = [_parse_message(message, waiting, folder) for message in value]
+        read = _with_places(read, kind, len(references)) if references else read
+    messages = [{**it, "content": [_parse_part(part, waiting, folder) for part in it["content"]]} for it in read]
     first = next((message for message in messages if message["role"] == "user"), None)
     for kind, references in waiting.items():
         if references and (first is None or len(references) < len(attached[kind])):
@@ -66,57 +70,23 @@ def parse_messages(
     return messages
 
 
-def _with_places(messages: list, kind: str, count: int) -> list:
-    """Messages in which a mark such as "<image>" in a text, as LLaVA writes it, is a part.
-
-    Raises:
-        UnusableRow: There are more or fewer marks than media.
-    """
-    mark = f"<{kind}>"
-    placed = [_with_parts(message, mark, kind) for message in messages]
-    found = sum(_count_parts(message, kind) for message in placed) - sum(
-        _count_parts(message, kind) for message in messages
-    )
+def _with_places(messages: list[dict], kind: str, count: int) -> list[dict]:
+    """Messages in which a mark such as "<image>" in a text, as LLaVA writes it, is a part."""
+    mark, found, placed = f"<{kind}>", 0, []
+    for message in messages:
+        parts: list = []
+        for part in message["content"]:
+            text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            if not isinstance(text, str):
+                parts.append(part)
+                continue
+            found += text.count(mark)
+            for number, piece in enumerate(text.split(mark)):
+                parts += [{"type": kind}] * (number > 0) + [{"type": "text", "text": piece}] * bool(piece)
+        placed.append({**message, "content": parts})
     if found not in (0, count):
         raise UnusableRow(f"{count} media of type {kind!r}, but {found} marks {mark!r} in the texts for them")
     return placed if found else messages
-
-
-def _count_parts(message: dict, kind: str) -> int:
-    parts = message["content"] if isinstance(message["content"], list) else ()
-    return sum(isinstance(part, dict) and part.get("type") == kind for part in parts)
-
-
-def _with_parts(message: dict, mark: str, kind: str) -> dict:
-    content = message["content"]
-    if isinstance(content, str):
-        if mark not in content:
-            return message
-        content = [{"type": "text", "text": content}]
-    parts: list = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            parts.append(part)
-            continue
-        for number, piece in enumerate(text.split(mark)):
-            parts += [{"type": kind}] * (number > 0) + [{"type": "text", "text": piece}] * bool(piece)
-    return {**message, "content": parts}
-
-
-def _refuse_sharegpt(messages: object) -> None:
-    for message in messages if isinstance(messages, list) else ():
-        if isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message:
-            raise UnusableRow(
-                "a message has 'from' and 'value', as ShareGPT writes it; rename them to role and content, and in role "
-                "human to user and gpt to assistant"
-            )
-
-
-def _parse_message(message: dict, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
-    content = message["content"]
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return {"role": message["role"], "content": [_parse_part(part, waiting, folder) for part in content]}
 
 
 def _parse_part(part: object, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
@@ -171,11 +141,7 @@ def template_columns(template: str | None) -> list[str]:
 
 
 def fill_template(template: str, row: Mapping[str, object]) -> str:
-    """A template with the row's values in place of {column}.
-
-    Raises:
-        UnusableRow: The row lacks a column, or its value is neither text nor a number.
-    """
+    """A template with the row's values, texts or numbers, in place of {column}; raises UnusableRow for others."""
     for column in template_columns(template):
         if not isinstance(row.get(column), (str, int, float)):
             raise UnusableRow(f"column {column!r} of the prompt is {type(row.get(column)).__name__}, not text")

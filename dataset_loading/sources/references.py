@@ -110,26 +110,19 @@ def read_reference(reference: Mapping, row: Mapping[str, object]) -> object:
     if "task" in reference:
         return get_task(reference["task"]).render(reference["medium"])
     if "offset" in reference:
-        return _part_of_file(**reference)
-    if "column" in reference:
-        return _stored(reference, row)
-    return reference["path"]
-
-
-def _part_of_file(path: str, offset: int, size: int, **_: object) -> bytes:
-    _check_size(size, MAX_ITEM_BYTES)
-    with open(path, "rb") as file:
-        file.seek(offset)
-        content = file.read(size)
-    if len(content) < size:
-        raise ValueError(f"{path!r} ends within it, after {len(content)} of {size} bytes; write the file again")
-    return content
-
-
-def _stored(reference: Mapping, row: Mapping[str, object]) -> bytes:
+        path, size = reference["path"], reference["size"]
+        _check_size(size, MAX_ITEM_BYTES)
+        with open(path, "rb") as file:
+            file.seek(reference["offset"])
+            content = file.read(size)
+        if len(content) < size:
+            raise ValueError(f"{path!r} ends within it, after {len(content)} of {size} bytes; write the file again")
+        return content
+    if "column" not in reference:
+        return reference["path"]
     value = row[reference["column"]]
     value = value if reference["item"] is None else value[reference["item"]]
-    if isinstance(value, Mapping):  # how `datasets` keeps images and recordings
+    if isinstance(value, Mapping):  # how `datasets` keeps images and audio
         value = value.get("bytes")
     if not isinstance(value, bytes):
         held = "nothing" if value is None else type(value).__name__
@@ -151,12 +144,8 @@ def place_of(reference: Mapping) -> str:
 
 
 def fingerprint(messages: list[dict], row: Mapping[str, object]) -> bytes:
-    """A digest of what is said and of the bytes of the media.
-
-    The digest of a text and its media is the same in all directions, so that validation and training share none.
-
-    Raises:
-        OSError, ValueError: An item is not there.
+    """A digest of what is said and of the bytes of the media. That of a text and its media is the same in all
+    directions, so that validation and training share none; raises OSError or ValueError for an item that is not there.
     """
     mark = blake2b(digest_size=16)
     for message in _as_read(messages):
@@ -192,11 +181,7 @@ def _chunks(source: object) -> Iterator[bytes]:
 
 
 def in_other_form(folder: str, name: str) -> str | None:
-    """The path of the one file that has a name in another Unicode form; None: there is none, or more than one.
-
-    Args:
-        folder: Folder that the name is relative to.
-    """
+    """The path of the one file in a folder that has a name in another Unicode form; None: there is none, or several."""
     path = folder
     for part in PurePath(name).parts:
         below = os.path.join(path, part)

@@ -7,7 +7,6 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 
 import datasets
@@ -47,8 +46,6 @@ _BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
 # A reader yields (where, row, None), or (where, {}, reason) for what cannot be read as a row.
 Rows = Iterator[tuple[str, dict[str, object], str | None]]
 _TEXT_FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
-# ------------------------------------------------------------------------------------------- rows that name their files
-
 # A row with where it is, the reason against it, and the folder that its names of files are relative to, if any are.
 RowsInFolders = Iterator[tuple[str, dict[str, object], str | None, Path | None]]
 
@@ -108,9 +105,8 @@ def _read_txt(path: Path, columns: tuple[str, ...]) -> Rows:
         raise ValueError(
             f"{str(path)!r} is plain text and has no columns {', '.join(columns)}; use .jsonl or .parquet for answers"
         )
-    text, reason = "", too_long(MAX_TEXT_FILE_BYTES)
-    if path.stat().st_size <= MAX_TEXT_FILE_BYTES:
-        text, reason = _decode(path.read_bytes(), MAX_TEXT_FILE_BYTES)
+    is_read = path.stat().st_size <= MAX_TEXT_FILE_BYTES
+    text, reason = _decode(path.read_bytes(), MAX_TEXT_FILE_BYTES) if is_read else ("", too_long(MAX_TEXT_FILE_BYTES))
     yield f"{path} row 1", {columns[0]: text}, reason
 
 
@@ -167,10 +163,7 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Rows:
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """A table whose columns of text come as the different texts and their numbers: one that stands in all rows would
-    fill the memory otherwise.
-
-    Raises:
-        ValueError: It is none, or it would fill the memory all the same.
+    fill the memory otherwise. Raises ValueError for what is none, or would fill the memory all the same.
     """
     try:
         table = pq.ParquetFile(path)
@@ -181,7 +174,15 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise ValueError(
             f"{str(path)!r} is not a parquet file: {reason}; correct the path or write it again"
         ) from error
-    check_compression(str(path), table)
+    for group in range(table.metadata.num_row_groups):
+        for number in range(table.metadata.num_columns):
+            chunk = table.metadata.row_group(group).column(number)
+            before, after = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if after > MAX_CHUNK_BYTES and after > MAX_RATIO * before:
+                raise ValueError(
+                    f"{str(path)!r} has {after} bytes of column {chunk.path_in_schema!r} in {before}; write it anew, "
+                    "in smaller row groups"
+                )
     return table
 
 
@@ -232,27 +233,18 @@ def _checked_line(line: str) -> str:
 
 
 def _read_json(path: Path, columns: tuple[str, ...]) -> Rows:
-    """One row an item of the list that the file is.
-
-    Raises:
-        ValueError: It is no JSON, in another encoding than UTF-8, or not a list.
-    """
+    """One row an item of the list that the file is; raises ValueError for a file that is none."""
     check_utf8(path, whole=False)
-    items = list_items(path)
-    for number in count(1):
-        try:
-            row = next(items, _END)
-        except NoListError as error:
-            raise ValueError(f"{str(path)!r} {error}; write a list of objects, or .jsonl") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{str(path)!r} is not usable JSON: {error}; repair it or write .jsonl") from error
-        if row is _END:
-            return
-        reason = None if isinstance(row, dict) else f"not a JSON object but {type(row).__name__}"
-        yield f"{path} item {number}", row if reason is None else {}, reason
+    try:
+        for number, row in enumerate(list_items(path), start=1):
+            reason = None if isinstance(row, dict) else f"not a JSON object but {type(row).__name__}"
+            yield f"{path} item {number}", row if reason is None else {}, reason
+    except NoListError as error:
+        raise ValueError(f"{str(path)!r} {error}; write a list of objects, or .jsonl") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not usable JSON: {error}; repair it or write .jsonl") from error
 
 
-_END = object()
 READERS = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
@@ -271,7 +263,9 @@ FORMATS = {
 def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
     try:
         builder = datasets.load_dataset_builder(source.path, name=source.config_name)
-        _check_data_files(source, builder.config.data_files or {})
+        names = [name.rpartition("::")[2] for it in (builder.config.data_files or {}).values() for name in it]
+        if others := [name for name in names if not _is_own_file(source, name)]:
+            raise ValueError(f"its file {others[0]!r} is no regular file inside of it; put it there")
         return datasets.load_dataset(
             source.path, name=source.config_name, split=source.split, streaming=source.streaming
         )
@@ -279,53 +273,23 @@ def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
         reason = (
             "it is empty" if isinstance(error, StopIteration) else one_line(f"{error} {error.__cause__ or ''}")[:500]
         )
-        for path in sorted(
-            path for path in Path(source.path).rglob("*") if path.suffix in _TEXT_FORMATS and path.is_file()
-        ):
+        for path in sorted(it for it in Path(source.path).rglob("*") if it.suffix in _TEXT_FORMATS and it.is_file()):
             check_utf8(path)
         raise ValueError(f"source {source.label!r}: {source.path!r} cannot be loaded: {reason}") from error
 
 
-def _check_data_files(source: SourceConfig, files: Mapping[str, Sequence[str]]) -> None:
-    """A dataset says itself where its files are, which might be anywhere on this machine or elsewhere.
-
-    Raises:
-        ValueError: One is not in its folder or repository, or is no regular file.
-    """
-    is_folder = os.path.isdir(source.path)
-    for name in (name.rpartition("::")[2] for names in files.values() for name in names):
-        is_own = is_within(name, source.path) and os.path.isfile(name) if is_folder else name.startswith("hf://")
-        if not is_own:
-            raise ValueError(f"its file {name!r} is no regular file inside of it; put it there")
-
-
-def check_compression(path: str, file: pq.ParquetFile) -> None:
-    """Refuse tables of which a small file would fill the memory.
-
-    Raises:
-        ValueError: A column becomes more than `MAX_CHUNK_BYTES` at once, and more than `MAX_RATIO` times its size.
-    """
-    for group in range(file.metadata.num_row_groups):
-        for number in range(file.metadata.num_columns):
-            chunk = file.metadata.row_group(group).column(number)
-            before, after = chunk.total_compressed_size, chunk.total_uncompressed_size
-            if after > MAX_CHUNK_BYTES and after > MAX_RATIO * before:
-                raise ValueError(
-                    f"{path!r} has {after} bytes of column {chunk.path_in_schema!r} in {before}; write it anew, in "
-                    "smaller row groups"
-                )
+def _is_own_file(source: SourceConfig, name: str) -> bool:
+    """A dataset says itself where its files are, which might be anywhere on this machine or elsewhere."""
+    if os.path.isdir(source.path):
+        return is_within(name, source.path) and os.path.isfile(name)
+    return name.startswith("hf://")
 
 
 def check_columns(source: SourceConfig, needed: Iterable[str], found: Sequence[str]) -> None:
-    """Refuse a table that lacks a column.
-
-    Raises:
-        ValueError: The message names the column, and those that there are.
-    """
-    for column in needed:
-        if column not in found:
-            there = ", ".join(found) or "none"
-            raise ValueError(f"source {source.label!r} has no column {column!r}, only {there}; correct it")
+    """Raises ValueError for a table that lacks a column."""
+    if missing := [column for column in needed if column not in found]:
+        there = ", ".join(found) or "none"
+        raise ValueError(f"source {source.label!r} has no column {missing[0]!r}, only {there}; correct it")
 
 
 def map_in_memory(

@@ -3,7 +3,8 @@
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,9 +12,7 @@ from model.terminal import one_line
 
 from ..configuration import SourceConfig
 from .references import Reference
-from .tables import (
-    RowsInFolders,
-)
+from .tables import RowsInFolders
 from .texts import MAX_ROW_BYTES, decode_text
 
 
@@ -21,45 +20,17 @@ def read_tar(source: SourceConfig, path: Path) -> RowsInFolders:
     """One row for the members of a tar that share what stands before the first dot of their names: a column for each,
     named by what stands behind it. Media are references into the tar, text is read, keys of a JSON object are columns.
     """
-    for key, members in _samples(path):
+    for key, members in groupby(_members(source, path), itemgetter(0)):
         row, reason = {"__key__": key}, None
-        for member in members:
-            found, problem = _columns_of(member, source, path)
+        for _, found, problem in members:
             twice = next((column for column in found if column in row), None)
             problem = problem or (twice and f"column {twice!r} is there twice")
             row, reason = row | found, reason or problem
         yield f"{path} {key}", row, reason, None
 
 
-@dataclass
-class _Member:
-    """A member of a tar."""
-
-    extension: str
-    offset: int
-    size: int
-    is_plain: bool
-    """Neither a link nor sparse, so that its bytes are those in the tar."""
-    content: bytes | None
-    """Of text and JSON."""
-
-
-def _columns_of(member: _Member, source: SourceConfig, path: Path) -> tuple[dict[str, object], str | None]:
-    """The columns that a member gives, and the reason against its row."""
-    kind = source.media_columns.get(member.extension)
-    if not member.is_plain:
-        return {}, f"member {member.extension!r} is a link or sparse, and only plain members are read; write it anew"
-    if kind is not None:
-        return {member.extension: Reference(type=kind, path=str(path), offset=member.offset, size=member.size)}, None
-    if member.content is None:
-        too_long = f"member {member.extension!r} has {member.size} bytes, and of text at most {MAX_ROW_BYTES} are read"
-        return {}, too_long if _is_text_member(member.extension) else None
-    return _decode_member(member.extension, member.content)
-
-
-def _samples(path: Path) -> Iterator[tuple[str, list[_Member]]]:
-    """The members of a tar by key."""
-    key, members = None, []
+def _members(source: SourceConfig, path: Path) -> Iterator[tuple[str, dict[str, object], str | None]]:
+    """The key of each member of a tar, the columns that it gives, and the reason against its row."""
     try:
         with path.open("rb") as file, tarfile.open(fileobj=_BoundedReads(file), mode="r:") as tar:
             end = -1
@@ -71,29 +42,32 @@ def _samples(path: Path) -> Iterator[tuple[str, list[_Member]]]:
                 stem, _, extension = name.partition(".")
                 if not (entry.isfile() or entry.islnk() or entry.issym()) or not stem or not extension:
                     continue
-                if folder + slash + stem != key and members:
-                    yield key, members
-                    members = []
-                key = folder + slash + stem
-                members.append(_member(tar, entry, extension))
+                yield folder + slash + stem, *_columns_of(tar, entry, extension, source, path)
                 tar.members.clear()  # or it would keep the headers of all, which are more than a worker can hold
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{str(path)!r} is not a whole, uncompressed tar: {one_line(error)}; write it again"
         ) from error
-    if members:
-        yield key, members
 
 
-def _member(tar: tarfile.TarFile, entry: tarfile.TarInfo, extension: str) -> _Member:
-    is_plain = entry.isfile() and not entry.issparse()
-    is_read = is_plain and _is_text_member(extension) and entry.size <= MAX_ROW_BYTES
-    content = tar.extractfile(entry).read() if is_read else None
-    return _Member(extension, entry.offset_data, entry.size, is_plain, content)
-
-
-def _is_text_member(extension: str) -> bool:
-    return extension.rpartition(".")[2] in ("txt", "text", "json", "cls", "caption", "transcript")
+def _columns_of(
+    tar: tarfile.TarFile, entry: tarfile.TarInfo, extension: str, source: SourceConfig, path: Path
+) -> tuple[dict[str, object], str | None]:
+    if not entry.isfile() or entry.issparse():  # so that its bytes are not those in the tar
+        return {}, f"member {extension!r} is a link or sparse, and only plain members are read; write it anew"
+    if kind := source.media_columns.get(extension):
+        return {extension: Reference(type=kind, path=str(path), offset=entry.offset_data, size=entry.size)}, None
+    if extension.rpartition(".")[2] not in ("txt", "text", "json", "cls", "caption", "transcript"):
+        return {}, None
+    if entry.size > MAX_ROW_BYTES:
+        return {}, f"member {extension!r} has {entry.size} bytes, and of text at most {MAX_ROW_BYTES} are read"
+    content = tar.extractfile(entry).read()
+    try:
+        text = decode_text(content)
+        value = json.loads(text) if extension.endswith("json") else text
+    except (ValueError, RecursionError) as error:
+        return {}, f"member {extension!r} cannot be read: {error}"
+    return value if isinstance(value, dict) else {extension: value}, None
 
 
 class _BoundedReads:
@@ -107,14 +81,3 @@ class _BoundedReads:
         if not 0 <= size <= 2 * MAX_ROW_BYTES:
             raise tarfile.ReadError(f"a header asks for {size} bytes")
         return self._file.read(size)
-
-
-def _decode_member(extension: str, content: bytes) -> tuple[dict[str, object], str | None]:
-    try:
-        text = decode_text(content)
-        if not extension.endswith("json"):
-            return {extension: text}, None
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return {}, f"member {extension!r} cannot be read: {error}"
-    return value if isinstance(value, dict) else {extension: value}, None

@@ -14,7 +14,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),  # behind the mark of UTF-32, which begins with it
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
-_LOOKED_AT = 4096
+_HEAD_BYTES = 4096
 _LONGEST_LINE = 2**24
 MAX_ROW_BYTES = 2**24
 """Most bytes of a line, of an item of a list, of a cell, and of a member of text: a row is read as a whole. As JSON the
@@ -25,12 +25,8 @@ _PIECE = 2**20
 
 
 def decode_text(raw: bytes) -> str:
-    """A text without its byte-order mark.
-
-    Raises:
-        ValueError: It is not UTF-8; the message is the reason and the fix.
-    """
-    encoding = _wide_encoding(raw[:_LOOKED_AT])
+    """A text without its byte-order mark; raises ValueError, with reason and fix, for what is not UTF-8."""
+    encoding = _wide_encoding(raw[:_HEAD_BYTES])
     if encoding is not None:
         raise ValueError(_reason(encoding))
     try:
@@ -40,16 +36,13 @@ def decode_text(raw: bytes) -> str:
 
 
 def check_utf8(path: Path, whole: bool = True) -> None:
-    """Refuse a file of lines that has another encoding as a whole. One damaged line is none.
+    """Raises ValueError for a file of lines that has another encoding as a whole. One damaged line is none.
 
     Args:
         whole: Whether all lines are read, and not the beginning only, by which UTF-16 and UTF-32 are known.
-
-    Raises:
-        ValueError: The file is in another encoding; the message names the file, the encoding and the fix.
     """
     with path.open("rb") as file:
-        encoding = _wide_encoding(file.read(_LOOKED_AT))
+        encoding = _wide_encoding(file.read(_HEAD_BYTES))
         file.seek(0)
         if encoding is None and whole and _are_single_bytes(iter(lambda: file.readline(_LONGEST_LINE), b"")):
             encoding = "Latin-1 or Windows-1252"
@@ -114,18 +107,15 @@ def list_items(path: Path) -> Iterator[object]:
         reader = _ItemReader(file)
         if reader.next_sign() != "[":
             raise NoListError(f"holds {type(reader.take_value()).__name__}, not a list")
-        reader.take_sign()
-        sign = reader.next_sign()
+        sign = reader.next_sign(passed=1)
         while sign != "]":
             yield reader.take_value()
             sign = reader.next_sign()
             if sign not in tuple(",]"):
                 raise ValueError("an item is not followed by a comma or the end of the list")
             if sign == ",":
-                reader.take_sign()
-                reader.next_sign()
-        reader.take_sign()
-        if reader.next_sign():
+                reader.next_sign(passed=1)
+        if reader.next_sign(passed=1):
             raise ValueError("there is something behind the list")
 
 
@@ -142,24 +132,17 @@ class _ItemReader:
         self._text, self._place = self._text[self._place :] + more, 0
         return bool(more)
 
-    def next_sign(self) -> str:
-        """What comes next and is no blank; "" at the end."""
+    def next_sign(self, passed: int = 0) -> str:
+        """What comes next and is no blank, behind so many signs that are passed over; "" at the end."""
+        self._place += passed
         while True:
             while self._text[self._place : self._place + 1] in tuple(" \t\r\n"):
                 self._place += 1
             if self._place < len(self._text) or not self._grow():
                 return self._text[self._place : self._place + 1]
 
-    def take_sign(self) -> None:
-        """Pass over what `next_sign` gave."""
-        self._place += 1
-
     def take_value(self) -> object:
-        """The value that comes next. Where no sign ends it, it may go on, as a number does.
-
-        Raises:
-            ValueError: It is none, or too long.
-        """
+        """The value that comes next. Where no sign ends it, it may go on, as a number does."""
         while True:
             try:
                 value, end = self._decode(self._text, self._place)

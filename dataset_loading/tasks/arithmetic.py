@@ -64,38 +64,30 @@ class Subtraction(GeneratedTask):
         return is_number and int(answer[::-1]) + second == first
 
 
-class _OrderOfDigits(GeneratedTask):
-    default_difficulty = (2, 6)
-
-    def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
-        digits = rng.choices("0123456789", k=difficulty)
-        return {"prompt": "".join(digits), "answer": "".join(self.ordered(digits))}
-
-    def ordered(self, digits: list[str]) -> list[str]:
-        """The digits of the answer."""
-        raise NotImplementedError
-
-
-class Reversal(_OrderOfDigits):
+class Reversal(GeneratedTask):
     """Write `difficulty` digits from the last to the first."""
 
     name = "reversal"
+    default_difficulty = (2, 6)
 
-    def ordered(self, digits: list[str]) -> list[str]:
-        return digits[::-1]
+    def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
+        digits = "".join(rng.choices("0123456789", k=difficulty))
+        return {"prompt": digits, "answer": digits[::-1]}
 
     def check(self, prompt: str, answer: str) -> bool:
         pairs = enumerate(prompt, start=1)
         return len(prompt) == len(answer) and all(answer[-place] == digit for place, digit in pairs)
 
 
-class Sorting(_OrderOfDigits):
+class Sorting(GeneratedTask):
     """Write `difficulty` digits from the smallest to the largest."""
 
     name = "sorting"
+    default_difficulty = (2, 6)
 
-    def ordered(self, digits: list[str]) -> list[str]:
-        return sorted(digits)
+    def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
+        digits = "".join(rng.choices("0123456789", k=difficulty))
+        return {"prompt": digits, "answer": "".join(sorted(digits))}
 
     def check(self, prompt: str, answer: str) -> bool:
         return Counter(prompt) == Counter(answer) and all(one <= other for one, other in pairwise(answer))
@@ -113,21 +105,16 @@ class _Instruction:
     """Whether an answer is right for a and b as they are written."""
 
 
-def _is_plain(number: str) -> bool:
-    """Whether it has no zeros in front."""
-    return number == "0" or number[0] != "0"
-
-
 _INSTRUCTIONS = {
     "addition": _Instruction(
         ("What is {a} plus {b}?", "Add {a} and {b}.", "How much are {a} and {b} together?"),
         lambda a, b: str(a + b),
-        lambda answer, a, b: int(answer) - int(b) == int(a) and _is_plain(answer),
+        lambda answer, a, b: int(answer) - int(b) == int(a) and answer == str(int(answer)),
     ),
     "subtraction": _Instruction(
         ("What is {a} minus {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}."),
         lambda a, b: str(a - b),
-        lambda answer, a, b: int(answer) + int(b) == int(a) and _is_plain(answer),
+        lambda answer, a, b: int(answer) + int(b) == int(a) and answer == str(int(answer)),
     ),
     "larger": _Instruction(
         ("Which is larger, {b} or {a}?", "Is {a} or {b} larger?", "Name the larger of {b} and {a}."),
@@ -145,13 +132,11 @@ _INSTRUCTIONS = {
         lambda answer, a, b: Counter(answer) == Counter(a) and all(x <= y for x, y in pairwise(answer)),
     ),
 }
-_PATTERNS = {
-    name: [
-        re.compile(re.escape(wording).replace(r"\{a\}", r"(?P<a>\d+)").replace(r"\{b\}", r"(?P<b>\d+)"))
-        for wording in instruction.wordings
-    ]
+_PATTERNS = [
+    (name, re.compile(re.escape(wording).replace(r"\{a\}", r"(?P<a>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")))
     for name, instruction in _INSTRUCTIONS.items()
-}
+    for wording in instruction.wordings
+]
 
 
 class Instructions(GeneratedTask):
@@ -180,8 +165,8 @@ class Instructions(GeneratedTask):
 
 def _read(prompt: str) -> tuple[str, str, str]:
     """What is to be done, a, and b or ""."""
-    for name, patterns in _PATTERNS.items():
-        for match in filter(None, (pattern.fullmatch(prompt) for pattern in patterns)):
+    for name, pattern in _PATTERNS:
+        if match := pattern.fullmatch(prompt):
             return name, match["a"], match.groupdict().get("b", "")
     raise ValueError(f"{prompt!r} is no instruction of this task")
 

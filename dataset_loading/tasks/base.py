@@ -15,7 +15,7 @@ Role = Literal["train", "validation", "test"]
 class GeneratedTask(ABC):
     """A task with a number for its difficulty and answers that code can check.
 
-    A new task is a subclass in a file beside this one and an entry in `registry.py`.
+    A new task is a subclass in a file of this folder and an entry in `registry.py`.
     """
 
     name: str
@@ -48,11 +48,7 @@ class GeneratedTask(ABC):
         return split_of(self.identity(row["prompt"]))
 
     def check_difficulty(self, difficulty: tuple[int, int]) -> None:
-        """Refuse difficulties that the task does not have.
-
-        Raises:
-            ValueError: The larger of the two is above `max_difficulty`.
-        """
+        """Raises ValueError for difficulties that the task does not have."""
         if self.max_difficulty is not None and difficulty[1] > self.max_difficulty:
             raise ValueError(
                 f"difficulty is {list(difficulty)}, but {self.name!r} has 1 to {self.max_difficulty}; narrow it"

@@ -109,10 +109,10 @@ class CupImages(_CupMedia, SceneTask):
         return {"prompt": "", "answer": asked["prompt"], "medium": medium}
 
     def check(self, medium: str, prompt: str, answer: str) -> bool:
-        picture = parse_scene(medium)
-        if kinds_of(picture) != ["large red circle"]:
+        scene = parse_scene(medium)
+        if kinds_of(scene) != ["large red circle"]:
             return False
-        place = tuple(int(3 * at / picture.size) for at in (picture.things[0].x, picture.things[0].y))
+        place = tuple(int(3 * at / scene.size) for at in scene.things[0][1:3])
         cup = next((cup for cup, words in PLACES.items() if POSITIONS[words] == place), "")
         return _CUPS.check(answer, cup)
 

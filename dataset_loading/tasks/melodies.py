@@ -21,9 +21,9 @@ TIMBRES = {
 """Strengths of the partials at 1, 2, 3, ... times the frequency, and how fast a tone fades (1/s)."""
 _KEYS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 _ATTACK, _RELEASE = 0.01, 0.03  # seconds in which a tone rises and ends
-_SOUNDING = 0.75  # part of a beat; the rest is a pause, so that a note that comes twice is heard twice
+_TONE_PART = 0.75  # part of a beat; the rest is a pause, so that a note that comes twice is heard twice
 _HIGHEST_PART = 0.47  # of the sampling rate; partials above would fold down
-_SOUND = re.compile(r"(\d+) Hz (\w+) volume (\S+) noise (\S+) seed (\d+) lasts (\S+): (.+)")
+_MELODY = re.compile(r"(\d+) Hz (\w+) volume (\S+) noise (\S+) seed (\d+) lasts (\S+): (.+)")
 _TONE = re.compile(r"(\S+) Hz at (\S+) for (\S+)")
 
 
@@ -79,7 +79,7 @@ class MelodyTask(GeneratedMediaTask):
         start, tones = rng.uniform(0.02, 0.15), []
         for number, note in enumerate(notes):
             begin = start + number * beat + rng.uniform(0, 0.01)
-            tones.append(f"{frequency_of_note(note) * tuning:.2f} Hz at {begin:.3f} for {_SOUNDING * beat:.3f}")
+            tones.append(f"{frequency_of_note(note) * tuning:.2f} Hz at {begin:.3f} for {_TONE_PART * beat:.3f}")
         seconds = start + len(notes) * beat + rng.uniform(0.02, 0.15)
         volume, noise = rng.uniform(0.25, 0.9), rng.uniform(0.0005, 0.005)
         return (
@@ -121,7 +121,7 @@ class Tunes(Melodies):
     def _write(self, rng: random.Random, notes: list[str]) -> str:
         beat, start, rest = 0.2, 0.04, 0.03
         tones = [
-            f"{frequency_of_note(note):.2f} Hz at {start + number * beat:.3f} for {_SOUNDING * beat:.3f}"
+            f"{frequency_of_note(note):.2f} Hz at {start + number * beat:.3f} for {_TONE_PART * beat:.3f}"
             for number, note in enumerate(notes)
         ]
         seconds = start + len(notes) * beat + rest
@@ -166,12 +166,8 @@ class MelodyQuestions(MelodyTask):
 
 
 def parse_melody(medium: str) -> Melody:
-    """The melody that a task has described in a line.
-
-    Raises:
-        ValueError: The line describes no melody.
-    """
-    found = _SOUND.fullmatch(medium)
+    """The melody that a task has described in a line; raises ValueError for a line that describes none."""
+    found = _MELODY.fullmatch(medium)
     tones = [_TONE.fullmatch(part) for part in found[7].split("; ")] if found else [None]
     if None in tones:
         raise ValueError(f"medium {medium!r} is not a melody; take one that a task of melodies has drawn")

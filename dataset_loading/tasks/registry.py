@@ -13,34 +13,11 @@ from .melodies import Melodies, MelodyQuestions, Tunes
 from .scenes import Drawings, SceneQuestions, Scenes
 from .tracking import ChainedLookup, Stories
 
-TASKS: dict[str, GeneratedTask] = {
-    task.name: task
-    for task in (
-        ChainedLookup(),
-        Addition(),
-        Subtraction(),
-        Reversal(),
-        Sorting(),
-        Cups(),
-        Stories(),
-        Instructions(),
-        Calculator(),
-    )
-}
+_TEXT = (ChainedLookup, Addition, Subtraction, Reversal, Sorting, Cups, Stories, Instructions, Calculator)
+_MEDIA = (Scenes, SceneQuestions, Drawings, CupImages, Melodies, MelodyQuestions, Tunes, CupTunes)
+TASKS: dict[str, GeneratedTask] = {task.name: task() for task in _TEXT}
 """Tasks of text alone."""
-MEDIA_TASKS: dict[str, GeneratedMediaTask] = {
-    task.name: task
-    for task in (
-        Scenes(),
-        SceneQuestions(),
-        Drawings(),
-        CupImages(),
-        Melodies(),
-        MelodyQuestions(),
-        Tunes(),
-        CupTunes(),
-    )
-}
+MEDIA_TASKS: dict[str, GeneratedMediaTask] = {task.name: task() for task in _MEDIA}
 """Tasks with images and waveforms, and text about them."""
 _ATTEMPTS = (
     1000  # a role holds at least a tenth of the instances, so 1000 misses mean that it holds none (0.9^1000 = 2e-46)
@@ -101,15 +78,11 @@ def generate_rows(
         ValueError: The reasons are those of `generate_row`.
     """
     features = _FEATURES | {"medium": Value("string")} if isinstance(task, GeneratedMediaTask) else _FEATURES
+    difficulty = tuple(difficulty or task.default_difficulty)
     return Dataset.from_dict({"index": range(num_rows)}).map(
         _generate_batch,
         batched=True,
-        fn_kwargs={
-            "name": task.name,
-            "difficulty": tuple(difficulty or task.default_difficulty),
-            "role": role,
-            "seed": seed,
-        },
+        fn_kwargs={"name": task.name, "difficulty": difficulty, "role": role, "seed": seed},
         remove_columns="index",
         features=Features(features),
         num_proc=min(workers, num_rows) if workers > 1 else None,

@@ -30,7 +30,7 @@ _MARGIN, _GAP = 1 / 64, 1 / 16  # between a shape and the border, and between tw
 _STEEPEST = 0.4  # of two objects in a relation, the distance across it as a part of the distance along it
 _GRAIN = 2.5  # standard deviation of the noise on a pixel
 _MOST_OF_BOTH_SIZES = 4  # objects; more fit only if all are small
-_PICTURE = re.compile(r"(\d+)x\1 #([0-9a-f]{6}) slope (\S+) (\S+) grain (\d+): (.+)")
+_SCENE = re.compile(r"(\d+)x\1 #([0-9a-f]{6}) slope (\S+) (\S+) grain (\d+): (.+)")
 _THING = re.compile(r"(\w+) #([0-9a-f]{6}) at (\S+) (\S+) radius (\S+)")
 _SCENE_CAPTION = re.compile(r"a (\w+ \w+ \w+)(?: (left of|right of|above|below) a (\w+ \w+ \w+))?")
 POSITIONS = {
@@ -83,17 +83,20 @@ class SceneTask(GeneratedMediaTask):
     """Pixels of a side."""
 
     def render(self, medium: str) -> Image.Image:
-        picture = parse_scene(medium)
-        middles = np.arange(picture.size) + 0.5  # of the pixels, from left to right and from top to bottom
-        across, down = picture.slope
-        light = (across * middles + down * middles[:, None]) / picture.size - (across + down) / 2
-        canvas = np.array(picture.background) + light[..., None]  # (height, width, 3)
-        for thing in picture.things:
-            rows, columns = (_reach(place, thing.radius) for place in (thing.y, thing.x))
+        scene = parse_scene(medium)
+        middles = np.arange(scene.size) + 0.5  # of the pixels, from left to right and from top to bottom
+        across, down = scene.slope
+        light = (across * middles + down * middles[:, None]) / scene.size - (across + down) / 2
+        canvas = np.array(scene.background) + light[..., None]  # (height, width, 3)
+        for thing in scene.things:
+            rows, columns = (  # in which something of the shape may be, and some more
+                slice(max(0, int(place - thing.radius) - 2), int(place + thing.radius) + 3)
+                for place in (thing.y, thing.x)
+            )
             distance = _distance(thing.shape, middles[columns] - thing.x, middles[rows, None] - thing.y, thing.radius)
             coverage = np.clip(0.5 - distance, 0, 1)  # the part of a pixel that lies inside
             canvas[rows, columns] += coverage[..., None] * (np.array(thing.fill) - canvas[rows, columns])
-        canvas += normal_noise(picture.grain, _GRAIN, canvas.shape)
+        canvas += normal_noise(scene.grain, _GRAIN, canvas.shape)
         return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
 
     def item_size(self, medium: str) -> tuple[int, int]:
@@ -152,13 +155,13 @@ class Scenes(SceneTask):
 
     def check(self, medium: str, prompt: str, answer: str) -> bool:
         """Whether the caption is true and complete; the objects may be named in the other order too."""
-        caption, picture = _SCENE_CAPTION.fullmatch(answer), parse_scene(medium)
+        caption, scene = _SCENE_CAPTION.fullmatch(answer), parse_scene(medium)
         if caption is None:
             return False
         said = [kind for kind in (caption[1], caption[3]) if kind is not None]
         return any(
             [kind for kind, _ in order] == said and _relation(*(thing for _, thing in order)) == caption[2]
-            for order in permutations(zip(kinds_of(picture), picture.things, strict=True))
+            for order in permutations(zip(kinds_of(scene), scene.things, strict=True))
         )
 
     def attributes(self, answer: str) -> dict[str, str]:
@@ -204,18 +207,17 @@ class SceneQuestions(SceneTask):
             play = self.size * (1 / rows - _GAP) / 2 - radius
             x, y = ((place + 0.5) * self.size / rows + rng.uniform(-play, play) for place in divmod(cell, rows))
             things.append((rng.choice(colours), rng.choice(SHAPES), x, y, radius))
-        asked = [
-            _questions_of_number(things, colours),
-            _questions_of_colour_and_shape(things),
-            _questions_of_relation(things),
-        ]
+        of_colours = [(f"{colour} things", sum(thing[0] == colour for thing in things)) for colour in colours]
+        of_shapes = [(f"{shape}s", sum(thing[1] == shape for thing in things)) for shape in SHAPES]
+        numbers = [(f"How many {what} are there?", str(number)) for what, number in of_colours + of_shapes]
+        asked = [numbers, _questions_of_colour_and_shape(things), _questions_of_relation(things)]
         prompt, answer = rng.choice(rng.choice([questions for questions in asked if questions]))
         return {"prompt": prompt, "answer": answer, "medium": self._write(rng, things)}
 
     def check(self, medium: str, prompt: str, answer: str) -> bool:
-        picture = parse_scene(medium)
-        names = [kind.partition(" ")[2] for kind in kinds_of(picture)]  # without the size
-        things = list(zip(names, picture.things, strict=True))
+        scene = parse_scene(medium)
+        names = [kind.partition(" ")[2] for kind in kinds_of(scene)]  # without the size
+        things = list(zip(names, scene.things, strict=True))
         if counted := re.fullmatch(r"How many (\w+)(?: things)? are there\?", prompt):
             word = counted[1].removesuffix("s")
             return answer == str(sum(word in name.split() for name, _ in things))
@@ -236,12 +238,8 @@ class SceneQuestions(SceneTask):
 
 
 def parse_scene(medium: str) -> Scene:
-    """The scene that a task has described in a line.
-
-    Raises:
-        ValueError: The line describes no scene.
-    """
-    found = _PICTURE.fullmatch(medium)
+    """The scene that a task has described in a line; raises ValueError for a line that describes none."""
+    found = _SCENE.fullmatch(medium)
     things = [_THING.fullmatch(part) for part in found[6].split("; ")] if found else [None]
     if None in things:
         raise ValueError(f"medium {medium!r} is not a scene; take one that a task of scenes has drawn")
@@ -254,11 +252,11 @@ def parse_scene(medium: str) -> Scene:
     )
 
 
-def kinds_of(picture: Scene) -> list[str]:
+def kinds_of(scene: Scene) -> list[str]:
     """The names of the objects, such as "small red circle", read from how they are drawn."""
-    middle = (SIZES["small"][1] + SIZES["large"][0]) / 2 * picture.size
+    middle = (SIZES["small"][1] + SIZES["large"][0]) / 2 * scene.size
     kinds = []
-    for thing in picture.things:
+    for thing in scene.things:
         colour = min(COLOURS, key=lambda name: math.dist(COLOURS[name], thing.fill))
         kinds.append(f"{'large' if thing.radius > middle else 'small'} {colour} {thing.shape}")
     return kinds
@@ -274,11 +272,6 @@ def _relation(one: Thing, other: Thing | None = None) -> str | None:
     return "below" if down > 0 else "above"
 
 
-def _reach(place: float, radius: float) -> slice:
-    """The pixels of a row or column in which something of a shape may be, and some more."""
-    return slice(max(0, int(place - radius) - 2), int(place + radius) + 3)
-
-
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """How far points lie outside of a shape around the origin, in pixels; negative inside."""
     if shape == "circle":
@@ -286,12 +279,6 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - radius
     return np.maximum((2 * np.abs(x) - y - radius) / math.sqrt(5), y - radius)  # a triangle with its point at the top
-
-
-def _questions_of_number(things: list[tuple], colours: list[str]) -> list[tuple[str, str]]:
-    of_colours = [(f"{colour} things", sum(thing[0] == colour for thing in things)) for colour in colours]
-    of_shapes = [(f"{shape}s", sum(thing[1] == shape for thing in things)) for shape in SHAPES]
-    return [(f"How many {what} are there?", str(number)) for what, number in of_colours + of_shapes]
 
 
 def _questions_of_colour_and_shape(things: list[tuple]) -> list[tuple[str, str]]:
@@ -355,14 +342,16 @@ class Drawings(SceneTask):
         return {"prompt": "", "answer": answer, "medium": self._write(rng, things)}
 
     def check(self, medium: str, prompt: str, answer: str) -> bool:
-        caption, picture = _DRAWING_CAPTION.fullmatch(answer), parse_scene(medium)
+        caption, scene = _DRAWING_CAPTION.fullmatch(answer), parse_scene(medium)
         if caption is None:
             return False
         number, kind, plural, position = caption.groups()
-        kinds = kinds_of(picture)
+        kinds = kinds_of(scene)
         if kinds != [kind] * (NUMBERS.index(number) + 1) or bool(plural) != (len(kinds) > 1):
             return False
-        return position == (_position_of(picture.things[0], picture.size) if len(kinds) == 1 else None)
+        if len(kinds) > 1:
+            return position is None
+        return POSITIONS.get(position) == tuple(int(3 * place / scene.size) for place in scene.things[0][1:3])
 
     def attributes(self, answer: str) -> dict[str, str]:
         """number, size, colour, shape, and of a single object position, such as "top left"."""
@@ -395,8 +384,3 @@ class Drawings(SceneTask):
             middles = (self.size * (2 * half + 1) / 4 for half in divmod(quarter, 2))
             places.append(tuple(middle + rng.uniform(-play, play) for middle in middles))
         return places
-
-
-def _position_of(thing: Thing, side: int) -> str:
-    thirds = tuple(int(3 * place / side) for place in (thing.x, thing.y))
-    return next(name for name, it in POSITIONS.items() if it == thirds)
