@@ -50,7 +50,7 @@ BOUNDS = {
     "forms of pixel_values in the model file": 2,
     "classes of the image modality": 11,
     "files of a further modality": 2,
-    "options of a run": 313,
+    "options of a run": 314,
     "options that no YAML sets": 92,
 }
 
