@@ -110,7 +110,8 @@ class GeneratedMediaCallback(PeriodicCallback):
             with aside(model, seed):
                 return Sample(draw_codes(model, inputs)[0], None)
         with aside(model):
-            output = model.generate(**inputs, generation_mode=kind, flow_seeds=[seed])
+            # All ranks generate the same, in step.
+            output = model.generate(**inputs, generation_mode=kind, flow_seeds=[seed], synced_gpus=False)
         media = output.images if kind == "image" else output.audio
         if not media:
             return Sample(None, None)

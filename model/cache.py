@@ -1,5 +1,6 @@
 """Key/value cache of a recurrent-depth model: a buffer per layer, and in those of the core a slot per step."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,11 @@ class CacheLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows in another order, for beam search."""
         self.batch_select_indices(beam_idx)
+
+    def append_rows(self, other: "CacheLayer") -> None:
+        """Takes in the rows of another of the same size, behind its own."""
+        self.batch += other.batch
+        self._set_buffer(torch.cat((self.buffer, other.buffer), dim=2))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
@@ -409,6 +415,31 @@ class RecurrentCache(Cache):
         super().batch_select_indices(indices)
         self._select_states(lambda state: state[indices])
         self.row_steps = None if self.row_steps is None else self.row_steps[indices.cpu()]
+
+    def like(self) -> "RecurrentCache":
+        """An empty cache of the same policy."""
+        other = copy.copy(self)
+        other.layers = [CacheLayer() for _ in self.layers]
+        other.reset()
+        return other
+
+    def append_rows(self, other: "RecurrentCache") -> None:
+        """Takes in the rows of a cache of as many tokens, behind its own.
+
+        Raises:
+            ValueError: it is of static size.
+        """
+        if self.max_length is not None:
+            raise ValueError("a cache of static size has room for its own rows alone; leave cache_implementation out")
+        for layer, theirs in zip(self.layers, other.layers, strict=True):
+            steps, capacity = max(layer.num_steps, theirs.num_steps), max(layer.capacity, theirs.capacity)
+            layer.reserve(steps, layer.batch, capacity)
+            theirs.reserve(steps, theirs.batch, capacity)
+            layer.append_rows(theirs)
+        if self.row_steps is not None:
+            self.row_steps = torch.cat([part.row_steps[:, : self.length] for part in (self, other)])
+        if self.last_state is not None and other.last_state is not None:
+            self.last_state = torch.cat((self.last_state, other.last_state))
 
     def _select_states(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.last_state = None if self.last_state is None else select(self.last_state)

@@ -176,8 +176,10 @@ class NoiseOptions:
 class DepthOptions:
     """What `generate` is asked for: the steps of each token, and what ends or perturbs them."""
 
-    num_steps: int | torch.Tensor | None = None
-    """An int, or (rows,); None: `config.num_steps`, else the mean."""
+    num_steps: int | torch.Tensor | dict[str, int] | None = None
+    """An int, or (rows,), or an int by what is generated: "text" and modalities; None: `config.num_steps`, else the
+    mean.
+    """
     exits: ExitOptions = field(default_factory=ExitOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     state_warm_start: bool = False
@@ -192,7 +194,7 @@ class DepthOptions:
         cls, keywords: dict[str, Any], generation_config: GenerationConfig, recurrence: RecurrenceConfig
     ) -> "DepthOptions":
         """Each option: the keyword, then the generation config, then `config.recurrence`; ValueError for one outside
-        its range.
+        its range, or for a keyword that has no effect beside the others.
         """
         sources = (keywords, vars(generation_config), vars(recurrence))
 
@@ -205,6 +207,7 @@ class DepthOptions:
                 "leave it out"
             )
         exits = {field: value for name, field in EXIT_KEYWORDS.items() if (value := chosen(name)) is not None}
+        check_exit_keywords(keywords, exits.get("criterion", "none"))
         noise = NoiseOptions(chosen("noise_level") or 0.0)
         return cls(chosen("num_steps"), ExitOptions(**exits), noise, bool(chosen("state_warm_start")))
 
@@ -213,21 +216,37 @@ class DepthOptions:
         """Whether all tokens of a row take the same steps, and nothing else is asked for."""
         return self.exits.criterion == "none" and not self.noise.level and not self.state_warm_start
 
-    def arguments_of_token(self, index: int, num_rows: int) -> dict[str, Any]:
+    def steps_of(self, modality: str) -> int | torch.Tensor | None:
+        """Core steps of positions in which this is generated."""
+        return self.num_steps.get(modality) if isinstance(self.num_steps, dict) else self.num_steps
+
+    @property
+    def of_states(self) -> dict[str, Any]:
+        """The arguments of `forward` that say where an iteration begins, and what perturbs it."""
+        asked = {"state_noise": self.noise} if self.noise.level else {}
+        return asked | ({"initial_state": "last"} if self.state_warm_start else {})
+
+    def arguments_of_token(self, index: int, num_rows: int, most: int) -> dict[str, Any]:
         """The arguments of `forward` for new token number `index`, counted from 0, which is read off the prompt. The
         prompt takes all steps unless told otherwise, and a schedule is a number of steps.
+
+        Raises:
+            ValueError: the schedule says more than `most`, the smallest `num_steps` of a row.
         """
         steps, exits = self.num_steps, self.exits
         if index == 0 and not exits.in_prefill:
             exits = ExitOptions()
         elif exits.criterion == "schedule":
             steps, exits = exits.scheduled_steps(index), ExitOptions()
+            if steps > most:
+                raise ValueError(
+                    f"exit_schedule takes {steps} steps for new token {index}, but num_steps is {most}; raise num_steps"
+                )
         if isinstance(steps, torch.Tensor) and steps.ndim and len(steps) < num_rows:  # several sequences of a prompt
             steps = steps.repeat_interleave(num_rows // len(steps))
         asked = {"num_steps": steps} if steps is not None else {}
         asked |= {"exits": exits} if exits.criterion != "none" else {}
-        asked |= {"state_noise": self.noise} if self.noise.level else {}
-        return asked | ({"initial_state": "last"} if self.state_warm_start else {})
+        return asked | self.of_states
 
 
 EXIT_KEYWORDS = {
@@ -239,3 +258,13 @@ EXIT_KEYWORDS = {
     "exit_schedule": "schedule",
 }
 """Keywords of `generate`, and the fields of `ExitOptions` that they fill."""
+
+
+def check_exit_keywords(keywords: dict[str, Any], criterion: str) -> None:
+    """Raises ValueError for an option of exits that the criterion does not read."""
+    read = {"none": {"exit_criterion"}, "schedule": {"exit_criterion", "exit_schedule", "exit_in_prefill"}}
+    read = read.get(criterion, EXIT_KEYWORDS.keys() - {"exit_schedule"})
+    unread = [name for name in EXIT_KEYWORDS if keywords.get(name) not in (None, False) and name not in read]
+    if unread:
+        needed = "'schedule'" if unread[0] == "exit_schedule" else "another"
+        raise ValueError(f"{unread[0]} has no effect with exit_criterion {criterion!r}; leave it out, or name {needed}")

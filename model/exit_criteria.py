@@ -227,7 +227,7 @@ class ExitOptions:
         if self.criterion == "none":
             return
         if self.criterion == "schedule":
-            if self.schedule is None:
+            if self.schedule is None or (not callable(self.schedule) and len(self.schedule) == 0):
                 raise ValueError("exit_criterion 'schedule' needs an exit_schedule: steps of each new token")
             return
         if self.criterion not in EXIT_CRITERIA:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .chat import TARGET_PREFIX
 from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .modalities import MODALITIES
@@ -142,11 +143,12 @@ def embed_media(
     is_whole: bool = True,
 ) -> torch.Tensor:
     """The embeddings, (batch, sequence, hidden), with the features of items, (tokens, hidden) each, in the positions of
-    their placeholders, row by row. `is_token` gives where the token of an id stands, (batch, sequence) of bool;
-    `is_whole`: each of the features is that of a whole item, which lies in one row. ValueError if counts differ, or an
-    item is spread over two rows.
+    their placeholders, row by row; those of generated media by "written_image" and "written_audio". `is_token` gives
+    where the token of an id stands, (batch, sequence) of bool; `is_whole`: each of the features is that of a whole
+    item, which lies in one row. ValueError if counts differ, or an item is spread over two rows.
     """
-    for name in MODALITIES:
+    generated = [name for name in features if name.startswith(TARGET_PREFIX)]
+    for name in (*MODALITIES, *generated):
         token_id = getattr(config, f"{name}_token_id", None)
         given = list(features.get(name, ()))
         if token_id is None:

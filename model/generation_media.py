@@ -5,28 +5,68 @@ was asked for; then latents, of which each is made from the hidden state of the 
 of it goes through one cache. With guidance, each row runs twice, the second time with an unconditional prompt.
 """
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .cache import RecurrentCache
+from .chat import TARGET_PREFIX
 from .depth import DepthOptions, keyed_generator
 from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitController, ExitCriterion, ExitOptions
 from .fusion import check_counts, read_media, take_inputs
-from .generation_text import RecurrentGenerationMixin
-from .modalities import TARGET_MODALITIES
-from .output_heads import OutputHead, take_targets
+from .generation_text import (
+    OF_FORWARD,
+    TEXTS,
+    OwnLoop,
+    RecurrentGenerationMixin,
+    by_name,
+    check_read,
+    num_cached_tokens,
+)
+from .modalities import MODALITIES, TARGET_MODALITIES
+from .output_heads import OutputHead, put_codes, read_targets, take_targets
 from .outputs import CACHE_NAME, with_parameters_of
 
+MEDIA, ANY = ("image", "audio", "any"), (*TEXTS, "any")
+READ_BY = {
+    # what is read, and how much is generated
+    **dict.fromkeys(("inputs", "input_ids", "attention_mask", "cache", "past_key_values"), (*TEXTS, *MEDIA)),
+    **dict.fromkeys(("mm_encoder_outputs", "generation_config", "streamer", "synced_gpus"), (*TEXTS, *MEDIA)),
+    **dict.fromkeys(("max_new_tokens", "max_length", "num_return_sequences", "do_sample"), (*TEXTS, *MEDIA)),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "return_dict_in_generate"), (*TEXTS, *MEDIA)),
+    # depth and cache
+    **dict.fromkeys(("num_steps", "exit_criterion", "exit_threshold", "min_steps"), (*TEXTS, *MEDIA)),
+    **dict.fromkeys(("exit_check_interval", "exit_in_prefill", "exit_schedule"), (*TEXTS, *MEDIA)),
+    **dict.fromkeys(("noise_level", "noise_schedule", "state_warm_start", "initial_state"), (*TEXTS, *MEDIA)),
+    **dict.fromkeys(("use_cache", "cache_policy", "num_kept_steps", "cache_implementation"), (*TEXTS, *MEDIA)),
+    **dict.fromkeys(("max_cache_len", "compile_config", "disable_compile"), (*TEXTS, *MEDIA)),
+    # what is generated
+    **dict.fromkeys(("num_flow_steps", "flow_temperature", "flow_seeds", "on_chunk", "chunk_size"), MEDIA),
+    **dict.fromkeys(("velocity_threshold",), MEDIA),
+    **dict.fromkeys(("guidance_scale",), (*TEXTS, *MEDIA)),
+    # which token is next
+    **dict.fromkeys(("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "tokenizer"), ANY),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff"), ANY),
+    **dict.fromkeys(("eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "bad_words_ids"), ANY),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), ANY),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ANY),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "watermarking_config"), ANY),
+    **dict.fromkeys(("max_time", "stop_strings"), ANY),
+    **dict.fromkeys(OF_FORWARD, ()),
+}
+"""By which loops of `generate` an option is read: "text", "drafts" (assisted generation), and the modes of media. Those
+that are not here are read by the loops of transformers alone.
+"""
 MODES = ("text", *TARGET_MODALITIES, "any")
 CHUNK_SIZE = 16
 """Latents from one `MediaChunk` to the next."""
@@ -53,7 +93,7 @@ class MediaChunk:
 
 @dataclass
 class MediaOptions:
-    """How media are written; None: as the output_head's configuration says.
+    """How media are written; None: as the generation config says, then the output head's configuration.
 
     Args:
         mode: "image" or "audio" write one item, "any" text in which the model opens media itself.
@@ -61,8 +101,7 @@ class MediaOptions:
         num_flow_steps: Euler steps of a latent, at least 1.
         flow_temperature: Variance of the noise that a latent begins with, at least 0.
         velocity_threshold: Relative change of the head's velocity, above 0, below which a latent takes no more core
-            steps, where an `exit_criterion` is given.
-        num_steps: Core steps: of all positions, or by what is written there: "text", "image", "audio".
+            steps, where an `exit_criterion` is given. Default: 0.05.
         flow_seeds: One for each row, for the noise. Default: drawn from torch's global generator.
         on_chunk: Called with each `MediaChunk`: after `chunk_size` latents of an item each, and when it is complete.
         chunk_size: Latents from one chunk to the next. Default: 16.
@@ -75,8 +114,7 @@ class MediaOptions:
     guidance_scale: float | None = None
     num_flow_steps: int | None = None
     flow_temperature: float | None = None
-    velocity_threshold: float = VELOCITY_THRESHOLD
-    num_steps: int | dict[str, int] | None = None
+    velocity_threshold: float | None = None
     flow_seeds: list[int] | None = None
     on_chunk: Callable[[MediaChunk], None] | None = None
     chunk_size: int | None = None
@@ -90,12 +128,6 @@ class MediaOptions:
                 raise ValueError(f"{name} is {value}; give {what} of at least {least}")
         if self.chunk_size is not None and self.on_chunk is None:
             raise ValueError("chunk_size has no effect without on_chunk; leave it out, or say who is to see the chunks")
-        if isinstance(self.num_steps, dict):
-            unknown = sorted(self.num_steps.keys() - {"text", *TARGET_MODALITIES})
-            if unknown:
-                raise ValueError(
-                    f"num_steps names {unknown[0]!r}; the modalities are text, {', '.join(TARGET_MODALITIES)}"
-                )
 
     def of(self, output_head: OutputHead) -> "MediaOptions":
         """The same, with what an output head's configuration says where nothing was given."""
@@ -106,9 +138,11 @@ class MediaOptions:
         }
         return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
-    def steps_of(self, modality: str) -> int | None:
-        """Core steps of positions in which this is written."""
-        return self.num_steps.get(modality) if isinstance(self.num_steps, dict) else self.num_steps
+    def or_else(self, config: GenerationConfig) -> "MediaOptions":
+        """The same, with what a generation config says where nothing was given."""
+        names = ("guidance_scale", "num_flow_steps", "flow_temperature", "velocity_threshold")
+        said = {name: getattr(config, name, None) for name in names if getattr(self, name) is None}
+        return replace(self, **said)
 
 
 @dataclass
@@ -139,6 +173,8 @@ class MediaGenerationMixin:
     parts: with its chunks, with the copies of its rows, and without what a cache holds already.
     """
 
+    read_by = MappingProxyType(READ_BY)
+
     @torch.no_grad()
     def generate(
         self,
@@ -152,7 +188,6 @@ class MediaGenerationMixin:
         velocity_threshold: float | None = None,
         on_chunk: Callable[[MediaChunk], None] | None = None,
         chunk_size: int | None = None,
-        num_steps: int | dict[str, int] | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput | torch.LongTensor:
         """`generate` of `RecurrentGenerationMixin`, and:
@@ -161,83 +196,34 @@ class MediaGenerationMixin:
             generation_mode: "text"; "image" or "audio" write one item; "any" text in which the model opens media.
             guidance_scale, num_flow_steps, flow_temperature, flow_seeds, velocity_threshold, on_chunk, chunk_size: See
                 `MediaOptions`; in mode "text" guidance is that of the logits, and there are no others.
-            num_steps: Also by what is written: {"text": 8, "image": 16, "audio": 4}.
+            num_steps: Also by what is generated: {"text": 8, "image": 16, "audio": 4}.
 
         Returns:
             In the other modes a `MediaGenerateOutput`, unless `return_dict_in_generate=False`.
 
         Raises:
-            ValueError: this model does not generate the modality, or a value is outside its range.
+            ValueError: this model does not generate the modality, or an option is outside its range or has no effect.
         """
         options = {"num_flow_steps": num_flow_steps, "flow_temperature": flow_temperature, "flow_seeds": flow_seeds}
-        options |= {"on_chunk": on_chunk, "chunk_size": chunk_size}
-        options |= {} if velocity_threshold is None else {"velocity_threshold": velocity_threshold}
-        depths = num_steps if isinstance(num_steps, dict) else None
-        media_options = MediaOptions(generation_mode, guidance_scale, num_steps=depths, **options)
-        kwargs = self._read_media(inputs, kwargs)
+        options |= {"velocity_threshold": velocity_threshold, "on_chunk": on_chunk, "chunk_size": chunk_size}
+        options |= {"guidance_scale": guidance_scale}
+        media_options = MediaOptions(generation_mode, **options)
+        kwargs |= by_name(args, first="generation_config")
+        config = kwargs.get("generation_config")
+        media = {name: kwargs[name] for name in media_names() if kwargs.get(name) is not None}
+        inputs, kwargs = self._read_media(inputs, kwargs, keeps_cached=generation_mode != "text")
         if generation_mode == "text":
-            unused = [name for name, value in options.items() if value is not None]
-            if unused:
-                raise ValueError(f"{unused[0]} has no effect in generation_mode 'text'; leave it out")
-            steps = media_options.steps_of("text") if depths else num_steps
-            return super().generate(inputs, *args, guidance_scale=guidance_scale, num_steps=steps, **kwargs)
-        media_options.num_steps = num_steps
-        most = max(depths.values(), default=None) if depths else num_steps
+            if kwargs.get("assistant_model") is not None and media:
+                kwargs["draft_media"] = media
+            check_read(self.read_by, "text", options, config, self.generation_config)
+            return super().generate(inputs, guidance_scale=guidance_scale, **kwargs)
+        check_read(self.read_by, generation_mode, {**options, **kwargs}, config, self.generation_config)
         kwargs = {"return_dict_in_generate": True, **kwargs}
         if not {"max_new_tokens", "max_length", "generation_config"} & kwargs.keys():
             kwargs["max_new_tokens"] = self._default_new_tokens(generation_mode)
-        loop = functools.partial(generate_media, media_options=media_options)
-        return super().generate(inputs, *args, num_steps=most, custom_generate=loop, **kwargs)
-
-    def _default_new_tokens(self, generation_mode: str) -> int:
-        """New tokens where nobody says how many: those of one item, or of one of each kind and as many of text."""
-        lengths = {name: output_head.num_places + 2 for name, output_head in self.model.writers.items()}
-        return 2 * sum(lengths.values()) if generation_mode == "any" else lengths.get(generation_mode, 1)
-
-    def _read_media(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords with features of all media in `mm_encoder_outputs`, by modality, in place of the inputs of the
-        modality encoders.
-        """
-        kwargs = dict(kwargs)
-        media = take_inputs(kwargs)
-        if media and kwargs.get("inputs_embeds") is not None:
-            raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
-        encoded = read_media(self.model.readers, media, run_all=self.model.must_run_alike)
-        outputs = dict(kwargs.pop("mm_encoder_outputs", None) or {})
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        for name, output in encoded.items():
-            if name in outputs:
-                raise ValueError(f"{name}: give its features (mm_encoder_outputs) or what to read, not both")
-            check_counts(name, self._count_places(name, input_ids), [len(part) for part in output.pooler_output])
-            outputs[name] = output
-        return kwargs | ({"mm_encoder_outputs": outputs} if outputs else {})
-
-    @property
-    def placeholder_ids(self) -> list[int]:
-        """Tokens in whose positions media stand."""
-        names = [f"{name}_token_id" for name in self.model.readers]
-        names += [f"written_{name}_token_id" for name in self.model.writers]
-        return [getattr(self.config, name) for name in names if getattr(self.config, name) is not None]
-
-    def _expand_multimodal_outputs(
-        self, input_ids: torch.LongTensor, mm_encoder_output: dict, expand_size: int = 1, **kwargs: Any
-    ) -> dict:
-        """The features of each row as often as the row itself: [A, B] of one row -> [A, B, A, B]."""
-        expanded = {}
-        for name, output in mm_encoder_output.items():
-            rows = self._features_of_rows(name, output, input_ids)
-            expanded[name] = BaseModelOutputWithPooling(
-                pooler_output=tuple(row for row in rows for _ in range(expand_size))
-            )
-        return expanded
-
-    def _count_places(self, name: str, input_ids: torch.LongTensor) -> list[int]:
-        """Placeholders of a modality in each row."""
-        return (input_ids == getattr(self.config, f"{name}_token_id")).sum(dim=1).tolist()
-
-    def _features_of_rows(self, name: str, output: ModelOutput, input_ids: torch.LongTensor) -> tuple:
-        """The features of a modality for each row, (tokens, hidden)."""
-        return torch.cat(list(output.pooler_output)).split(self._count_places(name, input_ids))
+        num_cached = num_cached_tokens(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
+        loop = MediaLoop(media_options, num_cached, kwargs.get("streamer"))
+        return super().generate(inputs, **{**kwargs, "custom_generate": loop})
 
     @with_parameters_of(RecurrentGenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(
@@ -247,18 +233,146 @@ class MediaGenerationMixin:
         inputs_embeds: torch.Tensor | None = None,  # named, since transformers looks for it here
         **kwargs: Any,
     ) -> dict:
-        """Prepares as the original does, without the features of placeholders that are in the cache."""
+        """Prepares as the original does; the media of a draft, whose prompt is none to transformers, are read too."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        outputs = inputs.get("mm_encoder_outputs")
-        num_seen = 0 if inputs.get("input_ids") is None else input_ids.shape[1] - inputs["input_ids"].shape[1]
-        if not outputs or num_seen == 0:
-            return inputs
-        seen_ids, left = input_ids[:, :num_seen], {}
-        for name, output in outputs.items():
-            rows, seen = self._features_of_rows(name, output, input_ids), self._count_places(name, seen_ids)
-            unseen = tuple(row[count:] for row, count in zip(rows, seen, strict=True))
-            left[name] = BaseModelOutputWithPooling(pooler_output=unseen)
-        return {**inputs, "mm_encoder_outputs": left}
+        cache, features = inputs["past_key_values"], kwargs.get("mm_encoder_outputs")
+        if features and (cache is None or cache.get_seq_length() == 0):
+            inputs["mm_encoder_outputs"] = features
+        return inputs
+
+    def _default_new_tokens(self, generation_mode: str) -> int:
+        """New tokens where nobody says how many: those of one item, or of one of each kind and as many of text."""
+        lengths = {name: output_head.num_places + 2 for name, output_head in self.model.writers.items()}
+        return 2 * sum(lengths.values()) if generation_mode == "any" else lengths.get(generation_mode, 1)
+
+    def _read_media(
+        self, inputs: torch.Tensor | None, kwargs: dict[str, Any], keeps_cached: bool
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """The prompt, in which images that are codes are tokens, and the keywords with the features of all other media
+        in `mm_encoder_outputs`: by the names of their placeholders one entry a row, (tokens, hidden), in place of what
+        was read and of what was generated before. So they are expanded, cut and left out with the rows.
+
+        Args:
+            keeps_cached: Whether features that the cache holds are kept.
+        """
+        kwargs, writers = dict(kwargs), self.model.writers
+        media, targets = take_inputs(kwargs), take_targets(kwargs)
+        given = {name: output.pooler_output for name, output in (kwargs.pop("mm_encoder_outputs", None) or {}).items()}
+        embeds, input_ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids") if inputs is None else inputs
+        if (media or targets) and embeds is not None:
+            raise ValueError("images and sound need input_ids with their placeholders, and no inputs_embeds")
+        if input_ids is None and embeds is None:
+            return inputs, kwargs
+        num_cached = num_cached_tokens(input_ids, kwargs)
+        if targets:
+            input_ids = self._with_codes(input_ids, targets, num_cached)
+            inputs, kwargs = (None, kwargs | {"input_ids": input_ids}) if inputs is None else (input_ids, kwargs)
+        if num_cached and not keeps_cached:
+            self._leave_out_cached(media, targets, input_ids[:, num_cached:])
+        encoded = read_media(self.model.readers, media, run_all=self.model.must_run_alike)
+        found = {name: output.pooler_output for name, output in encoded.items()} | read_targets(writers, targets)
+        twice = sorted(found.keys() & given.keys())
+        if twice:
+            raise ValueError(f"{twice[0]}: give its features (mm_encoder_outputs) or what to read, not both")
+        rows = {}
+        for name in self._placeholder_names:
+            parts = list((found | given).get(name, ()))
+            counts = self._count_places(name, input_ids, embeds)
+            unseen = counts if embeds is not None else self._count_places(name, input_ids[:, num_cached:])
+            if not parts and (not num_cached or not sum(unseen)):
+                continue
+            lengths = [len(part) for part in parts]
+            counts = unseen if sum(lengths) == sum(unseen) else counts
+            check_counts(name.replace(TARGET_PREFIX, "a written "), counts, lengths, is_whole=name in found)
+            rows[name] = torch.cat(parts).split(counts)
+            rows[name] = rows[name] if keeps_cached else last_features(rows[name], unseen)
+        if rows:
+            kwargs["mm_encoder_outputs"] = {name: of_rows(parts) for name, parts in rows.items()}
+        return inputs, kwargs
+
+    def _with_codes(self, input_ids: torch.LongTensor, targets: dict[str, Any], num_cached: int) -> torch.LongTensor:
+        """The prompt with the codes of all images, or of those behind what the cache holds; these targets are taken
+        out.
+        """
+        for name, output_head in self.model.writers.items():
+            if output_head.head is not None or output_head.target_name not in targets:
+                continue
+            places = sum(self._count_places(f"{TARGET_PREFIX}{name}", input_ids))
+            start = 0 if places == len(targets[output_head.target_name]) * output_head.num_places else num_cached
+            new = put_codes(self.model.writers, targets, input_ids[:, start:], self.config)
+            input_ids = torch.cat((input_ids[:, :start], new), dim=1)
+        return input_ids
+
+    def _leave_out_cached(self, media: dict[str, Any], targets: dict[str, Any], unseen: torch.LongTensor) -> None:
+        """Takes out what need not be read, since the cache has all of its modality."""
+        names = {name: reader.input_names for name, reader in self.model.readers.items()}
+        names |= {f"{TARGET_PREFIX}{it}": (f"{it}_targets", f"{it}_targets_mask") for it in self.model.writers}
+        for name, inputs in names.items():
+            if not sum(self._count_places(name, unseen)):
+                for each in inputs:
+                    media.pop(each, None)
+                    targets.pop(each, None)
+
+    @property
+    def _placeholder_names(self) -> list[str]:
+        """The names of all placeholders: those of what is read, and of what is generated."""
+        return [*self.model.readers, *(f"{TARGET_PREFIX}{name}" for name in self.model.writers)]
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """Tokens in whose positions media stand."""
+        ids = [getattr(self.config, f"{name}_token_id") for name in self._placeholder_names]
+        return [token_id for token_id in ids if token_id is not None]
+
+    def _expand_multimodal_outputs(
+        self, input_ids: torch.LongTensor, mm_encoder_output: dict, expand_size: int = 1, **kwargs: Any
+    ) -> dict:
+        """The features of each row as often as the row itself."""
+        return {
+            name: of_rows(row for row in output.pooler_output for _ in range(expand_size))
+            for name, output in mm_encoder_output.items()
+        }
+
+    def _count_places(
+        self, name: str, input_ids: torch.LongTensor | None, embeds: torch.Tensor | None = None
+    ) -> list[int]:
+        """Placeholders in each row, of token ids or embeddings."""
+        token_id = getattr(self.config, f"{name}_token_id")
+        if token_id is None:
+            return [0] * len(input_ids if embeds is None else embeds)
+        if embeds is None:
+            return (input_ids == token_id).sum(dim=1).tolist()
+        is_place = embeds == self.model.embed_tokens(torch.tensor(token_id, device=embeds.device))
+        return is_place.all(dim=-1).sum(dim=1).tolist()
+
+
+def media_names() -> list[str]:
+    """The arguments that are media, or features of such."""
+    names = [name for modality in MODALITIES.values() for name in modality.input_names]
+    names += [f"{name}_targets{end}" for name in TARGET_MODALITIES for end in ("", "_mask")]
+    return [*names, "mm_encoder_outputs"]
+
+
+def of_rows(features: Iterable[torch.Tensor]) -> BaseModelOutputWithPooling:
+    """Features of rows, (tokens, hidden) each, as `forward` takes them."""
+    return BaseModelOutputWithPooling(pooler_output=tuple(features))
+
+
+def last_features(rows: Iterable[torch.Tensor], counts: Iterable[int]) -> tuple[torch.Tensor, ...]:
+    """The last features of each row, so many of each."""
+    return tuple(row[len(row) - count :] for row, count in zip(rows, counts, strict=True))
+
+
+def opened_media(config: Any, input_ids: torch.LongTensor) -> dict[int, str]:
+    """The modality of the generated item within which a prompt ends, by the number of the row."""
+    found = {}
+    for name in TARGET_MODALITIES:
+        start, place = (getattr(config, f"{key}_token_id") for key in (f"{name}_start", f"{TARGET_PREFIX}{name}"))
+        if start is None or place is None:
+            continue
+        for row in torch.isin(input_ids[:, -1], torch.tensor([start, place], device=input_ids.device)).nonzero():
+            found[int(row)] = name
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -274,78 +388,138 @@ class Row:
     latents: list[torch.Tensor] = field(default_factory=list)
     """Those of the item that is being generated."""
     noise: torch.Tensor | None = None
-    """(positions, latent_size), of the item it is within."""
+    """(positions, latent_size), of the item it is within: as many as there is room for."""
     num_media: int = 0
-    is_done: bool = False
+    end: int | None = None
+    """How many new tokens it has; None: it goes on."""
     segments: list[tuple[str, Any]] = field(default_factory=list)
 
+    @property
+    def is_done(self) -> bool:
+        return self.end is not None
 
-def generate_media(
-    model: nn.Module,
-    input_ids: torch.LongTensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    media_options: MediaOptions,
-    synced_gpus: bool = False,
-    streamer: Any = None,
-    **model_kwargs: Any,
-) -> MediaGenerateOutput | torch.LongTensor:
-    """The loop that `generate` runs in place of sampling or greedy search; see `MediaGeneration`."""
-    if synced_gpus:
-        raise ValueError("media are not written under ZeRO-3 or FSDP: ranks would wait for each other; gather weights")
-    run = MediaGeneration(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, media_options, model_kwargs
-    )
-    hidden = run.read_prompt()
-    while True:
-        ids, embeds = run.choose(hidden)
-        if streamer is not None:
-            streamer.put(ids.cpu())
-        if run.is_done():
-            break
-        hidden = run.advance(embeds)
-    if streamer is not None:
-        streamer.end()
-    return run.output() if generation_config.return_dict_in_generate else run.ids
+
+@dataclass
+class MediaLoop(OwnLoop):
+    """The loop that `generate` runs in place of sampling or greedy search; see `MediaGeneration`.
+
+    Args:
+        options: How media are written.
+        num_cached: Tokens of the prompt that the cache holds.
+        streamer: Gets the tokens of each position.
+    """
+
+    options: MediaOptions
+    num_cached: int = 0
+    streamer: Any = None
+    is_velocity_asked: bool = False
+    """Whether the caller, and not the generation config, gave its threshold."""
+
+    def take_options(self, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        """Takes guidance, which is that of latents here; leaves out beams, which texts have; and makes a criterion of
+        stop strings, since transformers takes the tokenizer away from loops that are not its own.
+        """
+        self.is_velocity_asked = self.options.velocity_threshold is not None
+        self.options = self.options.or_else(config)
+        config.guidance_scale = config.num_beams = 1
+        tokenizer = kwargs.pop("tokenizer", None)
+        if config.stop_strings is not None and tokenizer is not None:
+            criterion = StopStringCriteria(tokenizer, config.stop_strings)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
+            config.stop_strings = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> MediaGenerateOutput | torch.LongTensor:
+        """Generates until no row goes on."""
+        run = MediaGeneration(
+            model, self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+        )
+        hidden = run.read_prompt()
+        while True:
+            ids, embeds = run.choose(hidden)
+            if self.streamer is not None:
+                self.streamer.put(ids.cpu())
+            if run.is_done():
+                break
+            hidden = run.advance(embeds)
+        if self.streamer is not None:
+            self.streamer.end()
+        return run.output() if generation_config.return_dict_in_generate else run.ids
 
 
 class MediaGeneration:
     """One call of `generate`: the rows, the cache, and what has been written."""
 
     def __init__(
-        self, model, input_ids, logits_processor, stopping_criteria, generation_config, media_options, model_kwargs
+        self,
+        model: nn.Module,
+        loop: MediaLoop,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
     ):
         self.model, self.ids, self.generation_config = model, input_ids, generation_config
-        self.media_options = media_options
+        self.media_options, self.num_cached = loop.options, loop.num_cached
         self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
         self.writers: dict[str, OutputHead] = dict(model.model.writers.items())
         self.names = self._modes()
         self.config, self.device, self.prompt_length = model.config, input_ids.device, input_ids.shape[1]
-        batch = len(input_ids)
-        seeds = media_options.flow_seeds or torch.randint(2**62, (batch,)).tolist()
-        if len(seeds) != batch:
-            raise ValueError(f"flow_seeds has {len(seeds)} seeds for {batch} rows; give one for each")
-        self.rows = [Row(seed) for seed in seeds]
-        self.options = {name: media_options.of(self.writers[name]) for name in self.names}
+        self.options = {name: loop.options.of(self.writers[name]) for name in self.names}
         self.is_guided = any(options.guidance_scale != 1 for options in self.options.values())
-        self.exits = (model_kwargs.pop("depth_options", None) or DepthOptions()).exits
-        self.inputs = model_kwargs
+        self.depth: DepthOptions = model_kwargs.pop("depth_options")
+        if loop.is_velocity_asked and self.depth.exits.criterion == "none":
+            raise ValueError("velocity_threshold has no effect without an exit_criterion; leave it out, or name one")
         self.cache = model_kwargs.pop(CACHE_NAME, None)
         if self.cache is None:
             raise ValueError("media are written through the cache: leave use_cache=False out")
+        batch, past = len(input_ids), self.cache.get_seq_length()
         mask = model_kwargs.pop("attention_mask", None)
-        self.mask = torch.ones_like(input_ids) if mask is None else mask
-        self.finished: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in self.rows] for name in self.names}
+        self.mask = input_ids.new_ones(batch, past - self.num_cached + self.prompt_length) if mask is None else mask
+        self.inputs = model_kwargs
+        self.finished: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in range(batch)] for name in self.names}
         self.exit_steps: list[torch.Tensor] = []
+        seeds = loop.options.flow_seeds or torch.randint(2**62, (batch,)).tolist()
+        if len(seeds) != batch:
+            raise ValueError(f"flow_seeds has {len(seeds)} seeds for {batch} rows; give one for each")
+        self.rows = [Row(seed) for seed in seeds]
+        self._open_rows()
         self._check_capacity()
+        self._exit_controller(is_prompt=False)  # which refuses what cannot be
+
+    def _open_rows(self) -> None:
+        """Rows whose prompts end with the start of an item are within it.
+
+        Raises:
+            ValueError: an item is opened that is not asked for, or has latents already.
+        """
+        for number, name in opened_media(self.config, self.ids).items():
+            if name not in self.names or int(self.ids[number, -1]) != self._id(f"{name}_start"):
+                raise ValueError(
+                    f"prompt {number} ends within an {name}, which generation_mode {self.media_options.mode!r} cannot "
+                    f"complete; end it with its start token and choose {name!r} or 'any'"
+                )
+            self._open(self.rows[number], name)
 
     def _check_capacity(self) -> None:
-        """Raises ValueError where the item that is asked for cannot be completed."""
+        """Raises ValueError where an item that is asked for, or was opened, cannot be completed."""
         mode, room = self.media_options.mode, self.generation_config.max_length - self.prompt_length
-        least = 3 if mode == "audio" else self.writers[mode].num_places + 2 if mode == "image" else 1
-        if room < least:
-            raise ValueError(f"there is room for {room} new tokens, but an {mode} takes {least}; raise max_new_tokens")
+        for row in self.rows:
+            name = row.modality or mode
+            least = {"audio": 3, "any": 1}.get(name) or self.writers[name].num_places + 2
+            least -= row.modality is not None  # whose start is there
+            if room < least:
+                raise ValueError(
+                    f"there is room for {room} new tokens, but an {name} takes {least}; raise max_new_tokens"
+                )
 
     def _modes(self) -> list[str]:
         """What may be written. Raises ValueError where the model has no head for it."""
@@ -364,60 +538,110 @@ class MediaGeneration:
 
     def read_prompt(self) -> torch.Tensor:
         """(rows, hidden), or twice as many with guidance, after the last token of each prompt."""
-        ids, mask = self.ids, self.mask
-        features = self.inputs.get("mm_encoder_outputs") or {}
-        targets = take_targets(self.inputs)
+        ids, mask, features = self.ids, self.mask, self._features()
         if self.is_guided:
             unconditional = self._unconditional_ids(ids)
-            features = {name: self._features_twice(name, output, unconditional) for name, output in features.items()}
-            targets = {name: None if it is None else torch.cat((it, it)) for name, it in targets.items()}
+            if self.cache.get_seq_length():
+                self._read_cached_again(unconditional, features)
             ids, mask = torch.cat((ids, unconditional)), torch.cat((mask, mask))
-        return self._forward(mask, input_ids=ids, mm_encoder_outputs=features or None, **targets)
+            features = {name: (*rows, *rows) for name, rows in features.items()}
+        return self._forward(mask, self.cache, **self._inputs(ids[:, self.num_cached :], features))
+
+    def _features(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """The features of the prompts by the names of their placeholders, a row each."""
+        given = self.inputs.get("mm_encoder_outputs") or {}
+        return {name: output.pooler_output for name, output in given.items()}
+
+    def _inputs(self, ids: torch.LongTensor, features: Mapping[str, tuple[torch.Tensor, ...]]) -> dict[str, Any]:
+        """Prompts, and the features of their placeholders, which are the last ones."""
+        outputs = {
+            name: of_rows(last_features(rows, self.model._count_places(name, ids))) for name, rows in features.items()
+        }
+        return {"input_ids": ids, "mm_encoder_outputs": outputs or None}
+
+    def _read_cached_again(
+        self, unconditional: torch.LongTensor, features: Mapping[str, tuple[torch.Tensor, ...]]
+    ) -> None:
+        """Adds the rows of unconditional prompts to a cache that holds a part of the prompts.
+
+        Raises:
+            ValueError: that part, or one of its media, is not given.
+        """
+        part, missing = unconditional[:, : self.num_cached], not self.num_cached
+        counts = {name: self.model._count_places(name, unconditional) for name in self.model._placeholder_names}
+        missing |= any(sum(counts[name]) > sum(map(len, features.get(name, ()))) for name in counts)
+        if missing:
+            raise ValueError(
+                "guidance reads all of the prompt a second time, without its text; give the whole prompt and all of "
+                "its media with the cache, or guidance_scale=1"
+            )
+        read = {}
+        for name, rows in features.items():
+            seen, whole = self.model._count_places(name, part), counts[name]
+            parts = zip(last_features(rows, whole), seen, strict=True)
+            read[name] = tuple(row[:count] for row, count in parts)
+        cache = self.cache.like()
+        self._forward(self.mask[:, : self.num_cached], cache, is_read_again=True, **self._inputs(part, read))
+        self.cache.append_rows(cache)
 
     def advance(self, embeds: torch.Tensor) -> torch.Tensor:
         """The next positions: (rows, hidden) -> (rows, hidden), or twice as many with guidance."""
         mask = self.mask
         if self.is_guided:
             embeds, mask = torch.cat((embeds, embeds)), torch.cat((mask, mask))
-        return self._forward(mask, inputs_embeds=embeds[:, None])
+        return self._forward(mask, self.cache, inputs_embeds=embeds[:, None])
 
-    def _forward(self, mask: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    def _forward(
+        self, mask: torch.Tensor, cache: RecurrentCache, is_read_again: bool = False, **inputs: Any
+    ) -> torch.Tensor:
         outputs = self.model.model(
             attention_mask=mask,
-            cache=self.cache,
+            cache=cache,
             use_cache=True,
-            num_steps=self._num_steps(),
+            num_steps=self._num_steps(len(mask)),
             exit_controller=self._exit_controller(is_prompt="input_ids" in inputs),
             return_dict=True,
+            **self._states(len(mask)),
             **inputs,
         )
-        if outputs.exit_steps is not None:
+        if outputs.exit_steps is not None and not is_read_again:
             self.exit_steps.append(outputs.exit_steps[: len(self.rows)].clone())
         return outputs.last_hidden_state[:, -1]
 
-    def _num_steps(self) -> int | torch.LongTensor | None:
-        """Core steps for the next position of each row, by what will be written there."""
-        mode = self.media_options.mode
+    def _num_steps(self, num_rows: int) -> int | torch.LongTensor | None:
+        """Core steps for the next position of each row, by what will be written there; of `num_rows`, which are the
+        rows once, or twice with guidance.
+        """
+        mode, copies = self.media_options.mode, num_rows // len(self.rows)
+        if isinstance(self.depth.num_steps, torch.Tensor) and self.depth.num_steps.ndim:
+            steps = self.depth.num_steps
+            return steps.repeat_interleave(len(self.rows) // len(steps)).repeat(copies)
         begun = mode if mode in TARGET_MODALITIES else "text"
         modalities = [row.modality or ("text" if row.num_media else begun) for row in self.rows]
-        steps = [self.media_options.steps_of(name) for name in modalities]
+        steps = [self.depth.steps_of(name) for name in modalities]
         if len(set(steps)) == 1:
             return steps[0]
         config = self.model.text_config
         usual = config.num_steps or config.recurrence.mean_steps
-        steps = torch.tensor([usual if it is None else it for it in steps])
-        return steps.repeat(2) if self.is_guided else steps
+        return torch.tensor([usual if it is None else it for it in steps]).repeat(copies)
+
+    def _states(self, num_rows: int) -> dict[str, Any]:
+        """Where the iteration of each row begins, and what perturbs it."""
+        state = self.inputs.get("initial_state")
+        given = {} if state is None else {"initial_state": state.repeat(num_rows // len(self.rows), 1, 1)}
+        return given | self.depth.of_states
 
     def _exit_controller(self, is_prompt: bool) -> ExitController | None:
         """What ends the iteration of rows before their last step, where that was asked for."""
-        if self.exits.criterion == "none" or (is_prompt and not self.exits.in_prefill):
+        exits, threshold = self.depth.exits, self.media_options.velocity_threshold
+        if exits.criterion == "none" or (is_prompt and not exits.in_prefill):
             return None
         return MediaExitController(
-            self.exits,
+            exits,
             self.model._logits,
             self._first_velocities,
             self.model.text_config.vocab_size,
-            self.media_options.velocity_threshold,
+            VELOCITY_THRESHOLD if threshold is None else threshold,
         )
 
     def _first_velocities(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -449,7 +673,7 @@ class MediaGeneration:
         return torch.tensor(positions, device=self.device), noise.to(self.device)
 
     def _has_room(self, row: Row) -> bool:
-        return len(row.latents) < self.writers[row.modality].num_places
+        return len(row.latents) < len(row.noise)
 
     def _unconditional_ids(self, ids: torch.LongTensor) -> torch.LongTensor:
         """The prompts with <|null|> for all that is no structure; of prompts of media alone, also for those."""
@@ -459,18 +683,13 @@ class MediaGeneration:
                 "guidance needs a model that was trained with dropped prompts (null_token_id is not set); give "
                 "guidance_scale=1"
             )
-        kept = torch.isin(ids, torch.tensor(config.structure_token_ids, device=ids.device)) | (self.mask == 0)
+        kept = torch.isin(ids, torch.tensor(config.structure_token_ids, device=ids.device))
+        kept |= self.mask[:, -ids.shape[1] :] == 0
         unconditional = ids.masked_fill(~kept, config.null_token_id)
         for name in self.model.model.readers:
             is_place = ids == getattr(config, f"{name}_token_id")
             unconditional = unconditional.masked_fill(is_place & kept.all(dim=1, keepdim=True), config.null_token_id)
         return unconditional
-
-    def _features_twice(self, name: str, output: Any, unconditional: torch.LongTensor) -> BaseModelOutputWithPooling:
-        """The features of the prompts, and those whose positions are left in the unconditional ones."""
-        rows = self.model._features_of_rows(name, output, self.ids)
-        left = [row for row, count in zip(rows, self.model._count_places(name, unconditional), strict=True) if count]
-        return BaseModelOutputWithPooling(pooler_output=(*rows, *left))
 
     # -------------------------------------------------------------------------------------------------- what comes next
 
@@ -525,7 +744,7 @@ class MediaGeneration:
         model says so.
         """
         place, end = self._id(f"written_{row.modality}"), self._id(f"{row.modality}_end")
-        if not self._has_room(row) or self.ids.shape[1] + 1 >= self.generation_config.max_length:
+        if not self._has_room(row):
             return end
         if row.modality == "image" or not row.latents:
             return place
@@ -541,11 +760,12 @@ class MediaGeneration:
         if unconditional is not None:
             guidance = torch.full_like(positions, options.guidance_scale, dtype=torch.float)
             if output_head.config.guidance_schedule == "linear":
-                guidance = 1 + (guidance - 1) * positions / max(output_head.num_places - 1, 1)
+                lengths = torch.tensor([len(self.rows[row].noise) for row in rows.tolist()], device=self.device)
+                guidance = 1 + (guidance - 1) * positions / (lengths - 1).clamp(min=1)
             without = output_head.condition(unconditional[rows], positions)
         latents = output_head.head.sample(
             output_head.condition(conditional[rows], positions),
-            noise * options.flow_temperature**0.5,
+            noise,
             options.num_flow_steps,
             output_head.config.flow_shift,
             guidance,
@@ -575,20 +795,22 @@ class MediaGeneration:
                 if not (row.segments and row.segments[-1][0] == "text"):
                     row.segments.append(("text", []))
                 row.segments[-1][1].append(token)
-                row.is_done = bool(texts_end[number])
+                row.end = self._num_new if texts_end[number] else None
 
     def _open(self, row: Row, name: str) -> None:
         output_head = self.writers[name]
         generator = keyed_generator("sample", name, row.seed, row.num_media)
         row.modality, row.latents = name, []
-        row.noise = torch.randn(output_head.num_places, output_head.codec.latent_size, generator=generator)
+        noise = torch.randn(output_head.num_places, output_head.codec.latent_size, generator=generator)
+        room = self.generation_config.max_length - self.ids.shape[1] - 1  # and the end
+        row.noise = noise[:room] * self.options[name].flow_temperature ** 0.5
 
     def _close(self, number: int, row: Row) -> None:
         self._show(number, is_complete=True)
         self.finished[row.modality][number].append(torch.stack(row.latents))
         row.segments.append((row.modality, len(self.finished[row.modality][number]) - 1))
         row.modality, row.num_media = None, row.num_media + 1
-        row.is_done = self.media_options.mode in TARGET_MODALITIES
+        row.end = self._num_new if self.media_options.mode in TARGET_MODALITIES else None
 
     def _show(self, number: int, is_complete: bool) -> None:
         """Hands a chunk to the caller who wants to see it."""
@@ -620,7 +842,9 @@ class MediaGeneration:
             row.segments = segments
         steps = None
         if self.exit_steps:
-            steps = torch.stack(self.exit_steps, dim=1)[:, : self.ids.shape[1] - self.prompt_length]
+            steps = torch.stack(self.exit_steps, dim=1)[:, : self._num_new]
+            for number, row in enumerate(self.rows):
+                steps[number, self._num_new if row.end is None else row.end :] = 0
         return MediaGenerateOutput(
             sequences=self.ids,
             images=images if "image" in self.names else None,
@@ -628,9 +852,19 @@ class MediaGeneration:
             sampling_rate=self.writers["audio"].config.sampling_rate if "audio" in self.names else None,
             segments=[row.segments for row in self.rows],
             latents=latents,
-            **{CACHE_NAME: self.cache},
+            **{CACHE_NAME: self._cache_of_prompts()},
             exit_steps=steps,
         )
+
+    @property
+    def _num_new(self) -> int:
+        return self.ids.shape[1] - self.prompt_length
+
+    def _cache_of_prompts(self) -> RecurrentCache:
+        """The cache without the rows of unconditional prompts, so that a further turn may go on from it."""
+        if self.is_guided:
+            self.cache.batch_select_indices(torch.arange(len(self.rows)))
+        return self.cache
 
     def _id(self, name: str) -> int:
         found = getattr(self.config, f"{name}_token_id")

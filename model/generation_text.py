@@ -2,11 +2,15 @@
 
 import copy
 import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import distributed
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import (
     GenerationMode,
     LogitsProcessorList,
@@ -23,11 +27,22 @@ from .outputs import CACHE_NAME
 
 CACHE_OPTIONS = ("cache_policy", "num_kept_steps")
 DEFAULT_NEW_TOKENS = 20  # of transformers
-OWN_ARGUMENTS = ("num_steps", "depth_options", "num_cached_tokens")  # of `prepare_inputs_for_generation`
+OWN_ARGUMENTS = ("num_steps", "depth_options", "num_cached_tokens", "draft_media")  # of `prepare_inputs_for_generation`
+
+
+TEXTS = ("text", "drafts")
+OF_FORWARD = (
+    *("labels", "loss_weights", "num_items_in_batch", "num_targets_in_batch", "skip_logits", "logits_to_keep"),
+    *("output_states", "exits", "state_noise", "depth_options", "num_cached_tokens"),
+)
+"""What `forward` takes, and `generate` does not."""
 
 
 class RecurrentGenerationMixin:
     """Goes before `GenerationMixin`: depth, exits and cache by keyword, generation config, or `config.recurrence`."""
+
+    read_by: Mapping[str, tuple[str, ...]] = MappingProxyType(dict.fromkeys(OF_FORWARD, ()))
+    """By which loops of `generate` an option is read; see `check_read`."""
 
     @torch.no_grad()
     def generate(
@@ -40,7 +55,8 @@ class RecurrentGenerationMixin:
         """transformers' `generate`, and:
 
         Args:
-            num_steps: Core steps of each token: an int, or (batch,). Default: `config.num_steps`, else the mean.
+            num_steps: Core steps of each token: an int, or (batch,), or an int by what is generated, {"text": 8}.
+                Default: `config.num_steps`, else the mean.
             exit_criterion: What ends a row's iteration earlier: an entry of `EXIT_CRITERIA`, "schedule", or "none".
             exit_threshold, min_steps, exit_check_interval, exit_in_prefill, exit_schedule: See `ExitOptions`. Default:
                 the prompt takes all steps.
@@ -52,15 +68,27 @@ class RecurrentGenerationMixin:
             As the original; with `return_dict_in_generate=True` it has `exit_steps`, (rows, new tokens).
 
         Raises:
-            ValueError: an option is outside its range, or a combination is not possible.
+            ValueError: an option is outside its range or has no effect, or a combination is not possible.
         """
+        kwargs |= by_name(args)
+        given, own_loop = dict(kwargs), kwargs.get("custom_generate")
+        own_loop = own_loop if isinstance(own_loop, OwnLoop) else None
         config, depth, cache_options, kwargs = self._merge_options(generation_config, kwargs)
-        mode = config.get_generation_mode(kwargs.get("assistant_model"))
-        self._check_options(config, depth, mode, kwargs.get("synced_gpus"))
+        is_assisted = own_loop is None and is_assisted_by(config, kwargs.get("assistant_model"))
+        if own_loop is None:
+            check_read(
+                self.read_by, "drafts" if is_assisted else "text", given, generation_config, self.generation_config
+            )
+        if own_loop is None:
+            depth = replace(depth, num_steps=depth.steps_of("text"))
+        else:
+            own_loop.take_options(config, kwargs)
+        self._check_options(config, depth, is_assisted, own_loop, kwargs)
+        if isinstance(state := kwargs.get("initial_state"), torch.Tensor) and len(state) == 1:
+            kwargs["initial_state"] = state.expand(num_prompts(inputs, kwargs), -1, -1)  # rows, for their copies
         cache = self._make_cache(inputs, config, depth, cache_options, kwargs)
-        is_assisted = mode == GenerationMode.ASSISTED_GENERATION
         if is_assisted:
-            self._check_assistance(config, depth, cache, kwargs)
+            self._check_assistance(inputs, depth, cache, kwargs)
         refuse_empty_rows(inputs, config, kwargs)
         config.suppress_tokens = [*(config.suppress_tokens or ()), *self.placeholder_ids] or None
         num_prompt_tokens = prompt_length(inputs, kwargs, has_embeds=False)
@@ -68,11 +96,11 @@ class RecurrentGenerationMixin:
         if cache is not None:
             cache.prompt_length = None
             kwargs[CACHE_NAME] = cache
-        if not depth.is_fixed or (depth.num_steps is not None and hasattr(config, "num_steps")):
+        if own_loop or not depth.is_fixed or (depth.num_steps is not None and hasattr(config, "num_steps")):
             kwargs["depth_options"] = depth  # a name that no generation config has: transformers would put others there
         elif depth.num_steps is not None:  # by the name that `forward` has too, which libraries that hand it on know
             kwargs["num_steps"] = depth.num_steps
-        outputs = super().generate(inputs, config, *args, **kwargs)
+        outputs = super().generate(inputs, config, **kwargs)
         if isinstance(outputs, ModelOutput) and self.text_config.num_core_layers and "custom_generate" not in kwargs:
             num_new_tokens = outputs.sequences.shape[1] - num_prompt_tokens
             if cache is None or is_assisted:  # in which no row exits
@@ -118,34 +146,60 @@ class RecurrentGenerationMixin:
         config.update(**defaults, defaults_only=True, allow_custom_entries=True)
         kwargs = config.update(**kwargs)
         depth = DepthOptions.resolve(given, config, self.text_config.recurrence)
+        unread = [name for name in CACHE_OPTIONS if given[name] is not None]
+        has_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+        if unread and (has_cache or config.use_cache is False):
+            how = "a cache that is given, which has its own" if has_cache else "use_cache=False"
+            raise ValueError(f"{unread[0]} has no effect with {how}; leave one of them out")
         for name in CACHE_OPTIONS:
             given[name] = getattr(config, name, None) if given[name] is None else given[name]
         return config, depth, {name: given[name] for name in CACHE_OPTIONS}, kwargs
 
     def _check_options(
-        self, config: GenerationConfig, depth: DepthOptions, mode: GenerationMode, synced_gpus: bool | None
+        self,
+        config: GenerationConfig,
+        depth: DepthOptions,
+        is_assisted: bool,
+        own_loop: "OwnLoop | None",
+        kwargs: dict[str, Any],
     ) -> None:
-        """Raises ValueError where tokens cannot differ in depth."""
+        """Raises ValueError where tokens cannot differ in depth, or an option has no effect beside another."""
         if config.assistant_early_exit is not None:
             raise ValueError(
                 "assistant_early_exit drafts with the first layers, which say nothing before the core has run; leave "
                 "it out, or give a smaller model as assistant_model"
             )
+        if isinstance(depth.num_steps, dict) and (
+            unknown := sorted(depth.num_steps.keys() - {*self.output_modalities})
+        ):
+            raise ValueError(
+                f"num_steps names {unknown[0]!r}, but this model generates {', '.join(self.output_modalities)}"
+            )
+        synced_gpus = kwargs.get("synced_gpus")
         if synced_gpus is None:  # as transformers decides it
             is_split = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
             synced_gpus = is_split and distributed.is_initialized() and distributed.get_world_size() > 1
+        if synced_gpus and own_loop is not None:
+            raise ValueError(
+                "media are not written under ZeRO-3 or FSDP: ranks would wait for each other; gather weights, or give "
+                "synced_gpus=False where all ranks write the same"
+            )
         criterion = depth.exits.criterion
         asked = [] if criterion == "none" else [f"exit_criterion {criterion!r}"]
         if synced_gpus and isinstance(depth.num_steps, torch.Tensor):
             asked.append("num_steps with a number per row")
         asked += ["state_warm_start"] if depth.state_warm_start else []
+        if depth.state_warm_start and kwargs.get("initial_state") is not None:
+            raise ValueError("initial_state has no effect with state_warm_start; leave one of them out")
+        of_core = [*asked, *(["noise_level"] if depth.noise.level else [])]
+        of_core += ["initial_state"] if kwargs.get("initial_state") is not None else []
+        if of_core and self.text_config.num_core_layers == 0:
+            raise ValueError(f"{of_core[0]} was given, but this model has no core to iterate (num_core_layers is 0)")
         if not asked:
             return
-        if self.text_config.num_core_layers == 0:
-            raise ValueError(f"{asked[0]} was given, but this model has no core to iterate (num_core_layers is 0)")
         if config.use_cache is False:
             raise ValueError(f"{asked[0]} is not possible with use_cache=False: what a token has left is in the cache")
-        if mode == GenerationMode.ASSISTED_GENERATION:
+        if is_assisted:
             raise ValueError(
                 f"{asked[0]} is not possible with assisted generation, which checks several tokens at one depth; "
                 "leave one of them out"
@@ -186,12 +240,12 @@ class RecurrentGenerationMixin:
             prompt = prompt_length(inputs, kwargs, has_embeds=True)
             new = config.max_new_tokens or max((config.max_length or prompt + DEFAULT_NEW_TOKENS) - prompt, 0)
             room["max_length"] = max(prompt + new, config.max_cache_len or 0)
-            room["max_steps"] = self._depth(depth.num_steps).total
+            room["max_steps"] = max(self._depth(depth.steps_of(name)).total for name in self.output_modalities)
             self._compile_for_generation(config)
         return RecurrentCache(self.text_config, options["cache_policy"], options["num_kept_steps"], **room)
 
     def _check_assistance(
-        self, config: GenerationConfig, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
+        self, inputs: torch.Tensor | None, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
     ) -> None:
         """Checks that drafts can be verified, and counts the tokens that the cache holds before.
 
@@ -205,8 +259,11 @@ class RecurrentGenerationMixin:
             raise ValueError("assisted generation is not possible with use_cache=False; leave one of them out")
         if cache.max_length is not None:
             raise ValueError("assisted generation is not possible with a static cache; leave cache_implementation out")
-        if cache.get_seq_length():
-            kwargs["num_cached_tokens"] = cache.get_seq_length()
+        if num_cached := cache.get_seq_length():
+            ids = kwargs.get("input_ids") if inputs is None else inputs
+            if num_cached_tokens(ids, {**kwargs, "cache": cache}) != num_cached:
+                raise ValueError("assisted generation on a cache needs the whole conversation; give all of its tokens")
+            kwargs["num_cached_tokens"] = num_cached
         steps = self._depth(depth.num_steps).total
         if cache.num_kept_steps is not None and cache.num_kept_steps < steps:
             raise ValueError(
@@ -244,6 +301,7 @@ class RecurrentGenerationMixin:
         is_first_iteration: bool | None = False,
         num_cached_tokens: int = 0,
         depth_options: DepthOptions | None = None,
+        draft_media: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict:
         """Prepares as the original does, with what the token takes of depth.
@@ -252,6 +310,7 @@ class RecurrentGenerationMixin:
             num_cached_tokens: Where candidates are checked, tokens of the prompt that a cache held before: transformers
                 5.23 and 5.24 give the whole prompt then, for Llama too, and the model would read them twice.
             depth_options: What `generate` was asked for.
+            draft_media: What a model that drafts reads of media; not read here.
         """
         cache = past_key_values if cache is None else cache
         if next_sequence_length is None and num_cached_tokens:
@@ -274,7 +333,9 @@ class RecurrentGenerationMixin:
         index = 0
         if cache is not None and not is_first_iteration:
             index = cache.get_seq_length() - cache.prompt_length + 1
-        return inputs | depth_options.arguments_of_token(index, len(input_ids))
+        depth = self._depth(depth_options.num_steps)
+        most = depth.total if depth.rows is None else int(depth.rows.min())
+        return inputs | depth_options.arguments_of_token(index, len(input_ids), most)
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:
         """The original's processors; the pass without the prompt, by which guidance is taken, has the same depth."""
@@ -290,10 +351,19 @@ class RecurrentGenerationMixin:
     def _get_candidate_generator(
         self, *, generation_config: GenerationConfig, model_kwargs: dict, assistant_model=None, **kwargs: Any
     ) -> Any:
-        """The original's generator; the model that drafts has a depth of its own, from its generation config."""
+        """The original's generator; the model that drafts has a depth of its own, from its generation config, and reads
+        media itself.
+        """
+        media = model_kwargs.get("draft_media") or {}
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
         if assistant_model is not None:
+            read = inspect.signature(assistant_model.forward).parameters
+            if "mm_encoder_outputs" in read and media.get("mm_encoder_outputs"):
+                raise ValueError("mm_encoder_outputs are of this model, and a draft reads media itself; give the media")
+            model_kwargs.pop("mm_encoder_outputs", None)
+            model_kwargs |= {name: value for name, value in media.items() if name in read}
             generation_config = copy.deepcopy(generation_config)
+            generation_config.prefill_chunk_size = None  # chunks of a draft have no media
             for name in (*DepthOptions.names(), *CACHE_OPTIONS):
                 setattr(generation_config, name, getattr(assistant_model.generation_config, name, None))
         return super()._get_candidate_generator(
@@ -309,6 +379,68 @@ class RecurrentGenerationMixin:
         return model_kwargs
 
 
+class OwnLoop:
+    """A loop that `generate` runs in place of those of transformers, as `custom_generate`."""
+
+    def take_options(self, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        """Takes what it reads out of the merged generation config and the keywords, where transformers would go by it,
+        or take it away.
+        """
+
+
+def check_read(
+    read_by: Mapping[str, tuple[str, ...]],
+    loop: str,
+    keywords: dict[str, Any],
+    generation_config: GenerationConfig | None,
+    defaults: GenerationConfig,
+) -> None:
+    """Checks that a loop reads all that was asked for.
+
+    Args:
+        read_by: The loops that read an option, by its name; of one that is not there, those of transformers alone.
+        loop: The name of the loop: "text", "drafts" (assisted generation), or a mode of media.
+        keywords: Those of `generate`. None and False ask for nothing.
+        generation_config: What `generate` was given. Where it says what `defaults` says, it asks for nothing.
+        defaults: The generation config of the model.
+
+    Raises:
+        ValueError: an option has no effect.
+    """
+    if generation_config is not None and generation_config.is_assistant:
+        return  # a draft has what transformers made of the options of the model that checks it
+    asked, usual = dict(keywords), vars(defaults)
+    for name, value in vars(generation_config or GenerationConfig()).items():
+        if not name.startswith("_") and name != "transformers_version" and usual.get(name) != value:
+            asked.setdefault(name, value)
+    for name, value in asked.items():
+        if value is None or value is False or (name in NO_EFFECT_AT_1 and value == 1):
+            continue
+        if loop not in read_by.get(name, TEXTS):
+            where = {"text": "a text that is generated", "drafts": "assisted generation"}
+            raise ValueError(f"{name} has no effect in {where.get(loop, f'generation_mode {loop!r}')}; leave it out")
+
+
+NO_EFFECT_AT_1 = ("num_beams", "num_return_sequences", "temperature", "top_p", "typical_p", "repetition_penalty")
+
+
+def by_name(args: tuple[Any, ...], first: str = "logits_processor") -> dict[str, Any]:
+    """Arguments that `generate` of transformers takes by their places, from `first` on, by their names."""
+    names = list(inspect.signature(GenerationMixin.generate).parameters)
+    return dict(zip(names[names.index(first) :], args, strict=False))
+
+
+def is_assisted_by(config: GenerationConfig, assistant_model: Any) -> bool:
+    """Whether tokens are drafted and then checked."""
+    return config.get_generation_mode(assistant_model) == GenerationMode.ASSISTED_GENERATION
+
+
+def num_prompts(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
+    """The number of prompts, 1 without any."""
+    given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    return next((len(prompts) for prompts in given if prompts is not None), 1)
+
+
 def prompt_length(inputs: torch.Tensor | None, kwargs: dict[str, Any], has_embeds: bool) -> int:
     """The number of prompt tokens with which `sequences` will begin, or, with `has_embeds`, which the model will read;
     without a prompt that is the begin token.
@@ -317,6 +449,26 @@ def prompt_length(inputs: torch.Tensor | None, kwargs: dict[str, Any], has_embed
     if embeds is not None and (has_embeds or ids is None):
         return embeds.shape[1] if has_embeds else 0
     return 1 if ids is None else ids.shape[1]
+
+
+def num_cached_tokens(input_ids: torch.LongTensor | None, kwargs: dict[str, Any]) -> int:
+    """How many tokens of the prompt the cache holds already: all of its own, or, where the mask shows that the prompt
+    goes on from them, none.
+
+    Raises:
+        ValueError: it holds all of the prompt.
+    """
+    cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
+    cache = kwargs.get("past_key_values") if cache is None else cache
+    num_cached = 0 if cache is None else cache.get_seq_length()
+    if not num_cached or input_ids is None or (mask is not None and mask.shape[1] != input_ids.shape[1]):
+        return 0
+    if num_cached >= input_ids.shape[1]:
+        raise ValueError(
+            f"the cache holds {num_cached} tokens, and the prompt has {input_ids.shape[1]}; give the whole "
+            "conversation, or its new tokens and an attention_mask of all"
+        )
+    return num_cached
 
 
 def steps_taken(cache: RecurrentCache, beam_indices: torch.LongTensor | None, num_new_tokens: int) -> torch.LongTensor:

@@ -199,7 +199,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
             embeds = embed_media(embeds, is_token, features, self.config, is_whole=not media.mm_encoder_outputs)
         if input_ids is None:
             return Embedded(embeds, encoded)
-        latents = encode_targets(self.writers, media.targets, input_ids, self.config)
+        latents = encode_targets(self.writers, media.targets, input_ids, self.config, filled=media.mm_encoder_outputs)
         seeds = self._flow_seeds(media.flow_seeds, input_ids, bool(latents))
         noise_seeds = seeds if self.training else None
         embeds = embed_latents(embeds, self.writers, latents, noise_seeds, run_all=self.must_run_alike)
@@ -277,7 +277,8 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
             image_sizes: (images, 2), height and width of each without padding. Default: all are as large as the tensor.
             input_features: (waveforms, mel bins, frames), padded with zeros at the end.
             input_features_mask: (waveforms, frames), 1 for real frames. Default: all are real.
-            mm_encoder_outputs: Features read before, by modality, instead of the inputs above; see `get_features`.
+            mm_encoder_outputs: Features read before, by modality, instead of the inputs above; see `get_features`. Also
+                those of generated media, by "written_image" and "written_audio", instead of targets.
             image_targets: (images, channels, side, side) in -1 .. 1, generated images in the order of their positions.
             audio_targets: (waveforms, mel bins, frames), the normalised log-mel spectrograms of generated audio.
             audio_targets_mask: (waveforms, frames), 1 for real frames. Default: all are real.

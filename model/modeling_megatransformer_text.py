@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging
@@ -367,6 +367,13 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         return embeds
 
 
+def lasting(config: GenerationConfig) -> GenerationConfig:
+    """The same without the mark of having been made of a model's configuration, with which transformers, when it loads
+    the file, leaves out all that it does not know, such as `num_steps`.
+    """
+    return GenerationConfig.from_dict({name: it for name, it in config.to_dict().items() if not name.startswith("_")})
+
+
 class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenerationMixin, GenerationMixin):
     """The text model with a linear head."""
 
@@ -380,7 +387,13 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         self.model = self.base_model_class(config)
         self.text_config = config = config.get_text_config()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.generation_config = lasting(self.generation_config)
         self.post_init()
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the generation config as the original does."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self.generation_config = lasting(self.generation_config)
 
     # `generate` hands the last on, and PEFT has its own function to prepare inputs.
     @with_parameters("past_key_values", "depth_options")

@@ -5,13 +5,14 @@ what comes out of the position before it, of the start token for the first, is t
 is to predict, and an item that the model has written is read from its cache like text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .chat import TARGET_PREFIX
 from .codecs import Codec, build_codec
 from .configuration_megatransformer import MegaTransformerConfig, WriterConfig
 from .configuration_megatransformer_text import MegaTransformerTextConfig
@@ -76,6 +77,15 @@ class OutputHead(nn.Module):
         hidden = nn.functional.gelu(self.up_proj(latents.to(self.some_weight.dtype)))
         return self.norm(self.down_proj(hidden)) * self.scale
 
+    def latents_of(self, targets: Mapping[str, Any]) -> tuple[torch.Tensor, list[int]]:
+        """The latents of all target media, (tokens, latent_size), and how many each has; ValueError for a wrong shape,
+        or values that are not finite.
+        """
+        with torch.no_grad():
+            latents, lengths = self.codec.encode(targets[self.target_name], targets.get(f"{self.target_name}_mask"))
+        check_finite_targets(self, latents)
+        return latents, lengths
+
     def losses(self, hidden: torch.Tensor, targets: TargetLatents, seeds: torch.Tensor) -> torch.Tensor:
         """The loss of each latent, float32 (tokens,), from hidden states (batch, sequence, hidden) after the final
         norm, and seeds of noise and times, (batch,).
@@ -119,38 +129,57 @@ def take_targets(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode_targets(
-    writers: nn.ModuleDict, targets: Mapping[str, Any], input_ids: torch.LongTensor, config: MegaTransformerConfig
+    writers: nn.ModuleDict,
+    targets: Mapping[str, Any],
+    input_ids: torch.LongTensor,
+    config: MegaTransformerConfig,
+    filled: Collection[str] = (),
 ) -> dict[str, TargetLatents]:
     """The latents of what is to be generated, or was, by modality, from `take_targets` and `input_ids` (batch,
-    sequence) with their placeholders. ValueError: a target is of what this model does not generate, or not finite; or
-    they and placeholders differ in number.
+    sequence) with their placeholders, of which `filled` names those that have their features already. ValueError: a
+    target is of what this model does not generate, or not finite; or they and placeholders differ in number.
     """
-    if unknown := [name for name in targets if name.partition("_")[0] not in writers]:
-        raise ValueError(
-            f"{unknown[0]} was given, but this model writes {', '.join(['text', *writers])}; leave it out, or take a "
-            "model with such a output_head"
-        )
+    check_target_names(writers, targets)
     found = {}
     for name, output_head in writers.items():
-        token_id = getattr(config, f"written_{name}_token_id")
-        values = targets.get(output_head.target_name)
+        token_id = getattr(config, f"{TARGET_PREFIX}{name}_token_id")
         is_place = torch.zeros_like(input_ids, dtype=torch.bool) if token_id is None else input_ids == token_id
         counts = is_place.sum(dim=1).tolist()
-        if values is None:
-            if sum(counts):
+        if targets.get(output_head.target_name) is None:
+            if sum(counts) and f"{TARGET_PREFIX}{name}" not in filled:
                 raise ValueError(
                     f"there are {sum(counts)} places for a written {name}, but no {output_head.target_name}; make text "
                     "and media with the same processor, or let `generate` fill them"
                 )
             continue
-        with torch.no_grad():
-            latents, lengths = output_head.codec.encode(values, targets.get(f"{output_head.target_name}_mask"))
+        latents, lengths = output_head.latents_of(targets)
         check_counts(f"a written {name}", counts, lengths)
-        check_finite_targets(output_head, latents)
         rows, columns = is_place.nonzero(as_tuple=True)
         places = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])
         found[name] = TargetLatents(latents, rows, columns, places)
     return found
+
+
+def check_target_names(writers: nn.ModuleDict, targets: Mapping[str, Any]) -> None:
+    """Raises ValueError for a target of what this model does not generate."""
+    if unknown := [name for name in targets if name.partition("_")[0] not in writers]:
+        raise ValueError(
+            f"{unknown[0]} was given, but this model writes {', '.join(['text', *writers])}; leave it out, or take a "
+            "model with such a output_head"
+        )
+
+
+def read_targets(writers: nn.ModuleDict, targets: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """The features of generated media, (tokens, hidden) each, by the names of their placeholders; media that are codes
+    have none. ValueError: a target is of what this model does not generate, or not finite.
+    """
+    check_target_names(writers, targets)
+    features = {}
+    for name, output_head in writers.items():
+        if output_head.head is not None and targets.get(output_head.target_name) is not None:
+            latents, lengths = output_head.latents_of(targets)
+            features[f"{TARGET_PREFIX}{name}"] = output_head.embed(latents).split(lengths)
+    return features
 
 
 def put_codes(

@@ -12,6 +12,7 @@ from evaluation.depth import DepthRow, ExactMatch, ModalityScores, depth_table
 from evaluation.metrics import token_byte_lengths
 from evaluation.report import markdown_table, save_depth_table
 from tests.test_callbacks_media import AUDIO, IMAGE, NAMES, answer, chat, row
+from tests.tiny_artist import CODES, artist_processor, tiny_artist
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 from tests.tiny_processor import picture, sound, tiny_processor
 from tests.tiny_reader import tiny_reader
@@ -377,3 +378,27 @@ def test_saved_files_hold_them_too(tmp_path):
         assert image.size == (1560, 960)
         lower = image.convert("L").crop((0, 480, 1560, 960))
         assert len(lower.getcolors()) > 50
+
+
+@pytest.mark.parametrize("image", [None, CODES], ids=["latents", "codes"])
+def test_a_question_about_what_was_drawn_is_answered(image):
+    """Two conversations in which the assistant has drawn, one twice: answers are those of whole passes, token by
+    token.
+    """
+    model, processor = tiny_artist(image=image), artist_processor(image)
+    rows = []
+    for count in (1, 2):
+        drawn = [{"type": "image", "image": picture(32, 32, seed)} for seed in range(count)]
+        said = [{"role": "user", "content": "draw"}, {"role": "assistant", "content": drawn}]
+        encoded = processor.encode_chat([*said, {"role": "user", "content": "what?"}], add_generation_prompt=True)
+        rows.append({"prompt_ids": encoded["input_ids"].tolist(), "media": encoded["media"]})
+    answers = AnswerGenerator(processor, 3).write(model, rows, 2)
+    for found, example in zip(answers, rows, strict=True):
+        ids, media = torch.tensor([example["prompt_ids"]]), processor.collate_media(example["media"])
+        for _ in range(3):
+            with torch.no_grad():
+                logits = model(input_ids=ids, **media, num_steps=2).logits[0, -1]
+            logits[model.placeholder_ids] = -torch.inf
+            ids = torch.cat((ids, logits.argmax().view(1, 1)), dim=1)
+        new = ids[0, len(example["prompt_ids"]) :]
+        assert found == processor.tokenizer.decode(new, skip_special_tokens=True).strip()

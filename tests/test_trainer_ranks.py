@@ -1,14 +1,11 @@
 """Two ranks equal one: weights of modalities, groups of parameters, orders of rows, under each stage of ZeRO."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.processes import ROOT, run_ranks
+
 SCRIPT = """
 import json, sys
 from inference.shutdown import end_process
@@ -86,31 +83,9 @@ def run(folder, ranks, cut=0, resume=False, **options):
 
 def launch(ranks, script, *arguments):
     """What a script finds in `ranks` processes."""
-    from tests.test_launch import free_port
-
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    command = [sys.executable, "-c", script, *arguments]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, outputs[0][1][-3000:]
-    line = next(line for line in outputs[0][0].splitlines() if line.startswith("FOUND "))
+    processes = run_ranks("-c", script, *arguments, count=ranks)
+    assert [process.returncode for process in processes] == [0] * ranks, processes[0].stderr[-3000:]
+    line = next(line for line in processes[0].stdout.splitlines() if line.startswith("FOUND "))
     return json.loads(line.removeprefix("FOUND "))
 
 
@@ -134,7 +109,7 @@ def one(tmp_path_factory):
 @pytest.mark.parametrize("stage", [None, "zero2", "zero3"])
 def test_two_ranks_equal_one(tmp_path, one, stage):
     """Invariant 6, with modalities, groups and rows grouped by length."""
-    options = {"deepspeed": str(REPOSITORY / f"configs/deepspeed/{stage}.json")} if stage else {}
+    options = {"deepspeed": str(ROOT / f"configs/deepspeed/{stage}.json")} if stage else {}
     found = run(tmp_path, 2, per_device_train_batch_size=2, train_sampling_strategy="group_by_length", **options)
     check_equal(found, one, tolerance=1e-4)
 
