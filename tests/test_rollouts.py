@@ -168,8 +168,8 @@ def test_completions_of_a_prompt_share_a_depth_that_ranks_agree_on(tmp_path, rew
 
 
 def test_evaluation_is_greedy_at_the_mean_depth(tmp_path, rewards):
-    """Its reward is that of what `generate` writes by itself; the metrics have the name of their source, but for the mean
-    reward of all sources.
+    """Its reward is that of what `generate` writes by itself; the metrics have the name of their source, and the mean
+    reward of all has none.
     """
     seen = []
 
