@@ -71,7 +71,7 @@ WRITINGS: dict[str, tuple[str, ...]] = {  # arguments of a writing; {media} is t
     "audio": ("--mode", "audio", "--prompt", "C4 E4", "--out", "{out}/written.wav"),
 }
 TIMES = ("seconds", "milliseconds", "runtime", "per_second", "throughput", "tokens_per", "time", "memory", "MiB")
-NEWER = ("media_columns",)
+NEWER = ("media_columns", "cut_long_audio")
 """Options that the code did not have which wrote the results; an evaluation repeats all of them."""
 OLD_NAMES = {new: old.split(".")[-1] for old, new in RENAMED.items()}
 OLD_NAMES |= {"generated": "written", "classified": "judged", "round_trip": "read_back", "modality": "medium"}

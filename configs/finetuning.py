@@ -225,9 +225,7 @@ def check_adapters(run: FinetuningConfig, resume_point: str) -> None:
 def build_exit_probe_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
     """The trainer of `exit_probe`: the same rows, on which a head learns when the model is done."""
     datasets = build_rows(run, model, processor)
-    run.training.choose_best_metric(
-        [f"eval_{source}_{name}" for source in datasets.validation for name in ("loss", "accuracy")]
-    )
+    run.training.choose_best_metric(datasets.validation, ("loss", "accuracy"))
     trainer = ExitProbeTrainer(
         model=model,
         args=run.training,
@@ -244,7 +242,7 @@ def build_preference_trainer(run: FinetuningConfig, model: torch.nn.Module, proc
     """The trainer of `dpo`: pairs of answers, of which one is better."""
     args = run.training
     train, validation = build_pairs(run.data, tokenizer_of(processor), args.seed)
-    args.choose_best_metric([f"eval_{source}_loss" for source in validation])
+    args.choose_best_metric(validation, ("loss",))
     trainer = PreferenceTrainer(
         model=model,
         ref_model=None if isinstance(model, PeftModel) else copy.deepcopy(model).requires_grad_(False),
@@ -273,7 +271,7 @@ def build_rollout_trainer(run: FinetuningConfig, model: torch.nn.Module, process
             f"training.max_completion_length is {args.max_completion_length}, but with its prompt an answer has "
             f"{positions} positions in this model; give less"
         )
-    args.choose_best_metric([f"eval_{source}_reward" for source in validation])
+    args.choose_best_metric(validation, ("reward",))
     trainer = RolloutTrainer(
         model=model,
         args=args,

@@ -84,7 +84,7 @@ def build_recurrent_trainer(
 ) -> Trainer:
     """The trainer of a model on rows of tokens, of which some or all are learned, in pretraining and in fine-tuning."""
     args, datasets = run.training, build_rows(run, model, processor)
-    args.choose_best_metric([f"eval_{source}_{name}" for source in datasets.validation for name in METRICS])
+    args.choose_best_metric(datasets.validation, METRICS)
     trainer = trainer_class(
         model=model,
         args=args,
@@ -92,7 +92,7 @@ def build_recurrent_trainer(
         eval_dataset=datasets.validation,
         data_collator=Collator(processor),
         processing_class=processor,
-        **trainer_metrics(tokenizer_of(processor)),
+        **trainer_metrics(tokenizer_of(processor), model.config),
     )
     add_callbacks(trainer, run.callbacks, processor, build_media_examples(run, processor))
     return trainer
@@ -142,7 +142,7 @@ def build_codec_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
         count = min(model.num_component_images, len(train_dataset))
         model.begin_with_components(torch.stack([train_dataset[index] for index in range(count)]))
     score = codec_scores(model)
-    args.choose_best_metric([f"eval_{source}_{name}" for source in validation for name in ("loss", *score.names)])
+    args.choose_best_metric(validation, ("loss", *score.names))
     if resume_point is not None:
         check_weights(resume_point, model)
     trainer = TRAINERS[run.trainer](

@@ -51,9 +51,9 @@ one, and `training` has the options of the trainer as well.
 """
 OF_TRAINING = """\
 The options that this project adds to `transformers.TrainingArguments`, or declares anew; all others are those of
-`transformers.TrainingArguments`. `metric_for_best_model` is
-`eval_NAME_loss`, `eval_NAME_perplexity` or `eval_NAME_bits_per_byte` of a validation source; where a best model is
-asked for, the loss of the first source by default. `max_steps` is at least 1, or -1 to count in `num_train_epochs`, and
+`transformers.TrainingArguments`. `metric_for_best_model` is `eval_loss`, the mean of the losses of all validation
+sources, or `eval_NAME_loss`, `eval_NAME_perplexity` or `eval_NAME_bits_per_byte` of one; where a best model is
+asked for, `eval_loss` by default. `max_steps` is at least 1, or -1 to count in `num_train_epochs`, and
 these inherited ones have a range here that transformers does not check:
 
 """

@@ -17,13 +17,16 @@ _REASONS_SHOWN = 10
 _VALUES = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S+|\d+(?:\.\d+)?""")
 FIXES = {
     **WHAT_TO_DO,
-    **dict.fromkeys(("tools", "functions", "system", "system_prompt"), "write it into a message of the system"),
+    **dict.fromkeys(("tools", "functions"), "write it into a message of the system"),
+    **dict.fromkeys(("system", "system_prompt"), "set prompt, which makes a conversation of it"),
     **dict.fromkeys(("images", "image"), "set image_column, with kind: files for files of messages"),
     **dict.fromkeys(("audio", "audios"), "set audio_column, with kind: files for files of messages"),
     "history": "write it into messages",
     "input": "name it in prompt",
 }
 """For columns and keys that others write: how their content is kept."""
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""What the system says before all messages of a row."""
 _CHAT_COLUMNS = frozenset({"system", "system_prompt", "tools", "functions", "loss_mask", "train_mask", *LEARNED_KEYS})
 _CHAT_MEDIA_COLUMNS = frozenset({"images", "image", "audio", "audios", "video", "videos"})
 _PROMPT_COLUMNS = frozenset({"system", "system_prompt", "tools", "functions", "history"})
@@ -123,6 +126,20 @@ def reason_against_columns(row: Mapping[str, object], used: Collection[str], is_
         if not (is_empty(value) or is_default):
             return f"column {column!r} is not read and changes what is to be learned; {what_to_do(column, FIXES)}"
     return None
+
+
+def system_of(row: Mapping[str, object], used: Collection[str]) -> str | None:
+    """What the system says in a column of its own that is not used otherwise; None: nothing.
+
+    Raises:
+        ValueError: It is no text, or there are two.
+    """
+    said = [row[name] for name in SYSTEM_COLUMNS if name not in used and not is_empty(row.get(name))]
+    if not said:
+        return None
+    if len(said) > 1 or not isinstance(said[0], str):
+        raise ValueError(f"columns {' and '.join(SYSTEM_COLUMNS)} have {said!r:.80}; give one text for the system")
+    return said[0]
 
 
 def reason_against_part(part: Mapping[str, object], read: Collection[str]) -> str | None:

@@ -127,7 +127,8 @@ class Builder:
     @cached_property
     def reader(self) -> MediaReader:
         """The reader of media, made where a source needs it, so that a run of text needs no processor."""
-        return MediaReader(self.processor)
+        config = self.config
+        return MediaReader(self.processor, config.cut_long_audio)
 
     def read(self, source: SourceConfig, rows: HubDataset, augmenter: Augmenter | None = None) -> MediaDocuments:
         _check_modalities(source, self.reader)

@@ -383,6 +383,9 @@ class DataConfig:
     check_media: bool = True
     """Decode every image and audio file once before training, in preprocessing_workers processes, so that damaged ones
     are found then; else only their headers are read."""
+    cut_long_audio: bool = False
+    """Audio that is longer than what the model reads is cut, with a warning, while its text stays whole; else its row
+    cannot be used."""
     cfg_dropout: float = 0.0
     """CFG dropout: probability, at least 0 and below 1, with which a train conversation with media in an answer loses
     what precedes them, as classifier-free guidance needs it; 0.1 is usual."""

@@ -12,10 +12,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from model import modality_names
+from model import TARGET_MODALITIES, modality_names
+from model.chat import TARGET_PREFIX
 
 from .answers import Answer, AnswerGenerator, Example, TextScores, prompt_of, text_scores, to_model
-from .metrics import METRICS, metrics_from_sums, token_scores
+from .metrics import METRICS, flow_weights, metrics_from_sums, token_scores, with_flow_losses
 
 Item = Mapping[str, Any]
 Collate = Callable[[list[Item]], dict[str, torch.Tensor]]
@@ -38,7 +39,8 @@ class ModalityScores:
     """What all sources together come to in one modality."""
 
     losses: dict[str, float]
-    """Loss, perplexity and bits per byte of the validation sources; empty if none has it."""
+    """Loss, perplexity and bits per byte of the validation sources, and flow_loss_NAME of one that is generated; empty
+    if none has it."""
     exact_match: float | None
     """Of the sources with answers; None if none has it."""
     generated: TextScores | None
@@ -51,14 +53,15 @@ class DepthRow:
     num_steps: int | None
     """Core steps; None for a model without a core."""
     loss: float
-    """Nats per token over all validation sources together, each token weighing the same."""
+    """Nats per token over all validation sources together, each token weighing the same; with the losses of latents,
+    weighted as in training, where media are generated."""
     perplexity: float
     bits_per_byte: float | None
     """None where the tokenizer's bytes are unknown."""
     milliseconds_per_token: float
     """Forward pass over the validation batches, divided by the number of positions in them, padding included."""
     sources: dict[str, dict[str, float]]
-    """Loss, perplexity and bits per byte of each validation source."""
+    """Loss, perplexity and bits per byte of each validation source, and flow_loss_NAME of what it has generated."""
     exact_match: dict[str, ExactMatch]
     """By source with answers."""
     generated: dict[str, TextScores] = field(default_factory=dict)
@@ -104,6 +107,20 @@ def wait_for(device: torch.device) -> None:
 
 
 @dataclass
+class TextSums:
+    """What is known of the rows of a source at one depth."""
+
+    tokens: torch.Tensor
+    """Sums of `token_scores` over the tokens of each modality, float64 (modalities, 2 or 3)."""
+    latents: torch.Tensor
+    """The sum of the losses of latents, and their number, by `TARGET_MODALITIES`, float64 (modalities, 2)."""
+    seconds: float = 0.0
+    """Seconds in forward passes."""
+    positions: int = 0
+    """Positions that were passed."""
+
+
+@dataclass
 class DepthEvaluator:
     """Runs one model at one depth after the other over the same rows.
 
@@ -127,38 +144,47 @@ class DepthEvaluator:
         with_codes = getattr(self.model, "with_codes", dict)  # models of text alone have none
         return with_codes(to_model(self.collate(items), self.model))
 
-    def logits(self, batch: dict[str, torch.Tensor], num_steps: int | None) -> torch.Tensor:
-        """(batch, sequence, vocabulary)."""
-        inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "modality_ids")}
+    def forward(self, batch: dict[str, torch.Tensor], num_steps: int | None, with_losses: bool = False) -> Any:
+        """Output of the model, with the losses of latents or without."""
+        left_out = ("modality_ids",) if with_losses else ("labels", "modality_ids")
+        inputs = {name: tensor for name, tensor in batch.items() if name not in left_out}
         if num_steps is not None:
             inputs["num_steps"] = num_steps
-        return self.model(**inputs, use_cache=False).logits
+        return self.model(**inputs, use_cache=False)
 
-    def score_texts(self, items: Sequence[Item], num_steps: int | None) -> tuple[torch.Tensor, float, int]:
-        """Sums of `token_scores` over all tokens of each modality, (modalities, 2 or 3), seconds in forward passes, and
-        positions passed.
-        """
-        sums = torch.zeros(len(modality_names()), 2 if self.byte_lengths is None else 3, dtype=torch.float64)
-        seconds, positions = 0.0, 0
+    def score_texts(self, items: Sequence[Item], num_steps: int | None) -> TextSums:
+        """Sums over all rows."""
+        num_scores = 2 if self.byte_lengths is None else 3
+        tokens, latents = torch.zeros(len(modality_names()), num_scores), torch.zeros(len(TARGET_MODALITIES), 2)
+        sums = TextSums(tokens.double(), latents.double())
         for chunk in chunks(items, self.batch_size):
             batch = self.batch_of(chunk)
+            has_targets = any(batch.get(f"{name}_targets") is not None for name in TARGET_MODALITIES)
             wait_for(self.model.device)
             start = time.perf_counter()
-            logits = self.logits(batch, num_steps)
+            output = self.forward(batch, num_steps, with_losses=has_targets)
             wait_for(self.model.device)
-            seconds += time.perf_counter() - start
-            positions += batch["input_ids"].numel()
-            scores = token_scores(logits, batch["labels"], self.byte_lengths)
+            sums.seconds += time.perf_counter() - start
+            sums.positions += batch["input_ids"].numel()
+            scores = token_scores(output.logits, batch["labels"], self.byte_lengths)
             modality_ids = batch.get("modality_ids", torch.zeros_like(batch["input_ids"]))[:, 1:]
-            sums.index_add_(0, modality_ids.flatten().cpu(), scores.flatten(0, 1).cpu())
-        return sums, seconds, positions
+            sums.tokens.index_add_(0, modality_ids.flatten().cpu(), scores.flatten(0, 1).cpu())
+            for name, (losses, _) in ((output.target_losses or {}) if has_targets else {}).items():
+                sums.latents[TARGET_MODALITIES.index(name)] += torch.tensor([losses.double().sum(), len(losses)])
+        return sums
+
+    def metrics(self, tokens: Sequence[float], latents: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Those of the trainer, from sums."""
+        has_latents = any(count for _, count in latents.values())
+        weights = flow_weights(self.model.config) if has_latents else {}
+        return with_flow_losses(metrics_from_sums(*tokens), latents, weights)
 
     def answer(self, examples: Iterable[Example], num_steps: int | None) -> list[Answer]:
         """The answers to examples with `input_ids`, `labels` (on the answer), `answer` and `difficulty`."""
         answers = []
         for chunk in chunks(examples, self.batch_size):  # read once: there may be media to decode
             batch = self.batch_of([row_of(example) for example in chunk])
-            right = answers_right(self.logits(batch, num_steps), batch["labels"]).tolist()
+            right = answers_right(self.forward(batch, num_steps).logits, batch["labels"]).tolist()
             written = self.writer.write(self.model, chunk, num_steps) if self.writer else [None] * len(chunk)
             for row, is_right, text in zip(chunk, right, written, strict=True):
                 known = row.get("modality", "text"), row.get("difficulty"), is_right, row.get("answer", "")
@@ -169,31 +195,37 @@ class DepthEvaluator:
         self, num_steps: int | None, texts: Mapping[str, Sequence[Item]], examples: Mapping[str, Sequence[Example]]
     ) -> DepthRow:
         """All measures at one depth."""
-        scores = {name: self.score_texts(items, num_steps) for name, items in texts.items()}
-        sums = {name: sums for name, (sums, _, _) in scores.items()}
-        by_modality = sum(sums.values())
-        total = metrics_from_sums(*by_modality.sum(dim=0).tolist())
-        _, seconds, positions = map(sum, zip(*scores.values(), strict=True))
+        sums = {name: self.score_texts(items, num_steps) for name, items in texts.items()}
+        seconds, positions = (sum(getattr(part, name) for part in sums.values()) for name in ("seconds", "positions"))
+        whole = TextSums(sum(part.tokens for part in sums.values()), sum(part.latents for part in sums.values()))
+        total, *of_sources = (
+            self.metrics(
+                part.tokens.sum(dim=0).tolist(), dict(zip(TARGET_MODALITIES, part.latents.tolist(), strict=True))
+            )
+            for part in (whole, *sums.values())
+        )
         answers = {name: self.answer(rows, num_steps) for name, rows in examples.items()}
         return DepthRow(
             num_steps=num_steps,
             **{name: total.get(name) for name in METRICS},
             milliseconds_per_token=1000 * seconds / positions,
-            sources={name: metrics_from_sums(*part.sum(dim=0).tolist()) for name, part in sums.items()},
+            sources=dict(zip(sums, of_sources, strict=True)),
             exact_match={name: exact_match(found) for name, found in answers.items()},
             generated={name: text_scores(found) for name, found in answers.items() if self.writer is not None},
-            modalities=self.score_modalities(by_modality, [answer for found in answers.values() for answer in found]),
+            modalities=self.score_modalities(whole, [answer for found in answers.values() for answer in found]),
         )
 
-    def score_modalities(self, sums: torch.Tensor, answers: Sequence[Answer]) -> dict[str, ModalityScores]:
-        """Scores by modality, from sums of `score_texts` and the answers of all sources; none where all is text."""
+    def score_modalities(self, sums: TextSums, answers: Sequence[Answer]) -> dict[str, ModalityScores]:
+        """Scores by modality, from sums and answers of all sources; none where all is text."""
         found = {}
-        for name, part in zip(modality_names(), sums.tolist(), strict=True):
+        targets = dict(zip(TARGET_MODALITIES, sums.latents.tolist(), strict=True))
+        for name, part in zip(modality_names(), sums.tokens.tolist(), strict=True):
+            shown = name.removeprefix(TARGET_PREFIX) if name.startswith(TARGET_PREFIX) else None
             own = [answer for answer in answers if answer.modality == name]
             if not own and part[1] == 0:
                 continue
             found[name] = ModalityScores(
-                losses=metrics_from_sums(*part) if part[1] else {},
+                losses=self.metrics(part, {shown: targets[shown]} if shown else {}) if part[1] else {},
                 exact_match=exact_match(own).total if own else None,
                 generated=text_scores(own) if own and self.writer is not None else None,
             )

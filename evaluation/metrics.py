@@ -6,13 +6,16 @@ row is reduced to sums on the device, and the sums are divided once at the end.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from tokenizers import decoders
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase
+
+from model import TARGET_MODALITIES, MegaTransformerConfig
+from model.output_heads import output_head_configs
 
 METRICS = ("loss", "perplexity", "bits_per_byte")  # of `metrics_from_sums`; each is better when it is smaller
 BYTE_FALLBACK_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -98,17 +101,61 @@ def metrics_from_sums(nll: float, tokens: float, num_bytes: float | None = None)
     return metrics
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` for the trainer, from the gathered rows of `token_nll`.
+def with_flow_losses(
+    metrics: Mapping[str, float], sums: Mapping[str, Sequence[float]], weights: Mapping[str, float]
+) -> dict[str, float]:
+    """Metrics of tokens with `flow_loss_NAME`, the mean over the latents of each modality that has any. Their sum, each
+    times its weight, is added to `loss`, as in training; perplexity and bits per byte stay those of the tokens.
+
+    Args:
+        metrics: Those of `metrics_from_sums`.
+        sums: The sum of the losses of latents, and their number, by modality.
+        weights: Those of the model (`flow_weights`).
+    """
+    means = {name: total / count for name, (total, count) in sums.items() if count}
+    loss = metrics["loss"] + sum(weights[name] * mean for name, mean in means.items())
+    return {**metrics, "loss": loss} | {f"flow_loss_{name}": mean for name, mean in means.items()}
+
+
+def flow_weights(config: PreTrainedConfig | None) -> dict[str, float]:
+    """The weight of the loss of latents in that of a model, by modality; none where it generates text alone."""
+    heads = output_head_configs(config) if isinstance(config, MegaTransformerConfig) else {}
+    return {name: head.loss_weight for name, head in heads.items()}
+
+
+def row_sums(
+    outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], labels: torch.LongTensor, byte_lengths: torch.LongTensor
+) -> torch.Tensor:
+    """`token_nll` of each row, and behind it what the trainer counts of its latents, (batch, 3 + 2 x modalities).
+
+    Args:
+        outputs: Logits; or a pair of them and (batch, 2 x modalities), in the order of `TARGET_MODALITIES`.
+        labels, byte_lengths: See `token_scores`.
+    """
+    logits, *of_latents = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.cat([token_nll(logits, labels, byte_lengths), *of_latents], dim=1)
+
+
+def compute_metrics(prediction: EvalPrediction, weights: Mapping[str, float] | None = None) -> dict[str, float]:
+    """`compute_metrics` for the trainer, from the gathered rows of `row_sums`, or of `token_nll`.
 
     Its "loss" takes the place of the trainer's mean over batches.
+
+    Args:
+        weights: `flow_weights` of the model.
     """
-    return metrics_from_sums(*(float(total) for total in prediction.predictions.sum(axis=0)))
+    totals = prediction.predictions.sum(axis=0).tolist()
+    of_latents = zip(TARGET_MODALITIES, zip(totals[3::2], totals[4::2], strict=True), strict=False)
+    return with_flow_losses(metrics_from_sums(*totals[:3]), dict(of_latents), weights or {})
 
 
-def trainer_metrics(tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable]:
-    """The two keyword arguments of the Hugging Face trainer that give exact metrics for texts of this tokenizer."""
+def trainer_metrics(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None = None) -> dict[str, Callable]:
+    """The two keyword arguments of the Hugging Face trainer that give exact metrics for texts of this tokenizer.
+
+    Args:
+        config: Configuration of the model, which it needs where it generates media.
+    """
     return {
-        "preprocess_logits_for_metrics": partial(token_nll, byte_lengths=token_byte_lengths(tokenizer)),
-        "compute_metrics": compute_metrics,
+        "preprocess_logits_for_metrics": partial(row_sums, byte_lengths=token_byte_lengths(tokenizer)),
+        "compute_metrics": partial(compute_metrics, weights=flow_weights(config)),
     }

@@ -15,7 +15,7 @@ import torch
 
 from .answers import TextScores
 from .classifiers import ClassifierScores
-from .depth import DepthRow
+from .depth import DepthRow, ModalityScores
 from .media_generation import GeneratedItem, MediaRow, MediaSample, MediaScores, MediaTable
 
 if TYPE_CHECKING:
@@ -76,14 +76,21 @@ def markdown_table(rows: Sequence[DepthRow]) -> str:
 def modality_table(rows: Sequence[DepthRow]) -> str:
     """A line for each modality and depth; a dash where there is no figure."""
     titles = TEXT_SCORES[1:] if rows[0].generated else ()
+    with_flows = any(flow_loss(scores) is not None for scores in rows[0].modalities.values())
     lines = []
     for name, row in product(rows[0].modalities, rows):
         scores = row.modalities[name]
-        loss = f"{scores.losses['loss']:.4f}" if scores.losses else "-"
+        losses = [scores.losses.get("loss"), *([flow_loss(scores)] if with_flows else ())]
+        shown = ["-" if it is None else f"{it:.4f}" for it in losses]
         exact = "-" if scores.exact_match is None else percent(scores.exact_match)
         texts = ["-"] * len(titles) if scores.generated is None else text_cells(scores.generated)[1:]
-        lines.append([name, depth_name(row.num_steps), loss, exact, *texts])
-    return format_table(["modality", "steps", "loss", "exact", *titles], lines)
+        lines.append([name, depth_name(row.num_steps), *shown, exact, *texts])
+    return format_table(["modality", "steps", "loss", *(["flow loss"] if with_flows else ()), "exact", *titles], lines)
+
+
+def flow_loss(scores: ModalityScores) -> float | None:
+    """Mean loss of the latents of a modality, if it has any."""
+    return next((value for name, value in scores.losses.items() if name.startswith("flow_loss_")), None)
 
 
 def text_cells(scores: TextScores) -> list[str]:

@@ -64,7 +64,7 @@ class AudioModality(Modality):
         )
 
     def load(self, source: Any) -> np.ndarray:
-        return load_audio(source, self.sampling_rate, self.max_seconds)
+        return load_audio(source, self.sampling_rate, self.max_seconds, warns_of_cut=self.clip_samples is None)
 
     def size(self, source: Any) -> float:
         return audio_seconds(source, self.sampling_rate)

@@ -3,11 +3,12 @@
 Whatever encodes conversations goes through `ConversationEncoder`: rows of training, chats, and processors.
 """
 
+import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import count, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from .chat_guard import control_tokens, guard_template, guard_tokenizer, split_at_marks, without_guard
 from .chat_rendering import Rendered, UnboundedTemplateError, render_template, template_of
 from .media_sources import own_part
-from .message_keys import WHAT_TO_DO, reason_against_message
+from .message_keys import WHAT_TO_DO, calls_of, is_left_out, reason_against_message
 from .text_encoding import encode_texts, normalized
 
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("user", "assistant", "system", "tool")}
@@ -50,8 +51,9 @@ _SPELLING_TEMPLATE = CHAT_TEMPLATE.replace("'<|' ~ message.role ~ '|>'", "spell(
 _MADE_HERE: set[str] = {CHAT_TEMPLATE}
 """Templates of which nothing comes from a file; others are rendered within bounds."""
 
-Outline = tuple[tuple[str, tuple[str, ...] | None], ...]
-"""The role of each message and the types of its parts, which are None if its content is a string."""
+Outline = tuple[tuple[Any, ...], ...]
+"""The role of each message, the types of its parts, which are None if its content is a string, and of a message that
+has calls of tools or reasoning these as JSON, with a leaf in the place of each text."""
 
 SpecialTokens = tuple[tuple[str, Any], ...]
 """What templates find of a tokenizer, such as ("bos_token", "<|begin|>")."""
@@ -67,9 +69,15 @@ NO_ANSWERS = (
     "put {% generation %} and {% endgeneration %} around it in the template"
 )
 
-# Private characters; no text of a user is ever in a rendered template.
-_PLACE = "\ue000{}\ue001"
-_PLACES = re.compile("\ue000([0-9]+)\ue001")
+# Private characters; no text of a user is ever in a rendered template. Where a template makes JSON of what it is given,
+# the quote shows it.
+_PLACE, _PLACE_OF_LEAF = "\ue000{}\ue001", '\ue000{}"\ue001'
+_PLACES = re.compile('\ue000([0-9]+)((?:\\\\?")?)\ue001')
+_LEAF = re.compile("\ue002([0-9]+)")
+
+
+class EscapedText(int):
+    """The number of a text that stands within JSON."""
 
 
 def modalities_of_role(role: str, modalities: Collection[str]) -> dict[str, str]:
@@ -89,37 +97,188 @@ def check_messages(messages: Any, learns_all: bool = False, fixes: Mapping[str, 
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"a conversation is {_short(messages)}; give a list of messages, at least one")
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        needed = {"role"} if isinstance(message, dict) and message.get("tool_calls") else {"role", "content"}
+        if not isinstance(message, dict) or not needed <= message.keys():
             raise ValueError(f"message {number} is {_short(message)}; give a dict with role and content")
-        role, content = message["role"], message["content"]
+        role, content = message["role"], _content_of(message)
         if not isinstance(role, str) or role not in ROLE_TOKENS:
             raise ValueError(f"message {number} has role {_short(role)}; choose one of {', '.join(ROLE_TOKENS)}")
         if reason := reason_against_message(message, learns_all or role == "assistant", fixes):
             raise ValueError(f"message {number} ({role}) {reason}")
         if not isinstance(content, (str, list, tuple)):
             raise ValueError(f"message {number} has content {_short(content)}; give a string or a list of parts")
+        _check_fields(number, message)
+
+
+def _content_of(message: Mapping[str, Any]) -> Any:
+    """The content of a message, which is an empty text where it is None beside calls of tools."""
+    content = message.get("content")
+    return "" if content is None and message.get("tool_calls") else content
+
+
+def _check_fields(number: int, message: Mapping[str, Any]) -> None:
+    if not isinstance(message.get("reasoning_content"), (str, type(None))):
+        raise ValueError(f"message {number} has reasoning_content {_short(message['reasoning_content'])}; give a text")
+    try:
+        calls_of(message)
+    except ValueError as error:
+        raise ValueError(f"message {number} ({message['role']}) {error}") from error
+
+
+def said_content(message: Mapping[str, Any]) -> Any:
+    """The content of a message with its reasoning in front and its calls of tools behind, as our template says them:
+    `<think>` and `</think>` around the one, and of the others NAME(ARGUMENTS), a line each.
+    """
+    content, calls = _content_of(message), calls_of(message)
+    before = f"<think>\n{message['reasoning_content']}\n</think>\n\n" if message.get("reasoning_content") else ""
+    behind = "\n".join(
+        f"{call['name']}({_json(it) if isinstance(it := call['arguments'], dict) else it})" for call in calls
+    )
+    if isinstance(content, str):
+        return f"{before}{content}{chr(10) if content and behind else ''}{behind}"
+    behind = f"\n{behind}" if behind and content else behind
+    return [
+        *({"type": "text", "text": text} for text in [before] if text),
+        *content,
+        *([{"type": "text", "text": behind}] if behind else []),
+    ]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _fields_of(message: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Calls of tools and reasoning of a message as JSON in the form that templates take, "" if it has none, and the
+    texts of its leaves.
+    """
+    texts: list[str] = []
+
+    def leaf(text: str) -> str:
+        texts.append(text)
+        return f"\ue002{len(texts) - 1}"
+
+    def with_leaves(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {leaf(key): with_leaves(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [with_leaves(item) for item in value]
+        return leaf(value) if isinstance(value, str) else value
+
+    fields: dict[str, Any] = {}
+    if message.get("reasoning_content"):
+        fields["reasoning_content"] = leaf(message["reasoning_content"])
+    calls = [{"name": leaf(call["name"]), "arguments": with_leaves(call["arguments"])} for call in calls_of(message)]
+    if calls:
+        fields["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return _json(fields) if fields else "", texts
+
+
+def _filled(value: Any, texts: Sequence[str]) -> Any:
+    """Fields with texts in the places of leaves."""
+    if isinstance(value, dict):
+        return {_filled(key, texts): _filled(item, texts) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, texts) for item in value]
+    found = _LEAF.fullmatch(value) if isinstance(value, str) else None
+    return texts[int(found[1])] if found else value
+
+
+Items = Mapping[str, Sequence[dict[str, Any]]]
+"""Parts of messages that are media, by type."""
+
+
+def place_items(messages: Iterable[Any], items: Items) -> tuple[list[Any], Items]:
+    """Messages in which items stand where marks in the texts say, such as "<image>", as LLaVA writes them; and those of
+    which there are no marks.
+
+    Args:
+        items: Items that are given beside the messages, in the order of their marks.
+
+    Raises:
+        ValueError: there are marks of a type, but more or fewer than items.
+    """
+    placed, left = list(messages), {}
+    for kind, parts in items.items():
+        mark = f"<{kind}>"
+        num_marks = sum(_text_of(part).count(mark) for message in placed for part in _parts_of(message))
+        if num_marks not in (0, len(parts)):
+            raise ValueError(
+                f"{len(parts)} media of type {kind!r}, but {num_marks} marks {mark!r} in the texts for them; give as "
+                "many of both, or no marks"
+            )
+        if num_marks == 0:
+            left[kind] = parts
+            continue
+        rest = iter(parts)
+        placed = [_with_items(message, mark, rest) for message in placed]
+    return placed, left
+
+
+def _parts_of(message: Any) -> list[Any]:
+    """The content of what may be no message as parts, which may be none."""
+    content = message.get("content") if isinstance(message, dict) else None
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return list(content) if isinstance(content, (list, tuple)) else []
+
+
+def _text_of(part: Any) -> str:
+    """The text of a part, "" if it has none."""
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    return text if isinstance(text, str) else ""
+
+
+def _with_items(message: Any, mark: str, items: Iterator[dict[str, Any]]) -> Any:
+    placed, is_changed = [], False
+    for part in _parts_of(message):
+        before, *others = _text_of(part).split(mark)
+        if not others:
+            placed.append(part)
+            continue
+        is_changed = True
+        placed += [{**part, "text": before}] if before else []
+        for text in others:
+            placed += [next(items), *([{**part, "text": text}] if text else [])]
+    return {**message, "content": placed} if is_changed else message
+
+
+def items_at_marks(content: Sequence[Any], kinds: Iterable[str]) -> Sequence[Any]:
+    """The parts of a message, of which the items stand where marks in its texts say, if it has marks.
+
+    Raises:
+        ValueError: see `place_items`.
+    """
+    for kind in kinds:
+        is_item = [isinstance(part, dict) and part.get("type") == kind for part in content]
+        items = [part for part, is_one in zip(content, is_item, strict=True) if is_one]
+        others = [part for part, is_one in zip(content, is_item, strict=True) if not is_one]
+        (message,), left = place_items([{"content": others}], {kind: items} if items else {})
+        content = message["content"] if items and not left else content
+    return content
 
 
 def outline_of(
-    messages: Any, modalities: Collection[str], may_end_empty: bool = False
+    messages: Any, modalities: Collection[str], may_end_empty: bool = False, has_fields: bool = False
 ) -> tuple[Outline, list[str], list[dict[str, Any]]]:
     """The outline of a conversation, its texts and the parts that are media, in order, with their modalities as types.
-    Texts side by side in a message become one, as they will be read. `may_end_empty`: the last message may say nothing.
-    ValueError says which part of which message cannot be used, and why.
+    Texts side by side in a message become one, as they will be read. `may_end_empty`: the last message may say nothing;
+    `has_fields`: the template writes calls of tools and reasoning, which become part of the content else. ValueError
+    says which part of which message cannot be used, and why.
     """
     check_messages(messages)
-    outline: list[tuple[str, tuple[str, ...] | None]] = []
+    outline: list[tuple[Any, ...]] = []
     texts: list[str] = []
     media: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        num_texts, num_media = len(texts), len(media)
+        role, content = message["role"], _content_of(message) if has_fields else said_content(message)
+        num_texts, num_media, types = len(texts), len(media), None
         if isinstance(content, str):
-            outline.append((role, None))
             texts.append(content)
         else:
-            known = modalities_of_role(role, modalities)
-            outline.append((role, _outline_of_parts(content, number, known, texts, media)))
+            types = _outline_of_parts(content, number, modalities_of_role(role, modalities), texts, media)
+        fields, leaves = _fields_of(message) if has_fields else ("", [])
+        outline.append((role, types, fields) if fields else (role, types))
+        texts += leaves
         may_be_empty = may_end_empty and number == len(messages) - 1
         if not may_be_empty and len(media) == num_media and not "".join(texts[num_texts:]).strip():
             raise ValueError(f"message {number} ({role}) says nothing; give it a text or a medium, or leave it out")
@@ -130,7 +289,7 @@ def _outline_of_parts(
     parts: Any, number: int, modalities: dict[str, str], texts: list[str], media: list[dict[str, Any]]
 ) -> tuple[str, ...]:
     types: list[str] = []
-    for part in map(own_part, parts):
+    for part in items_at_marks(list(map(own_part, parts)), modalities):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             if not isinstance(part.get("text"), str):
@@ -159,8 +318,8 @@ class RenderedOutline:
     pieces: tuple[tuple[str | int, int | None], ...]
     """In order: what the template writes, media as single placeholders, or the number of a text; and of which answer of
     the assistant this is a part, if of any."""
-    has_answers: bool
-    """Whether it is known what the assistant says; `pieces` has no answers where it is not."""
+    num_answers: int | None
+    """How many answers there are; None where it is not known what the assistant says, and `pieces` has none."""
 
 
 @lru_cache(maxsize=4096)
@@ -182,11 +341,14 @@ def render_outline(
     """
     problems = []
     for types_of_text in (None, ("text",)):
-        form = tuple((role, types_of_text if types in (None, ("text",)) else types) for role, types in outline)
+        form = tuple(
+            (role, types_of_text if types in (None, ("text",)) else types, *fields) for role, types, *fields in outline
+        )
         rendered = _render_places(template, form, special_tokens, add_generation_prompt, continue_final_message)
         if not isinstance(rendered, ValueError):
             answers = rendered[1] or _answers_by_prefixes(template, form, special_tokens, rendered[0])
-            return RenderedOutline(form, tuple(_pieces(rendered[0], answers or [])), answers is not None)
+            num_answers = None if answers is None else len(answers)
+            return RenderedOutline(form, tuple(_pieces(rendered[0], answers or [])), num_answers)
         problems.append(str(rendered))
     raise ValueError(problems[0])
 
@@ -196,12 +358,12 @@ def _render_places(
     template: str, outline: Outline, special_tokens: SpecialTokens, is_asked: bool = False, is_open: bool = False
 ) -> Rendered | ValueError:
     """A rendered conversation with places for its texts, or the problem, which many conversations may have."""
-    numbers = count()
-    messages = messages_of(outline, map(_PLACE.format, numbers))
+    places = _places_of(outline)
+    messages = messages_of(outline, places)
     open_end = {"add_generation_prompt": is_asked, "continue_final_message": is_open}
     try:
         text, spans = render_messages(template, messages, **open_end, **dict(special_tokens))
-        _check_places(text, next(numbers))
+        _check_places(text, len(places))
     except UnboundedTemplateError:
         raise
     except ValueError as error:
@@ -214,7 +376,7 @@ def _answers_by_prefixes(
 ) -> list[tuple[int, int]] | None:
     """The spans of what the assistant says in a rendered conversation; None where a message changes those before it."""
     spans = []
-    for number, (role, _) in enumerate(outline):
+    for number, (role, *_) in enumerate(outline):
         if role != "assistant":
             continue
         before = _render_places(template, outline[:number], special_tokens, True)
@@ -232,9 +394,13 @@ def _pieces(text: str, answers: list[tuple[int, int]]) -> Iterable[tuple[str | i
     edges = sorted({0, len(text), *(min(edge, len(text)) for span in answers for edge in span)})
     for start, end in pairwise(edges):
         answer = next((number for number, (first, last) in enumerate(answers) if first <= start and end <= last), None)
-        for number, piece in enumerate(_PLACES.split(text[start:end])):
+        parts = iter(_PLACES.split(text[start:end]))
+        for piece in parts:
             if piece:
-                yield int(piece) if number % 2 else piece, answer
+                yield piece, answer
+            number, quote = next(parts, None), next(parts, "")
+            if number is not None:
+                yield EscapedText(number) if len(quote) > 1 else int(number), answer
 
 
 def render_messages(template: str, messages: list[dict[str, Any]], **variables: Any) -> Rendered:
@@ -244,7 +410,7 @@ def render_messages(template: str, messages: list[dict[str, Any]], **variables: 
 
 def _check_places(text: str, num_texts: int) -> None:
     """Raises ValueError for a rendered conversation that lacks a text, or has a place without one."""
-    found, known = set(_PLACES.findall(text)), set(map(str, range(num_texts)))
+    found, known = {number for number, _ in _PLACES.findall(text)}, set(map(str, range(num_texts)))
     if found != known:
         what = "leaves out what a message says" if known - found else "writes what no message says"
         raise ValueError(f"the chat template {what}; correct it, or use another checkpoint")
@@ -253,11 +419,27 @@ def _check_places(text: str, num_texts: int) -> None:
 def messages_of(outline: Outline, texts: Iterable[str]) -> list[dict[str, Any]]:
     """Messages of an outline, with texts in their places, and media as parts that say nothing but their kind."""
     messages, rest = [], iter(texts)
-    for role, types in outline:
+    for role, types, *fields in outline:
         modalities = ("text",) if types is None else types
         content = [{"type": kind, "text": next(rest)} if kind == "text" else {"type": kind} for kind in modalities]
         messages.append({"role": role, "content": content[0]["text"] if types is None else content})
+        for skeleton in fields:
+            leaves = [next(rest) for _ in _LEAF.findall(skeleton)]
+            messages[-1] |= _filled(json.loads(skeleton), leaves)
     return messages
+
+
+def _num_texts(types: tuple[str, ...] | None) -> int:
+    return 1 if types is None else types.count("text")
+
+
+def _places_of(outline: Outline) -> list[str]:
+    """What stands for the texts of a conversation while it is rendered."""
+    forms = []
+    for _, types, *fields in outline:
+        num_leaves = sum(len(_LEAF.findall(skeleton)) for skeleton in fields)
+        forms += [_PLACE] * _num_texts(types) + [_PLACE_OF_LEAF] * num_leaves
+    return [form.format(number) for number, form in enumerate(forms)]
 
 
 def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
@@ -268,7 +450,7 @@ def prepare_tokenizer(tokenizer: Any, vocab_size: int) -> None:
     what is saved is used without this code. ValueError: the cases of `guard_tokenizer`; or the tokenizer's own template
     takes too much time or memory.
     """
-    if _is_ours(tokenizer.chat_template):
+    if is_own_template(tokenizer.chat_template):
         known = tokenizer.get_vocab()
         missing = [token for token in ROLE_TOKENS.values() if token not in known]
         free = max(vocab_size - max(known.values()) - 1, 0)
@@ -302,7 +484,7 @@ def guard(tokenizer: Any, template: str | dict[str, str] | None) -> str | dict[s
     if isinstance(template, dict):
         return {name: guard(tokenizer, one) for name, one in template.items()}
     guard_tokenizer(tokenizer)
-    if not _is_ours(template):
+    if not is_own_template(template):
         return guard_template(template_of(template), tokenizer)
     special = set(control_tokens(tokenizer))
     names = [token[2:-2] for token in sorted(special) if token.startswith("<|") and token.endswith("|>")]
@@ -316,7 +498,8 @@ def guard(tokenizer: Any, template: str | dict[str, str] | None) -> str | dict[s
     return made
 
 
-def _is_ours(template: str | dict[str, str] | None) -> bool:
+def is_own_template(template: str | dict[str, str] | None) -> bool:
+    """Whether a template is `CHAT_TEMPLATE`, behind a guard or not, or none is given."""
     if not isinstance(template, str):
         return template is None
     return without_guard(template) in (CHAT_TEMPLATE, _SPELLING_TEMPLATE)
@@ -334,7 +517,9 @@ class EncodedConversation:
     ids: np.ndarray
     """int32 (tokens,)"""
     is_answer: np.ndarray
-    """bool (tokens,): what the assistant says, and what ends it."""
+    """bool (tokens,): what the assistant says, and what ends it, but for what is left out."""
+    is_left_out: np.ndarray
+    """bool (tokens,): what is kept out of the loss: of an answer all, of other messages their texts."""
     answer_start: int
     """Where the last answer begins; the number of tokens if there is none."""
     media: list[dict[str, Any]]
@@ -391,11 +576,12 @@ class ConversationEncoder:
         `encode`. UnboundedTemplateError: the template takes more time or memory than it may.
         """
         template, special_tokens = template_of(self.chat_template), special_tokens_of(self.tokenizer)
-        plans: list[tuple[RenderedOutline, int, list[dict[str, Any]]] | ValueError] = []
+        plans: list[tuple[RenderedOutline, int, list[dict[str, Any]], list[bool]] | ValueError] = []
         texts: list[str] = []
         for messages in conversations:
             try:
-                outline, own_texts, media = outline_of(messages, self.modalities, may_end_empty)
+                has_fields = not is_own_template(template)
+                outline, own_texts, media = outline_of(messages, self.modalities, may_end_empty, has_fields)
                 check_texts(self.tokenizer, own_texts, template)
                 rendered = render_outline(template, outline, special_tokens, *open_end)
             except UnboundedTemplateError:
@@ -403,14 +589,23 @@ class ConversationEncoder:
             except ValueError as error:
                 plans.append(error)
                 continue
-            is_usable = rendered.has_answers or not needs_answers
-            plans.append((rendered, len(texts), media) if is_usable else ValueError(NO_ANSWERS))
-            texts += own_texts
+            left_out = list(map(is_left_out, messages))
+            if problem := _problem_of_answers(rendered, left_out, needs_answers):
+                plans.append(ValueError(problem))
+                continue
+            plans.append((rendered, len(texts), media, left_out))
+            escaped = {piece for piece, _ in rendered.pieces if isinstance(piece, EscapedText)}
+            texts += [_json(text)[1:-1] if number in escaped else text for number, text in enumerate(own_texts)]
         ids = encode_texts(self.tokenizer, texts)
         return [plan if isinstance(plan, ValueError) else self._assemble(*plan, ids) for plan in plans]
 
     def _assemble(
-        self, rendered: RenderedOutline, first_text: int, media: list[dict[str, Any]], ids_of_texts: list[np.ndarray]
+        self,
+        rendered: RenderedOutline,
+        first_text: int,
+        media: list[dict[str, Any]],
+        left_out: list[bool],
+        ids_of_texts: list[np.ndarray],
     ) -> EncodedConversation | ValueError:
         parts, answers = [], [answer for _, answer in rendered.pieces]
         for piece, _ in rendered.pieces:
@@ -421,7 +616,9 @@ class ConversationEncoder:
             return ValueError(problem)
         last = max((answer for answer in answers if answer is not None), default=None)
         start = len(ids) if last is None else sum(counts[: answers.index(last)])
-        return EncodedConversation(ids, np.repeat([answer is not None for answer in answers], counts), start, media)
+        is_out = np.repeat(_pieces_left_out(rendered, left_out), counts)
+        is_answer = np.repeat([answer is not None for answer in answers], counts) & ~is_out
+        return EncodedConversation(ids, is_answer, is_out, start, media)
 
     def _encode_structure(self, piece: str) -> np.ndarray:
         """Ids of what the template writes, which are few and recur."""
@@ -461,6 +658,36 @@ class ConversationEncoder:
         return expanded, learned
 
 
+def _problem_of_answers(rendered: RenderedOutline, left_out: list[bool], needs_answers: bool) -> str:
+    """Why it cannot be told what is learned, or ""."""
+    if rendered.num_answers is None and (needs_answers or any(left_out)):
+        return NO_ANSWERS
+    wanted = sum(role == "assistant" for role, *_ in rendered.outline)
+    if any(left_out) and rendered.num_answers != wanted:
+        return (
+            f"the chat template marks {rendered.num_answers} answers of {wanted}, so that none can be left out of the "
+            "loss; put {% generation %} and {% endgeneration %} around each"
+        )
+    return ""
+
+
+def _pieces_left_out(rendered: RenderedOutline, left_out: list[bool]) -> list[bool]:
+    """Whether each piece of a conversation belongs to a message that is left out."""
+    if not any(left_out):
+        return [False] * len(rendered.pieces)
+    roles = [role for role, *_ in rendered.outline]
+    answers = [is_out for role, is_out in zip(roles, left_out, strict=True) if role == "assistant"]
+    num_texts = [
+        _num_texts(types) + sum(len(_LEAF.findall(skeleton)) for skeleton in fields)
+        for _, types, *fields in rendered.outline
+    ]
+    texts = [is_out for is_out, number in zip(left_out, num_texts, strict=True) for _ in range(number)]
+    return [
+        answers[answer] if answer is not None else isinstance(piece, int) and texts[piece]
+        for piece, answer in rendered.pieces
+    ]
+
+
 def special_id(tokenizer: Any, token: str) -> int:
     """The id of a special token; ValueError if the tokenizer does not have it."""
     index = tokenizer.backend_tokenizer.token_to_id(token)  # get_vocab() would copy the whole of it
@@ -488,7 +715,7 @@ def check_texts(tokenizer: Any, texts: Iterable[str], template: str) -> None:
     for this reason: they would be read as the beginning of a message. A template that is not ours begins messages
     otherwise.
     """
-    spelled = spelled_roles(tokenizer) if _is_ours(template) else []
+    spelled = spelled_roles(tokenizer) if is_own_template(template) else []
     for text in map(partial(normalized, tokenizer), texts) if spelled else ():
         found = next((token for token in spelled if token in text), None)
         if found is not None:

@@ -42,6 +42,8 @@ _BYTES_PER_PIXEL_OF = {"WEBP": 17, "JPEG2000": 25, "AVIF": 17}
 """Bytes that decoders which hold an image more than once take for a pixel. Measured."""
 MAX_SECONDS = 30.0
 """Most seconds that are read of an audio file."""
+CUT_SECONDS = 0.1
+"""Seconds that may be cut off audio without a word: no word is as short."""
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Pillow knows more, some of which start other programs (EPS)."""
 AUDIO_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "RF64", "W64")
@@ -292,7 +294,9 @@ def _as_bytes(array: np.ndarray, name: str) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- recordings
 
 
-def load_audio(source: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+def load_audio(
+    source: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS, warns_of_cut: bool = True
+) -> np.ndarray:
     """A waveform as float32 (samples,), mono (the mean of its channels), at `sampling_rate` samples per second.
 
     Args:
@@ -300,17 +304,23 @@ def load_audio(source: Any, sampling_rate: int, max_seconds: float = MAX_SECONDS
             rate) or {"array", "sampling_rate"}; path; bytes of a file; or {"bytes", "path"} as `datasets` has them.
             Integers are scaled to -1 .. 1.
         max_seconds: What is read of the front; the rest of a longer file is not decoded.
+        warns_of_cut: Whether a warning says, once for each source, that there is a rest of more than `CUT_SECONDS`.
 
     Raises:
         MediaError: missing, empty, truncated, no waveform, not finite, or far above 1.
     """
     array, rate = _as_array(source, sampling_rate)
     if array is None:
-        waveform, rate = _read_file(source, max_seconds)
+        waveform, rate, num_samples = _read_file(source, max_seconds)
     else:
         _check_rate(source, rate)
-        waveform = _as_mono(array, math.ceil(max_seconds * rate))
+        waveform, num_samples = _as_mono(array, math.ceil(max_seconds * rate)), max(array.shape, default=0)
     _check_samples(waveform, source)
+    if warns_of_cut and num_samples / rate > max_seconds + CUT_SECONDS:
+        logger.warning_once(
+            f"{_name(source)} has {num_samples / rate:.1f} seconds, of which the first {max_seconds:g} are read; cut "
+            "it, or raise max_seconds of the model's audio"
+        )
     if rate != sampling_rate:
         waveform = _resample(waveform, rate, sampling_rate)
     return waveform[: math.ceil(max_seconds * sampling_rate)]
@@ -369,14 +379,16 @@ def _as_mono(array: np.ndarray, max_samples: int) -> np.ndarray:
     return array if array.ndim == 1 else array.mean(1)
 
 
-def _read_file(source: Any, max_seconds: float) -> tuple[np.ndarray, int]:
-    """The front of a file, a block at a time, so that many channels do not fill the memory."""
+def _read_file(source: Any, max_seconds: float) -> tuple[np.ndarray, int, int]:
+    """The front of a file, a block at a time, so that many channels do not fill the memory; its rate, and the samples
+    of the whole.
+    """
     with _opened_audio(source) as file:
         frames, size = min(file.frames, math.ceil(max_seconds * file.samplerate)), 2**20 // file.channels
         waveform = np.concatenate([_read_block(file, min(size, frames - start)) for start in range(0, frames, size)])
         if len(waveform) < frames:
             raise MediaError(f"{_name(source)} is truncated: {len(waveform)} of {frames} samples; replace the file")
-        return waveform, file.samplerate
+        return waveform, file.samplerate, file.frames
 
 
 def _read_block(file: "soundfile.SoundFile", frames: int) -> np.ndarray:

@@ -34,6 +34,7 @@ from .output_heads import (
     images_of_codes,
     output_head_configs,
     put_codes,
+    seeds_of_rows,
     take_targets,
 )
 from .outputs import (
@@ -79,13 +80,14 @@ class MegaTransformerMediaCausalLMOutput(MegaTransformerCausalLMOutput):
     """Output of the language model, the base model's `image_outputs` and `audio_outputs`, and:
 
     Args:
-        target_losses: The sum of the losses of target latents by modality, without weight and gradient, and their
-            number; with labels, where there are any. Their mean times its weight is part of `loss`.
+        target_losses: The losses of target latents by modality, float32 (latents,), without weight and gradient, and
+            their rows in the batch, (latents,); with labels, where there are any. Their mean times its weight is part
+            of `loss`.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
     audio_outputs: BaseModelOutputWithPooling | None = None
-    target_losses: dict[str, tuple[torch.FloatTensor, int]] | None = None
+    target_losses: dict[str, tuple[torch.FloatTensor, torch.LongTensor]] | None = None
 
 
 class Embedded(NamedTuple):
@@ -198,7 +200,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         if input_ids is None:
             return Embedded(embeds, encoded)
         latents = encode_targets(self.writers, media.targets, input_ids, self.config, filled=media.mm_encoder_outputs)
-        seeds = self._flow_seeds(media.flow_seeds, input_ids.shape[0])
+        seeds = self._flow_seeds(media.flow_seeds, input_ids, bool(latents))
         noise_seeds = seeds if self.training else None
         embeds = embed_latents(embeds, self.writers, latents, noise_seeds, run_all=self.must_run_alike)
         return Embedded(embeds, encoded, Targets(latents, seeds, media.num_targets_in_batch), input_ids)
@@ -281,7 +283,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
             audio_targets: (waveforms, mel bins, frames), the normalised log-mel spectrograms of generated audio.
             audio_targets_mask: (waveforms, frames), 1 for real frames. Default: all are real.
             flow_seeds: (batch,), of the noise on target latents that are read back, and of that and the times of their
-                losses. Default: drawn in training, else 0.
+                losses. Default: drawn in training, else from the tokens of each row.
             num_targets_in_batch: Target latents of an accumulation window on all ranks, by modality, by which the
                 trainer has the sum of their losses divided. Default: those of this batch.
             output_hidden_states: Also those of the encoders, in `image_outputs` and `audio_outputs`.
@@ -312,13 +314,15 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
         found = {name: encoded[name] for name in ("image", "audio") if name in encoded}
         return {f"{name}_outputs": it for name, it in found.items() if any(part.numel() for part in it.pooler_output)}
 
-    def _flow_seeds(self, seeds: torch.Tensor | None, batch: int) -> torch.Tensor:
-        """(batch,), on the CPU: those given, else fixed ones in evaluation, so that a row's loss depends on the row."""
+    def _flow_seeds(self, seeds: torch.Tensor | None, input_ids: torch.LongTensor, are_used: bool) -> torch.Tensor:
+        """(batch,), on the CPU: those given, else in evaluation by the tokens of a row, of which alone its loss is."""
         if seeds is not None:
             return seeds.cpu()
         if self.training and len(self.writers):
-            return torch.randint(2**62, (batch,))
-        return torch.zeros(batch, dtype=torch.long)
+            return torch.randint(2**62, (len(input_ids),))
+        if are_used:
+            return seeds_of_rows(input_ids, self.config.get_text_config().pad_token_id)
+        return torch.zeros(len(input_ids), dtype=torch.long)
 
 
 class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMixin, MegaTransformerForCausalLM):
@@ -422,7 +426,7 @@ class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMi
                 loss = loss + (output_head.no_loss(hidden) if self.model.must_run_alike else 0.0)
                 continue
             of_latents = output_head.losses(hidden, targets.latents[name], targets.seeds)
-            of_modalities[name] = of_latents.detach().sum(), len(of_latents)
+            of_modalities[name] = of_latents.detach(), targets.latents[name].rows
             count = targets.num_in_batch.get(name, len(of_latents))
             loss = loss + output_head.config.loss_weight * of_latents.sum() / count
         return {"loss": loss, "target_losses": of_modalities or None}

@@ -233,6 +233,14 @@ def embed_latents(
     return embeds
 
 
+def seeds_of_rows(input_ids: torch.LongTensor, pad_token_id: int | None) -> torch.LongTensor:
+    """A seed of noise for each row, int64 (batch,) on the CPU, from its tokens alone: rows of a batch have different
+    ones, and padding changes none.
+    """
+    rows = (row[row != (-1 if pad_token_id is None else pad_token_id)] for row in input_ids.cpu())
+    return torch.tensor([keyed_generator("row", *row.tolist()).initial_seed() for row in rows])
+
+
 def perturb(output_head: OutputHead, targets: TargetLatents, seeds: torch.Tensor) -> torch.Tensor:
     """Latents with noise of a deviation that is drawn for each, from 0 to `input_noise`. Source: CALM, arXiv
     2510.27688.

@@ -12,8 +12,10 @@ from .chat import (
     NULL_TOKEN,
     ConversationEncoder,
     guard,
+    is_own_template,
     messages_of,
     outline_of,
+    place_items,
     render_messages,
     render_outline,
     special_tokens_of,
@@ -211,7 +213,8 @@ class MegaTransformerProcessor(ProcessorMixin):
                 {"type": "text", "text": ...} or {"type": KIND, KIND: item}; "path", "bytes", "url" or "base64" may
                 stand in the place of the second KIND. So are parts of OpenAI's format, "image_url" and "input_audio".
                 An item that is a string is a path, a `data:` or `file://` URI, or base64 (`read_source`).
-            media: Items of the parts that have none themselves, by modality. A tensor of floats counts as preprocessed.
+            media: Items of the parts that have none themselves, or of as many marks such as "<image>" in texts, by
+                modality. A tensor of floats counts as preprocessed.
             add_generation_prompt: Ends with the token that lets the assistant speak.
             continue_final_message: The last message stays open.
             chat_template: A template in the place of the processor's own.
@@ -220,7 +223,7 @@ class MegaTransformerProcessor(ProcessorMixin):
         Returns:
             input_ids: int64 (tokens,).
             answer_mask: bool (tokens,), what is learned: what the assistant says, its end token included, and of its
-                media `Modality.learned`.
+                media `Modality.learned`; but for messages with "weight" 0 or "train" false.
             media: Preprocessed media by modality, in the order of their placeholders; only modalities that occur.
 
         Raises:
@@ -228,6 +231,8 @@ class MegaTransformerProcessor(ProcessorMixin):
                 fewer than the parts for them, or cannot be read (`MediaError`).
         """
         encoder = ConversationEncoder(self.tokenizer, self.modalities, template_of(self.chat_template, chat_template))
+        if media and isinstance(messages, (list, tuple)):
+            messages, _ = place_items(messages, {kind: [{"type": kind}] * len(items) for kind, items in media.items()})
         encoded = encoder.encode(messages, add_generation_prompt, continue_final_message)
         found = preprocess_parts(encoded.media, media or {}, encoder.modalities, allow_fetch)
         ids, is_answer = encoder.expand(encoded.ids, encoded.is_answer, found)
@@ -277,7 +282,8 @@ class MegaTransformerProcessor(ProcessorMixin):
 
     def _render(self, template: str, messages: list[dict[str, Any]], **open_end: bool) -> str:
         """A conversation as text, with the guard of the template around its texts."""
-        outline, texts, _ = outline_of(messages, self.modalities, open_end["continue_final_message"])
+        may_end_empty, has_fields = open_end["continue_final_message"], not is_own_template(template)
+        outline, texts, _ = outline_of(messages, self.modalities, may_end_empty, has_fields)
         tokens = special_tokens_of(self.tokenizer)
         form = render_outline(template, outline, tokens, *open_end.values()).outline
         return render_messages(template, messages_of(form, texts), **open_end, **dict(tokens))[0]

@@ -1,5 +1,6 @@
 """What all tests share: no network, and the same random numbers in each, whichever run before it."""
 
+import gc
 import os
 
 # Before any library reads them.
@@ -12,6 +13,15 @@ import random
 import numpy
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """What libraries hold for good is not looked through again by each collection: trainers ask for one several times,
+    and then it is most of what a short training takes.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

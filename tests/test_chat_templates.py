@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from dataset_loading import DataConfig, SourceConfig, build_datasets, build_examples, train_tokenizer
 from inference.calculator import answer_call
@@ -202,3 +203,58 @@ def test_a_template_that_changes_the_order_of_media_is_refused(folder):
     encoder = ConversationEncoder(processor.tokenizer, processor.modalities, template)
     with pytest.raises(ValueError, match="the chat template writes media in another order than messages"):
         encoder.encode([{"role": "user", "content": [{"type": "image"}, {"type": "audio"}]}])
+
+
+_FIELDS = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}WRITE{% endfor %}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WRITINGS = {
+    "as JSON": "<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>",
+    "whole": "{{ c | tojson }}",
+    "value by value": "<{{ c.function.name }}>"
+    "{% for key, value in c.function.arguments.items() %}{{ key }}={{ value }};{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", WRITINGS)
+def test_calls_and_reasoning_are_written_as_a_template_of_others_does(folder, name):
+    """Against transformers itself, whose templates take arguments as objects."""
+    tokenizer = train_tokenizer([], 259)
+    template = tokenizer.chat_template = _FIELDS.replace("WRITE", WRITINGS[name])
+    prepare_tokenizer(tokenizer, 263)
+    calls = [
+        {"type": "function", "function": {"name": "f", "arguments": {"größe": 'a "b"\n', "n": [1, "x", {"y": True}]}}},
+        {"type": "function", "function": {"name": "g", "arguments": {}}},
+    ]
+    talk = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "hm", "reasoning_content": "so\nit is", "tool_calls": calls},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "it rains"},
+    ]
+    if name == "value by value":
+        del calls[0]["function"]["arguments"]["n"]
+    (text,), _ = render_jinja_template(conversations=[talk], chat_template=template, **tokenizer.special_tokens_map)
+    expected = tokenizer.encode(text, add_special_tokens=False)
+    given = json.loads(json.dumps(talk))
+    for one in given[1]["tool_calls"]:
+        one["function"]["arguments"] = json.dumps(one["function"]["arguments"])  # as OpenAI has them
+    assert encode_conversation(tokenizer, talk) == encode_conversation(tokenizer, given) == expected
+    (row,) = rows_of(folder, [given], tokenizer)
+    assert row["input_ids"].tolist() == expected
+    first, second = text.split("<assistant>")[1:]
+    said = first.partition("<|end|>")[0] + "<|end|>\n", second
+    assert learned(row, tokenizer).replace("|", "") == "".join(said).replace("|", "")
+
+
+def test_a_template_that_drops_calls_is_refused():
+    tokenizer = train_tokenizer([], 259)
+    tokenizer.chat_template = TEMPLATES["by what a message adds"]
+    prepare_tokenizer(tokenizer, 263)
+    call = {"function": {"name": "f", "arguments": {}}}
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}]
+    with pytest.raises(ValueError, match="the chat template leaves out what a message says"):
+        encode_conversation(tokenizer, talk)

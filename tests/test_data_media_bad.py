@@ -171,6 +171,24 @@ def test_a_recording_that_would_be_cut_is_a_bad_row(tmp_path, caplog, samples, i
     assert (reason in caplog.text) == (not is_read)
 
 
+@pytest.mark.parametrize("check_media", [True, False])
+def test_a_recording_is_cut_with_a_warning_where_that_is_asked_for(tmp_path, caplog, check_media):
+    """The row is that of the first two seconds."""
+    samples = sound(40000)
+    source = folder_with(tmp_path, "x.wav", audio_file(samples))
+    with caplog.at_level(logging.WARNING):
+        built = build(source, check_media=check_media, cut_long_audio=True, max_invalid_rows=0).train
+        rows = [built[index] for index in range(3)]
+    assert "x.wav' has 5.0 seconds, of which the first 2 are read; cut it, or raise max_seconds" in caplog.text
+    short = audio_file(samples[:16000])
+    (tmp_path / "short").mkdir()
+    expected = build(folder_with(tmp_path / "short", "x.wav", short), max_invalid_rows=0).train
+    for row, other in zip(rows, [expected[index] for index in range(3)], strict=True):
+        assert torch.equal(row["input_ids"], other["input_ids"])
+        for kind in row["media"]:
+            assert all(map(torch.equal, row["media"][kind], other["media"][kind]))
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -1,8 +1,5 @@
 """Depth in trainers that know nothing of it: a warning where none is drawn, and a callback that draws it."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from model import depth
+from tests.processes import run_python
 from tests.test_trainer import Interrupt, build, losses, rows
 from tests.tiny import tiny_ids, tiny_model
 
@@ -108,6 +106,5 @@ print(type(callback).__name__, type(callback).__module__.split(".")[0])
 def test_who_has_the_checkpoint_alone_has_the_callback(tmp_path):
     tiny_model().save_pretrained(tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint/depth_callback.py").is_file()
-    command = [sys.executable, "-c", STRANGER, str(tmp_path / "checkpoint")]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = run_python("-c", STRANGER, tmp_path / "checkpoint", cwd=tmp_path)
     assert run.stdout.split() == ["RecurrentDepthCallback", "transformers_modules"]

@@ -5,8 +5,6 @@ counts, and the tensors that autograd keeps.
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -21,6 +19,7 @@ from configs import load_config, pretraining
 from model import MegaTransformerForCausalLM, RecurrenceConfig
 from model.recurrence import INJECTIONS
 from tests.hub_encoders import local_encoders
+from tests.processes import run_python
 from tests.test_pretrain import write_config
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 from trainers import PlannedTrainingArguments, RecurrentTrainingArguments
@@ -470,10 +469,10 @@ def test_a_real_run_still_asks_its_machine(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 def test_through_the_command_line(tmp_path: Path):
     """Another process, 64 ranks that do not exist, no network."""
-    command = [sys.executable, str(ROOT / "pretrain.py"), "--dry-run", "--config", str(write_config(tmp_path))]
+    words = [ROOT / "pretrain.py", "--dry-run", "--config", write_config(tmp_path)]
     environment = {**os.environ, "WORLD_SIZE": "64", "OMP_NUM_THREADS": "1"}
     (tmp_path / "here").mkdir()
-    process = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True)
+    process = run_python(*words, cwd=tmp_path / "here", environment=environment)
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("| part |") and "on each of 64 GPU(s)" in process.stdout
     assert list((tmp_path / "here").iterdir()) == []

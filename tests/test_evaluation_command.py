@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import yaml
 from configs.runs import split_overrides
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
 from evaluation.__main__ import main
+from tests.processes import run_python
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -206,12 +205,12 @@ def test_a_checkpoint_without_a_run_takes_its_data_from_a_file(plain_folder, tmp
 
 @pytest.mark.slow
 def test_the_command_from_another_folder(run_folder, tmp_path):
-    """A real process, with a relative path."""
-    command = [sys.executable, "-m", "evaluation", os.path.relpath(run_folder, tmp_path), "--num-steps"]
-    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
-    result = subprocess.run([*command, "1", "2", "--limit", "4", "--output", "out"], **options)
+    """A process of its own, with a relative path."""
+    command = ("-m", "evaluation", os.path.relpath(run_folder, tmp_path), "--num-steps")
+    options = {"cwd": tmp_path, "environment": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    result = run_python(*command, "1", "2", "--limit", "4", "--output", "out", **options)
     assert result.returncode == 0, result.stderr
     assert "| steps |" in result.stdout and (tmp_path / "out" / "depth.png").exists()
-    result = subprocess.run([*command, "0"], **options)
+    result = run_python(*command, "0", **options)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1 and "--num-steps: 0 is less than 1" in result.stderr

@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from model import build_processor
 from model.output_heads import OutputHead
+from tests.processes import run_python
 from tests.tiny_artist import artist_processor, artist_tokenizer, tiny_artist
 from tests.tiny_codecs import tiny_autoencoder, tiny_vocoder
 
@@ -63,9 +62,8 @@ def made(tmp_path_factory):
     model.save_pretrained(folder / "codecs")
     processor.save_pretrained(folder / "codecs")
     shutil.copytree(folder, cwd / "copy")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(cwd / "hf")}
-    command = [sys.executable, "-c", LOADER, str(cwd / "copy")]
-    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    run = run_python("-c", LOADER, cwd / "copy", cwd=cwd, environment=environment)
     assert run.returncode == 0, run.stderr
     return {"plain": plain, "codecs": model}, torch.load(cwd / "found.pt", weights_only=False)
 

@@ -5,7 +5,6 @@ loaded here and elsewhere, and asked, like images.
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from inference import generate
 from inference.loading import load_model
 from model import MODALITIES, MegaTransformerConfig, MegaTransformerForConditionalGeneration
 from model.modalities import save_modalities
+from tests.processes import run_python
 from tests.tiny_media_run import TINY_MEDIA_RUN, write_media_config
 
 VIDEO = '''
@@ -245,11 +245,10 @@ def test_its_checkpoint_is_loaded_elsewhere(run, tmp_path):
     with torch.no_grad():
         logits = model(**batch, num_steps=2).logits
     ids = model.generate(**batch, num_steps=2, max_new_tokens=4, do_sample=False)
-    elsewhere, environment = tmp_path / "elsewhere", {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for folder in (run, "again"):
-        command = [sys.executable, "-c", ELSEWHERE, str(folder), clip]
-        subprocess.run(command, check=True, cwd=elsewhere, env=environment)
+        run_python("-c", ELSEWHERE, folder, clip, cwd=elsewhere).check_returncode()
         found = torch.load(elsewhere / "found.pt")
         assert all(torch.equal(found["batch"][name], batch[name]) for name in batch)
         assert torch.equal(found["ids"], ids) and torch.equal(found["logits"], logits)

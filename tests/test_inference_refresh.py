@@ -7,8 +7,6 @@ computed is in `expected.safetensors`: logits after 4 steps of the models, and w
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import convert
 from inference.loading import load_model
 from model import MegaTransformerTextModel
+from tests.processes import run_python
 from tests.tiny import tiny_config, tiny_model
 
 TARGET_MODALITIES = Path(__file__).parent / "checkpoints"
@@ -91,9 +90,8 @@ def test_checkpoints_of_before_load_elsewhere(old, tmp_path, is_in_place):
         return
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(elsewhere / "hf")}
-    command = [sys.executable, "-c", LOADER, str(folder), *NAMES]
-    run = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    run = run_python("-c", LOADER, folder, *NAMES, cwd=elsewhere, environment=environment)
     assert run.returncode == 0, run.stderr
 
 

@@ -6,7 +6,6 @@ with `trust_remote_code` and the code of today in the place of theirs.
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import finetune
 import model
 from inference.loading import load_model
+from tests.processes import run_python
 from tests.tiny_artist import save_artist
 from tests.tiny_finetuning import write_tuning_config
 from tests.tiny_language_model import save_checkpoint
@@ -143,8 +143,7 @@ def test_they_compute_it_elsewhere_with_the_code_of_today(old):
         "compared.compare(compared.outputs_elsewhere(folder), folder)\n"
         "assert not [name for name in sys.modules if name.split('.')[0] in ('model', 'tests', 'inference')]"
     )
-    command = [sys.executable, "-c", code, str(old)]
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+    done = run_python("-c", code, old, cwd=elsewhere)
     assert done.returncode == 0, done.stderr
 
 

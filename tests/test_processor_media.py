@@ -498,6 +498,18 @@ def test_no_more_than_asked_for_is_read(tmp_path):
     assert audio_seconds(data) == 3.0
 
 
+@pytest.mark.parametrize("seconds", [1.0, 1.09, 1.2])
+def test_what_is_cut_is_said(tmp_path, caplog, seconds):
+    """Of a file and of an array, but for less than a tenth of a second."""
+    samples = sound(int(8000 * seconds))
+    path = tmp_path / f"{seconds}.wav"
+    path.write_bytes(audio_file(samples))
+    for source in (str(path), (samples, 8000)):
+        caplog.clear()
+        assert len(load_audio(source, 8000, max_seconds=1.0)) == 8000
+        assert ("has 1.2 seconds, of which the first 1 are read; cut it" in caplog.text) == (seconds == 1.2)
+
+
 def test_ten_hours_are_read_no_further_than_needed(tmp_path):
     """By the header 288 million samples; memory is that of 30 seconds."""
     path = tmp_path / "long.wav"

@@ -405,16 +405,16 @@ def test_trying_the_schedule_leaves_none_behind(tmp_path):
     assert rates == pytest.approx([1e-2 * (1 - step / 8) for step in range(8)])
 
 
-METRICS = ["eval_a_loss", "eval_a_perplexity", "eval_b_loss"]
+METRICS = ("a", "b"), ("loss", "perplexity")
 
 
 @pytest.mark.parametrize(
     ("settings", "chosen"),
     [
         ({}, None),
-        ({"load_best_model_at_end": True}, "eval_a_loss"),
-        ({"save_strategy": "best"}, "eval_a_loss"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "eval_a_loss"),
+        ({"load_best_model_at_end": True}, "eval_loss"),
+        ({"save_strategy": "best"}, "eval_loss"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "eval_loss"),
         ({"metric_for_best_model": "eval_b_loss"}, "eval_b_loss"),
         ({"metric_for_best_model": "a_perplexity"}, "a_perplexity"),
     ],
@@ -422,14 +422,16 @@ METRICS = ["eval_a_loss", "eval_a_perplexity", "eval_b_loss"]
 def test_the_metric_of_the_best_model(tmp_path, settings, chosen):
     strategies = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     args = RecurrentTrainingArguments(str(tmp_path), **{**strategies, **settings})
-    args.choose_best_metric(METRICS)
+    args.choose_best_metric(*METRICS)
     assert args.metric_for_best_model == chosen and args.greater_is_better is False
 
 
 def test_an_unknown_metric_is_refused_with_those_there_are(tmp_path):
     args = RecurrentTrainingArguments(str(tmp_path), metric_for_best_model="accuracy")
-    with pytest.raises(ValueError, match=r"'accuracy' is unknown; .* eval_a_loss, eval_a_perplexity, eval_b_loss"):
-        args.choose_best_metric(METRICS)
+    with pytest.raises(
+        ValueError, match=r"'accuracy' is unknown; .* eval_loss, eval_a_loss, eval_a_perplexity, eval_b"
+    ):
+        args.choose_best_metric(*METRICS)
 
 
 def test_deepspeed_needs_a_launcher(tmp_path, monkeypatch):

@@ -1,14 +1,11 @@
 """Two ranks equal one: weights of modalities, groups of parameters, orders of rows, under each stage of ZeRO."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.processes import ROOT, run_ranks
+
 SCRIPT = """
 import json, sys
 from inference.shutdown import end_process
@@ -61,6 +58,23 @@ if trainer.state.is_world_process_zero:
 end_process(0)
 """
 
+EVALUATION_OF_LATENTS = """
+import json, sys
+from dataset_loading import DataConfig, build_datasets
+from inference.shutdown import end_process
+from tests.test_trainer_writing import SOURCES, build, model_of
+from tests.tiny_artist import artist_processor
+
+config = DataConfig(train=SOURCES, block_size=160, packing=False)
+rows = build_datasets(config, artist_processor(), seed=3).train
+sources = {"some": [rows[index] for index in range(7)], "others": [rows[index] for index in range(7, 10)]}
+trainer = build(sys.argv[1], rows, model_of(), sources, per_device_eval_batch_size=int(sys.argv[2]))
+found = {name: it for name, it in trainer.evaluate().items() if "loss" in name}
+if trainer.state.is_world_process_zero:
+    print("FOUND", json.dumps(found))
+end_process(0)
+"""
+
 
 def run(folder, ranks, cut=0, resume=False, **options):
     """The logs of a run of `ranks` processes."""
@@ -69,31 +83,9 @@ def run(folder, ranks, cut=0, resume=False, **options):
 
 def launch(ranks, script, *arguments):
     """What a script finds in `ranks` processes."""
-    from tests.test_launch import free_port
-
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    command = [sys.executable, "-c", script, *arguments]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, outputs[0][1][-3000:]
-    line = next(line for line in outputs[0][0].splitlines() if line.startswith("FOUND "))
+    processes = run_ranks("-c", script, *arguments, count=ranks)
+    assert [process.returncode for process in processes] == [0] * ranks, processes[0].stderr[-3000:]
+    line = next(line for line in processes[0].stdout.splitlines() if line.startswith("FOUND "))
     return json.loads(line.removeprefix("FOUND "))
 
 
@@ -117,7 +109,7 @@ def one(tmp_path_factory):
 @pytest.mark.parametrize("stage", [None, "zero2", "zero3"])
 def test_two_ranks_equal_one(tmp_path, one, stage):
     """Invariant 6, with modalities, groups and rows grouped by length."""
-    options = {"deepspeed": str(REPOSITORY / f"configs/deepspeed/{stage}.json")} if stage else {}
+    options = {"deepspeed": str(ROOT / f"configs/deepspeed/{stage}.json")} if stage else {}
     found = run(tmp_path, 2, per_device_train_batch_size=2, train_sampling_strategy="group_by_length", **options)
     check_equal(found, one, tolerance=1e-4)
 
@@ -134,3 +126,10 @@ def test_two_ranks_evaluate_each_row_once_whatever_training_drops(tmp_path):
     one, two = (launch(ranks, EVALUATION, str(tmp_path), size) for ranks, size in ((1, "4"), (2, "3")))
     assert one[1] == two[1] == 8 * 11 + 3 * 3
     assert two[0] == pytest.approx(one[0], abs=1e-6)
+
+
+def test_two_ranks_evaluate_latents_as_one_does(tmp_path):
+    """Rows that are padded to other lengths, of which one rank has images where the other has none or sound."""
+    one, two = (launch(ranks, EVALUATION_OF_LATENTS, str(tmp_path), size) for ranks, size in ((1, "7"), (2, "2")))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert {"eval_loss", "eval_some_flow_loss_image", "eval_some_flow_loss_audio", "eval_others_loss"} <= set(one)

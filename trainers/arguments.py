@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -212,15 +212,17 @@ class RecurrentTrainingArguments(TrainingArguments):
                 "`python`, or leave training.deepspeed out"
             )
 
-    def choose_best_metric(self, known: Sequence[str]) -> None:
-        """Where the best model is asked for, and no metric named, make it the first known one.
+    def choose_best_metric(self, sources: Iterable[str], names: Sequence[str]) -> None:
+        """Where the best model is asked for, and no metric named, make it the mean over all sources of the first one.
 
         Args:
-            known: Names of the metrics of an evaluation, the smaller the better.
+            sources: Names of the validation sources.
+            names: Metrics of each; of the first there is a mean over all sources (`BaseTrainer.evaluate`).
 
         Raises:
             ValueError: if the one that is named is not known.
         """
+        known = [f"eval_{names[0]}", *(f"eval_{source}_{name}" for source in sources for name in names)]
         name = self.metric_for_best_model
         if name in ("loss", "eval_loss") or (name is None and self.save_strategy == SaveStrategy.BEST):
             self.metric_for_best_model = known[0]  # transformers' default is the loss of a validation set without name

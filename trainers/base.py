@@ -37,6 +37,8 @@ from .stalls import StallCallback
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
+OF_ALL_SOURCES = ("loss", "reward")
+"""Metrics of which an evaluation of several validation sources has a mean, each source counting the same."""
 # How libraries refuse an option or miss a package, other than by a ValueError.
 REFUSALS = (ImportError, RuntimeError, TypeError)
 
@@ -221,6 +223,24 @@ class BaseTrainer(Trainer):
         with whole_weights_of(self.auxiliary):
             for part in self.auxiliary if self.args.should_save else ():
                 part.save(folder, state_dict)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The metrics of each source as eval_SOURCE_NAME, and as eval_loss the mean of their losses, by which the best
+        model is chosen unless another metric is named.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        sources = self.eval_dataset if eval_dataset is None else eval_dataset
+        means = {}
+        for name in OF_ALL_SOURCES if isinstance(sources, dict) else ():
+            found = [metrics.get(f"{metric_key_prefix}_{source}_{name}") for source in sources]
+            if found and None not in found:
+                means[f"{metric_key_prefix}_{name}"] = sum(found) / len(found)
+        if means:
+            self.log(dict(means))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, means)
+        return metrics | means
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """While it trains, of the average of the weights, which is what the run leaves behind."""

@@ -123,11 +123,11 @@ class TargetLosses:
         counts = add_up(torch.stack(counts)).clamp(min=1)
         self.num_in_window = dict(zip(self.token_ids, counts, strict=True))
 
-    def add(self, losses: Mapping[str, tuple[torch.Tensor, int]]) -> None:
-        """Count the sums of losses, and numbers of latents, of a batch."""
+    def add(self, losses: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Count the losses of the latents of a batch, of which the rows do not matter."""
         for number, name in enumerate(self.token_ids):
             if name in losses:
-                total, count = losses[name]
+                total, count = losses[name][0].sum(), len(losses[name][0])
                 self._sums = self._sums.to(total.device)
                 self._sums[number] += torch.stack((total.double(), total.new_tensor(count, dtype=torch.float64)))
 
@@ -137,6 +137,23 @@ class TargetLosses:
         self._sums = torch.zeros_like(self._sums)
         means = zip(self.token_ids, sums.tolist(), strict=True)
         return {f"flow_loss_{name}": total / count for name, (total, count) in means if count}
+
+
+def target_sums(losses: Mapping[str, tuple[torch.Tensor, torch.Tensor]], inputs: torch.Tensor) -> torch.Tensor:
+    """The sum of the losses of the latents of each row, and their number, for each modality that may be generated:
+    float64 (batch, 2 x modalities), in the order of `TARGET_MODALITIES`.
+
+    Args:
+        losses: (latents,) and their rows, by modality.
+        inputs: (batch, sequence), on the device of the sums.
+    """
+    sums = torch.zeros(len(inputs), len(TARGET_MODALITIES), 2, dtype=torch.float64, device=inputs.device)
+    for number, name in enumerate(TARGET_MODALITIES):
+        if name in losses:
+            of_latents, rows = losses[name]
+            figures = torch.stack((of_latents, torch.ones_like(of_latents)), dim=-1)
+            sums[:, number].index_add_(0, rows, figures.double())
+    return sums.flatten(1)
 
 
 def flow_seeds(keys: Sequence[tuple[int, ...]]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from model.depth import sample_depth
 from model.recurrence import draw_training_states
 
 from .base import BaseTrainer
-from .losses import ModalityLosses, TargetLosses, flow_seeds
+from .losses import ModalityLosses, TargetLosses, flow_seeds, target_sums
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,15 @@ class RecurrentTrainer(BaseTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         """Adds depth, initial state and weights of the labels in training, where nobody looks at the logits; evaluation
-        runs at the mean depth from the fixed state, and without weights.
+        runs at the mean depth from the fixed state, without weights of labels, and its outputs get `target_sums`, where
+        the model generates media.
         """
         modality_ids, inputs = inputs.get("modality_ids"), inputs_of_model(inputs)
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+            found = super().compute_loss(model, inputs, return_outputs, **kwargs)
+            if return_outputs and self.targets.token_ids:
+                found[1]["target_sums"] = target_sums(found[1].get("target_losses") or {}, inputs["input_ids"])
+            return found
         inputs["skip_logits"] = True
         if self.is_recurrent:
             inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
@@ -91,7 +95,9 @@ class RecurrentTrainer(BaseTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """The step of `Trainer`; labels hold the codes of images, where these are tokens."""
+        """The step of `Trainer`, of which the logits become a pair of them and `target_sums`, where the model generates
+        media; labels hold the codes of images, where these are tokens.
+        """
         with_codes = getattr(self.model, "with_codes", dict)  # models of text alone have none
         return super().prediction_step(model, with_codes(self._prepare_inputs(inputs)), *args, **kwargs)
 

@@ -249,6 +249,8 @@ def read_conversations(
             of_media = f", {media_tokens} of them of media" if media else ""
             smaller = "make the media smaller" if 2 * media_tokens > length else "shorten the texts"
             problem = f"{length} tokens{of_media}, more than data.block_size {block_size}; raise it, or {smaller}"
-        is_label = encoded.is_answer if loss_on == "answer" else np.ones(len(encoded.ids), dtype=bool)
+        is_label = encoded.is_answer if loss_on == "answer" else ~encoded.is_left_out
         is_label[0] = False  # nothing stands before it
+        if not (is_label.any() or problem):
+            problem = "all messages of the assistant are left out of the loss, so that there is nothing to learn"
         yield encoded.ids, is_label, length, modality, problem

@@ -6,13 +6,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from model import modality_names
-from model.chat import CHAT_TEMPLATE, ConversationEncoder, EncodedConversation, modalities_of_role
+from model.chat import CHAT_TEMPLATE, ConversationEncoder, EncodedConversation, modalities_of_role, said_content
+from model.media import CUT_SECONDS
+from model.message_keys import is_left_out
 
 from ..sources.references import place_of, read_reference
 from ..tasks.registry import get_task
-
-_CUT_SECONDS = 0.1
-"""Seconds that may be cut off audio: no word is as short."""
 
 
 class UnreadableItem(ValueError):
@@ -24,12 +23,14 @@ class MediaReader:
 
     Args:
         processor: The run's processor, or its tokenizer where the model reads text alone and so has no modalities.
+        cut_long_audio: Whether audio that is longer than what is read is cut, and not refused.
 
     Raises:
         ValueError: The vocabulary lacks a token of media.
     """
 
-    def __init__(self, processor: PreTrainedTokenizerFast | ProcessorMixin):
+    def __init__(self, processor: PreTrainedTokenizerFast | ProcessorMixin, cut_long_audio: bool = False):
+        self.cut_long_audio = cut_long_audio
         if isinstance(processor, ProcessorMixin):
             self.tokenizer, self.modalities = processor.tokenizer, processor.modalities
         else:
@@ -70,13 +71,15 @@ class MediaReader:
         ]
 
     def _problem_of(self, messages: list[dict]) -> ValueError | None:
-        """The reason against an answer of which nothing can be learned, if there is one."""
+        """The reason against an answer of which nothing can be learned, or more than should be, if there is one."""
         for message in self.with_modalities(messages):
-            shown = [part["type"] for part in message["content"]]
+            shown = [part["type"] for part in said_content(message)]
             if message["role"] == "assistant" and set(shown).isdisjoint(("text", *self.written)):
                 return ValueError(
                     f"the assistant shows type {shown[0]!r}, which the model does not write, and says nothing"
                 )
+            if is_left_out(message) and not set(shown).isdisjoint(self.written):
+                return ValueError("an answer with weight 0 shows generated media, which are learned; remove either")
         return None
 
     def most_tokens(
@@ -97,14 +100,14 @@ class MediaReader:
         return kind.tokens_of_size(size) + 2
 
     def _size(self, name: str, source: Any, decode: bool) -> Any:
-        """The size of an item, all of which is read: if audio were cut, its text would say what is not in it."""
+        """The size of an item, all of which is read: if audio is cut, its text says what is not in it."""
         kind = self.modalities[name]
         if name in self.sampling_rates:
             seconds = kind.size(source)
-            if seconds > kind.max_seconds + _CUT_SECONDS:
+            if seconds > kind.max_seconds + CUT_SECONDS and not self.cut_long_audio:
                 raise ValueError(
                     f"{seconds:.1f} seconds, of which {kind.max_seconds:g} are read, while its text would stay whole; "
-                    "cut both, or raise max_seconds of the model's audio"
+                    "cut both, raise max_seconds of the model's audio, or set data.cut_long_audio"
                 )
         return kind.size(kind.load(source) if decode else source)
 

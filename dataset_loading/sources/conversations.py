@@ -15,7 +15,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from model import MODALITIES
 from model.terminal import one_line
 
-from ..bad_rows import BadRows, reason_against, reason_against_columns
+from ..bad_rows import SYSTEM_COLUMNS, BadRows, reason_against, reason_against_columns
 from ..configuration import DataConfig, SourceConfig
 from ..tasks.base import Role
 from ..tasks.registry import generate_rows, get_task
@@ -34,7 +34,7 @@ from .media_columns import (
     used_columns,
     with_label_names,
 )
-from .messages import answer_to, fill_template, parse_messages
+from .messages import answer_to, fill_template, parse_messages, with_system
 from .references import ArrowRow, Reference, UnusableRow, fingerprint
 from .tables import (
     CHECKED_AT_ONCE,
@@ -156,8 +156,15 @@ def conversation_of(
     Raises:
         UnusableRow: A column is missing, empty or of a wrong type.
     """
-    if reason := reason_against_columns(row, used_columns(source), source.messages_column is not None):
+    used = used_columns(source)
+    if reason := reason_against_columns(row, (*used, *SYSTEM_COLUMNS), source.messages_column is not None):
         raise UnusableRow(reason)
+    return with_system(_messages_of(source, row, attached, folder, number), row, used)
+
+
+def _messages_of(
+    source: SourceConfig, row: dict[str, object], attached: dict[str, list[dict]], folder: Path | None, number: int
+) -> list[dict]:
     if source.messages_column is not None:
         if source.messages_column not in row:
             hint = "; set messages_column: conversations" if "conversations" in row else ""

@@ -5,23 +5,32 @@ A conversation is a list of {"role", "content"}; a content is a list of parts, {
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from model.chat import check_messages
+from model import MODALITIES
+from model.chat import check_messages, items_at_marks, place_items, said_content
+from model.message_keys import calls_of, is_left_out
 
-from ..bad_rows import FIXES, reason_against, reason_against_part
-from .references import UnusableRow, reference_to
+from ..bad_rows import FIXES, reason_against, reason_against_part, system_of
+from .references import Reference, UnusableRow, reference_to
 
 _COLUMN = re.compile(r"\{(\w+)\}")
 
 
 def answer_to(given: Sequence[dict], prompt: str, answer: str, shown: Sequence[dict] = ()) -> list[dict]:
     """The conversation of one question, with media in front of it, and its answer, with media behind it; each text may
-    be empty.
+    be empty, or have marks for its media.
+
+    Raises:
+        UnusableRow: A text has marks, but more or fewer than media.
     """
     question = [*given, *([{"type": "text", "text": prompt}] if prompt else [])]
     reply = [*([{"type": "text", "text": answer}] if answer else []), *shown]
+    try:
+        question, reply = (items_at_marks(parts, MODALITIES) for parts in (question, reply))
+    except ValueError as error:
+        raise UnusableRow(str(error)) from error
     return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
 
 
@@ -48,14 +57,13 @@ def parse_messages(
             )
     try:
         check_messages(value, learns_all=loss_on == "all", fixes=FIXES)
+        value, left = place_items(value, attached)
+        waiting = {kind: list(references) for kind, references in left.items()}
+        messages = [_parse_message(message, waiting, folder) for message in value]
+        for message in messages:
+            message["content"] = items_at_marks(message["content"], MODALITIES)
     except ValueError as error:
         raise UnusableRow(str(error)) from error
-    waiting = {kind: list(references) for kind, references in attached.items()}
-    contents = [[{"type": "text", "text": it}] if isinstance(it, str) else it for it in (m["content"] for m in value)]
-    read = [{"role": message["role"], "content": it} for message, it in zip(value, contents, strict=True)]
-    for kind, references in attached.items():
-        read = _with_places(read, kind, len(references)) if references else read
-    messages = [{**it, "content": [_parse_part(part, waiting, folder) for part in it["content"]]} for it in read]
     first = next((message for message in messages if message["role"] == "user"), None)
     for kind, references in waiting.items():
         if references and (first is None or len(references) < len(attached[kind])):
@@ -70,26 +78,21 @@ def parse_messages(
     return messages
 
 
-def _with_places(messages: list[dict], kind: str, count: int) -> list[dict]:
-    """Messages in which a mark such as "<image>" in a text, as LLaVA writes it, is a part."""
-    mark, found, placed = f"<{kind}>", 0, []
-    for message in messages:
-        parts: list = []
-        for part in message["content"]:
-            text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-            if not isinstance(text, str):
-                parts.append(part)
-                continue
-            found += text.count(mark)
-            for number, piece in enumerate(text.split(mark)):
-                parts += [{"type": kind}] * (number > 0) + [{"type": "text", "text": piece}] * bool(piece)
-        placed.append({**message, "content": parts})
-    if found not in (0, count):
-        raise UnusableRow(f"{count} media of type {kind!r}, but {found} marks {mark!r} in the texts for them")
-    return placed if found else messages
+def _parse_message(message: dict, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
+    content = message.get("content") or []
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parsed = {"role": message["role"], "content": [_parse_part(part, waiting, folder) for part in content]}
+    fields = {
+        "weight": 0 if is_left_out(message) else None,
+        "reasoning_content": message.get("reasoning_content") or None,
+        "tool_calls": calls_of(message) or None,
+    }
+    return parsed | {name: value for name, value in fields.items() if value is not None}
 
 
 def _parse_part(part: object, waiting: dict[str, list[dict]], folder: Path | None) -> dict:
+    if isinstance(part, Reference):  # placed
+        return part
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         raise UnusableRow(f"a part of a message is {part!r:.80}, without a type such as text or image")
@@ -113,9 +116,31 @@ def _parse_part(part: object, waiting: dict[str, list[dict]], folder: Path | Non
     return waiting[kind].pop(0)
 
 
+def with_system(messages: list[dict], row: Mapping[str, object], used: Collection[str]) -> list[dict]:
+    """Messages behind one of the system, where the row has a column for it.
+
+    Args:
+        used: Columns that are read as something else.
+
+    Raises:
+        UnusableRow: The messages begin with another one already, or the column holds no text.
+    """
+    try:
+        said = system_of(row, used)
+    except ValueError as error:
+        raise UnusableRow(str(error)) from error
+    if said is None or not said.strip():
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": [{"type": "text", "text": said}]}, *messages]
+    if text_of(messages[0]).strip() != said.strip():
+        raise UnusableRow("column 'system' says something else than the first message, which is of the system too")
+    return messages
+
+
 def text_of(message: dict) -> str:
-    """The text of a message, without its media."""
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+    """The text of a message, with reasoning and calls of tools, without its media."""
+    return "".join(part["text"] for part in said_content(message) if part["type"] == "text")
 
 
 def media_of(messages: Sequence[dict]) -> list[dict]:

@@ -8,6 +8,7 @@
 Data name files, and never where else something lies: only our code makes a `Reference`.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -149,7 +150,8 @@ def fingerprint(messages: list[dict], row: Mapping[str, object]) -> bytes:
     """
     mark = blake2b(digest_size=16)
     for message in _as_read(messages):
-        mark.update(f"\0{message['role']}".encode())
+        fields = [message[name] for name in ("reasoning_content", "tool_calls") if name in message]
+        mark.update(f"\0{message['role']}{json.dumps(fields) if fields else ''}".encode())
         for part in message["content"]:
             mark.update(f"\0{part['type']}\0".encode())
             for chunk in [part["text"].encode()] if part["type"] == "text" else _chunks(read_reference(part, row)):
