@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import CacheSlot, RecurrentCache
@@ -127,7 +127,7 @@ def prepare_attention(
     Args:
         inputs_embeds: (batch, sequence, hidden).
         attention_mask: (batch, past + sequence) with 1 for real tokens, a 4-D mask which is taken as it is, or None.
-        position_ids: (batch, sequence). Without mask and cache, a restart begins a new document: none sees another.
+        position_ids: (batch, sequence). A restart begins a new document, and none sees another; not behind a cache.
         may_restart: Whether restarts are looked for, for which the host waits for a GPU.
         rows: The rows of the cache that the batch consists of. Default: all.
         attentions: Where the attention probabilities of each layer are gathered, for which they are computed eagerly.
@@ -137,6 +137,16 @@ def prepare_attention(
     alibi = config.position_embedding == "alibi"
     past = cache.get_seq_length() if cache is not None else 0
     is_static = cache is not None and cache.max_length is not None
+    documents = None
+    if may_restart and past == 0 and (is_static or (attention_mask is not None and attention_mask.ndim == 2)):
+        documents = documents_of(position_ids, attention_mask, len(inputs_embeds))
+    if documents is not None:  # transformers looks for them only where there is neither a mask nor a cache
+        if "flash" in config._attn_implementation:
+            raise ValueError(
+                f"packed rows beside padded ones are not possible with {config._attn_implementation}; use sdpa"
+            )
+        room = cache.max_length - documents.shape[1] if is_static else 0
+        documents = packed_sequence_mask_function(nn.functional.pad(documents, (0, room), value=-1))
     mask = create_causal_mask(
         config,
         inputs_embeds,
@@ -144,6 +154,7 @@ def prepare_attention(
         # With a cache, transformers does not look for restarts of the positions; an empty one has nothing to say.
         cache if past or is_static else None,
         position_ids=position_ids if may_restart else None,
+        and_mask_function=documents,
         # ALiBi adds to the mask, and the room of a static cache that is not used yet must be hidden.
         allow_is_causal_skip=not (alibi or is_static),
     )
@@ -213,12 +224,28 @@ def _as_added(mask: torch.Tensor | None, config: PreTrainedConfig, embeds: torch
     return mask
 
 
+def documents_of(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, batch: int
+) -> torch.LongTensor | None:
+    """The number of the document of each token, (batch, sequence): one begins where the position does not follow that
+    of the token before, padding left out. None: each row is one.
+    """
+    positions = position_ids.expand(batch, -1)
+    is_token = torch.ones_like(positions, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    places = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    seen = places.masked_fill(~is_token, -1).cummax(dim=1).values
+    before = nn.functional.pad(seen[:, :-1], (1, 0), value=-1)  # the token before, -1: there is none
+    follows = positions == positions.gather(1, before.clamp(min=0)) + 1
+    begins = is_token & (before >= 0) & ~follows
+    return begins.cumsum(dim=1) if begins.any() else None
+
+
 def _key_positions(attention_mask: torch.Tensor | None, position_ids: torch.Tensor, past: int) -> torch.Tensor:
     """Positions of all keys, (1 or batch, past + sequence): counted over the real tokens if a padding mask is given."""
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return attention_mask.long().cumsum(-1) - 1
     if past == 0:
         return position_ids
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return attention_mask.long().cumsum(-1) - 1
     return torch.arange(past + position_ids.shape[1], device=position_ids.device)[None]
 
 

@@ -28,12 +28,13 @@ class PositionEmbedding(nn.Embedding):
     """Table of learned positions: a class of its own because its initial scale is another than that of tokens."""
 
 
-def sinusoidal_table(num_positions: int, hidden_size: int) -> torch.Tensor:
-    """(num_positions, hidden): sines in the first half of the features, cosines in the second; wavelengths from 2 pi to
-    10000 * 2 pi. Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5 (there interleaved).
+def sinusoids(positions: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """(..., sequence) -> (..., sequence, hidden), float32: sines in the first half of the features, cosines in the
+    second; wavelengths from 2 pi to 10000 * 2 pi. Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5 (there
+    interleaved).
     """
-    frequencies = 10000 ** (-torch.arange(0, hidden_size, 2, dtype=torch.float32) / hidden_size)
-    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
+    exponents = torch.arange(0, hidden_size, 2, dtype=torch.float32, device=positions.device) / hidden_size
+    angles = positions[..., None].float() * 10000**-exponents
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 

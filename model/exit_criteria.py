@@ -32,10 +32,16 @@ class ExitCheck:
     logits: torch.Tensor | None = None  # of the last token, (rows, vocab); None: before the first check
     is_token: torch.Tensor | None = None  # (rows, sequence), False for padding; None: there is none
     value: torch.Tensor | None = None  # what the criterion made of it, (rows,)
+    last: torch.Tensor | None = None  # (rows,), where the last token stands; None: at the end
+
+    @property
+    def last_state(self) -> torch.Tensor:
+        """That of the last token, (rows, hidden)."""
+        return at_last(self.state, self.last)
 
     def of(self, rows: torch.Tensor) -> "ExitCheck":
         """The same of some rows, by their indices."""
-        parts = {name: getattr(self, name) for name in ("state", "logits", "is_token", "value")}
+        parts = {name: getattr(self, name) for name in ("state", "logits", "is_token", "value", "last")}
         return replace(self, **{name: part.index_select(0, rows) for name, part in parts.items() if part is not None})
 
 
@@ -168,7 +174,7 @@ class LearnedProbe(ExitCriterion):
         self.probe = probe
 
     def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
-        return torch.sigmoid(-self.probe(now.state[:, -1], before.state[:, -1]).float())
+        return torch.sigmoid(-self.probe(now.last_state, before.last_state).float())
 
 
 EXIT_CRITERIA: dict[str, ExitCriterion] = {
@@ -187,6 +193,11 @@ def relative_change(state: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     state, before = state.float(), before.float()
     change, length = (torch.linalg.vector_norm(each, dim=-1) for each in (state - before, state))
     return change.clamp(min=1e-12) / length.clamp(min=1e-12)
+
+
+def at_last(values: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
+    """What stands at `last`, (rows,), or at the end: (rows, sequence, ...) -> (rows, ...)."""
+    return values[:, -1] if last is None else values[torch.arange(len(values), device=last.device), last]
 
 
 def mean_over_tokens(values: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
@@ -275,6 +286,7 @@ class ExitController:
         self.hidden: torch.Tensor | None = None  # what was read of each row last, (batch, sequence, hidden)
         self.logits: torch.Tensor | None = None  # (batch, vocab)
         self.steps_at_check: torch.Tensor | None = None  # (batch,), on the CPU
+        self.last: torch.Tensor | None = None  # (batch,), where the last token of each row stands; None: at the end
 
     @property
     def threshold(self) -> float:
@@ -283,7 +295,9 @@ class ExitController:
 
     def begin(self, state: torch.Tensor, is_token: torch.Tensor | None) -> None:
         """Before the first step. state: s_0; is_token: (batch, sequence), None if there is no padding."""
-        self.before = ExitCheck(0, state, is_token=is_token)
+        if is_token is not None and is_token.shape[1] > 1 and not is_token[:, -1].all():  # padded on the right
+            self.last = is_token.shape[1] - 1 - is_token.flip(1).int().argmax(dim=1)
+        self.before = ExitCheck(0, state, is_token=is_token, last=self.last)
         self.steps_at_check = torch.zeros(len(state), dtype=torch.long)
 
     def is_due(self, step: int) -> bool:
@@ -321,7 +335,8 @@ class ExitController:
 
     def keep(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         """Remembers what was read of some rows, or of all. hidden: (rows, sequence, hidden) -> logits (rows, vocab)."""
-        logits = self.read(hidden[:, -1], rows)
+        last = self.last if self.last is None or rows is None else self.last.index_select(0, rows)
+        logits = self.read(at_last(hidden, last), rows)
         if rows is None:
             self.hidden, self.logits = hidden, logits
         else:

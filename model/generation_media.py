@@ -216,6 +216,10 @@ class MediaGenerationMixin:
             if kwargs.get("assistant_model") is not None and media:
                 kwargs["draft_media"] = media
             check_read(self.read_by, "text", options, config, self.generation_config)
+            prompt = kwargs.get("input_ids") if inputs is None else inputs
+            if prompt is not None and not (config is not None and config.is_assistant):
+                flows = [name for name, output_head in self.model.writers.items() if output_head.head is not None]
+                refuse_opened("text", {row: it for row, it in opened_media(self.config, prompt).items() if it in flows})
             return super().generate(inputs, guidance_scale=guidance_scale, **kwargs)
         check_read(self.read_by, generation_mode, {**options, **kwargs}, config, self.generation_config)
         kwargs = {"return_dict_in_generate": True, **kwargs}
@@ -375,6 +379,15 @@ def opened_media(config: Any, input_ids: torch.LongTensor) -> dict[int, str]:
     return found
 
 
+def refuse_opened(mode: str, opened: Mapping[int, str]) -> None:
+    """Raises ValueError for prompts that end within an item, by row."""
+    for row, name in opened.items():
+        raise ValueError(
+            f"prompt {row} ends within an {name}, which generation_mode {mode!r} cannot complete; end it with its "
+            f"start token and choose {name!r} or 'any'"
+        )
+
+
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
@@ -501,13 +514,12 @@ class MediaGeneration:
         Raises:
             ValueError: an item is opened that is not asked for, or has latents already.
         """
-        for number, name in opened_media(self.config, self.ids).items():
-            if name not in self.names or int(self.ids[number, -1]) != self._id(f"{name}_start"):
-                raise ValueError(
-                    f"prompt {number} ends within an {name}, which generation_mode {self.media_options.mode!r} cannot "
-                    f"complete; end it with its start token and choose {name!r} or 'any'"
-                )
-            self._open(self.rows[number], name)
+        opened = opened_media(self.config, self.ids)
+        starts = {row: self._id(f"{name}_start") == int(self.ids[row, -1]) for row, name in opened.items()}
+        wrong = {row: name for row, name in opened.items() if name not in self.names or not starts[row]}
+        refuse_opened(self.media_options.mode, wrong)
+        for row, name in opened.items():
+            self._open(self.rows[row], name)
 
     def _check_capacity(self) -> None:
         """Raises ValueError where an item that is asked for, or was opened, cannot be completed."""

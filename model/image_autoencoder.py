@@ -75,13 +75,16 @@ class FiniteScalars(nn.Module):
         return like.new_tensor(self.levels), like.new_tensor(steps)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(images, tokens, numbers) -> the same. An even number of levels has one more below 0 than above."""
+        """(images, tokens, numbers) -> the same. An even number of levels has one more below 0 than above. Computed in
+        float32: bfloat16 has no number between 1 and 1.001, and two levels would be infinite.
+        """
+        dtype, hidden = hidden.dtype, hidden.float()
         levels, _ = self._constants(hidden)
         half = (levels - 1) * (1 + 1e-3) / 2  # a little more than to the outer values, as two levels need it
         offset = (levels % 2 == 0) * 0.5
         bounded = torch.tanh(hidden + torch.atanh(offset / half)) * half - offset
         rounded = bounded + (bounded.round() - bounded).detach()
-        return rounded / (levels // 2)
+        return (rounded / (levels // 2)).to(dtype)
 
     def project(self, latents: torch.Tensor) -> torch.Tensor:
         """The nearest values."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .attention import Attention, check_backend
-from .blocks import PositionEmbedding
+from .blocks import PositionEmbedding, ScaledEmbedding
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -37,6 +37,14 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         from .depth_callback import RecurrentDepthCallback  # brings all that trainers need, which is slow to import
 
         return RecurrentDepthCallback()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Sets them as the original does; those of another class have the scale from then on."""
+        if type(value) is nn.Embedding:
+            scale = self.config.get_text_config().embedding_scale
+            scaled = ScaledEmbedding(value.num_embeddings, value.embedding_dim, value.padding_idx, scale)
+            scaled.weight, value = value.weight, scaled
+        super().set_input_embeddings(value)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging
 
 from .attention import AttentionInputs, prepare_attention, select_rows
-from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, build_norm, sinusoidal_table
+from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, build_norm, sinusoids
 from .cache import RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .cross_entropy import causal_loss, count_labels
@@ -241,6 +241,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Mask and positions of the new tokens, checked."""
         batch, sequence, _ = embeds.shape
+        if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
+            attention_mask = attention_mask.bool()  # 1 for what is seen; numbers would be added
         if position_ids is not None and past == 0 and attention_mask is not None and attention_mask.ndim == 2:
             # A mask that hides nothing would hide that positions restart, and with them documents.
             attention_mask = None if attention_mask.all() else attention_mask
@@ -275,7 +277,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                         f"{self._state_key()}: run it once before torch.export, which cannot draw another state"
                     )
                 return state.to(hidden)
-            self._drawn_state = (key, default_state(self.text_config).to(hidden))
+            with torch.inference_mode(False):  # training may use it, too
+                self._drawn_state = (key, default_state(self.text_config).to(hidden))
         return self._drawn_state[1]
 
     def _state_key(self) -> tuple[str, float, int]:
@@ -327,14 +330,23 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 
     def _check_inputs(self, batch: int, sequence: int, attention_mask, cache) -> int:
         """Number of tokens in the cache; raises for inputs that would fail late or broadcast silently."""
-        if sequence == 0:
-            raise ValueError("the input sequence is empty; it needs at least one token")
+        if sequence == 0 or batch == 0:
+            what = (
+                "sequence is empty; it needs at least one token" if batch else "batch is empty; give at least one row"
+            )
+            raise ValueError(f"the input {what}")
         past = cache.get_seq_length() if cache is not None else 0
         if attention_mask is not None and attention_mask.ndim != 4 and attention_mask.shape != (batch, past + sequence):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, expected (batch, past + sequence) = "
                 f"({batch}, {past + sequence}) or a 4-D mask"
             )
+        if attention_mask is not None and attention_mask.ndim == 4:
+            shape, wanted = tuple(attention_mask.shape), (sequence, past + sequence)
+            if shape[0] not in (1, batch) or (shape[2:] != wanted and (cache is None or cache.max_length is None)):
+                raise ValueError(
+                    f"attention_mask has shape {shape}, expected (1 or {batch}, heads, {wanted[0]}, {wanted[1]})"
+                )
         if self.training and self.gradient_checkpointing and cache is not None:
             raise ValueError(
                 "a cache is not possible with gradient checkpointing in training mode, which computes keys and values "
@@ -357,13 +369,17 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 f"{self.text_config.position_embedding} table (max_position_embeddings); shorten the input, or use "
                 "rope or alibi"
             )
+        if has_table and not torch.compiler.is_exporting() and position_ids.min() < 0:
+            raise ValueError(
+                f"position_ids has {int(position_ids.min())}, and the {self.text_config.position_embedding} table "
+                "begins at 0; give padding a position of at least 0"
+            )
 
     def _add_positions(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         if self.text_config.position_embedding == "learned":
             return embeds + self.embed_positions(position_ids)
         if self.text_config.position_embedding == "sinusoidal":
-            table = sinusoidal_table(self.text_config.max_position_embeddings, self.text_config.hidden_size)
-            return embeds + table.to(embeds)[position_ids]
+            return embeds + sinusoids(position_ids, self.text_config.hidden_size).to(embeds)
         return embeds
 
 
@@ -426,7 +442,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             labels: (batch, sequence), -100 where there is no loss. They are shifted inside: position i predicts label i
                 + 1.
             loss_weights: (batch, sequence), what the loss of each label is multiplied by. Default: 1.
-            logits_to_keep: Number of last positions whose logits are computed (0: all), or their indices.
+            logits_to_keep: Number of last positions whose logits are returned (0: all), or their indices. A loss is
+                that of all positions.
             skip_logits: Whether, with labels, the loss is computed a chunk of tokens at a time, and no logits are
                 returned, since all of them are batch * sequence * vocab numbers, several times over.
             num_items_in_batch: The loss is the mean over labels, by their weights, or, where the trainer gives this
@@ -469,12 +486,15 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         )
         logits, hidden = None, outputs.last_hidden_state
         is_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
-        if is_last and controller is not None and controller.logits is not None:
+        if is_last and controller is not None and controller.logits is not None and controller.last is None:
             logits = controller.logits[:, None]  # read at the last checks
         elif labels is None or not skip_logits:
             logits = self._logits(slice_logits_to_keep(hidden, logits_to_keep))
         loss, token_losses, vocab_size = None, None, self.text_config.vocab_size
-        if labels is not None and (logits is None or loss_weights is not None):  # a chunk of tokens at a time
+        is_part = not isinstance(logits_to_keep, int) or logits_to_keep != 0
+        if labels is not None and (
+            logits is None or loss_weights is not None or is_part
+        ):  # a chunk of tokens at a time
             loss, token_losses = causal_loss(
                 self._logits, hidden, labels, vocab_size, num_items_in_batch, loss_weights, is_shifted
             )

@@ -14,6 +14,7 @@ from dataset_loading import Collator, build_validation
 from inference.loading import load_model
 from model import ExitOptions, MegaTransformerForCausalLM, MegaTransformerTextConfig
 from model.exit_criteria import ExitProbe
+from model.step_lora import add_step_lora
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_finetuning import write_tuning_config
 from tests.tiny_media_run import TINY_MEDIA_RUN, write_media_config
@@ -21,12 +22,16 @@ from trainers import exit_probe
 from trainers.exit_probe import observe
 
 
-@pytest.mark.parametrize("distance", [10.0, 0.3])
-def test_labels_say_from_where_on_distribution_and_state_are_those_of_full_depth(distance, monkeypatch):
+@pytest.mark.parametrize(("distance", "has_deltas"), [(10.0, False), (0.3, False), (0.3, True)])
+def test_labels_say_from_where_on_distribution_and_state_are_those_of_full_depth(distance, has_deltas, monkeypatch):
     """Against passes of each depth by themselves."""
     monkeypatch.setattr(exit_probe, "DIVERGENCE", 0.05)
     monkeypatch.setattr(exit_probe, "DISTANCE", distance)
     model, ids = tiny_model(scale=2.0), tiny_ids(2, 5)
+    if has_deltas:  # of single steps
+        adapter = add_step_lora(model, ["layers.0.attention.qkv_proj"], num_steps=4, rank=2, alpha=4)
+        for name, weight in adapter.named_parameters():
+            torch.nn.init.normal_(weight, std=0.3) if name.endswith("up") else None
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, :2] = -100

@@ -488,3 +488,26 @@ def test_noise_of_level_one_is_as_large_as_the_initial_state():
     noise, config = NoiseOptions(1.0), tiny_config(hidden_size=64)
     mixed = noise.mix(0, torch.zeros(1, 400, 64), torch.arange(400)[None], config)
     assert mixed.std() == pytest.approx(math.sqrt(2 / 5), rel=0.02)
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("criterion", ["kl_divergence", "argmax_stability", "latent_difference", "probe"])
+def test_padding_on_the_right_is_not_judged(criterion, keep):
+    """Rows of a padded batch take the steps that they take alone, and have their logits, those of padding as well."""
+    model = tiny_model(scale=3.0)
+    model.model.add_exit_probe()
+    with torch.no_grad():
+        model.model.exit_probe.out.weight.mul_(40)
+    threshold = {"kl_divergence": 0.05, "argmax_stability": 2, "latent_difference": 0.3, "probe": 0.5}[criterion]
+    ids, lengths = tiny_ids(6, 9), (9, 3, 5, 4, 7, 2)
+    mask = torch.tensor([[int(place < length) for place in range(9)] for length in lengths])
+    options = {"num_steps": MOST, "exits": ExitOptions(criterion, threshold)}
+    with torch.no_grad():
+        together = model(ids, attention_mask=mask, logits_to_keep=keep, **options)
+        alone = [model(ids[row : row + 1, :length], **options) for row, length in enumerate(lengths)]
+        steps = torch.cat([each.exit_steps for each in alone])
+        whole = model(ids, attention_mask=mask, num_steps=steps).logits
+    assert together.exit_steps.tolist() == steps.tolist() and len(set(steps.tolist())) > 1
+    torch.testing.assert_close(together.logits, whole[:, -keep:], atol=1e-4, rtol=1e-4)
+    for row, (length, each) in enumerate(zip(lengths, alone, strict=True)):
+        torch.testing.assert_close(whole[row, :length], each.logits[0], atol=1e-4, rtol=1e-4)

@@ -325,3 +325,19 @@ def test_bad_input_is_named():
     coded = tiny_autoencoder(bottleneck="fsq", fsq_levels=LEVELS)
     with pytest.raises(ValueError, match="ids are from 0 to 24, but there are codes 0 to 23"):
         coded.decode_ids(torch.arange(25)[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_two_levels_are_finite_in_every_precision(dtype):
+    """The values of the formula in float64, with gradients."""
+    bottleneck = tiny_autoencoder(bottleneck="fsq", fsq_levels=[2, 2, 5]).bottleneck
+    hidden = torch.tensor([[[-6.0, 0.75, 0.0], [0.25, -5.0, 2.0]]], dtype=dtype, requires_grad=True)
+    half = torch.tensor([0.5, 0.5, 2.0], dtype=torch.float64) * 1.001
+    offset = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
+    expected = (torch.tanh(hidden.double() + torch.atanh(offset / half)) * half - offset).round()
+    expected = expected / torch.tensor([1, 1, 2])
+    found = bottleneck(hidden)
+    assert found.dtype == dtype and torch.equal(found.double(), expected)
+    assert found[0].tolist() == [[-1.0, 0.0, 0.0], [0.0, -1.0, 1.0]]
+    found.float().sum().backward()
+    assert torch.isfinite(hidden.grad).all()

@@ -1,12 +1,15 @@
 """The text model against references written out, and what it does with its options and with bad input."""
 
+import math
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.utils.generic import find_labels
 
-from model import MegaTransformerForCausalLM, MegaTransformerForConditionalGeneration
-from tests.tiny import tiny_config, tiny_ids, tiny_model
+from model import MegaTransformerForCausalLM, MegaTransformerForConditionalGeneration, RecurrentCache
+from model.blocks import sinusoids
+from tests.tiny import tiny_classifier, tiny_config, tiny_ids, tiny_model
 
 POSITIONS = ["rope", "alibi", "learned", "sinusoidal", "none"]
 PLACEMENTS = ["sandwich", "pre", "post"]
@@ -401,3 +404,110 @@ def test_trainers_find_the_labels_and_nothing_else():
     """`Trainer` evaluates where all that it takes for labels is given."""
     for model in (MegaTransformerForCausalLM, MegaTransformerForConditionalGeneration):
         assert find_labels(model) == ["labels"]
+
+
+# ------------------------------------------------------------------------------------------- rows of different kinds
+
+
+@pytest.mark.parametrize("side", ["right", "left", "within"])
+@pytest.mark.parametrize(
+    ("backend", "static"),
+    [
+        *[(backend, static) for backend in ("eager", "sdpa") for static in (False, True)],
+        pytest.param("flex_attention", False, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("position", ["rope", "alibi", "learned"])
+def test_packed_rows_beside_padded_ones_are_their_documents_alone(position, backend, side, static):
+    """Two documents in a row, padding before, behind or between them, and a padded row of one document."""
+    model = tiny_model(scale=2.0, position_embedding=position)
+    model.set_attn_implementation(backend)
+    first, second, pad = tiny_ids(1, 6), tiny_ids(1, 4, seed=1), torch.zeros(1, 3, dtype=torch.long)
+    parts = {"right": [first, second, pad], "left": [pad, first, second], "within": [first, pad, second]}[side]
+    packed, padded = torch.cat(parts, dim=1), torch.cat((pad, pad, first, pad[:, :1]), dim=1)
+    rows = torch.cat((packed, padded))
+    counted = torch.cat([torch.arange(part.shape[1]) * (part[0] > 0) for part in parts])
+    positions = torch.stack((counted, torch.tensor([*[0] * 6, *range(6), 0])))
+    cache = RecurrentCache(model.config, max_length=16) if static else None
+    with torch.no_grad():
+        together = model(
+            rows, attention_mask=(rows != 0).long(), position_ids=positions, cache=cache, num_steps=3
+        ).logits
+        for document, row in ((first, 0), (second, 0), (first, 1)):
+            start = next(at for at in range(13) if torch.equal(rows[row, at : at + document.shape[1]], document[0]))
+            alone = model(document, num_steps=3).logits[0]
+            torch.testing.assert_close(together[row, start : start + len(alone)], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_static_cache_keeps_packed_documents_apart():
+    model, ids = tiny_model(scale=2.0), tiny_ids(2, 8)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]] * 2)
+    with torch.no_grad():
+        cache = RecurrentCache(model.config, max_length=12)
+        ours = model(ids, position_ids=positions, cache=cache, num_steps=3).logits[:, 5:]
+        torch.testing.assert_close(ours, model(ids[:, 5:], num_steps=3).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_four_dimensional_masks_of_numbers_are_those_of_bools(position, backend):
+    model, ids = tiny_model(scale=2.0, position_embedding=position), tiny_ids(2, 6)
+    model.set_attn_implementation(backend)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
+    mask[1, :, 3:, 1] = False
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, num_steps=2).logits
+        assert torch.equal(model(ids, attention_mask=mask.long(), num_steps=2).logits, expected)
+        assert not torch.allclose(expected[1], model(ids, num_steps=2).logits[1], atol=1e-4)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 6, 5\), expected"):
+        model(ids, attention_mask=mask[..., :5])
+
+
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 4])], ids=str)
+def test_a_loss_is_of_all_positions_whatever_logits_are_kept(keep):
+    model, ids = tiny_model(scale=2.0), tiny_ids(2, 6)
+    whole, part = model(ids, labels=ids), model(ids, labels=ids, logits_to_keep=keep)
+    torch.testing.assert_close(part.loss, whole.loss)
+    kept = slice(-keep, None) if isinstance(keep, int) else keep
+    torch.testing.assert_close(part.logits, whole.logits[:, kept])
+
+
+def test_what_inference_mode_leaves_can_be_trained_with():
+    model, ids = tiny_model(position_embedding="sinusoidal"), tiny_ids(2, 5)
+    with torch.inference_mode():
+        model(ids)
+    model.train()(ids, labels=ids, num_steps=2).loss.backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal"])
+def test_positions_below_the_table_and_empty_batches_are_refused(position):
+    model, ids = tiny_model(position_embedding=position), tiny_ids(1, 3)
+    with pytest.raises(ValueError, match=rf"position_ids has -1, and the {position} table begins at 0; give padding"):
+        model(ids, position_ids=torch.tensor([[-1, 0, 1]]))
+    with pytest.raises(ValueError, match="the input batch is empty; give at least one row"):
+        model(ids[:0])
+    with pytest.raises(ValueError, match="batch is empty"):
+        model.generate(ids[:0], max_new_tokens=2)
+
+
+def test_sinusoids_are_those_of_their_definition():
+    """Of single positions, whatever the largest is."""
+    table = sinusoids(torch.tensor([[0, 7, 63]]), 6)[0].double()
+    for row, position in zip(table, (0, 7, 63), strict=True):
+        angles = [position / 10000 ** (2 * pair / 6) for pair in range(3)]
+        expected = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+        torch.testing.assert_close(row, torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("build", [tiny_model, tiny_classifier])
+def test_embeddings_that_are_put_in_or_resized_keep_the_scale(build):
+    model, ids = build(), tiny_ids(2, 5)
+    expected = model.get_input_embeddings()(ids)
+    other = torch.nn.Embedding(64, 32, padding_idx=0)
+    other.weight = model.get_input_embeddings().weight
+    model.set_input_embeddings(other)
+    assert torch.equal(model.get_input_embeddings()(ids), expected)
+    model.resize_token_embeddings(70)
+    assert torch.equal(model.get_input_embeddings()(ids), expected)
+    assert model.get_input_embeddings().embed_scale != 1

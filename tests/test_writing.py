@@ -515,18 +515,20 @@ def test_targets_that_do_not_fit_are_refused(model, change, message):
 # --------------------------------------------------------------------------------------------------------------- exits
 
 
-def test_a_place_that_exits_is_the_place_with_that_many_steps(model):
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_a_place_that_exits_is_the_place_with_that_many_steps(model, temperature):
     """Of each medium's places the velocities at every depth, by a pass of its own; the first that changed less than the
     threshold is where it has stopped. Depths differ from place to place, so the cache holds them all.
     """
     inputs = prompts(TEXT_PROMPT)
     options = {"generation_mode": "image", "guidance_scale": 1, "flow_seeds": [3], "num_steps": 8}
+    options["flow_temperature"] = temperature
     exits = {"exit_criterion": "kl_divergence", "velocity_threshold": 0.15}
     outputs = model.generate(**inputs, **options, **exits)
     steps = outputs.exit_steps[0].tolist()
     assert len(set(steps[1:-1])) > 1 and max(steps[1:-1]) <= 8
     writer = model.model.writers["image"]
-    noise = torch.randn(writer.num_places, 48, generator=keyed_generator("sample", "image", 3, 0))
+    noise = torch.randn(writer.num_places, 48, generator=keyed_generator("sample", "image", 3, 0)) * temperature**0.5
     cache = RecurrentCache(model.text_config)
     ids = outputs.sequences[:, :-1]
     embeds = model.model.embed_tokens(ids).detach()
@@ -547,3 +549,55 @@ def test_a_place_that_exits_is_the_place_with_that_many_steps(model):
             first = next((number for number, change in enumerate(changes, start=2) if change < 0.15), 8)
             assert first == steps[place + 1]
             cache = kept
+
+
+# ------------------------------------------------------------------------------------------------------ what is opened
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize(("name", "start"), [("image", IMAGE_START), ("audio", AUDIO_START)])
+@pytest.mark.parametrize("is_any", [False, True])
+def test_an_item_that_the_prompt_opens_is_the_item_that_is_opened_at_once(model, is_any, name, start, scale):
+    """A row of a batch whose prompt ends with the start token, and the row that is made to begin with it."""
+    sound_goes_on(model)
+    mode = "any" if is_any else name
+    options = {"generation_mode": mode, "guidance_scale": scale, "num_steps": STEPS}
+    options |= {"max_new_tokens": 10} if mode == "any" else {}
+    inputs = prompts([*TEXT_PROMPT, start], IMAGE_PROMPT)
+    script = Script(inputs["input_ids"].shape[1], {}, {0: start})
+    processors = {"logits_processor": LogitsProcessorList([script])} if mode == "any" else {}
+    opened = model.generate(**inputs, pixel_values=PIXELS, flow_seeds=[7, 8], **options, **processors)
+    script = Script(len(TEXT_PROMPT), {0: start})
+    processors = {"logits_processor": LogitsProcessorList([script])} if mode == "any" else {}
+    plain = model.generate(**prompts(TEXT_PROMPT), flow_seeds=[7], **options, **processors)
+    torch.testing.assert_close(opened.latents[name][0], plain.latents[name][0], **CLOSE)
+    assert len(opened.latents[name]) >= 2
+    ids = opened.sequences[0][inputs["attention_mask"][0].argmax() :].tolist()
+    length = len(TEXT_PROMPT) + 1 + len(plain.latents[name][0]) + 1
+    assert ids[:length] == plain.sequences[0, :length].tolist()
+
+
+@pytest.mark.parametrize(("mode", "row"), [("text", [IMAGE_START]), ("image", [AUDIO_START]), ("audio", [IMAGE_START])])
+def test_an_item_that_is_opened_for_another_mode_is_refused(model, mode, row):
+    name = "audio" if row == [AUDIO_START] else "image"
+    with pytest.raises(ValueError, match=f"prompt 1 ends within an {name}, which generation_mode '{mode}' cannot"):
+        model.generate(**prompts(TEXT_PROMPT, [*TEXT_PROMPT, *row]), generation_mode=mode, max_new_tokens=8)
+
+
+def test_an_item_that_has_latents_is_not_gone_on_with(model):
+    ids = [*TEXT_PROMPT, AUDIO_START, WRITTEN_AUDIO]
+    with pytest.raises(ValueError, match="prompt 0 ends within an audio"):
+        model.generate(**prompts(ids), audio_targets=torch.zeros(1, 8, 2), generation_mode="audio")
+
+
+@pytest.mark.parametrize(("most", "places"), [(None, 6), (5, 3)])
+def test_linear_guidance_is_whole_at_the_last_place_there_is_room_for(model, monkeypatch, most, places):
+    sound_goes_on(model)
+    writer, found = model.model.writers["audio"], []
+    writer.config.guidance_schedule = "linear"
+    sample = writer.head.sample
+    monkeypatch.setattr(writer.head, "sample", lambda *args: (found.append(args[4].item()), sample(*args))[1])
+    options = {} if most is None else {"max_new_tokens": most}
+    outputs = model.generate(**prompts(TEXT_PROMPT), generation_mode="audio", guidance_scale=3.0, **options)
+    assert len(outputs.latents["audio"][0]) == places
+    assert found == pytest.approx([1 + 2 * place / (places - 1) for place in range(places)])

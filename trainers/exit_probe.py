@@ -75,10 +75,11 @@ def observe(
     """
     given = {name: value for name, value in inputs_of_model(batch).items() if name != "labels"}
     states = model(**given, num_steps=full, output_states=True, use_cache=False).states
-    log_p = [  # one more step from each state, in place of all steps again
-        model(**given, num_steps=1, initial_state=state, use_cache=False).logits.float().log_softmax(-1)
-        for state in states[:-1]
-    ]
+    if model.base_model.core.step_lora is None:  # one more step from each state, in place of all steps again
+        depths = [{"num_steps": 1, "initial_state": state} for state in states[:-1]]
+    else:  # whose steps are not all the same
+        depths = [{"num_steps": step} for step in range(1, full + 1)]
+    log_p = [model(**given, **depth, use_cache=False).logits.float().log_softmax(-1) for depth in depths]
     divergences = torch.stack([(log_p[-1].exp() * (log_p[-1] - each)).sum(-1) for each in log_p])
     counts = nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
     is_close = torch.stack([relative_change(states[-1], state) < DISTANCE for state in states[1:]])
