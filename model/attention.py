@@ -22,9 +22,7 @@ class AttentionInputs:
 
     mask: torch.Tensor | None  # in the form that the backend wants; None: plain causal
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin: (batch, sequence, head_dim)
-    position_bias: torch.Tensor | None = (
-        None  # (1 or batch, heads, query, key), where the mask does not hold it already
-    )
+    position_bias: torch.Tensor | None = None  # (1 or batch, heads, query, key), where the mask does not hold it
     where: slice | torch.LongTensor | None = None  # the places of the tokens in the cache
     rows: torch.LongTensor | None = None  # the rows of the cache that the batch consists of; None: all of them
     build_of: Callable[[torch.LongTensor], "AttentionInputs"] | None = None  # for a block mask, which has no rows
@@ -125,7 +123,6 @@ def prepare_attention(
     """Builds the mask and the positional terms once for all layers of a forward pass.
 
     Args:
-        inputs_embeds: (batch, sequence, hidden).
         attention_mask: (batch, past + sequence) with 1 for real tokens, a 4-D mask which is taken as it is, or None.
         position_ids: (batch, sequence). A restart begins a new document, and none sees another; not behind a cache.
         may_restart: Whether restarts are looked for, for which the host waits for a GPU.

@@ -1,6 +1,5 @@
 """Key/value cache of a recurrent-depth model: a buffer per layer, and in those of the core a slot per step."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -34,15 +33,9 @@ class CacheSlot:
         where: slice | torch.LongTensor,
         rows: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values, (rows, key/value heads, new tokens, head_dim) each, over what is there.
-
-        Args:
-            where: The places of the new tokens: a slice, or, in buffers of static size, their indices.
-            rows: Rows of the batch that the states belong to. Default: all.
-
-        Returns:
-            Keys and values of these rows: of all tokens up to the new ones; of static size, of the whole capacity, so
-            that one compiled graph serves every length. The mask hides what is not written yet.
+        """Writes keys and values of `rows` (None: all), (rows, key/value heads, new tokens, head_dim) each, to places
+        `where`, and returns theirs up to the new tokens. Of static size places are indices, and it returns the whole
+        capacity, so that one compiled graph serves every length; the mask hides what is not written yet.
         """
         if self.both is None:
             if not self.layer.is_initialized:
@@ -187,11 +180,6 @@ class CacheLayer(CacheLayerMixin):
         """Rows in another order, for beam search."""
         self.batch_select_indices(beam_idx)
 
-    def append_rows(self, other: "CacheLayer") -> None:
-        """Takes in the rows of another of the same size, behind its own."""
-        self.batch += other.batch
-        self._set_buffer(torch.cat((self.buffer, other.buffer), dim=2))
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
         if self.is_initialized:
@@ -204,7 +192,7 @@ class CacheLayer(CacheLayerMixin):
 
 
 class RecurrentCache(Cache):
-    """Keys and values by (layer, step).
+    """Keys and values by (layer, step); ValueError for an unknown policy, or a number of steps that it does not take.
 
     Layers of prelude and coda have one slot, layers of the core one for each step that is kept. The policy says which:
 
@@ -223,9 +211,6 @@ class RecurrentCache(Cache):
         max_length: Number of tokens that a cache of static size has room for. Default: it grows.
         max_steps: Number of steps that a cache of static size has room for. Default: those of the first
             chunk.
-
-    Raises:
-        ValueError: the policy is unknown, or does not take this number of steps.
     """
 
     def __init__(
@@ -415,31 +400,6 @@ class RecurrentCache(Cache):
         super().batch_select_indices(indices)
         self._select_states(lambda state: state[indices])
         self.row_steps = None if self.row_steps is None else self.row_steps[indices.cpu()]
-
-    def like(self) -> "RecurrentCache":
-        """An empty cache of the same policy."""
-        other = copy.copy(self)
-        other.layers = [CacheLayer() for _ in self.layers]
-        other.reset()
-        return other
-
-    def append_rows(self, other: "RecurrentCache") -> None:
-        """Takes in the rows of a cache of as many tokens, behind its own.
-
-        Raises:
-            ValueError: it is of static size.
-        """
-        if self.max_length is not None:
-            raise ValueError("a cache of static size has room for its own rows alone; leave cache_implementation out")
-        for layer, theirs in zip(self.layers, other.layers, strict=True):
-            steps, capacity = max(layer.num_steps, theirs.num_steps), max(layer.capacity, theirs.capacity)
-            layer.reserve(steps, layer.batch, capacity)
-            theirs.reserve(steps, theirs.batch, capacity)
-            layer.append_rows(theirs)
-        if self.row_steps is not None:
-            self.row_steps = torch.cat([part.row_steps[:, : self.length] for part in (self, other)])
-        if self.last_state is not None and other.last_state is not None:
-            self.last_state = torch.cat((self.last_state, other.last_state))
 
     def _select_states(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.last_state = None if self.last_state is None else select(self.last_state)

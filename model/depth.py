@@ -138,13 +138,10 @@ class NoiseOptions:
     w = level * initializer_range * embedding_scale / (i + 1).
 
     Source: the released code of the paper, which draws from the global generator. Here the noise of a token depends on
-    its position, the step and the seed, and on nothing else that is in the batch.
+    its position, the step and the seed alone. ValueError: the level is negative.
 
     Args:
         level: Amount of noise, at least 0, which is none; 1 is as much as the initial state has.
-
-    Raises:
-        ValueError: the level is negative.
     """
 
     level: float = 0.0
@@ -228,10 +225,8 @@ class DepthOptions:
 
     def arguments_of_token(self, index: int, num_rows: int, most: int) -> dict[str, Any]:
         """The arguments of `forward` for new token number `index`, counted from 0, which is read off the prompt. The
-        prompt takes all steps unless told otherwise, and a schedule is a number of steps.
-
-        Raises:
-            ValueError: the schedule says more than `most`, the smallest `num_steps` of a row.
+        prompt takes all steps unless told otherwise, and a schedule is a number of steps; ValueError for one above
+        `most`, the smallest `num_steps` of a row.
         """
         steps, exits = self.num_steps, self.exits
         if index == 0 and not exits.in_prefill:

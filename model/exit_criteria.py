@@ -212,7 +212,7 @@ def mean_over_tokens(values: torch.Tensor, is_token: torch.Tensor | None) -> tor
 
 @dataclass(frozen=True)
 class ExitOptions:
-    """What ends the iteration of rows before their last step.
+    """What ends the iteration of rows before their last step; ValueError for a value outside its range.
 
     Args:
         criterion: Name of an entry of `EXIT_CRITERIA`; "schedule", in `generate` alone; or "none".
@@ -222,9 +222,6 @@ class ExitOptions:
         in_prefill: Whether, in `generate`, the prompt may exit too, all its tokens together.
         schedule: Steps of each new token for the criterion "schedule", the last for all that follow; or a function of
             the token's index.
-
-    Raises:
-        ValueError: the criterion is unknown, a value outside its range, or the schedule missing.
     """
 
     criterion: str = "none"
@@ -261,15 +258,12 @@ class ExitOptions:
 
 
 class ExitController:
-    """Checks the rows of one forward pass after their steps, and keeps what was read of them.
+    """Checks the rows of one forward pass after their steps, and keeps what was read. ValueError: it cannot judge so.
 
     Args:
         options: Criterion, threshold, and when it is asked.
         head: (rows, hidden), after coda and norm -> logits (rows, vocab).
         probe: The model's, for the criterion of this name.
-
-    Raises:
-        ValueError: the model has no probe, or the criterion is a schedule, which `generate` turns into steps.
     """
 
     def __init__(
@@ -308,15 +302,8 @@ class ExitController:
     def check(
         self, step: int, state: torch.Tensor, hidden: torch.Tensor | None, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        """Which of the rows stop after `step` steps.
-
-        Args:
-            state: s_i of these rows.
-            hidden: The same after coda and norm, if the criterion reads logits.
-            rows: Their indices in the batch; None: all of them.
-
-        Returns:
-            (rows,) of bool.
+        """Which of the rows stop after `step` steps, (rows,) of bool. state: s_i of these rows; hidden: the same after
+        coda and norm, if the criterion reads logits; rows: their indices in the batch, None for all of them.
         """
         before = self.before
         if len(before.state) > len(state):  # some have left since
@@ -340,12 +327,10 @@ class ExitController:
         if rows is None:
             self.hidden, self.logits = hidden, logits
         else:
-            batch = len(self.steps_at_check)
             if self.hidden is None:
-                self.hidden, self.logits = (
-                    hidden.new_zeros(batch, *hidden.shape[1:]),
-                    logits.new_zeros(batch, *logits.shape[1:]),
-                )
+                batch = len(self.steps_at_check)
+                empty = (part.new_zeros(batch, *part.shape[1:]) for part in (hidden, logits))
+                self.hidden, self.logits = empty
             self.hidden = self.hidden.index_copy(0, rows, hidden)
             self.logits = self.logits.index_copy(0, rows, logits)
         return logits

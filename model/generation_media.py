@@ -357,6 +357,21 @@ def media_names() -> list[str]:
     return [*names, "mm_encoder_outputs"]
 
 
+def append_rows(cache: RecurrentCache, other: RecurrentCache) -> None:
+    """Puts the rows of a cache of as many tokens behind those of another; ValueError where that is of static size."""
+    if cache.max_length is not None:
+        raise ValueError("a cache of static size has room for its own rows alone; leave cache_implementation out")
+    rows, length = len(other.row_steps), other.length
+    cache.batch_select_indices(torch.arange(rows).repeat(2))  # the second ones are written over
+    for layer, theirs in zip(cache.layers, other.layers, strict=True):
+        layer.reserve(theirs.num_steps, 2 * rows, length)
+        deepest = torch.arange(layer.num_steps).clamp(max=theirs.num_steps - 1)
+        layer.buffer[:, :, rows:, :, :length] = theirs.buffer[deepest.to(theirs.device), ..., :length, :]
+    cache.row_steps[rows:, :length] = other.row_steps[:, :length]
+    if cache.last_state is not None and other.last_state is not None:
+        cache.last_state[rows:] = other.last_state
+
+
 def of_rows(features: Iterable[torch.Tensor]) -> BaseModelOutputWithPooling:
     """Features of rows, (tokens, hidden) each, as `forward` takes them."""
     return BaseModelOutputWithPooling(pooler_output=tuple(features))
@@ -592,9 +607,10 @@ class MediaGeneration:
             seen, whole = self.model._count_places(name, part), counts[name]
             parts = zip(last_features(rows, whole), seen, strict=True)
             read[name] = tuple(row[:count] for row, count in parts)
-        cache = self.cache.like()
+        kept = self.cache.num_kept_steps if self.cache.policy == "ring" else None
+        cache = RecurrentCache(self.model.text_config, self.cache.policy, kept)
         self._forward(self.mask[:, : self.num_cached], cache, is_read_again=True, **self._inputs(part, read))
-        self.cache.append_rows(cache)
+        append_rows(self.cache, cache)
 
     def advance(self, embeds: torch.Tensor) -> torch.Tensor:
         """The next positions: (rows, hidden) -> (rows, hidden), or twice as many with guidance."""

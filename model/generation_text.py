@@ -28,8 +28,6 @@ from .outputs import CACHE_NAME
 CACHE_OPTIONS = ("cache_policy", "num_kept_steps")
 DEFAULT_NEW_TOKENS = 20  # of transformers
 OWN_ARGUMENTS = ("num_steps", "depth_options", "num_cached_tokens", "draft_media")  # of `prepare_inputs_for_generation`
-
-
 TEXTS = ("text", "drafts")
 OF_FORWARD = (
     *("labels", "loss_weights", "num_items_in_batch", "num_targets_in_batch", "skip_logits", "logits_to_keep"),
@@ -74,18 +72,19 @@ class RecurrentGenerationMixin:
         given, own_loop = dict(kwargs), kwargs.get("custom_generate")
         own_loop = own_loop if isinstance(own_loop, OwnLoop) else None
         config, depth, cache_options, kwargs = self._merge_options(generation_config, kwargs)
-        is_assisted = own_loop is None and is_assisted_by(config, kwargs.get("assistant_model"))
-        if own_loop is None:
-            check_read(
-                self.read_by, "drafts" if is_assisted else "text", given, generation_config, self.generation_config
-            )
-        if own_loop is None:
-            depth = replace(depth, num_steps=depth.steps_of("text"))
-        else:
+        mode, is_assisted = config.get_generation_mode(kwargs.get("assistant_model")), False
+        if own_loop is not None:
             own_loop.take_options(config, kwargs)
+        else:
+            is_assisted = mode == GenerationMode.ASSISTED_GENERATION
+            loop, depth = "drafts" if is_assisted else "text", replace(depth, num_steps=depth.steps_of("text"))
+            check_read(self.read_by, loop, given, generation_config, self.generation_config)
         self._check_options(config, depth, is_assisted, own_loop, kwargs)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        num_cached_tokens(ids, kwargs)  # which refuses a prompt that is no longer than they
         if isinstance(state := kwargs.get("initial_state"), torch.Tensor) and len(state) == 1:
-            kwargs["initial_state"] = state.expand(num_prompts(inputs, kwargs), -1, -1)  # rows, for their copies
+            prompts = ids if ids is not None else kwargs.get("inputs_embeds", [[]])
+            kwargs["initial_state"] = state.expand(len(prompts), -1, -1)  # rows, for their copies
         cache = self._make_cache(inputs, config, depth, cache_options, kwargs)
         if is_assisted:
             self._check_assistance(inputs, depth, cache, kwargs)
@@ -113,11 +112,7 @@ class RecurrentGenerationMixin:
         return outputs
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses transformers' continuous batching, whose pages have one place for each layer.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refuses transformers' continuous batching, whose pages have one place for each layer, by a ValueError."""
         raise ValueError(
             "generate_batch (continuous batching) is not possible with this model: its pages hold one key and value "
             "for each layer, and the core has some for each step; use generate, which takes batches with padding"
@@ -169,12 +164,9 @@ class RecurrentGenerationMixin:
                 "assistant_early_exit drafts with the first layers, which say nothing before the core has run; leave "
                 "it out, or give a smaller model as assistant_model"
             )
-        if isinstance(depth.num_steps, dict) and (
-            unknown := sorted(depth.num_steps.keys() - {*self.output_modalities})
-        ):
-            raise ValueError(
-                f"num_steps names {unknown[0]!r}, but this model generates {', '.join(self.output_modalities)}"
-            )
+        named = sorted(depth.num_steps) if isinstance(depth.num_steps, dict) else ()
+        if unknown := [name for name in named if name not in self.output_modalities]:
+            raise ValueError(f"num_steps names {unknown[0]!r}, but this model has {', '.join(self.output_modalities)}")
         synced_gpus = kwargs.get("synced_gpus")
         if synced_gpus is None:  # as transformers decides it
             is_split = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
@@ -184,31 +176,25 @@ class RecurrentGenerationMixin:
                 "media are not written under ZeRO-3 or FSDP: ranks would wait for each other; gather weights, or give "
                 "synced_gpus=False where all ranks write the same"
             )
-        criterion = depth.exits.criterion
-        asked = [] if criterion == "none" else [f"exit_criterion {criterion!r}"]
-        if synced_gpus and isinstance(depth.num_steps, torch.Tensor):
-            asked.append("num_steps with a number per row")
-        asked += ["state_warm_start"] if depth.state_warm_start else []
-        if depth.state_warm_start and kwargs.get("initial_state") is not None:
+        criterion, has_state = depth.exits.criterion, kwargs.get("initial_state") is not None
+        asked = [f"exit_criterion {criterion!r}"] * (criterion != "none")
+        asked += ["num_steps with a number per row"] * bool(synced_gpus and isinstance(depth.num_steps, torch.Tensor))
+        asked += ["state_warm_start"] * depth.state_warm_start
+        if depth.state_warm_start and has_state:
             raise ValueError("initial_state has no effect with state_warm_start; leave one of them out")
-        of_core = [*asked, *(["noise_level"] if depth.noise.level else [])]
-        of_core += ["initial_state"] if kwargs.get("initial_state") is not None else []
+        of_core = [*asked, *["noise_level"] * bool(depth.noise.level), *["initial_state"] * has_state]
         if of_core and self.text_config.num_core_layers == 0:
             raise ValueError(f"{of_core[0]} was given, but this model has no core to iterate (num_core_layers is 0)")
-        if not asked:
-            return
+        why = None
         if config.use_cache is False:
-            raise ValueError(f"{asked[0]} is not possible with use_cache=False: what a token has left is in the cache")
-        if is_assisted:
-            raise ValueError(
-                f"{asked[0]} is not possible with assisted generation, which checks several tokens at one depth; "
-                "leave one of them out"
-            )
-        if synced_gpus:
-            raise ValueError(
-                f"{asked[0]} is not possible with synced_gpus (ZeRO-3, FSDP): ranks that take different numbers of "
-                "steps would wait for each other forever; leave it out, or gather the weights first"
-            )
+            why = "use_cache=False: what a token has left is in the cache"
+        elif is_assisted:
+            why = "assisted generation, which checks several tokens at one depth; leave one of them out"
+        elif synced_gpus:
+            why = "synced_gpus (ZeRO-3, FSDP): ranks that take different numbers of steps would wait for each other "
+            why += "forever; leave it out, or gather the weights first"
+        if asked and why:
+            raise ValueError(f"{asked[0]} is not possible with {why}")
 
     def _make_cache(
         self,
@@ -218,14 +204,11 @@ class RecurrentGenerationMixin:
         options: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> RecurrentCache | None:
-        """The cache that was given, by either name, or a new one; transformers' own have no slots for steps.
-
-        Raises:
-            ValueError: there is no such kind of cache here.
+        """The cache that was given, by either name, or a new one, since transformers' own have no slots for steps;
+        ValueError for a kind that there is not.
         """
-        given = [
-            cache for cache in (kwargs.pop("cache", None), kwargs.pop("past_key_values", None)) if cache is not None
-        ]
+        given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+        given = [cache for cache in given if cache is not None]
         if len(given) == 2:
             raise ValueError("cache and past_key_values are two names of the same; give one of them")
         if given:
@@ -247,11 +230,7 @@ class RecurrentGenerationMixin:
     def _check_assistance(
         self, inputs: torch.Tensor | None, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
     ) -> None:
-        """Checks that drafts can be verified, and counts the tokens that the cache holds before.
-
-        Raises:
-            ValueError: they cannot be verified.
-        """
+        """Counts the tokens that the cache holds before; ValueError where drafts cannot be verified."""
         if kwargs.get("inputs_embeds") is not None:
             # transformers 5.23 and 5.24 lose the prompt then, for Llama too, and say nothing.
             raise ValueError("assisted generation is not possible with inputs_embeds; give input_ids alone")
@@ -304,12 +283,11 @@ class RecurrentGenerationMixin:
         draft_media: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict:
-        """Prepares as the original does, with what the token takes of depth.
+        """Prepares as the original does, with what the token takes of depth, by what `generate` was asked for.
 
         Args:
             num_cached_tokens: Where candidates are checked, tokens of the prompt that a cache held before: transformers
                 5.23 and 5.24 give the whole prompt then, for Llama too, and the model would read them twice.
-            depth_options: What `generate` was asked for.
             draft_media: What a model that drafts reads of media; not read here.
         """
         cache = past_key_values if cache is None else cache
@@ -383,9 +361,7 @@ class OwnLoop:
     """A loop that `generate` runs in place of those of transformers, as `custom_generate`."""
 
     def take_options(self, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-        """Takes what it reads out of the merged generation config and the keywords, where transformers would go by it,
-        or take it away.
-        """
+        """Takes out of the merged generation config and the keywords what transformers would go by, or take away."""
 
 
 def check_read(
@@ -395,17 +371,9 @@ def check_read(
     generation_config: GenerationConfig | None,
     defaults: GenerationConfig,
 ) -> None:
-    """Checks that a loop reads all that was asked for.
-
-    Args:
-        read_by: The loops that read an option, by its name; of one that is not there, those of transformers alone.
-        loop: The name of the loop: "text", "drafts" (assisted generation), or a mode of media.
-        keywords: Those of `generate`. None and False ask for nothing.
-        generation_config: What `generate` was given. Where it says what `defaults` says, it asks for nothing.
-        defaults: The generation config of the model.
-
-    Raises:
-        ValueError: an option has no effect.
+    """Raises ValueError for an option that a loop does not read: "text", "drafts" (assisted generation), or a mode of
+    media. `read_by` names the loops that read an option; one that is not there is read by those of transformers alone.
+    None, False, and what the model's own generation config (`defaults`) says ask for nothing.
     """
     if generation_config is not None and generation_config.is_assistant:
         return  # a draft has what transformers made of the options of the model that checks it
@@ -430,17 +398,6 @@ def by_name(args: tuple[Any, ...], first: str = "logits_processor") -> dict[str,
     return dict(zip(names[names.index(first) :], args, strict=False))
 
 
-def is_assisted_by(config: GenerationConfig, assistant_model: Any) -> bool:
-    """Whether tokens are drafted and then checked."""
-    return config.get_generation_mode(assistant_model) == GenerationMode.ASSISTED_GENERATION
-
-
-def num_prompts(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
-    """The number of prompts, 1 without any."""
-    given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    return next((len(prompts) for prompts in given if prompts is not None), 1)
-
-
 def prompt_length(inputs: torch.Tensor | None, kwargs: dict[str, Any], has_embeds: bool) -> int:
     """The number of prompt tokens with which `sequences` will begin, or, with `has_embeds`, which the model will read;
     without a prompt that is the begin token.
@@ -453,10 +410,7 @@ def prompt_length(inputs: torch.Tensor | None, kwargs: dict[str, Any], has_embed
 
 def num_cached_tokens(input_ids: torch.LongTensor | None, kwargs: dict[str, Any]) -> int:
     """How many tokens of the prompt the cache holds already: all of its own, or, where the mask shows that the prompt
-    goes on from them, none.
-
-    Raises:
-        ValueError: it holds all of the prompt.
+    goes on from them, none. ValueError: it holds all of the prompt.
     """
     cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
     cache = kwargs.get("past_key_values") if cache is None else cache

@@ -322,7 +322,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
             return torch.randint(2**62, (len(input_ids),))
         if are_used:
             return seeds_of_rows(input_ids, self.config.get_text_config().pad_token_id)
-        return torch.zeros(len(input_ids), dtype=torch.long)
+        return torch.zeros(input_ids.shape[0], dtype=torch.long)
 
 
 class MegaTransformerForConditionalGeneration(BackbonesFollow, MediaGenerationMixin, MegaTransformerForCausalLM):

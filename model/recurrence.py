@@ -203,21 +203,16 @@ def iterate_core(
     perturb: Callable[[int, ActiveRows], torch.Tensor] | None = None,
     check_exits: Callable[[int, ActiveRows], torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.LongTensor]:
-    """s_i = core(s_{i-1}, e) for i = 1 .. r, the first `depth.no_grad` steps without gradient.
+    """s_i = core(s_{i-1}, e) for i = 1 .. r, the first `depth.no_grad` steps without gradient: s_r, (batch, sequence,
+    hidden), and the steps taken, (batch,) on the CPU. state: s_0; embeds: e; inputs: mask and positions.
 
     A row leaves the batch, and keeps its state, when it has taken its own number of steps, or `check_exits` says so.
 
     Args:
-        state: s_0, (batch, sequence, hidden).
-        embeds: e, of the same shape.
-        inputs: Mask and positions.
         trajectory: If given, s_1 .. s_r are appended.
         perturb: (steps taken, active rows) -> the states that the next step sees.
         check_exits: (steps taken, active rows) -> (active rows,) of bool, whether they stop; or None: none does. Not
             asked after the last step.
-
-    Returns:
-        s_r, (batch, sequence, hidden), and the steps taken, (batch,) on the CPU.
     """
     grad_enabled, limits = torch.is_grad_enabled(), None
     if depth.rows is not None or check_exits is not None:
