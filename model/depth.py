@@ -256,8 +256,8 @@ EXIT_KEYWORDS = {
 
 
 def check_exit_keywords(keywords: dict[str, Any], criterion: str) -> None:
-    """Raises ValueError for an option of exits that the criterion does not read."""
-    read = {"none": {"exit_criterion"}, "schedule": {"exit_criterion", "exit_schedule", "exit_in_prefill"}}
+    """Raises ValueError for an option of exits that is not read; a schedule may stand in a criterion's place."""
+    read = {"none": {"exit_criterion"}, "schedule": EXIT_KEYWORDS.keys()}
     read = read.get(criterion, EXIT_KEYWORDS.keys() - {"exit_schedule"})
     unread = [name for name in EXIT_KEYWORDS if keywords.get(name) not in (None, False) and name not in read]
     if unread:

@@ -262,14 +262,11 @@ def test_positional_arguments_are_those_of_transformers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"min_steps": 2}, "min_steps has no effect with exit_criterion 'none'"),
         ({"exit_threshold": 0.1}, "exit_threshold has no effect with exit_criterion 'none'"),
         (
             {"exit_criterion": "cosine", "exit_schedule": [1]},
             "exit_schedule has no effect with exit_criterion 'cosine'",
-        ),
-        (
-            {"exit_criterion": "schedule", "exit_schedule": [1], "min_steps": 2},
-            "min_steps has no effect with exit_crit",
         ),
         ({"exit_criterion": "schedule", "exit_schedule": []}, "'schedule' needs an exit_schedule"),
         ({"exit_criterion": "schedule", "exit_schedule": [4]}, "takes 4 steps for new token 1, but num_steps is 3; ra"),
