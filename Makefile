@@ -7,10 +7,9 @@ INSTALLED_EXTRA := .venv/installed-extra
 # The other minor release of transformers that requirements.txt allows, and the tests of what depends on it most.
 PREVIOUS := 5.23.0
 INSTALLED_PREVIOUS := .venv-previous/transformers-$(PREVIOUS)
-TESTS_OF_PREVIOUS := $(addprefix tests/test_, cache.py clients_peft.py clients_trl_images.py conversations.py exits.py export.py \
-	export_writing.py generation.py generation_cells.py generation_options.py identities.py inference_loading.py \
-	media_generation.py media_identities.py media_model.py modeling.py pipelines.py pipelines_writing.py \
-	recurrence.py requirements.py static_cache.py writing.py writing_codecs.py)
+TESTS_OF_PREVIOUS := $(addprefix tests/test_, cache.py clients_peft.py clients_trl_images.py exits.py export.py export_writing.py generation.py \
+	generation_cells.py identities.py inference_loading.py media_generation.py media_identities.py media_model.py modeling.py \
+	pipelines.py pipelines_writing.py recurrence.py requirements.py static_cache.py writing.py writing_codecs.py)
 TOOLS := uv==0.13.9 pip-audit==2.10.1
 INSTALLED_TOOLS := .venv-tools/installed
 COMPILE := .venv-tools/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --upgrade \
