@@ -379,8 +379,8 @@ def check_read(
         return  # a draft has what transformers made of the options of the model that checks it
     asked, usual = dict(keywords), vars(defaults)
     for name, value in vars(generation_config or GenerationConfig()).items():
-        if not name.startswith("_") and name != "transformers_version" and usual.get(name) != value:
-            asked.setdefault(name, value)
+        if not name.startswith("_") and name != "transformers_version" and repr(usual.get(name)) != repr(value):
+            asked.setdefault(name, value)  # by `repr`, since numbers of rows are tensors
     for name, value in asked.items():
         if value is None or value is False or (name in NO_EFFECT_AT_1 and value == 1):
             continue

@@ -283,6 +283,14 @@ def test_options_without_effect_beside_others_are_refused(options, message):
         model().generate(*inputs, num_steps=3, **{"max_new_tokens": 6, **options})
 
 
+def test_a_generation_config_may_have_the_depth_of_rows():
+    """Beside one of the model's."""
+    ours = tiny_writer(scale=2.0)
+    ours.generation_config.num_steps = torch.tensor([3, 3])
+    config = GenerationConfig(max_new_tokens=3, num_steps=torch.tensor([2, 5]), return_dict_in_generate=True)
+    assert ours.generate(PROMPT, config).exit_steps.tolist() == [[2] * 3, [5] * 3]
+
+
 @pytest.mark.parametrize("options", [{"noise_level": 0.5}, {"initial_state": torch.ones(1, 1, 32)}], ids=str)
 def test_options_of_the_core_need_one(options):
     with pytest.raises(ValueError, match=rf"{next(iter(options))} was given, but this model has no core to iterate"):
