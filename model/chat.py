@@ -137,7 +137,7 @@ def said_content(message: Mapping[str, Any]) -> Any:
     if isinstance(content, str):
         return before + content + behind
     parts = [{"type": "text", "text": text} for text in (before, behind)]
-    return [part for part in (parts[0], *content, parts[1]) if part != _NOTHING]
+    return [part for part in (parts[0], *content, parts[1]) if part != _NOTHING] or content
 
 
 _NOTHING = {"type": "text", "text": ""}

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from .cache import RecurrentCache
 from .configuration_megatransformer_text import under_new_names
 from .depth import Depth, DepthOptions, resolve_depth
-from .outputs import CACHE_NAME
+from .outputs import CACHE_NAME, pop_cache
 
 CACHE_OPTIONS = ("cache_policy", "num_kept_steps")
 DEFAULT_NEW_TOKENS = 20  # of transformers
@@ -207,12 +207,9 @@ class RecurrentGenerationMixin:
         """The cache that was given, by either name, or a new one, since transformers' own have no slots for steps;
         ValueError for a kind that there is not.
         """
-        given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
-        given = [cache for cache in given if cache is not None]
-        if len(given) == 2:
-            raise ValueError("cache and past_key_values are two names of the same; give one of them")
-        if given:
-            return given[0] if hasattr(given[0], "row_steps") else RecurrentCache.of_prefix(self.text_config, given[0])
+        given = pop_cache(kwargs.pop("cache", None), kwargs)
+        if given is not None:
+            return given if hasattr(given, "row_steps") else RecurrentCache.of_prefix(self.text_config, given)
         if config.use_cache is False:
             return None
         kind, config.cache_implementation = config.cache_implementation, None
@@ -412,8 +409,7 @@ def num_cached_tokens(input_ids: torch.LongTensor | None, kwargs: dict[str, Any]
     """How many tokens of the prompt the cache holds already: all of its own, or, where the mask shows that the prompt
     goes on from them, none. ValueError: it holds all of the prompt.
     """
-    cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
-    cache = kwargs.get("past_key_values") if cache is None else cache
+    cache, mask = pop_cache(kwargs.get("cache"), dict(kwargs)), kwargs.get("attention_mask")
     num_cached = 0 if cache is None else cache.get_seq_length()
     if not num_cached or input_ids is None or (mask is not None and mask.shape[1] != input_ids.shape[1]):
         return 0

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -105,8 +106,16 @@ def run_here(words: list[str], cwd: str, environment: dict[str, str], files: lis
 
 
 def run_python(*words: Any, cwd: Path | str = ROOT, environment: Mapping[str, str] | None = None) -> CompletedProcess:
-    """`python WORDS`, finished."""
-    return Python(words, cwd, environment or os.environ).finish()
+    """`python WORDS`, finished. Code begins with nothing imported, and in an empty folder for the code of checkpoints:
+    a process that is forked is so fast that Python takes files that were just copied there for missing.
+    """
+    environment = environment or os.environ
+    if words[0] != "-c":
+        return Python(words, cwd, environment).finish()
+    with tempfile.TemporaryDirectory() as home:
+        environment = {**environment, "HF_MODULES_CACHE": home}
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def run_ranks(*words: Any, count: int, cwd: Path | str = ROOT) -> list[CompletedProcess]:

@@ -125,7 +125,7 @@ def test_what_asks_for_nothing_is_accepted_and_what_is_misspelt_is_named():
         model(ids, xyz=3)
 
 
-@pytest.mark.parametrize("asked", [{}, {"num_steps": 3}, {"exit_criterion": "none", "exit_threshold": 0.1}])
+@pytest.mark.parametrize("asked", [{}, {"num_steps": 3}, {"exit_criterion": "none"}])
 def test_generate_hands_on_nothing_of_its_own_where_nothing_is_asked(asked):
     """Libraries that put functions of their own between `generate` and `forward` know none of our names but
     `num_steps`, which `forward` has.
