@@ -86,7 +86,7 @@ test: $(INSTALLED)
 	.venv/bin/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(INSTALLED_EXTRA)
-	.venv/bin/python -m pytest -m "slow and not gpu"
+	.venv/bin/python -m pytest -m "slow and not gpu" $(TESTS)
 
 test-gpu: $(INSTALLED)
 	.venv/bin/python -m pytest -m gpu

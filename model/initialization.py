@@ -39,11 +39,12 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         return RecurrentDepthCallback()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Sets them as the original does; those of another class have the scale from then on."""
+        """Sets them as the original does; an `nn.Embedding` becomes one that has the scale, and stays the same object,
+        which callers go on to use.
+        """
         if type(value) is nn.Embedding:
-            scale = self.config.get_text_config().embedding_scale
-            scaled = ScaledEmbedding(value.num_embeddings, value.embedding_dim, value.padding_idx, scale)
-            scaled.weight, value = value.weight, scaled
+            value.__class__ = ScaledEmbedding
+            value.embed_scale = self.config.get_text_config().embedding_scale
         super().set_input_embeddings(value)
 
     @torch.no_grad()

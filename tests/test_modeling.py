@@ -507,6 +507,7 @@ def test_embeddings_that_are_put_in_or_resized_keep_the_scale(build):
     other = torch.nn.Embedding(64, 32, padding_idx=0)
     other.weight = model.get_input_embeddings().weight
     model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is other
     assert torch.equal(model.get_input_embeddings()(ids), expected)
     model.resize_token_embeddings(70)
     assert torch.equal(model.get_input_embeddings()(ids), expected)
