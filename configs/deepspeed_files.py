@@ -57,7 +57,7 @@ def path_of(value: str) -> Path:
 
 
 def deepspeed_content(value: Any) -> Any:
-    """What a file says that is given as for `find_deepspeed`, and with its errors; a value that is no string is the
+    """The content of a file that is given as for `find_deepspeed`, with its errors; a value that is no string is the
     content.
     """
     if not isinstance(value, str):

@@ -84,7 +84,7 @@ class Layout:
 
 @dataclass
 class Given:
-    """What one flag of a command line gives: what the parser gets to see of it, if it names no file; its values; and
+    """The content of one flag of a command line: what the parser sees of it, if it names no file; its values; and
     the configuration file that it names.
     """
 
@@ -153,7 +153,7 @@ def option_values(given: Sequence[Given], layout: Layout, is_to_run: bool = Fals
 
 
 def read_arguments(argv: Sequence[str]) -> Iterator[Given]:
-    """What each flag of a command line gives, and a configuration file; raises ValueError for what is none of these."""
+    """The content of each flag of a command line, and of a file; raises ValueError for what is none of these."""
     rest = list(argv)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
@@ -176,7 +176,7 @@ def read_arguments(argv: Sequence[str]) -> Iterator[Given]:
 
 
 def read_flag(flag: str, value: str) -> Given:
-    """What a flag of a section gives; under its new name, where it has an old one; nothing, if it is gone.
+    """The content of a flag of a section; under its new name, where it has an old one; nothing, if it is gone.
 
     Raises:
         ValueError: it is gone, and the value is not the one that is left; or the value cannot be read.
@@ -196,7 +196,7 @@ def read_flag(flag: str, value: str) -> Given:
 
 
 def read_value(flag: str, value: str) -> Any:
-    """What a flag is given, if that is a list or a mapping; else its text, since the parser knows what is expected."""
+    """The value of a flag, if that is a list or a mapping; else its text, since the parser knows what is expected."""
     try:
         value.encode("utf-8")  # what an argument has that is not UTF-8 came as surrogates
         found = strict_yaml.parse_yaml(value)

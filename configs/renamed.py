@@ -37,7 +37,7 @@ REMOVED: dict[str, Any] = {
     "training.logging_nan_inf_filter": False,
     "training.remove_unused_columns": False,
 }
-"""The same of an option that is gone, and the value that it always has."""
+"""Options that are gone, by the end of the dotted key, and the value that each always has."""
 
 
 def with_new_names(tree: Any, origin: str = "", keys: Sequence[str] = ()) -> Any:

@@ -98,8 +98,8 @@ def begin_run(run: ResolvedConfig, lock: RunLock) -> Start:
 
 
 def decide(choose: Callable[[], Answer], args: TrainingArguments) -> Answer:
-    """What the first rank finds, or the ValueError or OSError that it raises, on all ranks: each might find something
-    else in a folder that is being written.
+    """The result of the first rank, or the ValueError or OSError that it raises, on all ranks: each might find another
+    thing in a folder that is being written.
     """
     if args.world_size == 1:
         return choose()

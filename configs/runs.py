@@ -57,7 +57,7 @@ class ResolvedConfig:
 
     @classmethod
     def layout(cls, trees: Sequence[dict[str, Any]]) -> Layout:
-        """What a YAML of this kind of run may hold, as the trees of what is given say; the last one rules."""
+        """The class of all that a YAML of this kind of run may hold, as the given trees say; the last one rules."""
         raise NotImplementedError
 
     @classmethod

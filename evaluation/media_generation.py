@@ -197,7 +197,7 @@ class MediaEvaluator:
             if self.round_trip is not None:
                 answers += self.round_trip.read(self.model, chunk, made, num_steps)
         right = [what_is_right(row, medium) for row, medium in zip(rows, media, strict=True)]
-        for sample, medium, checks in zip(samples, media, right, strict=False):  # those of the first examples
+        for sample, medium, checks in zip(samples, media[: len(samples)], right[: len(samples)], strict=True):
             sample.generated[num_steps] = medium
             if checks:
                 sample.is_right[num_steps] = checks["all"]

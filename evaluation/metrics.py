@@ -145,8 +145,9 @@ def compute_metrics(prediction: EvalPrediction, weights: Mapping[str, float] | N
         weights: `flow_weights` of the model.
     """
     totals = prediction.predictions.sum(axis=0).tolist()
-    of_latents = zip(TARGET_MODALITIES, zip(totals[3::2], totals[4::2], strict=True), strict=False)
-    return with_flow_losses(metrics_from_sums(*totals[:3]), dict(of_latents), weights or {})
+    sums = list(zip(totals[3::2], totals[4::2], strict=True))  # none of a model that generates no media
+    of_latents = dict(zip(TARGET_MODALITIES[: len(sums)], sums, strict=True))
+    return with_flow_losses(metrics_from_sums(*totals[:3]), of_latents, weights or {})
 
 
 def trainer_metrics(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None = None) -> dict[str, Callable]:

@@ -390,9 +390,12 @@ NO_EFFECT_AT_1 = ("num_beams", "num_return_sequences", "temperature", "top_p", "
 
 
 def by_name(args: tuple[Any, ...], first: str = "logits_processor") -> dict[str, Any]:
-    """Arguments that `generate` of transformers takes by their places, from `first` on, by their names."""
-    names = list(inspect.signature(GenerationMixin.generate).parameters)
-    return dict(zip(names[names.index(first) :], args, strict=False))
+    """Arguments that `generate` of transformers takes by their places, from `first` on, by their names; TypeError for
+    more than it takes.
+    """
+    signature = inspect.signature(GenerationMixin.generate)
+    before = list(signature.parameters).index(first)
+    return dict(list(signature.bind_partial(*[None] * before, *args).arguments.items())[before:])
 
 
 def prompt_length(inputs: torch.Tensor | None, kwargs: dict[str, Any], has_embeds: bool) -> int:

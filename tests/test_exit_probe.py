@@ -127,7 +127,9 @@ def test_a_model_with_media_and_a_fine_tuned_one_get_a_probe_too(tmp_path):
     config = write_tuning_config(tmp_path, base, trainer="continued", peft=None, data=data, training={"max_steps": 1})
     assert finetune.main(["--config", str(config), "--training.output_dir", str(tmp_path / "tuned")]) == 0
     out, measured = train_probe(tmp_path, tmp_path / "tuned", "--training.max_steps", "1", data=data)
-    assert load_model(out)[0].model.exit_probe is not None
+    before, after = (load_model(folder)[0].state_dict() for folder in (tmp_path / "tuned", out))
+    assert {name.rpartition(".exit_probe.")[0] for name in after.keys() - before.keys()} == {"model"}
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert {"eval_scenes_accuracy", "eval_melodies_loss"} <= set(measured)
 
 

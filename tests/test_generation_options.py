@@ -257,6 +257,8 @@ def test_positional_arguments_are_those_of_transformers():
     assert torch.equal(found, model().generate(PROMPT, max_new_tokens=5, stopping_criteria=stops))
     with pytest.raises(ValueError, match="stopping_criteria has no effect in generation_mode 'image'"):
         model().generate(PROMPT, None, None, stops, generation_mode="image")
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        model().generate(PROMPT, *[None] * 20)
 
 
 @pytest.mark.parametrize(
