@@ -8,6 +8,7 @@ of it goes through one cache. With guidance, each row runs twice, the second tim
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +32,7 @@ from .generation_text import (
     RecurrentGenerationMixin,
     by_name,
     check_read,
+    chunk_lengths,
     num_cached_tokens,
 )
 from .modalities import MODALITIES, TARGET_MODALITIES
@@ -49,7 +51,7 @@ READ_BY = {
     **dict.fromkeys(("exit_check_interval", "exit_in_prefill", "exit_schedule"), (*TEXTS, *MEDIA)),
     **dict.fromkeys(("noise_level", "noise_schedule", "state_warm_start", "initial_state"), (*TEXTS, *MEDIA)),
     **dict.fromkeys(("use_cache", "cache_policy", "num_kept_steps", "cache_implementation"), (*TEXTS, *MEDIA)),
-    **dict.fromkeys(("max_cache_len", "compile_config", "disable_compile"), (*TEXTS, *MEDIA)),
+    **dict.fromkeys(("max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size"), (*TEXTS, *MEDIA)),
     # what is generated
     **dict.fromkeys(("num_flow_steps", "flow_temperature", "flow_seeds", "on_chunk", "chunk_size"), MEDIA),
     **dict.fromkeys(("velocity_threshold",), MEDIA),
@@ -368,8 +370,6 @@ def append_rows(cache: RecurrentCache, other: RecurrentCache) -> None:
         deepest = torch.arange(layer.num_steps).clamp(max=theirs.num_steps - 1)
         layer.buffer[:, :, rows:, :, :length] = theirs.buffer[deepest.to(theirs.device), ..., :length, :]
     cache.row_steps[rows:, :length] = other.row_steps[:, :length]
-    if cache.last_state is not None and other.last_state is not None:
-        cache.last_state[rows:] = other.last_state
 
 
 def of_rows(features: Iterable[torch.Tensor]) -> BaseModelOutputWithPooling:
@@ -572,19 +572,36 @@ class MediaGeneration:
                 self._read_cached_again(unconditional, features)
             ids, mask = torch.cat((ids, unconditional)), torch.cat((mask, mask))
             features = {name: (*rows, *rows) for name, rows in features.items()}
-        return self._forward(mask, self.cache, **self._inputs(ids[:, self.num_cached :], features))
+        return self._noted(self._read(ids, features, mask, self.cache, self.num_cached, ids.shape[1]))
 
     def _features(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """The features of the prompts by the names of their placeholders, a row each."""
         given = self.inputs.get("mm_encoder_outputs") or {}
         return {name: output.pooler_output for name, output in given.items()}
 
-    def _inputs(self, ids: torch.LongTensor, features: Mapping[str, tuple[torch.Tensor, ...]]) -> dict[str, Any]:
-        """Prompts, and the features of their placeholders, which are the last ones."""
-        outputs = {
-            name: of_rows(last_features(rows, self.model._count_places(name, ids))) for name, rows in features.items()
-        }
-        return {"input_ids": ids, "mm_encoder_outputs": outputs or None}
+    def _read(
+        self,
+        ids: torch.LongTensor,
+        features: Mapping[str, tuple[torch.Tensor, ...]],
+        mask: torch.Tensor,
+        cache: RecurrentCache,
+        start: int,
+        end: int,
+    ) -> ModelOutput:
+        """Reads prompts, (rows, tokens), from `start` to `end`, with the features of their placeholders, at once or in
+        chunks, as it was asked for. What comes out is that of the last one.
+        """
+        size = self.generation_config.prefill_chunk_size
+        lengths = [end - start] if size is None else chunk_lengths(size, end - start)
+        for first, last in pairwise(accumulate(lengths, initial=start)):
+            read = {}
+            for name, rows in features.items():
+                left, here = (self.model._count_places(name, part) for part in (ids[:, first:], ids[:, first:last]))
+                parts = zip(last_features(rows, left), here, strict=True)
+                read[name] = of_rows(row[:count] for row, count in parts)
+            seen = mask[:, : cache.get_seq_length() + last - first]
+            outputs = self._forward(seen, cache, input_ids=ids[:, first:last], mm_encoder_outputs=read or None)
+        return outputs
 
     def _read_cached_again(
         self, unconditional: torch.LongTensor, features: Mapping[str, tuple[torch.Tensor, ...]]
@@ -594,7 +611,7 @@ class MediaGeneration:
         Raises:
             ValueError: that part, or one of its media, is not given.
         """
-        part, missing = unconditional[:, : self.num_cached], not self.num_cached
+        missing = not self.num_cached
         counts = {name: self.model._count_places(name, unconditional) for name in self.model._placeholder_names}
         missing |= any(sum(counts[name]) > sum(map(len, features.get(name, ()))) for name in counts)
         if missing:
@@ -602,14 +619,9 @@ class MediaGeneration:
                 "guidance reads all of the prompt a second time, without its text; give the whole prompt and all of "
                 "its media with the cache, or guidance_scale=1"
             )
-        read = {}
-        for name, rows in features.items():
-            seen, whole = self.model._count_places(name, part), counts[name]
-            parts = zip(last_features(rows, whole), seen, strict=True)
-            read[name] = tuple(row[:count] for row, count in parts)
         kept = self.cache.num_kept_steps if self.cache.policy == "ring" else None
         cache = RecurrentCache(self.model.text_config, self.cache.policy, kept)
-        self._forward(self.mask[:, : self.num_cached], cache, is_read_again=True, **self._inputs(part, read))
+        self._read(unconditional, features, self.mask, cache, 0, self.num_cached)
         append_rows(self.cache, cache)
 
     def advance(self, embeds: torch.Tensor) -> torch.Tensor:
@@ -617,12 +629,12 @@ class MediaGeneration:
         mask = self.mask
         if self.is_guided:
             embeds, mask = torch.cat((embeds, embeds)), torch.cat((mask, mask))
-        return self._forward(mask, self.cache, inputs_embeds=embeds[:, None])
+        return self._noted(self._forward(mask, self.cache, inputs_embeds=embeds[:, None]))
 
-    def _forward(
-        self, mask: torch.Tensor, cache: RecurrentCache, is_read_again: bool = False, **inputs: Any
-    ) -> torch.Tensor:
-        outputs = self.model.model(
+    def _forward(self, mask: torch.Tensor, cache: RecurrentCache, **inputs: Any) -> ModelOutput:
+        if "input_ids" in inputs:
+            cache.last_state = None  # a prompt goes on from no token, in whatever chunks it is read
+        return self.model.model(
             attention_mask=mask,
             cache=cache,
             use_cache=True,
@@ -632,7 +644,10 @@ class MediaGeneration:
             **self._states(len(mask)),
             **inputs,
         )
-        if outputs.exit_steps is not None and not is_read_again:
+
+    def _noted(self, outputs: ModelOutput) -> torch.Tensor:
+        """(rows, hidden), or twice as many with guidance, after the last token; its steps are remembered."""
+        if outputs.exit_steps is not None:
             self.exit_steps.append(outputs.exit_steps[: len(self.rows)].clone())
         return outputs.last_hidden_state[:, -1]
 

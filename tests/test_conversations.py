@@ -16,6 +16,7 @@ from tests.tiny_writing import (
     AUDIO_START,
     BEGIN,
     END,
+    FIRST_TEXT,
     IMAGE_START,
     USER,
     WRITTEN_IMAGE,
@@ -69,12 +70,8 @@ WAYS = {
     "beams": {"num_beams": 2},
     "sequences": {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
 }
-CELLS = [
-    (mode, way)
-    for mode in ("text", "image", "audio", "any")
-    for way in WAYS
-    if mode == "text" or way not in ("beams", "chunks")
-]
+MODES = ("text", "image", "audio", "any")
+CELLS = [(mode, way) for mode in MODES for way in WAYS if mode == "text" or way != "beams"]
 
 
 def check_rows(model, conversations: list[Conversation], mode: str, options: dict) -> None:
@@ -96,12 +93,10 @@ def test_rows_of_a_batch_are_the_rows_alone(model, mode, way):
 POLICIES = {"full": {}, "ring": {"cache_policy": "ring", "num_kept_steps": 2}, "last": {"cache_policy": "last"}}
 MANY = [
     (mode, policy, way)
-    for mode in ("text", "image", "audio", "any")
+    for mode in MODES
     for policy in POLICIES
     for way in ("plain", "exits", "beams", "sequences", "chunks")
-    # Beams and chunks are of texts; where rows begin at other places, so do chunks, and a short memory shows it.
-    if way not in ("beams", "chunks")
-    or (mode == "text" and (way, policy) not in (("chunks", "ring"), ("chunks", "last")))
+    if mode == "text" or way != "beams"
 ]
 
 
@@ -112,6 +107,49 @@ def test_200_random_conversations(model, mode, policy, way):
     seed = 1000 + 8 * MANY.index((mode, policy, way))
     conversations = [random_turns(seed + row, num_turns=1 + (seed + row) % 4) for row in range(8)]
     check_rows(model, conversations, mode, {**POLICIES[policy], **WAYS[way]})
+
+
+CHUNKED = [
+    ("image", {"guidance_scale": 2.5}),
+    ("audio", {"guidance_scale": 1.0, "state_warm_start": True}),
+    ("any", {"guidance_scale": 2.5, "cache_implementation": "static"}),
+]
+
+
+def check_chunks(model, seeds: range, mode: str, options: dict) -> None:
+    """Compares prompts in chunks with whole ones."""
+    inputs = batch_of([random_turns(seed, num_turns=1 + seed % 3) for seed in seeds])
+    whole = model.generate(**inputs, **options_of(mode, list(seeds), **options))
+    for size in (1, 7):
+        found = model.generate(**inputs, **options_of(mode, list(seeds), prefill_chunk_size=size, **options))
+        assert torch.equal(found.sequences, whole.sequences) and torch.equal(found.exit_steps, whole.exit_steps)
+        for name, latents in whole.latents.items():
+            torch.testing.assert_close(found.latents[name], latents, **CLOSE)
+
+
+@pytest.mark.parametrize(("mode", "options"), CHUNKED, ids=str)
+def test_prompts_in_chunks_are_the_whole_prompts(model, mode, options):
+    """Of ragged rows, with media that were read and generated, through which the cuts go."""
+    check_chunks(model, range(1, 3), mode, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_random_prompts_in_chunks_are_the_whole_prompts(model, mode, scale):
+    check_chunks(model, range(300, 308), mode, {"guidance_scale": scale})
+
+
+@pytest.mark.parametrize("way", ["full", "ring", "last"])
+def test_a_text_of_any_mode_is_that_of_text_mode(model, way):
+    """Also in chunks, with a short memory, where no item is opened."""
+    inputs = batch_of([random_turns(seed, num_turns=2) for seed in (1, 2)])
+    asked = {**POLICIES[way], "prefill_chunk_size": 5, "suppress_tokens": list(range(FIRST_TEXT))}
+    text = model.generate(**inputs, **options_of("text", [], **asked))
+    found = model.generate(
+        **inputs, **options_of("any", [1, 2], guidance_scale=1.0, **{**asked, "max_new_tokens": NEW})
+    )
+    assert torch.equal(found.sequences, text.sequences) and torch.equal(found.exit_steps, text.exit_steps)
 
 
 def whole_pass(model, conversation: Conversation, ids: torch.Tensor) -> torch.Tensor:

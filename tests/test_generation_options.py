@@ -89,6 +89,7 @@ EFFECTS = {
     "cache_implementation": ("static", {}),
     "max_cache_len": (99, {"cache_implementation": "static"}),
     "compile_config": (CompileConfig(), {"cache_implementation": "static"}),
+    "prefill_chunk_size": (2, {"cache_policy": "last"}),
     "disable_compile": (True, {"cache_implementation": "static", "compile_config": CompileConfig()}),
     "num_flow_steps": (1, DRAWS),
     "flow_temperature": (0.1, DRAWS),
@@ -261,6 +262,9 @@ def test_positional_arguments_are_those_of_transformers():
         model().generate(PROMPT, *[None] * 20)
 
 
+BEAMS = "num_beams has no effect in generation_mode '{mode}', whose latents have no scores to compare beams by; leave"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -276,7 +280,11 @@ def test_positional_arguments_are_those_of_transformers():
         ({"state_warm_start": True, "initial_state": torch.ones(1, 1, 32)}, "initial_state has no effect with state_w"),
         ({"generation_mode": "image", "velocity_threshold": 0.1}, "velocity_threshold has no effect without an exit_c"),
         ({"generation_mode": "image", "inputs_embeds": torch.ones(1, 2, 32)}, "inputs_embeds has no effect"),
-        ({"generation_config": GenerationConfig(num_beams=2), "generation_mode": "image"}, "num_beams has no effect"),
+        (
+            {"generation_config": GenerationConfig(num_beams=2), "generation_mode": "image"},
+            "'image', whose latents have",
+        ),
+        *[({"num_beams": 2, "generation_mode": mode}, BEAMS.format(mode=mode)) for mode in ("image", "audio", "any")],
     ],
 )
 def test_options_without_effect_beside_others_are_refused(options, message):
