@@ -1,6 +1,7 @@
 """Every option of `generate` in every mode: it changes something, or it is refused."""
 
 import inspect
+import json
 from functools import cache
 from random import Random
 
@@ -324,6 +325,20 @@ def test_a_saved_generation_config_keeps_depth_and_exits(tmp_path):
     again = ours.generate(**options, **media)
     torch.testing.assert_close(again.latents["image"], image.latents["image"])
     assert torch.equal(again.exit_steps, image.exit_steps) and len(image.exit_steps.unique()) > 1
+
+
+def test_a_generation_config_of_older_code_keeps_its_depth(tmp_path):
+    """Of a file with the mark at which transformers leaves out what it does not know."""
+    ours = tiny_writer(scale=2.0)
+    ours.generation_config.num_steps = 2
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"_from_model_config": True, **json.loads(path.read_text())}))
+    options = {"inputs": PROMPT[1:], "max_new_tokens": 3, "eos_token_id": None, "return_dict_in_generate": True}
+    for depth in (2, 3):  # then that of the configuration
+        ours = MegaTransformerForConditionalGeneration.from_pretrained(tmp_path).eval()
+        assert ours.generate(**options).exit_steps.tolist() == [[depth] * 3]
+        path.unlink(missing_ok=True)
 
 
 COPIES = [{}, {"num_beams": 2, "num_return_sequences": 2}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}]
