@@ -360,13 +360,12 @@ def media_names() -> list[str]:
 
 
 def append_rows(cache: RecurrentCache, other: RecurrentCache) -> None:
-    """Puts the rows of a cache of as many tokens behind those of another; ValueError where that is of static size."""
-    if cache.max_length is not None:
-        raise ValueError("a cache of static size has room for its own rows alone; leave cache_implementation out")
+    """Puts the rows of a cache of as many tokens behind those of another, which may be of static size."""
     rows, length = len(other.row_steps), other.length
     cache.batch_select_indices(torch.arange(rows).repeat(2))  # the second ones are written over
     for layer, theirs in zip(cache.layers, other.layers, strict=True):
-        layer.reserve(theirs.num_steps, 2 * rows, length)
+        if cache.max_length is None:
+            layer.reserve(theirs.num_steps, 2 * rows, length)
         deepest = torch.arange(layer.num_steps).clamp(max=theirs.num_steps - 1)
         layer.buffer[:, :, rows:, :, :length] = theirs.buffer[deepest.to(theirs.device), ..., :length, :]
     cache.row_steps[rows:, :length] = other.row_steps[:, :length]

@@ -209,12 +209,12 @@ def test_codes_of_generated_images_are_read_once(model):
 # ------------------------------------------------------------------------------------- a turn that goes on from a cache
 
 
-def first_turn(model, prompts: list[Conversation], scale: float):
+def first_turn(model, prompts: list[Conversation], scale: float, **room):
     """Rows draw and play in turn; what came out, and the conversations with it, as prompts of their own."""
     inputs = batch_of(prompts)
     scripts = [{1: IMAGE_START} if row % 2 == 0 else {0: AUDIO_START} for row in range(len(prompts))]
     script = LogitsProcessorList([Script(inputs["input_ids"].shape[1], *scripts)])
-    options = options_of("any", list(range(len(prompts))), guidance_scale=scale, max_new_tokens=9)
+    options = options_of("any", list(range(len(prompts))), guidance_scale=scale, max_new_tokens=9, **room)
     outputs = model.generate(**inputs, **options, logits_processor=script)
     whole = []
     for row, prompt in enumerate(prompts):
@@ -230,9 +230,9 @@ def first_turn(model, prompts: list[Conversation], scale: float):
     return outputs, inputs["attention_mask"], whole
 
 
-def check_second_turn(model, prompts: list[Conversation], new: list[Conversation], mode, scale, gives) -> None:
+def check_second_turn(model, prompts: list[Conversation], new: list[Conversation], mode, scale, gives, **room) -> None:
     """Compares a turn on the returned cache with each row alone and anew."""
-    outputs, mask, whole = first_turn(model, prompts, scale or 2.5)
+    outputs, mask, whole = first_turn(model, prompts, scale or 2.5, **room)
     turn = batch_of(new)
     mask = torch.cat((mask, torch.ones(len(new), 9, dtype=torch.long), turn["attention_mask"]), dim=1)
     whole = [row + turn for row, turn in zip(whole, new, strict=True)]
@@ -255,13 +255,15 @@ def check_second_turn(model, prompts: list[Conversation], new: list[Conversation
         ("audio", 2.5, "all media"),
         ("any", 1.0, "all media"),
         ("any", 2.5, "all media"),
+        ("image", 2.5, "all media, and a cache of static size"),
     ],
 )
 def test_a_second_turn_on_the_returned_cache_is_the_whole_conversation(model, mode, scale, gives):
     """Two rows of several lengths, with media read and generated in both turns."""
     new = [random_turns(seed, 1, begins=False) for seed in (5, 3)]
     assert any(each.images for each in new) and len(new[0].ids) != len(new[1].ids)
-    check_second_turn(model, [random_turns(seed, 2) for seed in (1, 2)], new, mode, scale, gives)
+    room = {"cache_implementation": "static", "max_cache_len": 150} if "static" in gives else {}
+    check_second_turn(model, [random_turns(seed, 2) for seed in (1, 2)], new, mode, scale, gives, **room)
 
 
 @pytest.mark.slow
