@@ -39,7 +39,7 @@ def options_of(mode: str, seeds: list[int], **options) -> dict:
     """Options of `generate`, the same whatever is in the batch."""
     shared = {"num_steps": STEPS, "do_sample": False, "return_dict_in_generate": True, **options}
     if mode == "text":
-        return {"max_new_tokens": NEW, **shared}
+        return {"max_new_tokens": NEW, "output_logits": True, **shared}
     shared |= {"generation_mode": mode, "flow_seeds": seeds}
     if mode in ("image", "audio"):
         shared.pop("top_k", None)
@@ -47,13 +47,16 @@ def options_of(mode: str, seeds: list[int], **options) -> dict:
 
 
 def assert_same_row(row: int, together, start: int, alone, length: int) -> None:
-    """Compares the tokens, media and steps of a row of a batch with those of the row alone."""
+    """Compares the tokens, media and steps of a row of a batch with those of the row alone; of texts logits, too."""
     expected = alone.sequences[0, length:].tolist()
     found = together.sequences[row, start:].tolist()
     assert found[: len(expected)] == expected
     steps = together.exit_steps[row].tolist()
     assert steps[: len(expected)] == alone.exit_steps[0].tolist() and not any(steps[len(expected) :])
     if "segments" not in alone:
+        if "beam_indices" not in alone:
+            both = (torch.stack(one.logits, dim=1)[place] for one, place in ((together, row), (alone, 0)))
+            torch.testing.assert_close(*both, **CLOSE)
         return
     assert [kind for kind, _ in together.segments[row]] == [kind for kind, _ in alone.segments[0]]
     for (kind, number), (_, place) in zip(together.segments[row], alone.segments[0], strict=True):
