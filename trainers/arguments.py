@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from .keywords import check_fsdp, check_keywords, recorded_fsdp
 from .locks import warn_of_build_locks
 from .losses import ModalityWeights
+from .objectives import ObjectiveOptions, build_objective
 from .optimizers import OPTIMIZERS, ParameterGroup
 
 # Least values that make sense, where transformers checks none.
@@ -81,6 +82,8 @@ class RecurrentTrainingArguments(TrainingArguments):
     most 1): the states are collapsing."""
     modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
     """How much a token counts in the loss, by what its document contains."""
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    """What the steps of a model learn from."""
     deepspeed: dict | str | None = field(default=None, metadata={"is_path": True})
     """File of DeepSpeed, also by its name in `configs/deepspeed/`, or what stands in it."""
     freeze: list[str] = field(default_factory=list)
@@ -115,6 +118,8 @@ class RecurrentTrainingArguments(TrainingArguments):
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         if not torch.accelerator.is_available():
             self.use_cpu = True  # with DeepSpeed, transformers would otherwise see one process only
+        if self.objective.name == "full":
+            self.gradient_checkpointing = True
         if self.data_seed is None:
             self.data_seed = self.seed  # accelerate would take whatever the global generator was last seeded with
         if self.greater_is_better is None:
@@ -127,6 +132,12 @@ class RecurrentTrainingArguments(TrainingArguments):
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             found = "; ".join(line.removeprefix("- ds ") for line in self.hf_deepspeed_config.mismatches)
             raise ValueError(f"deepspeed: its file says otherwise than the arguments: {found}; write auto there")
+        is_read = build_objective(self.objective).is_read_after_steps
+        if self.deepspeed and is_read and self.hf_deepspeed_config.is_zero3():
+            raise ValueError(
+                f"deepspeed: ZeRO-3 gathers weights within a forward pass alone, and objective.name is "
+                f"{self.objective.name!r}, which needs them after it; use zero2, or truncated or full"
+            )
         if self.fp16 and self.use_cpu and not self.is_planned:
             raise ValueError(
                 f"{type(self).__name__}.fp16: it is on, but on a CPU the run would be in float32 all the same; set "
@@ -153,6 +164,7 @@ class RecurrentTrainingArguments(TrainingArguments):
             if choices and value is not None:
                 check_choices(item.name, value, choices)
         self._check_optimizer()
+        self._check_objective()
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
         if self.max_steps == -1 and self.num_train_epochs == 0:
@@ -173,6 +185,21 @@ class RecurrentTrainingArguments(TrainingArguments):
                 f"muon_learning_rate is {self.muon_learning_rate}, but optimizer is {self.optimizer!r}, which is not "
                 "Muon; leave one of them out"
             )
+
+    def _check_objective(self) -> None:
+        """Raises ValueError for an objective that is unknown, or that cannot be with what else is asked for."""
+        objective, name = build_objective(self.objective), self.objective.name
+        compiled = self.torch_compile or self.torch_compile_backend or self.torch_compile_mode
+        for option, is_given in (
+            ("torch_compile", objective.takes_gradients and compiled),
+            ("gradient_checkpointing", objective.takes_gradients and self.gradient_checkpointing),
+            ("fsdp", objective.is_read_after_steps and self.fsdp),
+        ):
+            if is_given:
+                raise ValueError(
+                    f"objective.name is {name!r}, which is not possible with {option}; leave {option} out, or give "
+                    "another objective, such as truncated"
+                )
 
     @property
     def optimizer_name(self) -> str | None:
@@ -198,7 +225,8 @@ class RecurrentTrainingArguments(TrainingArguments):
     def to_dict(self) -> dict:
         """The arguments as plain values, those of ours too."""
         groups = [asdict(group) for group in self.parameter_groups]
-        return {**super().to_dict(), "modality_weights": asdict(self.modality_weights), "parameter_groups": groups}
+        ours = {name: asdict(getattr(self, name)) for name in ("modality_weights", "objective")}
+        return {**super().to_dict(), **ours, "parameter_groups": groups}
 
     def check_launcher(self) -> None:
         """Refuse DeepSpeed in a process that no launcher told its rank: it would look for one through MPI.
