@@ -1,24 +1,34 @@
 """Objectives of training: loss and gradient of each against a few lines that compute them otherwise."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
+from dataset_loading import DataConfig, build_datasets
 from model import ExitOptions
 from model.depth import sample_depth
 from model.recurrence import draw_training_states
 from model.step_lora import add_step_lora
+from tests import test_trainer_media, test_trainer_writing
+from tests.processes import ROOT
+from tests.test_finetuning import tune
+from tests.test_pretrain import losses as losses_of
 from tests.test_step_lora import OPTIONS, TARGETS, with_weights_of
 from tests.test_trainer import Interrupt, build, losses
+from tests.test_trainer_ranks import launch
 from tests.tiny import tiny_ids, tiny_model
-from trainers import RecurrentTrainingArguments, find_resume_point
+from tests.tiny_artist import artist_processor
+from tests.tiny_processor import tiny_processor
+from tests.tiny_reader import tiny_reader
+from trainers import PlannedTrainingArguments, RecurrentTrainingArguments, find_resume_point
 from trainers.objectives import OBJECTIVES, ObjectiveOptions, distillation
 from trainers.objectives.exit_distribution import log_exit_prior
 from trainers.objectives.steps import dropped_steps, scheduled_mean
 
-OF_STATES = [name for name, objective in OBJECTIVES.items() if objective.is_read_after_steps]
 KEYS = [(0, 0, row) for row in range(4)]
 
 
@@ -398,7 +408,96 @@ def test_steps_are_dropped_by_key_at_their_rate(tmp_path):
     assert len(set(seen)) > 1
 
 
+# ------------------------------------------------------------------------------------------ media, adapters, processes
+
+
+@pytest.mark.parametrize("name", ["every_step", "exit_distribution", "distillation", "jacobian"])
+def test_models_that_read_media_learn_from_padded_and_weighted_rows(tmp_path, media_rows, name):
+    """4 rows at once equal 2 twice, encoders and all."""
+    found = []
+    for per_device, steps in ((4, 1), (2, 2)):
+        recurrence = {"mean_steps": 2, "backprop_steps": 2, "step_distribution": "fixed", "exit_probe": True}
+        model = tiny_reader(scale=1.0, recurrence=recurrence)
+        settings = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": steps, "max_steps": 2}
+        options = ObjectiveOptions(name)
+        trainer = test_trainer_media.build(tmp_path, media_rows, model, objective=options, optim="sgd", **settings)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def media_rows():
+    config = DataConfig(train=test_trainer_media.SOURCES, block_size=160, packing=False)
+    return build_datasets(config, tiny_processor(), seed=3).train
+
+
+def test_models_that_write_media_are_refused_where_tokens_are_read_and_else_learn(tmp_path):
+    config, model = DataConfig(train=test_trainer_writing.SOURCES, block_size=160), test_trainer_writing.model_of()
+    rows = build_datasets(config, artist_processor(), seed=3).train
+    with pytest.raises(ValueError, match=r"'every_step', .* also writes image and audio; give another, such as full"):
+        test_trainer_writing.build(tmp_path, rows, model, objective=ObjectiveOptions("every_step"))
+    options = ObjectiveOptions("implicit")
+    trainer = test_trainer_writing.build(tmp_path, rows, model, objective=options, max_steps=2)
+    trainer.train()
+    assert len(losses(trainer)) == 2 and all(map(math.isfinite, losses(trainer)))
+
+
+def test_fine_tuning_drops_steps_and_distils_into_few(tiny_run, tmp_path):
+    """By YAML, with the loss of TRL and with low-rank updates of steps; the run goes on exactly."""
+    options = {"name": "distillation", "loop_dropout": 0.5}
+    sections = {"peft": None, "step_lora": {"num_steps": 2, "rank": 2}, "training": {"objective": options}}
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = losses_of(tune(tmp_path / "whole", tiny_run, **sections))
+    cut = tune(tmp_path / "cut", tiny_run, **sections)
+    shutil.rmtree(cut / "checkpoint-4")
+    again = tune(tmp_path / "cut", tiny_run, "--training.resume_from_checkpoint", "true", **sections)
+    assert losses_of(again) == whole and len(whole) == 4
+
+
+RANKS = """
+import json, sys
+from inference.shutdown import end_process
+from tests.test_objectives import model_for
+from tests.test_trainer import build
+from trainers.objectives import OBJECTIVES, ObjectiveOptions
+
+found = {}
+for name in sys.argv[3].split():
+    settings = {"per_device_train_batch_size": int(sys.argv[2]), "max_steps": 3, **json.loads(sys.argv[4])}
+    model = model_for(name, recurrence={"mean_steps": 2})
+    trainer = build(f"{sys.argv[1]}/{name}", model=model, objective=ObjectiveOptions(name), **settings)
+    trainer.train()
+    found[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+if trainer.state.is_world_process_zero:
+    print("FOUND", json.dumps(found))
+end_process(0)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_with_and_without_zero(tmp_path):
+    names = " ".join(OBJECTIVES)
+    one = launch(1, RANKS, str(tmp_path), "4", names, "{}")
+    two = launch(2, RANKS, str(tmp_path), "2", names, "{}")
+    settings = json.dumps({"deepspeed": str(ROOT / "configs/deepspeed/zero2.json")})
+    zero = launch(2, RANKS, str(tmp_path), "2", "every_step implicit", settings)
+    assert {name: pytest.approx(found, abs=1e-4) for name, found in one.items()} == two
+    assert {name: pytest.approx(one[name], abs=1e-4) for name in zero} == zero
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_zero_3_is_refused_where_weights_are_needed_after_the_forward_pass(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "deepspeed": str(ROOT / "configs/deepspeed/zero3.json")}
+    with pytest.raises(ValueError, match=r"'fixed_point', which needs weights after .* ZeRO-3 .*; use zero2, or"):
+        RecurrentTrainingArguments(**settings, objective=ObjectiveOptions("fixed_point"))
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        PlannedTrainingArguments(**settings, objective=ObjectiveOptions("fixed_point"))
+    assert PlannedTrainingArguments(**settings, objective=ObjectiveOptions("full")).activation_checkpointing
 
 
 @pytest.mark.parametrize(
@@ -428,7 +527,7 @@ def test_options_that_no_objective_can_have_are_refused(tmp_path, options, said)
 
 
 @pytest.mark.parametrize("name", ["jacobian", "implicit"])
-@pytest.mark.parametrize("option", [{"torch_compile": True}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("option", [{"torch_compile": True}, {"activation_checkpointing": True}], ids=str)
 def test_gradients_on_the_way_are_refused_with_what_computes_activations_otherwise(tmp_path, name, option):
     with pytest.raises(ValueError, match=f"'{name}', which is not possible with {next(iter(option))}; leave"):
         RecurrentTrainingArguments(output_dir=str(tmp_path), use_cpu=True, objective=ObjectiveOptions(name), **option)
@@ -439,7 +538,7 @@ def test_gradients_on_the_way_are_refused_with_what_computes_activations_otherwi
     [
         ({"name": "full"}, {"num_core_layers": 0}, "training.objective is .* this model has no core"),
         ({"step_schedule": 0.5}, {"num_core_layers": 0}, "this model has no core"),
-        ({"name": "exit_distribution"}, {}, "this model has none; set model.recurrence.exit_probe to true"),
+        ({"name": "exit_distribution"}, {}, "which this model has not; set model.recurrence.exit_probe to true"),
         ({"name": "jacobian"}, {"attn_implementation": "flex_attention"}, "flex_attention .* set .* to sdpa"),
         ({"loop_dropout": 0.1}, {}, "loop_dropout is 0.1, but no step has a low-rank update; add step_lora"),
     ],

@@ -29,6 +29,11 @@ MINIMUMS = {
     **dict.fromkeys(("recurrence_logging_steps", "dataloader_num_workers", "stall_seconds", "seed", "data_seed"), 0),
 }
 SHARES = ("adam_beta1", "adam_beta2", "ema_decay")
+# What replaces the backward pass of parts of the model by one that is run once.
+OF_BACKWARD = (
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("activation_checkpointing", "gradient_checkpointing"),
+)
 # What transformers offers and our metrics and model cannot do: the value there has to be, and what another would cause.
 FIXED = {
     "label_names": (None, "the metrics need the labels that the model takes, which are called labels"),
@@ -119,7 +124,10 @@ class RecurrentTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # with DeepSpeed, transformers would otherwise see one process only
         if self.objective.name == "full":
-            self.gradient_checkpointing = True
+            self.activation_checkpointing = True
+        if build_objective(self.objective).is_read_after_steps:
+            # DDP would look for them behind the forward pass, and part its outputs from each other.
+            self.ddp_find_unused_parameters = False
         if self.data_seed is None:
             self.data_seed = self.seed  # accelerate would take whatever the global generator was last seeded with
         if self.greater_is_better is None:
@@ -132,12 +140,6 @@ class RecurrentTrainingArguments(TrainingArguments):
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             found = "; ".join(line.removeprefix("- ds ") for line in self.hf_deepspeed_config.mismatches)
             raise ValueError(f"deepspeed: its file says otherwise than the arguments: {found}; write auto there")
-        is_read = build_objective(self.objective).is_read_after_steps
-        if self.deepspeed and is_read and self.hf_deepspeed_config.is_zero3():
-            raise ValueError(
-                f"deepspeed: ZeRO-3 gathers weights within a forward pass alone, and objective.name is "
-                f"{self.objective.name!r}, which needs them after it; use zero2, or truncated or full"
-            )
         if self.fp16 and self.use_cpu and not self.is_planned:
             raise ValueError(
                 f"{type(self).__name__}.fp16: it is on, but on a CPU the run would be in float32 all the same; set "
@@ -189,17 +191,27 @@ class RecurrentTrainingArguments(TrainingArguments):
     def _check_objective(self) -> None:
         """Raises ValueError for an objective that is unknown, or that cannot be with what else is asked for."""
         objective, name = build_objective(self.objective), self.objective.name
-        compiled = self.torch_compile or self.torch_compile_backend or self.torch_compile_mode
-        for option, is_given in (
-            ("torch_compile", objective.takes_gradients and compiled),
-            ("gradient_checkpointing", objective.takes_gradients and self.gradient_checkpointing),
-            ("fsdp", objective.is_read_after_steps and self.fsdp),
-        ):
-            if is_given:
+        excluded = ["fsdp", "ddp_find_unused_parameters"] if objective.is_read_after_steps else []
+        excluded += OF_BACKWARD if objective.takes_gradients else ()
+        for option in excluded:
+            if getattr(self, option):
                 raise ValueError(
                     f"objective.name is {name!r}, which is not possible with {option}; leave {option} out, or give "
                     "another objective, such as truncated"
                 )
+        zero = (self.deepspeed_settings or {}).get("zero_optimization", {})
+        if objective.is_read_after_steps and zero.get("stage") == 3:
+            raise ValueError(
+                f"objective.name is {name!r}, which needs weights after the forward pass, and ZeRO-3 gathers them "
+                "within it alone; use zero2, or give another objective, such as full"
+            )
+
+    @property
+    def deepspeed_settings(self) -> dict[str, Any] | None:
+        """Content of the DeepSpeed file; None for a run without DeepSpeed."""
+        if not isinstance(self.deepspeed, str):
+            return self.deepspeed
+        return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
 
     @property
     def optimizer_name(self) -> str | None:
@@ -273,6 +285,7 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
         self.use_cpu, self.tf32 = True, None
         super().__post_init__()
         self.deepspeed = deepspeed
+        self._check_objective()  # with it
 
     @property
     def device(self) -> torch.device:
@@ -290,10 +303,3 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"WORLD_SIZE is {text!r} in the environment; give the number of GPUs, at least 1")
         return int(text)
-
-    @property
-    def deepspeed_settings(self) -> dict[str, Any] | None:
-        """Content of the DeepSpeed file; None for a run without DeepSpeed."""
-        if not isinstance(self.deepspeed, str):
-            return self.deepspeed
-        return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))

@@ -65,7 +65,7 @@ def check_model(objective: Objective, model: PreTrainedModel) -> None:
     written = [name for name in TARGET_MODALITIES if getattr(config, f"written_{name}_token_id", None) is not None]
     if objective.reads_tokens and written:
         raise ValueError(
-            f"training.objective.name is {options.name!r}, which reads tokens alone after several steps, but this model "
-            f"also writes {' and '.join(written)}; give another, such as full"
+            f"training.objective.name is {options.name!r}, which reads tokens alone after several steps, but this "
+            f"model also writes {' and '.join(written)}; give another, such as full"
         )
     objective.check_model(model)

@@ -29,8 +29,8 @@ class ExitDistribution(Objective):
     def check_model(self, model: PreTrainedModel) -> None:
         if model.base_model.exit_probe is None:
             raise ValueError(
-                "training.objective.name is 'exit_distribution', whose gate is the exit probe, and this model has none; set "
-                "model.recurrence.exit_probe to true"
+                "training.objective.name is 'exit_distribution', whose gate is the exit probe, which this model has "
+                "not; set model.recurrence.exit_probe to true"
             )
 
     def depth(self, without_gradient: int, with_gradient: int) -> tuple[int, int]:

@@ -27,8 +27,8 @@ class JacobianPenalty(Objective):
         found = model.config.get_text_config()._attn_implementation
         if found not in TWICE_DIFFERENTIABLE:
             raise ValueError(
-                f"training.objective.name is 'jacobian', which {found} attention cannot be differentiated twice for; set "
-                "attn_implementation to sdpa"
+                f"training.objective.name is 'jacobian', which {found} attention cannot be differentiated twice for; "
+                "set attn_implementation to sdpa"
             )
 
     def around_forward(self) -> AbstractContextManager:
