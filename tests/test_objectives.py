@@ -482,7 +482,7 @@ def test_two_ranks_equal_one_with_and_without_zero(tmp_path):
     one = launch(1, RANKS, str(tmp_path), "4", names, "{}")
     two = launch(2, RANKS, str(tmp_path), "2", names, "{}")
     settings = json.dumps({"deepspeed": str(ROOT / "configs/deepspeed/zero2.json")})
-    zero = launch(2, RANKS, str(tmp_path), "2", "every_step implicit", settings)
+    zero = launch(2, RANKS, str(tmp_path), "2", "full every_step exit_distribution fixed_point distillation", settings)
     assert {name: pytest.approx(found, abs=1e-4) for name, found in one.items()} == two
     assert {name: pytest.approx(one[name], abs=1e-4) for name in zero} == zero
 
@@ -527,7 +527,9 @@ def test_options_that_no_objective_can_have_are_refused(tmp_path, options, said)
 
 
 @pytest.mark.parametrize("name", ["jacobian", "implicit"])
-@pytest.mark.parametrize("option", [{"torch_compile": True}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"torch_compile": True}, {"activation_checkpointing": True}, {"deepspeed": {"train_batch_size": 8}}]
+)
 def test_gradients_on_the_way_are_refused_with_what_computes_activations_otherwise(tmp_path, name, option):
     with pytest.raises(ValueError, match=f"'{name}', which is not possible with {next(iter(option))}; leave"):
         RecurrentTrainingArguments(output_dir=str(tmp_path), use_cpu=True, objective=ObjectiveOptions(name), **option)

@@ -29,8 +29,9 @@ MINIMUMS = {
     **dict.fromkeys(("recurrence_logging_steps", "dataloader_num_workers", "stall_seconds", "seed", "data_seed"), 0),
 }
 SHARES = ("adam_beta1", "adam_beta2", "ema_decay")
-# What replaces the backward pass of parts of the model by one that is run once.
+# What has a backward pass of its own, which is run once.
 OF_BACKWARD = (
+    "deepspeed",
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     *("activation_checkpointing", "gradient_checkpointing"),
 )
