@@ -41,6 +41,7 @@ READERS = {
     "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),
     "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
     "ModalityWeights": ("trainers/losses.py", "weights"),
+    "ObjectiveOptions": ("trainers", r"(self\.)?options|self\.objective"),
     "ParameterGroup": ("trainers/optimizers.py", "group"),
     "ModelOptions": ("configs/finetuning.py", r"options|run\.model"),
     "PeftOptions": ("trainers/finetuning.py", "options"),
