@@ -164,6 +164,11 @@ class Reporter:
             backend.histogram(f"train/{name}", values, self.trainer.state.global_step)
 
     @property
+    def shows_images(self) -> bool:
+        """Whether the run has a backend, on rank 0."""
+        return any(isinstance(it, tuple(BACKENDS)) for it in self.trainer.callback_handler.callbacks)
+
+    @property
     def backends(self) -> list[Backend]:
         """Those of the run, on rank 0; elsewhere there are none."""
         if not self.trainer.state.is_world_process_zero:
