@@ -91,5 +91,6 @@ def trajectories_figure(points: torch.Tensor, distances: torch.Tensor) -> Figure
     distance.set(xlabel="core steps", title="|s_i - s_r| / |s_r|")
     if math.isfinite(largest := distances.max().item()) and largest > 0:
         distance.set_yscale("log")
+    distance.xaxis.get_major_locator().set_params(integer=True)
     distance.grid(alpha=0.3)
     return figure

@@ -8,6 +8,7 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -46,7 +47,7 @@ class PicturesConfig:
     """Interval of the attention maps of the first row, of each layer and core step, means over the heads."""
 
     activations_every_steps: int = 500
-    """Interval of the histograms of what embeddings, encoders of media, prelude and core put out, and the head reads."""
+    """Interval of the histograms of what embeddings, encoders, prelude and core put out, and of what the head reads."""
 
     gradients_every_steps: int = 500
     """Interval of the histograms of gradients, by part, and of their means and largest values, by layer. DeepSpeed and
@@ -146,8 +147,9 @@ class PicturesCallback(ReportingCallback):
             name: value.to(model.device, model.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
         }
-        precision = self.reporter.trainer.compute_loss_context_manager()
-        with aside(model), precision, torch.compiler.set_stance("force_eager"):
+        is_compiled = unwrap_peft_model(model).base_model.units_are_compiled
+        eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+        with aside(model), self.reporter.trainer.compute_loss_context_manager(), eager:
             return model(**given, use_cache=False, **asked)
 
     # ------------------------------------------------------------------------------------------------------- pictures
