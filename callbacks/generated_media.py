@@ -21,8 +21,8 @@ from .reporting import (
     aside,
     check_samples,
     depths_of,
+    image_pixels,
     inputs_of,
-    pixels_of,
     verbatim,
 )
 
@@ -168,7 +168,9 @@ class GeneratedMediaCallback(PeriodicCallback):
     def cell(self, medium: Any | None) -> np.ndarray | None:
         """(height, width, 3) of uint8: an image, or the spectrogram of a waveform, as the model learns them."""
         if isinstance(medium, tuple):
-            return pixels_of(spectrogram_image(self.processor.modalities[f"{TARGET_PREFIX}audio"].preprocess(medium)))
+            return image_pixels(
+                spectrogram_image(self.processor.modalities[f"{TARGET_PREFIX}audio"].preprocess(medium))
+            )
         return None if medium is None else np.asarray(medium.convert("RGB"))
 
     def add_player(self, name: str, medium: Any | None) -> None:

@@ -23,8 +23,8 @@ from .reporting import (
     check_samples,
     depths_of,
     generate_text,
+    image_pixels,
     inputs_of,
-    pixels_of,
     verbatim,
 )
 
@@ -84,9 +84,9 @@ class MediaSamplesCallback(PeriodicCallback):
             return
         for name, example in self.examples.items():
             for number, pixels in enumerate(example["media"].get("image", [])):
-                self.reporter.image(f"{name}/image_{number}", pixels_of(self.denormalize(pixels)))
+                self.reporter.image(f"{name}/image_{number}", image_pixels(self.denormalize(pixels)))
             for number, features in enumerate(example["media"].get("audio", [])):
-                self.reporter.image(f"{name}/spectrogram_{number}", pixels_of(spectrogram_image(features)))
+                self.reporter.image(f"{name}/spectrogram_{number}", image_pixels(spectrogram_image(features)))
             for number, waveform in enumerate(example["waveforms"]()):
                 rate = self.processor.feature_extractor.sampling_rate
                 self.reporter.audio(f"{name}/audio_{number}", waveform, rate)

@@ -40,27 +40,33 @@ Inputs = dict[str, torch.Tensor]
 @dataclass
 class PicturesConfig:
     """Pictures of what goes on in a language model, most of them of fixed validation rows, where the run reports to
-    TensorBoard, wandb or trackio. An interval is in optimizer steps, at least 0; 0: never.
+    TensorBoard, wandb or trackio.
     """
 
     attention_every_steps: int = 500
-    """Interval of the attention maps of the first row, of each layer and core step, means over the heads."""
+    """Optimizer steps between attention maps of the first row, of each layer and core step, means over the heads; at
+    least 0; 0: none.
+    """
 
     activations_every_steps: int = 500
-    """Interval of the histograms of what embeddings, encoders, prelude and core put out, and of what the head reads."""
+    """Optimizer steps between histograms of what embeddings, encoders, prelude and core put out, and of what the head
+    reads; at least 0; 0: none.
+    """
 
     gradients_every_steps: int = 500
-    """Interval of the histograms of gradients, by part, and of their means and largest values, by layer. DeepSpeed and
-    FSDP, which divide gradients among ranks, show none.
+    """Optimizer steps between histograms of gradients by part, and pictures of their means and largest values by layer;
+    at least 0; 0: none. DeepSpeed and FSDP, which divide gradients among ranks, show none.
     """
 
     exits_every_steps: int = 500
-    """Interval of the core steps after which each token would exit, by the criterion of the model's configuration, or
-    kl_divergence where it names none.
+    """Optimizer steps between pictures of the core steps after which tokens would exit, by the criterion of the model's
+    configuration, or kl_divergence where it names none; at least 0; 0: none.
     """
 
     trajectories_every_steps: int = 500
-    """Interval of the ways that the states of some tokens of the first row take over the core steps."""
+    """Optimizer steps between pictures of the ways that the states of some tokens of the first row take over the core
+    steps; at least 0; 0: none.
+    """
 
     num_rows: int = 4
     """Rows that are shown, at least 1; of several validation sources in turn."""
@@ -251,7 +257,7 @@ def cut(inputs: Inputs, max_tokens: int) -> Inputs | None:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers 0 .. count - 1, evenly spread, the first and the last among them."""
+    """Some of the numbers 0 .. count - 1, at most `most`, evenly spread, the first and the last among them."""
     return sorted({round(place) for place in torch.linspace(0, count - 1, most).tolist()})
 
 

@@ -217,7 +217,7 @@ BACKENDS = {TensorBoardCallback: open_tensorboard, WandbCallback: open_wandb, Tr
 """What shows images, audio, texts and histograms, by the callback of transformers."""
 
 
-def pixels_of(levels: torch.Tensor) -> np.ndarray:
+def image_pixels(levels: torch.Tensor) -> np.ndarray:
     """(height, width, 3) of uint8, from (1 or 3, height, width) in [0, 1]."""
     return (levels * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).cpu().contiguous().numpy()
 
