@@ -16,6 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,15 @@ class TurnCallback(TrainerCallback):
         self.own, self.other = own, other
         self.seconds: list[float] = []
         self.start: float | None = None
+        self.is_alone = False  # the other trainer has ended
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Let the other go on until it is this trainer's turn again."""
         if self.start is not None:
             self.seconds.append(time.process_time() - self.start)
             self.other.release()
-        self.own.acquire()
+        while not (self.is_alone or self.own.acquire(timeout=1)):
+            pass
         self.start = time.process_time()
 
 
@@ -109,21 +113,19 @@ def remove_callbacks(trainer: Trainer) -> None:
 def take_turns(trainers: dict[str, Trainer]) -> dict[str, list[float]]:
     """Train all, one step each in turn; seconds on the processor of each step, by name."""
     first, second = threading.Semaphore(1), threading.Semaphore(0)
-    turns = dict(zip(NAMES, (TurnCallback(first, second), TurnCallback(second, first)), strict=True))
+    turns = TurnCallback(first, second), TurnCallback(second, first)
 
-    def train(name: str) -> None:
-        trainers[name].add_callback(turns[name])
+    def train(trainer: Trainer, turn: TurnCallback, other: TurnCallback) -> None:
+        trainer.add_callback(turn)
         try:
-            trainers[name].train()
+            trainer.train()
         finally:
-            turns[name].other.release()
+            other.is_alone = True
 
-    threads = [threading.Thread(target=train, args=(name,)) for name in trainers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return {name: turn.seconds for name, turn in turns.items()}
+    with ThreadPoolExecutor() as pool:
+        for future in list(map(partial(pool.submit, train), trainers.values(), turns, reversed(turns))):
+            future.result()
+    return {name: turn.seconds for name, turn in zip(trainers, turns, strict=True)}
 
 
 def report(seconds: dict[str, list[float]]) -> str:
