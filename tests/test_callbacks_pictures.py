@@ -431,3 +431,16 @@ def test_histograms_are_of_finite_values(tmp_path):
     value = event.histogram_value
     assert (value.num, value.min, value.max, value.sum) == (2, 1, 3, 4)
     assert events(tmp_path).Tags()["histograms"] == ["train/some"]
+
+
+@pytest.mark.slow
+def test_pictures_compile_nothing(tmp_path):
+    """They would need graphs of their own, which take longer than all pictures."""
+    graphs, model = [], tiny_model()
+    model.model.compile_units(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    callback = picture_callback(build_trainer(tmp_path, model=model))
+    for show in (callback.show_attention, callback.show_activations, callback.show_exits, callback.show_trajectories):
+        show(model)
+    assert graphs == []
+    model(callback.rows[0]["input_ids"])
+    assert graphs
