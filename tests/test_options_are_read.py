@@ -38,6 +38,7 @@ READERS = {
     "SamplesConfig": ("callbacks/samples.py", r"(self\.)?config"),
     "MediaSamplesConfig": ("callbacks/media_samples.py", r"(self\.)?config"),
     "GeneratedMediaConfig": ("callbacks/generated_media.py", r"(self\.)?config"),
+    "PicturesConfig": ("callbacks/pictures.py", r"(self\.)?config"),
     "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),
     "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
     "ModalityWeights": ("trainers/losses.py", "weights"),
