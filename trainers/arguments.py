@@ -98,9 +98,9 @@ class RecurrentTrainingArguments(TrainingArguments):
     """Where given, Muon, or AdaMuon where `optimizer` names it, trains the matrices inside the layers at this rate, at
     least 0 and often 3 to 10 times that of AdamW; embeddings, head, convolutions, norms and biases are trained by
     `optim` at `learning_rate`."""
-    gradient_filter: GradientFilterOptions | None = None
-    """Where given, a filter that amplifies the slow part of gradients before each step of the optimizer (Grokfast),
-    which may let a model generalise long before it would otherwise. Not with DeepSpeed or FSDP."""
+    gradient_filter: GradientFilterOptions = field(default_factory=GradientFilterOptions)
+    """Filter that amplifies the slow part of gradients before each step of the optimizer (Grokfast), which may let a
+    model generalise long before it would otherwise. Not with DeepSpeed or FSDP."""
     ema_decay: float | None = None
     """Where given, at least 0 and below 1, the run leaves the exponential moving average of its weights behind: 0.995
     to 0.999 for short runs, 0.9999 for long ones. Evaluations during training are of that average, and
@@ -222,7 +222,7 @@ class RecurrentTrainingArguments(TrainingArguments):
         """The arguments as plain values, those of ours too."""
         nested = {"modality_weights": asdict(self.modality_weights)}
         nested["parameter_groups"] = [asdict(group) for group in self.parameter_groups]
-        nested["gradient_filter"] = None if self.gradient_filter is None else asdict(self.gradient_filter)
+        nested["gradient_filter"] = asdict(self.gradient_filter)
         return {**super().to_dict(), **nested}
 
     def check_launcher(self) -> None:

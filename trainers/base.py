@@ -158,7 +158,7 @@ class BaseTrainer(Trainer):
         if self.args.parameter_groups:
             split_groups(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
         self.options_of_run.remember(optimizer)
-        if self.args.gradient_filter is not None:
+        if self.args.gradient_filter.name is not None:
             self.gradient_filter = GradientFilter(self.args.gradient_filter, model)
             self.gradient_filter.attach(optimizer)
         return optimizer

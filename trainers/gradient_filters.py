@@ -16,30 +16,24 @@ FILE_NAME = "gradient_filter.safetensors"
 class GradientFilterOptions:
     """Adds to each gradient a multiple of its average over past updates (Lee et al. 2024, arXiv 2405.20233)."""
 
-    name: str
-    """ema, an exponential moving average, or ma, the mean of the last gradients."""
+    name: str | None = None
+    """ema, an exponential moving average, or ma, the mean of the last gradients; by default nothing is filtered."""
     factor: float = 2.0
     """What the average is multiplied with before it is added, at least 0; the authors take 2 for ema and 5 for ma."""
-    decay: float | None = None
-    """Decay of ema, at least 0 and below 1; by default 0.98."""
-    window: int | None = None
-    """Number of gradients of ma, at least 1; by default 100. A checkpoint grows by as many gradients of all weights."""
+    decay: float = 0.98
+    """Decay of ema, at least 0 and below 1."""
+    window: int = 100
+    """Number of gradients of ma, at least 1. A checkpoint grows by as many gradients of all weights."""
 
     def __post_init__(self) -> None:
-        if self.name not in GRADIENT_FILTERS:
+        if self.name is not None and self.name not in GRADIENT_FILTERS:
             raise ValueError(f"gradient_filter.name is {self.name!r}; give one of {', '.join(GRADIENT_FILTERS)}")
         if not 0 <= self.factor < math.inf:
             raise ValueError(f"gradient_filter.factor is {self.factor}; give a finite number, at least 0")
-        if self.decay is not None and not 0 <= self.decay < 1:
+        if not 0 <= self.decay < 1:
             raise ValueError(f"gradient_filter.decay is {self.decay}; give a number from 0 to below 1")
-        if self.window is not None and self.window < 1:
+        if self.window < 1:
             raise ValueError(f"gradient_filter.window is {self.window}; give at least 1")
-        unread = "window" if self.name == "ema" else "decay"
-        if getattr(self, unread) is not None:
-            raise ValueError(
-                f"gradient_filter.{unread} is {getattr(self, unread)}, but the filter is {self.name!r}, which has "
-                "none; leave it out"
-            )
 
 
 class SlowPart(Protocol):
@@ -56,7 +50,7 @@ class ExponentialAverage:
     """a = d a + (1 - d) g, beginning with the first gradient. Memory: one float32 number per weight."""
 
     def __init__(self, options: GradientFilterOptions) -> None:
-        self.decay = 0.98 if options.decay is None else options.decay
+        self.decay = options.decay
         self.state: dict[str, torch.Tensor] = {}
 
     def update(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -72,7 +66,7 @@ class WindowAverage:
     """
 
     def __init__(self, options: GradientFilterOptions) -> None:
-        self.window = 100 if options.window is None else options.window
+        self.window = options.window
         self.state: dict[str, torch.Tensor] = {}
 
     def update(self, gradient: torch.Tensor) -> torch.Tensor | None:
@@ -138,8 +132,8 @@ class GradientFilter:
         path = os.path.join(checkpoint, FILE_NAME)
         if not os.path.isfile(path):
             raise ValueError(
-                f"training.gradient_filter is {self.options.name}, but {checkpoint} has no {FILE_NAME}; set it to "
-                "null, or begin anew"
+                f"training.gradient_filter.name is {self.options.name!r}, but {checkpoint} has no {FILE_NAME}; set "
+                "it to null, or begin anew"
             )
         for item, tensor in load_file(path).items():
             key, name = item.split("/", 1)

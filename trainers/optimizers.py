@@ -118,10 +118,10 @@ def check_distribution(args: TrainingArguments, zero: Mapping[str, Any] | None, 
     where = "FSDP" if is_fsdp else None if zero is None else f"ZeRO-{zero.get('stage', 0)}"
     if where is None:
         return
-    if args.gradient_filter is not None:
+    if args.gradient_filter.name is not None:
         raise ValueError(
-            f"training.gradient_filter is {args.gradient_filter.name}, but {where} keeps gradients where a filter "
-            "cannot reach them; set it to null, or take DDP"
+            f"training.gradient_filter.name is {args.gradient_filter.name!r}, but {where} keeps gradients where a "
+            "filter cannot reach them; set it to null, or take DDP"
         )
     name = args.optimizer_name
     if name in OPTIMIZERS and (is_fsdp or zero.get("stage", 0) not in ZERO_STAGES.get(name, ())):
