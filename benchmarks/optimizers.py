@@ -150,7 +150,12 @@ def run_language(job: Row, args: argparse.Namespace) -> Row:
         flags["learning_rate"] = job["learning_rate"]
     else:
         flags |= {"optimizer": job["optimizer"], "muon_learning_rate": job["learning_rate"]}
-    command = ["pretrain.py", "--config", ROOT / "configs" / f"{job['config']}.yaml", "--callbacks.samples=null"]
+    command = [
+        "pretrain.py",
+        "--config",
+        ROOT / "configs" / f"{job['config']}.yaml",
+        "--callbacks.samples.every_steps=1000000",
+    ]
     command += [f"--training.{name}={value}" for name, value in flags.items()]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.run(
