@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no other run begins")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="of language")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the first is that of the sweep")
-    parser.add_argument("--max-steps", type=int, help="updates; default: those of the config, or 30000")
+    parser.add_argument("--max-steps", type=int, help="updates; default: those of the config, or 10000")
     return parser
 
 
@@ -200,7 +200,7 @@ def report_language(rows: Sequence[Row]) -> str:
 
 MODULUS = 97
 BATCH = 512
-MOST_UPDATES = 30_000
+MOST_UPDATES = 10_000
 CHECKED_EVERY = 50
 WIDTHS = (64, 128)
 FILTERS: dict[str, dict[str, Any]] = {
