@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from .adamuon import AdaMuon
 from .schedule_free import ScheduleFreeAdamW
@@ -140,9 +141,9 @@ def check_distribution(args: TrainingArguments, zero: Mapping[str, Any] | None, 
             f"training.max_grad_norm is {args.max_grad_norm}, but under {where} DeepSpeed would clip Muon's updates in "
             "place of gradients; set it to 0"
         )
-    if name in OPTIMIZERS and not str(args.optim).startswith("adamw_torch"):
+    if name in OPTIMIZERS and args.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise ValueError(
-            f"training.optim is {args.optim!s}, but DeepSpeed's Muon trains all but matrices with AdamW; leave it out"
+            f"training.optim is {OptimizerNames(args.optim).value}, but DeepSpeed's Muon trains all but matrices with AdamW; leave it out"
         )
 
 
