@@ -143,7 +143,8 @@ def check_distribution(args: TrainingArguments, zero: Mapping[str, Any] | None, 
         )
     if name in OPTIMIZERS and args.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise ValueError(
-            f"training.optim is {OptimizerNames(args.optim).value}, but DeepSpeed's Muon trains all but matrices with AdamW; leave it out"
+            f"training.optim is {OptimizerNames(args.optim).value}, but DeepSpeed's Muon trains all but matrices with "
+            "AdamW; leave it out"
         )
 
 
