@@ -1,5 +1,5 @@
-"""Which objective of training pays? Trains the models of `configs/` on cups, additions and scenes with each objective and
-seed for the same CPU time, and compares what they answer, with all steps and with exits, and at four times the depth.
+"""Which objective of training pays? Trains the models of `configs/` on cups, additions and scenes with each objective
+and seed for the same CPU time, and compares what they answer, with all steps and with exits, and at four times the depth.
 
 Each run is a process on one core, and a row of a JSON file; what that file holds is not run again.
 
