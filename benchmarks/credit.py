@@ -1,5 +1,6 @@
-"""Which objective of training pays? Trains the models of `configs/` on cups, additions and scenes with each objective
-and seed for the same CPU time, and compares what they answer, with all steps and with exits, and at four times the depth.
+"""Which objective of training pays? Trains the models of `configs/` on cups, additions and scenes, with each objective
+and seed for the same CPU time, and compares what they answer, with all steps and with exits, and at four times the
+depth.
 
 Each run is a process on one core, and a row of a JSON file; what that file holds is not run again.
 
@@ -325,9 +326,7 @@ def report(rows: Sequence[dict]) -> str:
                 mean, half = mean_and_interval([figure(row) for row in own])
                 cells.append(f"{mean:.1f} ± {half:.1f}" if len(own) > 1 else f"{mean:.1f}")
             lines.append([name, str(len(own)), *cells])
-        title = (
-            f"{task}: exact match and shares of steps in per cent, at a mean of {of_task[0]['mean_steps']} steps\n\n"
-        )
+        title = f"{task}, at a mean of {of_task[0]['mean_steps']} steps; scores and shares of steps in per cent\n\n"
         parts.append(title + markdown_table(["objective", "seeds", *FIGURES], lines))
     return "\n".join(parts)
 
