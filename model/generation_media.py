@@ -713,7 +713,7 @@ class MediaGeneration:
             return None
         return MediaExitController(
             exits,
-            self.model._logits,
+            self.model.compute_logits,
             self._first_velocities,
             self.model.text_config.vocab_size,
             VELOCITY_THRESHOLD if threshold is None else threshold,
@@ -771,7 +771,7 @@ class MediaGeneration:
     def choose(self, hidden: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
         """The next position of each row: its token, (rows,), and its embedding, (rows, hidden)."""
         conditional, unconditional = hidden.chunk(2) if self.is_guided else (hidden, None)
-        logits = self.model._logits(conditional).float()
+        logits = self.model.compute_logits(conditional).float()
         ids = self._next_tokens(logits)
         embeds = self.model.model.embed_tokens(ids)
         for name in self.names:
