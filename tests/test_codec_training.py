@@ -174,9 +174,7 @@ def build_trainer(folder, model=None, **options) -> ReconstructionTrainer:
 
 
 def test_objectives_are_refused_for_a_codec(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"training\.objective is about .* and codecs have none; leave"
-    ):
+    with pytest.raises(ValueError, match=r"training\.objective is about .* and codecs have none; leave"):
         build_trainer(tmp_path / "run", objective=ObjectiveOptions("full"))
     assert not (tmp_path / "run").exists()
 
