@@ -2,11 +2,14 @@
 MegaTransformerForCausalLM and MegaTransformerForSequenceClassification. They know of no images and no audio.
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +17,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
 from .attention import AttentionInputs, prepare_attention, select_rows
 from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, build_norm, sinusoids
@@ -25,13 +28,7 @@ from .depth import NoiseOptions, resolve_depth
 from .exit_criteria import ExitController, ExitOptions, ExitProbe
 from .generation_text import RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
-from .outputs import (
-    CACHE_NAME,
-    MegaTransformerCausalLMOutput,
-    MegaTransformerModelOutput,
-    pop_cache,
-    with_parameters,
-)
+from .outputs import CACHE_NAME, MegaTransformerCausalLMOutput, MegaTransformerModelOutput, pop_cache, with_parameters
 from .recurrence import ActiveRows, RecurrentCore, default_state, iterate_core
 
 logger = logging.get_logger(__name__)
@@ -404,9 +401,14 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         self.generation_config = lasting(self.generation_config)
         self.post_init()
 
-    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the generation config as the original does."""
-        super().adjust_generation_fn(*args, **kwargs)
+    def adjust_generation_fn(self, given: GenerationConfig | None, *args: Any, **kwargs: Any) -> None:
+        """Loads the generation config as the original does, and all of a file that has the mark, as older code has."""
+        super().adjust_generation_fn(given, *args, **kwargs)
+        if given is None and args[2] is not None:
+            with contextlib.suppress(OSError, ValueError):  # there is no such file, or none that can be read
+                file = cached_file(args[2], GENERATION_CONFIG_NAME, **kwargs)
+                said = json.loads(Path(file).read_text(encoding="utf-8"))
+                self.generation_config.update(**said, allow_custom_entries=True)
         self.generation_config = lasting(self.generation_config)
 
     # `generate` hands the last on, and PEFT has its own function to prepare inputs.
@@ -490,9 +492,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             logits = self.compute_logits(slice_logits_to_keep(hidden, logits_to_keep))
         loss, token_losses, vocab_size = None, None, self.text_config.vocab_size
         is_part = not isinstance(logits_to_keep, int) or logits_to_keep != 0
-        if labels is not None and (
-            logits is None or loss_weights is not None or is_part
-        ):  # a chunk of tokens at a time
+        if labels is not None and (logits is None or loss_weights is not None or is_part):  # some tokens at a time
             loss, token_losses = causal_loss(
                 self.compute_logits, hidden, labels, vocab_size, num_items_in_batch, loss_weights, is_shifted
             )

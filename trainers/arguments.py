@@ -14,11 +14,13 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 
+from .gradient_filters import GradientFilterOptions
 from .keywords import check_fsdp, check_keywords, recorded_fsdp
 from .locks import warn_of_build_locks
 from .losses import ModalityWeights
 from .objectives import ObjectiveOptions, build_objective
-from .optimizers import OPTIMIZERS, ParameterGroup
+from .optimizers import FOR_MATRICES, OPTIMIZERS, check_distribution
+from .parameter_groups import ParameterGroup
 
 # Least values that make sense, where transformers checks none.
 MINIMUMS = {
@@ -98,12 +100,16 @@ class RecurrentTrainingArguments(TrainingArguments):
     parameter_groups: list[ParameterGroup] = field(default_factory=list)
     """Parameters that learn at a rate of their own, or later than the rest, by patterns of their names."""
     optimizer: str | None = None
-    """Name of the optimizer, muon, or import name of a function, module:function, that builds one from the groups of
-    parameters, the training arguments and the model; by default `optim` names the optimizer."""
+    """Name of the optimizer, muon, adamuon, schedule_free or soap, or import name of a function, module:function, that
+    builds one from the groups of parameters, the training arguments and the model; by default `optim` names one of
+    transformers'."""
     muon_learning_rate: float | None = None
-    """Where given, Muon trains the matrices inside the layers at this rate, at least 0 and often 3 to 10 times that of
-    AdamW; embeddings, head, convolutions, norms and biases are trained by `optim` at `learning_rate`. Not with
-    DeepSpeed or FSDP."""
+    """Where given, Muon, or AdaMuon where `optimizer` names it, trains the matrices inside the layers at this rate, at
+    least 0 and often 3 to 10 times that of AdamW; embeddings, head, convolutions, norms and biases are trained by
+    `optim` at `learning_rate`."""
+    gradient_filter: GradientFilterOptions = field(default_factory=GradientFilterOptions)
+    """Filter that amplifies the slow part of gradients before each step of the optimizer (Grokfast), which may let a
+    model generalise long before it would otherwise. Not with DeepSpeed or FSDP."""
     ema_decay: float | None = None
     """Where given, at least 0 and below 1, the run leaves the exponential moving average of its weights behind: 0.995
     to 0.999 for short runs, 0.9999 for long ones. Evaluations during training are of that average, and
@@ -146,6 +152,11 @@ class RecurrentTrainingArguments(TrainingArguments):
                 f"{type(self).__name__}.fp16: it is on, but on a CPU the run would be in float32 all the same; set "
                 "bf16 to true instead"
             )
+        self._check_distribution(self.hf_deepspeed_config.config if self.deepspeed else None)
+
+    def _check_distribution(self, deepspeed: Mapping[str, Any] | None) -> None:
+        zero = None if deepspeed is None else deepspeed.get("zero_optimization", {})
+        check_distribution(self, zero, bool(self.fsdp))
 
     def _check_ranges(self) -> None:
         for item in fields(self):
@@ -181,12 +192,29 @@ class RecurrentTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"optimizer is {self.optimizer!r}; give one of {', '.join(OPTIMIZERS)}, or module:function of your own"
             )
-        if self.optimizer == "muon" and self.muon_learning_rate is None:
-            raise ValueError("optimizer is 'muon', but muon_learning_rate is null; give its rate, such as 0.01")
-        if self.optimizer not in (None, "muon") and self.muon_learning_rate is not None:
+        if self.optimizer in FOR_MATRICES and self.muon_learning_rate is None:
+            raise ValueError(
+                f"optimizer is {self.optimizer!r}, but muon_learning_rate is null; give its rate, such as 0.01"
+            )
+        if self.optimizer not in (None, *FOR_MATRICES) and self.muon_learning_rate is not None:
             raise ValueError(
                 f"muon_learning_rate is {self.muon_learning_rate}, but optimizer is {self.optimizer!r}, which is not "
                 "Muon; leave one of them out"
+            )
+        if self.optimizer == "schedule_free":
+            self._check_schedule_free()
+
+    def _check_schedule_free(self) -> None:
+        """Raises ValueError for a schedule or an average beside that of the optimizer."""
+        if not str(self.lr_scheduler_type).startswith("constant"):
+            raise ValueError(
+                f"lr_scheduler_type is {self.lr_scheduler_type!s}, but optimizer is 'schedule_free', whose average "
+                "takes the place of a falling rate; give constant or constant_with_warmup"
+            )
+        if self.ema_decay is not None:
+            raise ValueError(
+                f"ema_decay is {self.ema_decay}, but optimizer is 'schedule_free', which averages by itself; set it to "
+                "null"
             )
 
     def _check_objective(self) -> None:
@@ -217,7 +245,7 @@ class RecurrentTrainingArguments(TrainingArguments):
     @property
     def optimizer_name(self) -> str | None:
         """Name of the optimizer as `build_optimizer` takes it; None where `optim` names it."""
-        return "muon" if self.muon_learning_rate is not None else self.optimizer
+        return "muon" if self.optimizer is None and self.muon_learning_rate is not None else self.optimizer
 
     def _check_report_to(self) -> None:
         """`Trainer` would refuse them after the data have been read."""
@@ -238,7 +266,7 @@ class RecurrentTrainingArguments(TrainingArguments):
     def to_dict(self) -> dict:
         """The arguments as plain values, those of ours too."""
         groups = [asdict(group) for group in self.parameter_groups]
-        ours = {name: asdict(getattr(self, name)) for name in ("modality_weights", "objective")}
+        ours = {name: asdict(getattr(self, name)) for name in ("modality_weights", "objective", "gradient_filter")}
         return {**super().to_dict(), **ours, "parameter_groups": groups}
 
     def check_launcher(self) -> None:
@@ -287,6 +315,7 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
         super().__post_init__()
         self.deepspeed = deepspeed
         self._check_objective()  # with it
+        self._check_distribution(self.deepspeed_settings)
 
     @property
     def device(self) -> torch.device:
