@@ -22,6 +22,7 @@ from model import MegaTransformerImageAutoencoder, codec_media
 from tests.test_trainer import Interrupt, losses
 from tests.tiny_codecs import AUTOENCODER, VOCODER, pictures, tiny_autoencoder, tiny_vocoder
 from trainers import ParameterGroup, ReconstructionTrainer, RecurrentTrainingArguments, find_resume_point
+from trainers.objectives import ObjectiveOptions
 
 SCENES = SourceConfig("generated", task="scenes", num_rows=24, difficulty=[1, 1])
 IMAGES = codec_media(tiny_autoencoder().config)
@@ -170,6 +171,12 @@ def build_trainer(folder, model=None, **options) -> ReconstructionTrainer:
         data_collator=IMAGES.collate_codec_inputs,
         score=ImageScores(),
     )
+
+
+def test_objectives_are_refused_for_a_codec(tmp_path):
+    with pytest.raises(ValueError, match=r"training\.objective is about .* and codecs have none; leave"):
+        build_trainer(tmp_path / "run", objective=ObjectiveOptions("full"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_resumed_equals_uninterrupted_bitwise(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .base import ScoringTrainer
+from .objectives import ObjectiveOptions
 
 
 class ReconstructionTrainer(ScoringTrainer):
@@ -28,6 +29,12 @@ class ReconstructionTrainer(ScoringTrainer):
         del self.model.config.use_cache  # `Trainer` writes it into every configuration
         self.score = score
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # on the device until they are logged
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also refuses an objective, before there is a folder."""
+        if self.args.objective != ObjectiveOptions():
+            raise ValueError("training.objective is about the steps of a core, and codecs have none; leave it out")
+        super().create_accelerator_and_postprocess()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         """Tells the model how many updates it has had, and keeps the parts of its loss."""
