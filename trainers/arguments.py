@@ -18,6 +18,7 @@ from .gradient_filters import GradientFilterOptions
 from .keywords import check_fsdp, check_keywords, recorded_fsdp
 from .locks import warn_of_build_locks
 from .losses import ModalityWeights
+from .objectives import ObjectiveOptions, build_objective
 from .optimizers import FOR_MATRICES, OPTIMIZERS, check_distribution
 from .parameter_groups import ParameterGroup
 
@@ -30,6 +31,12 @@ MINIMUMS = {
     **dict.fromkeys(("recurrence_logging_steps", "dataloader_num_workers", "stall_seconds", "seed", "data_seed"), 0),
 }
 SHARES = ("adam_beta1", "adam_beta2", "ema_decay")
+# What has a backward pass of its own, which is run once.
+OF_BACKWARD = (
+    "deepspeed",
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("activation_checkpointing", "gradient_checkpointing"),
+)
 # What transformers offers and our metrics and model cannot do: the value there has to be, and what another would cause.
 FIXED = {
     "label_names": (None, "the metrics need the labels that the model takes, which are called labels"),
@@ -83,6 +90,8 @@ class RecurrentTrainingArguments(TrainingArguments):
     most 1): the states are collapsing."""
     modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
     """How much a token counts in the loss, by what its document contains."""
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    """What the steps of a model learn from."""
     deepspeed: dict | str | None = field(default=None, metadata={"is_path": True})
     """File of DeepSpeed, also by its name in `configs/deepspeed/`, or what stands in it."""
     freeze: list[str] = field(default_factory=list)
@@ -121,6 +130,11 @@ class RecurrentTrainingArguments(TrainingArguments):
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         if not torch.accelerator.is_available():
             self.use_cpu = True  # with DeepSpeed, transformers would otherwise see one process only
+        if self.objective.name == "full":
+            self.activation_checkpointing = True
+        if build_objective(self.objective).is_read_after_steps:
+            # DDP would look for them behind the forward pass, and part its outputs from each other.
+            self.ddp_find_unused_parameters = False
         if self.data_seed is None:
             self.data_seed = self.seed  # accelerate would take whatever the global generator was last seeded with
         if self.greater_is_better is None:
@@ -164,6 +178,7 @@ class RecurrentTrainingArguments(TrainingArguments):
             if choices and value is not None:
                 check_choices(item.name, value, choices)
         self._check_optimizer()
+        self._check_objective()
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
         if self.max_steps == -1 and self.num_train_epochs == 0:
@@ -202,6 +217,31 @@ class RecurrentTrainingArguments(TrainingArguments):
                 "null"
             )
 
+    def _check_objective(self) -> None:
+        """Raises ValueError for an objective that is unknown, or that cannot be with what else is asked for."""
+        objective, name = build_objective(self.objective), self.objective.name
+        excluded = ["fsdp", "ddp_find_unused_parameters"] if objective.is_read_after_steps else []
+        excluded += OF_BACKWARD if objective.takes_gradients else ()
+        for option in excluded:
+            if getattr(self, option):
+                raise ValueError(
+                    f"objective.name is {name!r}, which is not possible with {option}; leave {option} out, or give "
+                    "another objective, such as truncated"
+                )
+        zero = (self.deepspeed_settings or {}).get("zero_optimization", {})
+        if objective.is_read_after_steps and zero.get("stage") == 3:
+            raise ValueError(
+                f"objective.name is {name!r}, which needs weights after the forward pass, and ZeRO-3 gathers them "
+                "within it alone; use zero2, or give another objective, such as full"
+            )
+
+    @property
+    def deepspeed_settings(self) -> dict[str, Any] | None:
+        """Content of the DeepSpeed file; None for a run without DeepSpeed."""
+        if not isinstance(self.deepspeed, str):
+            return self.deepspeed
+        return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+
     @property
     def optimizer_name(self) -> str | None:
         """Name of the optimizer as `build_optimizer` takes it; None where `optim` names it."""
@@ -225,10 +265,9 @@ class RecurrentTrainingArguments(TrainingArguments):
 
     def to_dict(self) -> dict:
         """The arguments as plain values, those of ours too."""
-        nested = {"modality_weights": asdict(self.modality_weights)}
-        nested["parameter_groups"] = [asdict(group) for group in self.parameter_groups]
-        nested["gradient_filter"] = asdict(self.gradient_filter)
-        return {**super().to_dict(), **nested}
+        groups = [asdict(group) for group in self.parameter_groups]
+        ours = {name: asdict(getattr(self, name)) for name in ("modality_weights", "objective", "gradient_filter")}
+        return {**super().to_dict(), **ours, "parameter_groups": groups}
 
     def check_launcher(self) -> None:
         """Refuse DeepSpeed in a process that no launcher told its rank: it would look for one through MPI.
@@ -275,6 +314,7 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
         self.use_cpu, self.tf32 = True, None
         super().__post_init__()
         self.deepspeed = deepspeed
+        self._check_objective()  # with it
         self._check_distribution(self.deepspeed_settings)
 
     @property
@@ -293,10 +333,3 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"WORLD_SIZE is {text!r} in the environment; give the number of GPUs, at least 1")
         return int(text)
-
-    @property
-    def deepspeed_settings(self) -> dict[str, Any] | None:
-        """Content of the DeepSpeed file; None for a run without DeepSpeed."""
-        if not isinstance(self.deepspeed, str):
-            return self.deepspeed
-        return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
