@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .keywords import check_fsdp, check_keywords, recorded_fsdp
 from .locks import warn_of_build_locks
@@ -26,6 +26,7 @@ MINIMUMS = {
     **dict.fromkeys(("learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), 0),
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "logging_steps", "eval_steps", "save_steps"), 0),
     **dict.fromkeys(("recurrence_logging_steps", "dataloader_num_workers", "stall_seconds", "seed", "data_seed"), 0),
+    **{"early_stopping_patience": 1, "early_stopping_threshold": 0},
 }
 SHARES = ("adam_beta1", "adam_beta2", "ema_decay")
 # What transformers offers and our metrics and model cannot do: the value there has to be, and what another would cause.
@@ -99,6 +100,12 @@ class RecurrentTrainingArguments(TrainingArguments):
     """Where given, at least 0 and below 1, the run leaves the exponential moving average of its weights behind: 0.995
     to 0.999 for short runs, 0.9999 for long ones. Evaluations during training are of that average, and
     `load_best_model_at_end` leaves the average of the best checkpoint. Not with DeepSpeed or FSDP."""
+    early_stopping_patience: int | None = None
+    """Where given, at least 1, the run ends when so many evaluations one after another have not improved
+    `metric_for_best_model`, by default the mean loss of all validation sources. Set `load_best_model_at_end` to keep the
+    best model and not the last."""
+    early_stopping_threshold: float = 0.0
+    """Least improvement of that metric over its best value that counts, at least 0."""
     stall_seconds: float = 600.0
     """Seconds without a step or a batch of an evaluation, at least 0, after which a warning says what the run waits
     for, such as a worker that hangs; 0 turns it off."""
@@ -153,6 +160,16 @@ class RecurrentTrainingArguments(TrainingArguments):
             if choices and value is not None:
                 check_choices(item.name, value, choices)
         self._check_optimizer()
+        if self.early_stopping_patience is not None and self.eval_strategy == IntervalStrategy.NO:
+            raise ValueError(
+                f"early_stopping_patience is {self.early_stopping_patience}, but eval_strategy is no, and nothing would "
+                "be evaluated; set eval_strategy to steps or epoch"
+            )
+        if self.early_stopping_patience is None and self.early_stopping_threshold:
+            raise ValueError(
+                f"early_stopping_threshold is {self.early_stopping_threshold}, but early_stopping_patience is null, so "
+                "that nothing would read it; set that, or leave the threshold out"
+            )
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
         if self.max_steps == -1 and self.num_train_epochs == 0:
@@ -224,7 +241,8 @@ class RecurrentTrainingArguments(TrainingArguments):
         """
         known = [f"eval_{names[0]}", *(f"eval_{source}_{name}" for source in sources for name in names)]
         name = self.metric_for_best_model
-        if name in ("loss", "eval_loss") or (name is None and self.save_strategy == SaveStrategy.BEST):
+        is_needed = self.save_strategy == SaveStrategy.BEST or self.early_stopping_patience is not None
+        if name in ("loss", "eval_loss") or (name is None and is_needed):
             self.metric_for_best_model = known[0]  # transformers' default is the loss of a validation set without name
         elif name is not None and not {name, f"eval_{name}"} & set(known):
             raise ValueError(

@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper
+from .early_stopping import EarlyStopping, has_stopped
 from .optimizers import FreezeStepsCallback, assign, build_optimizer, freeze, parameters_of_norms, split_groups
 from .resuming import (
     UNDECAYED,
@@ -81,6 +82,8 @@ class BaseTrainer(Trainer):
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
         if self.average is not None:
             self.add_callback(self.average)
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience, self.args.early_stopping_threshold))
         if any(group.freeze_steps for group in self.args.parameter_groups):
             self.add_callback(FreezeStepsCallback())
 
@@ -172,14 +175,15 @@ class BaseTrainer(Trainer):
         return output
 
     def set_initial_training_values(self, args: RecurrentTrainingArguments, dataloader: DataLoader) -> tuple:
-        """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more;
-        ResumeError for a checkpoint of a step that the run does not have.
+        """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more, or the
+        run had stopped early; ResumeError for a checkpoint of a step that the run does not have.
         """
         self.num_train_epochs, *others = super().set_initial_training_values(args, dataloader)
-        step, max_steps = 0 if self.resume_point is None else read_state(self.resume_point)["global_step"], others[-1]
+        state = {"global_step": 0} if self.resume_point is None else read_state(self.resume_point)
+        step, max_steps = state["global_step"], others[-1]
         if step > max_steps:
             raise ResumeError(f"training.resume_from_checkpoint: {nothing_left(self.resume_point, step, args)}")
-        if step < max_steps:
+        if step < max_steps and not has_stopped(state, args.early_stopping_patience):
             return (self.num_train_epochs, *others)
         logger.info("%s is of step %d, the last: only what comes after it is left to do", self.resume_point, step)
         return (0, *others)
