@@ -462,7 +462,7 @@ def test_a_real_run_still_asks_its_machine(tmp_path: Path, monkeypatch: pytest.M
         load_config(flags)
     assert "bf16" in capsys.readouterr().err
     run = load_config([*flags, "--training.use_cpu", "true"])
-    assert type(run.training) is RecurrentTrainingArguments and not run.is_dry_run
+    assert type(run.training) is RecurrentTrainingArguments and run.mode is None
     assert "dry_run" not in run.resolved
 
 

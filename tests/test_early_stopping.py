@@ -50,8 +50,8 @@ def test_less_than_the_threshold_is_no_improvement(tmp_path, threshold, steps):
 
 
 def test_the_count_goes_on_after_a_restart(tmp_path):
-    """Two steps, a checkpoint, and new objects: it ends where the uninterrupted run does; once more, with the checkpoint
-    of its end, not a step is made.
+    """Two steps, a checkpoint, and new objects: it ends where the uninterrupted run does. From the checkpoint of its end
+    it makes no step.
     """
     options = {"save_strategy": "steps", "save_steps": 1}
     cut = stopping(tmp_path, **options)
@@ -83,7 +83,10 @@ def test_a_run_that_ended_by_itself_is_finished(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_strategy": "no"}, "early_stopping_patience is 3, but eval_strategy is no, and nothing would be evaluated"),
+        (
+            {"eval_strategy": "no"},
+            "early_stopping_patience is 3, but eval_strategy is no, so that nothing is evaluated",
+        ),
         ({"early_stopping_patience": 0}, "early_stopping_patience is 0; give at least 1"),
         ({"early_stopping_threshold": -0.5}, "early_stopping_threshold is -0.5; give at least 0"),
         (

@@ -23,10 +23,11 @@ from .optimizers import OPTIMIZERS, ParameterGroup
 MINIMUMS = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("save_total_limit", "eval_accumulation_steps", "dataloader_prefetch_factor"), 1),
+    "early_stopping_patience": 1,
+    "early_stopping_threshold": 0,
     **dict.fromkeys(("learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), 0),
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "logging_steps", "eval_steps", "save_steps"), 0),
     **dict.fromkeys(("recurrence_logging_steps", "dataloader_num_workers", "stall_seconds", "seed", "data_seed"), 0),
-    **{"early_stopping_patience": 1, "early_stopping_threshold": 0},
 }
 SHARES = ("adam_beta1", "adam_beta2", "ema_decay")
 # What transformers offers and our metrics and model cannot do: the value there has to be, and what another would cause.
@@ -102,8 +103,8 @@ class RecurrentTrainingArguments(TrainingArguments):
     `load_best_model_at_end` leaves the average of the best checkpoint. Not with DeepSpeed or FSDP."""
     early_stopping_patience: int | None = None
     """Where given, at least 1, the run ends when so many evaluations one after another have not improved
-    `metric_for_best_model`, by default the mean loss of all validation sources. Set `load_best_model_at_end` to keep the
-    best model and not the last."""
+    `metric_for_best_model`, by default the mean loss of all validation sources. `load_best_model_at_end` keeps the best
+    model and not the last."""
     early_stopping_threshold: float = 0.0
     """Least improvement of that metric over its best value that counts, at least 0."""
     stall_seconds: float = 600.0
@@ -162,8 +163,8 @@ class RecurrentTrainingArguments(TrainingArguments):
         self._check_optimizer()
         if self.early_stopping_patience is not None and self.eval_strategy == IntervalStrategy.NO:
             raise ValueError(
-                f"early_stopping_patience is {self.early_stopping_patience}, but eval_strategy is no, and nothing would "
-                "be evaluated; set eval_strategy to steps or epoch"
+                f"early_stopping_patience is {self.early_stopping_patience}, but eval_strategy is no, so that "
+                "nothing is evaluated; set eval_strategy to steps or epoch"
             )
         if self.early_stopping_patience is None and self.early_stopping_threshold:
             raise ValueError(
