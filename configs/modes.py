@@ -41,6 +41,7 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     | {
         "training.max_steps": debugging.NUM_STEPS,
         "training.train_sampling_strategy": "sequential",
+        "training.max_tokens_per_batch": None,
         **dict.fromkeys(("training.torch_compile_backend", "training.torch_compile_mode")),
         "training.torch_compile": False,
     },

@@ -66,7 +66,6 @@ def find_learning_rate(trainer: Trainer) -> str:
 
     Raises:
         NothingFoundError: no rate makes the loss fall.
-        ValueError: the run has no learning rate.
     """
     args, callback = trainer.args, RangeTestCallback()
     trainer.remove_callback(NonFiniteCallback)  # the test is to go on until there is no loss any more
@@ -93,10 +92,19 @@ def rates_of(trainer: Trainer) -> dict[str, float]:
 
 
 def profile_steps(trainer: Trainer) -> str:
-    """Write a trace into the output folder; the table of costs, and where the trace is."""
+    """Write a trace into the output folder; the table of costs, and where the trace is.
+
+    Raises:
+        NothingFoundError: the data end before the steps that are traced.
+    """
     callback = ProfilingCallback(Path(trainer.args.output_dir))
     trainer.add_callback(callback)
     trainer.train()
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise NothingFoundError(
+            f"data.train: it ended after {trainer.state.global_step} steps of the {trainer.state.max_steps} that are "
+            "needed; give more rows"
+        )
     return f"{callback.table}\n\nTrace, for chrome://tracing or https://ui.perfetto.dev: {callback.path}"
 
 

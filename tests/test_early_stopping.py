@@ -50,8 +50,8 @@ def test_less_than_the_threshold_is_no_improvement(tmp_path, threshold, steps):
 
 
 def test_the_count_goes_on_after_a_restart(tmp_path):
-    """Two steps, a checkpoint, and new objects: it ends where the uninterrupted run does. From the checkpoint of its end
-    it makes no step.
+    """Two steps, a checkpoint, new objects: it ends where the uninterrupted run does. From the checkpoint of its end it
+    makes no step.
     """
     options = {"save_strategy": "steps", "save_steps": 1}
     cut = stopping(tmp_path, **options)

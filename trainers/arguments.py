@@ -23,7 +23,7 @@ from .optimizers import OPTIMIZERS, ParameterGroup
 MINIMUMS = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("save_total_limit", "eval_accumulation_steps", "dataloader_prefetch_factor"), 1),
-    "early_stopping_patience": 1,
+    **dict.fromkeys(("early_stopping_patience", "max_tokens_per_batch"), 1),
     "early_stopping_threshold": 0,
     **dict.fromkeys(("learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), 0),
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "logging_steps", "eval_steps", "save_steps"), 0),
@@ -101,6 +101,14 @@ class RecurrentTrainingArguments(TrainingArguments):
     """Where given, at least 0 and below 1, the run leaves the exponential moving average of its weights behind: 0.995
     to 0.999 for short runs, 0.9999 for long ones. Evaluations during training are of that average, and
     `load_best_model_at_end` leaves the average of the best checkpoint. Not with DeepSpeed or FSDP."""
+    auto_find_batch_size: bool = False
+    """Whether `per_device_train_batch_size` is divided, and `gradient_accumulation_steps` multiplied, until a step fits
+    into memory, which is tried before training begins; the batch of an update stays. With `trainer: pretrain`, and not
+    with DeepSpeed or FSDP."""
+    max_tokens_per_batch: int | None = None
+    """Where given, at least 1, a micro-batch has as many rows of similar length as have at most so many tokens, padding
+    included, and at most `per_device_train_batch_size`. For rows of different lengths (`packing: false`) that are not
+    streamed."""
     early_stopping_patience: int | None = None
     """Where given, at least 1, the run ends when so many evaluations one after another have not improved
     `metric_for_best_model`, by default the mean loss of all validation sources. `load_best_model_at_end` keeps the best
@@ -171,6 +179,7 @@ class RecurrentTrainingArguments(TrainingArguments):
                 f"early_stopping_threshold is {self.early_stopping_threshold}, but early_stopping_patience is null, so "
                 "that nothing would read it; set that, or leave the threshold out"
             )
+        self._check_batches()
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
         if self.max_steps == -1 and self.num_train_epochs == 0:
@@ -190,6 +199,21 @@ class RecurrentTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"muon_learning_rate is {self.muon_learning_rate}, but optimizer is {self.optimizer!r}, which is not "
                 "Muon; leave one of them out"
+            )
+
+    def _check_batches(self) -> None:
+        """Raises ValueError for options of batches that cannot be had together."""
+        others = [name for name in ("deepspeed", "fsdp", "max_tokens_per_batch") if getattr(self, name)]
+        if self.auto_find_batch_size and others:
+            raise ValueError(
+                f"auto_find_batch_size is true, but with {others[0]} the memory of a step is another one than what is "
+                "tried; set it to false and give per_device_train_batch_size, as --dry-run estimates it"
+            )
+        if self.max_tokens_per_batch is not None and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch} and train_sampling_strategy "
+                f"{self.train_sampling_strategy!r}, but batches by tokens have an order of their own; leave one "
+                "of them out"
             )
 
     @property

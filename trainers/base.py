@@ -57,6 +57,8 @@ class BaseTrainer(Trainer):
     """
 
     args: RecurrentTrainingArguments
+    has_token_batches = False
+    """Whether `max_tokens_per_batch` has a meaning for this trainer."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.options_of_run = OptionsOfRun()
@@ -92,6 +94,7 @@ class BaseTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         # As `Trainer` sets them a little later, which forgets what is built here.
         self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = self.built_optimizer = None
+        self._check_batches()
         freeze(self.model, self.args.freeze)
         assign(self.model, self.args.parameter_groups)
         self._check_deepspeed_settings()
@@ -115,6 +118,19 @@ class BaseTrainer(Trainer):
         with naming("lr_scheduler_type or lr_scheduler_kwargs"):
             unused = torch.optim.SGD(self.model.parameters())
             self.create_scheduler(max(self.args.max_steps, 1), unused)
+
+    def _check_batches(self) -> None:
+        """Raises ValueError for options of batches that only other trainers read."""
+        if self.args.auto_find_batch_size:
+            raise ValueError(
+                "training.auto_find_batch_size is true, but only trainer: pretrain looks for a size; set it to false, "
+                "and lower per_device_train_batch_size where memory runs out"
+            )
+        if self.args.max_tokens_per_batch is not None and not self.has_token_batches:
+            raise ValueError(
+                f"training.max_tokens_per_batch is {self.args.max_tokens_per_batch}, but this trainer counts rows, not "
+                "tokens; leave it out"
+            )
 
     def _check_deepspeed_settings(self) -> None:
         """Raises ValueError where DeepSpeed's file contradicts the arguments, which `Trainer` would say when training

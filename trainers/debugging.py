@@ -35,6 +35,8 @@ def overfit_one_batch(trainer: Trainer) -> str:
     args = trainer.args
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     trainer.train_dataset = list(itertools.islice(iter_rows(trainer.train_dataset), rows))
+    if len(trainer.train_dataset) < rows:
+        raise NotLearningError(f"data.train has {len(trainer.train_dataset)} rows, fewer than the {rows} of one update")
     with torch.autograd.set_detect_anomaly(True), finite_outputs(trainer.model):
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

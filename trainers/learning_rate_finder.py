@@ -21,7 +21,7 @@ WINDOW = 9
 
 
 class NothingFoundError(ValueError):
-    """No rate of a range test makes the loss fall."""
+    """A few steps of a run were not enough to find what they were made for."""
 
 
 @dataclass(frozen=True)
@@ -146,5 +146,14 @@ class RangeTestCallback(TrainerCallback):
             control.should_training_stop = True
 
     def result(self, rates: dict[str, float]) -> RangeTest:
-        """What was measured; see `RangeTest`."""
+        """What was measured; see `RangeTest`.
+
+        Raises:
+            NothingFoundError: Too few steps were.
+        """
+        if len(self.losses) < WINDOW:
+            raise NothingFoundError(
+                f"only {len(self.losses)} steps have a finite loss, where {WINDOW} are needed; look at the data, or "
+                "try --debug"
+            )
         return RangeTest(self.factors[: len(self.losses)], self.losses, rates)
