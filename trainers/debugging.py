@@ -1,6 +1,7 @@
 """The search for what is wrong with a run: whether it can learn one batch, and where values stop being finite."""
 
 import itertools
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,7 @@ def overfit_one_batch(trainer: Trainer) -> str:
     with torch.autograd.set_detect_anomaly(True), finite_outputs(trainer.model):
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    first, last = losses[0], sum(losses[-NUM_LAST:]) / NUM_LAST
+    first, last = losses[0], statistics.fmean(losses[-NUM_LAST:])
     found = f"the loss of {rows} rows went from {first:.4g} to {last:.4g} in {len(losses)} updates"
     if not last < (1 - LEAST_FALL) * first:
         raise NotLearningError(
