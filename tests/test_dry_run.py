@@ -310,7 +310,7 @@ def test_what_is_frozen_has_no_gradient_and_no_optimizer(dry_run, tmp_path: Path
 @pytest.mark.parametrize(
     "name",
     [
-        *("recurrent_lm", "plain_lm", "recurrent_lm_100m", "recurrent_lm_3b"),
+        *("recurrent_lm", "plain_lm", "recurrent_lm_100m", "recurrent_lm_3b", "tinystories"),
         *("recurrent_vlm", "recurrent_speech", "recurrent_vlm_base", "recurrent_vlm_zero3"),
     ],
 )
