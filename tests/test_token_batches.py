@@ -13,9 +13,10 @@ from torch.utils.data import IterableDataset
 from dataset_loading import Collator
 from tests.test_trainer import Interrupt, build, losses
 from tests.test_trainer_ranks import launch
-from tests.tiny import tiny_ids
+from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_language_model import tiny_tokenizer
-from trainers import find_resume_point
+from trainers import RecurrentTrainingArguments, find_resume_point
+from trainers.base import BaseTrainer
 from trainers.token_batches import TokenBatchSampler
 
 LENGTHS = np.random.default_rng(5).integers(2, 30, 101)
@@ -146,6 +147,13 @@ class Stream(IterableDataset):
 def test_what_is_refused(tmp_path, dataset, options, message):
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "out", dataset=dataset, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_trainers_that_count_rows_refuse_it(tmp_path):
+    args = RecurrentTrainingArguments(output_dir=str(tmp_path / "out"), max_tokens_per_batch=48, use_cpu=True)
+    with pytest.raises(ValueError, match="max_tokens_per_batch is 48, but this trainer counts rows, not tokens"):
+        BaseTrainer(model=tiny_model(), args=args, train_dataset=Rows())
     assert not (tmp_path / "out").exists()
 
 

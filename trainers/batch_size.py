@@ -46,7 +46,8 @@ def fit_batch_size(
         rows = read_state(resume_point)["train_batch_size"]
     else:
         sizes = (rows for rows in range(given, 0, -1) if given % rows == 0)
-        rows = next((rows for rows in sizes if all_ranks(fits(args, model, dataset, collate, rows), args)), None)
+        tries = ((rows, memory_suffices(args, model, dataset, collate, rows)) for rows in sizes)
+        rows = next((rows for rows, suffices in tries if all_ranks(suffices, args)), None)
     if rows is None:
         raise ValueError(
             f"training.auto_find_batch_size: not one row fits into the memory of {args.device}; make data.block_size "
@@ -62,22 +63,22 @@ def fit_batch_size(
         )
 
 
-def all_ranks(fits_here: bool, args: RecurrentTrainingArguments) -> bool:
+def all_ranks(is_so: bool, args: RecurrentTrainingArguments) -> bool:
     """Whether something is so on all ranks."""
-    found = torch.tensor(int(fits_here), device=args.device)
+    found = torch.tensor(int(is_so), device=args.device)
     if args.world_size > 1:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
     return bool(found)
 
 
-def fits(
+def memory_suffices(
     args: RecurrentTrainingArguments,
     model: nn.Module,
     dataset: Dataset,
     collate: Callable[[Sequence[Any]], dict[str, Any]],
     rows: int,
 ) -> bool:
-    """Whether a micro-batch of so many rows does."""
+    """Whether a step on so many rows fits into it."""
     batch = inputs_of_model(collate(longest_rows(dataset, rows)))
     try:
         try_step(args, model, batch)

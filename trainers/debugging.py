@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from .checkpoints import is_finite
+
 NUM_STEPS = 50
 """Optimizer steps on the one batch."""
 NUM_LAST = 5
@@ -97,11 +99,6 @@ class Check:
             f"the output of {self.name or 'the model'} ({type(module).__name__}) is the first that is not "
             f"finite; {cause}"
         )
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
-    return bool(tensor.detach().isfinite().all())
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -14,7 +14,7 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Go on with the count of a checkpoint. That the best model is not loaded at the end needs no warning."""
-        self.early_stopping_patience_counter = counted(state.stateful_callbacks)
+        self.early_stopping_patience_counter = evaluations_in_vain(state.stateful_callbacks)
 
     def on_evaluate(
         self,
@@ -30,7 +30,7 @@ class EarlyStopping(EarlyStoppingCallback):
             state.stateful_callbacks[type(self).__name__] = self.state()  # `Trainer` does so in checkpoints alone
 
 
-def counted(states: Mapping[str, Any]) -> int:
+def evaluations_in_vain(states: Mapping[str, Any]) -> int:
     """Evaluations in vain, one after another, by the states of callbacks in the state of a trainer."""
     state = states.get(EarlyStopping.__name__, {})
     return state.get("attributes", {}).get("early_stopping_patience_counter", 0)
@@ -38,4 +38,4 @@ def counted(states: Mapping[str, Any]) -> int:
 
 def has_stopped(state: Mapping[str, Any], patience: int | None) -> bool:
     """Whether a run ended by itself in the state of a trainer, as read from its file."""
-    return patience is not None and counted(state.get("stateful_callbacks") or {}) >= patience
+    return patience is not None and evaluations_in_vain(state.get("stateful_callbacks") or {}) >= patience
