@@ -34,7 +34,7 @@ class Rows(list):
 
 def sampler(epoch=0, drop_last=False, num_batches=4, **options):
     found = TokenBatchSampler(
-        LENGTHS, **{"max_tokens": 64, "max_rows": 8, "seed": 3, **options}, num_batches=num_batches, drop_last=drop_last
+        LENGTHS, **{"max_tokens": 63, "max_rows": 8, "seed": 3, **options}, num_batches=num_batches, drop_last=drop_last
     )
     found.sampler.set_epoch(epoch)
     return found
@@ -53,7 +53,7 @@ def test_every_row_comes_within_the_budget(drop_last):
     """Rows that come twice, or not at all, fill up the last update, or are left out of it."""
     batches = list(sampler(drop_last=drop_last))
     assert len(batches) == len(sampler(drop_last=drop_last)) and len(batches) % 4 == 0
-    assert max(map(padded, batches)) <= 64 and max(map(len, batches)) == 8
+    assert max(map(padded, batches)) == 63 and max(map(len, batches)) == 8
     counts = Counter(chain.from_iterable(batches))
     extra = sum(counts.values()) - len(LENGTHS)
     assert (extra < 0) if drop_last else (set(counts) == set(range(len(LENGTHS))))
@@ -64,7 +64,7 @@ def test_the_batches_are_full():
     """None of the batches in a row, from short to long, has room for the first of the next."""
     ordered = sorted(sampler(num_batches=1), key=lambda batch: (LENGTHS[batch].max(), LENGTHS[batch].min()))
     for batch, after in pairwise(ordered):
-        assert len(batch) == 8 or (len(batch) + 1) * LENGTHS[after].min() > 64
+        assert len(batch) == 8 or (len(batch) + 1) * LENGTHS[after].min() > 63
     waste = 1 - sum(LENGTHS) / sum(map(padded, ordered))
     in_order = 1 - sum(LENGTHS) / sum(map(padded, in_fours(range(101))))
     assert waste < 0.05 < in_order
