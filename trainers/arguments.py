@@ -106,15 +106,15 @@ class RecurrentTrainingArguments(TrainingArguments):
     into memory, which is tried before training begins; the batch of an update stays. With `trainer: pretrain`, and not
     with DeepSpeed or FSDP."""
     max_tokens_per_batch: int | None = None
-    """Where given, at least 1, a micro-batch has as many rows of similar length as have at most so many tokens, padding
+    """Where given, a micro-batch has as many rows of similar length as have at most so many tokens, padding
     included, and at most `per_device_train_batch_size`. For rows of different lengths (`packing: false`) that are not
     streamed."""
     early_stopping_patience: int | None = None
-    """Where given, at least 1, the run ends when so many evaluations one after another have not improved
+    """Where given, the run ends when so many evaluations one after another have not improved
     `metric_for_best_model`, by default the mean loss of all validation sources. `load_best_model_at_end` keeps the best
     model and not the last."""
     early_stopping_threshold: float = 0.0
-    """Least improvement of that metric over its best value that counts, at least 0."""
+    """Least improvement of that metric over its best value that counts."""
     stall_seconds: float = 600.0
     """Seconds without a step or a batch of an evaluation, at least 0, after which a warning says what the run waits
     for, such as a worker that hangs; 0 turns it off."""
