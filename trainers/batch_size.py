@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from .arguments import RecurrentTrainingArguments
 from .dry_run import expected_steps
-from .optimizers import freeze
+from .parameter_groups import freeze
 from .recurrent import inputs_of_model
 from .resuming import read_state
 
