@@ -3,13 +3,12 @@
 import inference.logs  # noqa: F401  first: it sets up what libraries say while they are imported
 
 # isort: split
-import os
 from collections.abc import Sequence
 
 from configs import load_config
-from configs.pretraining import build_pretraining, describe_run
+from configs.pretraining import build_pretraining
 from configs.running import run_training, set_up_output
-from inference.output import write_result
+from configs.tools import run_mode
 from inference.shutdown import run_to_the_end
 
 
@@ -21,10 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     run = load_config(argv)
     set_up_output(run.log_level)
-    if run.is_dry_run:
-        if os.environ.get("RANK", "0") == "0":
-            write_result(describe_run(run))
-        return 0
+    if run.mode is not None:
+        return run_mode(run)
     return run_training(run, build_pretraining)
 
 

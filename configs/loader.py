@@ -31,9 +31,10 @@ from model.versions import VersionAction
 from trainers import RecurrentTrainingArguments
 
 from . import strict_yaml
+from .modes import MODES
 from .renamed import is_removed, new_name, with_new_names
 
-SWITCHES = ("__dry_run", "__allow_code")  # flags that may stand without a value
+SWITCHES = tuple(f"__{name}" for name in (*MODES, "allow_code"))  # flags that may stand without a value
 OPTIONAL_SECTIONS = ("peft", "step_lora")  # of fine-tuning
 # Not for YAML: what every Hugging Face config inherits, what tokenizer, backbone and launcher decide, what has a single
 # value here, and secrets.
@@ -63,7 +64,7 @@ class Layout:
         sections: The keys of the sections, and the classes that hold their options.
         optional: Dotted keys of the groups that are not there unless they are given.
         model_type: Selects the class of the section `model`; None where there is nothing to select.
-        has_dry_run: Whether such a run can be planned alone.
+        has_modes: Whether something else than training can be done with such a run, as in `MODES`.
     """
 
     trainers: tuple[str, ...]
@@ -71,11 +72,11 @@ class Layout:
     sections: tuple[tuple[str, type], ...]
     optional: tuple[str, ...]
     model_type: str | None = None
-    has_dry_run: bool = False
+    has_modes: bool = False
 
     def schema(self) -> dict[str, Any]:
         """Each key with None or `PATH`, or with the schema of the group or list that it holds."""
-        switches = ("trainer", "log_level", "local_rank", "allow_code", *["dry_run"] * self.has_dry_run)
+        switches = ("trainer", "log_level", "local_rank", "allow_code", *(MODES if self.has_modes else ()))
         schema = dict.fromkeys(switches) | {name: schema_of(cls) for name, cls in self.sections}
         if self.model_type is not None:
             schema["model"] = {"model_type": None, **schema["model"]}
@@ -137,8 +138,12 @@ def option_values(given: Sequence[Given], layout: Layout, is_to_run: bool = Fals
     del tree["local_rank"]
     if not tree.pop("allow_code") and is_to_run:
         check_code(given)
-    if not tree.get("dry_run"):
-        tree.pop("dry_run", None)  # a dry run leaves no file, so that no file needs to say that its run was none
+    modes = [name for name in MODES if tree.get(name)]
+    for name in MODES.keys() - modes:
+        tree.pop(name, None)  # nothing of a mode is left in the file of a run
+    if len(modes) > 1:
+        given = [f"--{name.replace('_', '-')}" for name in modes]
+        raise ValueError(f"{' and '.join(given)} are given, of which each ends the command; give one of them")
     make_paths_absolute(tree, schema, Path.cwd())
     for key in layout.optional:
         *outer, name = key.split(".")
@@ -336,8 +341,8 @@ def build_parser(layout: Layout) -> ArgumentParser:
     what = "Run functions that a configuration file names"
     add("--allow_code", "--allow-code", type=bool, default=False, help=what)
     add("--local_rank", "--local-rank", type=int, help="Ignored: LOCAL_RANK of the environment rules")
-    if layout.has_dry_run:
-        add("--dry_run", "--dry-run", type=bool, default=False, help="Print what the run would need, and stop")
+    for name, what in MODES.items() if layout.has_modes else ():
+        add(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), type=bool, default=False, help=what)
     if layout.model_type is not None:
         add("--model.model_type", default=layout.model_type, help="Selects the class of `model`")
     for name, cls in layout.sections:

@@ -1,11 +1,12 @@
 """Runs of pretraining: a fresh model, its trainer, and what such a run would need."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
 from transformers.integrations.deepspeed import deepspeed_config, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -28,6 +29,7 @@ from model import (
 from model.backbones import reason_of
 from model.chat import ROLE_TOKENS, prepare_tokenizer
 from trainers import TRAINERS, RecurrentTrainer, RecurrentTrainingArguments, check_weights, describe_needs
+from trainers.batch_size import fit_batch_size
 
 from .runs import ResolvedConfig, RunConfig, one_line_errors
 
@@ -76,14 +78,24 @@ def build_language_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
     if resume_point is not None:
         check_weights(resume_point, model)
     processor = build_processor(model.config, tokenizer, **model.model.count_tokens()) if has_processor else tokenizer
-    return build_recurrent_trainer(TRAINERS[run.trainer], run, model, processor)
+    fit = partial(fit_batch_size, run.training, model, collate=Collator(processor), resume_point=resume_point)
+    return build_recurrent_trainer(TRAINERS[run.trainer], run, model, processor, fit)
 
 
 def build_recurrent_trainer(
-    trainer_class: type[RecurrentTrainer], run: ResolvedConfig, model: PreTrainedModel, processor: Processor
+    trainer_class: type[RecurrentTrainer],
+    run: ResolvedConfig,
+    model: PreTrainedModel,
+    processor: Processor,
+    fit: Callable[[Dataset], None] = lambda dataset: None,
 ) -> Trainer:
-    """The trainer of a model on rows of tokens, of which some or all are learned, in pretraining and in fine-tuning."""
+    """The trainer of a model on rows of tokens, of which some or all are learned, in pretraining and in fine-tuning.
+
+    Args:
+        fit: Gets the rows, and may change the micro-batch in the training arguments.
+    """
     args, datasets = run.training, build_rows(run, model, processor)
+    fit(datasets.train)
     args.choose_best_metric(datasets.validation, METRICS)
     trainer = trainer_class(
         model=model,

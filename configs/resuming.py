@@ -21,6 +21,7 @@ CONFIG_NAME = "config.yaml"
 
 _TRAINING = {
     "the length of the run; the schedule is that of the new length": "max_steps num_train_epochs",
+    "when to end; the weights until then are the same": "early_stopping_*",
     "how to go on": "resume_from_checkpoint allow_changes",
     "what is said while it trains": "logging_* log_* disable_tqdm num_completions_to_print deepspeed.steps_per_print "
     "deepspeed.wall_clock_breakdown deepspeed.dump_state deepspeed.comms_logger* deepspeed.flops_profiler*",

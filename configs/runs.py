@@ -35,6 +35,7 @@ from .loader import (
     read_yaml,
     to_yaml,
 )
+from .modes import MODES, with_mode
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,11 @@ class ResolvedConfig:
         return self.resolved["training"]["seed"]
 
     @property
-    def is_dry_run(self) -> bool:
-        """Whether the run is only planned; `training` then knows nothing of this machine."""
-        return "dry_run" in self.resolved
+    def mode(self) -> str | None:
+        """What is done instead of training to the end, one of `MODES`. In a dry run, `training` knows nothing of this
+        machine.
+        """
+        return next((name for name in MODES if name in self.resolved), None)
 
     def save(self, path: str | Path) -> None:
         """Write the resolved YAML, which alone repeats the run; nobody ever reads half of it."""
@@ -149,7 +152,7 @@ class RunConfig(ResolvedConfig):
         config_class = MODEL_CONFIGS[name]
         optional = (f"model.{name}" for name, spec in config_class.sub_configs_defaults.items() if spec.optional)
         sections = (("model", config_class), *SECTIONS.items())
-        return Layout(tuple(TRAINERS), "pretrain", sections, tuple(optional), config_class.model_type, has_dry_run=True)
+        return Layout(tuple(TRAINERS), "pretrain", sections, tuple(optional), config_class.model_type, has_modes=True)
 
 
 def load_config(argv: Sequence[str] | None = None, kind: type[ResolvedConfig] = RunConfig) -> ResolvedConfig:
@@ -159,7 +162,7 @@ def load_config(argv: Sequence[str] | None = None, kind: type[ResolvedConfig] = 
         SystemExit: something is wrong; the code is 2, after one line on stderr.
     """
     with one_line_errors():
-        return kind.from_options(resolve(sys.argv[1:] if argv is None else argv, kind, is_to_run=True))
+        return kind.from_options(with_mode(resolve(sys.argv[1:] if argv is None else argv, kind, is_to_run=True)))
 
 
 def resolve(argv: Sequence[str], kind: type[ResolvedConfig] = RunConfig, is_to_run: bool = False) -> dict[str, Any]:

@@ -693,7 +693,7 @@ def test_bash_completes_options_behind_the_launcher() -> None:
 )
 def test_a_dry_run_with_and_without_a_value(flags: list[str], is_dry: bool) -> None:
     run = load(*flags)
-    assert run.is_dry_run is is_dry
+    assert run.mode == ("dry_run" if is_dry else None)
     assert ("dry_run" in run.resolved) is is_dry
 
 

@@ -227,7 +227,11 @@ NEEDED = {
 
 
 # What an option needs besides, to be given at all.
-NEEDED_BESIDE = {"stem_depth": {"stem": "conv", "patch_size": 2}}
+NEEDED_BESIDE = {
+    "early_stopping_patience": {"eval_strategy": "steps"},
+    "early_stopping_threshold": {"eval_strategy": "steps", "early_stopping_patience": 1},
+    "stem_depth": {"stem": "conv", "patch_size": 2},
+}
 
 
 def class_of(line: Line) -> type:

@@ -310,7 +310,7 @@ def test_what_is_frozen_has_no_gradient_and_no_optimizer(dry_run, tmp_path: Path
 @pytest.mark.parametrize(
     "name",
     [
-        *("recurrent_lm", "plain_lm", "recurrent_lm_100m", "recurrent_lm_3b"),
+        *("recurrent_lm", "plain_lm", "recurrent_lm_100m", "recurrent_lm_3b", "tinystories"),
         *("recurrent_vlm", "recurrent_speech", "recurrent_vlm_base", "recurrent_vlm_zero3"),
     ],
 )
@@ -462,7 +462,7 @@ def test_a_real_run_still_asks_its_machine(tmp_path: Path, monkeypatch: pytest.M
         load_config(flags)
     assert "bf16" in capsys.readouterr().err
     run = load_config([*flags, "--training.use_cpu", "true"])
-    assert type(run.training) is RecurrentTrainingArguments and not run.is_dry_run
+    assert type(run.training) is RecurrentTrainingArguments and run.mode is None
     assert "dry_run" not in run.resolved
 
 

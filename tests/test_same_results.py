@@ -12,6 +12,7 @@ from benchmarks.same_results import RUNS, differences
 ROOT = Path(__file__).parents[1]
 KEPT = Path(__file__).parent / "fixtures" / "same_results.json"
 FOR_GPUS = {"any_to_any_base", "recurrent_lm_100m", "recurrent_lm_3b", "recurrent_vlm_base", "recurrent_vlm_zero3"}
+FOR_GPUS |= {"tinystories"}
 
 
 def test_every_run_for_a_cpu_is_in_it():

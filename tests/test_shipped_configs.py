@@ -140,6 +140,12 @@ def test_the_size_of_recurrent_lm_100m(run: RunConfig):
     assert tokens == 2**19 and tokens * run.training.max_steps < 10e9  # the sample is not read twice
 
 
+@one_file("tinystories")
+def test_the_size_of_tinystories(run: RunConfig):
+    assert count(run) == closed_form(4, 512, 1536, 8192) == pytest.approx(18e6, rel=0.03)
+    assert run.training.bf16 and run.training.compile_units and run.training.deepspeed is None
+
+
 @one_file("recurrent_lm_3b")
 def test_the_size_of_recurrent_lm_3b(run: RunConfig):
     """The paper's shape, 2 + 4 + 2 layers and 3.5 billion parameters; l = 132 layers executed at the mean depth."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .gradient_filters import GradientFilterOptions
 from .keywords import check_fsdp, check_keywords, recorded_fsdp
@@ -26,6 +26,8 @@ from .parameter_groups import ParameterGroup
 MINIMUMS = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("save_total_limit", "eval_accumulation_steps", "dataloader_prefetch_factor"), 1),
+    **dict.fromkeys(("early_stopping_patience", "max_tokens_per_batch"), 1),
+    "early_stopping_threshold": 0,
     **dict.fromkeys(("learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), 0),
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "logging_steps", "eval_steps", "save_steps"), 0),
     **dict.fromkeys(("recurrence_logging_steps", "dataloader_num_workers", "stall_seconds", "seed", "data_seed"), 0),
@@ -114,6 +116,20 @@ class RecurrentTrainingArguments(TrainingArguments):
     """Where given, at least 0 and below 1, the run leaves the exponential moving average of its weights behind: 0.995
     to 0.999 for short runs, 0.9999 for long ones. Evaluations during training are of that average, and
     `load_best_model_at_end` leaves the average of the best checkpoint. Not with DeepSpeed or FSDP."""
+    auto_find_batch_size: bool = False
+    """Whether `per_device_train_batch_size` is divided, and `gradient_accumulation_steps` multiplied, until a step fits
+    into memory, which is tried before training begins; the batch of an update stays. With `trainer: pretrain`, and not
+    with DeepSpeed or FSDP."""
+    max_tokens_per_batch: int | None = None
+    """Where given, a micro-batch has as many rows of similar length as have at most so many tokens, padding
+    included, and at most `per_device_train_batch_size`. For rows of different lengths (`packing: false`) that are not
+    streamed."""
+    early_stopping_patience: int | None = None
+    """Where given, the run ends when so many evaluations one after another have not improved
+    `metric_for_best_model`, by default the mean loss of all validation sources. `load_best_model_at_end` keeps the best
+    model and not the last."""
+    early_stopping_threshold: float = 0.0
+    """Least improvement of that metric over its best value that counts."""
     stall_seconds: float = 600.0
     """Seconds without a step or a batch of an evaluation, at least 0, after which a warning says what the run waits
     for, such as a worker that hangs; 0 turns it off."""
@@ -178,6 +194,17 @@ class RecurrentTrainingArguments(TrainingArguments):
             if choices and value is not None:
                 check_choices(item.name, value, choices)
         self._check_optimizer()
+        if self.early_stopping_patience is not None and self.eval_strategy == IntervalStrategy.NO:
+            raise ValueError(
+                f"early_stopping_patience is {self.early_stopping_patience}, but eval_strategy is no, so that "
+                "nothing is evaluated; set eval_strategy to steps or epoch"
+            )
+        if self.early_stopping_patience is None and self.early_stopping_threshold:
+            raise ValueError(
+                f"early_stopping_threshold is {self.early_stopping_threshold}, but early_stopping_patience is null, so "
+                "that nothing would read it; set that, or leave the threshold out"
+            )
+        self._check_batches()
         self._check_objective()
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
@@ -242,6 +269,26 @@ class RecurrentTrainingArguments(TrainingArguments):
             return self.deepspeed
         return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
 
+    def _check_batches(self) -> None:
+        """Raises ValueError for options of batches that cannot be had together."""
+        others = [name for name in ("deepspeed", "fsdp", "max_tokens_per_batch") if getattr(self, name)]
+        if self.auto_find_batch_size and others:
+            raise ValueError(
+                f"auto_find_batch_size is true, but with {others[0]} the memory of a step is another one than what is "
+                "tried; set it to false and give per_device_train_batch_size, as --dry-run estimates it"
+            )
+        if self.auto_find_batch_size and self.objective.name != "truncated":
+            raise ValueError(
+                f"auto_find_batch_size is true, but objective.name is {self.objective.name!r}, whose memory is not "
+                "what is tried; set it to false and give per_device_train_batch_size"
+            )
+        if self.max_tokens_per_batch is not None and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch} and train_sampling_strategy "
+                f"{self.train_sampling_strategy!r}, but batches by tokens have an order of their own; leave one "
+                "of them out"
+            )
+
     @property
     def optimizer_name(self) -> str | None:
         """Name of the optimizer as `build_optimizer` takes it; None where `optim` names it."""
@@ -293,7 +340,8 @@ class RecurrentTrainingArguments(TrainingArguments):
         """
         known = [f"eval_{names[0]}", *(f"eval_{source}_{name}" for source in sources for name in names)]
         name = self.metric_for_best_model
-        if name in ("loss", "eval_loss") or (name is None and self.save_strategy == SaveStrategy.BEST):
+        is_needed = self.save_strategy == SaveStrategy.BEST or self.early_stopping_patience is not None
+        if name in ("loss", "eval_loss") or (name is None and is_needed):
             self.metric_for_best_model = known[0]  # transformers' default is the loss of a validation set without name
         elif name is not None and not {name, f"eval_{name}"} & set(known):
             raise ValueError(

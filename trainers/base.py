@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper
+from .early_stopping import EarlyStopping, has_stopped
 from .gradient_filters import GradientFilter
 from .optimizers import build_optimizer, check_distribution
 from .parameter_groups import FreezeStepsCallback, assign, freeze, parameters_of_norms, split_groups
@@ -58,6 +59,8 @@ class BaseTrainer(Trainer):
     """
 
     args: RecurrentTrainingArguments
+    has_token_batches = False
+    """Whether `max_tokens_per_batch` has a meaning for this trainer."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.options_of_run = OptionsOfRun()
@@ -84,6 +87,8 @@ class BaseTrainer(Trainer):
         self.average = None if self.args.ema_decay is None else WeightAverage(self.args.ema_decay)
         if self.average is not None:
             self.add_callback(self.average)
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience, self.args.early_stopping_threshold))
         if any(group.freeze_steps for group in self.args.parameter_groups):
             self.add_callback(FreezeStepsCallback())
 
@@ -92,6 +97,7 @@ class BaseTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         # As `Trainer` sets them a little later, which forgets what is built here.
         self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = self.built_optimizer = None
+        self._check_batches()
         freeze(self.model, self.args.freeze)
         assign(self.model, self.args.parameter_groups)
         self._check_deepspeed_settings()
@@ -114,6 +120,19 @@ class BaseTrainer(Trainer):
         with naming("lr_scheduler_type or lr_scheduler_kwargs"):
             unused = torch.optim.SGD(self.model.parameters())
             self.create_scheduler(max(self.args.max_steps, 1), unused)
+
+    def _check_batches(self) -> None:
+        """Raises ValueError for options of batches that only other trainers read."""
+        if self.args.auto_find_batch_size:
+            raise ValueError(
+                "training.auto_find_batch_size is true, but only trainer: pretrain looks for a size; set it to false, "
+                "and lower per_device_train_batch_size where memory runs out"
+            )
+        if self.args.max_tokens_per_batch is not None and not self.has_token_batches:
+            raise ValueError(
+                f"training.max_tokens_per_batch is {self.args.max_tokens_per_batch}, but this trainer counts rows, not "
+                "tokens; leave it out"
+            )
 
     def _check_deepspeed_settings(self) -> None:
         """Raises ValueError where DeepSpeed's file contradicts the arguments, which `Trainer` would say when training
@@ -179,14 +198,15 @@ class BaseTrainer(Trainer):
         return output
 
     def set_initial_training_values(self, args: RecurrentTrainingArguments, dataloader: DataLoader) -> tuple:
-        """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more;
-        ResumeError for a checkpoint of a step that the run does not have.
+        """Without an epoch where all steps are behind a checkpoint, after which `Trainer` would take one more, or the
+        run had stopped early; ResumeError for a checkpoint of a step that the run does not have.
         """
         self.num_train_epochs, *others = super().set_initial_training_values(args, dataloader)
-        step, max_steps = 0 if self.resume_point is None else read_state(self.resume_point)["global_step"], others[-1]
+        state = {"global_step": 0} if self.resume_point is None else read_state(self.resume_point)
+        step, max_steps = state["global_step"], others[-1]
         if step > max_steps:
             raise ResumeError(f"training.resume_from_checkpoint: {nothing_left(self.resume_point, step, args)}")
-        if step < max_steps:
+        if step < max_steps and not has_stopped(state, args.early_stopping_patience):
             return (self.num_train_epochs, *others)
         logger.info("%s is of step %d, the last: only what comes after it is left to do", self.resume_point, step)
         return (0, *others)

@@ -25,6 +25,8 @@ from .base import BaseTrainer
 from .losses import ModalityLosses, TargetLosses, flow_seeds, target_sums
 from .objectives import TrainingPass, build_objective, check_model
 from .objectives.steps import dropped_steps, scheduled_mean
+from .signals import sheltered
+from .token_batches import TokenBatchSampler, build_token_batches
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,12 @@ class RecurrentTrainer(BaseTrainer):
         ValueError: The libraries refuse an option; nothing is written then.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    has_token_batches = True
+
+    def __init__(self, *args: Any, train_dataset: Dataset | None = None, **kwargs: Any):
+        self.train_dataset = train_dataset  # of which batches are made before `Trainer` makes a folder
+        self.token_batches: TokenBatchSampler | None = None
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self.modalities = ModalityLosses(self.args.modality_weights)
         self.text_config = self.model.config.get_text_config()
         self.has_media = self.text_config is not self.model.config
@@ -62,10 +68,14 @@ class RecurrentTrainer(BaseTrainer):
         self._gathered: dict[str, list[float]] = defaultdict(list)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Also builds the objective, and refuses one that the model cannot have, before there is a folder."""
+        """Also builds the objective and the batches by tokens, and refuses what model or data cannot have, before there
+        is a folder.
+        """
         self.objective = build_objective(self.args.objective)
         check_model(self.objective, unwrap_peft_model(self.model))
         super().create_accelerator_and_postprocess()
+        if self.args.max_tokens_per_batch is not None:
+            self.token_batches = build_token_batches(self.train_dataset, self.args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         """One micro-batch. `Trainer` does not say which of the step's micro-batches it is, so they are counted here; a
@@ -149,8 +159,23 @@ class RecurrentTrainer(BaseTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Groups by the lengths that a dataset knows; transformers would read all of it to find them out."""
+        if self.token_batches is not None:
+            return sheltered(self.accelerator.prepare_data_loader(self._loader_of_token_batches()))
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return self._grouped(super().get_train_dataloader, self.train_dataset, rows)
+
+    def _loader_of_token_batches(self) -> DataLoader:
+        """The loader of all ranks, among which accelerate deals its batches out."""
+        args = self.args
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.token_batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """The loader, grouped as in training."""

@@ -25,6 +25,7 @@ from .checkpoints import (
     not_finite,
     unreadable,
 )
+from .early_stopping import has_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def holds_checkpoints(folder: Path) -> str | None:
 def is_finished(folder: Path, args: TrainingArguments) -> bool:
     """Whether a run has come to its end in a folder: the state of the last step is written after all else."""
     try:
-        is_complete = has_all_steps(read_state(folder), args)
+        state = read_state(folder)
+        is_complete = has_all_steps(state, args) or has_stopped(state, args.early_stopping_patience)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or no whole one
         return False
     return is_complete and any(any(folder.glob(pattern)) for pattern in WEIGHTS)
