@@ -21,6 +21,7 @@ from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper
 from .optimizers import FreezeStepsCallback, assign, build_optimizer, freeze, parameters_of_norms, split_groups
+from .regrouping import RegroupCallback, needs_regrouping
 from .resuming import (
     UNDECAYED,
     OptionsOfRun,
@@ -31,6 +32,7 @@ from .resuming import (
     nothing_left,
     read_state,
 )
+from .sharding import ShardingCallback, let_cpus_shard, saving_whole
 from .signals import StopCallback, StopRequest, sheltered
 from .stalls import StallCallback
 
@@ -72,6 +74,8 @@ class BaseTrainer(Trainer):
         self.keeper = CheckpointKeeper()
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
+        if self.is_fsdp_enabled:
+            self.add_callback(ShardingCallback())
         self.add_callback(EpochCallback())
         self.stalls = StallCallback(self.args.stall_seconds)
         if self.args.stall_seconds:
@@ -86,6 +90,8 @@ class BaseTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Also builds what options describe and `Trainer` builds when training begins, before it makes a folder."""
+        if self.args.fsdp:
+            let_cpus_shard()
         super().create_accelerator_and_postprocess()
         # As `Trainer` sets them a little later, which forgets what is built here.
         self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = self.built_optimizer = None
@@ -164,6 +170,10 @@ class BaseTrainer(Trainer):
             self.pop_callback(callback)
             self.add_callback(callback)
         self.resume_point = resume_from_checkpoint
+        if resume_from_checkpoint is not None and needs_regrouping(resume_from_checkpoint, self.args):
+            regrouping = RegroupCallback(resume_from_checkpoint, self.accelerator)
+            regrouping.convert(self.args)
+            self.add_callback(regrouping)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -216,7 +226,8 @@ class BaseTrainer(Trainer):
         if self.average is not None and self.is_in_train and self.args.should_save:
             self.average.save(folder)
         if not self.base_is_frozen:
-            super().save_model(folder, *args, **kwargs)
+            with saving_whole(self.accelerator) if self.is_fsdp_enabled else nullcontext():
+                super().save_model(folder, *args, **kwargs)
         elif self.args.should_save:
             self.processing_class.save_pretrained(folder)
         state_dict = self.accelerator.get_state_dict(self.model) if self.auxiliary and self.is_fsdp_enabled else None

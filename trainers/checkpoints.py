@@ -22,6 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .sharding import METADATA_NAME, entries_of, read_metadata
+
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -35,6 +37,9 @@ DEEPSPEED_FOLDERS = "global_step*"
 # What goes on from a checkpoint reads; training_args.bin, also a pickle, is read by nobody.
 PICKLES = ("*.pt", "*.pth", "optimizer.bin", f"{DEEPSPEED_FOLDERS}/**/*.pt")
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", f"{DEEPSPEED_FOLDERS}/**/*.pt")
+OPTIMIZER_FOLDER = "optimizer_0"  # of FSDP2
+# What is raised when a file is none that it should be.
+DAMAGES = (RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError, IndexError)
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -256,8 +261,17 @@ def unreadable(folder: Path) -> str | None:
             load_tensors(path)
         except pickle.UnpicklingError:
             return f"has a {name} that holds {unsafe_contents(path)}; such a file may run code when it is loaded"
-        except (RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError, IndexError) as error:
+        except DAMAGES as error:
             return f"has a damaged {name} ({' '.join(str(error).split())[:100]})"
+    for path in sorted(folder.glob(f"*/{METADATA_NAME}")):
+        name = path.parent.name
+        try:
+            for _ in entries_of(path.parent, read_metadata(path.parent), only_values=True):
+                pass
+        except pickle.UnpicklingError as error:
+            return f"has a folder {name} that holds {error}; such a file may run code when it is loaded"
+        except (*DAMAGES, OSError) as error:
+            return f"has a damaged folder {name} ({' '.join(str(error).split())[:100]})"
     return None
 
 
@@ -283,6 +297,10 @@ def not_finite(folder: Path) -> str | None:
         for name, tensor in tensors_of(load_tensors(path)):
             if not is_finite(tensor):
                 return f"has states that are not finite ({name} in {path.relative_to(folder).as_posix()})"
+    for path in sorted(folder.glob(f"{OPTIMIZER_FOLDER}/{METADATA_NAME}")):
+        for name, value in entries_of(path.parent, read_metadata(path.parent)):
+            if isinstance(value, torch.Tensor) and not is_finite(value):
+                return f"has states that are not finite ({name} in {path.parent.name})"
     return None
 
 

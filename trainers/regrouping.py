@@ -1,0 +1,87 @@
+"""ZeRO's checkpoints for another number of ranks, by way of DeepSpeed's universal checkpoint."""
+
+import logging
+import shutil
+from argparse import Namespace
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, PartialState
+from transformers import TrainerCallback, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+UNIVERSAL = "universal"  # the folder, in that of a checkpoint, of what any number of ranks can load
+LATEST_UNIVERSAL = "latest_universal"  # tells DeepSpeed its name
+# What the conversion takes from the states of an optimizer.
+MOMENTS = {"exp_avg", "exp_avg_sq"}
+
+
+def ranks_of(checkpoint: str | Path) -> int:
+    """The number of ranks that have written a checkpoint."""
+    return max(len(list(Path(checkpoint).glob("rng_state_*.pth"))), 1)
+
+
+def needs_regrouping(checkpoint: str | Path, args: TrainingArguments) -> bool:
+    """Whether ZeRO has divided states in a checkpoint among another number of ranks than the run has."""
+    is_divided = any(Path(checkpoint).glob("global_step*/*_optim_states.pt"))
+    return bool(args.deepspeed) and is_divided and ranks_of(checkpoint) != args.world_size
+
+
+class RegroupCallback(TrainerCallback):
+    """Brings the states in a checkpoint into the form that any number of ranks loads, beside the others; when training
+    begins, they are loaded, and what was written is deleted.
+
+    Args:
+        checkpoint: The folder, whose files are known to hold nothing but tensors and plain values.
+    """
+
+    def __init__(self, checkpoint: str, accelerator: Accelerator) -> None:
+        self.checkpoint, self.accelerator = Path(checkpoint), accelerator
+
+    def convert(self, args: TrainingArguments) -> None:
+        """Write them, on the first rank.
+
+        Raises:
+            ValueError: DeepSpeed converts the states of another optimizer or stage only.
+        """
+        if args.should_save:
+            logger.info("%s: states of %d ranks for %d", self.checkpoint, ranks_of(self.checkpoint), args.world_size)
+            to_universal(self.checkpoint)
+        PartialState().wait_for_everyone()
+        args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = True
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Delete them; what is loaded later, such as the best checkpoint, is of this run's ranks."""
+        engine = self.accelerator.deepspeed_engine_wrapped.engine
+        engine.load_universal_checkpoint = lambda: False
+        PartialState().wait_for_everyone()
+        if args.should_save:
+            discard_universal(self.checkpoint)
+
+
+def to_universal(checkpoint: Path) -> None:
+    """Write the universal form of ZeRO's states into the folder of a checkpoint."""
+    from deepspeed.checkpoint import ds_to_universal  # only where it runs
+
+    discard_universal(checkpoint)
+    name = (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    options = Namespace(
+        input_folder=str(checkpoint / name),
+        output_folder=str(checkpoint / UNIVERSAL),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with redirect_stdout(StringIO()):
+        ds_to_universal.main(options)
+    (checkpoint / LATEST_UNIVERSAL).write_text(UNIVERSAL, encoding="utf-8")
+
+
+def discard_universal(checkpoint: Path) -> None:
+    (checkpoint / LATEST_UNIVERSAL).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint / UNIVERSAL, ignore_errors=True)
