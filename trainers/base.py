@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
-from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper
+from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper, bytes_of_checkpoint
 from .optimizers import FreezeStepsCallback, assign, build_optimizer, freeze, parameters_of_norms, split_groups
 from .regrouping import RegroupCallback, needs_regrouping
 from .resuming import (
@@ -219,7 +219,10 @@ class BaseTrainer(Trainer):
         """
         folder = output_dir or self.args.output_dir
         if self.is_in_train and CHECKPOINT_NAME.fullmatch(Path(folder).name):
-            self.keeper.begin(Path(folder), self.args)
+            saved = self.model.parameters()
+            if is_peft_model(self.model) or self.base_is_frozen:
+                saved = (parameter for parameter in saved if parameter.requires_grad)
+            self.keeper.begin(Path(folder), self.args, bytes_of_checkpoint(saved))
         if self.config_text is not None and self.is_in_train and self.args.should_save:
             os.makedirs(folder, exist_ok=True)
             Path(folder, CONFIG_NAME).write_text(self.config_text, encoding="utf-8")

@@ -22,7 +22,10 @@ WITHOUT_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor")
 # What FSDP offers and a run cannot have: the value there has to be, and why.
 FIXED_OF_FSDP = {
     "version": (2, "the first version is at the end of its life"),
-    "state_dict_type": ("SHARDED_STATE_DICT", "whole states could not be gathered on one rank; weights are saved whole"),
+    "state_dict_type": (
+        "SHARDED_STATE_DICT",
+        "whole states could not be gathered on one rank; weights are saved whole",
+    ),
     "activation_checkpointing": (False, "it would wrap layers, whose weights had other names; set training's own"),
     "xla": (False, "the model knows no TPU"),
 }

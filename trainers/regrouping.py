@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainingArguments
+
+from .resuming import ResumeError
 
 logger = logging.getLogger(__name__)
 
 UNIVERSAL = "universal"  # the folder, in that of a checkpoint, of what any number of ranks can load
 LATEST_UNIVERSAL = "latest_universal"  # tells DeepSpeed its name
-# What the conversion takes from the states of an optimizer.
-MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 
 def ranks_of(checkpoint: str | Path) -> int:
@@ -45,12 +46,20 @@ class RegroupCallback(TrainerCallback):
         """Write them, on the first rank.
 
         Raises:
-            ValueError: DeepSpeed converts the states of another optimizer or stage only.
+            ResumeError: DeepSpeed has no conversion for this stage or optimizer.
         """
-        if args.should_save:
+        problem = None
+        if args.hf_deepspeed_config.is_zero3():
+            problem = "the options of its groups would be lost under ZeRO-3"
+        elif args.should_save:
             logger.info("%s: states of %d ranks for %d", self.checkpoint, ranks_of(self.checkpoint), args.world_size)
-            to_universal(self.checkpoint)
-        PartialState().wait_for_everyone()
+            problem = to_universal(self.checkpoint)
+        (problem,) = broadcast_object_list([problem])
+        if problem is not None:
+            raise ResumeError(
+                f"training.resume_from_checkpoint: {self.checkpoint} is of {ranks_of(self.checkpoint)} ranks, and "
+                f"cannot be divided among {args.world_size}: {problem}; start as many"
+            )
         args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = True
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -62,8 +71,8 @@ class RegroupCallback(TrainerCallback):
             discard_universal(self.checkpoint)
 
 
-def to_universal(checkpoint: Path) -> None:
-    """Write the universal form of ZeRO's states into the folder of a checkpoint."""
+def to_universal(checkpoint: Path) -> str | None:
+    """Write the universal form of ZeRO's states into the folder of a checkpoint; why not, where DeepSpeed cannot."""
     from deepspeed.checkpoint import ds_to_universal  # only where it runs
 
     discard_universal(checkpoint)
@@ -77,9 +86,14 @@ def to_universal(checkpoint: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with redirect_stdout(StringIO()):
-        ds_to_universal.main(options)
+    try:
+        with redirect_stdout(StringIO()):
+            ds_to_universal.main(options)
+    except (KeyError, AssertionError, RuntimeError, ValueError) as error:  # of states that are not Adam's
+        discard_universal(checkpoint)
+        return f"DeepSpeed converts Adam's states alone, and found no {error}"
     (checkpoint / LATEST_UNIVERSAL).write_text(UNIVERSAL, encoding="utf-8")
+    return None
 
 
 def discard_universal(checkpoint: Path) -> None:

@@ -69,8 +69,8 @@ class ShardingCallback(TrainerCallback):
         whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
         if whole:
             raise ValueError(
-                f"training.fsdp is on, but {len(whole)} parameters are whole on each rank, such as {whole[0]}; set fsdp "
-                "to false, or start with a launcher that gives each rank a process"
+                f"training.fsdp is on, but {len(whole)} parameters are whole on each rank, such as {whole[0]}; set "
+                "fsdp to false, or start with a launcher that gives each rank a process"
             )
         # torch gives a sharded model a class of its own, whose file transformers would save as the model's code.
         sharded, original = type(model), type(model).__mro__[2]
