@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 
-from .keywords import check_fsdp, check_keywords, recorded_fsdp
+from .keywords import OF_FSDP, check_fsdp, check_keywords, recorded_fsdp
 from .locks import warn_of_build_locks
 from .losses import ModalityWeights
 from .optimizers import OPTIMIZERS, ParameterGroup
@@ -124,6 +124,8 @@ class RecurrentTrainingArguments(TrainingArguments):
             self.greater_is_better = False  # transformers takes all metrics but losses to be better when greater
         if self.deepspeed and self.fsdp:
             raise ValueError("deepspeed and fsdp are both set, and each divides the weights; leave one of them out")
+        if self.fsdp:
+            check_choices("with fsdp, optim", str(self.optim), OF_FSDP)
         if self.deepspeed:
             warn_of_build_locks()  # what comes builds already
         self.fsdp_config = recorded_fsdp(self.fsdp_config, bool(self.fsdp))

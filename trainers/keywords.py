@@ -19,6 +19,8 @@ SCHEDULES_WITHOUT_ARGUMENTS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WI
 # Optimizers whose `optim_args` are arguments of a class of torch.
 OF_TORCH = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
 WITHOUT_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor")
+# Optimizers that compute with the parts of weights that FSDP leaves on each rank.
+OF_FSDP = ("adamw_torch", "adamw_torch_fused", *OF_TORCH)
 # What FSDP offers and a run cannot have: the value there has to be, and why.
 FIXED_OF_FSDP = {
     "version": (2, "the first version is at the end of its life"),
