@@ -38,7 +38,7 @@ def average(folders: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokeniz
             raise ValueError(f"{checkpoint} and {checkpoints[0]} have other weights, such as {other[0]}")
     with torch.no_grad():
         for name in places[0]:
-            mean = sum(read(files[name], name).float() for files in places) / len(places)
+            mean = sum(load_weight(files[name], name).float() for files in places) / len(places)
             weights[name].copy_(mean)
     return model, processor
 
@@ -63,6 +63,6 @@ def files_of_weights(checkpoint: Path) -> dict[str, Path]:
     return found
 
 
-def read(path: Path, name: str) -> torch.Tensor:
+def load_weight(path: Path, name: str) -> torch.Tensor:
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)

@@ -12,7 +12,8 @@ FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
 def test_what_the_page_names_is_there():
-    paths = set(re.findall(r"(?:configs|tests)/[\w/]+\.(?:yaml|py)", PAGE + "".join(path.read_text() for path in FILES)))
+    text = PAGE + "".join(path.read_text() for path in FILES)
+    paths = set(re.findall(r"(?:configs|tests)/[\w/]+\.(?:yaml|py)", text))
     assert len(paths) >= 8
     assert [path for path in paths if not (ROOT / path).is_file()] == []
 

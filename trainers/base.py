@@ -74,7 +74,7 @@ class BaseTrainer(Trainer):
         self.keeper = CheckpointKeeper()
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
-        if self.is_fsdp_enabled:
+        if self.args.fsdp or self.is_fsdp_enabled:
             self.add_callback(ShardingCallback())
         self.add_callback(EpochCallback())
         self.stalls = StallCallback(self.args.stall_seconds)

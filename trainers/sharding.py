@@ -51,6 +51,10 @@ def let_cpus_shard() -> None:
         PartialState().distributed_type = DistributedType.MULTI_GPU  # the state of the accelerator makes FSDP of it
 
 
+class NotShardedError(ValueError):
+    """A run that has asked for FSDP and would train whole copies of its model."""
+
+
 class ShardingCallback(TrainerCallback):
     """Looks at the model that a run has asked to be sharded, when training begins.
 
@@ -64,11 +68,11 @@ class ShardingCallback(TrainerCallback):
         """Check it, and make it save itself as the model that it was.
 
         Raises:
-            ValueError: Some parameters are whole on each rank.
+            NotShardedError: Some parameters are whole on each rank.
         """
         whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
         if whole:
-            raise ValueError(
+            raise NotShardedError(
                 f"training.fsdp is on, but {len(whole)} parameters are whole on each rank, such as {whole[0]}; set "
                 "fsdp to false, or start with a launcher that gives each rank a process"
             )
