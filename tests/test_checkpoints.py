@@ -380,8 +380,8 @@ def test_a_checkpoint_without_room_is_refused_with_its_numbers(tmp_path, monkeyp
     """
     trainer = build(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
-    usage, free = shutil.disk_usage(tmp_path), [12 * count - 1]
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda place: usage._replace(free=free[0]))
+    free = [12 * count - 1]
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[0]))
     needed = f"{12 * count / 2**20:.1f} MiB"
     with pytest.raises(
         NoSpaceError, match=f"checkpoint-1 needs about {needed}, and {needed} are free there; make room"
