@@ -13,6 +13,7 @@ from .media_samples import MediaSamplesCallback, MediaSamplesConfig
 from .model_card import ModelCardWriter, model_card, sources_of
 from .model_size import ModelSizeCallback, size_table
 from .non_finite import NonFiniteCallback, NonFiniteConfig
+from .pictures import PicturesCallback, PicturesConfig
 from .reporting import Reporter
 from .samples import SamplesCallback, SamplesConfig
 from .throughput import ThroughputCallback
@@ -23,6 +24,7 @@ __all__ = [
     "MediaSamplesConfig",
     "ModelCardWriter",
     "NonFiniteConfig",
+    "PicturesConfig",
     "SamplesConfig",
     "add_callbacks",
     "add_codec_callbacks",
@@ -44,6 +46,9 @@ class CallbacksConfig:
 
     generated_samples: GeneratedMediaConfig = field(default_factory=GeneratedMediaConfig)
     """Images and audio that are generated for fixed prompts, at several depths."""
+
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    """Attention maps, histograms of activations and gradients, exits and trajectories."""
 
     non_finite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
     """What happens when the loss or the gradient is not finite."""
@@ -81,6 +86,8 @@ def add_callbacks(
         trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, read, reporter))
     if generated and config.generated_samples.num_examples:
         trainer.add_callback(GeneratedMediaCallback(config.generated_samples, processor, generated, reporter))
+    if reporter.shows_images:
+        trainer.add_callback(PicturesCallback(config.pictures, reporter))
     trainer.add_callback(NonFiniteCallback(config.non_finite))
 
 

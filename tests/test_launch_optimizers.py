@@ -19,7 +19,7 @@ OPTIMIZERS = {
     "adamw_torch_fused": ({"optim": "adamw_torch_fused"}, ()),
     "adafactor": ({"optim": "adafactor"}, ("FSDP2",)),
     "adamw_bnb_8bit": ({"optim": "adamw_bnb_8bit"}, ("FSDP2",)),
-    "muon": ({"muon_learning_rate": 0.01}, ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")),
+    "muon": ({"muon_learning_rate": 0.01, "max_grad_norm": 0.0}, ("ZeRO-0", "FSDP2")),
 }
 
 # Three updates with each of several sets of options, one after another: the losses, or what it was refused with.
@@ -44,15 +44,22 @@ end_process(0)
 """
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_each_optimizer_trains_or_is_refused(tmp_path, strategy):
-    """The loss falls on both ranks alike; a refusal is the same on both, and one line that says what to do."""
-    cells = {name: options | STRATEGIES[strategy] for name, (options, _) in OPTIMIZERS.items()}
-    processes = run_ranks("-c", SCRIPT, tmp_path, json.dumps(cells), count=2)
+def train(folder, cells):
+    """What came of each set of options, the same on both ranks."""
+    processes = run_ranks("-c", SCRIPT, folder, json.dumps(cells), count=2)
     assert [process.returncode for process in processes] == [0, 0], processes[0].stderr[-3000:]
     lines = [next(it for it in process.stdout.splitlines() if it.startswith("FOUND ")) for process in processes]
     found, of_second = (json.loads(line.removeprefix("FOUND ")) for line in lines)
     assert found == of_second
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_optimizer_trains_or_is_refused(tmp_path, strategy):
+    """The loss falls on both ranks alike; a refusal is the same on both, and one line that says what to do."""
+    cells = {name: options | STRATEGIES[strategy] for name, (options, _) in OPTIMIZERS.items()}
+    muon = {"muon": cells.pop("muon")}  # DeepSpeed's file is read once in a process, and says another optimizer here
+    found = train(tmp_path, cells) | train(tmp_path, muon)
     for name, (_, refused) in OPTIMIZERS.items():
         if strategy in refused:
             assert isinstance(found[name], str) and "\n" not in found[name] and "; " in found[name], (name, found[name])
