@@ -1,5 +1,6 @@
-"""Makes a checkpoint out of others (`python convert.py merge runs/finetune_lora --output runs/merged`), or out of one
-that older code has written (`python convert.py refresh runs/old`).
+"""Makes a checkpoint out of others (`python convert.py merge runs/finetune_lora --output runs/merged`), of several the
+mean of their weights (`python convert.py average runs/lm/checkpoint-800 runs/lm/checkpoint-850 runs/mean`), or out of
+one that older code has written (`python convert.py refresh runs/old`).
 """
 
 from inference.logs import LOG_LEVELS, set_up_logging  # first: it sets up what libraries say while they are imported
@@ -10,15 +11,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
 from callbacks import model_card, sources_of
 from configs import load_run_config
 from configs.runs import find_run_config
 from inference import arguments
+from inference.averages import average
 from inference.checkpoints import find_checkpoint, is_adapter
 from inference.loading import load_model
 from inference.output import whole_file, whole_folder, write_result
 from inference.refresh import refresh, skeleton
 from model.step_lora import CONFIG as STEP_LORA
+
+Processor = PreTrainedTokenizerBase | ProcessorMixin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with parser.one_line_errors():
         if args.command == "merge":
             merge(args.adapter, args.base, args.output)
+        elif args.command == "average":
+            check_empty(args.output, "output")
+            save(*average(args.checkpoints), args.checkpoints[0], args.output)
         else:
             written, folder = refresh(args.folder, args.output), args.output or args.folder
             if not (folder / "README.md").is_file():
@@ -53,7 +62,10 @@ def build_parser() -> arguments.OneLineParser:
     refreshing = commands.add_parser("refresh", help="write today's code beside a checkpoint's weights", **again)
     refreshing.add_argument("folder", type=Path, help="folder of the checkpoint")
     refreshing.add_argument("output", type=Path, nargs="?", help="folder for it, empty or new; default: in place")
-    for command in (merging, refreshing):
+    averaging = commands.add_parser("average", help="write the mean of the weights of several checkpoints", **again)
+    averaging.add_argument("checkpoints", type=Path, nargs="+", help="folders of checkpoints of one model, at least 2")
+    averaging.add_argument("output", type=Path, help="folder for the mean; empty or new")
+    for command in (merging, refreshing, averaging):
         # It may stand before the command as well, and is then not to be reset to its default.
         command.add_argument(
             "--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help="least severe message to show"
@@ -79,14 +91,24 @@ def merge(adapter: Path, base: Path | None, output: Path) -> None:
             f"{folder} has deltas for single steps ({STEP_LORA}), which cannot be merged: the core has one set of "
             "weights for all steps. Load it as it is."
         )
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"--output: {output} is not empty; name another folder.")
+    check_empty(output, "--output")
     model, processor = load_model(folder, base=base)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
             f"The base of {folder} is saved in 8 or 4 bits, in which most of what was learned would be lost: load the "
             "adapter as it is."
         )
+    save(model, processor, folder, output)
+
+
+def check_empty(output: Path, name: str) -> None:
+    """Raises ValueError for a folder that holds something, under the name of its option."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{name}: {output} is not empty; name another folder.")
+
+
+def save(model: PreTrainedModel, processor: Processor, folder: Path, output: Path) -> None:
+    """Write a model that was made of the checkpoint in a folder, with a card that says where its data came from."""
     path = find_run_config(folder)
     run = path and load_run_config(path)
     with whole_folder(output) as made:

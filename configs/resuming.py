@@ -1,7 +1,8 @@
 """What may differ between a run and the checkpoint that it goes on from, and where a run begins."""
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -57,6 +58,8 @@ CHANGEABLE = (
 )
 # Schedules whose rates follow from what has happened, and not from the number of the step.
 WITH_MEMORY = ("reduce_lr_on_plateau", "greedy")
+# Which ranks and micro-batches the rows of an update are given to; their number is what counts.
+OF_ROWS = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 MOST_SHOWN = 3
 
 
@@ -110,7 +113,6 @@ def find_start(run: ResolvedConfig) -> Start:
     checkpoint = find_resume_point(args)
     if checkpoint is not None:
         check_options(run, Path(checkpoint))
-        check_ranks(Path(checkpoint), args)
     if not is_named and is_finished(folder, args):
         if checkpoint is None:
             check_options(run, folder)
@@ -118,17 +120,33 @@ def find_start(run: ResolvedConfig) -> Start:
     return Start(checkpoint, may_be_complete=not is_named)
 
 
-def check_ranks(checkpoint: Path, args: RecurrentTrainingArguments) -> None:
-    """Raises ValueError for a checkpoint of another number of ranks: an update would be of other rows."""
-    there = len(list(checkpoint.glob("rng_state*.pth")))
+def check_ranks(checkpoint: Path, args: RecurrentTrainingArguments, found: Sequence[Difference]) -> None:
+    """Raises ValueError for a checkpoint of another number of ranks, where an update would be of another number of
+    rows.
+    """
+    there = count_ranks(checkpoint)
     if there in (0, args.world_size):
         return
-    if not args.allow_changes:
+    if not (args.allow_changes or has_same_rows(checkpoint, args, found)):
         raise ValueError(
             f"training.resume_from_checkpoint: {checkpoint} is of {there} ranks, and this run has {args.world_size}; "
-            "start as many, or add --training.allow_changes true"
+            "start as many, or add --training.allow_changes true, or give an update as many rows as there by "
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps"
         )
     logger.info("ranks: %d -> %d, from here on", there, args.world_size)
+
+
+def count_ranks(checkpoint: Path) -> int:
+    """The number of ranks that have written a checkpoint; 0 where older code has not left it there."""
+    return len(list(checkpoint.glob("rng_state*.pth")))
+
+
+def has_same_rows(checkpoint: Path, args: RecurrentTrainingArguments, found: Sequence[Difference]) -> bool:
+    """Whether an update of the run is of as many rows as that of the checkpoint, however ranks share them."""
+    there = {item.key: item.there for item in found}
+    ours = {name: getattr(args, name.removeprefix("training.")) for name in OF_ROWS}
+    theirs = [there.get(name, value) for name, value in ours.items()]
+    return math.prod(ours.values()) * args.world_size == math.prod(theirs) * count_ranks(checkpoint)
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
@@ -154,10 +172,14 @@ def check_options(run: ResolvedConfig, checkpoint: Path) -> None:
         logger.warning(
             "%s has no %s: whether its run had the same data, seed and options is not known", checkpoint, CONFIG_NAME
         )
+        check_ranks(checkpoint, run.training, ())
         return
     if path.parent != checkpoint:
         logger.warning("%s has no %s; its options are taken to be those of %s", checkpoint, CONFIG_NAME, path)
     found = list(differences(run, path))
+    check_ranks(checkpoint, run.training, found)
+    if count_ranks(checkpoint) != run.training.world_size and has_same_rows(checkpoint, run.training, found):
+        found = [item for item in found if item.key not in OF_ROWS]
     changed = [item for item in found if is_changeable(item)]
     refused = [item for item in found if item not in changed]
     if refused:

@@ -16,8 +16,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from callbacks import ModelCardWriter, sources_of
 from inference.devices import choose_threads, device_report
 from inference.logs import set_up_logging
+from trainers.checkpoints import NoSpaceError
 from trainers.locks import RunLock
 from trainers.resuming import TRAINER_STATE_NAME, ResumeError, save_state_of
+from trainers.sharding import NotShardedError
 from trainers.signals import StopCallback, StopRequest, watch_launcher
 
 from .resuming import Start, config_text, find_start
@@ -63,7 +65,7 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         trainer.add_callback(ConfigWriter(run))
         trainer.add_callback(card)
         trainer.stop = StopCallback(request)
-        with one_line_errors((ResumeError, NoRowsError)):
+        with one_line_errors((ResumeError, NoRowsError, NoSpaceError, NotShardedError)):
             with request.deferred():
                 trainer.train(resume_from_checkpoint=start.checkpoint)
                 if trainer.state.global_step == 0:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from tests.test_trainer import build, resume_point, save_whole
 from trainers import checkpoints
-from trainers.checkpoints import CheckpointKeeper, rotate
+from trainers.checkpoints import CheckpointKeeper, NoSpaceError, bytes_of_checkpoint, checkpoints_in, rotate
 from trainers.resuming import damage
 
 
@@ -330,7 +330,7 @@ def test_a_save_replaces_what_was_cut_off_there(tmp_path):
     saved(tmp_path, 3)
     checkpoints.begin_checkpoint(tmp_path / "checkpoint-3")
     keeper, args = CheckpointKeeper(), SimpleNamespace(save_total_limit=2, should_save=True, output_dir=str(tmp_path))
-    keeper.begin(tmp_path / "checkpoint-3", args)
+    keeper.begin(tmp_path / "checkpoint-3", args, num_bytes=0)
     assert left(tmp_path / "checkpoint-3") == ["manifest.json"]
     assert damage(tmp_path / "checkpoint-3") == "was not finished, its saving was cut off"
     assert args.save_total_limit is None  # transformers' own rotation has nothing to do
@@ -369,3 +369,35 @@ def test_saving_tensors_of_all_kinds(tmp_path):
     weights["torch.float16"][1] = float("inf")
     save_file(weights, tmp_path / "checkpoint-1" / "model.safetensors")
     assert damage(tmp_path / "checkpoint-1") == "has weights that are not finite (torch.float16 in model.safetensors)"
+
+
+# ----------------------------------------------------------------------------------------------------- room on the disk
+
+
+def test_a_checkpoint_without_room_is_refused_with_its_numbers(tmp_path, monkeypatch):
+    """Weights of float32 and two moments each before the first one, and the size of the newest one after that. What is
+    there stays, and nothing of the new one is written.
+    """
+    trainer = build(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    count = sum(parameter.numel() for parameter in trainer.model.parameters())
+    free = [12 * count - 1]
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[0]))
+    needed = f"{12 * count / 2**20:.1f} MiB"
+    with pytest.raises(
+        NoSpaceError, match=f"checkpoint-1 needs about {needed}, and {needed} are free there; make room"
+    ):
+        trainer.train()
+    assert not list(tmp_path.iterdir())
+    free[0] = 12 * count
+    trainer = build(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    with pytest.raises(NoSpaceError, match="checkpoint-4 needs about"):  # a checkpoint has more than weights and states
+        trainer.train()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2"] and damage(
+        tmp_path / "checkpoint-2"
+    ) is None
+
+
+def test_frozen_weights_take_no_moments():
+    model = torch.nn.Linear(10, 10, bias=False)
+    assert bytes_of_checkpoint(model.parameters()) == 100 * 12
+    assert bytes_of_checkpoint(model.to(torch.bfloat16).requires_grad_(False).parameters()) == 100 * 2

@@ -140,6 +140,14 @@ KEYWORDS = [
         {"fsdp": "full_shard", "fsdp_config": {"fsdp_reshard_after_forwrd": True}},
         "fsdp_config.reshard_after_forwrd is unknown; did you mean reshard_after_forward?",
     ),
+    ({"fsdp": True, "fsdp_config": {"fsdp_version": 1}}, "fsdp_config.version is 1, but the first version is at the"),
+    ({"fsdp": True, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "is 'FULL_STATE_DICT', but whole states"),
+    ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, "set training's own; leave it out"),
+    (
+        {"fsdp": True, "optim": "adafactor"},
+        "training.optim is 'adafactor', which cannot compute with the parts",
+    ),
+    ({"fsdp": True, "deepspeed": "zero2"}, "deepspeed and fsdp are both set, and each divides the weights"),
     ({"fsdp": "full_shard", "fsdp_config": "{"}, "fsdp_config: '{' is not valid JSON"),
     ({"fsdp": "full_shard", "fsdp_config": "[1]"}, "No such file"),
 ]

@@ -279,3 +279,23 @@ def test_another_number_of_ranks_needs_leave(base, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         start = find_start(load(base, *flags, "--training.allow_changes", "true"))
     assert start.checkpoint == str(checkpoint) and "ranks: 2 -> 1, from here on" in caplog.text
+
+
+def test_another_number_of_ranks_needs_none_where_an_update_has_as_many_rows(base, tmp_path, caplog):
+    """Two ranks of 4 rows are one of 8, or one of 4 that are accumulated twice; nothing else may differ."""
+    checkpoint = old(tmp_path, base)
+    (checkpoint / "config.yaml").write_text((base / "checkpoint-5" / "config.yaml").read_text())
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    (checkpoint / "rng_state_1.pth").write_bytes((checkpoint / "rng_state_0.pth").read_bytes())
+    flags = ["--training.output_dir", str(tmp_path), "--training.resume_from_checkpoint", "true"]
+    rows = load(base).training.per_device_train_batch_size
+    for same in (
+        ["--training.per_device_train_batch_size", str(2 * rows)],
+        REFUSED["training.gradient_accumulation_steps"],
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert find_start(load(base, *flags, *same)).checkpoint == str(checkpoint)
+        assert "ranks: 2 -> 1, from here on" in caplog.text
+        with pytest.raises(ValueError, match=r"has other options: training\.seed is 42 there and 43 here"):
+            find_start(load(base, *flags, *same, *REFUSED["training.seed"]))

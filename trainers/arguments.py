@@ -96,6 +96,9 @@ class RecurrentTrainingArguments(TrainingArguments):
     """What the steps of a model learn from."""
     deepspeed: dict | str | None = field(default=None, metadata={"is_path": True})
     """File of DeepSpeed, also by its name in `configs/deepspeed/`, or what stands in it."""
+    fsdp: bool | str | None = None
+    """Whether weights, gradients and states of the optimizer are divided among the ranks by torch's `fully_shard`
+    (FSDP2), also on CPUs. Not with DeepSpeed."""
     freeze: list[str] = field(default_factory=list)
     """Parameters that are not trained: patterns of their names with the wildcards * ? [] of a shell, such as
     model.readers.image.*; each has to match."""
@@ -155,6 +158,8 @@ class RecurrentTrainingArguments(TrainingArguments):
             self.data_seed = self.seed  # accelerate would take whatever the global generator was last seeded with
         if self.greater_is_better is None:
             self.greater_is_better = False  # transformers takes all metrics but losses to be better when greater
+        if self.deepspeed and self.fsdp:
+            raise ValueError("deepspeed and fsdp are both set, and each divides the weights; leave one of them out")
         if self.deepspeed:
             warn_of_build_locks()  # what comes builds already
         self.fsdp_config = recorded_fsdp(self.fsdp_config, bool(self.fsdp))
@@ -317,15 +322,17 @@ class RecurrentTrainingArguments(TrainingArguments):
         return {**super().to_dict(), **ours, "parameter_groups": groups}
 
     def check_launcher(self) -> None:
-        """Refuse DeepSpeed in a process that no launcher told its rank: it would look for one through MPI.
+        """Refuse FSDP, and DeepSpeed, in a process that no launcher told its rank: it would look for one through MPI.
 
         Raises:
             ValueError: if neither is there.
         """
-        if self.deepspeed and "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
+        name = "deepspeed" if self.deepspeed else "fsdp"
+        needs_rank = self.fsdp or (self.deepspeed and importlib.util.find_spec("mpi4py") is None)
+        if needs_rank and "RANK" not in os.environ:
             raise ValueError(
-                "training.deepspeed is set, but RANK is not in the environment; start with `deepspeed` instead of "
-                "`python`, or leave training.deepspeed out"
+                f"training.{name} is set, but RANK is not in the environment; start with `deepspeed` instead of "
+                f"`python`, or leave training.{name} out"
             )
 
     def choose_best_metric(self, sources: Iterable[str], names: Sequence[str]) -> None:

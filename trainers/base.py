@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DummyOptim, is_peft_model
+from accelerate.utils import DummyOptim, is_peft_model, parse_flag_from_env
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -19,11 +19,12 @@ from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
-from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper
+from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper, bytes_of_checkpoint
 from .early_stopping import EarlyStopping, has_stopped
 from .gradient_filters import GradientFilter
 from .optimizers import build_optimizer, check_distribution
 from .parameter_groups import FreezeStepsCallback, assign, freeze, parameters_of_norms, split_groups
+from .regrouping import RegroupCallback, needs_regrouping
 from .resuming import (
     UNDECAYED,
     OptionsOfRun,
@@ -34,6 +35,7 @@ from .resuming import (
     nothing_left,
     read_state,
 )
+from .sharding import ShardingCallback, let_cpus_shard, saving_whole
 from .signals import StopCallback, StopRequest, sheltered
 from .stalls import StallCallback
 
@@ -78,6 +80,8 @@ class BaseTrainer(Trainer):
         self.keeper = CheckpointKeeper()
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
+        if self.args.fsdp or self.is_fsdp_enabled:
+            self.add_callback(ShardingCallback())
         self.add_callback(EpochCallback())
         self.stalls = StallCallback(self.args.stall_seconds)
         if self.args.stall_seconds:
@@ -94,6 +98,8 @@ class BaseTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Also builds what options describe and `Trainer` builds when training begins, before it makes a folder."""
+        if self.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):  # a YAML of `accelerate launch` sets that
+            let_cpus_shard()
         super().create_accelerator_and_postprocess()
         # As `Trainer` sets them a little later, which forgets what is built here.
         self.optimizer = self.lr_scheduler = self.optimizer_cls_and_kwargs = self.built_optimizer = None
@@ -189,6 +195,10 @@ class BaseTrainer(Trainer):
             self.pop_callback(callback)
             self.add_callback(callback)
         self.resume_point = resume_from_checkpoint
+        if resume_from_checkpoint is not None and needs_regrouping(resume_from_checkpoint, self.args):
+            regrouping = RegroupCallback(resume_from_checkpoint, self.accelerator)
+            regrouping.convert(self.args)
+            self.add_callback(regrouping)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.optimizer.eval()  # of those whose average is what a run leaves behind
@@ -236,7 +246,10 @@ class BaseTrainer(Trainer):
         """
         folder = output_dir or self.args.output_dir
         if self.is_in_train and CHECKPOINT_NAME.fullmatch(Path(folder).name):
-            self.keeper.begin(Path(folder), self.args)
+            saved = self.model.parameters()
+            if is_peft_model(self.model) or self.base_is_frozen:
+                saved = (parameter for parameter in saved if parameter.requires_grad)
+            self.keeper.begin(Path(folder), self.args, bytes_of_checkpoint(saved))
         if self.config_text is not None and self.is_in_train and self.args.should_save:
             os.makedirs(folder, exist_ok=True)
             Path(folder, CONFIG_NAME).write_text(self.config_text, encoding="utf-8")
@@ -247,7 +260,8 @@ class BaseTrainer(Trainer):
         if self.gradient_filter is not None and self.is_in_train and self.args.should_save:
             self.gradient_filter.save(folder)
         if not self.base_is_frozen:
-            super().save_model(folder, *args, **kwargs)
+            with saving_whole(self.accelerator) if self.is_fsdp_enabled else nullcontext():
+                super().save_model(folder, *args, **kwargs)
         elif self.args.should_save:
             self.processing_class.save_pretrained(folder)
         state_dict = self.accelerator.get_state_dict(self.model) if self.auxiliary and self.is_fsdp_enabled else None

@@ -8,19 +8,23 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import is_deepspeed_available
+from accelerate.utils import broadcast_object_list, is_deepspeed_available
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals as numpy_safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .sharding import METADATA_NAME, entries_of, read_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,9 @@ DEEPSPEED_FOLDERS = "global_step*"
 # What goes on from a checkpoint reads; training_args.bin, also a pickle, is read by nobody.
 PICKLES = ("*.pt", "*.pth", "optimizer.bin", f"{DEEPSPEED_FOLDERS}/**/*.pt")
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", f"{DEEPSPEED_FOLDERS}/**/*.pt")
+OPTIMIZER_FOLDER = "optimizer_0"  # of FSDP2
+# What is raised when a file is none that it should be.
+DAMAGES = (RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError, IndexError)
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -46,10 +53,19 @@ class CheckpointKeeper(TrainerCallback):
     def __init__(self) -> None:
         self.limit: int | None = None
 
-    def begin(self, folder: Path, args: TrainingArguments) -> None:
+    def begin(self, folder: Path, args: TrainingArguments, num_bytes: int) -> None:
         """Make the folder of a checkpoint, on all ranks, before anything is written into it. One of that name is
         deleted: what was cut off there would be mixed with what comes.
+
+        Args:
+            num_bytes: What the checkpoint takes at least.
+
+        Raises:
+            NoSpaceError: The disk has less than that free, or less than the newest checkpoint has taken.
         """
+        (problem,) = broadcast_object_list([lack_of_space(folder, num_bytes) if args.should_save else None])
+        if problem is not None:
+            raise NoSpaceError(problem)
         self.limit, args.save_total_limit = args.save_total_limit, None  # `Trainer` would count what is not whole
         if args.should_save:
             if folder.exists():
@@ -69,6 +85,44 @@ class CheckpointKeeper(TrainerCallback):
             complete_checkpoint(folder, problem)
             rotate(folder, args.save_total_limit, state.best_model_checkpoint)
         PartialState().wait_for_everyone()
+
+
+class NoSpaceError(ValueError):
+    """A checkpoint for which the disk has no room; those before it are as they were."""
+
+
+def bytes_of_checkpoint(parameters: Iterable[nn.Parameter]) -> int:
+    """What the weights of a checkpoint take, and for those that learn two moments of float32, as Adam has them. Other
+    optimizers have fewer, and DeepSpeed and FSDP keep the weights once more.
+    """
+    is_split = is_deepspeed_zero3_enabled()
+    total = 0
+    for parameter in parameters:
+        count = parameter.ds_numel if is_split else parameter.numel()
+        total += count * (parameter.element_size() + 8 * parameter.requires_grad)
+    return total
+
+
+def lack_of_space(folder: Path, num_bytes: int) -> str | None:
+    """Why a checkpoint cannot be saved, in a sentence with its numbers; None if there is room.
+
+    Args:
+        folder: That of the checkpoint, which is not there yet.
+        num_bytes: What it takes at least; the newest one of the run, where there is one, says it better.
+    """
+    for checkpoint in reversed(checkpoints_in(folder.parent)):
+        if not is_unfinished(checkpoint):
+            num_bytes = max(num_bytes, sum(path.stat().st_size for path in files_of_checkpoint(checkpoint)))
+            break
+    place = next(path for path in folder.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if num_bytes <= free:
+        return None
+    needed, there = num_bytes / 2**20, free / 2**20
+    return (
+        f"{folder} needs about {needed:.1f} MiB, and {there:.1f} MiB are free there; make room, or lower "
+        "training.save_total_limit, and go on with --training.resume_from_checkpoint true"
+    )
 
 
 def rotate(newest: Path, limit: int | None, best: str | None = None) -> None:
@@ -256,8 +310,17 @@ def unreadable(folder: Path) -> str | None:
             load_tensors(path)
         except pickle.UnpicklingError:
             return f"has a {name} that holds {unsafe_contents(path)}; such a file may run code when it is loaded"
-        except (RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError, IndexError) as error:
+        except DAMAGES as error:
             return f"has a damaged {name} ({' '.join(str(error).split())[:100]})"
+    for path in sorted(folder.glob(f"*/{METADATA_NAME}")):
+        name = path.parent.name
+        try:
+            for _ in entries_of(path.parent, read_metadata(path.parent), only_values=True):
+                pass
+        except pickle.UnpicklingError as error:
+            return f"has a folder {name} that holds {error}; such a file may run code when it is loaded"
+        except (*DAMAGES, OSError) as error:
+            return f"has a damaged folder {name} ({' '.join(str(error).split())[:100]})"
     return None
 
 
@@ -283,6 +346,10 @@ def not_finite(folder: Path) -> str | None:
         for name, tensor in tensors_of(load_tensors(path)):
             if not is_finite(tensor):
                 return f"has states that are not finite ({name} in {path.relative_to(folder).as_posix()})"
+    for path in sorted(folder.glob(f"{OPTIMIZER_FOLDER}/{METADATA_NAME}")):
+        for name, value in entries_of(path.parent, read_metadata(path.parent)):
+            if isinstance(value, torch.Tensor) and not is_finite(value):
+                return f"has states that are not finite ({name} in {path.parent.name})"
     return None
 
 

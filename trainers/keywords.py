@@ -19,6 +19,18 @@ SCHEDULES_WITHOUT_ARGUMENTS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WI
 # Optimizers whose `optim_args` are arguments of a class of torch.
 OF_TORCH = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
 WITHOUT_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor")
+# Optimizers that compute with the parts of weights that FSDP leaves on each rank.
+OF_FSDP = ("adamw_torch", "adamw_torch_fused", *OF_TORCH)
+# What FSDP offers and a run cannot have: the value there has to be, and why.
+FIXED_OF_FSDP = {
+    "version": (2, "the first version is at the end of its life"),
+    "state_dict_type": (
+        "SHARDED_STATE_DICT",
+        "whole states could not be gathered on one rank; weights are saved whole",
+    ),
+    "activation_checkpointing": (False, "it would wrap layers, whose weights had other names; set training's own"),
+    "xla": (False, "the model knows no TPU"),
+}
 
 
 class Recorder(dict):
@@ -91,16 +103,20 @@ def recorded_fsdp(value: Any, is_used: bool) -> dict[str, Any] | None:
     """The options of FSDP, given as such or in a file, so that those which transformers reads are known afterwards.
 
     Raises:
-        ValueError: The file is none, or FSDP is off.
+        ValueError: The file is none, FSDP is off, or an option is one that a run cannot have.
     """
     content = read("fsdp_config", value)
-    if not content:
+    if not (content or is_used):
         return None
     if not is_used:
         raise ValueError(
             "fsdp_config is given, but fsdp is off, so that nothing would read it; set fsdp, or leave it out"
         )
-    return Recorder({name.removeprefix("fsdp_"): option for name, option in content.items()})
+    options = {name.removeprefix("fsdp_"): option for name, option in content.items()}
+    for name, (value, reason) in FIXED_OF_FSDP.items():
+        if options.get(name, value) != value:
+            raise ValueError(f"fsdp_config.{name} is {options[name]!r}, but {reason}; leave it out")
+    return Recorder({"state_dict_type": FIXED_OF_FSDP["state_dict_type"][0]} | options)
 
 
 def check_fsdp(value: Any) -> Any:

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .adamuon import AdaMuon
+from .keywords import OF_FSDP
 from .schedule_free import ScheduleFreeAdamW
 from .user_functions import load_function
 
@@ -131,6 +132,13 @@ def check_distribution(args: TrainingArguments, zero: Mapping[str, Any] | None, 
             + ("take ZeRO-1, -2 or -3, DDP, " if name in ZERO_STAGES else "take DDP, ")
             + "or an optimizer of training.optim"
         )
+    if is_fsdp:
+        if name is None and (optim := OptimizerNames(args.optim).value) not in OF_FSDP:
+            raise ValueError(
+                f"training.optim is {optim!r}, which cannot compute with the parts of weights that FSDP leaves on each "
+                "rank; take adamw_torch, or DDP or ZeRO"
+            )
+        return
     if name in OPTIMIZERS and "offload_optimizer" in zero:
         raise ValueError(
             f"training.optimizer is {name!r}, which does not run with offload_optimizer of DeepSpeed's file; take it "
