@@ -39,6 +39,7 @@ READERS = {
     "MediaSamplesConfig": ("callbacks/media_samples.py", r"(self\.)?config"),
     "GeneratedMediaConfig": ("callbacks/generated_media.py", r"(self\.)?config"),
     "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),
+    "StabilityConfig": ("callbacks/stability.py", r"(self\.)?config"),
     "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
     "ModalityWeights": ("trainers/losses.py", "weights"),
     "ParameterGroup": ("trainers/optimizers.py", "group"),
