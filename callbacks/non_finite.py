@@ -83,8 +83,8 @@ def check_non_finite(config: NonFiniteConfig, args: Any) -> None:
         )
     if config.action == "roll_back" and args.save_strategy == "no":
         raise ValueError(
-            "callbacks.non_finite.action is 'roll_back', but training.save_strategy is 'no', and there is nothing to go "
-            "back to: save checkpoints, or use 'skip'."
+            "callbacks.non_finite.action is 'roll_back', but training.save_strategy is 'no', and there is nothing to "
+            "go back to: save checkpoints, or use 'skip'."
         )
 
 
@@ -106,7 +106,7 @@ class NonFiniteCallback(TrainerCallback):
         self.config = config
         self.roll_back = roll_back
         self.kept = KeptBatches(are_whole=config.is_at_each_step)
-        # Stands in the state of the trainer, and so in each checkpoint: a run that goes on acts as one that never ended.
+        # In the state of the trainer, and so in each checkpoint: a run that goes on acts as one that never ended.
         self.memory: dict[str, Any] = {}
 
     def on_train_begin(
@@ -124,7 +124,7 @@ class NonFiniteCallback(TrainerCallback):
         """Look at the step before its update, if an option asks for that.
 
         Raises:
-            FloatingPointError: it is not finite, or leaps, and the action is "stop", or the run has gone back too often.
+            FloatingPointError: it is not finite, or leaps, and the action is "stop", or the run went back too often.
         """
         if not self.config.is_at_each_step:
             return

@@ -24,6 +24,8 @@ SAMPLE = 65_536
 ROWS, TOKENS = 2, 64
 """Rows of a micro-batch, and tokens of each, on which the core is measured."""
 POWER_ITERATIONS = 8
+LOSS_FALL = 1.0
+"""Nats by which the loss has to have fallen before depth is expected to pay."""
 
 
 @dataclass
@@ -126,7 +128,7 @@ class StabilityCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
-        """Measure the gradients of a step that is logged: its log has the norm that they had before they were clipped."""
+        """Measure the gradients of a step that is logged, whose log has the norm of all before they were clipped."""
         every = self.gradient_logs * state.logging_steps
         if not every or args.logging_strategy != IntervalStrategy.STEPS or (state.global_step + 1) % every:
             return
@@ -237,12 +239,24 @@ class StabilityCallback(TrainerCallback):
         for name, limit, text in limits:
             if logs.get(name, -math.inf) > limit:
                 found.append(f"{text.format(logs[name])} (alarm above {limit:g})")
+        if self.is_depth_ignored(args, state, logs):
+            found.append(
+                f"the loss at one core step is only {logs['depth_gap']:.4f} nats above that at the mean depth: the "
+                f"recurrence is being ignored (alarm below {args.depth_gap_alarm:g})"
+            )
         if logs.get("attention_entropy", math.inf) < config.attention_entropy_alarm:
             found.append(
                 f"the entropy of attention is {logs['attention_entropy']:.4f}: tokens look at one other alone "
                 f"(alarm below {config.attention_entropy_alarm:g})"
             )
         return found
+
+    def is_depth_ignored(self, args: Any, state: TrainerState, logs: dict[str, float]) -> bool:
+        """Whether depth does not pay, though the loss has fallen, or half of training is over; before, it cannot."""
+        if logs.get("depth_gap", math.inf) >= args.depth_gap_alarm:
+            return False
+        first = next(entry["loss_at_mean_steps"] for entry in state.log_history if "loss_at_mean_steps" in entry)
+        return first - logs["loss_at_mean_steps"] > LOSS_FALL or state.global_step >= state.max_steps / 2
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Stop to measure."""

@@ -124,8 +124,8 @@ class FinetuningConfig(ResolvedConfig):
         spikes = self.callbacks.non_finite.spike_deviations
         if self.trainer in ("dpo", "grpo") and spikes is not None:
             raise ValueError(
-                f"callbacks.non_finite.spike_deviations is {spikes}, but with trainer {self.trainer} a pass of the model "
-                "has no loss of its own; leave it out"
+                f"callbacks.non_finite.spike_deviations is {spikes}, but with trainer {self.trainer} a pass of the "
+                "model has no loss of its own; leave it out"
             )
 
     @classmethod

@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from callbacks import CallbacksConfig, NonFiniteConfig, StabilityConfig, StabilityError
+from callbacks import CallbacksConfig, StabilityConfig, StabilityError
 from callbacks.stability import CoreStep, StabilityCallback
-from model.attention import AttentionInputs
 from tests.test_callbacks import build_trainer
 from tests.tiny import tiny_ids, tiny_model
 
@@ -62,7 +61,9 @@ def test_the_entropy_of_attention_in_closed_form():
     step = CoreStep.of(model.model.core, state, embeds, **given)
     torch.testing.assert_close(step.attention_entropy(), torch.tensor(1.0))
     # Token t of two looks at itself and the one before with probabilities p and 1 - p.
-    step.inputs.mask = torch.tensor([[0.0, torch.finfo(torch.float32).min], [math.log(0.25), math.log(0.75)]])[None, None]
+    step.inputs.mask = torch.tensor([[0.0, torch.finfo(torch.float32).min], [math.log(0.25), math.log(0.75)]])[
+        None, None
+    ]
     step.state, step.embeds = step.state[:, :2], step.embeds[:, :2]
     step.inputs.rotary = tuple(part[:, :2] for part in step.inputs.rotary)
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
@@ -134,7 +135,12 @@ def args(**changes):
         ({"gradient_logs": 2}, {"deepspeed": "zero1"}, {}, "gradient_logs is 2, but not possible with training.deepsp"),
         ({"core_steps": 5}, {"fsdp": ["full_shard"]}, {}, "core_steps is 5, but not possible with training.fsdp"),
         ({"core_steps": 5}, {"compile_units": True}, {}, "core_steps is 5, but not possible with training.torch_comp"),
-        ({"core_steps": 5}, {}, {"num_core_layers": 0}, "core_steps is 5, but not possible with a model without a core"),
+        (
+            {"core_steps": 5},
+            {},
+            {"num_core_layers": 0},
+            "core_steps is 5, but not possible with a model without a core",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_and_by_default_left_out(config, changes, model, message):
@@ -143,3 +149,51 @@ def test_what_cannot_be_measured_is_refused_and_by_default_left_out(config, chan
     intervals = StabilityConfig().intervals(args(**changes), tiny_model(**model))
     assert intervals == (0 if {"deepspeed", "fsdp"} & changes.keys() else 1, 0)
     assert StabilityConfig().intervals(args(), tiny_model()) == (1, 100)
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        (
+            {"token_correlation": 0.96},
+            "the states of different tokens have a mean correlation of 0.960: they are collaps",
+        ),
+        ({"state_growth": 12.0}, "the state after all steps is 12.0 times as long as after the first: it runs away"),
+        ({"spectral_radius": 2.5}, "a step of the core multiplies small differences by 2.50: more steps do not settle"),
+        (
+            {"update_ratio_core": 0.01, "update_ratio_coda": 0.2},
+            "an update moves the weights of the coda by 0.200 of thei",
+        ),
+        ({"attention_entropy": 0.01}, "the entropy of attention is 0.0100: tokens look at one other alone"),
+        (
+            {"depth_gap": 0.005, "loss_at_mean_steps": 4.9},
+            "the loss at one core step is only 0.0050 nats above that at",
+        ),
+        ({"depth_gap": 0.005, "loss_at_mean_steps": 5.1}, None),  # the loss has not fallen by a nat
+        ({"depth_gap": 0.02, "loss_at_mean_steps": 1.0}, None),
+        ({"token_correlation": 0.94, "state_growth": 9.0, "spectral_radius": 1.9, "attention_entropy": 0.03}, None),
+    ],
+)
+def test_alarms(figures, said):
+    history = [{"loss": 7.0}, {"loss": 6.5, "loss_at_mean_steps": 6.0}, figures]
+    callback = StabilityCallback(StabilityConfig(), (1, 1), kept=None)
+    found = callback.alarms(args(), SimpleNamespace(log_history=history, global_step=10, max_steps=100), figures)
+    assert len(found) == (said is not None) and all(text.startswith(said) for text in found)
+    if figures.get("depth_gap") == 0.005:  # half of training is over: depth is expected to pay
+        found = callback.alarms(args(), SimpleNamespace(log_history=history, global_step=10, max_steps=20), figures)
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize("action", ["warn", "save", "stop"])
+def test_what_an_alarm_leads_to(tmp_path, caplog, action):
+    config = CallbacksConfig(stability=StabilityConfig(action=action, update_alarm=1e-6))
+    trainer = build_trainer(tmp_path, callbacks=config, logging_steps=1)
+    if action == "stop":
+        with pytest.raises(
+            StabilityError, match=r"step 1: an update moves .* docs/troubleshooting\.md says what helps"
+        ):
+            trainer.train()
+    else:
+        trainer.train()
+        assert "step 1: an update moves the weights of" in caplog.text
+    assert (tmp_path / "alarms" / "step-1-rank-0.pt").exists() == (action != "warn")
