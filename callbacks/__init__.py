@@ -51,7 +51,7 @@ class CallbacksConfig:
     """Images and audio that are generated for fixed prompts, at several depths."""
 
     non_finite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
-    """What happens when the loss or the gradient is not finite, or the loss leaps."""
+    """What happens when the loss or the gradient is not finite."""
 
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     """What is measured of a run's stability, and when that is an alarm."""

@@ -47,8 +47,7 @@ class StabilityConfig:
     state_growth_alarm: float = 10.0
     """An alarm is raised when the state after all steps is longer by more than this factor than after the first."""
     spectral_radius_alarm: float = 2.0
-    """An alarm is raised when a step of the core makes a small difference between two states larger by more than this
-    factor."""
+    """An alarm is raised when a step of the core makes small differences between states larger by more than this."""
     attention_entropy_alarm: float = 0.02
     """An alarm is raised when the entropy of attention, at most 1, is below this."""
 

@@ -29,16 +29,17 @@ def test_the_spectral_radius_is_the_largest_eigenvalue(position_embedding, monke
     """Of the whole derivative, by torch's own eigenvalues; with padding in a row."""
     monkeypatch.setattr("callbacks.stability.POWER_ITERATIONS", 400)
     model = tiny_model(scale=3.0, position_embedding=position_embedding)
-    mask = torch.ones(2, 6, dtype=torch.long)
-    mask[1, :2] = 0
-    state, embeds, given = last_core_call(model, tiny_ids(2, 6), attention_mask=mask)
+    mask = torch.ones(2, 4, dtype=torch.long)
+    mask[1, :1] = 0
+    state, embeds, given = last_core_call(model, tiny_ids(2, 4), attention_mask=mask)
     step = CoreStep.of(model.model.core, state, embeds, **given)
     is_real, ours, theirs = mask.bool(), step.take(state), model.model.core(state, embeds, **given)
     torch.testing.assert_close(ours[is_real], theirs[is_real], atol=1e-5, rtol=1e-4)
-    derivative = torch.autograd.functional.jacobian(step.take, state).reshape(state.numel(), -1)
+    with torch.no_grad():
+        derivative = torch.func.jacfwd(step.take)(state).reshape(state.numel(), -1)
     largest = torch.linalg.eigvals(derivative).abs().max()
     assert largest > 1.5
-    torch.testing.assert_close(step.spectral_radius(), largest, rtol=0.02, atol=0)
+    torch.testing.assert_close(step.spectral_radius(), largest, rtol=0.05, atol=0)
 
 
 def test_a_few_tokens_are_those_of_the_whole_batch():
