@@ -3,6 +3,7 @@
 import logging
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,4 +235,4 @@ def median_and_deviation(values: list[float]) -> tuple[float, float]:
     """
     median = statistics.median(values)
     deviation = 1.4826 * statistics.median(abs(value - median) for value in values)
-    return median, max(deviation, SMALLEST_DEVIATION * abs(median))
+    return median, max(deviation, SMALLEST_DEVIATION * abs(median), sys.float_info.min)
