@@ -14,6 +14,7 @@ from .media_samples import MediaSamplesCallback, MediaSamplesConfig
 from .model_card import ModelCardWriter, model_card, sources_of
 from .model_size import ModelSizeCallback, size_table
 from .non_finite import NonFiniteCallback, NonFiniteConfig, check_non_finite
+from .pictures import PicturesCallback, PicturesConfig
 from .reporting import Reporter
 from .samples import SamplesCallback, SamplesConfig
 from .stability import StabilityCallback, StabilityConfig, StabilityError
@@ -25,6 +26,7 @@ __all__ = [
     "MediaSamplesConfig",
     "ModelCardWriter",
     "NonFiniteConfig",
+    "PicturesConfig",
     "SamplesConfig",
     "StabilityConfig",
     "StabilityError",
@@ -49,6 +51,9 @@ class CallbacksConfig:
 
     generated_samples: GeneratedMediaConfig = field(default_factory=GeneratedMediaConfig)
     """Images and audio that are generated for fixed prompts, at several depths."""
+
+    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    """Attention maps, histograms of activations and gradients, exits and trajectories."""
 
     non_finite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
     """What happens when the loss or the gradient is not finite."""
@@ -95,6 +100,8 @@ def add_callbacks(
         trainer.add_callback(MediaSamplesCallback(config.media_samples, processor, read, reporter))
     if generated and config.generated_samples.num_examples:
         trainer.add_callback(GeneratedMediaCallback(config.generated_samples, processor, generated, reporter))
+    if reporter.shows_images:
+        trainer.add_callback(PicturesCallback(config.pictures, reporter))
     trainer.add_callback(non_finite)
 
 

@@ -14,7 +14,17 @@ from model import draw_codes
 from model.chat import TARGET_PREFIX
 
 from .media_samples import spectrogram_image
-from .reporting import Example, PeriodicCallback, Reporter, aside, check_samples, depths_of, inputs_of, verbatim
+from .reporting import (
+    Example,
+    PeriodicCallback,
+    Reporter,
+    aside,
+    check_samples,
+    depths_of,
+    image_pixels,
+    inputs_of,
+    verbatim,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +67,7 @@ class Sample:
 
 
 class GeneratedMediaCallback(PeriodicCallback):
-    """Shows in TensorBoard a grid for each source, with a line for each prompt: the reference, and what is written at
+    """Shows a grid for each source, with a line for each prompt: the reference, and what is written at
     each depth. Of sound it has spectrograms, and players, too. The prompts are listed as text.
 
     The root mean square of latents, divided by that of the references', is logged by depth and third of the places:
@@ -83,12 +93,9 @@ class GeneratedMediaCallback(PeriodicCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let the references be heard."""
-        writer = self.reporter.summary_writer()
-        if writer is None:
-            return
         for source, rows in self.examples.items():
             for number, example in enumerate(rows):
-                self.add_player(writer, f"{source}_{number}/reference", example["reference"], state)
+                self.add_player(f"{source}_{number}/reference", example["reference"])
 
     def write(self, model: PreTrainedModel, state: TrainerState) -> dict[str, str | float]:
         """The prompts and how large the latents are; media of all prompts and depths are shown."""
@@ -99,7 +106,7 @@ class GeneratedMediaCallback(PeriodicCallback):
             prompts = (f"{number}: {row['prompt']}" for number, row in seeded)  # line by line as in the grid
             report[f"generated_samples/{source}"] = verbatim("\n".join(prompts))
             report |= self.drifts(source, rows, written, model, state)
-            self.show(source, rows, written, state)
+            self.show(source, rows, written)
         return report
 
     def sample(self, model: PreTrainedModel, example: Example, depth: int | None, seed: int) -> Sample:
@@ -144,37 +151,33 @@ class GeneratedMediaCallback(PeriodicCallback):
 
     # ------------------------------------------------------------------------------------------------------- what shows
 
-    def show(
-        self, source: str, rows: Sequence[Example], written: Mapping[int | None, Sequence[Sample]], state: TrainerState
-    ) -> None:
+    def show(self, source: str, rows: Sequence[Example], written: Mapping[int | None, Sequence[Sample]]) -> None:
         """The grid of a source, and players of its sounds."""
-        writer = self.reporter.summary_writer()
-        if writer is None:
+        if not self.reporter.backends:
             return
         lines = []
         for number, row in enumerate(rows):
             media = [row["reference"], *(samples[number].item for samples in written.values())]
             lines.append([self.cell(medium) for medium in media])
-        writer.add_image(f"train/generated_samples/{source}", grid_of(lines), state.global_step, dataformats="HWC")
+        self.reporter.image(f"generated_samples/{source}", grid_of(lines))
         for depth, samples in written.items():
             for number, sample in enumerate(samples):
                 label = "audio" if depth is None else f"steps_{depth}"
-                self.add_player(writer, f"{source}_{number}/{label}", sample.item, state)
-        writer.flush()  # after the last step nobody else does
+                self.add_player(f"{source}_{number}/{label}", sample.item)
 
     def cell(self, medium: Any | None) -> np.ndarray | None:
         """(height, width, 3) of uint8: an image, or the spectrogram of a waveform, as the model learns them."""
         if isinstance(medium, tuple):
-            levels = spectrogram_image(self.processor.modalities[f"{TARGET_PREFIX}audio"].preprocess(medium))[0]
-            return (levels * 255).round().byte().numpy()[..., None].repeat(3, axis=-1)
+            return image_pixels(
+                spectrogram_image(self.processor.modalities[f"{TARGET_PREFIX}audio"].preprocess(medium))
+            )
         return None if medium is None else np.asarray(medium.convert("RGB"))
 
-    def add_player(self, writer: Any, name: str, medium: Any | None, state: TrainerState) -> None:
+    def add_player(self, name: str, medium: Any | None) -> None:
         """A player, if the medium is a waveform."""
         if isinstance(medium, tuple):
             samples, rate = medium
-            sound = torch.as_tensor(samples)[None].clamp(-1, 1)
-            writer.add_audio(f"train/generated_samples/{name}", sound, state.global_step, rate)
+            self.reporter.audio(f"generated_samples/{name}", samples, rate)
 
 
 def is_generated(example: Example) -> bool:

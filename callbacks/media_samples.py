@@ -23,6 +23,7 @@ from .reporting import (
     check_samples,
     depths_of,
     generate_text,
+    image_pixels,
     inputs_of,
     verbatim,
 )
@@ -52,7 +53,7 @@ class MediaSamplesConfig:
 
 class MediaSamplesCallback(PeriodicCallback):
     """Writes prompt, reference and answers at several depths of each example, to the reports and to the log. What
-    belongs to them stands next to them in TensorBoard: images, spectrograms and players, as the model sees and hears
+    belongs to them stands next to them: images, spectrograms and players, as the model sees and hears
     them, once when training begins.
 
     Args:
@@ -79,17 +80,16 @@ class MediaSamplesCallback(PeriodicCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Show the media."""
-        writer = self.reporter.summary_writer()
-        if writer is None:
+        if not self.reporter.backends:
             return
         for name, example in self.examples.items():
             for number, pixels in enumerate(example["media"].get("image", [])):
-                writer.add_image(f"train/{name}/image_{number}", self.denormalize(pixels), state.global_step)
+                self.reporter.image(f"{name}/image_{number}", image_pixels(self.denormalize(pixels)))
             for number, features in enumerate(example["media"].get("audio", [])):
-                writer.add_image(f"train/{name}/spectrogram_{number}", spectrogram_image(features), state.global_step)
+                self.reporter.image(f"{name}/spectrogram_{number}", image_pixels(spectrogram_image(features)))
             for number, waveform in enumerate(example["waveforms"]()):
-                audio, rate = torch.as_tensor(waveform)[None], self.processor.feature_extractor.sampling_rate
-                writer.add_audio(f"train/{name}/audio_{number}", audio, state.global_step, rate)
+                rate = self.processor.feature_extractor.sampling_rate
+                self.reporter.audio(f"{name}/audio_{number}", waveform, rate)
 
     def denormalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """(3, height, width) in [0, 1] from what the model gets."""

@@ -46,6 +46,7 @@ REGISTRIES = (
     ("Trainers", "`trainer` of `pretrain.py`", "trainers", "TRAINERS"),
     ("Trainers of fine-tuning", "`trainer` of `finetune.py`", "trainers.finetuning", "FINETUNERS"),
     ("Optimizers", f"`training.optimizer`, {OR_FUNCTION}", "trainers.optimizers", "OPTIMIZERS"),
+    ("Gradient filters", "`training.gradient_filter.name`", "trainers.gradient_filters", "GRADIENT_FILTERS"),
     ("Generated tasks", "`task` of a source of kind `generated`", "dataset_loading.tasks.registry", "TASKS"),
     ("Generated tasks with media", "The same, of images and audio", "dataset_loading.tasks.registry", "MEDIA_TASKS"),
     ("Checks", "What `python -m evaluation` reads from generated media", "evaluation.checks", "CHECKS"),

@@ -57,18 +57,18 @@ NOT_OPTIONS[SupervisedArguments] = {
 NOT_OPTIONS[PreferenceArguments] = {
     *("model_init_kwargs", "trust_remote_code", "dataset_num_proc", "pad_token", "pad_to_multiple_of"),
     *("truncation_mode", "padding_free", "precompute_ref_log_probs", "precompute_ref_batch_size", "use_weighting"),
-    *("modality_weights", "router_aux_loss_coef"),
+    *("modality_weights", "objective", "router_aux_loss_coef"),
 }
 NOT_OPTIONS[RolloutArguments] = {
     *("model_init_kwargs", "trust_remote_code", "pad_to_multiple_of", "chat_template_kwargs"),
     *("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching", "use_transformers_paged"),
     *("transformers_continuous_batching_config", "max_tool_calling_iterations", "num_generations_eval"),
-    *("log_multimodal", "log_completions_hub_repo", "modality_weights", "router_aux_loss_coef"),
+    *("log_multimodal", "log_completions_hub_repo", "modality_weights", "objective", "router_aux_loss_coef"),
     *("recurrence_logging_steps", "depth_gap_alarm", "token_correlation_alarm", "cast_lm_head_to_fp32"),
     *(name for name in RolloutArguments.__dataclass_fields__ if "vllm" in name),
 }
 NOT_OPTIONS[ExitProbeArguments] = {
-    *("recurrence_logging_steps", "depth_gap_alarm", "token_correlation_alarm", "modality_weights"),
+    *("recurrence_logging_steps", "depth_gap_alarm", "token_correlation_alarm", "modality_weights", "objective"),
 }
 SECTIONS = {
     "model": ModelOptions,

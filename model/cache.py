@@ -96,8 +96,7 @@ class CacheLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views, which a copy would hold as buffers of their own."""
-        views = {"views": [], "keys": None, "values": None}
-        return self.__dict__ | views
+        return self.__dict__ | {"views": [], "keys": None, "values": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -343,12 +342,8 @@ class RecurrentCache(Cache):
             return
         entries = None
         if max(steps) > first:
-            source = [
-                min(place, taken - 1) * len(steps) + row
-                for place in range(first, places)
-                for row, taken in enumerate(steps)
-            ]
-            entries = torch.tensor(source)
+            deepest = torch.minimum(torch.arange(first, places)[:, None], row_steps - 1)
+            entries = (deepest * len(steps) + torch.arange(len(steps))).flatten()
         for layer in self.core_layers:
             here = None if entries is None else entries.to(layer.device)
             layer.fill_skipped_steps(first, here, slice(self.length, self.length + num_new_tokens))

@@ -74,8 +74,7 @@ def resolve_depth(
             `backprop_steps` carry gradient.
 
     Raises:
-        ValueError: a number is below 1, a tensor has the wrong shape or type, or the model has no
-        core.
+        ValueError: a number is below 1, a tensor has the wrong shape or type, or the model has no core.
     """
     if config.num_core_layers == 0:
         if num_steps is not None:

@@ -329,8 +329,7 @@ class ExitController:
         else:
             if self.hidden is None:
                 batch = len(self.steps_at_check)
-                empty = (part.new_zeros(batch, *part.shape[1:]) for part in (hidden, logits))
-                self.hidden, self.logits = empty
+                self.hidden, self.logits = (it.new_zeros(batch, *it.shape[1:]) for it in (hidden, logits))
             self.hidden = self.hidden.index_copy(0, rows, hidden)
             self.logits = self.logits.index_copy(0, rows, logits)
         return logits

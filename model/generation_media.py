@@ -8,6 +8,7 @@ of it goes through one cache. With guidance, each row runs twice, the second tim
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +32,7 @@ from .generation_text import (
     RecurrentGenerationMixin,
     by_name,
     check_read,
+    chunk_lengths,
     num_cached_tokens,
 )
 from .modalities import MODALITIES, TARGET_MODALITIES
@@ -49,7 +51,7 @@ READ_BY = {
     **dict.fromkeys(("exit_check_interval", "exit_in_prefill", "exit_schedule"), (*TEXTS, *MEDIA)),
     **dict.fromkeys(("noise_level", "noise_schedule", "state_warm_start", "initial_state"), (*TEXTS, *MEDIA)),
     **dict.fromkeys(("use_cache", "cache_policy", "num_kept_steps", "cache_implementation"), (*TEXTS, *MEDIA)),
-    **dict.fromkeys(("max_cache_len", "compile_config", "disable_compile"), (*TEXTS, *MEDIA)),
+    **dict.fromkeys(("max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size"), (*TEXTS, *MEDIA)),
     # what is generated
     **dict.fromkeys(("num_flow_steps", "flow_temperature", "flow_seeds", "on_chunk", "chunk_size"), MEDIA),
     **dict.fromkeys(("velocity_threshold",), MEDIA),
@@ -211,7 +213,8 @@ class MediaGenerationMixin:
         kwargs |= by_name(args, first="generation_config")
         config = kwargs.get("generation_config")
         media = {name: kwargs[name] for name in media_names() if kwargs.get(name) is not None}
-        inputs, kwargs = self._read_media(inputs, kwargs, keeps_cached=generation_mode != "text")
+        begun = {} if generation_mode == "text" else self._begun_items(inputs, kwargs)
+        inputs, kwargs = self._read_media(inputs, kwargs, begun, keeps_cached=generation_mode != "text")
         if generation_mode == "text":
             if kwargs.get("assistant_model") is not None and media:
                 kwargs["draft_media"] = media
@@ -226,7 +229,7 @@ class MediaGenerationMixin:
         if not {"max_new_tokens", "max_length", "generation_config"} & kwargs.keys():
             kwargs["max_new_tokens"] = self._default_new_tokens(generation_mode)
         num_cached = num_cached_tokens(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
-        loop = MediaLoop(media_options, num_cached, kwargs.get("streamer"))
+        loop = MediaLoop(media_options, num_cached, kwargs.get("streamer"), begun)
         return super().generate(inputs, **{**kwargs, "custom_generate": loop})
 
     @with_parameters_of(RecurrentGenerationMixin.prepare_inputs_for_generation)
@@ -250,13 +253,14 @@ class MediaGenerationMixin:
         return 2 * sum(lengths.values()) if generation_mode == "any" else lengths.get(generation_mode, 1)
 
     def _read_media(
-        self, inputs: torch.Tensor | None, kwargs: dict[str, Any], keeps_cached: bool
+        self, inputs: torch.Tensor | None, kwargs: dict[str, Any], begun: Mapping[int, "BegunItem"], keeps_cached: bool
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """The prompt, in which images that are codes are tokens, and the keywords with the features of all other media
         in `mm_encoder_outputs`: by the names of their placeholders one entry a row, (tokens, hidden), in place of what
         was read and of what was generated before. So they are expanded, cut and left out with the rows.
 
         Args:
+            begun: See `_begun_items`.
             keeps_cached: Whether features that the cache holds are kept.
         """
         kwargs, writers = dict(kwargs), self.model.writers
@@ -281,6 +285,9 @@ class MediaGenerationMixin:
         rows = {}
         for name in self._placeholder_names:
             parts = list((found | given).get(name, ()))
+            for item in begun.values():
+                if name == f"{TARGET_PREFIX}{item.modality}":
+                    parts[item.number] = parts[item.number][: len(item.latents)]
             counts = self._count_places(name, input_ids, embeds)
             unseen = counts if embeds is not None else self._count_places(name, input_ids[:, num_cached:])
             if not parts and (not num_cached or not sum(unseen)):
@@ -293,6 +300,26 @@ class MediaGenerationMixin:
         if rows:
             kwargs["mm_encoder_outputs"] = {name: of_rows(parts) for name, parts in rows.items()}
         return inputs, kwargs
+
+    def _begun_items(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[int, "BegunItem"]:
+        """What prompts end within, behind its first latents, by the number of the row. ValueError: it is not given."""
+        input_ids, found = kwargs.get("input_ids") if inputs is None else inputs, {}
+        for row, name in ({} if input_ids is None else opened_media(self.config, input_ids)).items():
+            is_place = input_ids == getattr(self.config, f"{TARGET_PREFIX}{name}_token_id")
+            output_head, count = dict(self.model.writers.items()).get(name), int(is_place[row].flip(0).cumprod(0).sum())
+            if output_head is None or output_head.head is None or not count:
+                continue
+            start = input_ids[row, -count - 1] if count < len(is_place[row]) else None
+            if kwargs.get(output_head.target_name) is None or start != getattr(self.config, f"{name}_start_token_id"):
+                raise ValueError(
+                    f"prompt {row} ends within an {name}, of which {output_head.target_name} or the start token is not "
+                    "given; give both, or end the prompt with the start token"
+                )
+            latents, lengths = output_head.latents_of(kwargs)
+            num_behind = int((is_place[row + 1 :, 1:] & ~is_place[row + 1 :, :-1]).sum())  # where items begin
+            number = len(lengths) - 1 - num_behind
+            found[row] = BegunItem(name, number, latents.split(lengths)[number][:count])
+        return found
 
     def _with_codes(self, input_ids: torch.LongTensor, targets: dict[str, Any], num_cached: int) -> torch.LongTensor:
         """The prompt with the codes of all images, or of those behind what the cache holds; these targets are taken
@@ -358,18 +385,15 @@ def media_names() -> list[str]:
 
 
 def append_rows(cache: RecurrentCache, other: RecurrentCache) -> None:
-    """Puts the rows of a cache of as many tokens behind those of another; ValueError where that is of static size."""
-    if cache.max_length is not None:
-        raise ValueError("a cache of static size has room for its own rows alone; leave cache_implementation out")
+    """Puts the rows of a cache of as many tokens behind those of another, which may be of static size."""
     rows, length = len(other.row_steps), other.length
     cache.batch_select_indices(torch.arange(rows).repeat(2))  # the second ones are written over
     for layer, theirs in zip(cache.layers, other.layers, strict=True):
-        layer.reserve(theirs.num_steps, 2 * rows, length)
+        if cache.max_length is None:
+            layer.reserve(theirs.num_steps, 2 * rows, length)
         deepest = torch.arange(layer.num_steps).clamp(max=theirs.num_steps - 1)
         layer.buffer[:, :, rows:, :, :length] = theirs.buffer[deepest.to(theirs.device), ..., :length, :]
     cache.row_steps[rows:, :length] = other.row_steps[:, :length]
-    if cache.last_state is not None and other.last_state is not None:
-        cache.last_state[rows:] = other.last_state
 
 
 def of_rows(features: Iterable[torch.Tensor]) -> BaseModelOutputWithPooling:
@@ -392,6 +416,15 @@ def opened_media(config: Any, input_ids: torch.LongTensor) -> dict[int, str]:
         for row in torch.isin(input_ids[:, -1], torch.tensor([start, place], device=input_ids.device)).nonzero():
             found[int(row)] = name
     return found
+
+
+@dataclass
+class BegunItem:
+    """An item whose first latents, (tokens, latent_size), end a prompt, and its number among those of its modality."""
+
+    modality: str
+    number: int
+    latents: torch.Tensor
 
 
 def refuse_opened(mode: str, opened: Mapping[int, str]) -> None:
@@ -435,11 +468,13 @@ class MediaLoop(OwnLoop):
         options: How media are written.
         num_cached: Tokens of the prompt that the cache holds.
         streamer: Gets the tokens of each position.
+        begun: Items within which prompts end, by the number of the prompt.
     """
 
     options: MediaOptions
     num_cached: int = 0
     streamer: Any = None
+    begun: Mapping[int, BegunItem] = field(default_factory=dict)
     is_velocity_asked: bool = False
     """Whether the caller, and not the generation config, gave its threshold."""
 
@@ -519,22 +554,19 @@ class MediaGeneration:
         if len(seeds) != batch:
             raise ValueError(f"flow_seeds has {len(seeds)} seeds for {batch} rows; give one for each")
         self.rows = [Row(seed) for seed in seeds]
-        self._open_rows()
+        self._open_rows(loop.begun, generation_config.num_return_sequences or 1)
         self._check_capacity()
         self._exit_controller(is_prompt=False)  # which refuses what cannot be
 
-    def _open_rows(self) -> None:
-        """Rows whose prompts end with the start of an item are within it.
-
-        Raises:
-            ValueError: an item is opened that is not asked for, or has latents already.
+    def _open_rows(self, begun: Mapping[int, BegunItem], copies: int) -> None:
+        """Rows whose prompts end within an item are within it, behind the latents that it has; each prompt has as many
+        `copies`. ValueError: it is not of what is asked for.
         """
         opened = opened_media(self.config, self.ids)
-        starts = {row: self._id(f"{name}_start") == int(self.ids[row, -1]) for row, name in opened.items()}
-        wrong = {row: name for row, name in opened.items() if name not in self.names or not starts[row]}
-        refuse_opened(self.media_options.mode, wrong)
+        refuse_opened(self.media_options.mode, {row: name for row, name in opened.items() if name not in self.names})
         for row, name in opened.items():
-            self._open(self.rows[row], name)
+            item = begun.get(row // copies)
+            self._open(self.rows[row], name, [] if item is None else list(item.latents))
 
     def _check_capacity(self) -> None:
         """Raises ValueError where an item that is asked for, or was opened, cannot be completed."""
@@ -542,7 +574,7 @@ class MediaGeneration:
         for row in self.rows:
             name = row.modality or mode
             least = {"audio": 3, "any": 1}.get(name) or self.writers[name].num_places + 2
-            least -= row.modality is not None  # whose start is there
+            least = max(1, least - (row.modality is not None) - len(row.latents))  # the start and these are there
             if room < least:
                 raise ValueError(
                     f"there is room for {room} new tokens, but an {name} takes {least}; raise max_new_tokens"
@@ -572,19 +604,36 @@ class MediaGeneration:
                 self._read_cached_again(unconditional, features)
             ids, mask = torch.cat((ids, unconditional)), torch.cat((mask, mask))
             features = {name: (*rows, *rows) for name, rows in features.items()}
-        return self._forward(mask, self.cache, **self._inputs(ids[:, self.num_cached :], features))
+        return self._noted(self._read(ids, features, mask, self.cache, self.num_cached, ids.shape[1]))
 
     def _features(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """The features of the prompts by the names of their placeholders, a row each."""
         given = self.inputs.get("mm_encoder_outputs") or {}
         return {name: output.pooler_output for name, output in given.items()}
 
-    def _inputs(self, ids: torch.LongTensor, features: Mapping[str, tuple[torch.Tensor, ...]]) -> dict[str, Any]:
-        """Prompts, and the features of their placeholders, which are the last ones."""
-        outputs = {
-            name: of_rows(last_features(rows, self.model._count_places(name, ids))) for name, rows in features.items()
-        }
-        return {"input_ids": ids, "mm_encoder_outputs": outputs or None}
+    def _read(
+        self,
+        ids: torch.LongTensor,
+        features: Mapping[str, tuple[torch.Tensor, ...]],
+        mask: torch.Tensor,
+        cache: RecurrentCache,
+        start: int,
+        end: int,
+    ) -> ModelOutput:
+        """Reads prompts, (rows, tokens), from `start` to `end`, with the features of their placeholders, at once or in
+        chunks, as it was asked for. What comes out is that of the last one.
+        """
+        size = self.generation_config.prefill_chunk_size
+        lengths = [end - start] if size is None else chunk_lengths(size, end - start)
+        for first, last in pairwise(accumulate(lengths, initial=start)):
+            read = {}
+            for name, rows in features.items():
+                left, here = (self.model._count_places(name, part) for part in (ids[:, first:], ids[:, first:last]))
+                parts = zip(last_features(rows, left), here, strict=True)
+                read[name] = of_rows(row[:count] for row, count in parts)
+            seen = mask[:, : cache.get_seq_length() + last - first]
+            outputs = self._forward(seen, cache, input_ids=ids[:, first:last], mm_encoder_outputs=read or None)
+        return outputs
 
     def _read_cached_again(
         self, unconditional: torch.LongTensor, features: Mapping[str, tuple[torch.Tensor, ...]]
@@ -594,7 +643,7 @@ class MediaGeneration:
         Raises:
             ValueError: that part, or one of its media, is not given.
         """
-        part, missing = unconditional[:, : self.num_cached], not self.num_cached
+        missing = not self.num_cached
         counts = {name: self.model._count_places(name, unconditional) for name in self.model._placeholder_names}
         missing |= any(sum(counts[name]) > sum(map(len, features.get(name, ()))) for name in counts)
         if missing:
@@ -602,14 +651,9 @@ class MediaGeneration:
                 "guidance reads all of the prompt a second time, without its text; give the whole prompt and all of "
                 "its media with the cache, or guidance_scale=1"
             )
-        read = {}
-        for name, rows in features.items():
-            seen, whole = self.model._count_places(name, part), counts[name]
-            parts = zip(last_features(rows, whole), seen, strict=True)
-            read[name] = tuple(row[:count] for row, count in parts)
         kept = self.cache.num_kept_steps if self.cache.policy == "ring" else None
         cache = RecurrentCache(self.model.text_config, self.cache.policy, kept)
-        self._forward(self.mask[:, : self.num_cached], cache, is_read_again=True, **self._inputs(part, read))
+        self._read(unconditional, features, self.mask, cache, 0, self.num_cached)
         append_rows(self.cache, cache)
 
     def advance(self, embeds: torch.Tensor) -> torch.Tensor:
@@ -617,12 +661,12 @@ class MediaGeneration:
         mask = self.mask
         if self.is_guided:
             embeds, mask = torch.cat((embeds, embeds)), torch.cat((mask, mask))
-        return self._forward(mask, self.cache, inputs_embeds=embeds[:, None])
+        return self._noted(self._forward(mask, self.cache, inputs_embeds=embeds[:, None]))
 
-    def _forward(
-        self, mask: torch.Tensor, cache: RecurrentCache, is_read_again: bool = False, **inputs: Any
-    ) -> torch.Tensor:
-        outputs = self.model.model(
+    def _forward(self, mask: torch.Tensor, cache: RecurrentCache, **inputs: Any) -> ModelOutput:
+        if "input_ids" in inputs:
+            cache.last_state = None  # a prompt goes on from no token, in whatever chunks it is read
+        return self.model.model(
             attention_mask=mask,
             cache=cache,
             use_cache=True,
@@ -632,7 +676,10 @@ class MediaGeneration:
             **self._states(len(mask)),
             **inputs,
         )
-        if outputs.exit_steps is not None and not is_read_again:
+
+    def _noted(self, outputs: ModelOutput) -> torch.Tensor:
+        """(rows, hidden), or twice as many with guidance, after the last token; its steps are remembered."""
+        if outputs.exit_steps is not None:
             self.exit_steps.append(outputs.exit_steps[: len(self.rows)].clone())
         return outputs.last_hidden_state[:, -1]
 
@@ -666,7 +713,7 @@ class MediaGeneration:
             return None
         return MediaExitController(
             exits,
-            self.model._logits,
+            self.model.compute_logits,
             self._first_velocities,
             self.model.text_config.vocab_size,
             VELOCITY_THRESHOLD if threshold is None else threshold,
@@ -724,7 +771,7 @@ class MediaGeneration:
     def choose(self, hidden: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
         """The next position of each row: its token, (rows,), and its embedding, (rows, hidden)."""
         conditional, unconditional = hidden.chunk(2) if self.is_guided else (hidden, None)
-        logits = self.model._logits(conditional).float()
+        logits = self.model.compute_logits(conditional).float()
         ids = self._next_tokens(logits)
         embeds = self.model.model.embed_tokens(ids)
         for name in self.names:
@@ -816,7 +863,7 @@ class MediaGeneration:
             if row.is_done:
                 continue
             if token in starts and row.modality is None:
-                self._open(row, starts[token])
+                self._open(row, starts[token], [])
             elif token in ends and row.modality is not None:
                 self._close(number, row)
             elif row.modality is None:
@@ -825,12 +872,12 @@ class MediaGeneration:
                 row.segments[-1][1].append(token)
                 row.end = self._num_new if texts_end[number] else None
 
-    def _open(self, row: Row, name: str) -> None:
+    def _open(self, row: Row, name: str, latents: list[torch.Tensor]) -> None:
         output_head = self.writers[name]
         generator = keyed_generator("sample", name, row.seed, row.num_media)
-        row.modality, row.latents = name, []
+        row.modality, row.latents = name, latents
         noise = torch.randn(output_head.num_places, output_head.codec.latent_size, generator=generator)
-        room = self.generation_config.max_length - self.ids.shape[1] - 1  # and the end
+        room = len(latents) + self.generation_config.max_length - self.ids.shape[1] - 1  # and the end
         row.noise = noise[:room] * self.options[name].flow_temperature ** 0.5
 
     def _close(self, number: int, row: Row) -> None:

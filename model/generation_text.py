@@ -72,25 +72,28 @@ class RecurrentGenerationMixin:
         given, own_loop = dict(kwargs), kwargs.get("custom_generate")
         own_loop = own_loop if isinstance(own_loop, OwnLoop) else None
         config, depth, cache_options, kwargs = self._merge_options(generation_config, kwargs)
-        mode, is_assisted = config.get_generation_mode(kwargs.get("assistant_model")), False
+        mode = config.get_generation_mode(kwargs.get("assistant_model"))
+        is_assisted = own_loop is None and mode == GenerationMode.ASSISTED_GENERATION
         if own_loop is not None:
             own_loop.take_options(config, kwargs)
         else:
-            is_assisted = mode == GenerationMode.ASSISTED_GENERATION
             loop, depth = "drafts" if is_assisted else "text", replace(depth, num_steps=depth.steps_of("text"))
             check_read(self.read_by, loop, given, generation_config, self.generation_config)
         self._check_options(config, depth, is_assisted, own_loop, kwargs)
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        num_cached_tokens(ids, kwargs)  # which refuses a prompt that is no longer than they
+        num_cached = num_cached_tokens(ids, kwargs)  # which refuses a prompt that is no longer than they
         if isinstance(state := kwargs.get("initial_state"), torch.Tensor) and len(state) == 1:
             prompts = ids if ids is not None else kwargs.get("inputs_embeds", [[]])
             kwargs["initial_state"] = state.expand(len(prompts), -1, -1)  # rows, for their copies
         cache = self._make_cache(inputs, config, depth, cache_options, kwargs)
         if is_assisted:
-            self._check_assistance(inputs, depth, cache, kwargs)
-        refuse_empty_rows(inputs, config, kwargs)
+            self._check_assistance(ids, depth, cache, kwargs)
+        refuse_empty_rows(ids, config, kwargs)
         config.suppress_tokens = [*(config.suppress_tokens or ()), *self.placeholder_ids] or None
         num_prompt_tokens = prompt_length(inputs, kwargs, has_embeds=False)
+        if (size := config.prefill_chunk_size) is not None:
+            chunks = chunk_lengths(size, num_prompt_tokens - num_cached)
+            config.prefill_chunk_size = chunks if own_loop is None else size
 
         if cache is not None:
             cache.prompt_length = None
@@ -146,9 +149,8 @@ class RecurrentGenerationMixin:
         if unread and (has_cache or config.use_cache is False):
             how = "a cache that is given, which has its own" if has_cache else "use_cache=False"
             raise ValueError(f"{unread[0]} has no effect with {how}; leave one of them out")
-        for name in CACHE_OPTIONS:
-            given[name] = getattr(config, name, None) if given[name] is None else given[name]
-        return config, depth, {name: given[name] for name in CACHE_OPTIONS}, kwargs
+        said = {name: getattr(config, name, None) if given[name] is None else given[name] for name in CACHE_OPTIONS}
+        return config, depth, said, kwargs
 
     def _check_options(
         self,
@@ -164,6 +166,8 @@ class RecurrentGenerationMixin:
                 "assistant_early_exit drafts with the first layers, which say nothing before the core has run; leave "
                 "it out, or give a smaller model as assistant_model"
             )
+        if config.prefill_chunk_size is not None and kwargs.get("inputs_embeds") is not None:
+            raise ValueError("prefill_chunk_size is not possible with inputs_embeds; leave one of them out")
         named = sorted(depth.num_steps) if isinstance(depth.num_steps, dict) else ()
         if unknown := [name for name in named if name not in self.output_modalities]:
             raise ValueError(f"num_steps names {unknown[0]!r}, but this model has {', '.join(self.output_modalities)}")
@@ -225,7 +229,7 @@ class RecurrentGenerationMixin:
         return RecurrentCache(self.text_config, options["cache_policy"], options["num_kept_steps"], **room)
 
     def _check_assistance(
-        self, inputs: torch.Tensor | None, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
+        self, ids: torch.Tensor | None, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
     ) -> None:
         """Counts the tokens that the cache holds before; ValueError where drafts cannot be verified."""
         if kwargs.get("inputs_embeds") is not None:
@@ -236,7 +240,6 @@ class RecurrentGenerationMixin:
         if cache.max_length is not None:
             raise ValueError("assisted generation is not possible with a static cache; leave cache_implementation out")
         if num_cached := cache.get_seq_length():
-            ids = kwargs.get("input_ids") if inputs is None else inputs
             if num_cached_tokens(ids, {**kwargs, "cache": cache}) != num_cached:
                 raise ValueError("assisted generation on a cache needs the whole conversation; give all of its tokens")
             kwargs["num_cached_tokens"] = num_cached
@@ -290,24 +293,20 @@ class RecurrentGenerationMixin:
         cache = past_key_values if cache is None else cache
         if next_sequence_length is None and num_cached_tokens:
             next_sequence_length = input_ids.shape[1] - num_cached_tokens
+        kwargs |= {CACHE_NAME: cache, "inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
         inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            *args,
-            next_sequence_length=next_sequence_length,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **{CACHE_NAME: cache},
-            **kwargs,
+            input_ids, *args, next_sequence_length=next_sequence_length, **kwargs
         )
         inputs.pop("tokenizer", None)  # for stop strings; transformers hands it on to every model
         inputs["past_key_values"] = inputs.pop(CACHE_NAME, None)  # where PEFT looks for it, under each version
-        if cache is not None and not is_first_iteration and cache.prompt_length is None:
-            cache.prompt_length = cache.get_seq_length()
+        index = 0
+        if cache is not None and is_first_iteration:
+            cache.last_state = None  # a prompt goes on from no token, in whatever chunks it is read
+        elif cache is not None:
+            cache.prompt_length = cache.get_seq_length() if cache.prompt_length is None else cache.prompt_length
+            index = cache.get_seq_length() - cache.prompt_length + 1
         if depth_options is None:
             return inputs
-        index = 0
-        if cache is not None and not is_first_iteration:
-            index = cache.get_seq_length() - cache.prompt_length + 1
         depth = self._depth(depth_options.num_steps)
         most = depth.total if depth.rows is None else int(depth.rows.min())
         return inputs | depth_options.arguments_of_token(index, len(input_ids), most)
@@ -382,10 +381,12 @@ def check_read(
         if value is None or value is False or (name in NO_EFFECT_AT_1 and value == 1):
             continue
         if loop not in read_by.get(name, TEXTS):
-            where = {"text": "a text that is generated", "drafts": "assisted generation"}
-            raise ValueError(f"{name} has no effect in {where.get(loop, f'generation_mode {loop!r}')}; leave it out")
+            texts = {"text": "a text that is generated", "drafts": "assisted generation"}
+            where = texts.get(loop, f"generation_mode {loop!r}{WHY_NOT.get(name, '')}")
+            raise ValueError(f"{name} has no effect in {where}; leave it out")
 
 
+WHY_NOT = {"num_beams": ", whose latents have no scores to compare beams by"}
 NO_EFFECT_AT_1 = ("num_beams", "num_return_sequences", "temperature", "top_p", "typical_p", "repetition_penalty")
 
 
@@ -406,6 +407,15 @@ def prompt_length(inputs: torch.Tensor | None, kwargs: dict[str, Any], has_embed
     if embeds is not None and (has_embeds or ids is None):
         return embeds.shape[1] if has_embeds else 0
     return 1 if ids is None else ids.shape[1]
+
+
+def chunk_lengths(size: int, length: int) -> list[int]:
+    """The lengths of the chunks of `size` tokens in which a prompt is read. They are counted from its end, so that
+    padding on the left moves none; the first is what is left. ValueError: `size` is no number of tokens.
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"prefill_chunk_size is {size!r}; give a whole number of at least 1")
+    return [length % size] * (length % size > 0) + [size] * (length // size)
 
 
 def num_cached_tokens(input_ids: torch.LongTensor | None, kwargs: dict[str, Any]) -> int:
@@ -447,13 +457,9 @@ def is_behind_the_end(tokens: torch.LongTensor, config: GenerationConfig) -> tor
     return behind
 
 
-def refuse_empty_rows(inputs: torch.Tensor | None, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+def refuse_empty_rows(ids: torch.Tensor | None, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
     """Raises ValueError for a row without a token, by the mask, or by padding where transformers makes one of that."""
-    mask, ids, pad = (
-        kwargs.get("attention_mask"),
-        kwargs.get("input_ids") if inputs is None else inputs,
-        config.pad_token_id,
-    )
+    mask, pad = kwargs.get("attention_mask"), config.pad_token_id
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if mask is None and ids is not None and pad is not None and pad not in ends:
         mask = ids != pad

@@ -2,11 +2,14 @@
 MegaTransformerForCausalLM and MegaTransformerForSequenceClassification. They know of no images and no audio.
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +17,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
 from .attention import AttentionInputs, prepare_attention, select_rows
 from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, build_norm, sinusoids
@@ -25,13 +28,7 @@ from .depth import NoiseOptions, resolve_depth
 from .exit_criteria import ExitController, ExitOptions, ExitProbe
 from .generation_text import RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
-from .outputs import (
-    CACHE_NAME,
-    MegaTransformerCausalLMOutput,
-    MegaTransformerModelOutput,
-    pop_cache,
-    with_parameters,
-)
+from .outputs import CACHE_NAME, MegaTransformerCausalLMOutput, MegaTransformerModelOutput, pop_cache, with_parameters
 from .recurrence import ActiveRows, RecurrentCore, default_state, iterate_core
 
 logger = logging.get_logger(__name__)
@@ -174,7 +171,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         past = self._check_inputs(batch, sequence, attention_mask, cache)
         depth = resolve_depth(num_steps, self.text_config, batch, self.training)
         may_restart = position_ids is not None
-        attention_mask, position_ids = self._place(inputs_embeds, past, attention_mask, position_ids)
+        attention_mask, position_ids = self.place(inputs_embeds, past, attention_mask, position_ids)
         hidden = self._add_positions(inputs_embeds, position_ids)
         if cache is not None:
             cache.begin(hidden, depth.total)
@@ -190,7 +187,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         slots = cache.prelude_slots if cache is not None else None
         hidden = self.prelude(hidden, inputs=inputs, slots=slots)
         if self.core is None:
-            hidden, state, states, exit_steps = self._read(hidden, inputs, cache), None, None, None
+            hidden, state, states, exit_steps = self.read(hidden, inputs, cache), None, None, None
         else:
             is_warm = isinstance(initial_state, str)
             if is_warm:
@@ -236,10 +233,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         given = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         return {name: bool(getattr(self.config, name) if value is None else value) for name, value in given.items()}
 
-    def _place(
+    def place(
         self, embeds: torch.Tensor, past: int, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Mask and positions of the new tokens, checked."""
+        """Mask and positions of the new tokens behind `past` others, checked."""
         batch, sequence, _ = embeds.shape
         if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
             attention_mask = attention_mask.bool()  # 1 for what is seen; numbers would be added
@@ -293,7 +290,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         position_ids = position_ids if active.index is None else select_rows(position_ids, active.index)
         return self.core.layers[-1].mlp_norm_out(noise.mix(step, active.state, position_ids, self.text_config))
 
-    def _read(self, state, inputs: AttentionInputs, cache) -> torch.Tensor:
+    def read(self, state, inputs: AttentionInputs, cache) -> torch.Tensor:
         """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""
         slots = cache.coda_slots if cache is not None else None
         return self.norm(self.coda(state, inputs=inputs, slots=slots))
@@ -308,7 +305,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         attentions = None if active.inputs.attentions is None else list(active.inputs.attentions)
         inputs, hidden = replace(active.inputs, hidden_states=None, attentions=attentions), None
         if controller.criterion.reads_logits:
-            hidden = self._read(self.norm(active.state), inputs, cache)
+            hidden = self.read(self.norm(active.state), inputs, cache)
         return controller.check(step, active.state, hidden, active.index)
 
     def _read_unless_seen(
@@ -322,18 +319,16 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         """The last readings, of which those made at a row's last check need not be made again."""
         is_recorded = inputs.hidden_states is not None or inputs.attentions is not None
         if controller is None or controller.hidden is None or is_recorded:
-            return self._read(state, inputs, cache)
+            return self.read(state, inputs, cache)
         unseen = (controller.steps_at_check != exit_steps).nonzero().squeeze(1).to(state.device)
         if len(unseen):
-            controller.keep(self._read(state[unseen], inputs.of(unseen), cache), unseen)
+            controller.keep(self.read(state[unseen], inputs.of(unseen), cache), unseen)
         return controller.hidden
 
     def _check_inputs(self, batch: int, sequence: int, attention_mask, cache) -> int:
         """Number of tokens in the cache; raises for inputs that would fail late or broadcast silently."""
         if sequence == 0 or batch == 0:
-            what = (
-                "sequence is empty; it needs at least one token" if batch else "batch is empty; give at least one row"
-            )
+            what = "sequence is empty; give at least one token" if batch else "batch is empty; give at least one row"
             raise ValueError(f"the input {what}")
         past = cache.get_seq_length() if cache is not None else 0
         if attention_mask is not None and attention_mask.ndim != 4 and attention_mask.shape != (batch, past + sequence):
@@ -406,9 +401,14 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         self.generation_config = lasting(self.generation_config)
         self.post_init()
 
-    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the generation config as the original does."""
-        super().adjust_generation_fn(*args, **kwargs)
+    def adjust_generation_fn(self, given: GenerationConfig | None, *args: Any, **kwargs: Any) -> None:
+        """Loads the generation config as the original does, and all of a file that has the mark, as older code has."""
+        super().adjust_generation_fn(given, *args, **kwargs)
+        if given is None and args[2] is not None:
+            with contextlib.suppress(OSError, ValueError):  # there is no such file, or none that can be read
+                file = cached_file(args[2], GENERATION_CONFIG_NAME, **kwargs)
+                said = json.loads(Path(file).read_text(encoding="utf-8"))
+                self.generation_config.update(**said, allow_custom_entries=True)
         self.generation_config = lasting(self.generation_config)
 
     # `generate` hands the last on, and PEFT has its own function to prepare inputs.
@@ -467,7 +467,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
         controller = None
         if exits is not None and exits.criterion != "none":
-            controller = ExitController(exits, self._logits, self.model.exit_probe)
+            controller = ExitController(exits, self.compute_logits, self.model.exit_probe)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -489,21 +489,19 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         if is_last and controller is not None and controller.logits is not None and controller.last is None:
             logits = controller.logits[:, None]  # read at the last checks
         elif labels is None or not skip_logits:
-            logits = self._logits(slice_logits_to_keep(hidden, logits_to_keep))
+            logits = self.compute_logits(slice_logits_to_keep(hidden, logits_to_keep))
         loss, token_losses, vocab_size = None, None, self.text_config.vocab_size
         is_part = not isinstance(logits_to_keep, int) or logits_to_keep != 0
-        if labels is not None and (
-            logits is None or loss_weights is not None or is_part
-        ):  # a chunk of tokens at a time
+        if labels is not None and (logits is None or loss_weights is not None or is_part):  # some tokens at a time
             loss, token_losses = causal_loss(
-                self._logits, hidden, labels, vocab_size, num_items_in_batch, loss_weights, is_shifted
+                self.compute_logits, hidden, labels, vocab_size, num_items_in_batch, loss_weights, is_shifted
             )
         elif labels is not None:
             shifted = labels if is_shifted else None
             loss = self.loss_function(logits, labels, vocab_size, num_items_in_batch, shift_labels=shifted)
         return MegaTransformerCausalLMOutput(loss=loss, logits=logits, token_losses=token_losses, **outputs)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., hidden) -> (..., vocab)."""
         logits = self.lm_head(hidden)
         cap = self.text_config.final_logit_softcapping

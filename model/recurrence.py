@@ -223,6 +223,8 @@ def iterate_core(
             # Truncation: backpropagation ends here. A leaf that requires a gradient makes the first step with gradient
             # look like the others, so that torch.compile needs one graph for them instead of two.
             active.state = active.state.detach().requires_grad_()
+            if trajectory:  # the leaf itself, so that the next state can be derived by it
+                trajectory[-1] = active.state
         slots = cache.core_slots(step) if cache is not None else None
         of_step = None if core.step_lora is None else step
         with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):

@@ -49,6 +49,7 @@ class StepLora(nn.Module):
         self.options = {"num_steps": num_steps, "rank": rank, "alpha": alpha, "targets": list(targets)}
         self.num_steps, self.scale = num_steps, alpha / rank
         self.step = 0  # of the step in progress; the core sets it, again where activations are computed again
+        self.dropped: frozenset[int] = frozenset()  # steps that go without deltas in training
         self.is_off: Callable[[], bool] = lambda: False  # who has a switch for other adapters puts it here
         self.deltas, device = nn.ModuleDict(), next(core.parameters()).device
         for target in self.options["targets"]:
@@ -58,9 +59,10 @@ class StepLora(nn.Module):
             layer.register_forward_hook(partial(self._add, deltas))
 
     def _add(self, deltas: StepDeltas, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        if self.is_off() or (self.step >= self.num_steps and not torch.is_grad_enabled()):
+        step = self.num_steps if self.training and self.step in self.dropped else self.step
+        if self.is_off() or (step >= self.num_steps and not torch.is_grad_enabled()):
             return output
-        return output + (self.scale * deltas(args[0], self.step)).to(output.dtype)
+        return output + (self.scale * deltas(args[0], step)).to(output.dtype)
 
     def save(self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         """Writes the two files of the adapter; `state_dict` has the weights of the whole model, where a library has

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from benchmarks import decode, timing, train_step
+from benchmarks import decode, pictures, timing, train_step
 from model import RecurrentCache
 from model.blocks import TransformerBlock
 from model.cache import BLOCK
@@ -314,3 +314,40 @@ def test_too_few_tokens_are_noticed():
     token = decode.continue_prompt(ours, prompt, 1, num_steps=3)[0, -1].item()
     with pytest.raises(AssertionError, match=r"returned \(1, 5\), expected \(1, 7\)"):
         decode.continue_prompt(ours, prompt, 3, num_steps=3, eos_token_id=token)
+
+
+class FakeTrainer:
+    """Makes four steps, or fails in the third."""
+
+    def __init__(self, order: list[str], name: str, fails: bool = False):
+        self.order, self.name, self.fails = order, name, fails
+
+    def add_callback(self, callback: pictures.TurnCallback) -> None:
+        self.callback = callback
+
+    def train(self) -> None:
+        for step in range(4):
+            self.callback.on_step_begin()
+            if self.fails and step == 2:
+                raise ValueError("it fails")
+            self.order.append(self.name)
+
+
+def test_trainers_take_turns_step_by_step():
+    order = []
+    seconds = pictures.take_turns({name: FakeTrainer(order, name) for name in pictures.NAMES})
+    assert order == ["without", "with"] * 4
+    assert list(seconds) == ["without", "with"] and [len(each) for each in seconds.values()] == [3, 3]
+
+
+def test_a_trainer_that_fails_does_not_let_the_other_wait():
+    order = []
+    trainers = {"without": FakeTrainer(order, "without"), "with": FakeTrainer(order, "with", fails=True)}
+    with pytest.raises(ValueError, match="it fails"):
+        pictures.take_turns(trainers)
+    assert order.count("without") == 4
+
+
+def test_the_share_is_of_all_steps_together():
+    report = pictures.report({"without": [0.1, 0.1, 0.2], "with": [0.1, 0.1, 0.21]})
+    assert "| without | 133.3 | 100.0 | 200.0 |" in report and "+2.50% over 3 steps" in report

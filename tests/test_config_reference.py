@@ -27,7 +27,7 @@ from trainers import RecurrentTrainingArguments
 from trainers.dpo import PreferenceArguments
 from trainers.finetuning import FINETUNERS, ModelOptions
 from trainers.grpo import RolloutArguments
-from trainers.optimizers import ParameterGroup
+from trainers.parameter_groups import ParameterGroup
 from trainers.sft import SupervisedArguments
 
 PAGE = reference.PAGE.read_text(encoding="utf-8")

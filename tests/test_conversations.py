@@ -16,6 +16,7 @@ from tests.tiny_writing import (
     AUDIO_START,
     BEGIN,
     END,
+    FIRST_TEXT,
     IMAGE_START,
     USER,
     WRITTEN_IMAGE,
@@ -69,12 +70,8 @@ WAYS = {
     "beams": {"num_beams": 2},
     "sequences": {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
 }
-CELLS = [
-    (mode, way)
-    for mode in ("text", "image", "audio", "any")
-    for way in WAYS
-    if mode == "text" or way not in ("beams", "chunks")
-]
+MODES = ("text", "image", "audio", "any")
+CELLS = [(mode, way) for mode in MODES for way in WAYS if mode == "text" or way != "beams"]
 
 
 def check_rows(model, conversations: list[Conversation], mode: str, options: dict) -> None:
@@ -96,12 +93,10 @@ def test_rows_of_a_batch_are_the_rows_alone(model, mode, way):
 POLICIES = {"full": {}, "ring": {"cache_policy": "ring", "num_kept_steps": 2}, "last": {"cache_policy": "last"}}
 MANY = [
     (mode, policy, way)
-    for mode in ("text", "image", "audio", "any")
+    for mode in MODES
     for policy in POLICIES
     for way in ("plain", "exits", "beams", "sequences", "chunks")
-    # Beams and chunks are of texts; where rows begin at other places, so do chunks, and a short memory shows it.
-    if way not in ("beams", "chunks")
-    or (mode == "text" and (way, policy) not in (("chunks", "ring"), ("chunks", "last")))
+    if mode == "text" or way != "beams"
 ]
 
 
@@ -112,6 +107,49 @@ def test_200_random_conversations(model, mode, policy, way):
     seed = 1000 + 8 * MANY.index((mode, policy, way))
     conversations = [random_turns(seed + row, num_turns=1 + (seed + row) % 4) for row in range(8)]
     check_rows(model, conversations, mode, {**POLICIES[policy], **WAYS[way]})
+
+
+CHUNKED = [
+    ("image", {"guidance_scale": 2.5}),
+    ("audio", {"guidance_scale": 1.0, "state_warm_start": True}),
+    ("any", {"guidance_scale": 2.5, "cache_implementation": "static"}),
+]
+
+
+def check_chunks(model, seeds: range, mode: str, options: dict) -> None:
+    """Compares prompts in chunks with whole ones."""
+    inputs = batch_of([random_turns(seed, num_turns=1 + seed % 3) for seed in seeds])
+    whole = model.generate(**inputs, **options_of(mode, list(seeds), **options))
+    for size in (1, 7):
+        found = model.generate(**inputs, **options_of(mode, list(seeds), prefill_chunk_size=size, **options))
+        assert torch.equal(found.sequences, whole.sequences) and torch.equal(found.exit_steps, whole.exit_steps)
+        for name, latents in whole.latents.items():
+            torch.testing.assert_close(found.latents[name], latents, **CLOSE)
+
+
+@pytest.mark.parametrize(("mode", "options"), CHUNKED, ids=str)
+def test_prompts_in_chunks_are_the_whole_prompts(model, mode, options):
+    """Of ragged rows, with media that were read and generated, through which the cuts go."""
+    check_chunks(model, range(1, 3), mode, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_random_prompts_in_chunks_are_the_whole_prompts(model, mode, scale):
+    check_chunks(model, range(300, 308), mode, {"guidance_scale": scale})
+
+
+@pytest.mark.parametrize("way", ["full", "ring", "last"])
+def test_a_text_of_any_mode_is_that_of_text_mode(model, way):
+    """Also in chunks, with a short memory, where no item is opened."""
+    inputs = batch_of([random_turns(seed, num_turns=2) for seed in (1, 2)])
+    asked = {**POLICIES[way], "prefill_chunk_size": 5, "suppress_tokens": list(range(FIRST_TEXT))}
+    text = model.generate(**inputs, **options_of("text", [], **asked))
+    found = model.generate(
+        **inputs, **options_of("any", [1, 2], guidance_scale=1.0, **{**asked, "max_new_tokens": NEW})
+    )
+    assert torch.equal(found.sequences, text.sequences) and torch.equal(found.exit_steps, text.exit_steps)
 
 
 def whole_pass(model, conversation: Conversation, ids: torch.Tensor) -> torch.Tensor:
@@ -171,12 +209,12 @@ def test_codes_of_generated_images_are_read_once(model):
 # ------------------------------------------------------------------------------------- a turn that goes on from a cache
 
 
-def first_turn(model, prompts: list[Conversation], scale: float):
+def first_turn(model, prompts: list[Conversation], scale: float, **room):
     """Rows draw and play in turn; what came out, and the conversations with it, as prompts of their own."""
     inputs = batch_of(prompts)
     scripts = [{1: IMAGE_START} if row % 2 == 0 else {0: AUDIO_START} for row in range(len(prompts))]
     script = LogitsProcessorList([Script(inputs["input_ids"].shape[1], *scripts)])
-    options = options_of("any", list(range(len(prompts))), guidance_scale=scale, max_new_tokens=9)
+    options = options_of("any", list(range(len(prompts))), guidance_scale=scale, max_new_tokens=9, **room)
     outputs = model.generate(**inputs, **options, logits_processor=script)
     whole = []
     for row, prompt in enumerate(prompts):
@@ -192,9 +230,9 @@ def first_turn(model, prompts: list[Conversation], scale: float):
     return outputs, inputs["attention_mask"], whole
 
 
-def check_second_turn(model, prompts: list[Conversation], new: list[Conversation], mode, scale, gives) -> None:
+def check_second_turn(model, prompts: list[Conversation], new: list[Conversation], mode, scale, gives, **room) -> None:
     """Compares a turn on the returned cache with each row alone and anew."""
-    outputs, mask, whole = first_turn(model, prompts, scale or 2.5)
+    outputs, mask, whole = first_turn(model, prompts, scale or 2.5, **room)
     turn = batch_of(new)
     mask = torch.cat((mask, torch.ones(len(new), 9, dtype=torch.long), turn["attention_mask"]), dim=1)
     whole = [row + turn for row, turn in zip(whole, new, strict=True)]
@@ -217,13 +255,15 @@ def check_second_turn(model, prompts: list[Conversation], new: list[Conversation
         ("audio", 2.5, "all media"),
         ("any", 1.0, "all media"),
         ("any", 2.5, "all media"),
+        ("image", 2.5, "all media, and a cache of static size"),
     ],
 )
 def test_a_second_turn_on_the_returned_cache_is_the_whole_conversation(model, mode, scale, gives):
     """Two rows of several lengths, with media read and generated in both turns."""
     new = [random_turns(seed, 1, begins=False) for seed in (5, 3)]
     assert any(each.images for each in new) and len(new[0].ids) != len(new[1].ids)
-    check_second_turn(model, [random_turns(seed, 2) for seed in (1, 2)], new, mode, scale, gives)
+    room = {"cache_implementation": "static", "max_cache_len": 150} if "static" in gives else {}
+    check_second_turn(model, [random_turns(seed, 2) for seed in (1, 2)], new, mode, scale, gives, **room)
 
 
 @pytest.mark.slow

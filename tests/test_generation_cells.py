@@ -88,7 +88,7 @@ def test_cell(models, position, mode, policy, beginning):
         padded = nn.functional.pad(prompt, (3, 0), value=PAD)
         ours = new_tokens(model, padded, attention_mask=(padded != PAD).long(), **options)
     elif beginning == "chunked prefill":
-        chunks = list(prompt.split(5, dim=1))
+        chunks = list(prompt.split([4, 5, 5], dim=1))  # counted from the end
         ours = new_tokens(model, prompt, prefill_chunk_size=5, **options)
     elif beginning == "continue from a returned cache":
         chunks = list(prompt.split([9, 5], dim=1))
@@ -117,6 +117,24 @@ def test_cell(models, position, mode, policy, beginning):
     else:
         expected = by_hand(model, mode, policy, chunks)
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_chunks_of_a_prompt_go_on_from_no_token(models, size):
+    """One that is a single token, too, where new ones begin with the state of the token before."""
+    model, ids = models["rope"][0], tiny_ids(2, 9)
+    options = {"max_new_tokens": NEW, "num_steps": STEPS, "do_sample": False, "state_warm_start": True}
+    assert torch.equal(new_tokens(model, ids, prefill_chunk_size=size, **options), new_tokens(model, ids, **options))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True])
+def test_chunks_have_a_number_of_tokens(models, size):
+    model, ids = models["rope"][0], tiny_ids(1, 6)
+    with pytest.raises(ValueError, match=rf"prefill_chunk_size is {size!r}; give a whole number of at least 1"):
+        model.generate(ids, prefill_chunk_size=size, max_new_tokens=1)
+    with pytest.raises(ValueError, match="prefill_chunk_size is not possible with inputs_embeds"):
+        embeds = model.get_input_embeddings()(ids)
+        model.generate(inputs_embeds=embeds, prefill_chunk_size=size, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("policy", ["ring", "last"])

@@ -1,6 +1,7 @@
 """Every option of `generate` in every mode: it changes something, or it is refused."""
 
 import inspect
+import json
 from functools import cache
 from random import Random
 
@@ -89,6 +90,7 @@ EFFECTS = {
     "cache_implementation": ("static", {}),
     "max_cache_len": (99, {"cache_implementation": "static"}),
     "compile_config": (CompileConfig(), {"cache_implementation": "static"}),
+    "prefill_chunk_size": (2, {"cache_policy": "last"}),
     "disable_compile": (True, {"cache_implementation": "static", "compile_config": CompileConfig()}),
     "num_flow_steps": (1, DRAWS),
     "flow_temperature": (0.1, DRAWS),
@@ -261,6 +263,9 @@ def test_positional_arguments_are_those_of_transformers():
         model().generate(PROMPT, *[None] * 20)
 
 
+BEAMS = "num_beams has no effect in generation_mode '{mode}', whose latents have no scores to compare beams by; leave"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -276,7 +281,11 @@ def test_positional_arguments_are_those_of_transformers():
         ({"state_warm_start": True, "initial_state": torch.ones(1, 1, 32)}, "initial_state has no effect with state_w"),
         ({"generation_mode": "image", "velocity_threshold": 0.1}, "velocity_threshold has no effect without an exit_c"),
         ({"generation_mode": "image", "inputs_embeds": torch.ones(1, 2, 32)}, "inputs_embeds has no effect"),
-        ({"generation_config": GenerationConfig(num_beams=2), "generation_mode": "image"}, "num_beams has no effect"),
+        (
+            {"generation_config": GenerationConfig(num_beams=2), "generation_mode": "image"},
+            "'image', whose latents have",
+        ),
+        *[({"num_beams": 2, "generation_mode": mode}, BEAMS.format(mode=mode)) for mode in ("image", "audio", "any")],
     ],
 )
 def test_options_without_effect_beside_others_are_refused(options, message):
@@ -316,6 +325,20 @@ def test_a_saved_generation_config_keeps_depth_and_exits(tmp_path):
     again = ours.generate(**options, **media)
     torch.testing.assert_close(again.latents["image"], image.latents["image"])
     assert torch.equal(again.exit_steps, image.exit_steps) and len(image.exit_steps.unique()) > 1
+
+
+def test_a_generation_config_of_older_code_keeps_its_depth(tmp_path):
+    """Of a file with the mark at which transformers leaves out what it does not know."""
+    ours = tiny_writer(scale=2.0)
+    ours.generation_config.num_steps = 2
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"_from_model_config": True, **json.loads(path.read_text())}))
+    options = {"inputs": PROMPT[1:], "max_new_tokens": 3, "eos_token_id": None, "return_dict_in_generate": True}
+    for depth in (2, 3):  # then that of the configuration
+        ours = MegaTransformerForConditionalGeneration.from_pretrained(tmp_path).eval()
+        assert ours.generate(**options).exit_steps.tolist() == [[depth] * 3]
+        path.unlink(missing_ok=True)
 
 
 COPIES = [{}, {"num_beams": 2, "num_return_sequences": 2}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}]

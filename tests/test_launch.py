@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_callbacks import texts
+from tests.test_callbacks import events, texts
 from tests.test_pretrain import losses, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "configs" / "recurrent_lm.yaml"
+
+
+PICTURES = ("attention", "activations", "gradients", "exits", "trajectories")
 
 
 def free_port() -> int:
@@ -59,6 +62,7 @@ def quickstart(*arguments):
             "--callbacks.samples.max_new_tokens",
             "2",
         ),
+        *(word for name in PICTURES for word in (f"--callbacks.pictures.{name}_every_steps", "6")),
         *arguments,
     )
 
@@ -69,22 +73,34 @@ def samples(folder):
     return text
 
 
+def pictures(folder):
+    """Names of pictures, and the smallest and the largest of the last states in the histogram of step 6."""
+    (states,) = events(folder).Histograms("train/pictures/activations/core")
+    names = {name.split("/")[-1] for name in events(folder).Tags()["images"]}
+    return names, (states.step, states.histogram_value.min, states.histogram_value.max)
+
+
 @pytest.fixture(scope="module")
 def without_deepspeed(tmp_path_factory):
-    """Ten steps of the quickstart on two ranks without ZeRO: their losses, and what the model writes after them."""
+    """Ten steps of the quickstart on two ranks without ZeRO: their losses, what the model writes after them, and what
+    pictures show of it.
+    """
     folder = tmp_path_factory.mktemp("plain")
-    return trained(folder, *quickstart()), samples(folder)
+    return trained(folder, *quickstart()), samples(folder), pictures(folder)
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
 def test_zero_stages_agree(stage, without_deepspeed, tmp_path):
     """Invariant 6: ZeRO 0 = 1 = 2 = 3 over ten steps of varying depth, with steps without gradient before; and
-    generation, for which ZeRO-3 gathers the weights step by step on both ranks.
+    generation and pictures, for which ZeRO-3 gathers the weights step by step on both ranks. Of gradients it has none.
     """
-    ours, (expected, text) = trained(tmp_path, *quickstart("--training.deepspeed", stage)), without_deepspeed
+    ours = trained(tmp_path, *quickstart("--training.deepspeed", stage))
+    expected, text, (names, states) = without_deepspeed
     assert len(ours) == 10
     assert ours == pytest.approx(expected, abs=1e-4)
     assert samples(tmp_path) == text
+    assert names == {"attention", "exits", "trajectories", "gradient_flow"}
+    assert pictures(tmp_path) == (names - {"gradient_flow"}, pytest.approx(states, abs=1e-3))
     assert (tmp_path / "model.safetensors").is_file()
 
 

@@ -12,7 +12,7 @@ from configs import RunConfig, load_config
 from configs.finetuning import FinetuningConfig
 from model import CODEC_CONFIGS, MODELS, MegaTransformerConfig, codec_media
 from tests.hub_encoders import local_encoders
-from trainers.optimizers import assign, freeze
+from trainers.parameter_groups import assign, freeze
 
 FOLDER = Path(__file__).parent.parent / "configs"
 TUNING_FILES = sorted(FOLDER.glob("finetune_*.yaml"))

@@ -14,7 +14,7 @@ from tests.test_trainer_parameter_groups import train, weights_of
 from tests.tiny import tiny_model
 from trainers import ParameterGroup, find_resume_point
 from trainers.base import BaseTrainer
-from trainers.optimizers import OPTIMIZERS, MuonWithAuxiliary, matrices_of
+from trainers.optimizers import OPTIMIZERS, CombinedOptimizer, combine, matrices_of
 
 
 def names_of_matrices(model):
@@ -34,7 +34,11 @@ def test_both_do_what_they_do_alone():
     chosen = dict(together.named_parameters())
     assert {id(weight) for weight in matrices_of(together)} == {id(chosen[name]) for name in names} and names
     settings = {"lr": 1e-3, "weight_decay": 0.1}
-    both = MuonWithAuxiliary(torch.optim.AdamW(together.parameters(), **settings), matrices_of(together), 1e-2)
+    both = combine(
+        torch.optim.AdamW(together.parameters(), **settings),
+        matrices_of(together),
+        lambda own: torch.optim.Muon(own, lr=1e-2, adjust_lr_fn="match_rms_adamw"),
+    )
     alone = dict(apart.named_parameters())
     rest = torch.optim.AdamW([weight for name, weight in alone.items() if name not in names], **settings)
     muon = torch.optim.Muon([alone[name] for name in names], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
@@ -142,7 +146,7 @@ def test_an_optimizer_that_is_registered_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "plain", sgd)
     assert type(build(tmp_path, optimizer="plain").optimizer) is torch.optim.SGD
     named, chosen = (train(tmp_path, muon_learning_rate=0.01, optimizer=name)[0] for name in ("muon", None))
-    assert losses(named) == losses(chosen) and isinstance(named.optimizer.optimizer, MuonWithAuxiliary)
+    assert losses(named) == losses(chosen) and isinstance(named.optimizer.optimizer, CombinedOptimizer)
 
 
 def raises(groups, args, model):
@@ -156,7 +160,11 @@ def nothing(groups, args, model):
 @pytest.mark.parametrize(
     ("optimizer", "others", "message"),
     [
-        ("lion", {}, "optimizer is 'lion'; give one of muon, or module:function of your own"),
+        (
+            "lion",
+            {},
+            "optimizer is 'lion'; give one of muon, adamuon, schedule_free, soap, or module:function",
+        ),
         ("muon", {}, "optimizer is 'muon', but muon_learning_rate is null"),
         (sgd, {"muon_learning_rate": 0.1}, "muon_learning_rate is 0.1, but optimizer is 'optimizers_of_a_test:sgd'"),
         (":build", {}, "optimizer ':build' names no function; write module:function"),

@@ -584,10 +584,34 @@ def test_an_item_that_is_opened_for_another_mode_is_refused(model, mode, row):
         model.generate(**prompts(TEXT_PROMPT, [*TEXT_PROMPT, *row]), generation_mode=mode, max_new_tokens=8)
 
 
-def test_an_item_that_has_latents_is_not_gone_on_with(model):
-    ids = [*TEXT_PROMPT, AUDIO_START, WRITTEN_AUDIO]
-    with pytest.raises(ValueError, match="prompt 0 ends within an audio"):
-        model.generate(**prompts(ids), audio_targets=torch.zeros(1, 8, 2), generation_mode="audio")
+@pytest.mark.parametrize(("name", "is_any", "scale"), [("image", False, 2.5), ("audio", True, 1.0)])
+def test_an_item_that_the_prompt_has_begun_is_completed(model, name, is_any, scale):
+    """From its first two latents, generated with the same seed, in several sequences of a row of a batch."""
+    sound_goes_on(model)
+    options = {"guidance_scale": scale, "num_steps": STEPS, "do_sample": True}
+    plain = model.generate(**prompts(TEXT_PROMPT), generation_mode=name, flow_seeds=[7], **options)
+    latents, length = plain.latents[name][0], len(TEXT_PROMPT)
+    begun = plain.sequences[0, : length + 3].tolist()
+    if name == "image":  # whole, though the prompt ends within it
+        targets = {"image_targets": torch.nn.functional.fold(latents.T[None] / 2, 8, 4, stride=4)}
+    else:
+        targets = {"audio_targets": model.model.writers["audio"].codec.log_mel(latents[:2])[None]}
+    options |= {"flow_seeds": [8, 8, 7, 7], "num_return_sequences": 2, "generation_mode": "any" if is_any else name}
+    options |= {"max_new_tokens": len(latents) + 1, "top_k": 1} if is_any else {}
+    found = model.generate(**prompts(IMAGE_PROMPT, begun), pixel_values=PIXELS, **targets, **options)
+    expected = plain.sequences[0, length + 3 :].tolist()
+    start = found.sequences.shape[1] - found.exit_steps.shape[1]
+    for row in (2, 3):
+        number = next(number for kind, number in found.segments[row] if kind == name)
+        torch.testing.assert_close(found.latents[name][number], latents, **CLOSE)
+        assert found.sequences[row, start:][: len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize("begun", [[AUDIO_START, WRITTEN_AUDIO], [WRITTEN_AUDIO]])
+def test_an_item_that_is_begun_without_its_latents_is_refused(model, begun):
+    targets = {"audio_targets": torch.zeros(1, 8, 2)} if begun[0] == WRITTEN_AUDIO else {}
+    with pytest.raises(ValueError, match="prompt 0 ends within an audio, of which audio_targets or the start token is"):
+        model.generate(**prompts([*TEXT_PROMPT, *begun]), **targets, generation_mode="audio")
 
 
 @pytest.mark.parametrize(("most", "places"), [(None, 6), (5, 3)])

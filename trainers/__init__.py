@@ -3,7 +3,7 @@
 from .arguments import PlannedTrainingArguments, RecurrentTrainingArguments
 from .dry_run import describe_needs
 from .losses import ModalityWeights
-from .optimizers import ParameterGroup
+from .parameter_groups import ParameterGroup
 from .reconstruction import ReconstructionTrainer
 from .recurrent import RecurrentTrainer
 from .resuming import check_weights, find_resume_point

@@ -14,10 +14,13 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SaveStrategy
 
+from .gradient_filters import GradientFilterOptions
 from .keywords import check_fsdp, check_keywords, recorded_fsdp
 from .locks import warn_of_build_locks
 from .losses import ModalityWeights
-from .optimizers import OPTIMIZERS, ParameterGroup
+from .objectives import ObjectiveOptions, build_objective
+from .optimizers import FOR_MATRICES, OPTIMIZERS
+from .parameter_groups import ParameterGroup
 
 # Least values that make sense, where transformers checks none.
 MINIMUMS = {
@@ -28,6 +31,12 @@ MINIMUMS = {
     **dict.fromkeys(("recurrence_logging_steps", "dataloader_num_workers", "stall_seconds", "seed", "data_seed"), 0),
 }
 SHARES = ("adam_beta1", "adam_beta2", "ema_decay")
+# What has a backward pass of its own, which is run once.
+OF_BACKWARD = (
+    "deepspeed",
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("activation_checkpointing", "gradient_checkpointing"),
+)
 # What transformers offers and our metrics and model cannot do: the value there has to be, and what another would cause.
 FIXED = {
     "label_names": (None, "the metrics need the labels that the model takes, which are called labels"),
@@ -81,6 +90,8 @@ class RecurrentTrainingArguments(TrainingArguments):
     most 1): the states are collapsing."""
     modality_weights: ModalityWeights = field(default_factory=ModalityWeights)
     """How much a token counts in the loss, by what its document contains."""
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    """What the steps of a model learn from."""
     deepspeed: dict | str | None = field(default=None, metadata={"is_path": True})
     """File of DeepSpeed, also by its name in `configs/deepspeed/`, or what stands in it."""
     freeze: list[str] = field(default_factory=list)
@@ -89,12 +100,16 @@ class RecurrentTrainingArguments(TrainingArguments):
     parameter_groups: list[ParameterGroup] = field(default_factory=list)
     """Parameters that learn at a rate of their own, or later than the rest, by patterns of their names."""
     optimizer: str | None = None
-    """Name of the optimizer, muon, or import name of a function, module:function, that builds one from the groups of
-    parameters, the training arguments and the model; by default `optim` names the optimizer."""
+    """Name of the optimizer, muon, adamuon, schedule_free or soap, or import name of a function, module:function, that
+    builds one from the groups of parameters, the training arguments and the model; by default `optim` names one of
+    transformers'."""
     muon_learning_rate: float | None = None
-    """Where given, Muon trains the matrices inside the layers at this rate, at least 0 and often 3 to 10 times that of
-    AdamW; embeddings, head, convolutions, norms and biases are trained by `optim` at `learning_rate`. Not with
-    DeepSpeed or FSDP."""
+    """Where given, Muon, or AdaMuon where `optimizer` names it, trains the matrices inside the layers at this rate, at
+    least 0 and often 3 to 10 times that of AdamW; embeddings, head, convolutions, norms and biases are trained by
+    `optim` at `learning_rate`."""
+    gradient_filter: GradientFilterOptions = field(default_factory=GradientFilterOptions)
+    """Filter that amplifies the slow part of gradients before each step of the optimizer (Grokfast), which may let a
+    model generalise long before it would otherwise. Not with DeepSpeed or FSDP."""
     ema_decay: float | None = None
     """Where given, at least 0 and below 1, the run leaves the exponential moving average of its weights behind: 0.995
     to 0.999 for short runs, 0.9999 for long ones. Evaluations during training are of that average, and
@@ -115,6 +130,11 @@ class RecurrentTrainingArguments(TrainingArguments):
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         if not torch.accelerator.is_available():
             self.use_cpu = True  # with DeepSpeed, transformers would otherwise see one process only
+        if self.objective.name == "full":
+            self.activation_checkpointing = True
+        if build_objective(self.objective).is_read_after_steps:
+            # DDP would look for them behind the forward pass, and part its outputs from each other.
+            self.ddp_find_unused_parameters = False
         if self.data_seed is None:
             self.data_seed = self.seed  # accelerate would take whatever the global generator was last seeded with
         if self.greater_is_better is None:
@@ -153,6 +173,7 @@ class RecurrentTrainingArguments(TrainingArguments):
             if choices and value is not None:
                 check_choices(item.name, value, choices)
         self._check_optimizer()
+        self._check_objective()
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; give at least 1, or -1 to count in num_train_epochs")
         if self.max_steps == -1 and self.num_train_epochs == 0:
@@ -166,18 +187,60 @@ class RecurrentTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"optimizer is {self.optimizer!r}; give one of {', '.join(OPTIMIZERS)}, or module:function of your own"
             )
-        if self.optimizer == "muon" and self.muon_learning_rate is None:
-            raise ValueError("optimizer is 'muon', but muon_learning_rate is null; give its rate, such as 0.01")
-        if self.optimizer not in (None, "muon") and self.muon_learning_rate is not None:
+        if self.optimizer in FOR_MATRICES and self.muon_learning_rate is None:
+            raise ValueError(
+                f"optimizer is {self.optimizer!r}, but muon_learning_rate is null; give its rate, such as 0.01"
+            )
+        if self.optimizer not in (None, *FOR_MATRICES) and self.muon_learning_rate is not None:
             raise ValueError(
                 f"muon_learning_rate is {self.muon_learning_rate}, but optimizer is {self.optimizer!r}, which is not "
                 "Muon; leave one of them out"
             )
+        if self.optimizer == "schedule_free":
+            self._check_schedule_free()
+
+    def _check_schedule_free(self) -> None:
+        """Raises ValueError for a schedule or an average beside that of the optimizer."""
+        if not str(self.lr_scheduler_type).startswith("constant"):
+            raise ValueError(
+                f"lr_scheduler_type is {self.lr_scheduler_type!s}, but optimizer is 'schedule_free', whose average "
+                "takes the place of a falling rate; give constant or constant_with_warmup"
+            )
+        if self.ema_decay is not None:
+            raise ValueError(
+                f"ema_decay is {self.ema_decay}, but optimizer is 'schedule_free', which averages by itself; set it to "
+                "null"
+            )
+
+    def _check_objective(self) -> None:
+        """Raises ValueError for an objective that is unknown, or that cannot be with what else is asked for."""
+        objective, name = build_objective(self.objective), self.objective.name
+        excluded = ["fsdp", "ddp_find_unused_parameters"] if objective.is_read_after_steps else []
+        excluded += OF_BACKWARD if objective.takes_gradients else ()
+        for option in excluded:
+            if getattr(self, option):
+                raise ValueError(
+                    f"objective.name is {name!r}, which is not possible with {option}; leave {option} out, or give "
+                    "another objective, such as truncated"
+                )
+        zero = (self.deepspeed_settings or {}).get("zero_optimization", {})
+        if objective.is_read_after_steps and zero.get("stage") == 3:
+            raise ValueError(
+                f"objective.name is {name!r}, which needs weights after the forward pass, and ZeRO-3 gathers them "
+                "within it alone; use zero2, or give another objective, such as full"
+            )
+
+    @property
+    def deepspeed_settings(self) -> dict[str, Any] | None:
+        """Content of the DeepSpeed file; None for a run without DeepSpeed."""
+        if not isinstance(self.deepspeed, str):
+            return self.deepspeed
+        return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
 
     @property
     def optimizer_name(self) -> str | None:
         """Name of the optimizer as `build_optimizer` takes it; None where `optim` names it."""
-        return "muon" if self.muon_learning_rate is not None else self.optimizer
+        return "muon" if self.optimizer is None and self.muon_learning_rate is not None else self.optimizer
 
     def _check_report_to(self) -> None:
         """`Trainer` would refuse them after the data have been read."""
@@ -198,7 +261,8 @@ class RecurrentTrainingArguments(TrainingArguments):
     def to_dict(self) -> dict:
         """The arguments as plain values, those of ours too."""
         groups = [asdict(group) for group in self.parameter_groups]
-        return {**super().to_dict(), "modality_weights": asdict(self.modality_weights), "parameter_groups": groups}
+        ours = {name: asdict(getattr(self, name)) for name in ("modality_weights", "objective", "gradient_filter")}
+        return {**super().to_dict(), **ours, "parameter_groups": groups}
 
     def check_launcher(self) -> None:
         """Refuse DeepSpeed in a process that no launcher told its rank: it would look for one through MPI.
@@ -245,6 +309,7 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
         self.use_cpu, self.tf32 = True, None
         super().__post_init__()
         self.deepspeed = deepspeed
+        self._check_objective()  # with it
 
     @property
     def device(self) -> torch.device:
@@ -262,10 +327,3 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"WORLD_SIZE is {text!r} in the environment; give the number of GPUs, at least 1")
         return int(text)
-
-    @property
-    def deepspeed_settings(self) -> dict[str, Any] | None:
-        """Content of the DeepSpeed file; None for a run without DeepSpeed."""
-        if not isinstance(self.deepspeed, str):
-            return self.deepspeed
-        return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))

@@ -21,7 +21,9 @@ from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
 from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper, checkpoints_in, number_of
-from .optimizers import FreezeStepsCallback, assign, build_optimizer, freeze, parameters_of_norms, split_groups
+from .gradient_filters import GradientFilter
+from .optimizers import build_optimizer, check_distribution
+from .parameter_groups import FreezeStepsCallback, assign, freeze, parameters_of_norms, split_groups
 from .resuming import (
     UNDECAYED,
     OptionsOfRun,
@@ -61,6 +63,7 @@ class BaseTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.options_of_run = OptionsOfRun()
+        self.gradient_filter: GradientFilter | None = None
         self.resume_point: str | None = None
         self.config_text: str | None = None
         try:
@@ -94,12 +97,11 @@ class BaseTrainer(Trainer):
         freeze(self.model, self.args.freeze)
         assign(self.model, self.args.parameter_groups)
         self._check_deepspeed_settings()
-        if self.args.muon_learning_rate is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                f"training.muon_learning_rate is {self.args.muon_learning_rate}, but Muon needs whole matrices, which "
-                "DeepSpeed and FSDP divide among ranks; set it to null, which leaves all weights to optim, or describe "
-                'DeepSpeed\'s own with "optimizer": {"type": "Muon"} in its file'
-            )
+        settings = self.args.hf_deepspeed_config.config if self.is_deepspeed_enabled else None
+        zero = None if settings is None else settings.get("zero_optimization", {})
+        check_distribution(self.args, zero, self.is_fsdp_enabled)
+        if zero and self.args.optimizer_name == "muon":
+            zero["reduce_scatter"] = False  # which leaves no rank whole gradients
         if self.args.ema_decay is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
                 f"training.ema_decay is {self.args.ema_decay}, but DeepSpeed and FSDP keep weights where an average of "
@@ -158,6 +160,9 @@ class BaseTrainer(Trainer):
         if self.args.parameter_groups:
             split_groups(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
         self.options_of_run.remember(optimizer)
+        if self.args.gradient_filter.name is not None:
+            self.gradient_filter = GradientFilter(self.args.gradient_filter, model)
+            self.gradient_filter.attach(optimizer)
         return optimizer
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -168,6 +173,7 @@ class BaseTrainer(Trainer):
         self.resume_point = resume_from_checkpoint
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.optimizer.eval()  # of those whose average is what a run leaves behind
         finally:
             self.stalls.end()
         self.state.num_train_epochs = self.num_train_epochs
@@ -215,8 +221,12 @@ class BaseTrainer(Trainer):
         if self.config_text is not None and self.is_in_train and self.args.should_save:
             os.makedirs(folder, exist_ok=True)
             Path(folder, CONFIG_NAME).write_text(self.config_text, encoding="utf-8")
+        if self.is_in_train:
+            self.optimizer.eval()
         if self.average is not None and self.is_in_train and self.args.should_save:
             self.average.save(folder)
+        if self.gradient_filter is not None and self.is_in_train and self.args.should_save:
+            self.gradient_filter.save(folder)
         if not self.base_is_frozen:
             super().save_model(folder, *args, **kwargs)
         elif self.args.should_save:
@@ -265,6 +275,8 @@ class BaseTrainer(Trainer):
             part.load(resume_from_checkpoint)
         if self.average is not None:
             self.average.load(resume_from_checkpoint)
+        if self.gradient_filter is not None:
+            self.gradient_filter.load(resume_from_checkpoint)
         if not self.base_is_frozen:
             check_weights(resume_from_checkpoint, model or self.model)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -301,6 +313,7 @@ class BaseTrainer(Trainer):
                 reason,
             )
             return
+        self.optimizer.eval()
         if self.average is not None:
             self.average.load(self.state.best_model_checkpoint)
         for part in self.auxiliary:

@@ -12,7 +12,7 @@ from model.depth import sample_depth
 from model.recurrence import INJECTIONS
 
 from .arguments import PlannedTrainingArguments
-from .optimizers import freeze
+from .parameter_groups import freeze
 
 # Dense bf16 peaks in TFLOPS, from NVIDIA's data sheets (the SXM versions, without sparsity).
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}

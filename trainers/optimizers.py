@@ -1,24 +1,27 @@
 """Optimizers by name; another one is a builder, in a file of its own and in `OPTIMIZERS`, or by import name."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import importlib.util
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
+from .adamuon import AdaMuon
+from .schedule_free import ScheduleFreeAdamW
 from .user_functions import load_function
 
-OptimizerBuilder = Callable[[list[dict[str, Any]], TrainingArguments, nn.Module], torch.optim.Optimizer]
+Groups = list[dict[str, Any]]
+OptimizerBuilder = Callable[[Groups, TrainingArguments, nn.Module], torch.optim.Optimizer]
 """Takes the groups of parameters, with the weight decay of each, the training arguments and the model."""
 
 
-def build_optimizer(
-    name: str, groups: list[dict[str, Any]], args: TrainingArguments, model: nn.Module
-) -> torch.optim.Optimizer:
+def build_optimizer(name: str, groups: Groups, args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that is registered under a name, or that the function of an import name builds.
 
     Raises:
@@ -37,23 +40,112 @@ def build_optimizer(
     return optimizer
 
 
-def build_muon(groups: list[dict[str, Any]], args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
+def build_muon(groups: Groups, args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
     """Muon at `args.muon_learning_rate` for the matrices inside the layers, and the optimizer of `args.optim` for the
-    rest.
+    rest; with DeepSpeed its own, and AdamW for the rest.
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, with steps of the size that Liu et al. 2025,
+    arXiv 2502.16982, give them, so that rates of AdamW and weight decays are of the right order.
 
     Raises:
         ValueError: The optimizer is not torch's, so that its state may not be loadable by torch's rules.
     """
-    auxiliary, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    if not auxiliary.__module__.startswith("torch.optim."):
+    if args.deepspeed:
+        from .deepspeed_muon import build_zero_muon  # it takes seconds, and is not always there
+
+        return build_zero_muon(groups, args, matrices_of(model))
+    rate = args.muon_learning_rate
+    return with_auxiliary(
+        groups, args, model, lambda own: torch.optim.Muon(own, lr=rate, adjust_lr_fn="match_rms_adamw")
+    )
+
+
+def build_adamuon(groups: Groups, args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
+    """AdaMuon at `args.muon_learning_rate` for the matrices inside the layers, and the optimizer of `args.optim` for
+    the rest.
+
+    Raises:
+        ValueError: The optimizer is not torch's, so that its state may not be loadable by torch's rules.
+    """
+    return with_auxiliary(groups, args, model, lambda own: AdaMuon(own, lr=args.muon_learning_rate))
+
+
+def build_schedule_free(groups: Groups, args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
+    """Schedule-free AdamW, whose weights are an average of all steps, so that the rate need not fall."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    return CombinedOptimizer(ScheduleFreeAdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon))
+
+
+def build_soap(groups: Groups, args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
+    """SOAP (Vyas et al. 2024, arXiv 2409.11321): Adam in the eigenbasis of Shampoo's preconditioners, which are renewed
+    every ten steps; the package pytorch-optimizer has it. The authors take 0.95 for both betas.
+
+    Raises:
+        ValueError: The package is not installed.
+    """
+    if importlib.util.find_spec("pytorch_optimizer") is None:
+        raise ValueError("optimizer is 'soap', which the package pytorch-optimizer has; pip install pytorch-optimizer")
+    from pytorch_optimizer import SOAP  # it takes a second
+
+    betas = (args.adam_beta1, args.adam_beta2)
+    return CombinedOptimizer(SOAP(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon))
+
+
+OPTIMIZERS: dict[str, OptimizerBuilder] = {
+    "muon": build_muon,
+    "adamuon": build_adamuon,
+    "schedule_free": build_schedule_free,
+    "soap": build_soap,
+}
+FOR_MATRICES = ("muon", "adamuon")
+"""Those that train the matrices inside the layers at `muon_learning_rate`, beside another one for the rest."""
+ZERO_STAGES = {"muon": (1, 2, 3)}
+"""Stages of ZeRO that an optimizer of a name runs under. Those of `optim`, and functions of one's own, are not refused:
+they get what a stage leaves of the parameters."""
+
+
+def check_distribution(args: TrainingArguments, zero: Mapping[str, Any] | None, is_fsdp: bool) -> None:
+    """The one place that knows which optimizers and gradient filters run under what. All run in one process and on the
+    ranks of DDP.
+
+    Args:
+        args: Those of a run, with `optimizer_name`.
+        zero: What DeepSpeed's file says of ZeRO; None without DeepSpeed.
+        is_fsdp: Whether FSDP divides the weights.
+
+    Raises:
+        ValueError: These do not run together.
+    """
+    where = "FSDP" if is_fsdp else None if zero is None else f"ZeRO-{zero.get('stage', 0)}"
+    if where is None:
+        return
+    if args.gradient_filter.name is not None:
         raise ValueError(
-            f"training.optim makes a {auxiliary.__name__}, but beside muon_learning_rate it has to be one of "
-            "torch's: adamw_torch, adamw_torch_fused, sgd, adagrad or rmsprop"
+            f"training.gradient_filter.name is {args.gradient_filter.name!r}, but {where} keeps gradients where a "
+            "filter cannot reach them; set it to null, or take DDP"
         )
-    return MuonWithAuxiliary(auxiliary(groups, **options), matrices_of(model), args.muon_learning_rate)
-
-
-OPTIMIZERS: dict[str, OptimizerBuilder] = {"muon": build_muon}
+    name = args.optimizer_name
+    if name in OPTIMIZERS and (is_fsdp or zero.get("stage", 0) not in ZERO_STAGES.get(name, ())):
+        raise ValueError(
+            f"training.optimizer is {name!r}, which does not run under {where}: it needs whole matrices or weights; "
+            + ("take ZeRO-1, -2 or -3, DDP, " if name in ZERO_STAGES else "take DDP, ")
+            + "or an optimizer of training.optim"
+        )
+    if name in OPTIMIZERS and "offload_optimizer" in zero:
+        raise ValueError(
+            f"training.optimizer is {name!r}, which does not run with offload_optimizer of DeepSpeed's file; take it "
+            "out there, or take an optimizer of training.optim"
+        )
+    if name in OPTIMIZERS and args.max_grad_norm:
+        raise ValueError(
+            f"training.max_grad_norm is {args.max_grad_norm}, but under {where} DeepSpeed would clip Muon's updates in "
+            "place of gradients; set it to 0"
+        )
+    if name in OPTIMIZERS and args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise ValueError(
+            f"training.optim is {OptimizerNames(args.optim).value}, but DeepSpeed's Muon trains all but matrices with "
+            "AdamW; leave it out"
+        )
 
 
 def matrices_of(model: nn.Module) -> list[nn.Parameter]:
@@ -63,169 +155,121 @@ def matrices_of(model: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(module.weight for module in linear if module.weight.requires_grad))
 
 
-class MuonWithAuxiliary(torch.optim.Optimizer):
-    """`torch.optim.Muon` for some parameters of an optimizer, which it takes over; the rest stays with that one.
+def with_auxiliary(
+    groups: Groups, args: TrainingArguments, model: nn.Module, build: Callable[[Groups], torch.optim.Optimizer]
+) -> torch.optim.Optimizer:
+    """The optimizer that `build` makes of the matrices inside the layers, and that of `args.optim` for the rest.
 
-    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, with steps of the size that Liu et al. 2025,
-    arXiv 2502.16982, give them, so that rates of AdamW and weight decays are of the right order.
+    Raises:
+        ValueError: The latter is not torch's, so that its state may not be loadable by torch's rules.
+    """
+    auxiliary, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    if not auxiliary.__module__.startswith("torch.optim."):
+        raise ValueError(
+            f"training.optim makes a {auxiliary.__name__}, but beside muon_learning_rate it has to be one of "
+            "torch's: adamw_torch, adamw_torch_fused, sgd, adagrad or rmsprop"
+        )
+    return combine(auxiliary(groups, **options), matrices_of(model), build)
 
-    Both see one list of groups and one state, so that schedules, checkpoints and resuming are those of any optimizer.
+
+def combine(
+    rest: torch.optim.Optimizer, matrices: list[nn.Parameter], build: Callable[[Groups], torch.optim.Optimizer]
+) -> "CombinedOptimizer":
+    """An optimizer that has not made a step yet, beside one that `build` makes of some of its parameters."""
+    chosen, own = set(matrices), []
+    for options in rest.param_groups:
+        members = [parameter for parameter in options["params"] if parameter in chosen]
+        options["params"] = [parameter for parameter in options["params"] if parameter not in chosen]
+        own += [{"params": members, "weight_decay": options["weight_decay"]}] if members else []
+    return CombinedOptimizer(rest, build(own))
+
+
+class CombinedOptimizer(torch.optim.Optimizer):
+    """One or two optimizers with one list of groups and one state, so that schedules, checkpoints and resuming are
+    those of any optimizer. All states are float32: of weights and gradients of fewer bits, an optimizer gets float32
+    copies for the time of a step, and the new weights are cast.
 
     Args:
         rest: An optimizer that has not made a step yet.
-        matrices: 2-D parameters of it.
-        learning_rate: That of Muon.
+        matrices: Another one, of other parameters.
     """
 
-    def __init__(self, rest: torch.optim.Optimizer, matrices: list[nn.Parameter], learning_rate: float):
-        chosen, groups, own = set(matrices), [], []
-        for options in rest.param_groups:
-            members = [parameter for parameter in options["params"] if parameter in chosen]
-            others = [parameter for parameter in options["params"] if parameter not in chosen]
-            groups += [{**options, "params": others, "is_muon": False}] if others else []
-            own += [{"params": members, "weight_decay": options["weight_decay"]}] if members else []
-        muon = torch.optim.Muon(own, lr=learning_rate, adjust_lr_fn="match_rms_adamw")
-        groups += [{**options, "is_muon": True} for options in muon.param_groups]
+    def __init__(self, rest: torch.optim.Optimizer, matrices: torch.optim.Optimizer | None = None):
+        self.parts = {False: rest} if matrices is None else {False: rest, True: matrices}
+        groups = [
+            {**options, "is_muon": is_muon}  # the key that checkpoints have
+            for is_muon, part in self.parts.items()
+            for options in part.param_groups
+            if options["params"]
+        ]
         super().__init__(groups, {})
-        self.parts = {False: rest, True: muon}
 
-    def step(self, closure=None):
-        """One step of both."""
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """One step of each; the loss of the closure, where there is one."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for is_muon, part in self.parts.items():
-            # Loading a checkpoint and dividing groups replace these, so that each step looks anew.
-            part.param_groups = [options for options in self.param_groups if options["is_muon"] == is_muon]
-            part.state = self.state
-            part.step()
+        for part in self._supplied_parts():
+            with in_float32(part):
+                part.step()
+            self.state = part.state
         return loss
 
+    def train(self) -> None:
+        """Give the weights what gradients are taken at, where that differs from what is evaluated."""
+        for part in self._supplied_parts():
+            if isinstance(part, ScheduleFreeAdamW):
+                part.train()
 
-# ------------------------------------------------------------------------------------------------- groups of parameters
-@dataclass
-class ParameterGroup:
-    """Parameters that learn in a way of their own; of several groups, the first whose pattern matches one takes it."""
+    def eval(self) -> None:
+        """Give the weights what is evaluated and saved."""
+        for part in self._supplied_parts():
+            if isinstance(part, ScheduleFreeAdamW):
+                part.eval()
 
-    pattern: str
-    """Pattern of names of parameters with the wildcards * ? [] of a shell, `model.readers.image.*`; it has to match."""
-    learning_rate: float | None = None
-    """Learning rate in place of that of the training, at least 0; the schedule is the same."""
-    lr_factor: float | None = None
-    """Factor of the learning rate of the training, at least 0; instead of learning_rate."""
-    weight_decay: float | None = None
-    """Weight decay in place of that of the training, at least 0, where they decay there (biases and norms do not)."""
-    freeze_steps: int = 0
-    """Optimizer steps, at least 0, before which these parameters stay as they are. Their gradients are computed and
-    count in the norm: what stays frozen for good belongs into training.freeze, which costs nothing."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also keeps the state in float32; torch would cast it to the dtype of the weights."""
+        super().load_state_dict(state_dict)
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        here = [parameter for group in self.param_groups for parameter in group["params"]]
+        for key, parameter in zip(saved, here, strict=True):
+            if is_low(parameter) and key in state_dict["state"]:
+                self.state[parameter] = send_to_device(state_dict["state"][key], parameter.device)
 
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "lr_factor", "weight_decay", "freeze_steps"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} of {self.pattern!r} is {value}; give at least 0")
-        if self.learning_rate is not None and self.lr_factor is not None:
-            raise ValueError(
-                f"{self.pattern!r} has learning_rate {self.learning_rate} and lr_factor {self.lr_factor}; leave one of "
-                "them out"
-            )
+    def _supplied_parts(self) -> Iterator[torch.optim.Optimizer]:
+        """The optimizers, with their groups and the state, which loading a checkpoint and dividing groups replace."""
+        for is_muon, part in self.parts.items():
+            part.param_groups = [options for options in self.param_groups if options["is_muon"] == is_muon]
+            part.state = self.state
+            yield part
 
 
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Take the parameters whose names match from the training.
+def is_low(parameter: torch.Tensor) -> bool:
+    """Whether numbers have fewer bits than those of float32."""
+    return parameter.dtype in (torch.bfloat16, torch.float16)
 
-    Raises:
-        ValueError: A pattern matches none, or nothing is left to learn.
+
+@contextmanager
+@torch.no_grad()
+def in_float32(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A context in which an optimizer has float32 copies of weights of fewer bits and of their gradients; what it has
+    made of the copies is cast when the context ends.
     """
-    for pattern in patterns:
-        matching = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
-        if not matching:
-            raise ValueError(f"training.freeze: {pattern!r} {no_match(model)}")
-        for parameter in matching:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"training.freeze: nothing is left to learn with {', '.join(map(repr, patterns))}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    copies = {it: nn.Parameter(it.float()) for it in parameters if is_low(it) and it.grad is not None}
+    for parameter, copy in copies.items():
+        copy.grad = parameter.grad.float()
+    exchange(optimizer, copies)
+    try:
+        yield
+    finally:
+        exchange(optimizer, {copy: parameter for parameter, copy in copies.items()})
+    for parameter, copy in copies.items():
+        parameter.copy_(copy)
 
 
-def assign(model: nn.Module, groups: Sequence[ParameterGroup]) -> dict[nn.Parameter, ParameterGroup]:
-    """The group of each parameter that learns and belongs to one.
-
-    Raises:
-        ValueError: A group has no parameters.
-    """
-    owners: dict[nn.Parameter, ParameterGroup] = {}
-    for group in groups:
-        matching = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, group.pattern)]
-        free = [parameter for parameter in matching if parameter.requires_grad and parameter not in owners]
-        if not free:
-            reason = "matches what is frozen or in a group before it only" if matching else no_match(model)
-            raise ValueError(f"training.parameter_groups: {group.pattern!r} {reason}")
-        owners |= dict.fromkeys(free, group)
-    return owners
-
-
-def no_match(model: nn.Module) -> str:
-    """The end of a sentence about a pattern."""
-    names = [name for name, _ in model.named_parameters()]
-    return f"matches no parameter; their names are such as {names[0]} and {names[-1]}"
-
-
-def parameters_of_norms(model: nn.Module) -> set[str]:
-    """The names of the parameters of all normalisation layers, torch's and those of libraries' encoders, which have
-    "Norm" in their type. `Trainer` goes by the names that layers have in a model, and misses those such as `norm_in`.
-    """
-    return {
-        f"{name}.{parameter}"
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
-        for parameter, _ in module.named_parameters(recurse=False)
-    }
-
-
-def split_groups(
-    optimizer: torch.optim.Optimizer, model: nn.Module, groups: Sequence[ParameterGroup], decaying: Sequence[str]
-) -> None:
-    """Divide the groups that an optimizer has among ours; what belongs to none stays in front.
-
-    Args:
-        optimizer: One that has not made a step yet.
-        decaying: Names of the parameters that decay.
-    """
-    owners, decaying = assign(model, groups), set(decaying)
-    decays = {parameter: name in decaying for name, parameter in model.named_parameters()}
-    whole, optimizer.param_groups[:] = list(optimizer.param_groups), []
-    for group in (None, *groups):
-        for options in whole:
-            members = [parameter for parameter in options["params"] if owners.get(parameter) is group]
-            if not members:
-                continue
-            own: dict[str, float] = {}
-            if group is not None:
-                rate = options["lr"] * (1 if group.lr_factor is None else group.lr_factor)
-                rate = rate if group.learning_rate is None else group.learning_rate
-                own = {"lr": rate, "freeze_steps": group.freeze_steps}
-                if decays[members[0]] and group.weight_decay is not None:
-                    own["weight_decay"] = group.weight_decay
-            optimizer.add_param_group({**options, **own, "params": members})
-
-
-class FreezeStepsCallback(TrainerCallback):
-    """Keeps the learning rates of groups at 0 until their `freeze_steps` are over.
-
-    With gradients switched off instead, DDP and ZeRO, which prepare for all gradients when training begins, would wait
-    for those. Between steps the rates are those of the schedule, which may compute the next from them; DeepSpeed makes
-    its step in the backward pass, so that they have to be 0 from the beginning of a step.
-    """
-
-    def __init__(self) -> None:
-        self.rates: list[tuple[dict, float]] = []
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Set them to 0."""
-        frozen = [group for group in optimizer.param_groups if group.get("freeze_steps", 0) > state.global_step]
-        self.rates = [(group, group["lr"]) for group in frozen]
-        for group in frozen:
-            group["lr"] = 0.0
-
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Set them back."""
-        for group, rate in self.rates:
-            group["lr"] = rate
+def exchange(optimizer: torch.optim.Optimizer, others: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    """Put other parameters into the places that an optimizer has for some."""
+    if others:
+        for group in optimizer.param_groups:
+            group["params"] = [others.get(parameter, parameter) for parameter in group["params"]]
+        state = {others.get(parameter, parameter): value for parameter, value in optimizer.state.items()}
+        optimizer.state = defaultdict(dict, state)

@@ -2,6 +2,7 @@
 depth is used.
 """
 
+import copy
 import functools
 import logging
 from collections import defaultdict
@@ -13,12 +14,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import unwrap_peft_model
+from transformers.utils import ModelOutput
 
+from model.cross_entropy import count_labels
 from model.depth import sample_depth
 from model.recurrence import draw_training_states
 
 from .base import BaseTrainer
 from .losses import ModalityLosses, TargetLosses, flow_seeds, target_sums
+from .objectives import TrainingPass, build_objective, check_model
+from .objectives.steps import dropped_steps, scheduled_mean
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +61,12 @@ class RecurrentTrainer(BaseTrainer):
         self._position = (-1, -1)  # (global step, micro-batch within it) of the forward pass in progress
         self._gathered: dict[str, list[float | torch.Tensor]] = defaultdict(list)  # until the next log
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also builds the objective, and refuses one that the model cannot have, before there is a folder."""
+        self.objective = build_objective(self.args.objective)
+        check_model(self.objective, unwrap_peft_model(self.model))
+        super().create_accelerator_and_postprocess()
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         """One micro-batch. `Trainer` does not say which of the step's micro-batches it is, so they are counted here; a
         checkpoint always stands between steps, where the count starts again.
@@ -86,9 +98,15 @@ class RecurrentTrainer(BaseTrainer):
             inputs["num_targets_in_batch"] = self.targets.num_in_window
         if modality_ids is not None and self.modalities.are_weighted:
             inputs["loss_weights"] = self.modalities.loss_weights(modality_ids)
-        if not (return_outputs or modality_ids is not None or self.targets.token_ids):
+        is_read = self.objective.is_read_after_steps
+        if not (return_outputs or modality_ids is not None or self.targets.token_ids or is_read):
             return super().compute_loss(model, inputs, **kwargs)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        inputs |= {"output_states": True} if is_read else {}
+        with self.objective.around_forward():
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if is_read:
+            with self.accelerator.autocast():
+                loss = self.objective.loss(loss, self._training_pass(inputs, outputs, **kwargs))
         if modality_ids is not None:
             self.modalities.add(outputs["token_losses"], inputs["labels"], modality_ids)
         self.targets.add(outputs.get("target_losses") or {})
@@ -158,12 +176,32 @@ class RecurrentTrainer(BaseTrainer):
         loader.set_sampler(LengthSampler(rows, dataset.lengths, self.args.data_seed))
         return loader
 
+    # -------------------------------------------------------------------------------------------------------- objective
+
+    def _training_pass(
+        self, inputs: dict[str, Any], outputs: ModelOutput, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> TrainingPass:
+        """What the objective sees of a forward pass; its sums are divided as `Trainer` has that of the model."""
+        num_items = count_labels(inputs["labels"], num_items_in_batch, inputs.get("loss_weights"))
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            num_items = num_items / self.accelerator.num_processes
+        key = (self.args.seed, *self._position)
+        row_keys = self._keys(len(inputs["input_ids"]))
+        return TrainingPass(unwrap_peft_model(self.model), inputs, outputs, num_items, key, row_keys)
+
     # -------------------------------------------------------------------------------------------------- depth and state
 
     def _draw_recurrence(self, batch: int, sequence: int) -> dict[str, Any]:
         """`num_steps` and `initial_state` of the current micro-batch."""
-        config = self.text_config
-        self.last_num_steps = sample_depth(config.recurrence, self.args.seed, *self._position)
+        config, options, key = self.text_config, self.args.objective, (self.args.seed, *self._position)
+        recurrence = copy.copy(config.recurrence)
+        recurrence.mean_steps = scheduled_mean(
+            recurrence.mean_steps, options.step_schedule, self.state.global_step, self.state.max_steps
+        )
+        self.last_num_steps = self.objective.depth(*sample_depth(recurrence, *key))
+        if options.loop_dropout:
+            adapter = unwrap_peft_model(self.model).base_model.core.step_lora
+            adapter.dropped = dropped_steps(options.loop_dropout, adapter.num_steps, *key)
         self._gathered["steps_without_gradient"].append(self.last_num_steps[0])
         self._gathered["steps_with_gradient"].append(self.last_num_steps[1])
         states = draw_training_states(config, sequence, self._keys(batch), self.args.device)

@@ -59,3 +59,8 @@ class SupervisedTrainer(RecurrentTrainer, LossOfTextOrModel):
         self.train_dataset = train_dataset
         if self.args.loss_type != "nll" and self.has_media:
             raise ValueError(f"training.loss_type: {self.args.loss_type!r} is for models of text alone; leave it out")
+        if self.args.loss_type != "nll" and self.objective.is_read_after_steps:
+            raise ValueError(
+                f"training.loss_type: {self.args.loss_type!r} knows the last step alone, and objective.name is "
+                f"{self.args.objective.name!r}; leave one of them out"
+            )

@@ -1,0 +1,66 @@
+"""The benchmark of objectives: its arithmetic, which runs it takes up again, and a run of a second."""
+
+import json
+
+import pytest
+
+from benchmarks import credit
+from tests.test_pretrain import write_config
+
+
+def row(objective: str = "full", seed: int = 0, **others) -> dict:
+    exits = [
+        {"criterion": "kl_divergence", "threshold": 0.1, "score": 0.4, "share": 0.25},
+        {"criterion": "kl_divergence", "threshold": 0.01, "score": 0.7, "share": 0.4},
+        {"criterion": "probe", "threshold": 0.5, "score": 0.795, "share": 0.5 + seed / 10},
+        {"criterion": "probe", "threshold": 0.1, "score": 0.8, "share": 0.9},
+    ]
+    found = {"score": {"2": 0.1, "8": 0.8, "32": 0.5}, "exits": exits, "mean_steps": 8, "peak_mib": 30.0}
+    job = {"task": "cups", "objective": objective, "seed": seed, "seconds": 5.0, "questions": 10}
+    return {**job, "updates": 100, "cpu_seconds": 5.5, **found, **others}
+
+
+def test_exits_have_to_keep_99_of_100_answers():
+    """Of a score of 0.8, 0.792; which 0.795 at half of the steps is."""
+    assert credit.least_share(row()) == 0.5
+    assert credit.least_share(row(score={"8": 0.81})) == 1.0  # 0.8 is less than 0.8019
+    assert credit.score_at_few_steps(row()) == 0.7
+    assert credit.score_at_few_steps(row(exits=[])) == 0.0 and credit.least_share(row(exits=[])) == 1.0
+
+
+def test_the_report_has_means_and_intervals_over_seeds():
+    """Shares of 50, 60 and 70 per cent: 60, and 4.303 times 10 / sqrt(3) beside it."""
+    text = credit.report([row(seed=seed) for seed in range(3)] + [row("truncated")])
+    assert "| full | 3 | 80.0 ± 0.0 | 60.0 ± 24.8 | 70.0 ± 0.0 | 50.0 ± 0.0 | 30.0 ± 0.0 |" in text
+    assert "| truncated | 1 | 80.0 | 50.0 | 70.0 | 50.0 | 30.0 | 100.0 | 5.5 |" in text
+    assert text.startswith("cups, at a mean of 8 steps")
+
+
+def test_what_a_file_holds_is_not_run_again(tmp_path):
+    file, started = tmp_path / "there" / "rows.json", []
+
+    def run(job, seconds, questions):
+        started.append(job)
+        return row(job[1], job[2])
+
+    jobs = [("cups", "full", seed) for seed in range(2)]
+    credit.run_missing(jobs[:1], file, 5.0, 10, run)
+    rows = credit.run_missing([*jobs, *jobs], file, 5.0, 10, run)
+    assert started == jobs and rows == json.loads(file.read_text()) == [row(seed=0), row(seed=1)]
+    with pytest.raises(ZeroDivisionError):  # what fails later does not take away what is there
+        credit.run_missing([("cups", "full", 2)], file, 5.0, 10, lambda *job: 1 / 0)
+    assert json.loads(file.read_text()) == rows
+
+
+def test_a_run_trains_for_its_time_and_answers(tmp_path, monkeypatch):
+    config = write_config(tmp_path, training={"logging_steps": 1000})
+    task = credit.Task(config, "addition", levels=(1,))
+    monkeypatch.setitem(credit.TASKS, "tiny", task)
+    monkeypatch.setattr(credit, "PILOT", 4)
+    monkeypatch.setattr(credit, "THRESHOLDS", {"kl_divergence": (1e9, 1e-30), "probe": (0.5,)})
+    found = credit.measure("tiny", "exit distribution", 0, seconds=0.5, questions=6)
+    assert found["updates"] > 1 and 0.1 < found["cpu_seconds"] < 5 and found["peak_mib"] > 0
+    assert list(found["score"]) == [1, 3, 6, 12] and found["mean_steps"] == 3
+    first, never, gate = found["exits"]
+    assert first["share"] == pytest.approx(1 / 3) and first["score"] == found["score"][1]
+    assert never["share"] == 1 and never["score"] == found["score"][3] and gate["criterion"] == "probe"

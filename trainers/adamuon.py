@@ -1,0 +1,65 @@
+"""AdaMuon, Muon whose orthogonal updates are scaled number by number."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration of Muon, which brings all singular values near 1 in five steps."""
+
+
+class AdaMuon(torch.optim.Optimizer):
+    """Si et al. 2025, arXiv 2507.11005, algorithm 1: with the momentum M = b M + G and O = orthogonal(sign(M)), the
+    second moment V = b V + (1 - b) O^2 gives the direction D = O / (sqrt(V) + eps). Its root mean square is made 0.2,
+    about that of AdamW, so that rates and decoupled weight decay are of the same order as there.
+
+    Args:
+        params: Matrices, or groups of them.
+        lr: Learning rate, at least 0.
+        weight_decay: Decoupled weight decay, at least 0.
+        momentum: Decay b of both moments, at least 0 and below 1.
+        eps: What keeps the division from infinity.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = 0.95, eps: float = 1e-8
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """One step; the loss of the closure, where there is one."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.sub_(self._direction(parameter, group), alpha=group["lr"])
+        return loss
+
+    def _direction(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """What the learning rate is multiplied with."""
+        state, decay = self.state[parameter], group["momentum"]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+            state["second_moment"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].mul_(decay).add_(parameter.grad)
+        orthogonal = orthogonalize(momentum.sign())
+        second = state["second_moment"].mul_(decay).addcmul_(orthogonal, orthogonal, value=1 - decay)
+        direction = orthogonal / (second.sqrt() + group["eps"])
+        return direction * (0.2 * direction.numel() ** 0.5 / (direction.norm() + group["eps"]))
+
+
+def orthogonalize(matrix: torch.Tensor, num_steps: int = 5) -> torch.Tensor:
+    """The nearest orthogonal matrix, roughly: singular values come to lie between 0.7 and 1.2. The iteration computes
+    in bfloat16, as torch's Muon does; the result has the dtype of the matrix.
+    """
+    a, b, c = NEWTON_SCHULZ
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    current = (matrix.T if is_tall else matrix).bfloat16()
+    current = current / current.norm().clamp(min=1e-7)
+    for _ in range(num_steps):
+        gram = current @ current.T
+        current = torch.addmm(current, torch.addmm(gram, gram, gram, beta=b, alpha=c), current, beta=a)
+    return (current.T if is_tall else current).to(matrix.dtype)
