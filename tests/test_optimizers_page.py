@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from trainers import PlannedTrainingArguments
 from trainers.gradient_filters import GradientFilterOptions
 from trainers.optimizers import OPTIMIZERS, check_distribution
 
@@ -52,6 +53,16 @@ def test_a_cell_is_what_the_code_says(option, column, cell):
     with pytest.raises(ValueError, match=f"{re.escape(option.partition(': ')[2])}.* {where}.*; .*take .*DDP") as error:
         check_distribution(arguments(option), zero, is_fsdp)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("deepspeed", [{"zero_optimization": {"stage": 2}}, "configs/deepspeed/zero2.json"])
+def test_it_is_refused_with_the_arguments(deepspeed):
+    """Before data, model or folder are there; also of a run that is only planned."""
+    given = {"output_dir": "unused", "deepspeed": deepspeed, "optimizer": "adamuon", "muon_learning_rate": 0.01}
+    with pytest.raises(ValueError, match=r"training\.optimizer is 'adamuon', which does not run under ZeRO-2"):
+        PlannedTrainingArguments(**given)
+    given |= {"optimizer": "muon", "max_grad_norm": 0.0}
+    assert PlannedTrainingArguments(**given).optimizer_name == "muon"
 
 
 @pytest.mark.parametrize(

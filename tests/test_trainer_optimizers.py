@@ -181,10 +181,12 @@ def test_optimizers_that_cannot_be_are_named(tmp_path, own, optimizer, others, m
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["optimizer", "parameter_groups"])
+@pytest.mark.parametrize("option", ["optimizer", "parameter_groups", "muon_learning_rate"])
 def test_an_optimizer_of_deepspeeds_file_is_not_given_twice(option):
     found = SimpleNamespace(config={"optimizer": {"type": "AdamW"}})
-    args = SimpleNamespace(optimizer=None, parameter_groups=[], max_steps=-1, deepspeed="z.json")
+    args = SimpleNamespace(
+        optimizer=None, parameter_groups=[], muon_learning_rate=None, max_steps=-1, deepspeed="z.json"
+    )
     args.hf_deepspeed_config = found
     trainer = SimpleNamespace(args=args, is_deepspeed_enabled=True)
     BaseTrainer._check_deepspeed_settings(trainer)

@@ -19,7 +19,7 @@ from .keywords import check_fsdp, check_keywords, recorded_fsdp
 from .locks import warn_of_build_locks
 from .losses import ModalityWeights
 from .objectives import ObjectiveOptions, build_objective
-from .optimizers import FOR_MATRICES, OPTIMIZERS
+from .optimizers import FOR_MATRICES, OPTIMIZERS, check_distribution
 from .parameter_groups import ParameterGroup
 
 # Least values that make sense, where transformers checks none.
@@ -152,6 +152,11 @@ class RecurrentTrainingArguments(TrainingArguments):
                 f"{type(self).__name__}.fp16: it is on, but on a CPU the run would be in float32 all the same; set "
                 "bf16 to true instead"
             )
+        self._check_distribution(self.hf_deepspeed_config.config if self.deepspeed else None)
+
+    def _check_distribution(self, deepspeed: Mapping[str, Any] | None) -> None:
+        zero = None if deepspeed is None else deepspeed.get("zero_optimization", {})
+        check_distribution(self, zero, bool(self.fsdp))
 
     def _check_ranges(self) -> None:
         for item in fields(self):
@@ -310,6 +315,7 @@ class PlannedTrainingArguments(RecurrentTrainingArguments):
         super().__post_init__()
         self.deepspeed = deepspeed
         self._check_objective()  # with it
+        self._check_distribution(self.deepspeed_settings)
 
     @property
     def device(self) -> torch.device:

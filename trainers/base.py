@@ -130,6 +130,7 @@ class BaseTrainer(Trainer):
             ("parameter_groups", "optimizer"),
             ("parameter_groups", "scheduler"),
             ("optimizer", "optimizer"),
+            ("muon_learning_rate", "optimizer"),
         ):
             if name in described and getattr(self.args, option):
                 raise ValueError(
