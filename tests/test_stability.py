@@ -115,7 +115,7 @@ def test_measuring_changes_nothing(tmp_path):
     weights = []
     for every in (0, 1):
         config = CallbacksConfig(stability=StabilityConfig(gradient_logs=every, core_steps=every))
-        model = tiny_model(hidden_dropout=0.3)
+        model = tiny_model(vocab_size=320, hidden_dropout=0.3)
         trainer = build_trainer(tmp_path / str(every), model=model, callbacks=config, gradient_accumulation_steps=2)
         trainer.train()
         weights.append(list(trainer.model.parameters()))
