@@ -9,13 +9,15 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from model import tokenizer_of
 
 from .generated_media import GeneratedMediaCallback, GeneratedMediaConfig, is_generated, target_modality
+from .kept_batches import repeat_loss
 from .media_samples import MediaSamplesCallback, MediaSamplesConfig
 from .model_card import ModelCardWriter, model_card, sources_of
 from .model_size import ModelSizeCallback, size_table
-from .non_finite import NonFiniteCallback, NonFiniteConfig
+from .non_finite import NonFiniteCallback, NonFiniteConfig, check_non_finite
 from .pictures import PicturesCallback, PicturesConfig
 from .reporting import Reporter
 from .samples import SamplesCallback, SamplesConfig
+from .stability import StabilityCallback, StabilityConfig, StabilityError
 from .throughput import ThroughputCallback
 
 __all__ = [
@@ -26,9 +28,12 @@ __all__ = [
     "NonFiniteConfig",
     "PicturesConfig",
     "SamplesConfig",
+    "StabilityConfig",
+    "StabilityError",
     "add_callbacks",
     "add_codec_callbacks",
     "model_card",
+    "repeat_loss",
     "size_table",
     "sources_of",
 ]
@@ -53,6 +58,9 @@ class CallbacksConfig:
     non_finite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
     """What happens when the loss or the gradient is not finite."""
 
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+    """What is measured of a run's stability, and when that is an alarm."""
+
 
 def add_callbacks(
     trainer: Trainer,
@@ -62,16 +70,22 @@ def add_callbacks(
 ) -> None:
     """Build the callbacks and add them to a trainer that is not training yet.
 
-    They come after the trainer's own, whose writers they use; only the throughput stands in front, so that those who
-    report see its figures.
+    They come after the trainer's own, whose writers they use; only throughput and stability stand in front, so that
+    those who report see their figures.
 
     Args:
         processor: that of the model, or its tokenizer, if it reads text alone.
         examples: questions about media with their answers, by source, see `MediaSamplesCallback`; or prompts with media
             as answers, see `GeneratedMediaCallback`.
+
+    Raises:
+        ValueError: What is asked for cannot be done in this run.
     """
     reporter = Reporter(trainer)
-    trainer.callback_handler.callbacks.insert(0, ThroughputCallback())
+    non_finite = build_non_finite(trainer, config.non_finite)
+    intervals = config.stability.intervals(trainer.args, trainer.model)
+    stability = StabilityCallback(config.stability, intervals, non_finite.kept)
+    trainer.callback_handler.callbacks[:0] = [ThroughputCallback(), stability]
     trainer.add_callback(ModelSizeCallback(reporter))
     if config.samples.prompts:
         trainer.add_callback(SamplesCallback(config.samples, tokenizer_of(processor), reporter))
@@ -88,10 +102,21 @@ def add_callbacks(
         trainer.add_callback(GeneratedMediaCallback(config.generated_samples, processor, generated, reporter))
     if reporter.shows_images:
         trainer.add_callback(PicturesCallback(config.pictures, reporter))
-    trainer.add_callback(NonFiniteCallback(config.non_finite))
+    trainer.add_callback(non_finite)
 
 
 def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
-    """Add the callbacks that a model without tokens has a use for."""
+    """Add the callbacks that a model without tokens has a use for.
+
+    Raises:
+        ValueError: What is asked for cannot be done in this run.
+    """
+    non_finite = build_non_finite(trainer, config.non_finite)
     trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
-    trainer.add_callback(NonFiniteCallback(config.non_finite))
+    trainer.add_callback(non_finite)
+
+
+def build_non_finite(trainer: Trainer, config: NonFiniteConfig) -> NonFiniteCallback:
+    """The callback, where the trainer allows what it is asked for; ValueError otherwise."""
+    check_non_finite(config, trainer.args)
+    return NonFiniteCallback(config, trainer.roll_back)

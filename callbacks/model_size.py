@@ -31,15 +31,19 @@ def parameter_count(parameter: nn.Parameter) -> int:
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
+def part_of(name: str, model: PreTrainedModel) -> str:
+    """The part of the model that a parameter of this name belongs to."""
+    top, *inner = name.removeprefix(f"{model.base_model_prefix}.").split(".")
+    return f"{inner[1]} of {inner[0]}" if top == "readers" else PART_NAMES.get(top, top)
+
+
 def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
     """Sizes of embeddings, prelude, core, coda, norm and head, and of encoders and projectors of media, in the order of
     the model; shared ones count once.
     """
     parts: dict[str, PartSize] = {}
     for name, parameter in model.named_parameters():
-        top, *inner = name.removeprefix(f"{model.base_model_prefix}.").split(".")
-        name = f"{inner[1]} of {inner[0]}" if top == "readers" else PART_NAMES.get(top, top)
-        part = parts.setdefault(name, PartSize())
+        part = parts.setdefault(part_of(name, model), PartSize())
         count = parameter_count(parameter)
         part.parameters += count
         part.trainable += count if parameter.requires_grad else 0

@@ -1,21 +1,32 @@
-"""Losses and gradients that are not finite: noticed, kept, and acted upon."""
+"""Losses and gradients that are not finite, and losses that leap: noticed, kept, and acted upon."""
 
 import logging
 import math
-from collections import deque
+import statistics
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from accelerate.utils import reduce
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
+
+from .kept_batches import KeptBatches, save_batch, save_whole
 
 logger = logging.getLogger(__name__)
 
-ACTIONS = ("stop", "skip", "warn")
-KEPT_BATCHES = 64
-"""Micro-batches that are kept for inspection until the next log."""
+ACTIONS = ("stop", "skip", "warn", "roll_back")
+WINDOW = 64
+"""Losses of which the median is the loss that is expected."""
+FEWEST = 16
+"""Losses without which none is expected."""
+SMALLEST_DEVIATION = 0.01
+"""Share of the median that a deviation is at least, where losses hardly differ."""
+MOST_SAVED = 8
+"""Steps of a run of which batch and weights are saved: each takes as much room as a model."""
 
 
 @dataclass
@@ -23,112 +34,205 @@ class NonFiniteConfig:
     """Watch over the loss and the gradient norm."""
 
     action: str = "stop"
-    """What a loss or gradient norm that is not finite leads to: "stop" ends the run with an error, "skip" leaves out
-    the update (and waits for the device at each step to see whether it has to), "warn" goes on."""
+    """What a loss or gradient norm that is not finite, or a leap of the loss, leads to: "stop" ends the run with an
+    error, "skip" leaves out the update, "roll_back" leaves it out and goes on with the weights and the optimizer of
+    the newest whole checkpoint and the data behind that step, "warn" goes on. For "skip" and "roll_back" the host waits
+    for the device at each step to see whether it has to."""
+    spike_deviations: float | None = None
+    """Where given, above 0: a loss is a leap if it is this many standard deviations (estimated by the median absolute
+    deviation) above the median of the last 64; 10 spares what batches differ by. The host waits for the device at each
+    step."""
+    max_rollbacks: int = 3
+    """Most times that a run goes back, at least 1, after which it stops."""
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
             raise ValueError(f"non_finite.action is {self.action!r}, must be one of {', '.join(ACTIONS)}.")
+        if self.spike_deviations is not None and self.spike_deviations <= 0:
+            raise ValueError(f"non_finite.spike_deviations is {self.spike_deviations}, must be above 0; try 10.")
+        if self.max_rollbacks < 1:
+            raise ValueError(f"non_finite.max_rollbacks is {self.max_rollbacks}, must be at least 1.")
+
+    @property
+    def is_at_each_step(self) -> bool:
+        """Whether each step is looked at before its update, and not the logs alone."""
+        return self.action in ("skip", "roll_back") or self.spike_deviations is not None
 
 
-@dataclass
-class MicroBatch:
-    """What went into one forward pass, and its loss; references, nothing is copied."""
+def check_non_finite(config: NonFiniteConfig, args: Any) -> None:
+    """Compare what is asked for with what the arguments of training allow.
 
-    inputs: dict[str, torch.Tensor]
-    num_steps: Any
-    loss: torch.Tensor | None
+    Raises:
+        ValueError: the trainer hides losses that are not finite from its logs; or updates, or weights, are DeepSpeed's
+            or FSDP's; or there are no checkpoints to go back to.
+    """
+    if args.logging_nan_inf_filter:
+        raise ValueError(
+            "logging_nan_inf_filter is true and would hide what callbacks.non_finite watches for: "
+            "set training.logging_nan_inf_filter to false."
+        )
+    asked = "spike_deviations" if config.action in ("stop", "warn") else "action"
+    if config.is_at_each_step and args.deepspeed:
+        raise ValueError(
+            f"callbacks.non_finite.{asked} is {getattr(config, asked)!r}, but with training.deepspeed the gradients "
+            "are not in reach: use 'stop' or 'warn', without spike_deviations."
+        )
+    if config.action == "roll_back" and args.fsdp:
+        raise ValueError(
+            "callbacks.non_finite.action is 'roll_back', but with training.fsdp the weights are divided among ranks: "
+            "use 'skip', 'stop' or 'warn'."
+        )
+    if config.action == "roll_back" and args.save_strategy == "no":
+        raise ValueError(
+            "callbacks.non_finite.action is 'roll_back', but training.save_strategy is 'no', and there is nothing to "
+            "go back to: save checkpoints, or use 'skip'."
+        )
 
 
 class NonFiniteCallback(TrainerCallback):
-    """Checks the loss and the gradient norm of each log, where they are on the host already.
+    """Checks the loss and the gradient norm of each log, where they are on the host already, or of each step, where an
+    option asks for that.
 
-    The losses of single micro-batches stay on the device; they are looked at only when a log is not finite, to find the
-    first offending micro-batch, which is saved as non_finite/step-N-rank-R.safetensors in the output folder. All ranks
-    see the same logs, so all stop together.
+    The losses of single micro-batches stay on the device; they are looked at only when something is wrong, to find the
+    first offending micro-batch, which is saved as non_finite/step-N-rank-R.pt in the output folder; where each step is
+    looked at, with the weights that it had, in step-N-weights.pt, so that `repeat_loss` gives the same loss. All ranks
+    see the same figures, so all act together.
+
+    Args:
+        roll_back: Gives the model and the optimizer what the newest whole checkpoint holds, and returns its name; None
+            where there is none yet.
     """
 
-    def __init__(self, config: NonFiniteConfig) -> None:
+    def __init__(self, config: NonFiniteConfig, roll_back: Callable[[], str | None]) -> None:
         self.config = config
-        self.batches: deque[MicroBatch] = deque(maxlen=KEPT_BATCHES)
-        self.hook: torch.utils.hooks.RemovableHandle | None = None
+        self.roll_back = roll_back
+        self.kept = KeptBatches(are_whole=config.is_at_each_step)
+        # In the state of the trainer, and so in each checkpoint: a run that goes on acts as one that never ended.
+        self.memory: dict[str, Any] = {}
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
-        """Start to keep the batches of the model.
-
-        Raises:
-            ValueError: the trainer hides losses that are not finite from its logs, or updates are to be skipped that
-                DeepSpeed makes.
-        """
-        if self.config.action == "skip" and args.deepspeed:
-            raise ValueError(
-                "callbacks.non_finite.action is 'skip', but with training.deepspeed the gradients are not in reach: "
-                "use 'stop' or 'warn'."
-            )
-        if args.logging_nan_inf_filter:
-            raise ValueError(
-                "logging_nan_inf_filter is true and would hide what callbacks.non_finite watches for: "
-                "set training.logging_nan_inf_filter to false."
-            )
-        self.hook = model.register_forward_hook(self.keep, with_kwargs=True)
-
-    def keep(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook."""
-        if model.training:
-            tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
-            inputs = {name: value for name, value in tensors.items() if not value.is_floating_point()}
-            loss = output.loss.detach() if output.loss is not None else None
-            self.batches.append(MicroBatch(inputs, kwargs.get("num_steps"), loss))
+        """Start to keep the batches of the model."""
+        self.memory = state.stateful_callbacks.setdefault(
+            "non_finite", {"losses": [], "num_rollbacks": 0, "num_saved": 0}
+        )
+        self.kept.begin(model)
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
-        """Take away gradients that are not finite, so that the optimizer has nothing to do."""
-        if self.config.action != "skip":
+        """Look at the step before its update, if an option asks for that.
+
+        Raises:
+            FloatingPointError: it is not finite, or leaps, and the action is "stop", or the run went back too often.
+        """
+        if not self.config.is_at_each_step:
             return
+        step = state.global_step + 1
+        reason = self.reason_against(step, model)
+        if reason is not None:
+            where = self.save_offending(args, step, model)
+            logger.warning("%s: %s. %s", reason, self.act(reason, where, model), where)
+        self.kept.batches.clear()
+
+    def reason_against(self, step: int, model: nn.Module) -> str | None:
+        """What is wrong with a step, as the beginning of a sentence; None if nothing is."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.nn.utils.get_total_norm(gradients).isfinite():
-            logger.warning("The gradient of step %d is not finite: its update is skipped.", state.global_step + 1)
-            model.zero_grad(set_to_none=True)
+            return f"The gradient of step {step} is not finite"
+        losses = [batch.loss.float() for batch in self.kept.batches if batch.loss is not None]
+        if self.config.spike_deviations is None or not losses:
+            return None
+        loss, before = float(reduce(torch.stack(losses).sum(), "mean")), self.memory["losses"]
+        if not math.isfinite(loss):
+            return f"The loss of step {step} is not finite"
+        expected = spread = 0.0
+        if len(before) >= FEWEST:
+            expected, spread = median_and_deviation(before)
+        is_leap = len(before) >= FEWEST and loss > expected + self.config.spike_deviations * spread
+        before[:] = [*before, loss][-WINDOW:]  # a leap, too: what lasts becomes what is expected
+        if not is_leap:
+            return None
+        return (
+            f"The loss of step {step} is {loss:.4g}, {(loss - expected) / spread:.1f} standard deviations above the "
+            f"median {expected:.4g}"
+        )
+
+    def act(self, reason: str, where: str, model: nn.Module) -> str:
+        """Do what the action says; a sentence's end that says what was done.
+
+        Raises:
+            FloatingPointError: the run is to stop.
+        """
+        action, most = self.config.action, self.config.max_rollbacks
+        if action == "warn":
+            return "the run goes on"
+        if action == "stop":
+            raise FloatingPointError(f"{reason}. {where} callbacks.non_finite.action: skip or roll_back goes on.")
+        if action == "roll_back" and self.memory["num_rollbacks"] >= most:
+            raise FloatingPointError(
+                f"{reason}, and the run has gone back {most} times (callbacks.non_finite.max_rollbacks). {where} Lower "
+                "the learning rate, or look at the data."
+            )
+        model.zero_grad(set_to_none=True)  # so that the optimizer has nothing to do
+        checkpoint = self.roll_back() if action == "roll_back" else None
+        if checkpoint is None:
+            return "its update is skipped" + ", as there is no checkpoint yet" * (action == "roll_back")
+        self.memory["num_rollbacks"] += 1
+        return f"the run goes on with {checkpoint} and the data behind this step"
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Act if the log of a training step is not finite.
+        """Act if the log of a training step is not finite; where each step is looked at, that is done.
 
         Raises:
             FloatingPointError: it is not, and the action is "stop".
         """
-        if "loss" not in logs:
+        if "loss" not in logs or self.config.is_at_each_step:
             return
         watched = {name: float(logs[name]) for name in ("loss", "grad_norm") if logs.get(name) is not None}
         bad = {name: value for name, value in watched.items() if not math.isfinite(value)}
         if bad:
             figures = ", ".join(f"{name} is {value}" for name, value in bad.items())
-            where = self.save_offending(Path(args.output_dir), state.global_step, args.process_index)
             message = (
-                f"At step {state.global_step} the {figures}. {where} Lower the learning rate or the clipping norm, or "
-                "look at the batch; callbacks.non_finite.action: skip or warn goes on."
+                f"At step {state.global_step} the {figures}. {self.save_offending(args, state.global_step)} Lower the "
+                "learning rate or the clipping norm, or look at the batch; callbacks.non_finite.action: skip, warn or "
+                "roll_back goes on."
             )
             if self.config.action == "stop":
                 raise FloatingPointError(message)
             logger.warning("%s", message)
-        self.batches.clear()
+        self.kept.batches.clear()
 
-    def save_offending(self, folder: Path, step: int, rank: int) -> str:
-        """Save the first micro-batch with a loss that is not finite, else the last one; a sentence that says which."""
-        if not self.batches:
+    def save_offending(self, args: Any, step: int, model: nn.Module | None = None) -> str:
+        """Save the first micro-batch with a loss that is not finite, else the last one, and the weights of the model,
+        if it is given; a sentence that says which.
+        """
+        batches, memory = self.kept.batches, self.memory
+        if not batches:
             return "No batch of this window was kept."
-        offending = [batch for batch in self.batches if batch.loss is not None and not batch.loss.isfinite().all()]
-        batch = offending[0] if offending else self.batches[-1]
-        which = "first batch whose loss is not finite" if offending else "last batch (all kept losses are finite)"
-        path = folder / "non_finite" / f"step-{step}-rank-{rank}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.cpu().contiguous() for name, value in batch.inputs.items()}
-        save_file(tensors, path, metadata={"num_steps": str(batch.num_steps), "step": str(step)})
-        return f"The {which} on rank {rank} is in {path}."
+        memory["num_saved"] += 1
+        if memory["num_saved"] > MOST_SAVED:
+            return f"It is not saved, as {MOST_SAVED} steps are already."
+        offending = self.kept.first_not_finite()
+        which = (
+            "last batch (all kept losses are finite)" if offending is None else "first batch whose loss is not finite"
+        )
+        path = Path(args.output_dir, "non_finite", f"step-{step}-rank-{args.process_index}.pt")
+        save_batch(path, offending or batches[-1], step=step, seed=args.seed)
+        if model is not None and args.process_index == 0 and not args.fsdp:
+            save_whole(path.with_name(f"step-{step}-weights.pt"), model.state_dict())
+        return f"The {which} on rank {args.process_index} is in {path}."
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Let the batches go."""
-        self.hook.remove()
-        self.batches.clear()
+        self.kept.end()
+
+
+def median_and_deviation(values: list[float]) -> tuple[float, float]:
+    """The median, and an estimate of the standard deviation that single values do not move: 1.4826 times the median
+    absolute deviation, which of normal values is their standard deviation.
+    """
+    median = statistics.median(values)
+    deviation = 1.4826 * statistics.median(abs(value - median) for value in values)
+    return median, max(deviation, SMALLEST_DEVIATION * abs(median), sys.float_info.min)

@@ -121,6 +121,12 @@ class FinetuningConfig(ResolvedConfig):
             raise ValueError(
                 f"{parts[0]}: an exit probe learns alone, beside a model that stays as it is; leave it out"
             )
+        spikes = self.callbacks.non_finite.spike_deviations
+        if self.trainer in ("dpo", "grpo") and spikes is not None:
+            raise ValueError(
+                f"callbacks.non_finite.spike_deviations is {spikes}, but with trainer {self.trainer} a pass of the "
+                "model has no loss of its own; leave it out"
+            )
 
     @classmethod
     def layout(cls, trees: Sequence[dict[str, Any]]) -> Layout:

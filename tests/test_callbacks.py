@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from transformers import TrainerCallback
 
-from callbacks import CallbacksConfig, NonFiniteConfig, SamplesConfig, add_callbacks
+from callbacks import CallbacksConfig, NonFiniteConfig, SamplesConfig, StabilityConfig, add_callbacks
 from callbacks.model_size import part_sizes, size_table
 from callbacks.throughput import ThroughputCallback, count_steps
 from model.depth import sample_depth
@@ -346,10 +345,10 @@ def test_a_nan_stops_the_run_and_saves_the_offending_batch(tmp_path):
         FloatingPointError, match=r"At step 4 the loss is nan, grad_norm is nan. The first batch whose loss"
     ):
         trainer.train()
-    with safe_open(tmp_path / "non_finite" / "step-4-rank-0.safetensors", framework="pt") as file:
-        assert torch.equal(file.get_tensor("input_ids"), batches[2]["input_ids"])
-        assert torch.equal(file.get_tensor("labels"), batches[2]["labels"])
-        assert file.metadata() == {"num_steps": str(batches[2]["num_steps"]), "step": "4"}
+    saved = torch.load(tmp_path / "non_finite" / "step-4-rank-0.pt", weights_only=True)
+    assert torch.equal(saved["inputs"]["input_ids"], batches[2]["input_ids"])
+    assert torch.equal(saved["inputs"]["labels"], batches[2]["labels"])
+    assert (saved["inputs"]["num_steps"], saved["step"], saved["seed"]) == (batches[2]["num_steps"], 4, 42)
     assert len(batches) == 4
 
 
@@ -395,7 +394,7 @@ def test_a_gradient_norm_alone_is_noticed(tmp_path):
     message = r"At step 1 the grad_norm is (nan|inf)\. The last batch \(all kept losses are finite\) on rank 0 is in "
     with pytest.raises(FloatingPointError, match=message):
         trainer.train()
-    assert (tmp_path / "non_finite" / "step-1-rank-0.safetensors").exists()
+    assert (tmp_path / "non_finite" / "step-1-rank-0.pt").exists()
 
 
 def test_finite_runs_leave_nothing_behind(tmp_path):
@@ -406,9 +405,8 @@ def test_finite_runs_leave_nothing_behind(tmp_path):
 
 
 def test_a_filter_that_hides_nan_is_refused(tmp_path):
-    trainer = build_trainer(tmp_path, callbacks=CallbacksConfig(), logging_nan_inf_filter=True)
     with pytest.raises(ValueError, match=r"set training.logging_nan_inf_filter to false"):
-        trainer.train()
+        build_trainer(tmp_path, callbacks=CallbacksConfig(), logging_nan_inf_filter=True)
 
 
 # Configuration
@@ -424,7 +422,15 @@ def test_a_filter_that_hides_nan_is_refused(tmp_path):
             r"samples.num_steps is \[4, 0\], must hold at least one depth, each at",
         ),
         (lambda: SamplesConfig(num_steps=[]), r"samples.num_steps is \[\], must hold at least one depth"),
-        (lambda: NonFiniteConfig(action="panic"), "non_finite.action is 'panic', must be one of stop, skip, warn"),
+        (
+            lambda: NonFiniteConfig(action="panic"),
+            "non_finite.action is 'panic', must be one of stop, skip, warn, roll_b",
+        ),
+        (lambda: NonFiniteConfig(spike_deviations=0), "non_finite.spike_deviations is 0, must be above 0; try 10"),
+        (lambda: NonFiniteConfig(max_rollbacks=0), "non_finite.max_rollbacks is 0, must be at least 1"),
+        (lambda: StabilityConfig(action="panic"), "stability.action is 'panic', must be one of warn, save, stop"),
+        (lambda: StabilityConfig(core_steps=-1), "stability.core_steps is -1, must be at least 0"),
+        (lambda: StabilityConfig(update_alarm=-0.1), "stability.update_alarm is -0.1, must be at least 0"),
     ],
 )
 def test_values_out_of_range_are_errors(build, message):
@@ -437,4 +443,4 @@ def test_no_samples_are_written_by_default(tmp_path):
     before = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     add_callbacks(trainer, CallbacksConfig(), tiny_tokenizer())
     after = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-    assert after == ["ThroughputCallback", *before, "ModelSizeCallback", "NonFiniteCallback"]
+    assert after == ["ThroughputCallback", "StabilityCallback", *before, "ModelSizeCallback", "NonFiniteCallback"]

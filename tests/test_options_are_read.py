@@ -40,6 +40,7 @@ READERS = {
     "GeneratedMediaConfig": ("callbacks/generated_media.py", r"(self\.)?config"),
     "PicturesConfig": ("callbacks/pictures.py", r"(self\.)?config"),
     "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),
+    "StabilityConfig": ("callbacks/stability.py", r"(self\.)?config"),
     "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
     "ModalityWeights": ("trainers/losses.py", "weights"),
     "ObjectiveOptions": ("trainers", r"(self\.)?options|self\.objective"),

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DummyOptim, is_peft_model, parse_flag_from_env
+from accelerate.utils import DummyOptim, broadcast_object_list, is_peft_model, parse_flag_from_env
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import EvalLoopOutput, unwrap_peft_model
 
 from .arguments import RecurrentTrainingArguments
 from .averaging import WeightAverage
-from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper, bytes_of_checkpoint
+from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper, bytes_of_checkpoint, checkpoints_in, number_of
 from .early_stopping import EarlyStopping, has_stopped
 from .gradient_filters import GradientFilter
 from .optimizers import build_optimizer, check_distribution
@@ -32,6 +33,7 @@ from .resuming import (
     check_weights,
     damage,
     forget_tied_weights,
+    group_options,
     nothing_left,
     read_state,
 )
@@ -313,6 +315,28 @@ class BaseTrainer(Trainer):
         if not self.base_is_frozen:
             check_weights(resume_from_checkpoint, model or self.model)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def roll_back(self) -> str | None:
+        """Give the model, its auxiliary parts, its average and the optimizer what the newest whole checkpoint of the
+        run holds, in the midst of training; its name, or None where there is none. The step, the schedule with its
+        rates, and the data stay where they are.
+        """
+        found: list[Path | None] = [None]
+        if self.args.process_index == 0:
+            saved = [it for it in checkpoints_in(Path(self.args.output_dir)) if number_of(it) <= self.state.global_step]
+            found = [next((folder for folder in reversed(saved) if damage(folder) is None), None)]
+        (folder,) = broadcast_object_list(found)
+        if folder is None:
+            return None
+        self._load_from_checkpoint(str(folder))
+        if self.average is not None:
+            self.average.on_train_begin(self.args, self.state, self.control, model=self.model)  # to its device
+        options = group_options(self.optimizer.param_groups)
+        state = torch.load(folder / OPTIMIZER_NAME, map_location=self.args.device, weights_only=True)
+        self.optimizer.load_state_dict(state)
+        for group, of_now in zip(self.optimizer.param_groups, options, strict=True):
+            group |= of_now
+        return folder.name
 
     def _load_best_model(self) -> None:
         """Load it with its auxiliary parts and its average. Where it is damaged, the weights stay as they are."""

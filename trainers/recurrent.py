@@ -65,7 +65,7 @@ class RecurrentTrainer(BaseTrainer):
         self.last_num_steps: tuple[int, int] | None = None
         self.targets = TargetLosses(self.model.config)
         self._position = (-1, -1)  # (global step, micro-batch within it) of the forward pass in progress
-        self._gathered: dict[str, list[float]] = defaultdict(list)
+        self._gathered: dict[str, list[float | torch.Tensor]] = defaultdict(list)  # until the next log
 
     def create_accelerator_and_postprocess(self) -> None:
         """Also builds the objective and the batches by tokens, and refuses what model or data cannot have, before there
@@ -130,9 +130,14 @@ class RecurrentTrainer(BaseTrainer):
         return super().prediction_step(model, with_codes(self._prepare_inputs(inputs)), *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the means of what was gathered since the last log of training."""
+        """Adds the means of what was gathered since the last log of training, which until then stays on the device."""
         if "loss" in logs:
-            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._gathered.items()}}
+            means = {name: sum(values) / len(values) for name, values in self._gathered.items()}
+            measured = {name: mean for name, mean in means.items() if isinstance(mean, torch.Tensor)}
+            if measured:
+                found = self.accelerator.reduce(torch.stack(list(measured.values())), "mean").tolist()
+                means |= zip(measured, found, strict=True)
+            logs = {**logs, **means}
             self._gathered.clear()
             logs |= self.modalities.flush(lambda sums: self.accelerator.reduce(sums, "sum"))
             if self.targets.token_ids:
@@ -254,26 +259,11 @@ class RecurrentTrainer(BaseTrainer):
         }
         for step, change in enumerate(state_changes(deep.states, is_real), start=1):
             values[f"state_change_{step:02d}"] = change
-        means = self.accelerator.reduce(torch.stack([value.float() for value in values.values()]), "mean").tolist()
-        for name, value in zip(values, means, strict=True):
-            self._gathered[name].append(value)
-        self._raise_alarms(dict(zip(values, means, strict=True)))
+        norms = [state_norm(state, is_real) for state in (deep.states[1], deep.states[-1])]
+        values |= {"state_norm": norms[1], "state_growth": norms[1] / norms[0]}
+        for name, value in values.items():
+            self._gathered[name].append(value.float())
         model.train()
-
-    def _raise_alarms(self, values: dict[str, float]) -> None:
-        step, half = self.state.global_step, self.state.max_steps / 2
-        if step >= half and values["depth_gap"] < self.args.depth_gap_alarm:
-            logger.warning(
-                "step %d: the loss at one core step is only %.4f nats above that at the mean depth (alarm below %g): "
-                "the recurrence is being ignored; a lower learning rate or sandwich norms usually help",
-                *(step, values["depth_gap"], self.args.depth_gap_alarm),
-            )
-        if values["token_correlation"] > self.args.token_correlation_alarm:
-            logger.warning(
-                "step %d: the states of different tokens have a mean correlation of %.3f (alarm above %g): "
-                "they are collapsing",
-                *(step, values["token_correlation"], self.args.token_correlation_alarm),
-            )
 
 
 class LengthSampler(LengthGroupedSampler):
@@ -313,6 +303,16 @@ def state_changes(states: tuple[torch.Tensor, ...], is_real: torch.Tensor) -> li
     """
     tokens = [state[is_real] for state in states]  # (tokens, hidden)
     return [((after - before).norm(dim=-1) / after.norm(dim=-1)).mean() for before, after in pairwise(tokens)]
+
+
+def state_norm(state: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
+    """The root mean square of the features of a token, mean over all tokens but padding.
+
+    Args:
+        state: (batch, sequence, hidden).
+        is_real: (batch, sequence), False where there is padding.
+    """
+    return state[is_real].float().square().mean(dim=-1).sqrt().mean()
 
 
 def token_correlation(state: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:

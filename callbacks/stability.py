@@ -1,0 +1,355 @@
+"""Whether training is stable: gradients and updates by part, the core near the state that it ends in, and alarms."""
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers.trainer_utils import IntervalStrategy, unwrap_peft_model
+
+from .kept_batches import KeptBatches, save_batch
+from .model_size import part_of
+from .reporting import aside
+
+logger = logging.getLogger(__name__)
+
+ACTIONS = ("warn", "save", "stop")
+SAMPLE = 65_536
+"""Weights of each parameter, the first ones, by which an update is measured."""
+ROWS, TOKENS = 2, 64
+"""Rows of a micro-batch, and tokens of each, on which the core is measured."""
+POWER_ITERATIONS = 8
+LOSS_FALL = 1.0
+"""Nats by which the loss has to have fallen before depth is expected to pay."""
+
+
+@dataclass
+class StabilityConfig:
+    """What is measured of a run's stability, and when that is an alarm."""
+
+    action: str = "warn"
+    """What an alarm leads to: "warn" says it, "save" also saves the last batch, "stop" does both and ends the run with
+    an error."""
+    gradient_logs: int | None = None
+    """Every this many logs the norms of gradients and the sizes of updates are logged by part of the model; 0 turns it
+    off. Default: 1; with DeepSpeed and FSDP, which divide them among ranks, 0."""
+    core_steps: int | None = None
+    """Every this many optimizer steps the spectral radius of a step of the core and the entropy of its attention are
+    measured, on a few tokens; 0 turns it off. Default: 100; with DeepSpeed, FSDP, torch_compile and quantized weights,
+    through which they cannot be computed, 0."""
+    update_alarm: float = 0.1
+    """An alarm is raised when an update changes a part of the model by more than this share of its length."""
+    state_growth_alarm: float = 10.0
+    """An alarm is raised when the state after all steps is longer by more than this factor than after the first."""
+    spectral_radius_alarm: float = 2.0
+    """An alarm is raised when a step of the core makes small differences between states larger by more than this."""
+    attention_entropy_alarm: float = 0.02
+    """An alarm is raised when the entropy of attention, at most 1, is below this."""
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"stability.action is {self.action!r}, must be one of {', '.join(ACTIONS)}.")
+        for name in ("gradient_logs", "core_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"stability.{name} is {value}, must be at least 0, which turns it off.")
+        for name in ("update_alarm", "state_growth_alarm", "spectral_radius_alarm", "attention_entropy_alarm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"stability.{name} is {getattr(self, name)}, must be at least 0.")
+
+    def intervals(self, args: Any, model: PreTrainedModel) -> tuple[int, int]:
+        """`gradient_logs` and `core_steps`, or what they are by default.
+
+        Raises:
+            ValueError: one is asked for where it cannot be measured.
+        """
+        divided = next((f"training.{name}" for name in ("deepspeed", "fsdp") if getattr(args, name)), None)
+        opaque = divided or ("training.torch_compile" if args.compile_units else None)
+        if core_of(model) is None:
+            opaque = "a model without a core"
+        elif getattr(model, "is_quantized", False):  # transformers sets it on such models alone
+            opaque = "quantized weights"
+        chosen = []
+        for name, default, obstacle in (("gradient_logs", 1, divided), ("core_steps", 100, opaque)):
+            value = getattr(self, name)
+            if value and obstacle is not None:
+                raise ValueError(
+                    f"callbacks.stability.{name} is {value}, but not possible with {obstacle}; leave it out"
+                )
+            chosen.append((0 if obstacle else default) if value is None else value)
+        return tuple(chosen)
+
+
+class StabilityError(RuntimeError):
+    """An alarm that ends a run."""
+
+
+def core_of(model: PreTrainedModel) -> nn.Module | None:
+    """The core of a model, also of one with PEFT's adapters; None where it has none."""
+    return getattr(unwrap_peft_model(model).base_model, "core", None)
+
+
+class StabilityCallback(TrainerCallback):
+    """Measures gradients and updates by part, and the core near the state that it ends in, and raises alarms about
+    these and what the trainer measures. All figures stay on the device until they are logged.
+
+    The callback goes before the reporting ones, so that they see its figures.
+
+    Args:
+        intervals: Logs from one measurement of gradients and updates to the next, and optimizer steps from one
+            measurement of the core to the next; 0 for none.
+        kept: The last batches.
+    """
+
+    def __init__(self, config: StabilityConfig, intervals: tuple[int, int], kept: KeptBatches) -> None:
+        self.config, self.kept = config, kept
+        self.gradient_logs, self.core_steps = intervals
+        self.figures: dict[str, torch.Tensor] = {}  # until the next log
+        self.before: dict[str, list[torch.Tensor]] = {}  # a sample of the weights before an update, by part
+        self.core_call: tuple[tuple, dict[str, Any]] | None = None  # the last one of a forward pass
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.hook_of_core: torch.utils.hooks.RemovableHandle | None = None
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
+    ) -> None:
+        """Prepare to measure the core."""
+        if self.core_steps:
+            self.hooks = [model.register_forward_hook(self.measure_core)]
+
+    # ---------------------------------------------------------------------------------------------- gradients, updates
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
+    ) -> None:
+        """Measure the gradients of a step that is logged, whose log has the norm of all before they were clipped."""
+        every = self.gradient_logs * state.logging_steps
+        if not every or args.logging_strategy != IntervalStrategy.STEPS or (state.global_step + 1) % every:
+            return
+        for part, parameters in parameters_by_part(model).items():
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            self.figures[f"gradient_norm_{part}"] = torch.nn.utils.get_total_norm(gradients)
+            self.before[part] = [sample.clone() for sample in samples(parameters)]
+
+    def on_optimizer_step(
+        self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
+    ) -> None:
+        """Measure its update."""
+        for part, parameters in parameters_by_part(model).items() if self.before else ():
+            updates = [after - before for after, before in zip(samples(parameters), self.before[part], strict=True)]
+            norms = [torch.nn.utils.get_total_norm(tensors) for tensors in (updates, self.before[part])]
+            self.figures[f"update_ratio_{part}"] = norms[0] / norms[1]
+        self.before = {}
+
+    # -------------------------------------------------------------------------------------------------------- the core
+
+    def on_step_begin(
+        self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
+    ) -> None:
+        """See what the core gets in the first forward pass of this step, if it is due."""
+        if self.core_steps and (state.global_step + 1) % self.core_steps == 0:
+            self.hook_of_core = core_of(model).register_forward_pre_hook(self.see_core, with_kwargs=True)
+
+    def see_core(self, core: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the core."""
+        if core.training:
+            self.core_call = args, kwargs
+
+    def measure_core(self, model: PreTrainedModel, args: tuple, output: Any) -> None:
+        """Forward hook of the model: measure the last step of the core."""
+        if self.core_call is None:
+            return
+        (state, embeds), kwargs = self.core_call
+        self.core_call = None
+        self.hook_of_core.remove()
+        step = CoreStep.of(core_of(model), state, embeds, **kwargs)
+        with aside(model):
+            self.figures["spectral_radius"] = step.spectral_radius()
+            self.figures["attention_entropy"] = step.attention_entropy()
+
+    # ------------------------------------------------------------------------------------------------- logs and alarms
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Add the figures to the log of a training step and to the history, and raise the alarms.
+
+        Raises:
+            StabilityError: there is one, and the action is "stop".
+        """
+        if "loss" not in logs:
+            return
+        figures = self.take_figures(logs.get("grad_norm"))
+        logs.update(figures)
+        state.log_history[-1].update(figures)
+        alarms = self.alarms(args, state, logs)
+        if not alarms:
+            return
+        message = f"step {state.global_step}: {'; '.join(alarms)}"
+        if self.config.action != "warn" and self.kept.batches:
+            path = Path(args.output_dir, "alarms", f"step-{state.global_step}-rank-{args.process_index}.pt")
+            save_batch(path, self.kept.batches[-1], step=state.global_step, seed=args.seed)
+            message += f" (the last batch is in {path})"
+        if self.config.action == "stop":
+            raise StabilityError(f"{message}; docs/troubleshooting.md says what helps")
+        logger.warning("%s", message)
+
+    def take_figures(self, grad_norm: float | None) -> dict[str, float]:
+        """What was measured since the last log, the mean over ranks, with the norms of gradients before clipping."""
+        if not self.figures:
+            return {}
+        values = reduce(torch.stack([value.float() for value in self.figures.values()]), "mean").tolist()
+        figures, self.figures = dict(zip(self.figures, values, strict=True)), {}
+        norms = {name: value for name, value in figures.items() if name.startswith("gradient_norm_")}
+        whole = math.hypot(*norms.values())
+        scale = grad_norm / whole if grad_norm and whole else 1.0
+        return figures | {name: value * scale for name, value in norms.items()}
+
+    def alarms(self, args: Any, state: TrainerState, logs: dict[str, float]) -> list[str]:
+        """What is wrong, each as a part of a sentence."""
+        config, found = self.config, []
+        updates = {name.removeprefix("update_ratio_"): it for name, it in logs.items() if name.startswith("update_rat")}
+        part = max(updates, key=updates.get, default=None)
+        limits = (
+            (
+                "token_correlation",
+                args.token_correlation_alarm,
+                "the states of different tokens have a mean correlation of {:.3f}: they are collapsing",
+            ),
+            (
+                "state_growth",
+                config.state_growth_alarm,
+                "the state after all steps is {:.1f} times as long as after the first: it runs away",
+            ),
+            (
+                "spectral_radius",
+                config.spectral_radius_alarm,
+                "a step of the core multiplies small differences by {:.2f}: more steps do not settle",
+            ),
+            (
+                f"update_ratio_{part}",
+                config.update_alarm,
+                f"an update moves the weights of the {part} by {{:.3f}} of their length: the rate is too high",
+            ),
+        )
+        for name, limit, text in limits:
+            if logs.get(name, -math.inf) > limit:
+                found.append(f"{text.format(logs[name])} (alarm above {limit:g})")
+        if self.is_depth_ignored(args, state, logs):
+            found.append(
+                f"the loss at one core step is only {logs['depth_gap']:.4f} nats above that at the mean depth: the "
+                f"recurrence is being ignored (alarm below {args.depth_gap_alarm:g})"
+            )
+        if logs.get("attention_entropy", math.inf) < config.attention_entropy_alarm:
+            found.append(
+                f"the entropy of attention is {logs['attention_entropy']:.4f}: tokens look at one other alone "
+                f"(alarm below {config.attention_entropy_alarm:g})"
+            )
+        return found
+
+    def is_depth_ignored(self, args: Any, state: TrainerState, logs: dict[str, float]) -> bool:
+        """Whether depth does not pay, though the loss has fallen, or half of training is over; before, it cannot."""
+        if logs.get("depth_gap", math.inf) >= args.depth_gap_alarm:
+            return False
+        first = next(entry["loss_at_mean_steps"] for entry in state.log_history if "loss_at_mean_steps" in entry)
+        return first - logs["loss_at_mean_steps"] > LOSS_FALL or state.global_step >= state.max_steps / 2
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Stop to measure."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def parameters_by_part(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
+    """The parameters that learn, by the part of the model that they are in, named as in `part_sizes`."""
+    model, parts = unwrap_peft_model(model), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault(part_of(name, model).replace(" ", "_"), []).append(parameter)
+    return parts
+
+
+def samples(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """The first weights of each parameter; they share its memory."""
+    return [parameter.detach().flatten()[:SAMPLE] for parameter in parameters]
+
+
+@dataclass
+class CoreStep:
+    """One step s -> core(s, e) for a few tokens; the core is in evaluation mode.
+
+    Args:
+        core: The core.
+        state: s, (rows, tokens, hidden).
+        embeds: e, of the same shape.
+        inputs: Mask, added to the logits, and positions.
+        step: Steps taken before, where there are adapters of single steps.
+    """
+
+    core: nn.Module
+    state: torch.Tensor
+    embeds: torch.Tensor
+    inputs: Any
+    step: int | None
+
+    @classmethod
+    def of(
+        cls, core: nn.Module, state: torch.Tensor, embeds: torch.Tensor, inputs: Any, step: int | None, **others: Any
+    ) -> "CoreStep":
+        """The first rows and tokens of a step of a whole batch, in the type of the weights."""
+        dtype = next(core.parameters()).dtype
+        tokens = min(TOKENS, state.shape[1])
+        state, embeds = (part.detach()[:ROWS, :tokens].to(dtype) for part in (state, embeds))
+        inputs = inputs.of(torch.arange(len(state), device=state.device))
+        mask = additive_mask(inputs.mask, tokens, state)
+        if inputs.position_bias is not None:
+            mask = mask + inputs.position_bias[..., :tokens, :tokens].to(dtype)
+        rotary = inputs.rotary and tuple(part[:, :tokens].to(dtype) for part in inputs.rotary)
+        return cls(core, state, embeds, replace(inputs, mask=mask, rotary=rotary, position_bias=None, rows=None), step)
+
+    def take(self, state: torch.Tensor, attentions: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """The next state; attention is computed eagerly, through which forward derivatives are known."""
+        inputs = replace(self.inputs, attentions=[] if attentions is None else attentions)
+        return self.core.forward(state, self.embeds, inputs=inputs, step=self.step)
+
+    @torch.no_grad()
+    def spectral_radius(self) -> torch.Tensor:
+        """The largest absolute eigenvalue of the derivative of the next state by the state, by power iteration: about
+        the factor by which small differences grow in a step. The mean growth over the second half of the iterations, as
+        complex eigenvalues make that of a single one vary.
+        """
+        generator = torch.Generator(self.state.device).manual_seed(0)
+        vector = torch.randn(self.state.shape, generator=generator, device=self.state.device, dtype=self.state.dtype)
+        growths = []
+        for _ in range(POWER_ITERATIONS):
+            vector = torch.func.jvp(self.take, (self.state,), (vector / vector.norm(),))[1]
+            growths.append(vector.norm())
+        return torch.stack(growths[POWER_ITERATIONS // 2 :]).log().mean().exp()
+
+    @torch.no_grad()
+    def attention_entropy(self) -> torch.Tensor:
+        """The mean entropy of the attention of a token over those that it sees, in shares of the most it could be: 1 if
+        it looks at all alike, 0 if it looks at one.
+        """
+        attentions: list[torch.Tensor] = []
+        self.take(self.state, attentions)
+        probabilities = torch.stack(attentions).float()  # (layers, rows, heads, query, key)
+        entropy = torch.special.entr(probabilities).sum(-1)
+        seen = (self.inputs.mask > torch.finfo(self.inputs.mask.dtype).min / 2).sum(
+            -1
+        )  # (1 or rows, 1 or heads, query)
+        seen = seen.expand(entropy.shape)
+        return (entropy / seen.log())[seen > 1].mean()
+
+
+def additive_mask(mask: Any, tokens: int, like: torch.Tensor) -> torch.Tensor:
+    """The mask of any backend for the first tokens, (1 or rows, 1 or heads, tokens, tokens), as the eager one adds it;
+    without one, or with a block mask, plain causal.
+    """
+    if not isinstance(mask, torch.Tensor):
+        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=like.device).tril()
+    mask = mask[..., :tokens, :tokens]
+    return torch.where(mask, 0.0, torch.finfo(like.dtype).min).to(like) if mask.dtype == torch.bool else mask.to(like)

@@ -1,0 +1,200 @@
+"""What is measured of a run's stability, against closed forms; and when that is an alarm."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from callbacks import CallbacksConfig, StabilityConfig, StabilityError
+from callbacks.stability import CoreStep, StabilityCallback
+from tests.test_callbacks import build_trainer
+from tests.tiny import tiny_ids, tiny_model
+
+
+def last_core_call(model, ids, **kwargs):
+    """The arguments of the core in its last step."""
+    seen = []
+    hook = model.model.core.register_forward_pre_hook(lambda core, *given: seen.append(given), with_kwargs=True)
+    with torch.no_grad():
+        model(ids, num_steps=4, use_cache=False, **kwargs)
+    hook.remove()
+    (state, embeds), given = seen[-1]
+    return state, embeds, given
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "alibi"])
+def test_the_spectral_radius_is_the_largest_eigenvalue(position_embedding, monkeypatch):
+    """Of the whole derivative, by torch's own eigenvalues; with padding in a row."""
+    monkeypatch.setattr("callbacks.stability.POWER_ITERATIONS", 400)
+    model = tiny_model(scale=3.0, position_embedding=position_embedding)
+    mask = torch.ones(2, 4, dtype=torch.long)
+    mask[1, :1] = 0
+    state, embeds, given = last_core_call(model, tiny_ids(2, 4), attention_mask=mask)
+    step = CoreStep.of(model.model.core, state, embeds, **given)
+    is_real, ours, theirs = mask.bool(), step.take(state), model.model.core(state, embeds, **given)
+    torch.testing.assert_close(ours[is_real], theirs[is_real], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        derivative = torch.func.jacfwd(step.take)(state).reshape(state.numel(), -1)
+    largest = torch.linalg.eigvals(derivative).abs().max()
+    assert largest > 1.5
+    torch.testing.assert_close(step.spectral_radius(), largest, rtol=0.05, atol=0)
+
+
+def test_a_few_tokens_are_those_of_the_whole_batch():
+    """Attention is causal: the first tokens of the first rows have the states that they have in the batch."""
+    model = tiny_model(scale=3.0)
+    ids = tiny_ids(3, 70, low=3)
+    state, embeds, given = last_core_call(model, ids)
+    step = CoreStep.of(model.model.core, state, embeds, **given)
+    assert step.state.shape == (2, 64, 32)
+    whole = model.model.core(state, embeds, **given)
+    torch.testing.assert_close(step.take(step.state), whole[:2, :64], atol=1e-5, rtol=1e-4)
+
+
+def test_the_entropy_of_attention_in_closed_form():
+    """Attention at random keys of no length looks at all alike; a token that sees itself alone does not count."""
+    model = tiny_model()
+    torch.nn.init.zeros_(model.model.core.layers[0].attention.qkv_proj.weight)
+    torch.nn.init.zeros_(model.model.core.layers[1].attention.qkv_proj.weight)
+    state, embeds, given = last_core_call(model, tiny_ids(2, 6))
+    step = CoreStep.of(model.model.core, state, embeds, **given)
+    torch.testing.assert_close(step.attention_entropy(), torch.tensor(1.0))
+    # Token t of two looks at itself and the one before with probabilities p and 1 - p.
+    step.inputs.mask = torch.tensor([[0.0, torch.finfo(torch.float32).min], [math.log(0.25), math.log(0.75)]])[
+        None, None
+    ]
+    step.state, step.embeds = step.state[:, :2], step.embeds[:, :2]
+    step.inputs.rotary = tuple(part[:, :2] for part in step.inputs.rotary)
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
+    torch.testing.assert_close(step.attention_entropy(), torch.tensor(entropy))
+
+
+class Observer(TrainerCallback):
+    """Keeps gradients and weights before an update, and weights behind it."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = dict(model.named_parameters())
+        self.seen["gradients"] = {name: it.grad.clone() for name, it in named.items() if it.grad is not None}
+        self.seen["before"] = {name: it.detach().clone() for name, it in named.items()}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen["after"] = {name: it.detach().clone() for name, it in model.named_parameters()}
+
+
+def length(tensors):
+    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+
+
+def test_gradients_and_updates_by_part(tmp_path, monkeypatch):
+    """The norms are those before clipping, and their squares sum up to that of the whole; the update is what the
+    optimizer did to the weights.
+    """
+    trainer = build_trainer(tmp_path, callbacks=CallbacksConfig(), max_steps=2, max_grad_norm=0.01)
+    observer = Observer()
+    trainer.add_callback(observer)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    norms = {name.removeprefix("gradient_norm_"): it for name, it in entry.items() if name.startswith("gradient_norm_")}
+    assert norms.keys() == {"embeddings", "prelude", "core", "coda", "norm"}
+    assert math.hypot(*norms.values()) == pytest.approx(entry["grad_norm"], rel=1e-5) and entry["grad_norm"] > 0.1
+    seen = observer.seen
+    core = [name for name in seen["before"] if name.startswith("model.core.")]
+    share = length(seen["gradients"][name] for name in core) / length(seen["gradients"].values())
+    assert norms["core"] == pytest.approx(share * entry["grad_norm"], rel=1e-5)
+    moved = length(seen["after"][name] - seen["before"][name] for name in core)
+    assert entry["update_ratio_core"] == pytest.approx(moved / length(seen["before"][name] for name in core), rel=1e-3)
+
+
+def test_measuring_changes_nothing(tmp_path):
+    """Not the weights, with dropout, which draws random numbers."""
+    weights = []
+    for every in (0, 1):
+        config = CallbacksConfig(stability=StabilityConfig(gradient_logs=every, core_steps=every))
+        model = tiny_model(vocab_size=320, hidden_dropout=0.3)
+        trainer = build_trainer(tmp_path / str(every), model=model, callbacks=config, gradient_accumulation_steps=2)
+        trainer.train()
+        weights.append(list(trainer.model.parameters()))
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert all(("spectral_radius" in entry) == ("update_ratio_core" in entry) == bool(every) for entry in logs)
+        assert not trainer.model._forward_hooks and not trainer.model.model.core._forward_pre_hooks
+    assert all(torch.equal(first, second) for first, second in zip(*weights, strict=True))
+
+
+def args(**changes):
+    settings = {"deepspeed": None, "fsdp": [], "compile_units": False, "depth_gap_alarm": 0.01}
+    return SimpleNamespace(**{**settings, "token_correlation_alarm": 0.95, "output_dir": "", **changes})
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "model", "message"),
+    [
+        ({"gradient_logs": 2}, {"deepspeed": "zero1"}, {}, "gradient_logs is 2, but not possible with training.deepsp"),
+        ({"core_steps": 5}, {"fsdp": ["full_shard"]}, {}, "core_steps is 5, but not possible with training.fsdp"),
+        ({"core_steps": 5}, {"compile_units": True}, {}, "core_steps is 5, but not possible with training.torch_comp"),
+        (
+            {"core_steps": 5},
+            {},
+            {"num_core_layers": 0},
+            "core_steps is 5, but not possible with a model without a core",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_and_by_default_left_out(config, changes, model, message):
+    with pytest.raises(ValueError, match=message):
+        StabilityConfig(**config).intervals(args(**changes), tiny_model(**model))
+    intervals = StabilityConfig().intervals(args(**changes), tiny_model(**model))
+    assert intervals == (0 if {"deepspeed", "fsdp"} & changes.keys() else 1, 0)
+    assert StabilityConfig().intervals(args(), tiny_model()) == (1, 100)
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        (
+            {"token_correlation": 0.96},
+            "the states of different tokens have a mean correlation of 0.960: they are collaps",
+        ),
+        ({"state_growth": 12.0}, "the state after all steps is 12.0 times as long as after the first: it runs away"),
+        ({"spectral_radius": 2.5}, "a step of the core multiplies small differences by 2.50: more steps do not settle"),
+        (
+            {"update_ratio_core": 0.01, "update_ratio_coda": 0.2},
+            "an update moves the weights of the coda by 0.200 of thei",
+        ),
+        ({"attention_entropy": 0.01}, "the entropy of attention is 0.0100: tokens look at one other alone"),
+        (
+            {"depth_gap": 0.005, "loss_at_mean_steps": 4.9},
+            "the loss at one core step is only 0.0050 nats above that at",
+        ),
+        ({"depth_gap": 0.005, "loss_at_mean_steps": 5.1}, None),  # the loss has not fallen by a nat
+        ({"depth_gap": 0.02, "loss_at_mean_steps": 1.0}, None),
+        ({"token_correlation": 0.94, "state_growth": 9.0, "spectral_radius": 1.9, "attention_entropy": 0.03}, None),
+    ],
+)
+def test_alarms(figures, said):
+    history = [{"loss": 7.0}, {"loss": 6.5, "loss_at_mean_steps": 6.0}, figures]
+    callback = StabilityCallback(StabilityConfig(), (1, 1), kept=None)
+    found = callback.alarms(args(), SimpleNamespace(log_history=history, global_step=10, max_steps=100), figures)
+    assert len(found) == (said is not None) and all(text.startswith(said) for text in found)
+    if figures.get("depth_gap") == 0.005:  # half of training is over: depth is expected to pay
+        found = callback.alarms(args(), SimpleNamespace(log_history=history, global_step=10, max_steps=20), figures)
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize("action", ["warn", "save", "stop"])
+def test_what_an_alarm_leads_to(tmp_path, caplog, action):
+    config = CallbacksConfig(stability=StabilityConfig(action=action, update_alarm=1e-6))
+    trainer = build_trainer(tmp_path, callbacks=config, logging_steps=1)
+    if action == "stop":
+        with pytest.raises(
+            StabilityError, match=r"step 1: an update moves .* docs/troubleshooting\.md says what helps"
+        ):
+            trainer.train()
+    else:
+        trainer.train()
+        assert "step 1: an update moves the weights of" in caplog.text
+    assert (tmp_path / "alarms" / "step-1-rank-0.pt").exists() == (action != "warn")
