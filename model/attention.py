@@ -79,7 +79,8 @@ def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tenso
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (x_i, x_{i + d/2}). x: (batch, heads, sequence, d); cos, sin: (batch, sequence, d)."""
-    return x * cos.unsqueeze(1) + x.roll(x.shape[-1] // 2, dims=-1) * sin.unsqueeze(1)
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((x2, x1), dim=-1) * sin.unsqueeze(1)
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
