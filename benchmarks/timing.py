@@ -177,28 +177,34 @@ def is_ours_alone(name: str) -> bool:
 
 
 def interleave(
-    candidates: dict[str, Callable[[], object]], rounds: int, warmup: int, device: torch.device
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds that each candidate takes in each round, `warmup` rounds before them left out.
+    """Seconds of `clock` that each candidate takes in each round, `warmup` rounds before them left out.
 
     They take turns, A B C A B C, so that what slows the machine down for a while slows all of them down.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(-warmup, rounds):
         for name, run in candidates.items():
-            elapsed = seconds_of(run, device)
+            elapsed = seconds_of(run, device, clock)
             if index >= 0:
                 seconds[name].append(elapsed)
     return seconds
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call, until the device has finished its work."""
+def seconds_of(
+    run: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of one call, by default on the wall, until the device has finished its work."""
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     run()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def synchronize(device: torch.device) -> None:

@@ -68,18 +68,19 @@ def rotary_angles(positions: torch.Tensor, num_features: int, theta: float) -> t
 
 
 def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, each (batch, sequence, head_dim), of angles (batch, sequence, head_dim / 2).
+    """Cosine and sine, each (batch, sequence, head_dim), of angles (batch, sequence, head_dim / 2); the sine of the
+    first half is negative, for `apply_rotary`.
 
     Source: Su et al. 2021, arXiv 2104.09864, in the half-split layout of transformers' Llama.
     """
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (x_i, x_{i + d/2}). x: (batch, heads, sequence, d); cos, sin: (batch, sequence, d)."""
     x1, x2 = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-x2, x1), dim=-1) * sin.unsqueeze(1)
+    return x * cos.unsqueeze(1) + torch.cat((x2, x1), dim=-1) * sin.unsqueeze(1)
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:

@@ -112,6 +112,12 @@ def test_candidates_take_turns_and_the_warm_up_does_not_count():
     assert {name: len(values) for name, values in seconds.items()} == {"A": 3, "B": 3, "C": 3}
 
 
+def test_candidates_are_timed_by_the_clock_that_is_given():
+    ticks = iter(range(100))
+    seconds = timing.interleave({"A": lambda: next(ticks)}, 2, 1, CPU, clock=lambda: float(next(ticks)))
+    assert seconds == {"A": [2.0, 2.0]}
+
+
 def test_ratios_are_taken_within_a_round():
     """The machine is half as fast in the second round: the ratio is the same in both, that of the medians is not."""
     seconds = {"base": [1.0, 2.0, 1.0], "other": [2.0, 4.0, 4.0]}
@@ -208,7 +214,9 @@ def table_of(text: str) -> list[list[str]]:
     return lines
 
 
-@pytest.mark.parametrize("extra", [[], ["--dtype", "bf16", "--gradient-checkpointing"]], ids=["plain", "options"])
+@pytest.mark.parametrize(
+    "extra", [[], ["--dtype", "bf16", "--gradient-checkpointing", "--processor-time"]], ids=["plain", "options"]
+)
 def test_train_step_prints_a_table(extra, capsys, tmp_path):
     output = tmp_path / "out.json"
     sizes = ["--batch-size", "2", "--sequence-length", "8"]
