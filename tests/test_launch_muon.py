@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.test_utils.testing import AccelerateTestCase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.test_launch import free_port
@@ -42,8 +43,9 @@ def rank(folder):
 
 
 def trained(trainer):
-    """Its losses; what a process knows of DeepSpeed is forgotten after it."""
+    """Its losses; what a process knows of accelerate and DeepSpeed is forgotten after it."""
     trainer.train(resume_from_checkpoint=find_resume_point(trainer.args))
+    AccelerateTestCase().tearDown()
     unset_hf_deepspeed_config()
     return losses(trainer)
 
