@@ -147,7 +147,10 @@ KEYWORDS = [
         {"fsdp": True, "optim": "adafactor"},
         "training.optim is 'adafactor', which cannot compute with the parts",
     ),
-    ({"fsdp": True, "deepspeed": "zero2"}, "deepspeed and fsdp are both set, and each divides the weights"),
+    (
+        {"fsdp": True, "deepspeed": {"zero_optimization": {"stage": 2}}},
+        "deepspeed and fsdp are both set, and each divides the weights",
+    ),
     ({"fsdp": "full_shard", "fsdp_config": "{"}, "fsdp_config: '{' is not valid JSON"),
     ({"fsdp": "full_shard", "fsdp_config": "[1]"}, "No such file"),
 ]
