@@ -60,7 +60,7 @@ def test_it_streams_from_the_hub_and_names_nothing_else():
 
 
 def test_the_variant_for_a_cpu_trains_on_a_local_folder(folder, tmp_path):
-    """Three steps, of which the second is evaluated, and its model kept as the best."""
+    """Three steps, of which the best that is evaluated is what is left."""
     out = tmp_path / "out"
     flags = [*cpu_flags(), "--data.train", f"[{{kind: hub, path: {folder}, streaming: true}}]"]
     flags += ["--data.streaming_validation_rows", "12", "--training.output_dir", str(out), "--training.max_steps", "3"]
@@ -79,6 +79,6 @@ def test_the_variant_for_a_cpu_trains_on_a_local_folder(folder, tmp_path):
     found = losses(out)
     assert len(found) == 3 and found[-1] < found[0]
     state = json.loads((out / "trainer_state.json").read_text())
-    (evaluated,) = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    evaluated = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
     metrics = json.loads((out / "eval_results.json").read_text())
-    assert state["best_metric"] == evaluated == pytest.approx(metrics["eval_TinyStories_loss"], rel=1e-6)
+    assert state["best_metric"] == min(evaluated) == pytest.approx(metrics["eval_TinyStories_loss"], rel=1e-6)
