@@ -19,7 +19,7 @@ def average(folders: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokeniz
     the first.
 
     Args:
-        folders: At least two checkpoints, or runs with checkpoints, of one model.
+        folders: Two or more checkpoints of one model, or runs with checkpoints.
 
     Raises:
         ValueError: There is one only; one is an adapter, or of another model than the first.

@@ -38,61 +38,9 @@ def sinusoids(positions: torch.Tensor, hidden_size: int) -> torch.Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
-class RootMeanSquare(torch.autograd.Function):
-    """x / rms(x) * weight with a gradient of its own, for CPUs: there torch has one only by its parts, which keep the
-    normed input beside the input, and pass over the memory half as often again. The values are theirs to the last bit,
-    and so is the gradient: x is given twice, so that its two parts are added in their order.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: torch.Tensor, _: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, ...]:
-        scale = inverse_root_mean_square(x, eps)
-        return x * scale * weight, scale
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
-        (x, _, weight, ctx.eps), (_, scale) = inputs, output
-        ctx.mark_non_differentiable(scale)
-        ctx.save_for_backward(x, weight, scale)
-        ctx.save_for_forward(x, weight, scale)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient of this gradient will be asked for
-            scale = inverse_root_mean_square(x, ctx.eps)
-        grad_normed = grad * weight
-        through_scale = (grad_normed * x).sum(dim=-1, keepdim=True) * scale.pow(3) / -x.shape[-1]
-        grad_weight = (x * scale * grad).sum_to_size(weight.shape) if ctx.needs_input_grad[2] else None
-        return grad_normed * scale, x * through_scale, grad_weight, None
-
-    @staticmethod
-    def jvp(ctx, x_tangent: torch.Tensor, _: torch.Tensor, weight_tangent: torch.Tensor, __: None) -> tuple:
-        x, weight, scale = ctx.saved_tensors
-        scale_tangent = -scale.pow(3) * (x * x_tangent).mean(dim=-1, keepdim=True)
-        return (x_tangent * scale + x * scale_tangent) * weight + x * scale * weight_tangent, None
-
-
-def inverse_root_mean_square(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / rms(x) over the last dimension, (..., 1)."""
-    return torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps)
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's, with a gradient that costs less on a CPU. torch.compile makes its own of torch's, and GPUs have one."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        is_float32 = x.dtype == self.weight.dtype == torch.float32
-        if x.is_cpu and is_float32 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return RootMeanSquare.apply(x, x, self.weight, self.eps)[0]
-        return super().forward(x)
-
-
 def build_norm(config: PreTrainedConfig) -> nn.Module:
     """The norm that `config.norm` names, over the last dimension."""
-    norm = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}[config.norm]
+    norm = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm]
     return norm(config.hidden_size, eps=config.norm_eps)
 
 

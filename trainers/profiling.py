@@ -135,7 +135,7 @@ def costs_of(events: Sequence[FunctionEvent], measure: str) -> dict[str, tuple[f
     checkpointing computes again belongs to the backward pass.
     """
     owners = {
-        (event.thread, event.sequence_nr): part_of(event)
+        (event.thread, event.sequence_nr): part_around(event)
         for event in events
         if event.sequence_nr >= 0 and not is_backward(event)
     }
@@ -145,7 +145,7 @@ def costs_of(events: Sequence[FunctionEvent], measure: str) -> dict[str, tuple[f
         if event.name.startswith(BACKWARD) and not is_backward(outer):
             costs[owners.get((event.fwd_thread, event.sequence_nr)) or "gradients, summed up"][1] += time
         elif (name := name_of(event)) and not is_backward(event):
-            if (around := part_of(outer)) == name:
+            if (around := part_around(outer)) == name:
                 continue  # an optimizer within another
             costs[name][0] += event.cpu_time_total if name == "data" else time
             if around:
@@ -160,7 +160,7 @@ def name_of(event: FunctionEvent) -> str | None:
     return next((name for start, name in OTHERS.items() if event.name.startswith(start)), None)
 
 
-def part_of(event: FunctionEvent | None) -> str | None:
+def part_around(event: FunctionEvent | None) -> str | None:
     """The innermost part of a step that an event is, or is within."""
     while event is not None and name_of(event) is None:
         event = event.cpu_parent
