@@ -443,4 +443,5 @@ def test_no_samples_are_written_by_default(tmp_path):
     before = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     add_callbacks(trainer, CallbacksConfig(), tiny_tokenizer())
     after = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-    assert after == ["ThroughputCallback", "StabilityCallback", *before, "ModelSizeCallback", "NonFiniteCallback"]
+    watching = ["ModelSizeCallback", "PicturesCallback", "NonFiniteCallback"]
+    assert after == ["ThroughputCallback", "StabilityCallback", *before, *watching]
