@@ -48,8 +48,10 @@ class NonFiniteConfig:
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
             raise ValueError(f"non_finite.action is {self.action!r}, must be one of {', '.join(ACTIONS)}.")
-        if self.spike_deviations is not None and self.spike_deviations <= 0:
-            raise ValueError(f"non_finite.spike_deviations is {self.spike_deviations}, must be above 0; try 10.")
+        if self.spike_deviations is not None and not 0 < self.spike_deviations < math.inf:
+            raise ValueError(
+                f"non_finite.spike_deviations is {self.spike_deviations}, must be a number above 0; try 10."
+            )
         if self.max_rollbacks < 1:
             raise ValueError(f"non_finite.max_rollbacks is {self.max_rollbacks}, must be at least 1.")
 

@@ -36,20 +36,24 @@ class StabilityConfig:
     """What an alarm leads to: "warn" says it, "save" also saves the last batch, "stop" does both and ends the run with
     an error."""
     gradient_logs: int | None = None
-    """Every this many logs the norms of gradients and the sizes of updates are logged by part of the model; 0 turns it
-    off. Default: 1; with DeepSpeed and FSDP, which divide them among ranks, 0."""
+    """Every this many logs, at least 0, the norms of gradients and the sizes of updates are logged by part of the
+    model; 0 turns it off. Default: 1; with DeepSpeed and FSDP, which divide them among ranks, 0."""
     core_steps: int | None = None
-    """Every this many optimizer steps the spectral radius of a step of the core and the entropy of its attention are
-    measured, on a few tokens; 0 turns it off. Default: 100; with DeepSpeed, FSDP, torch_compile and quantized weights,
-    through which they cannot be computed, 0."""
+    """Every this many optimizer steps, at least 0, the spectral radius of a step of the core and the entropy of its
+    attention are measured, on a few tokens; 0 turns it off. Default: 100; with DeepSpeed, FSDP, torch_compile and
+    quantized weights, through which they cannot be computed, 0."""
     update_alarm: float = 0.1
-    """An alarm is raised when an update changes a part of the model by more than this share of its length."""
+    """An alarm is raised when an update changes a part of the model by more than this share of its length, at least
+    0."""
     state_growth_alarm: float = 10.0
-    """An alarm is raised when the state after all steps is longer by more than this factor than after the first."""
+    """An alarm is raised when the state after all steps is longer by more than this factor, at least 0, than
+    after the first."""
     spectral_radius_alarm: float = 2.0
-    """An alarm is raised when a step of the core makes small differences between states larger by more than this."""
+    """An alarm is raised when a step of the core makes small differences between states larger by more than
+    this factor, at least 0."""
     attention_entropy_alarm: float = 0.02
-    """An alarm is raised when the entropy of attention, at most 1, is below this."""
+    """An alarm is raised when the entropy of attention is below this share of the most it could be, at least 0, at most
+    1."""
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -58,9 +62,11 @@ class StabilityConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"stability.{name} is {value}, must be at least 0, which turns it off.")
-        for name in ("update_alarm", "state_growth_alarm", "spectral_radius_alarm", "attention_entropy_alarm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"stability.{name} is {getattr(self, name)}, must be at least 0.")
+        for name in ("update_alarm", "state_growth_alarm", "spectral_radius_alarm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"stability.{name} is {getattr(self, name)}, must be a number of at least 0.")
+        if not 0 <= self.attention_entropy_alarm <= 1:
+            raise ValueError(f"stability.attention_entropy_alarm is {self.attention_entropy_alarm}, must be in 0 .. 1.")
 
     def intervals(self, args: Any, model: PreTrainedModel) -> tuple[int, int]:
         """`gradient_logs` and `core_steps`, or what they are by default.
