@@ -325,9 +325,7 @@ class RecurrentGenerationMixin:
     def _get_candidate_generator(
         self, *, generation_config: GenerationConfig, model_kwargs: dict, assistant_model=None, **kwargs: Any
     ) -> Any:
-        """The original's generator; the model that drafts has a depth of its own, from its generation config, and reads
-        media itself.
-        """
+        """The original's generator; a model that drafts takes the depth of its generation config, and reads media."""
         media = model_kwargs.get("draft_media") or {}
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
         if assistant_model is not None:

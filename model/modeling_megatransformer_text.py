@@ -58,9 +58,7 @@ def check_kwargs(kwargs: dict[str, Any], forward: Callable, position_ids: torch.
 
 
 def last_state(name: str, cache: RecurrentCache | None) -> torch.Tensor | None:
-    """The state in which the token before ended, (batch, 1, hidden); None where there is none. ValueError for another
-    name.
-    """
+    """The state in which the token before ended, (batch, 1, hidden), if there is one. ValueError for another name."""
     if name != "last":
         raise ValueError(f"initial_state is {name!r}; give a tensor, or 'last'")
     return None if cache is None else cache.last_state
@@ -407,8 +405,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         if given is None and args[2] is not None:
             with contextlib.suppress(OSError, ValueError):  # there is no such file, or none that can be read
                 file = cached_file(args[2], GENERATION_CONFIG_NAME, **kwargs)
-                said = json.loads(Path(file).read_text(encoding="utf-8"))
-                self.generation_config.update(**said, allow_custom_entries=True)
+                self.generation_config.update(**json.loads(Path(file).read_text("utf-8")), allow_custom_entries=True)
         self.generation_config = lasting(self.generation_config)
 
     # `generate` hands the last on, and PEFT has its own function to prepare inputs.
