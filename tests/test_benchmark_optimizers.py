@@ -67,4 +67,7 @@ def test_language_trains_and_evaluates(tmp_path, monkeypatch):
     flags = ["--configs", "plain_lm", "--seeds", "0", "--max-steps", "3", "--runs", str(tmp_path / "runs")]
     optimizers.main(["language", "--rows", str(tmp_path), *flags])
     (row,) = json.loads((tmp_path / "language.json").read_text())
-    assert row["updates"] == 2 and 5.5 < row["loss"] < 7 and row["seconds"] < row["cpu_seconds"] * 20
+    (path,) = tmp_path.glob("runs/*/trainer_state.json")
+    (trained,) = [entry["train_loss"] for entry in json.loads(path.read_text())["log_history"] if "train_loss" in entry]
+    assert row["loss"] == pytest.approx(trained, abs=0.2)  # two updates of a warm-up change little
+    assert row["updates"] == 2 and row["seconds"] < row["cpu_seconds"] * 20
