@@ -17,7 +17,7 @@ from .non_finite import NonFiniteCallback, NonFiniteConfig, check_non_finite
 from .pictures import PicturesCallback, PicturesConfig
 from .reporting import Reporter
 from .samples import SamplesCallback, SamplesConfig
-from .stability import StabilityCallback, StabilityConfig, StabilityError
+from .stability import StabilityCallback, StabilityConfig, StabilityError, intervals_of
 from .throughput import ThroughputCallback
 
 __all__ = [
@@ -83,7 +83,7 @@ def add_callbacks(
     """
     reporter = Reporter(trainer)
     non_finite = build_non_finite(trainer, config.non_finite)
-    intervals = config.stability.intervals(trainer.args, trainer.model)
+    intervals = intervals_of(config.stability, trainer.args, trainer.model)
     stability = StabilityCallback(config.stability, intervals, non_finite.kept)
     trainer.callback_handler.callbacks[:0] = [ThroughputCallback(), stability]
     trainer.add_callback(ModelSizeCallback(reporter))

@@ -68,28 +68,6 @@ class StabilityConfig:
         if not 0 <= self.attention_entropy_alarm <= 1:
             raise ValueError(f"stability.attention_entropy_alarm is {self.attention_entropy_alarm}, must be in 0 .. 1.")
 
-    def intervals(self, args: Any, model: PreTrainedModel) -> tuple[int, int]:
-        """`gradient_logs` and `core_steps`, or what they are by default.
-
-        Raises:
-            ValueError: one is asked for where it cannot be measured.
-        """
-        divided = next((f"training.{name}" for name in ("deepspeed", "fsdp") if getattr(args, name)), None)
-        opaque = divided or ("training.torch_compile" if args.compile_units else None)
-        if core_of(model) is None:
-            opaque = "a model without a core"
-        elif getattr(model, "is_quantized", False):  # transformers sets it on such models alone
-            opaque = "quantized weights"
-        chosen = []
-        for name, default, obstacle in (("gradient_logs", 1, divided), ("core_steps", 100, opaque)):
-            value = getattr(self, name)
-            if value and obstacle is not None:
-                raise ValueError(
-                    f"callbacks.stability.{name} is {value}, but not possible with {obstacle}; leave it out"
-                )
-            chosen.append((0 if obstacle else default) if value is None else value)
-        return tuple(chosen)
-
 
 class StabilityError(RuntimeError):
     """An alarm that ends a run."""
@@ -98,6 +76,29 @@ class StabilityError(RuntimeError):
 def core_of(model: PreTrainedModel) -> nn.Module | None:
     """The core of a model, also of one with PEFT's adapters; None where it has none."""
     return getattr(unwrap_peft_model(model).base_model, "core", None)
+
+
+def intervals_of(config: StabilityConfig, args: Any, model: PreTrainedModel) -> tuple[int, int]:
+    """`gradient_logs` and `core_steps`, or what they are by default.
+
+    Raises:
+        ValueError: one is asked for where it cannot be measured.
+    """
+    divided = next((f"training.{name}" for name in ("deepspeed", "fsdp") if getattr(args, name)), None)
+    opaque = divided or ("training.torch_compile" if args.compile_units else None)
+    if core_of(model) is None:
+        opaque = "a model without a core"
+    elif getattr(model, "is_quantized", False):  # transformers sets it on such models alone
+        opaque = "quantized weights"
+    chosen = []
+    for name, value, default, obstacle in (
+        ("gradient_logs", config.gradient_logs, 1, divided),
+        ("core_steps", config.core_steps, 100, opaque),
+    ):
+        if value and obstacle is not None:
+            raise ValueError(f"callbacks.stability.{name} is {value}, but not possible with {obstacle}; leave it out")
+        chosen.append((0 if obstacle else default) if value is None else value)
+    return tuple(chosen)
 
 
 class StabilityCallback(TrainerCallback):

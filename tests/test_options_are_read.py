@@ -41,7 +41,7 @@ READERS = {
     "PicturesConfig": ("callbacks/pictures.py", r"(self\.)?config"),
     "NonFiniteConfig": ("callbacks/non_finite.py", r"(self\.)?config"),
     "StabilityConfig": ("callbacks/stability.py", r"(self\.)?config"),
-    "RecurrentTrainingArguments": ("trainers", r"(self\.)?args"),
+    "RecurrentTrainingArguments": ("trainers callbacks/stability.py", r"(self\.)?args"),
     "ModalityWeights": ("trainers/losses.py", "weights"),
     "ObjectiveOptions": ("trainers", r"(self\.)?options|self\.objective"),
     "ParameterGroup": ("trainers/parameter_groups.py", "group"),
@@ -112,7 +112,8 @@ ALL = [found for cls in SECTIONS for found in classes_within(cls)]
 def test_every_option_is_read(cls: type, name: str) -> None:
     assert cls.__name__ in READERS, f"say in READERS where the options of {cls.__name__} are read"
     place, receiver = READERS[cls.__name__]
-    files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
+    places = map(ROOT.joinpath, place.split())
+    files = [file for part in places for file in ([part] if part.suffix else sorted(part.rglob("*.py")))]
     assert unread(cls, own_fields(cls), name, files, receiver) == set()
 
 

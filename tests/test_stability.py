@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from callbacks import CallbacksConfig, StabilityConfig, StabilityError
-from callbacks.stability import CoreStep, StabilityCallback
+from callbacks.stability import CoreStep, StabilityCallback, intervals_of
 from tests.test_callbacks import build_trainer
 from tests.tiny import tiny_ids, tiny_model
 
@@ -146,10 +146,10 @@ def args(**changes):
 )
 def test_what_cannot_be_measured_is_refused_and_by_default_left_out(config, changes, model, message):
     with pytest.raises(ValueError, match=message):
-        StabilityConfig(**config).intervals(args(**changes), tiny_model(**model))
-    intervals = StabilityConfig().intervals(args(**changes), tiny_model(**model))
+        intervals_of(StabilityConfig(**config), args(**changes), tiny_model(**model))
+    intervals = intervals_of(StabilityConfig(), args(**changes), tiny_model(**model))
     assert intervals == (0 if {"deepspeed", "fsdp"} & changes.keys() else 1, 0)
-    assert StabilityConfig().intervals(args(), tiny_model()) == (1, 100)
+    assert intervals_of(StabilityConfig(), args(), tiny_model()) == (1, 100)
 
 
 @pytest.mark.parametrize(
