@@ -4,6 +4,7 @@ import html
 import io
 import json
 import sqlite3
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def run(tmp_path_factory):
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DIR", str(folder))
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+            patch.delitem(sys.modules, name)  # it reads the variable when it is imported, which others may have done
         import trackio  # here, since the fast tests are collected without them
         import wandb
 
