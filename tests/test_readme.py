@@ -65,6 +65,8 @@ def prepared(command: str, folder: Path) -> list[str]:
         words += FEW_STEPS
         if "finetune.py" in words:
             words += ["--model.path", str(folder / "runs" / "recurrent_lm")]
+    if words[:2] == ["python", "pretrain.py"]:
+        words += ["--training.output_dir", str(folder / "runs" / "looked_at")]
     if words[:3] == ["python", "-m", "evaluation"]:
         words += ["--limit", "4", "--max-new-tokens", "4"]
     return [str(Path(sys.executable).with_name(words[0])), *words[1:]]
