@@ -13,7 +13,7 @@ import torch
 from datasets import disable_progress_bars
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from callbacks import ModelCardWriter, sources_of
+from callbacks import ModelCardWriter, StabilityError, sources_of
 from inference.devices import choose_threads, device_report
 from inference.logs import set_up_logging
 from trainers.checkpoints import NoSpaceError
@@ -28,6 +28,14 @@ from .runs import ResolvedConfig, one_line_errors
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+
+class NoRowsError(ValueError):
+    """Data of which not one row came, as only their end shows."""
+
+
+ENDINGS = (ResumeError, NoRowsError, NoSpaceError, NotShardedError, StabilityError, FloatingPointError)
+"""What ends training with a line for people; the last two are alarms."""
 
 
 def set_up_output(log_level: str) -> None:
@@ -45,7 +53,7 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         build: run and checkpoint to go on from -> trainer.
 
     Raises:
-        SystemExit: the input is bad, with code 2; after SIGTERM or Ctrl-C, with 143 or 130.
+        SystemExit: the input is bad, or an alarm ends the run, with code 2; after SIGTERM or Ctrl-C, with 143 or 130.
     """
     logger.info("%s", device_report())
     args, lock = run.training, RunLock(run.training.output_dir)
@@ -65,7 +73,7 @@ def run_training(run: ResolvedConfig, build: Callable[[ResolvedConfig, str | Non
         trainer.add_callback(ConfigWriter(run))
         trainer.add_callback(card)
         trainer.stop = StopCallback(request)
-        with one_line_errors((ResumeError, NoRowsError, NoSpaceError, NotShardedError)):
+        with one_line_errors(ENDINGS):
             with request.deferred():
                 trainer.train(resume_from_checkpoint=start.checkpoint)
                 if trainer.state.global_step == 0:
@@ -131,10 +139,6 @@ class ConfigWriter(TrainerCallback):
             self.run.save(os.path.join(args.output_dir, "config.yaml"))
             if state.global_step == 0:
                 Path(args.output_dir, TRAINER_STATE_NAME).unlink(missing_ok=True)
-
-
-class NoRowsError(ValueError):
-    """Data of which not one row came, as only their end shows."""
 
 
 def finish(trainer: Trainer, card: ModelCardWriter) -> None:

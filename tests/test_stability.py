@@ -1,15 +1,18 @@
 """What is measured of a run's stability, against closed forms; and when that is an alarm."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
+import pretrain
 from callbacks import CallbacksConfig, StabilityConfig, StabilityError
 from callbacks.stability import CoreStep, StabilityCallback, intervals_of
 from tests.test_callbacks import build_trainer
+from tests.test_pretrain import write_config
 from tests.tiny import tiny_ids, tiny_model
 
 
@@ -198,3 +201,25 @@ def test_what_an_alarm_leads_to(tmp_path, caplog, action):
         trainer.train()
         assert "step 1: an update moves the weights of" in caplog.text
     assert (tmp_path / "alarms" / "step-1-rank-0.pt").exists() == (action != "warn")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--callbacks.stability.action", "stop", "--callbacks.stability.update_alarm", "1e-6"],
+            r"error: step 1: an update moves .* docs/troubleshooting\.md says what helps",
+        ),
+        (
+            ["--training.learning_rate", "1e30"],
+            r"error: At step 2 the grad_norm is nan\. .* callbacks\.non_finite\.action: .* goes on\.",
+        ),
+    ],
+)
+def test_an_alarm_ends_a_command_with_one_line(tmp_path, capsys, flags, said):
+    always = ["--training.output_dir", str(tmp_path / "out"), "--training.logging_steps", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main(["--config", str(write_config(tmp_path)), *always, *flags])
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(said, line)
