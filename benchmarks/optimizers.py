@@ -101,33 +101,37 @@ class Rows:
 
 CONFIGS = ("recurrent_lm", "plain_lm")
 RATES = {
-    "adamw": (3e-3, 6e-3, 1.5e-3, 1.2e-2),
-    "muon": (1e-2, 2e-2, 5e-3, 4e-2),
-    "adamuon": (1e-2, 2e-2, 5e-3, 4e-2),
+    "adamw": (3e-3, 1.5e-3, 6e-3),
+    "muon": (5e-3, 2.5e-3, 1e-2),
+    "adamuon": (5e-3, 2.5e-3, 1e-2),
 }
-"""Learning rates of the sweep; for Muon and AdaMuon that of the matrices, and the rest has that of the config."""
+"""Learning rates of the sweep, which goes on by factors of 2 while the best is the least or the greatest; for Muon and
+AdaMuon that of the matrices, and the rest has that of the config."""
 SHARE = 0.8
 """Updates of Muon and AdaMuon, as a share of AdamW's."""
 NUM_BEST = 3
 
 
 def plan_language(rows: Rows, args: argparse.Namespace) -> Iterator[Row]:
-    """Runs without a row: with the first seed all rates, from the most likely on, and then the best with the others."""
-    first, *others = args.seeds
-    sweep = [
-        language_job(config, name, RATES[name][index], first, args)
-        for config in args.configs
-        for index in range(max(map(len, RATES.values())))
-        for name in RATES
-        if index < len(RATES[name])
-    ]
-    yield from (job for job in sweep if rows.find(job) is None)
+    """Runs without a row: with the first seed a sweep of rates, and then the best of them with the other seeds."""
     for config in args.configs:
         for name in RATES:
-            found = [rows.find(job) for job in sweep if (job["config"], job["optimizer"]) == (config, name)]
-            for row in sorted(found, key=lambda row: row["loss"])[:NUM_BEST]:
-                jobs = [language_job(config, name, row["learning_rate"], seed, args) for seed in others]
+            losses: dict[float, float] = {}
+            for rate in rates_around_the_best(RATES[name], losses):
+                job = language_job(config, name, rate, args.seeds[0], args)
+                if rows.find(job) is None:
+                    yield job
+                losses[rate] = rows.find(job)["loss"]
+            for rate in sorted(losses, key=losses.get)[:NUM_BEST]:
+                jobs = [language_job(config, name, rate, seed, args) for seed in args.seeds[1:]]
                 yield from (job for job in jobs if rows.find(job) is None)
+
+
+def rates_around_the_best(rates: Sequence[float], losses: dict[float, float]) -> Iterator[float]:
+    """The rates, and more, until the best has a neighbor on either side. `losses` are those that came of them."""
+    yield from rates
+    while (best := min(losses, key=losses.get)) in (least := min(losses), max(losses)):
+        yield best / 2 if best == least else best * 2
 
 
 def language_job(config: str, name: str, rate: float, seed: int, args: argparse.Namespace) -> Row:
