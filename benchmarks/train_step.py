@@ -27,6 +27,7 @@ from inference.devices import choose_device, choose_threads
 from model import MegaTransformerForCausalLM
 from model.recurrence import draw_training_states
 from trainers.dry_run import StepCounts, flops_per_token, linear_parameters
+from trainers.norms import speed_up_norms
 
 
 class Trainee:
@@ -45,6 +46,7 @@ class Trainee:
         num_steps: tuple[int, int] = (0, 0),
     ):
         self.model, self.draw_inputs = model.train(), draw_inputs
+        speed_up_norms(model)  # as trainers do; Llama's own are of another kind
         self.flops = args.batch_size * args.sequence_length * training_flops(model, num_steps, args.sequence_length)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bf16")

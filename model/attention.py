@@ -14,7 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
-from .norms import RMSNorm
 
 
 @dataclass
@@ -301,8 +300,8 @@ class Attention(nn.Module):
         if config.qk_bias:
             self.qk_bias = nn.Parameter(torch.zeros(self.num_heads + self.num_key_value_heads, self.head_dim))
         if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""The parts of a transformer: embeddings, feed-forward layers (the GLU family: Shazeer 2020, arXiv 2002.05202),
+"""The parts of a transformer: embeddings, norms, feed-forward layers (the GLU family: Shazeer 2020, arXiv 2002.05202),
 the block, and stacks of blocks that run once.
 """
 
@@ -9,7 +9,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Attention, AttentionInputs, build_output_projection
 from .cache import CacheSlot
-from .norms import build_norm
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -37,6 +36,12 @@ def sinusoids(positions: torch.Tensor, hidden_size: int) -> torch.Tensor:
     exponents = torch.arange(0, hidden_size, 2, dtype=torch.float32, device=positions.device) / hidden_size
     angles = positions[..., None].float() * 10000**-exponents
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def build_norm(config: PreTrainedConfig) -> nn.Module:
+    """The norm that `config.norm` names, over the last dimension."""
+    norm = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm]
+    return norm(config.hidden_size, eps=config.norm_eps)
 
 
 class GatedFeedForward(nn.Module):

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from .attention import prepare_bidirectional_attention, rotary_angles
-from .blocks import BlockStack
+from .blocks import BlockStack, build_norm
 from .configuration_megatransformer import EncoderConfig, MegaTransformerAudioConfig, MegaTransformerVisionConfig
 from .initialization import MegaTransformerPreTrainedModel
-from .norms import build_norm
 
 
 class ConvStem(nn.Module):

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from .configuration_megatransformer import WriterConfig
-from .norms import RMSNorm
 
 TIME_FEATURES = 256
 SAMPLING_MIN_SIGMA = 0.05
@@ -72,7 +71,7 @@ class FlowHead(nn.Module):
         width = config.flow_hidden_size
         self.latent_size, self.num_draws, self.min_sigma = latent_size, config.num_draws, config.flow_min_sigma
         self.predicts_latent = (config.flow_prediction or ("v" if latent_size <= 64 else "x")) == "x"
-        self.condition_norm = RMSNorm(hidden_size, eps=norm_eps)
+        self.condition_norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.condition_proj = nn.Linear(hidden_size, width)
         self.place_embedding = nn.Embedding(num_places, width)
         self.time_embedding = TimeEmbedding(width)

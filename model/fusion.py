@@ -12,7 +12,6 @@ from .chat import TARGET_PREFIX
 from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .modalities import MODALITIES
-from .norms import RMSNorm
 
 
 class Projector(nn.Module):
@@ -24,10 +23,10 @@ class Projector(nn.Module):
 
     def __init__(self, width: int, config: MegaTransformerTextConfig):
         super().__init__()
-        self.norm_in = RMSNorm(width, eps=config.norm_eps)
+        self.norm_in = nn.RMSNorm(width, eps=config.norm_eps)
         self.up_proj = nn.Linear(width, config.hidden_size)
         self.down_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm_out = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm_out = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.scale = config.initializer_range * config.embedding_scale
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
 from .attention import AttentionInputs, prepare_attention, select_rows
-from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, sinusoids
+from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, build_norm, sinusoids
 from .cache import RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .cross_entropy import causal_loss, count_labels
@@ -28,7 +28,6 @@ from .depth import NoiseOptions, resolve_depth
 from .exit_criteria import ExitController, ExitOptions, ExitProbe
 from .generation_text import RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
-from .norms import build_norm
 from .outputs import CACHE_NAME, MegaTransformerCausalLMOutput, MegaTransformerModelOutput, pop_cache, with_parameters
 from .recurrence import ActiveRows, RecurrentCore, default_state, iterate_core
 

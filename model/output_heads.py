@@ -20,7 +20,6 @@ from .depth import keyed_generator
 from .flow import FlowHead, draw_times
 from .fusion import check_counts
 from .modalities import TARGET_MODALITIES
-from .norms import RMSNorm
 
 
 @dataclass
@@ -64,7 +63,7 @@ class OutputHead(nn.Module):
         hidden, eps = text_config.hidden_size, text_config.norm_eps
         self.up_proj = nn.Linear(self.codec.latent_size, hidden)
         self.down_proj = nn.Linear(hidden, hidden)
-        self.norm = RMSNorm(hidden, eps=eps)
+        self.norm = nn.RMSNorm(hidden, eps=eps)
         self.scale = text_config.initializer_range * text_config.embedding_scale  # that of an embedded token
         self.head = FlowHead(config, hidden, self.codec.latent_size, self.num_places, eps)
 

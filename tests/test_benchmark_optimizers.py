@@ -30,7 +30,10 @@ def test_sweep_then_the_best_three_with_all_seeds(tmp_path, monkeypatch, capsys)
     assert muon[:5] == [(5e-3, 0), (2.5e-3, 0), (1e-2, 0), (2e-2, 0), (4e-2, 0)]  # on to where it is worse again
     assert muon[5:] == [(2e-2, 1), (2e-2, 2), (1e-2, 1), (1e-2, 2), (5e-3, 1), (5e-3, 2)]
     adamw = [job["learning_rate"] for job in seen if job["optimizer"] == "adamw"]
-    assert adamw[:6] == [3e-3, 1.5e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2] and adamw[6:] == [2.4e-2] * 2 + [1.2e-2] * 2 + [6e-3] * 2
+    assert (
+        adamw[:6] == [3e-3, 1.5e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2]
+        and adamw[6:] == [2.4e-2] * 2 + [1.2e-2] * 2 + [6e-3] * 2
+    )
     assert "| plain_lm | muon | 0.02 | 80 | 3 | 0.0000 ± 0.0000 | 3 |" in capsys.readouterr().out
     assert begin(monkeypatch, tmp_path, "language", *flags) == []
 

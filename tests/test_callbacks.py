@@ -426,7 +426,10 @@ def test_a_filter_that_hides_nan_is_refused(tmp_path):
             lambda: NonFiniteConfig(action="panic"),
             "non_finite.action is 'panic', must be one of stop, skip, warn, roll_b",
         ),
-        (lambda: NonFiniteConfig(spike_deviations=0), "non_finite.spike_deviations is 0, must be a number above 0; try 10"),
+        (
+            lambda: NonFiniteConfig(spike_deviations=0),
+            "non_finite.spike_deviations is 0, must be a number above 0; try 10",
+        ),
         (lambda: NonFiniteConfig(max_rollbacks=0), "non_finite.max_rollbacks is 0, must be at least 1"),
         (lambda: StabilityConfig(action="panic"), "stability.action is 'panic', must be one of warn, save, stop"),
         (lambda: StabilityConfig(core_steps=-1), "stability.core_steps is -1, must be at least 0"),

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
-from model.norms import RMSNorm, RMSNormFunction
+from tests.test_trainer import build
 from tests.tiny import tiny_ids, tiny_model
+from trainers.norms import RMSNorm, RMSNormFunction, speed_up_norms
 
 
 def pair(width=12, eps=1e-6):
@@ -59,7 +60,7 @@ def test_parts_that_are_frozen_have_no_gradient():
 
 @pytest.mark.parametrize("kind", ["half", "mixed", "no gradient"])
 def test_torch_computes_what_is_no_training_in_float32(kind, monkeypatch):
-    monkeypatch.setattr(RMSNormFunction, "apply", None)
+    monkeypatch.setattr(RMSNormFunction, "apply", None)  # would be called in vain
     ours, theirs = pair()
     x = torch.randn(2, 12).to(torch.bfloat16 if kind != "no gradient" else torch.float32)
     if kind == "half":
@@ -91,13 +92,24 @@ def test_transforms_of_functions(transform):
     torch.testing.assert_close(ours, transform(pair()[1], x), atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_learns_as_with_the_norms_of_torch(monkeypatch):
-    """The norms of heads and of queries and keys as well."""
-    gradients = []
-    for forward in (RMSNorm.forward, nn.RMSNorm.forward):
-        monkeypatch.setattr(RMSNorm, "forward", forward)
+def test_a_model_learns_as_with_the_norms_of_torch():
+    """The norms of queries and keys as well."""
+    gradients, names = [], []
+    for is_fast in (False, True):
         model = tiny_model(qk_norm=True)
+        if is_fast:
+            speed_up_norms(model)
         ids = tiny_ids(2, 8)
         model(ids, labels=ids, num_steps=3).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        names.append({type(module) for module in model.modules() if isinstance(module, nn.RMSNorm)})
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    assert names == [{nn.RMSNorm}, {RMSNorm}]
+
+
+def test_a_trainer_has_them_and_a_norm_of_another_kind_is_left_alone(tmp_path):
+    trainer = build(tmp_path)
+    assert {type(it) for it in trainer.model.modules() if isinstance(it, nn.RMSNorm)} == {RMSNorm}
+    others = nn.ModuleList([nn.RMSNorm(4), nn.RMSNorm(4, eps=1e-6, elementwise_affine=False), nn.LayerNorm(4)])
+    speed_up_norms(others)
+    assert [type(it) for it in others] == [nn.RMSNorm, nn.RMSNorm, nn.LayerNorm]

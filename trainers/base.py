@@ -23,6 +23,7 @@ from .averaging import WeightAverage
 from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper, bytes_of_checkpoint, checkpoints_in, number_of
 from .early_stopping import EarlyStopping, has_stopped
 from .gradient_filters import GradientFilter
+from .norms import speed_up_norms
 from .optimizers import build_optimizer, check_distribution
 from .parameter_groups import FreezeStepsCallback, assign, freeze, parameters_of_norms, split_groups
 from .regrouping import RegroupCallback, needs_regrouping
@@ -76,6 +77,7 @@ class BaseTrainer(Trainer):
         except REFUSALS as error:
             raise ValueError(f"training: {error}") from error
         make_trained_weights_float32(self.model)
+        speed_up_norms(self.model)
         if self.optimizer is None:
             self.optimizer = self.built_optimizer
         self.auxiliary: list[Any] = []

@@ -1,22 +1,23 @@
-"""Norms over the last dimension."""
+"""RMSNorms that learn faster on a CPU."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 
-def build_norm(config: PreTrainedConfig) -> nn.Module:
-    """The norm that `config.norm` names."""
-    norm = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}[config.norm]
-    return norm(config.hidden_size, eps=config.norm_eps)
+def speed_up_norms(model: nn.Module) -> None:
+    """Makes every `torch.nn.RMSNorm` of a model one whose gradient takes less than half of the time on a CPU, where
+    torch knows it by its parts alone, each of which passes over the memory. GPUs have a kernel of their own, and
+    torch.compile makes one; what these get is unchanged, and so are weights, their names and what is saved.
+    """
+    for module in model.modules():
+        if type(module) is nn.RMSNorm and module.eps is not None and module.elementwise_affine:
+            module.__class__ = RMSNorm
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, which learns on a CPU in less than half of the time: there torch knows its gradient by its parts alone,
-    each of which passes over the memory. GPUs have a kernel of their own, and torch.compile makes one.
-    """
+    """torch's, but for the gradient in float32 on a CPU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
@@ -44,7 +45,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Keep what the derivatives need."""
+        """Keeps what the derivatives need."""
         x, weight, ctx.eps = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, weight, output[1])
@@ -52,7 +53,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
-        """With g = grad: dx = c (g * weight) - c^3 / n (g . (weight * x)) x, and dweight = the sum of c g * x."""
+        """dx = c (g * weight) - c^3 / n (g . (weight * x)) x, and dweight = the sum of c g * x, with g = grad."""
         x, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient of this gradient will be asked for, and depends on x by c as well
             scale = inverse_root_mean_square(x, ctx.eps)
