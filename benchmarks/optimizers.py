@@ -2,8 +2,8 @@
 
 - `language`: AdamW with the schedule of `configs/recurrent_lm.yaml` and `configs/plain_lm.yaml`, and Muon and AdaMuon
   with one of 0.8 times the updates. Each at several learning rates with one seed, and at its best three with all.
-- `grokking`: a small transformer learns a + b modulo 97 from half of the pairs; updates until 99 % of the other half
-  are right.
+- `grokking`: a small transformer learns a + b modulo 97 from half of the pairs, at two widths and two weight decays;
+  updates until 99 % of the other half are right.
 
 Each finished run is a row of a JSON file, which the next call goes on from; `--minutes` says when to begin no other.
 
@@ -204,9 +204,10 @@ def report_language(rows: Sequence[Row]) -> str:
 
 MODULUS = 97
 BATCH = 512
-MOST_UPDATES = 10_000
+MOST_UPDATES = 5_000
 CHECKED_EVERY = 50
 WIDTHS = (64, 128)
+WEIGHT_DECAYS = (1.0, 0.3)
 FILTERS: dict[str, dict[str, Any]] = {
     "none": {},
     "ema 0.98": {"name": "ema", "decay": 0.98, "factor": 2.0},
@@ -219,16 +220,17 @@ def plan_grokking(rows: Rows, args: argparse.Namespace) -> Iterator[Row]:
     """Runs without a row."""
     most = args.max_steps or MOST_UPDATES
     jobs = [
-        {"width": width, "filter": name, "seed": seed, "most_updates": most}
+        {"width": width, "weight_decay": decay, "filter": name, "seed": seed, "most_updates": most}
         for seed in args.seeds
         for width in WIDTHS
+        for decay in WEIGHT_DECAYS
         for name in FILTERS
     ]
     yield from (job for job in jobs if rows.find(job) is None)
 
 
 def run_grokking(job: Row, args: argparse.Namespace) -> Row:
-    """Train one model of two layers with AdamW (1e-3, decay 0.1) on batches of pairs.
+    """Train one model of two layers with AdamW at a rate of 1e-3 on batches of pairs.
 
     Returns:
         memorized and grokked, the first update, counted in 50s, after which 99 % of the pairs that were trained on, and
@@ -237,7 +239,7 @@ def run_grokking(job: Row, args: argparse.Namespace) -> Row:
     start = time.perf_counter()
     torch.manual_seed(job["seed"])
     model = small_transformer(job["width"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=job["weight_decay"])
     if FILTERS[job["filter"]]:
         GradientFilter(GradientFilterOptions(**FILTERS[job["filter"]]), model).attach(optimizer)
     inputs, targets = all_pairs()
@@ -292,14 +294,17 @@ def share_of_right_answers(model: MegaTransformerForCausalLM, inputs: torch.Tens
 
 
 def report_grokking(rows: Sequence[Row]) -> str:
-    """A line for each width and filter."""
-    lines = ["| width | filter | seeds | updates to 99 % of the trained pairs | of the others | seconds |"]
-    lines.append("|---:|---|---:|---:|---:|---:|")
-    for width, name in dict.fromkeys((row["width"], row["filter"]) for row in rows):
-        same = [row for row in rows if (row["width"], row["filter"]) == (width, name)]
+    """A line for each width, weight decay and filter."""
+    keys = ("width", "weight_decay", "filter")
+    lines = [
+        "| width | weight decay | filter | seeds | updates to 99 % of trained pairs | of the others | seconds |"
+    ]
+    lines.append("|---:|---:|---|---:|---:|---:|---:|")
+    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        same = [row for row in rows if tuple(row[key] for key in keys) == group]
         counts = [" ".join(str(row[key] or "-") for row in same) for key in ("memorized", "grokked")]
         seconds = sum(row["seconds"] for row in same) / len(same)
-        lines.append(f"| {width} | {name} | {len(same)} | {counts[0]} | {counts[1]} | {seconds:.0f} |")
+        lines.append("| " + " | ".join([*map(str, group), str(len(same)), *counts, f"{seconds:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
 
 

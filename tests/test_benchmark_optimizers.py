@@ -40,7 +40,7 @@ def test_sweep_then_the_best_three_with_all_seeds(tmp_path, monkeypatch, capsys)
 
 def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch):
     everything = begin(monkeypatch, tmp_path / "whole", "grokking", "--seeds", "0")
-    assert len(everything) == len(optimizers.WIDTHS) * len(optimizers.FILTERS)
+    assert len(everything) == len(optimizers.WIDTHS) * len(optimizers.WEIGHT_DECAYS) * len(optimizers.FILTERS)
     assert begin(monkeypatch, tmp_path, "grokking", "--seeds", "0", "--minutes", "-1") == []
     path = tmp_path / "whole/grokking.json"
     rows = json.loads(path.read_text())
@@ -53,6 +53,7 @@ def test_grokking_learns_additions(tmp_path, monkeypatch, capsys):
     """Modulo 3, where nothing is hard: what was trained on is right soon; a filter is another run."""
     monkeypatch.setattr(optimizers, "MODULUS", 3)
     monkeypatch.setattr(optimizers, "WIDTHS", (16,))
+    monkeypatch.setattr(optimizers, "WEIGHT_DECAYS", (1.0,))
     monkeypatch.setattr(optimizers, "FILTERS", {name: optimizers.FILTERS[name] for name in ("none", "ema 0.98")})
     inputs, targets = optimizers.all_pairs()
     assert inputs[5].tolist() == [1, 2, 3] and targets.tolist() == [0, 1, 2, 1, 2, 0, 2, 0, 1]
