@@ -296,9 +296,7 @@ def share_of_right_answers(model: MegaTransformerForCausalLM, inputs: torch.Tens
 def report_grokking(rows: Sequence[Row]) -> str:
     """A line for each width, weight decay and filter."""
     keys = ("width", "weight_decay", "filter")
-    lines = [
-        "| width | weight decay | filter | seeds | updates to 99 % of trained pairs | of the others | seconds |"
-    ]
+    lines = ["| width | weight decay | filter | seeds | updates to 99 % of trained pairs | of the others | seconds |"]
     lines.append("|---:|---:|---|---:|---:|---:|---:|")
     for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
         same = [row for row in rows if tuple(row[key] for key in keys) == group]
