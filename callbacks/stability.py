@@ -24,6 +24,8 @@ SAMPLE = 65_536
 ROWS, TOKENS = 2, 64
 """Rows of a micro-batch, and tokens of each, on which the core is measured."""
 POWER_ITERATIONS = 8
+IN_A_ROW = 3
+"""Measurements of the spectral radius that have to be too large: single ones are, of healthy runs too."""
 LOSS_FALL = 1.0
 """Nats by which the loss has to have fallen before depth is expected to pay."""
 
@@ -50,7 +52,7 @@ class StabilityConfig:
     after the first."""
     spectral_radius_alarm: float = 2.0
     """An alarm is raised when a step of the core makes small differences between states larger by more than
-    this factor, at least 0."""
+    this factor, at least 0, in three measurements one after the other."""
     attention_entropy_alarm: float = 0.02
     """An alarm is raised when the entropy of attention is below this share of the most it could be, at least 0, at most
     1."""
@@ -232,11 +234,6 @@ class StabilityCallback(TrainerCallback):
                 "the state after all steps is {:.1f} times as long as after the first: it runs away",
             ),
             (
-                "spectral_radius",
-                config.spectral_radius_alarm,
-                "a step of the core multiplies small differences by {:.2f}: more steps do not settle",
-            ),
-            (
                 f"update_ratio_{part}",
                 config.update_alarm,
                 f"an update moves the weights of the {part} by {{:.3f}} of their length: the rate is too high",
@@ -245,6 +242,12 @@ class StabilityCallback(TrainerCallback):
         for name, limit, text in limits:
             if logs.get(name, -math.inf) > limit:
                 found.append(f"{text.format(logs[name])} (alarm above {limit:g})")
+        radii = [entry["spectral_radius"] for entry in state.log_history if "spectral_radius" in entry][-IN_A_ROW:]
+        if "spectral_radius" in logs and len(radii) == IN_A_ROW and min(radii) > config.spectral_radius_alarm:
+            found.append(
+                f"a step of the core multiplies small differences by {radii[-1]:.2f}, and did in the measurements "
+                f"before: more steps do not settle (alarm above {config.spectral_radius_alarm:g})"
+            )
         if self.is_depth_ignored(args, state, logs):
             found.append(
                 f"the loss at one core step is only {logs['depth_gap']:.4f} nats above that at the mean depth: the "
