@@ -143,8 +143,7 @@ class ConfigWriter(TrainerCallback):
 
 def finish(trainer: Trainer, card: ModelCardWriter) -> None:
     """Evaluate what is trained and saved; last write the state, which says that all of the run is there."""
-    state = copy.copy(trainer.state)
-    state.log_history = list(state.log_history)  # the evaluation below has a file of its own
+    state = copy.deepcopy(trainer.state)  # the evaluation below has a file of its own, and is none that counts
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "runtime" not in name))
