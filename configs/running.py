@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from datasets import disable_progress_bars
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from callbacks import ModelCardWriter, StabilityError, sources_of
@@ -34,7 +35,10 @@ class NoRowsError(ValueError):
     """Data of which not one row came, as only their end shows."""
 
 
-ENDINGS = (ResumeError, NoRowsError, NoSpaceError, NotShardedError, StabilityError, FloatingPointError)
+ENDINGS = (
+    *(ResumeError, NoRowsError, NoSpaceError, NotShardedError, OSError, SafetensorError),
+    *(StabilityError, FloatingPointError),
+)
 """What ends training with a line for people; the last two are alarms."""
 
 

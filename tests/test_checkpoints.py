@@ -1,10 +1,12 @@
 """Checkpoints: finished, damaged, hostile, kept and deleted."""
 
+import errno
 import json
 import logging
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from tests.test_output import full_disk
 from tests.test_trainer import build, resume_point, save_whole
 from trainers import checkpoints
 from trainers.checkpoints import CheckpointKeeper, NoSpaceError, bytes_of_checkpoint, checkpoints_in, rotate
+from trainers.regrouping import to_universal
 from trainers.resuming import damage
 
 
@@ -395,6 +399,30 @@ def test_a_checkpoint_without_room_is_refused_with_its_numbers(tmp_path, monkeyp
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2"] and damage(
         tmp_path / "checkpoint-2"
     ) is None
+
+
+@pytest.mark.parametrize("share", [0.9, 1.5])
+def test_of_a_checkpoint_that_cannot_be_written_nothing_is_left(run, share):
+    """Neither where its weights do not fit, nor where the states do not, which are twice as large."""
+    before = sorted(run.rglob("*"))
+    trainer = build(run, max_steps=6, save_strategy="steps", save_steps=2)
+    size = (run / "checkpoint-4" / "model.safetensors").stat().st_size
+    with full_disk(int(share * size)), pytest.raises(OSError, match=r"checkpoint-6 cannot be written .*; make room"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert sorted(run.rglob("*")) == before
+
+
+def test_of_a_conversion_that_cannot_be_written_nothing_is_left(tmp_path, monkeypatch):
+    def convert(options):
+        Path(options.output_folder).mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(
+        sys.modules, "deepspeed.checkpoint", SimpleNamespace(ds_to_universal=SimpleNamespace(main=convert))
+    )
+    (tmp_path / "latest").write_text("global_step2")
+    assert to_universal(tmp_path).endswith("cannot be written ([Errno 28] No space left on device)")
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 
 def test_frozen_weights_take_no_moments():

@@ -204,7 +204,8 @@ class BaseTrainer(Trainer):
             regrouping.convert(self.args)
             self.add_callback(regrouping)
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            with self.keeper.discarding():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.optimizer.eval()  # of those whose average is what a run leaves behind
         finally:
             self.stalls.end()

@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class CheckpointKeeper(TrainerCallback):
 
     def __init__(self) -> None:
         self.limit: int | None = None
+        self.unfinished: Path | None = None
 
     def begin(self, folder: Path, args: TrainingArguments, num_bytes: int) -> None:
         """Make the folder of a checkpoint, on all ranks, before anything is written into it. One of that name is
@@ -70,6 +72,7 @@ class CheckpointKeeper(TrainerCallback):
         if args.should_save:
             if folder.exists():
                 discard(folder)
+            self.unfinished = folder
             begin_checkpoint(folder)
         PartialState().wait_for_everyone()
 
@@ -83,8 +86,28 @@ class CheckpointKeeper(TrainerCallback):
             if problem is not None:
                 logger.warning("%s %s: no run goes on from it", folder, problem)
             complete_checkpoint(folder, problem)
+            self.unfinished = None
             rotate(folder, args.save_total_limit, state.best_model_checkpoint)
         PartialState().wait_for_everyone()
+
+    @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """A context in which a run saves, and of a checkpoint that cannot be written nothing is left.
+
+        Raises:
+            OSError: There was one.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch's
+            if self.unfinished is None:
+                raise
+            if self.unfinished.exists():
+                discard(self.unfinished)
+            raise OSError(
+                f"{self.unfinished} cannot be written ({error}); make room, and go on with "
+                "--training.resume_from_checkpoint true"
+            ) from error
 
 
 class NoSpaceError(ValueError):

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .resuming import ResumeError
+
 FILE_NAME = "gradient_filter.safetensors"
 
 
@@ -127,11 +129,11 @@ class GradientFilter:
         """Go on with the averages of a checkpoint.
 
         Raises:
-            ValueError: it has none.
+            ResumeError: it has none.
         """
         path = os.path.join(checkpoint, FILE_NAME)
         if not os.path.isfile(path):
-            raise ValueError(
+            raise ResumeError(
                 f"training.gradient_filter.name is {self.options.name!r}, but {checkpoint} has no {FILE_NAME}; set "
                 "it to null, or begin anew"
             )
