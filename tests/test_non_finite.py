@@ -102,6 +102,17 @@ def test_a_run_goes_back_and_on_behind_the_leap(tmp_path, caplog):
     assert trainer.state.global_step == 30
 
 
+@pytest.mark.parametrize(("action", "step"), [("roll_back", 15), ("skip", 19)])
+def test_what_an_optimizer_counts_goes_back_with_its_weights(tmp_path, action, step):
+    """They are those that are trained, and not their average, which a checkpoint has."""
+    options = {"optimizer": "schedule_free", "lr_scheduler_type": "constant", "max_steps": 20}
+    trainer, after = build(tmp_path, config={"action": action}, **options)
+    trainer.train()
+    assert are_equal(after[20], after[step]) and not are_equal(after[20], after[step - 1])
+    for group in trainer.optimizer.param_groups:
+        assert group["num_steps"] == step and group["sum_of_weights"] == pytest.approx(step * 1e-2**2)
+
+
 def test_a_run_that_has_gone_back_resumes_as_if_it_had_not_ended(tmp_path):
     """What is expected of losses, and how often the run has gone back, is in each checkpoint."""
     whole, after = build(tmp_path / "whole", config={"action": "roll_back"})

@@ -334,6 +334,7 @@ class BaseTrainer(Trainer):
         (folder,) = broadcast_object_list(found)
         if folder is None:
             return None
+        self.optimizer.eval()  # of those that save an average in place of the weights
         self._load_from_checkpoint(str(folder))
         if self.average is not None:
             self.average.on_train_begin(self.args, self.state, self.control, model=self.model)  # to its device
@@ -342,6 +343,7 @@ class BaseTrainer(Trainer):
         self.optimizer.load_state_dict(state)
         for group, of_now in zip(self.optimizer.param_groups, options, strict=True):
             group |= of_now
+        self.optimizer.train()
         return folder.name
 
     def _load_best_model(self) -> None:

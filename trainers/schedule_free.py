@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+COUNTS = ("num_steps", "greatest_lr", "sum_of_weights")
+"""What groups of parameters have beside their options: what has been so far."""
+
 
 class ScheduleFreeAdamW(torch.optim.Optimizer):
     """Defazio et al. 2024, arXiv 2405.15682: AdamW moves z; x is the average of all z, weighted by the square of the
@@ -57,9 +60,11 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """One step, after `train`; the loss of the closure, where there is one."""
+        """One step, after `train`, of the groups that have gradients; the loss of the closure, where there is one."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
+            if all(parameter.grad is None for parameter in group["params"]):
+                continue
             group["num_steps"] += 1
             group["greatest_lr"] = max(group["greatest_lr"], group["lr"])
             group["sum_of_weights"] += group["greatest_lr"] ** 2
