@@ -32,6 +32,7 @@ __all__ = [
     "StabilityError",
     "add_callbacks",
     "add_codec_callbacks",
+    "check_codec_callbacks",
     "model_card",
     "repeat_loss",
     "size_table",
@@ -111,15 +112,19 @@ def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
     Raises:
         ValueError: What is asked for cannot be done in this run.
     """
-    asked = [field.name for field in fields(config) if field.name != "non_finite"]
+    non_finite = build_non_finite(trainer, config.non_finite)
+    trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
+    trainer.add_callback(non_finite)
+
+
+def check_codec_callbacks(config: CallbacksConfig) -> None:
+    """Raises ValueError for options of callbacks that nothing reads where a codec or an exit probe is trained."""
+    asked = [each.name for each in fields(config) if each.name != "non_finite"]
     asked = [name for name in asked if getattr(config, name) != type(getattr(config, name))()]
     if asked:
         raise ValueError(
             f"callbacks.{asked[0]} is set, but nothing reads it where a codec or an exit probe is trained; leave it out"
         )
-    non_finite = build_non_finite(trainer, config.non_finite)
-    trainer.add_callback(ModelSizeCallback(Reporter(trainer)))
-    trainer.add_callback(non_finite)
 
 
 def build_non_finite(trainer: Trainer, config: NonFiniteConfig) -> NonFiniteCallback:
