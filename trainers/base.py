@@ -206,7 +206,8 @@ class BaseTrainer(Trainer):
             regrouping.convert(self.args)
             self.add_callback(regrouping)
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            with self.keeper.discarding():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.optimizer.eval()  # of those whose average is what a run leaves behind
         finally:
             self.stalls.end()
@@ -265,7 +266,10 @@ class BaseTrainer(Trainer):
             saved = self.model.parameters()
             if is_peft_model(self.model) or self.base_is_frozen:
                 saved = (parameter for parameter in saved if parameter.requires_grad)
-            self.keeper.begin(Path(folder), self.args, bytes_of_checkpoint(saved))
+            num_bytes = bytes_of_checkpoint(saved, has_moments=not self.args.save_only_model)
+            averages = [] if self.average is None else self.average.average.values()
+            states = [] if self.gradient_filter is None else self.gradient_filter.states().values()
+            self.keeper.begin(Path(folder), self.args, num_bytes + sum(it.nbytes for it in (*averages, *states)))
         if self.config_text is not None and self.is_in_train and self.args.should_save:
             os.makedirs(folder, exist_ok=True)
             Path(folder, CONFIG_NAME).write_text(self.config_text, encoding="utf-8")
