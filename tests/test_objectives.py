@@ -28,6 +28,7 @@ from trainers import PlannedTrainingArguments, RecurrentTrainingArguments, find_
 from trainers.objectives import OBJECTIVES, ObjectiveOptions, distillation
 from trainers.objectives.exit_distribution import log_exit_prior
 from trainers.objectives.steps import dropped_steps, scheduled_mean
+from trainers.sft import SupervisedArguments, SupervisedTrainer
 
 KEYS = [(0, 0, row) for row in range(4)]
 
@@ -441,6 +442,26 @@ def test_models_that_write_media_are_refused_where_tokens_are_read_and_else_lear
     trainer = test_trainer_writing.build(tmp_path, rows, model, objective=options, max_steps=2)
     trainer.train()
     assert len(losses(trainer)) == 2 and all(map(math.isfinite, losses(trainer)))
+
+
+READ_AFTER_STEPS = [name for name, objective in OBJECTIVES.items() if objective.is_read_after_steps]
+
+
+@pytest.mark.parametrize("name", READ_AFTER_STEPS)
+def test_fine_tuning_has_the_gradients_of_pretraining(tmp_path, name):
+    model, options, passes = model_for(name, recurrence={"backprop_steps": 3}), ObjectiveOptions(name), []
+    wanted = trained_loss(tmp_path, model, options)
+    settings = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "seed": 0, "objective": options}
+    dataset, tokenizer = [{"input_ids": tiny_ids(7), "labels": tiny_ids(7)}], tiny_processor().tokenizer
+    args = SupervisedArguments(**settings)
+    trainer = SupervisedTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer._position = (0, 0)
+    model.zero_grad()
+    model.register_forward_hook(lambda m, inputs, outputs: passes.append(outputs.states[-1].requires_grad))
+    loss = trainer.compute_loss(model, batch_of(), num_items_in_batch=torch.tensor(20))
+    loss.backward()
+    assert_same((loss.item(), gradients(model)), wanted)
+    assert passes == [True]
 
 
 def test_fine_tuning_drops_steps_and_distils_into_few(tiny_run, tmp_path):
