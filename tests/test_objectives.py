@@ -329,6 +329,19 @@ def test_each_learns_in_half_precision_and_gives_every_parameter_a_gradient(tmp_
     assert [key for key, weight in model.named_parameters() if weight.grad is None] == []
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_exit_probe_learns_where_the_objective_trains_it(tmp_path, name):
+    """DDP waits for the gradients of all that learn. The groups of the optimizer stay, or checkpoints would not fit."""
+    trainer = build(tmp_path, model=model_for(name, recurrence={"exit_probe": True}), objective=ObjectiveOptions(name))
+    weights = list(trainer.model.parameters())
+    trainer.model.train()
+    trainer._position = (0, 0)
+    trainer.compute_loss(trainer.model, batch_of(), num_items_in_batch=torch.tensor(20)).backward()
+    assert [weight.requires_grad for weight in weights] == [weight.grad is not None for weight in weights]
+    assert {it.requires_grad for it in trainer.model.model.exit_probe.parameters()} == {name == "exit_distribution"}
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(weights)
+
+
 @pytest.mark.parametrize("name", ["every_step", "distillation"])
 def test_compiled_units_give_the_same_losses(tmp_path, name):
     found = []
@@ -487,7 +500,7 @@ from trainers.objectives import OBJECTIVES, ObjectiveOptions
 found = {}
 for name in sys.argv[3].split():
     settings = {"per_device_train_batch_size": int(sys.argv[2]), "max_steps": 3, **json.loads(sys.argv[4])}
-    model = model_for(name, recurrence={"mean_steps": 2})
+    model = model_for(name, recurrence={"mean_steps": 2, "exit_probe": True})
     trainer = build(f"{sys.argv[1]}/{name}", model=model, objective=ObjectiveOptions(name), **settings)
     trainer.train()
     found[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -147,6 +147,8 @@ class Objective:
     """Whether it reads distributions of tokens off these states, and so knows nothing of the losses of latents."""
     takes_gradients = False
     """Whether it takes gradients on the way to the loss."""
+    trains_exit_probe = False
+    """Whether the exit probe of a model that has one learns."""
 
     def __init__(self, options: ObjectiveOptions):
         self.options = options
