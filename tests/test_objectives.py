@@ -201,6 +201,20 @@ def test_fixed_point_is_the_relative_distance_of_the_last_two_states(tmp_path):
     assert_same(found, expected(model, compute))
 
 
+def test_fixed_point_is_finite_where_a_state_of_padding_is_zero(tmp_path):
+    """What the padding holds does not count: neither in the loss nor in any gradient."""
+    model = model_for("fixed_point", recurrence={"state_init": "zero"})
+    batch = {name: value.flip(1) for name, value in batch_of().items()}
+    found, states = [], []
+    model.register_forward_hook(lambda m, inputs, outputs: states.append(outputs.states[-1]))
+    for padding in (0, 5):
+        batch["input_ids"][1, :2] = padding
+        found.append(trained_loss(tmp_path, model, ObjectiveOptions("fixed_point"), batch))
+    assert not states[0][1, 0].any() and states[1][1, 0].any()
+    assert_same(*found)
+    assert math.isfinite(found[0][0])
+
+
 def last_step(model, state, steps):
     """s_{r-1} without gradient, and core as a function of it: (one row) (sequence, hidden) -> (sequence, hidden)."""
     with torch.no_grad():
