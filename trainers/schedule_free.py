@@ -31,7 +31,7 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**options, "num_steps": 0, "greatest_lr": 0.0, "sum_of_weights": 0.0})
+        super().__init__(params, options)
         self.is_training = False
 
     def train(self) -> None:
@@ -60,9 +60,10 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         """One step, after `train`; the loss of the closure, where there is one."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            group["num_steps"] += 1
-            group["greatest_lr"] = max(group["greatest_lr"], group["lr"])
-            group["sum_of_weights"] += group["greatest_lr"] ** 2
+            # Not there before the first step: what is there then are options, which a run may change.
+            group["num_steps"] = group.get("num_steps", 0) + 1
+            group["greatest_lr"] = max(group.get("greatest_lr", 0.0), group["lr"])
+            group["sum_of_weights"] = group.get("sum_of_weights", 0.0) + group["greatest_lr"] ** 2
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, group)
