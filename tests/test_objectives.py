@@ -28,6 +28,7 @@ from trainers import PlannedTrainingArguments, RecurrentTrainingArguments, find_
 from trainers.objectives import OBJECTIVES, ObjectiveOptions, distillation
 from trainers.objectives.exit_distribution import log_exit_prior
 from trainers.objectives.steps import dropped_steps, scheduled_mean
+from trainers.sft import SupervisedArguments, SupervisedTrainer
 
 KEYS = [(0, 0, row) for row in range(4)]
 
@@ -200,6 +201,20 @@ def test_fixed_point_is_the_relative_distance_of_the_last_two_states(tmp_path):
     assert_same(found, expected(model, compute))
 
 
+def test_fixed_point_is_finite_where_a_state_of_padding_is_zero(tmp_path):
+    """What the padding holds does not count: neither in the loss nor in any gradient."""
+    model = model_for("fixed_point", recurrence={"state_init": "zero"})
+    batch = {name: value.flip(1) for name, value in batch_of().items()}
+    found, states = [], []
+    model.register_forward_hook(lambda m, inputs, outputs: states.append(outputs.states[-1]))
+    for padding in (0, 5):
+        batch["input_ids"][1, :2] = padding
+        found.append(trained_loss(tmp_path, model, ObjectiveOptions("fixed_point"), batch))
+    assert not states[0][1, 0].any() and states[1][1, 0].any()
+    assert_same(*found)
+    assert math.isfinite(found[0][0])
+
+
 def last_step(model, state, steps):
     """s_{r-1} without gradient, and core as a function of it: (one row) (sequence, hidden) -> (sequence, hidden)."""
     with torch.no_grad():
@@ -328,6 +343,19 @@ def test_each_learns_in_half_precision_and_gives_every_parameter_a_gradient(tmp_
     assert [key for key, weight in model.named_parameters() if weight.grad is None] == []
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_exit_probe_learns_where_the_objective_trains_it(tmp_path, name):
+    """DDP waits for the gradients of all that learn. The groups of the optimizer stay, or checkpoints would not fit."""
+    trainer = build(tmp_path, model=model_for(name, recurrence={"exit_probe": True}), objective=ObjectiveOptions(name))
+    weights = list(trainer.model.parameters())
+    trainer.model.train()
+    trainer._position = (0, 0)
+    trainer.compute_loss(trainer.model, batch_of(), num_items_in_batch=torch.tensor(20)).backward()
+    assert [weight.requires_grad for weight in weights] == [weight.grad is not None for weight in weights]
+    assert {it.requires_grad for it in trainer.model.model.exit_probe.parameters()} == {name == "exit_distribution"}
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(weights)
+
+
 @pytest.mark.parametrize("name", ["every_step", "distillation"])
 def test_compiled_units_give_the_same_losses(tmp_path, name):
     found = []
@@ -443,6 +471,26 @@ def test_models_that_write_media_are_refused_where_tokens_are_read_and_else_lear
     assert len(losses(trainer)) == 2 and all(map(math.isfinite, losses(trainer)))
 
 
+READ_AFTER_STEPS = [name for name, objective in OBJECTIVES.items() if objective.is_read_after_steps]
+
+
+@pytest.mark.parametrize("name", READ_AFTER_STEPS)
+def test_fine_tuning_has_the_gradients_of_pretraining(tmp_path, name):
+    model, options, passes = model_for(name, recurrence={"backprop_steps": 3}), ObjectiveOptions(name), []
+    wanted = trained_loss(tmp_path, model, options)
+    settings = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "seed": 0, "objective": options}
+    dataset, tokenizer = [{"input_ids": tiny_ids(7), "labels": tiny_ids(7)}], tiny_processor().tokenizer
+    args = SupervisedArguments(**settings)
+    trainer = SupervisedTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer._position = (0, 0)
+    model.zero_grad()
+    model.register_forward_hook(lambda m, inputs, outputs: passes.append(outputs.states[-1].requires_grad))
+    loss = trainer.compute_loss(model, batch_of(), num_items_in_batch=torch.tensor(20))
+    loss.backward()
+    assert_same((loss.item(), gradients(model)), wanted)
+    assert passes == [True]
+
+
 def test_fine_tuning_drops_steps_and_distils_into_few(tiny_run, tmp_path):
     """By YAML, with the loss of TRL and with low-rank updates of steps; the run goes on exactly."""
     options = {"name": "distillation", "loop_dropout": 0.5}
@@ -466,7 +514,7 @@ from trainers.objectives import OBJECTIVES, ObjectiveOptions
 found = {}
 for name in sys.argv[3].split():
     settings = {"per_device_train_batch_size": int(sys.argv[2]), "max_steps": 3, **json.loads(sys.argv[4])}
-    model = model_for(name, recurrence={"mean_steps": 2})
+    model = model_for(name, recurrence={"mean_steps": 2, "exit_probe": True})
     trainer = build(f"{sys.argv[1]}/{name}", model=model, objective=ObjectiveOptions(name), **settings)
     trainer.train()
     found[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

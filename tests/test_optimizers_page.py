@@ -31,6 +31,7 @@ def arguments(option="", **others):
         "optimizer_name": name if kind == "optimizer" else None,
         "gradient_filter": GradientFilterOptions("ema" if kind == "gradient_filter" else None),
         "max_grad_norm": 0.0,
+        "fp16": False,
     }
     return SimpleNamespace(**given | others)
 
@@ -84,3 +85,12 @@ def test_it_is_refused_with_the_arguments(deepspeed):
 def test_what_muon_does_not_do_under_zero(others, zero, message):
     with pytest.raises(ValueError, match=message):
         check_distribution(arguments("optimizer: muon", **others), {"stage": 2, **zero}, False)
+
+
+def test_gradient_filters_are_refused_with_fp16():
+    """A fused optimizer makes a step of gradients that overflowed, and looks at them itself."""
+    given = {"output_dir": "unused", "gradient_filter": GradientFilterOptions("ema")}
+    with pytest.raises(ValueError, match=r"name is 'ema', but with fp16 .*; set bf16 in place of fp16") as error:
+        PlannedTrainingArguments(**given, fp16=True)
+    assert "\n" not in str(error.value)
+    assert PlannedTrainingArguments(**given, bf16=True).bf16

@@ -125,9 +125,12 @@ def test_soap_without_its_package(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("allow_changes", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_resumed_equals_uninterrupted(tmp_path, name):
-    """Invariant 6, with groups, accumulation, and evaluations of which the cut run has others."""
+def test_resumed_equals_uninterrupted(tmp_path, name, allow_changes):
+    """Invariant 6, with groups, accumulation, and evaluations of which the cut run has others; changes that are allowed
+    and not made change nothing.
+    """
     groups = [ParameterGroup("model.core.*", lr_factor=0.5, freeze_steps=2), ParameterGroup("*norm*", learning_rate=0)]
     options = {"max_steps": 14, "optimizer": name, "parameter_groups": groups, "gradient_accumulation_steps": 2}
     options |= {"eval_strategy": "steps", "eval_steps": 4, **OPTIONS[name]}
@@ -137,7 +140,8 @@ def test_resumed_equals_uninterrupted(tmp_path, name):
     first = build(tmp_path / "cut", **options)
     first.add_callback(Interrupt(5))
     first.train()
-    second = build(tmp_path / "cut", model=tiny_model(seed=5), resume_from_checkpoint="true", **options)
+    options |= {"resume_from_checkpoint": "true", "allow_changes": allow_changes}
+    second = build(tmp_path / "cut", model=tiny_model(seed=5), **options)
     second.train(resume_from_checkpoint=find_resume_point(second.args))
     assert losses(second) == losses(whole)
     for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):

@@ -91,15 +91,6 @@ def test_a_state_of_other_groups_is_refused(tmp_path):
         gone_on(checkpoint, parameter_groups=groups, allow_changes=True)
 
 
-def test_what_an_optimizer_has_counted_is_no_option(tmp_path):
-    """Changes leave it as it was."""
-    options = {"optimizer": "schedule_free", "lr_scheduler_type": "constant"}
-    checkpoint = begun(tmp_path, steps=2, **options)
-    trainer = gone_on(checkpoint, max_steps=3, learning_rate=1e-3, allow_changes=True, **options)
-    for group in trainer.optimizer.param_groups:
-        assert (group["lr"], group["num_steps"], group["greatest_lr"]) == (1e-3, 3, 1e-2)
-
-
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_changes_reach_the_optimizer_and_the_schedule(tmp_path, schedule):
     """Against a run that has had them from the beginning, but for its moments: the same options and rates."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import IterableDataset
 
 import pretrain
 from callbacks import StabilityConfig
@@ -117,6 +118,20 @@ def test_one_batch_is_learned(tmp_path):
     last = sum(losses[-5:]) / 5
     assert text.startswith(f"the loss of 8 rows went from {losses[0]:.4g} to {last:.4g} in 8 updates")
     assert not torch.is_anomaly_enabled()
+
+
+def test_one_batch_of_a_stream_is_learned(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(rows())
+
+    trainer = build(tmp_path, max_steps=8, dataset=Stream())
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, given: seen.extend(given["input_ids"].tolist()), with_kwargs=True
+    )
+    assert overfit_one_batch(trainer).startswith("the loss of 4 rows went from ")
+    assert {str(row) for row in seen} == {str(row["input_ids"].tolist()) for row in rows(4)}
 
 
 def test_a_rate_of_zero_learns_nothing(tmp_path):

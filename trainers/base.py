@@ -41,6 +41,7 @@ from .resuming import (
 from .sharding import ShardingCallback, let_cpus_shard, saving_whole
 from .signals import StopCallback, StopRequest, sheltered
 from .stalls import StallCallback
+from .step_losses import StepLosses
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class BaseTrainer(Trainer):
             self.optimizer = self.built_optimizer
         self.auxiliary: list[Any] = []
         self.keeper = CheckpointKeeper()
+        self.losses = StepLosses()
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
         if self.args.fsdp or self.is_fsdp_enabled:
@@ -226,6 +228,16 @@ class BaseTrainer(Trainer):
         logger.info("%s is of step %d, the last: only what comes after it is left to do", self.resume_point, step)
         return (0, *others)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch; its loss for the log."""
+        return self.losses.add(super().training_step(*args, **kwargs))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The loss of training steps is NaN where one of them was not finite."""
+        if "loss" in logs:
+            logs["loss"] = self.losses.for_log(logs["loss"])
+        super().log(logs, *args, **kwargs)
+
     def get_train_dataloader(self) -> DataLoader:
         """The loader, with workers that leave signals to this process."""
         return sheltered(super().get_train_dataloader())
@@ -341,8 +353,9 @@ class BaseTrainer(Trainer):
         options = group_options(self.optimizer.param_groups)
         state = torch.load(folder / OPTIMIZER_NAME, map_location=self.args.device, weights_only=True)
         self.optimizer.load_state_dict(state)
-        for group, of_now in zip(self.optimizer.param_groups, options, strict=True):
-            group |= of_now
+        built = self.options_of_run.options  # without what an optimizer counts, which goes back
+        for group, of_now, known in zip(self.optimizer.param_groups, options, built, strict=True):
+            group |= {name: value for name, value in of_now.items() if name in ("initial_lr", *known)}
         self.optimizer.train()
         return folder.name
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from .checkpoints import is_finite
@@ -55,8 +56,8 @@ def overfit_one_batch(trainer: Trainer) -> str:
 
 def iter_rows(dataset: Any) -> Iterator[Any]:
     """The rows of a dataset, with random access or without."""
-    has_access = hasattr(dataset, "__getitem__")
-    return (dataset[index] for index in range(len(dataset))) if has_access else iter(dataset)
+    is_stream = isinstance(dataset, IterableDataset)  # which has a method for random access, and not the access
+    return iter(dataset) if is_stream else (dataset[index] for index in range(len(dataset)))
 
 
 # ------------------------------------------------------------------------------------------------------- finite outputs

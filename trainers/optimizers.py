@@ -117,6 +117,11 @@ def check_distribution(args: TrainingArguments, zero: Mapping[str, Any] | None, 
     Raises:
         ValueError: These do not run together.
     """
+    if args.fp16 and args.gradient_filter.name is not None:
+        raise ValueError(
+            f"training.gradient_filter.name is {args.gradient_filter.name!r}, but with fp16 fused optimizers also step "
+            "where a gradient overflowed, which would stay in its average; set bf16 in place of fp16, or it to null"
+        )
     where = "FSDP" if is_fsdp else None if zero is None else f"ZeRO-{zero.get('stage', 0)}"
     if where is None:
         return

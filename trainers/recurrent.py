@@ -74,6 +74,10 @@ class RecurrentTrainer(BaseTrainer):
         self.objective = build_objective(self.args.objective)
         check_model(self.objective, unwrap_peft_model(self.model))
         super().create_accelerator_and_postprocess()
+        probe = unwrap_peft_model(self.model).base_model.exit_probe
+        if probe is not None and self.built_optimizer is not None and not self.objective.trains_exit_probe:
+            # DDP would wait for its gradients. The optimizer has it all the same, as that of checkpoints.
+            probe.requires_grad_(False)
         if self.args.max_tokens_per_batch is not None:
             self.token_batches = build_token_batches(self.train_dataset, self.args)
 

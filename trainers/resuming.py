@@ -26,7 +26,6 @@ from .checkpoints import (
     unreadable,
 )
 from .early_stopping import has_stopped
-from .schedule_free import COUNTS
 
 logger = logging.getLogger(__name__)
 
@@ -233,8 +232,8 @@ def forget_tied_weights(model: PreTrainedModel, loaded: Any) -> None:
 
 
 def group_options(groups: Sequence[Options]) -> list[Options]:
-    """The options of each group of an optimizer, without its parameters, and what it has counted."""
-    return [{name: it for name, it in group.items() if name not in ("params", *COUNTS)} for group in groups]
+    """The options of each group of an optimizer, without its parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
 
 def options_by_arguments(args: TrainingArguments, group: Options) -> Options:

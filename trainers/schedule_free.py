@@ -5,9 +5,6 @@ from typing import Any
 
 import torch
 
-COUNTS = ("num_steps", "greatest_lr", "sum_of_weights")
-"""What groups of parameters have beside their options: what has been so far."""
-
 
 class ScheduleFreeAdamW(torch.optim.Optimizer):
     """Defazio et al. 2024, arXiv 2405.15682: AdamW moves z; x is the average of all z, weighted by the square of the
@@ -34,7 +31,7 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**options, "num_steps": 0, "greatest_lr": 0.0, "sum_of_weights": 0.0})
+        super().__init__(params, options)
         self.is_training = False
 
     def train(self) -> None:
@@ -65,9 +62,10 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if all(parameter.grad is None for parameter in group["params"]):
                 continue
-            group["num_steps"] += 1
-            group["greatest_lr"] = max(group["greatest_lr"], group["lr"])
-            group["sum_of_weights"] += group["greatest_lr"] ** 2
+            # Not there before the first step: what is there then are options, which a run may change.
+            group["num_steps"] = group.get("num_steps", 0) + 1
+            group["greatest_lr"] = max(group.get("greatest_lr", 0.0), group["lr"])
+            group["sum_of_weights"] = group.get("sum_of_weights", 0.0) + group["greatest_lr"] ** 2
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, group)

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from .arguments import RecurrentTrainingArguments
+from .objectives import Objective
 from .recurrent import RecurrentTrainer
 
 
@@ -25,15 +26,17 @@ class SupervisedArguments(RecurrentTrainingArguments, SFTConfig):
 
 
 class LossOfTextOrModel(SFTTrainer):
-    """TRL's trainer, whose loss knows tokens alone. In evaluation, and of models with media, whose losses have weights
-    and other parts, the model's own is taken, as in pretraining.
+    """TRL's trainer, whose loss knows tokens alone, and whose outputs are those of a further pass without gradient. In
+    evaluation, for objectives that read states, and of models with media, whose losses have weights and other parts,
+    the model's own are taken, as in pretraining.
     """
 
     has_media: bool
+    objective: Objective
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any):
         """TRL's `loss_type` in the training of text."""
-        if self.has_media or not model.training:
+        if self.has_media or not model.training or self.objective.is_read_after_steps:
             return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, **kwargs)
         inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}  # it never has any
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))  # by which it counts tokens

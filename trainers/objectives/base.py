@@ -129,7 +129,7 @@ class TrainingPass:
         """The mean of (batch, sequence) over the tokens of each row, padding left out, where rows weigh as their labels
         do in the loss; so that it does not matter how rows are spread over micro-batches and ranks.
         """
-        of_rows = (values * self.is_real).sum(1) / self.is_real.sum(1).clamp(min=1)
+        of_rows = values.masked_fill(~self.is_real, 0).sum(1) / self.is_real.sum(1).clamp(min=1)
         return (of_rows * self.label_weights.sum(1)).sum() / self.num_items
 
 
@@ -147,6 +147,8 @@ class Objective:
     """Whether it reads distributions of tokens off these states, and so knows nothing of the losses of latents."""
     takes_gradients = False
     """Whether it takes gradients on the way to the loss."""
+    trains_exit_probe = False
+    """Whether the exit probe of a model that has one learns."""
 
     def __init__(self, options: ObjectiveOptions):
         self.options = options

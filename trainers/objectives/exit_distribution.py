@@ -24,7 +24,7 @@ class ExitDistribution(Objective):
 
     options_read = ("weight", "prior", "prior_steps")
     default_weight = 0.1
-    is_read_after_steps = reads_tokens = True
+    is_read_after_steps = reads_tokens = trains_exit_probe = True
 
     def check_model(self, model: PreTrainedModel) -> None:
         if model.base_model.exit_probe is None:

@@ -16,5 +16,6 @@ class FixedPoint(Objective):
 
     def loss(self, loss: torch.Tensor, of: TrainingPass) -> torch.Tensor:
         before, state = (each.float() for each in of.states[-2:])
-        distances = (state - before).square().sum(-1) / state.square().sum(-1)
+        sizes = state.square().sum(-1).clamp(min=torch.finfo(state.dtype).tiny)  # of padding, states may be 0
+        distances = (state - before).square().sum(-1) / sizes
         return loss + self.weight * of.mean(distances)
