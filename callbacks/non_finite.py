@@ -77,7 +77,7 @@ def check_non_finite(config: NonFiniteConfig, args: Any) -> None:
             f"callbacks.non_finite.{asked} is {getattr(config, asked)!r}, but with training.deepspeed the gradients "
             "are not in reach: use 'stop' or 'warn', without spike_deviations."
         )
-    if config.action == "roll_back" and args.fsdp:
+    if config.action == "roll_back" and args.uses_fsdp:
         raise ValueError(
             "callbacks.non_finite.action is 'roll_back', but with training.fsdp the weights are divided among ranks: "
             "use 'skip', 'stop' or 'warn'."
@@ -235,7 +235,7 @@ class NonFiniteCallback(TrainerCallback):
         )
         path = Path(args.output_dir, "non_finite", f"step-{step}-rank-{args.process_index}.pt")
         save_batch(path, offending or batches[-1], step, args)
-        if model is not None and args.process_index == 0 and not args.fsdp:
+        if model is not None and args.process_index == 0 and not args.uses_fsdp:
             save_whole(path.with_name(f"step-{step}-weights.pt"), model.state_dict())
         return f"The {which} on rank {args.process_index} is in {path}."
 

@@ -86,7 +86,7 @@ def intervals_of(config: StabilityConfig, args: Any, model: PreTrainedModel) -> 
     Raises:
         ValueError: one is asked for where it cannot be measured.
     """
-    divided = next((f"training.{name}" for name in ("deepspeed", "fsdp") if getattr(args, name)), None)
+    divided = "training.deepspeed" if args.deepspeed else "training.fsdp" if args.uses_fsdp else None
     by_epoch = args.logging_strategy != IntervalStrategy.STEPS and f"training.logging_strategy {args.logging_strategy}"
     opaque = divided or ("training.torch_compile" if args.compile_units else None)
     if core_of(model) is None:

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from callbacks import CallbacksConfig, NonFiniteConfig, repeat_loss
+from callbacks import CallbacksConfig, NonFiniteConfig, StabilityConfig, repeat_loss
 from callbacks.non_finite import check_non_finite, median_and_deviation
+from callbacks.stability import intervals_of
 from tests.test_callbacks import build_trainer
 from tests.tiny import tiny_model
+from trainers import RecurrentTrainingArguments
 
 LEAPS = (20, 27)
 """Steps with batches of tokens that no other batch has."""
@@ -186,7 +188,7 @@ def test_a_deviation_that_single_values_do_not_move():
             {"deepspeed": "zero2.json"},
             "spike_deviations is 9.0, but with training.deepspeed",
         ),
-        ({"action": "roll_back"}, {"fsdp": ["full_shard"]}, "with training.fsdp the weights are divided among ranks"),
+        ({"action": "roll_back"}, {"uses_fsdp": True}, "with training.fsdp the weights are divided among ranks"),
         (
             {"action": "roll_back"},
             {"save_strategy": "no"},
@@ -195,10 +197,25 @@ def test_a_deviation_that_single_values_do_not_move():
     ],
 )
 def test_what_cannot_be_done_is_refused(config, arguments, message):
-    args = {"deepspeed": None, "fsdp": [], "save_strategy": "steps", "logging_nan_inf_filter": False, **arguments}
+    args = {
+        "deepspeed": None,
+        "uses_fsdp": False,
+        "save_strategy": "steps",
+        "logging_nan_inf_filter": False,
+        **arguments,
+    }
     with pytest.raises(ValueError, match=message):
         check_non_finite(NonFiniteConfig(**config), SimpleNamespace(**args))
     check_non_finite(NonFiniteConfig(), SimpleNamespace(**args))
+
+
+def test_fsdp_of_accelerate_launch_is_fsdp(tmp_path, monkeypatch):
+    """A YAML of it sets a variable of the environment, and no option."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = RecurrentTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", logging_nan_inf_filter=False)
+    with pytest.raises(ValueError, match="the weights are divided among ranks"):
+        check_non_finite(NonFiniteConfig(action="roll_back"), args)
+    assert intervals_of(StabilityConfig(), args, tiny_model()) == (0, 0)
 
 
 def poisoned(folder, config, **options):

@@ -132,7 +132,7 @@ def test_measuring_changes_nothing(tmp_path):
 def args(**changes):
     settings = {
         "deepspeed": None,
-        "fsdp": [],
+        "uses_fsdp": False,
         "compile_units": False,
         "depth_gap_alarm": 0.01,
         "logging_strategy": "steps",
@@ -145,7 +145,7 @@ def args(**changes):
     [
         ({"gradient_logs": 2}, {"deepspeed": "zero1"}, {}, "gradient_logs is 2, but not possible with training.deepsp"),
         ({"gradient_logs": 1}, {"logging_strategy": "epoch"}, {}, "not possible with training.logging_strategy epoch"),
-        ({"core_steps": 5}, {"fsdp": ["full_shard"]}, {}, "core_steps is 5, but not possible with training.fsdp"),
+        ({"core_steps": 5}, {"uses_fsdp": True}, {}, "core_steps is 5, but not possible with training.fsdp"),
         ({"core_steps": 5}, {"compile_units": True}, {}, "core_steps is 5, but not possible with training.torch_comp"),
         (
             {"core_steps": 5},
@@ -162,7 +162,7 @@ def test_what_cannot_be_measured_is_refused_and_by_default_left_out(config, chan
     if "logging_strategy" in changes:
         assert intervals == (0, 100)
     else:
-        assert intervals == (0 if {"deepspeed", "fsdp"} & changes.keys() else 1, 0)
+        assert intervals == (0 if {"deepspeed", "uses_fsdp"} & changes.keys() else 1, 0)
     assert intervals_of(StabilityConfig(), args(), tiny_model()) == (1, 100)
 
 

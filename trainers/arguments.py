@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -320,6 +321,11 @@ class RecurrentTrainingArguments(TrainingArguments):
         groups = [asdict(group) for group in self.parameter_groups]
         ours = {name: asdict(getattr(self, name)) for name in ("modality_weights", "objective", "gradient_filter")}
         return {**super().to_dict(), **ours, "parameter_groups": groups}
+
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether FSDP divides the weights, by `fsdp` or by a YAML of `accelerate launch`."""
+        return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
     def check_launcher(self) -> None:
         """Refuse FSDP, and DeepSpeed, in a process that no launcher told its rank: it would look for one through MPI.

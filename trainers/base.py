@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DummyOptim, broadcast_object_list, is_peft_model, parse_flag_from_env
+from accelerate.utils import DummyOptim, broadcast_object_list, is_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -104,7 +104,7 @@ class BaseTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Also builds what options describe and `Trainer` builds when training begins, before it makes a folder."""
-        if self.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):  # a YAML of `accelerate launch` sets that
+        if self.args.uses_fsdp:
             let_cpus_shard()
         super().create_accelerator_and_postprocess()
         # As `Trainer` sets them a little later, which forgets what is built here.
