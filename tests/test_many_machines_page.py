@@ -1,10 +1,12 @@
 """docs/many_machines.md and the files of `accelerate launch`: what they name is there, and is what accelerate reads."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from torch.distributed.elastic.multiprocessing.api import PContext
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "many_machines.md").read_text(encoding="utf-8")
@@ -16,6 +18,11 @@ def test_what_the_page_names_is_there():
     paths = set(re.findall(r"(?:configs|tests)/[\w/]+\.(?:yaml|py)", text))
     assert len(paths) >= 8
     assert [path for path in paths if not (ROOT / path).is_file()] == []
+
+
+def test_torchrun_gives_its_ranks_as_many_seconds_as_the_page_says():
+    seconds = inspect.signature(PContext.close).parameters["timeout"].default
+    assert f"`torchrun` gives its ranks {seconds} seconds" in PAGE
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
