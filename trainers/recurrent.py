@@ -72,7 +72,7 @@ class RecurrentTrainer(BaseTrainer):
         is a folder.
         """
         self.objective = build_objective(self.args.objective)
-        check_model(self.objective, unwrap_peft_model(self.model))
+        check_model(self.objective, unwrap_peft_model(self.model), has_autocast=self.args.bf16 or self.args.fp16)
         super().create_accelerator_and_postprocess()
         probe = unwrap_peft_model(self.model).base_model.exit_probe
         if probe is not None and self.built_optimizer is not None and not self.objective.trains_exit_probe:
