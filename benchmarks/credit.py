@@ -13,6 +13,8 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 
 # isort: split
 import json
+import math
+import multiprocessing
 import os
 import re
 import statistics
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +46,13 @@ ROOT = Path(__file__).parents[1]
 KEY = ("task", "objective", "seed", "seconds", "questions")
 """What tells rows from each other."""
 PILOT = 40
-"""Updates by which the cost of one is found; the first quarter is not counted."""
+"""Updates of a run that finds out what one costs; the first two are not counted. It is a whole run with a schedule of
+its own, since the depth of an objective may grow within it."""
 BATCH = 64
 KEPT = 0.99
 """Share of the score that exits have to keep."""
+LEARNED = 0.5
+"""Score below which there is nothing to keep: few steps are as wrong as many."""
 FEW = 0.4
 """Share of the steps at which scores with exits are compared."""
 QUIET = (
@@ -200,15 +206,23 @@ def measure(task_name: str, objective: str, seed: int, seconds: float, questions
     """Trains for so many CPU seconds, and answers questions that were not trained on."""
     task = TASKS[task_name]
     with tempfile.TemporaryDirectory() as folder:
-        _, pilot = train(task, objective, seed, PILOT, folder)
-        behind = pilot.seconds[PILOT // 4 :]
-        updates = max(1, round(seconds * (len(behind) - 1) / (behind[-1] - behind[0])))
-        before = reset_peak()
+        # In a process of its own, whose memory is not taken for that of the run; forked, which imports nothing anew.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            cost = pool.submit(seconds_of_update, task, objective, seed, folder).result()
+        updates = max(1, round(seconds / cost))
+        before = memory("VmRSS")
         trainer, clock = train(task, objective, seed, updates, folder)
         peak = memory("VmHWM") - before
     row = {"task": task_name, "objective": objective, "seed": seed, "seconds": seconds, "questions": questions}
     found = {"updates": updates, "cpu_seconds": clock.seconds[-1] - clock.seconds[0], "peak_mib": peak}
     return row | found | answers(trainer, task, questions)
+
+
+def seconds_of_update(task: Task, objective: str, seed: int, folder: str) -> float:
+    """What an update costs, on the mean over a short run."""
+    _, clock = train(task, objective, seed, PILOT, folder)
+    counted = clock.seconds[2:]
+    return (counted[-1] - counted[0]) / (len(counted) - 1)
 
 
 def train(task: Task, objective: str, seed: int, updates: int, folder: str) -> tuple[Trainer, Clock]:
@@ -225,12 +239,6 @@ def train(task: Task, objective: str, seed: int, updates: int, folder: str) -> t
     trainer.run = run
     trainer.train()
     return trainer, clock
-
-
-def reset_peak() -> float:
-    """MiB in memory now, from which the peak is counted from now on."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
 
 
 def memory(name: str) -> float:
@@ -293,8 +301,11 @@ def with_exits(
 
 
 def least_share(row: dict) -> float:
-    """The smallest share of the steps with which exits keep the score; 1 where none does."""
-    enough = KEPT * row["score"][str(row["mean_steps"])]
+    """The smallest share of the steps with which exits keep the score; 1 where none does, NaN where it is too low."""
+    score = row["score"][str(row["mean_steps"])]
+    enough = KEPT * score
+    if score < LEARNED:
+        return math.nan
     return min((exit["share"] for exit in row["exits"] if exit["score"] >= enough), default=1.0)
 
 
@@ -315,20 +326,25 @@ FIGURES: dict[str, Callable[[dict], float]] = {
 
 
 def report(rows: Sequence[dict]) -> str:
-    """A table for each task: means over the seeds, ± half of the 95 % interval."""
+    """A table for each task: means over the seeds, ± half of the 95 % interval; "-" where a seed has no figure."""
     rows, parts = json.loads(json.dumps(list(rows))), []  # keys are text, as they are in a file
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task, lines = [row for row in rows if row["task"] == task], []
         for name in dict.fromkeys(row["objective"] for row in of_task):
             own = [row for row in of_task if row["objective"] == name]
-            cells = []
-            for figure in FIGURES.values():
-                mean, half = mean_and_interval([figure(row) for row in own])
-                cells.append(f"{mean:.1f} ± {half:.1f}" if len(own) > 1 else f"{mean:.1f}")
+            cells = [cell([figure(row) for row in own]) for figure in FIGURES.values()]
             lines.append([name, str(len(own)), *cells])
         title = f"{task}, at a mean of {of_task[0]['mean_steps']} steps; scores and shares of steps in per cent\n\n"
         parts.append(title + markdown_table(["objective", "seeds", *FIGURES], lines))
     return "\n".join(parts)
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean and half of the interval."""
+    if any(map(math.isnan, values)):
+        return "-"
+    mean, half = mean_and_interval(values)
+    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What is watched and written during training, with the trainer's own logs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer
@@ -32,6 +32,7 @@ __all__ = [
     "StabilityError",
     "add_callbacks",
     "add_codec_callbacks",
+    "check_codec_callbacks",
     "model_card",
     "repeat_loss",
     "size_table",
@@ -106,7 +107,7 @@ def add_callbacks(
 
 
 def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
-    """Add the callbacks that a model without tokens has a use for.
+    """Add the callbacks that training of a codec or an exit probe has a use for.
 
     Raises:
         ValueError: What is asked for cannot be done in this run.
@@ -116,7 +117,17 @@ def add_codec_callbacks(trainer: Trainer, config: CallbacksConfig) -> None:
     trainer.add_callback(non_finite)
 
 
+def check_codec_callbacks(config: CallbacksConfig) -> None:
+    """Raises ValueError for options of callbacks that nothing reads where a codec or an exit probe is trained."""
+    asked = [each.name for each in fields(config) if each.name != "non_finite"]
+    asked = [name for name in asked if getattr(config, name) != type(getattr(config, name))()]
+    if asked:
+        raise ValueError(
+            f"callbacks.{asked[0]} is set, but nothing reads it where a codec or an exit probe is trained; leave it out"
+        )
+
+
 def build_non_finite(trainer: Trainer, config: NonFiniteConfig) -> NonFiniteCallback:
     """The callback, where the trainer allows what it is asked for; ValueError otherwise."""
     check_non_finite(config, trainer.args)
-    return NonFiniteCallback(config, trainer.roll_back)
+    return NonFiniteCallback(config, trainer.roll_back, trainer.losses)

@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 
 MOST_BATCHES = 64
 """Micro-batches that are kept until they are let go."""
+MOST_SAVED = 8
+"""Steps of a run of which a batch is saved for one reason, some with weights, which take as much room as a model."""
 PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 
 
@@ -77,8 +80,12 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
     )
 
 
-def save_batch(path: Path, batch: MicroBatch, **figures: Any) -> None:
-    """Write a micro-batch for `repeat_loss`, with figures about it; the file appears when it is whole."""
+def save_batch(path: Path, batch: MicroBatch, step: int, args: Any) -> None:
+    """Write a micro-batch for `repeat_loss`, with its step and what the arguments of training say; the file appears
+    when it is whole.
+    """
+    autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    figures = {"step": step, "seed": args.seed, "autocast": autocast}
     save_whole(path, {"inputs": batch.inputs, "random_states": batch.random_states, "loss": batch.loss, **figures})
 
 
@@ -105,7 +112,8 @@ def repeat_loss(model: PreTrainedModel, path: str | Path) -> torch.Tensor:
     if weights.exists():
         model.load_state_dict(torch.load(weights, map_location=model.device, weights_only=True))
     states, device = {name: state.cpu() for name, state in kept["random_states"].items()}, model.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    half = torch.autocast(device.type, getattr(torch, kept["autocast"])) if kept["autocast"] else nullcontext()
+    with half, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if "cpu" in states:
             torch.set_rng_state(states["cpu"])
         if "device" in states:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
-from .kept_batches import KeptBatches, save_batch, save_whole
+from .kept_batches import MOST_SAVED, KeptBatches, save_batch, save_whole
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,6 @@ FEWEST = 16
 """Losses without which none is expected."""
 SMALLEST_DEVIATION = 0.01
 """Share of the median that a deviation is at least, where losses hardly differ."""
-MOST_SAVED = 8
-"""Steps of a run of which batch and weights are saved: each takes as much room as a model."""
 
 
 @dataclass
@@ -103,11 +101,17 @@ class NonFiniteCallback(TrainerCallback):
     Args:
         roll_back: Gives the model and the optimizer what the newest whole checkpoint holds, and returns its name; None
             where there is none yet.
+        losses: What the trainer takes its losses in with: `begin_step`, `mean_of_step`, `leave_out`.
     """
 
-    def __init__(self, config: NonFiniteConfig, roll_back: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        config: NonFiniteConfig,
+        roll_back: Callable[[], str | None],
+        losses: Any,
+    ) -> None:
         self.config = config
-        self.roll_back = roll_back
+        self.roll_back, self.losses = roll_back, losses
         self.kept = KeptBatches(are_whole=config.is_at_each_step)
         # In the state of the trainer, and so in each checkpoint: a run that goes on acts as one that never ended.
         self.memory: dict[str, Any] = {}
@@ -120,6 +124,12 @@ class NonFiniteCallback(TrainerCallback):
             "non_finite", {"losses": [], "num_rollbacks": 0, "num_saved": 0}
         )
         self.kept.begin(model)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Where each step is looked at, let the batches of the last one go."""
+        if self.config.is_at_each_step:
+            self.kept.batches.clear()
+            self.losses.begin_step()
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
@@ -135,20 +145,19 @@ class NonFiniteCallback(TrainerCallback):
         reason = self.reason_against(step, model)
         if reason is not None:
             where = self.save_offending(args, step, model)
-            logger.warning("%s: %s. %s", reason, self.act(reason, where, model), where)
-        self.kept.batches.clear()
+            logger.warning("%s: %s. %s", reason, self.act(reason, where, model, args), where)
 
     def reason_against(self, step: int, model: nn.Module) -> str | None:
         """What is wrong with a step, as the beginning of a sentence; None if nothing is."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not torch.nn.utils.get_total_norm(gradients).isfinite():
             return f"The gradient of step {step} is not finite"
-        losses = [batch.loss.float() for batch in self.kept.batches if batch.loss is not None]
-        if self.config.spike_deviations is None or not losses:
-            return None
-        loss, before = float(reduce(torch.stack(losses).sum(), "mean")), self.memory["losses"]
+        loss = self.losses.mean_of_step()
         if not math.isfinite(loss):
             return f"The loss of step {step} is not finite"
+        if self.config.spike_deviations is None:
+            return None
+        before = self.memory["losses"]
         expected = spread = 0.0
         if len(before) >= FEWEST:
             expected, spread = median_and_deviation(before)
@@ -161,7 +170,7 @@ class NonFiniteCallback(TrainerCallback):
             f"median {expected:.4g}"
         )
 
-    def act(self, reason: str, where: str, model: nn.Module) -> str:
+    def act(self, reason: str, where: str, model: nn.Module, args: Any) -> str:
         """Do what the action says; a sentence's end that says what was done.
 
         Raises:
@@ -178,10 +187,14 @@ class NonFiniteCallback(TrainerCallback):
                 "the learning rate, or look at the data."
             )
         model.zero_grad(set_to_none=True)  # so that the optimizer has nothing to do
+        self.losses.leave_out()
         checkpoint = self.roll_back() if action == "roll_back" else None
         if checkpoint is None:
             return "its update is skipped" + ", as there is no checkpoint yet" * (action == "roll_back")
         self.memory["num_rollbacks"] += 1
+        # What is expected of the weights of then, not of those that the run had by now.
+        then = TrainerState.load_from_json(str(Path(args.output_dir, checkpoint, TRAINER_STATE_NAME)))
+        self.memory["losses"][:] = then.stateful_callbacks.get("non_finite", {"losses": []})["losses"]
         return f"the run goes on with {checkpoint} and the data behind this step"
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
@@ -221,7 +234,7 @@ class NonFiniteCallback(TrainerCallback):
             "last batch (all kept losses are finite)" if offending is None else "first batch whose loss is not finite"
         )
         path = Path(args.output_dir, "non_finite", f"step-{step}-rank-{args.process_index}.pt")
-        save_batch(path, offending or batches[-1], step=step, seed=args.seed)
+        save_batch(path, offending or batches[-1], step, args)
         if model is not None and args.process_index == 0 and not args.fsdp:
             save_whole(path.with_name(f"step-{step}-weights.pt"), model.state_dict())
         return f"The {which} on rank {args.process_index} is in {path}."

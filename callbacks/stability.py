@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy, unwrap_peft_model
 
-from .kept_batches import KeptBatches, save_batch
+from .kept_batches import MOST_SAVED, KeptBatches, save_batch
 from .model_size import part_of
 from .reporting import aside
 
@@ -87,6 +87,7 @@ def intervals_of(config: StabilityConfig, args: Any, model: PreTrainedModel) -> 
         ValueError: one is asked for where it cannot be measured.
     """
     divided = next((f"training.{name}" for name in ("deepspeed", "fsdp") if getattr(args, name)), None)
+    by_epoch = args.logging_strategy != IntervalStrategy.STEPS and f"training.logging_strategy {args.logging_strategy}"
     opaque = divided or ("training.torch_compile" if args.compile_units else None)
     if core_of(model) is None:
         opaque = "a model without a core"
@@ -94,7 +95,7 @@ def intervals_of(config: StabilityConfig, args: Any, model: PreTrainedModel) -> 
         opaque = "quantized weights"
     chosen = []
     for name, value, default, obstacle in (
-        ("gradient_logs", config.gradient_logs, 1, divided),
+        ("gradient_logs", config.gradient_logs, 1, divided or by_epoch or None),
         ("core_steps", config.core_steps, 100, opaque),
     ):
         if value and obstacle is not None:
@@ -121,6 +122,7 @@ class StabilityCallback(TrainerCallback):
         self.figures: dict[str, torch.Tensor] = {}  # until the next log
         self.before: dict[str, list[torch.Tensor]] = {}  # a sample of the weights before an update, by part
         self.core_call: tuple[tuple, dict[str, Any]] | None = None  # the last one of a forward pass
+        self.mean_steps = 0  # of the model, once it is known
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.hook_of_core: torch.utils.hooks.RemovableHandle | None = None
 
@@ -128,6 +130,8 @@ class StabilityCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
         """Prepare to measure the core."""
+        recurrence = getattr(model.config.get_text_config(), "recurrence", None)
+        self.mean_steps = 1 if recurrence is None else recurrence.mean_steps
         if self.core_steps:
             self.hooks = [model.register_forward_hook(self.measure_core)]
 
@@ -138,7 +142,7 @@ class StabilityCallback(TrainerCallback):
     ) -> None:
         """Measure the gradients of a step that is logged, whose log has the norm of all before they were clipped."""
         every = self.gradient_logs * state.logging_steps
-        if not every or args.logging_strategy != IntervalStrategy.STEPS or (state.global_step + 1) % every:
+        if not every or (state.global_step + 1) % every:
             return
         for part, parameters in parameters_by_part(model).items():
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -148,11 +152,16 @@ class StabilityCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any
     ) -> None:
-        """Measure its update."""
+        """Measure its update, unless it was left out, and the weights may be others now."""
+        if all(parameter.grad is None for parameter in model.parameters()):
+            self.before = {}
+        frozen = parameters_by_part(model, learning=False) if self.before else {}
         for part, parameters in parameters_by_part(model).items() if self.before else ():
-            updates = [after - before for after, before in zip(samples(parameters), self.before[part], strict=True)]
-            norms = [torch.nn.utils.get_total_norm(tensors) for tensors in (updates, self.before[part])]
-            self.figures[f"update_ratio_{part}"] = norms[0] / norms[1]
+            before = self.before[part]
+            updates = [after - sample for after, sample in zip(samples(parameters), before, strict=True)]
+            whole = before + samples(frozen.get(part, []))  # adapters change what the frozen weights do
+            norms = [torch.nn.utils.get_total_norm(tensors) for tensors in (updates, whole)]
+            self.figures[f"update_ratio_{part}"] = norms[0] / norms[1].clamp(min=torch.finfo(norms[1].dtype).tiny)
         self.before = {}
 
     # -------------------------------------------------------------------------------------------------------- the core
@@ -198,9 +207,11 @@ class StabilityCallback(TrainerCallback):
         if not alarms:
             return
         message = f"step {state.global_step}: {'; '.join(alarms)}"
-        if self.config.action != "warn" and self.kept.batches:
+        memory = state.stateful_callbacks.setdefault("stability", {"num_saved": 0})
+        if self.config.action != "warn" and self.kept.batches and memory["num_saved"] < MOST_SAVED:
+            memory["num_saved"] += 1
             path = Path(args.output_dir, "alarms", f"step-{state.global_step}-rank-{args.process_index}.pt")
-            save_batch(path, self.kept.batches[-1], step=state.global_step, seed=args.seed)
+            save_batch(path, self.kept.batches[-1], state.global_step, args)
             message += f" (the last batch is in {path})"
         if self.config.action == "stop":
             raise StabilityError(f"{message}; docs/troubleshooting.md says what helps")
@@ -262,7 +273,8 @@ class StabilityCallback(TrainerCallback):
 
     def is_depth_ignored(self, args: Any, state: TrainerState, logs: dict[str, float]) -> bool:
         """Whether depth does not pay, though the loss has fallen, or half of training is over; before, it cannot."""
-        if logs.get("depth_gap", math.inf) >= args.depth_gap_alarm:
+        gap = logs.get("depth_gap", math.inf)
+        if self.mean_steps == 1 or not gap < args.depth_gap_alarm:
             return False
         first = next(entry["loss_at_mean_steps"] for entry in state.log_history if "loss_at_mean_steps" in entry)
         return first - logs["loss_at_mean_steps"] > LOSS_FALL or state.global_step >= state.max_steps / 2
@@ -273,11 +285,13 @@ class StabilityCallback(TrainerCallback):
             hook.remove()
 
 
-def parameters_by_part(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
-    """The parameters that learn, by the part of the model that they are in, named as in `part_sizes`."""
+def parameters_by_part(model: PreTrainedModel, learning: bool = True) -> dict[str, list[nn.Parameter]]:
+    """The parameters that learn, or the others that are not quantized, by the part of the model that they are in, named
+    as in `part_sizes`.
+    """
     model, parts = unwrap_peft_model(model), {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad == learning and parameter.is_floating_point():
             parts.setdefault(part_of(name, model).replace(" ", "_"), []).append(parameter)
     return parts
 
@@ -325,41 +339,49 @@ class CoreStep:
         inputs = replace(self.inputs, attentions=[] if attentions is None else attentions)
         return self.core.forward(state, self.embeds, inputs=inputs, step=self.step)
 
+    @property
+    def is_real(self) -> torch.Tensor:
+        """Which tokens are no padding, (1 or rows, tokens) of bool: those that see themselves."""
+        mask = self.inputs.mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return mask > torch.finfo(mask.dtype).min / 2
+
     @torch.no_grad()
     def spectral_radius(self) -> torch.Tensor:
-        """The largest absolute eigenvalue of the derivative of the next state by the state, by power iteration: about
-        the factor by which small differences grow in a step. The mean growth over the second half of the iterations, as
-        complex eigenvalues make that of a single one vary.
+        """The largest absolute eigenvalue of the derivative of the next state by the state, padding left out, by power
+        iteration: about the factor by which small differences grow in a step. The mean growth over the second half of
+        the iterations, as complex eigenvalues make that of a single one vary.
         """
         generator = torch.Generator(self.state.device).manual_seed(0)
         vector = torch.randn(self.state.shape, generator=generator, device=self.state.device, dtype=self.state.dtype)
-        growths = []
+        growths, is_real = [], self.is_real[..., None]
+        vector = vector * is_real
         for _ in range(POWER_ITERATIONS):
-            vector = torch.func.jvp(self.take, (self.state,), (vector / vector.norm(),))[1]
+            vector = torch.func.jvp(self.take, (self.state,), (vector / vector.norm(),))[1] * is_real
             growths.append(vector.norm())
         return torch.stack(growths[POWER_ITERATIONS // 2 :]).log().mean().exp()
 
     @torch.no_grad()
     def attention_entropy(self) -> torch.Tensor:
         """The mean entropy of the attention of a token over those that it sees, in shares of the most it could be: 1 if
-        it looks at all alike, 0 if it looks at one.
+        it looks at all alike, 0 if it looks at one. Padding is left out.
         """
         attentions: list[torch.Tensor] = []
         self.take(self.state, attentions)
         probabilities = torch.stack(attentions).float()  # (layers, rows, heads, query, key)
         entropy = torch.special.entr(probabilities).sum(-1)
-        seen = (self.inputs.mask > torch.finfo(self.inputs.mask.dtype).min / 2).sum(
-            -1
-        )  # (1 or rows, 1 or heads, query)
-        seen = seen.expand(entropy.shape)
-        return (entropy / seen.log())[seen > 1].mean()
+        is_seen = self.inputs.mask > torch.finfo(self.inputs.mask.dtype).min / 2  # (1 or rows, 1 or heads, query, key)
+        num_seen = (is_seen.sum(-1) * self.is_real[:, None]).expand(entropy.shape)
+        return (entropy / num_seen.log())[num_seen > 1].mean()
 
 
 def additive_mask(mask: Any, tokens: int, like: torch.Tensor) -> torch.Tensor:
     """The mask of any backend for the first tokens, (1 or rows, 1 or heads, tokens, tokens), as the eager one adds it;
-    without one, or with a block mask, plain causal.
+    without one, or with a block mask, plain causal, and with FlashAttention's, (rows, tokens) of bool, without padding.
     """
+    causal = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=like.device).tril()
     if not isinstance(mask, torch.Tensor):
-        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=like.device).tril()
+        mask = causal
+    elif mask.ndim == 2:
+        mask = causal & mask.bool()[:, None, None, :tokens]
     mask = mask[..., :tokens, :tokens]
     return torch.where(mask, 0.0, torch.finfo(like.dtype).min).to(like) if mask.dtype == torch.bool else mask.to(like)

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
 
-from callbacks import CallbacksConfig, add_callbacks, add_codec_callbacks
+from callbacks import CallbacksConfig, add_callbacks, add_codec_callbacks, check_codec_callbacks
 from dataset_loading import Collator
 from dataset_loading.configuration import DataConfig
 from dataset_loading.preferences import build_pairs, build_prompts
@@ -230,6 +230,7 @@ def check_adapters(run: FinetuningConfig, resume_point: str) -> None:
 
 def build_exit_probe_trainer(run: FinetuningConfig, model: torch.nn.Module, processor: Processor) -> Trainer:
     """The trainer of `exit_probe`: the same rows, on which a head learns when the model is done."""
+    check_codec_callbacks(run.callbacks)
     datasets = build_rows(run, model, processor)
     run.training.choose_best_metric(datasets.validation, ("loss", "accuracy"))
     trainer = ExitProbeTrainer(

@@ -25,6 +25,10 @@ _STEPS_ALONE = {
     "callbacks.samples.prompts": [],
     "callbacks.media_samples.num_examples": 0,
     "callbacks.generated_samples.num_examples": 0,
+    "callbacks.non_finite.action": "stop",
+    "callbacks.non_finite.spike_deviations": None,
+    "callbacks.stability.action": "warn",
+    **dict.fromkeys(("callbacks.stability.gradient_logs", "callbacks.stability.core_steps"), 0),
 }
 _EACH_STEP_ALIKE = {
     "training.lr_scheduler_type": "constant",

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, set_seed
 from transformers.integrations.deepspeed import deepspeed_config, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from callbacks import add_callbacks, add_codec_callbacks, size_table
+from callbacks import add_callbacks, add_codec_callbacks, check_codec_callbacks, size_table
 from dataset_loading import Collator, RunDatasets, build_datasets, build_examples, build_tokenizer
 from dataset_loading.codec_data import build_codec_datasets
 from evaluation.metrics import METRICS, trainer_metrics
@@ -146,6 +146,7 @@ def special_tokens(run: RunConfig) -> list[str]:
 
 def build_codec_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
     """The trainer of an autoencoder of images or a vocoder; see `build_pretraining`."""
+    check_codec_callbacks(run.callbacks)
     args, media = run.training, codec_media(run.model)
     model = build_model(run.model, args)
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

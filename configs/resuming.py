@@ -142,10 +142,14 @@ def count_ranks(checkpoint: Path) -> int:
 
 
 def has_same_rows(checkpoint: Path, args: RecurrentTrainingArguments, found: Sequence[Difference]) -> bool:
-    """Whether an update of the run is of as many rows as that of the checkpoint, however ranks share them."""
+    """Whether an update of the run is of as many rows as that of the checkpoint, however ranks share them. Batches that
+    are made by tokens are others where they may have other numbers of rows.
+    """
     there = {item.key: item.there for item in found}
     ours = {name: getattr(args, name.removeprefix("training.")) for name in OF_ROWS}
     theirs = [there.get(name, value) for name, value in ours.items()]
+    if args.max_tokens_per_batch is not None and OF_ROWS[0] in there:
+        return False
     return math.prod(ours.values()) * args.world_size == math.prod(theirs) * count_ranks(checkpoint)
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from datasets import disable_progress_bars
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from callbacks import ModelCardWriter, StabilityError, sources_of
@@ -34,7 +35,10 @@ class NoRowsError(ValueError):
     """Data of which not one row came, as only their end shows."""
 
 
-ENDINGS = (ResumeError, NoRowsError, NoSpaceError, NotShardedError, StabilityError, FloatingPointError)
+ENDINGS = (
+    *(ResumeError, NoRowsError, NoSpaceError, NotShardedError, OSError, SafetensorError),
+    *(StabilityError, FloatingPointError),
+)
 """What ends training with a line for people; the last two are alarms."""
 
 
@@ -143,8 +147,7 @@ class ConfigWriter(TrainerCallback):
 
 def finish(trainer: Trainer, card: ModelCardWriter) -> None:
     """Evaluate what is trained and saved; last write the state, which says that all of the run is there."""
-    state = copy.copy(trainer.state)
-    state.log_history = list(state.log_history)  # the evaluation below has a file of its own
+    state = copy.deepcopy(trainer.state)  # the evaluation below has a file of its own, and is none that counts
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "runtime" not in name))

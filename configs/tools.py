@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from callbacks import StabilityError
 from callbacks.non_finite import NonFiniteCallback
 from inference.devices import choose_threads, device_report
 from inference.output import whole_file, write_result
@@ -41,7 +42,7 @@ def run_mode(run: RunConfig) -> int:
             check_schedule(run)
             trainer = build_pretraining(run)
         choose_threads(trainer.model)
-        with one_line_errors((FloatingPointError, NothingFoundError, NotLearningError)):
+        with one_line_errors((FloatingPointError, StabilityError, NothingFoundError, NotLearningError)):
             return finish_mode(TOOLS[run.mode](trainer))
 
 

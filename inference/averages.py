@@ -22,7 +22,8 @@ def average(folders: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokeniz
         folders: Two or more checkpoints of one model, or runs with checkpoints.
 
     Raises:
-        ValueError: There is one only; one is an adapter, or of another model than the first.
+        ValueError: There is one only; one is an adapter, of fewer bits, or of another model than the first; or integers
+            differ.
     """
     if len(folders) < 2:
         raise ValueError(f"an average needs at least 2 checkpoints, and {folders[0]} is one; name more")
@@ -31,6 +32,10 @@ def average(folders: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokeniz
         if is_adapter(checkpoint):
             raise ValueError(f"{checkpoint} holds an adapter; merge each first, and average the models")
         check_same(checkpoints[0], checkpoint)
+        if read_json(checkpoint / "config.json").get("quantization_config") is not None:
+            raise ValueError(
+                f"{checkpoint} has weights of 8 or 4 bits, which have no mean; average what they were made of"
+            )
     model, processor = load_model(checkpoints[0])
     weights, places = model.state_dict(), [files_of_weights(checkpoint) for checkpoint in checkpoints]
     for checkpoint, files in zip(checkpoints, places, strict=True):
@@ -38,9 +43,26 @@ def average(folders: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokeniz
             raise ValueError(f"{checkpoint} and {checkpoints[0]} have other weights, such as {other[0]}")
     with torch.no_grad():
         for name in places[0]:
-            mean = sum(load_weight(files[name], name).float() for files in places) / len(places)
-            weights[name].copy_(mean)
+            weights[name].copy_(mean_of(name, [files[name] for files in places]))
     return model, processor
+
+
+def mean_of(name: str, places: Sequence[Path]) -> torch.Tensor:
+    """The mean in float32 of a weight in several files; integers as they are, which have none.
+
+    Raises:
+        ValueError: Shapes differ, or integers do.
+    """
+    first = load_weight(places[0], name)
+    total = torch.zeros_like(first, dtype=torch.float32)
+    for place in places:
+        weight = load_weight(place, name)
+        if weight.shape != first.shape:
+            raise ValueError(f"{name} is {list(weight.shape)} in {place} and {list(first.shape)} in {places[0]}")
+        if not first.is_floating_point() and not torch.equal(weight, first):
+            raise ValueError(f"{name} has other integers in {place} than in {places[0]}, which have no mean")
+        total += weight
+    return total / len(places) if first.is_floating_point() else first
 
 
 def check_same(first: Path, other: Path) -> None:

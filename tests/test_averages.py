@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import convert
+from inference.averages import mean_of
 from inference.loading import load_model
+from model.quantization import QuantizationConfig
 from tests.tiny import tiny_ids
 from tests.tiny_language_model import save_checkpoint
 
@@ -58,3 +60,32 @@ def test_what_has_no_mean_is_one_line(three, tmp_path, capsys):
     assert "num_core_layers is 2 and 1; average checkpoints of one run" in refusal(capsys, three[0], other, out)
     assert f"output: {three[1]} is not empty; name another folder" in refusal(capsys, three[0], three[2], three[1])
     assert not out.exists()
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_rounded_weights_have_no_mean(tmp_path, capsys, bits):
+    save_checkpoint(tmp_path / "whole", hidden_size=64, intermediate_size=128)
+    folders = [tmp_path / "checkpoint-0", tmp_path / "checkpoint-1"]
+    for folder in folders:
+        model, tokenizer = load_model(tmp_path / "whole", quantization=QuantizationConfig(load_in=bits))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    expected = f"{folders[0]} has weights of 8 or 4 bits, which have no mean; average what they were made of"
+    assert expected in refusal(capsys, *folders, tmp_path / "mean")
+
+
+def test_shapes_and_integers_are_those_of_all(tmp_path):
+    """Integers are copied; a shape that would be repeated to fit is refused."""
+    weights = [{"a": torch.tensor([1, 2]), "b": torch.ones(2, 1)}, {"a": torch.tensor([1, 3]), "b": torch.ones(2, 2)}]
+    places = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    for place, content in zip(places, weights, strict=True):
+        save_file(content, place)
+    assert torch.equal(mean_of("a", [places[0]] * 3), torch.tensor([1, 2]))
+    with pytest.raises(
+        ValueError, match=r"^a has other integers in .*second\.safetensors than in .*first\.safetensors"
+    ):
+        mean_of("a", places)
+    with pytest.raises(
+        ValueError, match=r"^b is \[2, 2\] in .*second\.safetensors and \[2, 1\] in .*first\.safetensors"
+    ):
+        mean_of("b", places)

@@ -1,6 +1,7 @@
 """The benchmark of objectives: its arithmetic, which runs it takes up again, and a run of a second."""
 
 import json
+import math
 
 import pytest
 
@@ -24,6 +25,7 @@ def test_exits_have_to_keep_99_of_100_answers():
     """Of a score of 0.8, 0.792; which 0.795 at half of the steps is."""
     assert credit.least_share(row()) == 0.5
     assert credit.least_share(row(score={"8": 0.81})) == 1.0  # 0.8 is less than 0.8019
+    assert math.isnan(credit.least_share(row(score={"8": 0.4})))  # what was not learned can be kept in a step
     assert credit.score_at_few_steps(row()) == 0.7
     assert credit.score_at_few_steps(row(exits=[])) == 0.0 and credit.least_share(row(exits=[])) == 1.0
 
@@ -34,6 +36,8 @@ def test_the_report_has_means_and_intervals_over_seeds():
     assert "| full | 3 | 80.0 ± 0.0 | 60.0 ± 24.8 | 70.0 ± 0.0 | 50.0 ± 0.0 | 30.0 ± 0.0 |" in text
     assert "| truncated | 1 | 80.0 | 50.0 | 70.0 | 50.0 | 30.0 | 100.0 | 5.5 |" in text
     assert text.startswith("cups, at a mean of 8 steps")
+    one = row(seed=1, score={"2": 0.1, "8": 0.2, "32": 0.5})
+    assert "| full | 2 | 50.0 ± 381.2 | - | " in credit.report([row(), one])
 
 
 def test_what_a_file_holds_is_not_run_again(tmp_path):

@@ -1,10 +1,12 @@
 """Checkpoints: finished, damaged, hostile, kept and deleted."""
 
+import errno
 import json
 import logging
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from tests.test_output import full_disk
 from tests.test_trainer import build, resume_point, save_whole
 from trainers import checkpoints
-from trainers.checkpoints import CheckpointKeeper, NoSpaceError, bytes_of_checkpoint, checkpoints_in, rotate
+from trainers.checkpoints import (
+    CheckpointKeeper,
+    NoSpaceError,
+    bytes_of_checkpoint,
+    checkpoints_in,
+    lack_of_space,
+    rotate,
+)
+from trainers.gradient_filters import GradientFilterOptions
+from trainers.regrouping import to_universal
 from trainers.resuming import damage
 
 
@@ -395,6 +407,64 @@ def test_a_checkpoint_without_room_is_refused_with_its_numbers(tmp_path, monkeyp
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2"] and damage(
         tmp_path / "checkpoint-2"
     ) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "num_bytes"),
+    [
+        ({"save_only_model": True}, 4),
+        ({"ema_decay": 0.9}, 12 + 4),
+        ({"gradient_filter": GradientFilterOptions(name="ema")}, 12 + 4),
+        ({"gradient_filter": GradientFilterOptions(name="ma", window=3)}, 12 + 4 * (3 + 1)),
+    ],
+)
+def test_the_first_checkpoint_takes_what_the_options_keep(tmp_path, monkeypatch, options, num_bytes):
+    """Bytes of each weight."""
+    monkeypatch.setattr(checkpoints, "lack_of_space", lambda folder, num_bytes: str(num_bytes))
+    trainer = build(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, **options)
+    with pytest.raises(NoSpaceError) as asked:
+        trainer.train()
+    weights = list(trainer.model.parameters())
+    counts = 8 * len(weights) if num_bytes == 28 else 0  # of updates, one for each mean
+    assert int(str(asked.value)) == num_bytes * sum(weight.numel() for weight in weights) + counts
+
+
+def test_the_newest_whole_checkpoint_alone_says_what_the_next_one_takes(tmp_path, monkeypatch):
+    """Smaller than Adam's states would be; one of the same name makes room, and one that was cut off says nothing."""
+    save_whole(tmp_path / "checkpoint-2", 2)
+    size = sum(path.stat().st_size for path in (tmp_path / "checkpoint-2").iterdir())
+    free = [size]
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[0]))
+    checkpoints.begin_checkpoint(tmp_path / "checkpoint-3")
+    assert lack_of_space(tmp_path / "checkpoint-4", 100 * size) is None
+    free[0] = size - 1
+    assert f"checkpoint-4 needs about {size / 2**20:.1f} MiB" in lack_of_space(tmp_path / "checkpoint-4", 0)
+    free[0] = 0
+    assert lack_of_space(tmp_path / "checkpoint-2", 100 * size) is None
+
+
+@pytest.mark.parametrize("share", [0.9, 1.5])
+def test_of_a_checkpoint_that_cannot_be_written_nothing_is_left(run, share):
+    """Neither where its weights do not fit, nor where the states do not, which are twice as large."""
+    before = sorted(run.rglob("*"))
+    trainer = build(run, max_steps=6, save_strategy="steps", save_steps=2)
+    size = (run / "checkpoint-4" / "model.safetensors").stat().st_size
+    with full_disk(int(share * size)), pytest.raises(OSError, match=r"checkpoint-6 cannot be written .*; make room"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert sorted(run.rglob("*")) == before
+
+
+def test_of_a_conversion_that_cannot_be_written_nothing_is_left(tmp_path, monkeypatch):
+    def convert(options):
+        Path(options.output_folder).mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(
+        sys.modules, "deepspeed.checkpoint", SimpleNamespace(ds_to_universal=SimpleNamespace(main=convert))
+    )
+    (tmp_path / "latest").write_text("global_step2")
+    assert to_universal(tmp_path).endswith("cannot be written ([Errno 28] No space left on device)")
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 
 def test_frozen_weights_take_no_moments():

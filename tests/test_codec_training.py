@@ -329,6 +329,7 @@ BAD = {
     "sizes": (["--model.image_size", "18"], "image_size (18) must be a multiple of patch_size (4)"),
     "channels": (["--model.num_channels", "1"], "num_channels is 1"),
     "key": (["--model.latent_sise", "1"], "did you mean latent_size?"),
+    "callbacks": (["--callbacks.stability.core_steps", "5"], "callbacks.stability is set, but nothing reads it where"),
 }
 
 

@@ -8,6 +8,7 @@ import pretrain
 from tests.test_pretrain import TINY_RUN, write_config
 from tests.test_trainer import Interrupt, build, rows
 from trainers import RecurrentTrainingArguments, find_resume_point
+from trainers.early_stopping import evaluations_in_vain
 from trainers.resuming import is_finished, read_state
 
 STOPPING = {"max_steps": 9, "eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 3}
@@ -78,6 +79,19 @@ def test_a_run_that_ended_by_itself_is_finished(tmp_path, caplog):
         assert pretrain.main(["--config", str(config)]) == 0
     assert "holds the finished run: nothing is left to do" in caplog.text
     assert (tmp_path / "out/trainer_state.json").stat().st_mtime_ns == before
+
+
+def test_the_evaluation_behind_the_end_is_none_in_vain(tmp_path):
+    """The state of the finished run has the count of its last checkpoint, and more patience goes on."""
+    out = tmp_path / "out"
+    flags = {"learning_rate": 0.0, "resume_from_checkpoint": True, "output_dir": str(out), "save_steps": 1}
+    config = write_config(tmp_path, training=TINY_RUN["training"] | STOPPING | flags, callbacks={"samples": {}})
+    for patience, steps in ((1, 2), (2, 3)):
+        command = ["--config", str(config), "--training.early_stopping_patience", str(patience)]
+        assert pretrain.main(command) == 0
+        states = [read_state(folder) for folder in (out, out / f"checkpoint-{steps}")]
+        assert [state["global_step"] for state in states] == [steps, steps]
+        assert [evaluations_in_vain(state["stateful_callbacks"]) for state in states] == [patience, patience]
 
 
 @pytest.mark.parametrize(

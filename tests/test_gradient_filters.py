@@ -10,6 +10,7 @@ from tests.test_trainer_parameter_groups import train, weights_of
 from tests.tiny import tiny_model
 from trainers import find_resume_point
 from trainers.gradient_filters import GradientFilter, GradientFilterOptions
+from trainers.resuming import ResumeError
 
 EMA = {"name": "ema", "decay": 0.8, "factor": 3.0}
 MA = {"name": "ma", "window": 4, "factor": 3.0}
@@ -77,7 +78,7 @@ def test_resumed_equals_uninterrupted(tmp_path, options, optimizer):
     assert losses(plain)[0] == losses(whole)[0] and losses(plain)[-1] != losses(whole)[-1]
     (tmp_path / "cut/checkpoint-5/gradient_filter.safetensors").unlink()
     third = build(tmp_path / "cut", **settings)
-    with pytest.raises(ValueError, match=r"checkpoint-5 has no gradient_filter\.safetensors; set it to null"):
+    with pytest.raises(ResumeError, match=r"checkpoint-5 has no gradient_filter\.safetensors; set it to null"):
         third.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-5"))
 
 

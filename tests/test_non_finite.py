@@ -2,6 +2,7 @@
 end of the run.
 """
 
+import copy
 import logging
 import math
 import shutil
@@ -187,3 +188,60 @@ def test_what_cannot_be_done_is_refused(config, arguments, message):
     with pytest.raises(ValueError, match=message):
         check_non_finite(NonFiniteConfig(**config), SimpleNamespace(**args))
     check_non_finite(NonFiniteConfig(), SimpleNamespace(**args))
+
+
+def poisoned(folder, config, **options):
+    """A run of 8 steps with a loss of step 3 that is not a number, but finite gradients: where the loss alone is added
+    to.
+    """
+    config = CallbacksConfig(non_finite=NonFiniteConfig(**config))
+    trainer = build_trainer(folder, callbacks=config, max_steps=8, logging_steps=1, report_to="none", **options)
+
+    def poison(model, args, output):
+        if model.training and trainer.state.global_step == 2:
+            output.loss = output.loss + torch.full((), math.nan)
+
+    trainer.model.register_forward_hook(poison)
+    return trainer
+
+
+@pytest.mark.parametrize(("action", "num_not_finite"), [("skip", 0), ("warn", 1)])
+def test_a_loss_that_is_not_finite_is_in_one_log_at_most(tmp_path, caplog, action, num_not_finite):
+    """Though its gradient is finite; and one step is left out, or one batch saved."""
+    trainer = poisoned(tmp_path, {"action": action})
+    with caplog.at_level(logging.WARNING, logger="callbacks.non_finite"):
+        trainer.train()
+    logged = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    assert [step for step, loss in logged.items() if not math.isfinite(loss)] == [3] * num_not_finite
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+    saved = sorted(path.name for path in (tmp_path / "non_finite").glob("*rank*"))
+    assert len(caplog.records) == 1 and saved == ["step-3-rank-0.pt"]
+
+
+def test_what_is_expected_goes_back_with_the_weights(tmp_path):
+    """Else the steps behind it would be leaps as well, where the loss has fallen by far since the checkpoint."""
+    trainer, _ = build(tmp_path, leaps=(20,), config={"action": "roll_back"})
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    expected = trainer.state.stateful_callbacks["non_finite"]["losses"]
+    assert expected == pytest.approx(logged[:15] + logged[20:], abs=1e-4)
+
+
+def test_losses_that_are_watched_are_those_that_are_logged(tmp_path):
+    trainer, _ = build(tmp_path, leaps=(), config={"spike_deviations": 1e6}, gradient_accumulation_steps=1)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer.state.stateful_callbacks["non_finite"]["losses"] == pytest.approx(logged, abs=1e-4)
+
+
+def test_a_batch_of_a_half_precise_run_repeats_its_loss(tmp_path):
+    trainer = poisoned(tmp_path, {"action": "skip"}, bf16=True)
+    other, kept = copy.deepcopy(trainer.model), {}
+
+    def keep(model, args, output):
+        if model.training and trainer.state.global_step == 2:
+            kept["loss"] = output.loss.clone()
+
+    trainer.model.register_forward_hook(keep, prepend=True)
+    trainer.train()
+    assert repeat_loss(other, tmp_path / "non_finite" / "step-3-rank-0.pt").item() == kept["loss"].item()

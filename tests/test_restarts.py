@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import pretrain
+from tests.test_output import full_disk
 from tests.test_pretrain import content, losses, refused, run, write_config  # noqa: F401  a fixture
 from trainers.locks import LOCK_NAME, RunLock
 
@@ -134,6 +135,17 @@ def test_a_run_that_is_finished_by_its_epochs_says_so(tmp_path, caplog):
     steps = len(losses(out))
     assert pretrain.main(command(config, out, *AGAIN, "--training.num_train_epochs", "2")) == 0
     assert len(losses(out)) == 2 * steps
+
+
+def test_a_disk_that_is_full_is_one_line(run, tmp_path, capsys):  # noqa: F811
+    """Within a checkpoint, of which nothing is left."""
+    whole, config = run
+    out = without_end(whole, tmp_path / "out")
+    shutil.rmtree(out / "checkpoint-6")
+    with full_disk((whole / "model.safetensors").stat().st_size // 2):
+        line = refused(capsys, *command(config, out, *AGAIN))
+    assert line.startswith(f"error: {out / 'checkpoint-6'} cannot be written (")
+    assert not list(out.glob("*checkpoint-6*"))
 
 
 def test_more_steps_after_the_end_go_on(run, tmp_path):  # noqa: F811

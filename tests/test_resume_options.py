@@ -299,3 +299,18 @@ def test_another_number_of_ranks_needs_none_where_an_update_has_as_many_rows(bas
         assert "ranks: 2 -> 1, from here on" in caplog.text
         with pytest.raises(ValueError, match=r"has other options: training\.seed is 42 there and 43 here"):
             find_start(load(base, *flags, *same, *REFUSED["training.seed"]))
+
+
+def test_another_number_of_ranks_needs_the_same_batches_where_they_are_made_by_tokens(base, tmp_path):
+    """Two ranks are one that accumulates two, and not one of at most twice as many rows, whose batches are others."""
+    checkpoint = old(tmp_path, base)
+    tokens = ["--training.max_tokens_per_batch", "80"]
+    (checkpoint / "config.yaml").write_text(config_text(load(base, *tokens)))
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    (checkpoint / "rng_state_1.pth").write_bytes((checkpoint / "rng_state_0.pth").read_bytes())
+    flags = ["--training.output_dir", str(tmp_path), "--training.resume_from_checkpoint", "true", *tokens]
+    rows = load(base).training.per_device_train_batch_size
+    accumulated = find_start(load(base, *flags, *REFUSED["training.gradient_accumulation_steps"]))
+    assert accumulated.checkpoint == str(checkpoint)
+    with pytest.raises(ValueError, match="checkpoint-5 is of 2 ranks, and this run has 1; start as many, or add"):
+        find_start(load(base, *flags, "--training.per_device_train_batch_size", str(2 * rows)))

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 import pretrain
-from callbacks import CallbacksConfig, StabilityConfig, StabilityError
+from callbacks import CallbacksConfig, NonFiniteConfig, StabilityConfig, StabilityError
 from callbacks.stability import CoreStep, StabilityCallback, intervals_of
 from tests.test_callbacks import build_trainer
 from tests.test_pretrain import write_config
@@ -129,7 +130,13 @@ def test_measuring_changes_nothing(tmp_path):
 
 
 def args(**changes):
-    settings = {"deepspeed": None, "fsdp": [], "compile_units": False, "depth_gap_alarm": 0.01}
+    settings = {
+        "deepspeed": None,
+        "fsdp": [],
+        "compile_units": False,
+        "depth_gap_alarm": 0.01,
+        "logging_strategy": "steps",
+    }
     return SimpleNamespace(**{**settings, "token_correlation_alarm": 0.95, "output_dir": "", **changes})
 
 
@@ -137,6 +144,7 @@ def args(**changes):
     ("config", "changes", "model", "message"),
     [
         ({"gradient_logs": 2}, {"deepspeed": "zero1"}, {}, "gradient_logs is 2, but not possible with training.deepsp"),
+        ({"gradient_logs": 1}, {"logging_strategy": "epoch"}, {}, "not possible with training.logging_strategy epoch"),
         ({"core_steps": 5}, {"fsdp": ["full_shard"]}, {}, "core_steps is 5, but not possible with training.fsdp"),
         ({"core_steps": 5}, {"compile_units": True}, {}, "core_steps is 5, but not possible with training.torch_comp"),
         (
@@ -151,7 +159,10 @@ def test_what_cannot_be_measured_is_refused_and_by_default_left_out(config, chan
     with pytest.raises(ValueError, match=message):
         intervals_of(StabilityConfig(**config), args(**changes), tiny_model(**model))
     intervals = intervals_of(StabilityConfig(), args(**changes), tiny_model(**model))
-    assert intervals == (0 if {"deepspeed", "fsdp"} & changes.keys() else 1, 0)
+    if "logging_strategy" in changes:
+        assert intervals == (0, 100)
+    else:
+        assert intervals == (0 if {"deepspeed", "fsdp"} & changes.keys() else 1, 0)
     assert intervals_of(StabilityConfig(), args(), tiny_model()) == (1, 100)
 
 
@@ -239,3 +250,92 @@ def test_an_alarm_ends_a_command_with_one_line(tmp_path, capsys, flags, said):
     assert stopped.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.fullmatch(said, line)
+
+
+def test_padding_counts_for_nothing():
+    """On either side: what is measured of a row alone is measured beside it, with a mask of any backend."""
+    model, ids = tiny_model(scale=3.0), tiny_ids(1, 6)
+    state, embeds, given = last_core_call(model, ids)
+    alone = CoreStep.of(model.model.core, state, embeds, **given)
+    expected = alone.spectral_radius(), alone.attention_entropy()
+    for mask, padded in (
+        ([[1] * 6 + [0] * 3], torch.nn.functional.pad(ids, (0, 3))),
+        ([[0] * 3 + [1] * 6], torch.nn.functional.pad(ids, (3, 0))),
+    ):
+        is_real = torch.tensor(mask).bool()
+        state, embeds, given = last_core_call(model, padded, attention_mask=torch.tensor(mask))
+        step = CoreStep.of(model.model.core, state, embeds, **given)
+        assert torch.equal(step.is_real, is_real)
+        torch.testing.assert_close(step.attention_entropy(), expected[1], atol=1e-5, rtol=1e-4)
+        given["inputs"] = replace(given["inputs"], mask=is_real)  # as FlashAttention has it
+        flash = CoreStep.of(model.model.core, state, embeds, **given)
+        seen = (step.inputs.mask > -1).expand_as(flash.inputs.mask)
+        assert torch.equal((flash.inputs.mask > -1)[:, :, is_real[0]], seen[:, :, is_real[0]])
+        assert torch.isfinite(flash.spectral_radius())
+
+
+def test_padding_has_no_part_in_the_spectral_radius(monkeypatch):
+    """That of the derivative of real states by real states."""
+    monkeypatch.setattr("callbacks.stability.POWER_ITERATIONS", 400)
+    model = tiny_model(scale=3.0)
+    mask = torch.ones(1, 5, dtype=torch.long)
+    mask[0, 3:] = 0
+    state, embeds, given = last_core_call(model, tiny_ids(1, 5), attention_mask=mask)
+    step = CoreStep.of(model.model.core, state, embeds, **given)
+    with torch.no_grad():
+        derivative = torch.func.jacfwd(step.take)(state)[0, :3, :, 0, :3]
+    size = 3 * state.shape[-1]
+    largest = torch.linalg.eigvals(derivative.reshape(size, size)).abs().max()
+    assert step.spectral_radius() == pytest.approx(float(largest), rel=0.02)
+
+
+def test_adapters_are_measured_by_what_they_change(tmp_path):
+    """The update of what learns, by the length of all weights of its part; none where there is no length."""
+    trainer = build_trainer(tmp_path, callbacks=CallbacksConfig(), max_steps=1, logging_steps=1)
+    for name, parameter in trainer.model.named_parameters():
+        parameter.requires_grad = "core" in name and "norm" in name
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    observer = Observer()
+    trainer.add_callback(observer)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    core = [name for name in before if name.startswith("model.core.")]
+    moved = length(observer.seen["after"][name] - before[name] for name in core)
+    assert moved > 0 and entry["update_ratio_core"] == pytest.approx(
+        moved / length(before[name] for name in core), rel=1e-3
+    )
+    assert [name for name in entry if name.startswith("update_ratio_")] == ["update_ratio_core"]
+
+
+def test_batches_of_alarms_are_saved_where_each_step_is_looked_at_and_not_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("callbacks.stability.MOST_SAVED", 2)
+    stability, non_finite = StabilityConfig(action="save", update_alarm=1e-6), NonFiniteConfig(action="skip")
+    config = CallbacksConfig(stability=stability, non_finite=non_finite)
+    trainer = build_trainer(tmp_path, callbacks=config, logging_steps=1, max_steps=4)
+    trainer.train()
+    saved = sorted(path.name for path in (tmp_path / "alarms").iterdir())
+    assert saved == ["step-1-rank-0.pt", "step-2-rank-0.pt"]
+
+
+def test_a_step_that_is_left_out_has_no_update(tmp_path):
+    """And so raises no alarm, though the weights are others when it has gone back."""
+    config = CallbacksConfig(non_finite=NonFiniteConfig(action="skip"))
+    trainer = build_trainer(tmp_path, callbacks=config, logging_steps=1, max_steps=3)
+    trainer.model.register_forward_hook(
+        lambda model, args, output: (
+            output.__setitem__("loss", output.loss * math.nan)
+            if trainer.state.global_step == 1 and model.training
+            else None
+        )
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["update_ratio_core" in entry for entry in logs] == [True, False, True]
+
+
+@pytest.mark.parametrize(("mean_steps", "gap", "is_alarm"), [(1, 0.0, False), (8, 0.0, True), (8, math.nan, False)])
+def test_depth_cannot_be_ignored_where_there_is_none(mean_steps, gap, is_alarm):
+    callback = StabilityCallback(StabilityConfig(), (1, 1), kept=None)
+    callback.mean_steps = mean_steps
+    state = SimpleNamespace(log_history=[{"loss_at_mean_steps": 6.0}], global_step=8, max_steps=10)
+    assert callback.is_depth_ignored(args(), state, {"depth_gap": gap, "loss_at_mean_steps": 5.9}) == is_alarm

@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import IterableDataset
 
 import pretrain
+from callbacks import StabilityConfig
+from callbacks.non_finite import check_non_finite
 from configs import load_config, tools
 from configs.modes import MODES
 from tests.test_pretrain import write_config
@@ -53,6 +55,17 @@ def test_a_mode_changes_options_of_its_own_only(tmp_path):
     for section in ("model", "data", "tokenizer"):
         assert plain.resolved[section] == found.resolved[section]
     assert found.callbacks.samples.prompts == [] != plain.callbacks.samples.prompts
+
+
+@pytest.mark.parametrize("mode", ["find_lr", "profile", "debug"])
+def test_a_mode_has_no_alarms_of_the_run(mode):
+    """Those that want checkpoints, which it has none of, or would end it before it has found anything."""
+    alarms = ["--callbacks.non_finite", '{"action": "roll_back", "spike_deviations": 10}']
+    alarms += ["--callbacks.stability", '{"action": "stop", "gradient_logs": 1, "core_steps": 1}']
+    run = load_config([f"--{mode}", "--training.use_cpu", "true", *alarms])
+    check_non_finite(run.callbacks.non_finite, run.training)
+    assert not run.callbacks.non_finite.is_at_each_step
+    assert run.callbacks.stability == StabilityConfig(action="warn", gradient_logs=0, core_steps=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- debug

@@ -8,6 +8,7 @@ from tests.test_trainer import Interrupt, build, losses
 from tests.test_trainer_parameter_groups import weights_of
 from tests.tiny import tiny_model
 from trainers import find_resume_point
+from trainers.resuming import ResumeError
 
 
 class Recorder:
@@ -54,7 +55,7 @@ def test_resumed_equals_uninterrupted_with_an_average(tmp_path):
         assert torch.equal(weight, weights_of(whole.model)[name]), name
     (tmp_path / "parts/checkpoint-3/average.safetensors").unlink()
     third = build(tmp_path / "parts", **options)
-    with pytest.raises(ValueError, match=r"checkpoint-3 has no average\.safetensors"):
+    with pytest.raises(ResumeError, match=r"checkpoint-3 has no average\.safetensors"):
         third.train(resume_from_checkpoint=str(tmp_path / "parts/checkpoint-3"))
 
 

@@ -85,8 +85,8 @@ class RecurrentTrainingArguments(TrainingArguments):
     """Every this many steps the loss of the next batch at one core step is compared with that at the mean depth, and
     state change per step and token correlation are logged. 0 turns it off."""
     depth_gap_alarm: float = 0.01
-    """A warning is logged when, in the second half of training, the loss at one step is less than this many nats above
-    that at the mean depth: the recurrence is being ignored."""
+    """A warning is logged when the loss at one step is less than this many nats above that at the mean depth, in the
+    second half of training or once the loss has fallen by a nat: the recurrence is being ignored."""
     token_correlation_alarm: float = 0.95
     """A warning is logged when the mean cosine between the states of different tokens is above this (at least -1, at
     most 1): the states are collapsing."""

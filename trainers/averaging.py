@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
+from .resuming import ResumeError
+
 FILE_NAME = "average.safetensors"
 
 
@@ -32,11 +34,11 @@ class WeightAverage(TrainerCallback):
         """Go on with the average of a checkpoint.
 
         Raises:
-            ValueError: it has none.
+            ResumeError: it has none.
         """
         path = os.path.join(checkpoint, FILE_NAME)
         if not os.path.isfile(path):
-            raise ValueError(
+            raise ResumeError(
                 f"training.ema_decay is {self.decay}, but {checkpoint} has no {FILE_NAME}; set it to null, or begin "
                 "anew"
             )

@@ -41,6 +41,7 @@ from .resuming import (
 from .sharding import ShardingCallback, let_cpus_shard, saving_whole
 from .signals import StopCallback, StopRequest, sheltered
 from .stalls import StallCallback
+from .step_losses import StepLosses
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class BaseTrainer(Trainer):
             self.optimizer = self.built_optimizer
         self.auxiliary: list[Any] = []
         self.keeper = CheckpointKeeper()
+        self.losses = StepLosses()
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
         if self.args.fsdp or self.is_fsdp_enabled:
@@ -204,7 +206,8 @@ class BaseTrainer(Trainer):
             regrouping.convert(self.args)
             self.add_callback(regrouping)
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            with self.keeper.discarding():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
             self.optimizer.eval()  # of those whose average is what a run leaves behind
         finally:
             self.stalls.end()
@@ -224,6 +227,16 @@ class BaseTrainer(Trainer):
             return (self.num_train_epochs, *others)
         logger.info("%s is of step %d, the last: only what comes after it is left to do", self.resume_point, step)
         return (0, *others)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch; its loss for the log."""
+        return self.losses.add(super().training_step(*args, **kwargs))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The loss of training steps is NaN where one of them was not finite."""
+        if "loss" in logs:
+            logs["loss"] = self.losses.for_log(logs["loss"])
+        super().log(logs, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """The loader, with workers that leave signals to this process."""
@@ -253,7 +266,10 @@ class BaseTrainer(Trainer):
             saved = self.model.parameters()
             if is_peft_model(self.model) or self.base_is_frozen:
                 saved = (parameter for parameter in saved if parameter.requires_grad)
-            self.keeper.begin(Path(folder), self.args, bytes_of_checkpoint(saved))
+            num_bytes = bytes_of_checkpoint(saved, has_moments=not self.args.save_only_model)
+            averages = [] if self.average is None else self.average.average.values()
+            states = [] if self.gradient_filter is None else self.gradient_filter.states().values()
+            self.keeper.begin(Path(folder), self.args, num_bytes + sum(it.nbytes for it in (*averages, *states)))
         if self.config_text is not None and self.is_in_train and self.args.should_save:
             os.makedirs(folder, exist_ok=True)
             Path(folder, CONFIG_NAME).write_text(self.config_text, encoding="utf-8")

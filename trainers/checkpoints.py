@@ -9,6 +9,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,17 @@ class CheckpointKeeper(TrainerCallback):
 
     def __init__(self) -> None:
         self.limit: int | None = None
+        self.unfinished: Path | None = None
 
     def begin(self, folder: Path, args: TrainingArguments, num_bytes: int) -> None:
         """Make the folder of a checkpoint, on all ranks, before anything is written into it. One of that name is
         deleted: what was cut off there would be mixed with what comes.
 
         Args:
-            num_bytes: What the checkpoint takes at least.
+            num_bytes: About what the checkpoint takes, where there is none yet that says it.
 
         Raises:
-            NoSpaceError: The disk has less than that free, or less than the newest checkpoint has taken.
+            NoSpaceError: The disk has less free than that, or than the newest checkpoint has taken.
         """
         (problem,) = broadcast_object_list([lack_of_space(folder, num_bytes) if args.should_save else None])
         if problem is not None:
@@ -70,6 +72,7 @@ class CheckpointKeeper(TrainerCallback):
         if args.should_save:
             if folder.exists():
                 discard(folder)
+            self.unfinished = folder
             begin_checkpoint(folder)
         PartialState().wait_for_everyone()
 
@@ -83,23 +86,43 @@ class CheckpointKeeper(TrainerCallback):
             if problem is not None:
                 logger.warning("%s %s: no run goes on from it", folder, problem)
             complete_checkpoint(folder, problem)
+            self.unfinished = None
             rotate(folder, args.save_total_limit, state.best_model_checkpoint)
         PartialState().wait_for_everyone()
+
+    @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """A context in which a run saves, and of a checkpoint that cannot be written nothing is left.
+
+        Raises:
+            OSError: There was one.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch's
+            if self.unfinished is None:
+                raise
+            if self.unfinished.exists():
+                discard(self.unfinished)
+            raise OSError(
+                f"{self.unfinished} cannot be written ({error}); make room, and go on with "
+                "--training.resume_from_checkpoint true"
+            ) from error
 
 
 class NoSpaceError(ValueError):
     """A checkpoint for which the disk has no room; those before it are as they were."""
 
 
-def bytes_of_checkpoint(parameters: Iterable[nn.Parameter]) -> int:
-    """What the weights of a checkpoint take, and for those that learn two moments of float32, as Adam has them. Other
-    optimizers have fewer, and DeepSpeed and FSDP keep the weights once more.
+def bytes_of_checkpoint(parameters: Iterable[nn.Parameter], has_moments: bool = True) -> int:
+    """What the weights of a checkpoint take, and for those that learn two moments of float32, as Adam has them, if it
+    has any. Other optimizers have fewer, and DeepSpeed and FSDP keep the weights once more.
     """
     is_split = is_deepspeed_zero3_enabled()
     total = 0
     for parameter in parameters:
         count = parameter.ds_numel if is_split else parameter.numel()
-        total += count * (parameter.element_size() + 8 * parameter.requires_grad)
+        total += count * (parameter.element_size() + 8 * (parameter.requires_grad and has_moments))
     return total
 
 
@@ -107,15 +130,14 @@ def lack_of_space(folder: Path, num_bytes: int) -> str | None:
     """Why a checkpoint cannot be saved, in a sentence with its numbers; None if there is room.
 
     Args:
-        folder: That of the checkpoint, which is not there yet.
-        num_bytes: What it takes at least; the newest one of the run, where there is one, says it better.
+        folder: That of the checkpoint; what is there already is going to be deleted.
+        num_bytes: About what it takes; the newest whole one of the run, where there is one, says it better.
     """
-    for checkpoint in reversed(checkpoints_in(folder.parent)):
-        if not is_unfinished(checkpoint):
-            num_bytes = max(num_bytes, sum(path.stat().st_size for path in files_of_checkpoint(checkpoint)))
-            break
+    newest = next(filter(looks_whole, reversed(checkpoints_in(folder.parent))), None)
+    if newest is not None:
+        num_bytes = size_of(newest)
     place = next(path for path in folder.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free + size_of(folder)
     if num_bytes <= free:
         return None
     needed, there = num_bytes / 2**20, free / 2**20
@@ -140,9 +162,7 @@ def rotate(newest: Path, limit: int | None, best: str | None = None) -> None:
     kept = {newest.name, Path(best).name if best else newest.name}
     last_step = number_of(newest)
     checkpoints = [path for path in checkpoints_in(newest.parent) if number_of(path) <= last_step]
-    # As far as names and sizes tell.
-    with_state = [path for path in checkpoints if (path / TRAINER_STATE_NAME).is_file()]
-    whole = [path for path in with_state if manifest_fault(path, with_digests=False) is None]
+    whole = [path for path in checkpoints if looks_whole(path)]
     for path in checkpoints:
         if path.name not in kept and path not in whole and (limit or is_unfinished(path)):
             discard(path)
@@ -151,6 +171,11 @@ def rotate(newest: Path, limit: int | None, best: str | None = None) -> None:
     excess = len(whole) - max(limit, len(kept & {path.name for path in whole}))
     for path in [path for path in whole if path.name not in kept][: max(excess, 0)]:
         discard(path)
+
+
+def looks_whole(folder: Path) -> bool:
+    """Whether a checkpoint is whole, as far as names and sizes tell."""
+    return (folder / TRAINER_STATE_NAME).is_file() and manifest_fault(folder, with_digests=False) is None
 
 
 def discard(folder: Path) -> None:
@@ -263,6 +288,11 @@ def files_of_checkpoint(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not any(path.match(pattern) for pattern in IGNORED):
             yield path
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files that belong to a checkpoint; 0 where there is none."""
+    return sum(path.stat().st_size for path in files_of_checkpoint(folder))
 
 
 def sha256_of(path: Path) -> str:

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .resuming import ResumeError
+
 FILE_NAME = "gradient_filter.safetensors"
 
 
@@ -116,22 +118,25 @@ class GradientFilter:
             if average is not None:
                 parameter.grad.add_(average.to(parameter.grad.dtype), alpha=self.options.factor)
 
+    def states(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds, by key and name of the weight."""
+        return {f"{key}/{name}": it for name, part in self.averages.items() for key, it in part.state.items()}
+
     def save(self, checkpoint: str) -> None:
         """Write all averages into the folder of a checkpoint, made if missing."""
         os.makedirs(checkpoint, exist_ok=True)
-        states = {f"{key}/{name}": it for name, part in self.averages.items() for key, it in part.state.items()}
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in states.items()}
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in self.states().items()}
         save_file(tensors, os.path.join(checkpoint, FILE_NAME))
 
     def load(self, checkpoint: str) -> None:
         """Go on with the averages of a checkpoint.
 
         Raises:
-            ValueError: it has none.
+            ResumeError: it has none.
         """
         path = os.path.join(checkpoint, FILE_NAME)
         if not os.path.isfile(path):
-            raise ValueError(
+            raise ResumeError(
                 f"training.gradient_filter.name is {self.options.name!r}, but {checkpoint} has no {FILE_NAME}; set "
                 "it to null, or begin anew"
             )

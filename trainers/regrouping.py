@@ -46,7 +46,7 @@ class RegroupCallback(TrainerCallback):
         """Write them, on the first rank.
 
         Raises:
-            ResumeError: DeepSpeed has no conversion for this stage or optimizer.
+            ResumeError: DeepSpeed has no conversion for this stage or optimizer, or what it gives cannot be written.
         """
         problem = None
         if args.hf_deepspeed_config.is_zero3():
@@ -72,7 +72,7 @@ class RegroupCallback(TrainerCallback):
 
 
 def to_universal(checkpoint: Path) -> str | None:
-    """Write the universal form of ZeRO's states into the folder of a checkpoint; why not, where DeepSpeed cannot."""
+    """Write the universal form of ZeRO's states into the folder of a checkpoint; why not, where that cannot be."""
     from deepspeed.checkpoint import ds_to_universal  # only where it runs
 
     discard_universal(checkpoint)
@@ -89,10 +89,13 @@ def to_universal(checkpoint: Path) -> str | None:
     try:
         with redirect_stdout(StringIO()):
             ds_to_universal.main(options)
+        (checkpoint / LATEST_UNIVERSAL).write_text(UNIVERSAL, encoding="utf-8")
     except (KeyError, AssertionError, RuntimeError, ValueError) as error:  # of states that are not Adam's
         discard_universal(checkpoint)
         return f"DeepSpeed converts Adam's states alone, and found no {error}"
-    (checkpoint / LATEST_UNIVERSAL).write_text(UNIVERSAL, encoding="utf-8")
+    except OSError as error:
+        discard_universal(checkpoint)
+        return f"what DeepSpeed converts cannot be written ({error})"
     return None
 
 
