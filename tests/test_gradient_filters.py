@@ -82,6 +82,26 @@ def test_resumed_equals_uninterrupted(tmp_path, options, optimizer):
         third.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-5"))
 
 
+@pytest.mark.parametrize(("width", "others"), [(5, EMA), (5, {**MA, "window": 3}), (5, {**MA, "window": 8}), (6, MA)])
+def test_averages_of_another_filter_or_of_other_weights_are_refused(tmp_path, width, others):
+    """A window that is shorter would be filled wrongly. A weight that has had no gradient yet is in no file."""
+    filters = []
+    for size, options in ((5, MA), (5, MA), (width, others)):
+        model = nn.ModuleList([nn.Linear(3, size, bias=False), nn.Linear(3, 5)])
+        filters.append(GradientFilter(GradientFilterOptions(**options), model))
+    first, same, other = filters
+    first.parameters["0.weight"].grad = torch.ones(5, 3)
+    first.apply()
+    first.save(str(tmp_path))
+    same.load(str(tmp_path))
+    assert {name: it.tolist() for name, it in same.states().items()} == {
+        name: it.tolist() for name, it in first.states().items()
+    }
+    with pytest.raises(ValueError, match=r"gradient_filter: .*/0\.weight of .*; give the options of that run"):
+        other.load(str(tmp_path))
+    assert not other.states()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

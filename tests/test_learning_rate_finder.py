@@ -15,6 +15,7 @@ from tests.test_trainer import build
 from trainers import ParameterGroup
 from trainers.learning_rate_finder import (
     LEAST_FACTOR,
+    LEAST_STEPS,
     MOST_FACTOR,
     NUM_STEPS,
     WINDOW,
@@ -56,6 +57,21 @@ def test_noise_moves_the_suggestion_little():
     for step, mean in enumerate(found.smoothed):
         reach = min(step, NUM_STEPS - 1 - step, WINDOW // 2)
         assert mean == pytest.approx(np.mean(found.losses[step - reach : step + reach + 1]))
+
+
+def test_single_noisy_losses_are_not_taken_for_a_descent():
+    """Of 200 noises none moves the suggestion out of the fall, where slopes of few losses are steeper than it."""
+    fall, noise = 6 - 3 / (1 + np.exp(-6 * EXPONENTS)), np.random.default_rng(0)
+    for _ in range(200):
+        losses = (fall + noise.normal(scale=0.2, size=NUM_STEPS)).tolist()
+        assert abs(EXPONENTS[RangeTest(list(10.0**EXPONENTS), losses, {"learning_rate": 1.0}).steepest_step]) < 0.7
+
+
+@pytest.mark.parametrize("count", [LEAST_STEPS, LEAST_STEPS + 1])
+def test_the_least_number_of_losses_has_a_slope(count):
+    """That of the step in the middle, of which alone it is known."""
+    found = RangeTest(list(np.geomspace(1e-3, 1, count)), np.linspace(2, 1, count).tolist(), {"learning_rate": 1.0})
+    assert found.steepest_step in range(WINDOW // 2 + 1, count - WINDOW // 2 - 1)
 
 
 def test_a_loss_that_never_falls_suggests_nothing():
@@ -112,7 +128,7 @@ def test_it_ends_where_the_loss_diverges(losses, kept, stops):
         stopped = stopped or (step if control.should_training_stop else 0)
     callback.on_log(None, None, control, {"train_runtime": 3.0})
     assert (len(callback.losses), stopped) == (kept, stops)
-    with pytest.raises(NothingFoundError, match=f"only {kept} steps have a finite loss, where 9 are needed"):
+    with pytest.raises(NothingFoundError, match=f"only {kept} steps have a finite loss, where {LEAST_STEPS} are"):
         callback.result({"learning_rate": 1.0})
 
 

@@ -597,3 +597,18 @@ def test_models_that_an_objective_cannot_train_are_refused(tmp_path, options, mo
     with pytest.raises(ValueError, match=said):
         build(tmp_path / "run", model=tiny_model(**model), objective=ObjectiveOptions(**options))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", READ_AFTER_STEPS)
+def test_weights_of_16_bits_need_no_mixed_precision(tmp_path, name):
+    """In which accelerate copies their states, so that no gradient can be taken at them."""
+    for mixed in (False, True):
+        model, settings = model_for(name).bfloat16(), {"bf16": mixed, "max_steps": 1}
+        if mixed and OBJECTIVES[name].takes_gradients:
+            with pytest.raises(ValueError, match=f"'{name}', .* copies of those that are bfloat16; set bf16 to false"):
+                build(tmp_path / "run", model=model, objective=ObjectiveOptions(name), **settings)
+            assert not (tmp_path / "run").exists()
+        else:
+            trainer = build(tmp_path / str(mixed), model=model, objective=ObjectiveOptions(name), **settings)
+            trainer.train()
+            assert math.isfinite(losses(trainer)[0])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 
 from tests.test_trainer import Interrupt, build, losses
 from tests.test_trainer_parameter_groups import train, weights_of
@@ -204,6 +205,31 @@ def test_a_schedule_free_run_evaluates_and_leaves_the_average(tmp_path):
         assert torch.equal(state[index]["x"], saved[names[parameter]])
     trainer.optimizer.train()
     assert any(not torch.equal(weight, averages[name]) for name, weight in trainer.model.named_parameters())
+
+
+def test_the_average_is_what_the_watch_over_depth_and_the_end_of_a_run_see(tmp_path):
+    """In every step, also behind one without a checkpoint, and the samples that callbacks make at the end. After the
+    first step there is but one z to average.
+    """
+    options = {"optimizer": "schedule_free", "max_steps": 4, "lr_scheduler_type": "constant", "save_steps": 2}
+    options |= {"recurrence_logging_steps": 1, "save_strategy": "steps"}
+    trainer, seen = build(tmp_path, **options), []
+
+    def note(*arguments):
+        states = trainer.optimizer.state
+        is_average = [torch.equal(it, states[it]["x"]) for it in trainer.model.parameters() if states.get(it)]
+        seen.append((trainer.model.training, all(is_average)))
+
+    class AtEnd(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            note()
+
+    trainer.model.register_forward_pre_hook(note)
+    trainer.add_callback(AtEnd())
+    trainer.train()
+    is_watched = [is_average for is_training, is_average in seen[:-1] if not is_training]
+    assert is_watched == [True] * 8 and seen[-1][1]
+    assert [is_average for is_training, is_average in seen[:-1] if is_training] == [True, True, False, False]
 
 
 def test_the_best_checkpoint_of_a_schedule_free_run_stays(tmp_path):

@@ -86,6 +86,7 @@ class BaseTrainer(Trainer):
         self.losses = StepLosses()
         self.stop = StopCallback(StopRequest())  # of nobody, until a script puts its own here
         self.add_callback(self.options_of_run)
+        self.add_callback(FinalWeights())
         if self.args.fsdp or self.is_fsdp_enabled:
             self.add_callback(ShardingCallback())
         self.add_callback(EpochCallback())
@@ -208,7 +209,6 @@ class BaseTrainer(Trainer):
         try:
             with self.keeper.discarding():
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
-            self.optimizer.eval()  # of those whose average is what a run leaves behind
         finally:
             self.stalls.end()
         self.state.num_train_epochs = self.num_train_epochs
@@ -425,6 +425,14 @@ class EpochCallback(TrainerCallback):
         train_dataloader.set_epoch(epoch)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(epoch)
+
+
+class FinalWeights(TrainerCallback):
+    """Gives the model what a run leaves behind, of optimizers whose average that is, before samples are made of it."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Give it."""
+        optimizer.eval()
 
 
 def whole_weights_of(parts: Sequence[Any]) -> AbstractContextManager:

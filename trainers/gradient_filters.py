@@ -122,6 +122,13 @@ class GradientFilter:
         """What a checkpoint holds, by key and name of the weight."""
         return {f"{key}/{name}": it for name, part in self.averages.items() for key, it in part.state.items()}
 
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Those of `states`, once all weights have had a gradient."""
+        fresh = {name: GRADIENT_FILTERS[self.options.name](self.options) for name in self.parameters}
+        for name, parameter in self.parameters.items():
+            fresh[name].update(torch.empty_like(parameter, device="meta"))
+        return {f"{key}/{name}": it.shape for name, part in fresh.items() for key, it in part.state.items()}
+
     def save(self, checkpoint: str) -> None:
         """Write all averages into the folder of a checkpoint, made if missing."""
         os.makedirs(checkpoint, exist_ok=True)
@@ -132,7 +139,7 @@ class GradientFilter:
         """Go on with the averages of a checkpoint.
 
         Raises:
-            ResumeError: it has none.
+            ResumeError: it has none, or those of another filter or of other weights.
         """
         path = os.path.join(checkpoint, FILE_NAME)
         if not os.path.isfile(path):
@@ -140,7 +147,14 @@ class GradientFilter:
                 f"training.gradient_filter.name is {self.options.name!r}, but {checkpoint} has no {FILE_NAME}; set "
                 "it to null, or begin anew"
             )
-        for item, tensor in load_file(path).items():
+        loaded, shapes = load_file(path), self._shapes()
+        for item, tensor in loaded.items():
+            if tensor.shape != shapes.get(item):
+                raise ResumeError(
+                    f"training.gradient_filter: {checkpoint} has {item} of the shape {list(tensor.shape)}, which is of "
+                    "another filter, window or weight; give the options of that run, or begin anew"
+                )
+        for item, tensor in loaded.items():
             key, name = item.split("/", 1)
             device = torch.device("cpu") if key == "count" else self.parameters[name].device
             self.averages[name].state[key] = tensor.to(device)

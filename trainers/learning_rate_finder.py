@@ -18,6 +18,8 @@ DIVERGENCE, RECENT = 1.5, 5
 """The test ends where the mean of the last five losses is more than one and a half times its least value."""
 WINDOW = 9
 """Losses of which each point of the smoothed curve is the mean."""
+LEAST_STEPS = WINDOW + 2
+"""Losses of which one slope of the smoothed curve is known."""
 
 
 class NothingFoundError(ValueError):
@@ -54,19 +56,21 @@ class RangeTest:
 
     @property
     def steepest_step(self) -> int:
-        """The step, before the best, at which the smoothed loss falls most for a rate that grows by the same factor.
+        """The step, before the best, at which the smoothed loss falls most for a rate that grows by the same factor; of
+        those alone whose slope is of whole windows, as that of fewer losses is steep by chance.
 
         Raises:
             NothingFoundError: The loss does not fall.
         """
-        before = self.smoothed[: self.best_step + 1]
-        if len(before) < WINDOW:
+        if self.best_step + 1 < WINDOW:
             least, most = (factor * self.rates["learning_rate"] for factor in (self.factors[0], self.factors[-1]))
             raise NothingFoundError(
                 f"the loss falls at none of the learning rates from {least:.2g} to {most:.2g}; give another "
                 "training.learning_rate, around which they are tried"
             )
-        return int(np.gradient(before).argmin())
+        first = WINDOW // 2 + 1
+        last = min(self.best_step, len(self.losses) - 1 - first)
+        return first + int(np.gradient(self.smoothed)[first : last + 1].argmin())
 
     def rates_at(self, factor: float) -> dict[str, float]:
         """The learning rates of the run times a factor, by option."""
@@ -151,9 +155,9 @@ class RangeTestCallback(TrainerCallback):
         Raises:
             NothingFoundError: Too few steps were.
         """
-        if len(self.losses) < WINDOW:
+        if len(self.losses) < LEAST_STEPS:
             raise NothingFoundError(
-                f"only {len(self.losses)} steps have a finite loss, where {WINDOW} are needed; look at the data, or "
-                "try --debug"
+                f"only {len(self.losses)} steps have a finite loss, where {LEAST_STEPS} are needed; look at the data, "
+                "or try --debug"
             )
         return RangeTest(self.factors[: len(self.losses)], self.losses, rates)

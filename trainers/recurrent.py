@@ -72,7 +72,7 @@ class RecurrentTrainer(BaseTrainer):
         is a folder.
         """
         self.objective = build_objective(self.args.objective)
-        check_model(self.objective, unwrap_peft_model(self.model))
+        check_model(self.objective, unwrap_peft_model(self.model), has_autocast=self.args.bf16 or self.args.fp16)
         super().create_accelerator_and_postprocess()
         probe = unwrap_peft_model(self.model).base_model.exit_probe
         if probe is not None and self.built_optimizer is not None and not self.objective.trains_exit_probe:
@@ -250,6 +250,7 @@ class RecurrentTrainer(BaseTrainer):
     def _probe_recurrence(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Runs the next batch, on which the model has not been trained yet, at one step and at the mean depth."""
         model.eval()
+        self.optimizer.eval()  # the weights of evaluations; those of training come back with the step
         with self.compute_loss_context_manager():
             shallow = model(**inputs, num_steps=1, skip_logits=True).loss
             mean_steps = self.text_config.recurrence.mean_steps

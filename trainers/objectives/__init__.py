@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+import torch
 from transformers import PreTrainedModel
 
 from model import TARGET_MODALITIES
@@ -47,8 +48,12 @@ def build_objective(options: ObjectiveOptions) -> Objective:
     return objective
 
 
-def check_model(objective: Objective, model: PreTrainedModel) -> None:
-    """Raises ValueError if a model, with its head, cannot be trained so, or has not what the options are about."""
+def check_model(objective: Objective, model: PreTrainedModel, has_autocast: bool) -> None:
+    """Raises ValueError if a model, with its head, cannot be trained so, or has not what the options are about.
+
+    Args:
+        has_autocast: Whether its forward pass is to run in mixed precision.
+    """
     options, config = objective.options, model.config
     if config.get_text_config().num_core_layers == 0:
         if options != ObjectiveOptions():
@@ -67,5 +72,11 @@ def check_model(objective: Objective, model: PreTrainedModel) -> None:
         raise ValueError(
             f"training.objective.name is {options.name!r}, which reads tokens alone after several steps, but this "
             f"model also writes {' and '.join(written)}; give another, such as full"
+        )
+    if objective.takes_gradients and has_autocast and model.dtype != torch.float32:
+        kind = str(model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"training.objective.name is {options.name!r}, which takes gradients at states, but in mixed precision "
+            f"accelerate gives copies of those that are {kind}; set bf16 to false, as the weights are {kind} anyway"
         )
     objective.check_model(model)
