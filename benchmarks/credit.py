@@ -219,7 +219,7 @@ def measure(task_name: str, objective: str, seed: int, seconds: float, questions
 
 
 def seconds_of_update(task: Task, objective: str, seed: int, folder: str) -> float:
-    """What an update costs, on the mean over a short run."""
+    """The mean CPU seconds of an update over a short run."""
     _, clock = train(task, objective, seed, PILOT, folder)
     counted = clock.seconds[2:]
     return (counted[-1] - counted[0]) / (len(counted) - 1)

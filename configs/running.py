@@ -39,7 +39,7 @@ ENDINGS = (
     *(ResumeError, NoRowsError, NoSpaceError, NotShardedError, OSError, SafetensorError),
     *(StabilityError, FloatingPointError),
 )
-"""What ends training with a line for people; the last two are alarms."""
+"""Errors that end training with a line for people; the last two are alarms."""
 
 
 def set_up_output(log_level: str) -> None:

@@ -115,7 +115,7 @@ class NoSpaceError(ValueError):
 
 
 def bytes_of_checkpoint(parameters: Iterable[nn.Parameter], has_moments: bool = True) -> int:
-    """What the weights of a checkpoint take, and for those that learn two moments of float32, as Adam has them, if it
+    """Bytes of the weights of a checkpoint, and for those that learn two moments of float32, as Adam has them, if it
     has any. Other optimizers have fewer, and DeepSpeed and FSDP keep the weights once more.
     """
     is_split = is_deepspeed_zero3_enabled()
