@@ -119,7 +119,7 @@ class GradientFilter:
                 parameter.grad.add_(average.to(parameter.grad.dtype), alpha=self.options.factor)
 
     def states(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds, by key and name of the weight."""
+        """Tensors that a checkpoint holds, by key and name of the weight."""
         return {f"{key}/{name}": it for name, part in self.averages.items() for key, it in part.state.items()}
 
     def _shapes(self) -> dict[str, torch.Size]:

@@ -7,7 +7,7 @@ from accelerate.utils import reduce
 
 
 class StepLosses:
-    """What the trainer adds up for its log. `Trainer` keeps one sum for all steps of a log, from which a loss that is
+    """The losses that are added up for a log. `Trainer` keeps one sum for all steps of a log, from which a loss that is
     not finite can never be taken again; so it gets the loss before in its place, and the log says that there was one.
     """
 
