@@ -9,10 +9,13 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import logging
 import random
+from collections.abc import Iterator
 
 import numpy
 import pytest
 import torch
+
+PREFIXES = ("ACCELERATE_", "FSDP_")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,6 +41,18 @@ def quiet() -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler for handler in root.handlers if type(handler).__name__ != "ConsoleHandler"]
     root.setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def undistributed() -> Iterator[None]:
+    """Take back what accelerate and transformers have put into the environment for processes that they would start:
+    once a test has asked for FSDP, every later trainer of the process would be one of FSDP.
+    """
+    before = {name: value for name, value in os.environ.items() if name.startswith(PREFIXES)}
+    yield
+    for name in [name for name in os.environ if name.startswith(PREFIXES)]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
