@@ -164,7 +164,8 @@ def test_weights_of_16_bits_have_a_float32_state(tmp_path, name):
     assert losses(trainer)[-1] < losses(trainer)[0] - 0.1
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.bfloat16}
     optimizer = trainer.optimizer.optimizer
-    found = [it for state in optimizer.state.values() for it in tensors_in(state)]
+    states = [{key: it for key, it in state.items() if key != "remainder"} for state in optimizer.state.values()]
+    found = [it for state in states for it in tensors_in(state)]
     assert found and {it.dtype for it in found if it.is_floating_point()} == {torch.float32}
     assert all(it.abs().max() == 0 or not torch.equal(it, it.bfloat16().float()) for it in found if it.numel() > 500)
     other = build(tmp_path, model=copy.deepcopy(trainer.model), **options).optimizer
@@ -188,6 +189,38 @@ def test_a_float32_update_that_is_cast():
         weight.grad = gradients(1, 6, 8)[0].bfloat16().to(weight.dtype)
         CombinedOptimizer(AdaMuon([weight], lr=0.1, weight_decay=0.1)).step()
     assert torch.equal(weights[0], weights[1].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_of_less_than_the_last_bit_add_up(dtype):
+    """A weight of 16 bits, with what it leaves over, follows one of float32 over updates that rounding would undo."""
+    start = torch.linspace(0.5, 1.5, 48).view(6, 8).to(dtype)
+    weights = [nn.Parameter(start.clone()), nn.Parameter(start.float())]
+    for weight in weights:
+        optimizer = CombinedOptimizer(torch.optim.AdamW([weight], lr=1e-4, weight_decay=0.0))
+        for _ in range(100):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        if weight.dtype == dtype:
+            kept = optimizer.state[weight]["remainder"]
+            assert kept.dtype == dtype
+    assert (weights[1] - start.float()).mean().item() == pytest.approx(-0.01, rel=1e-3)
+    most = 100 * torch.finfo(dtype).eps ** 2 / 4  # each update rounds the remainder, of at most half a last bit
+    torch.testing.assert_close(weights[0].float() + kept.float(), weights[1].data, rtol=0, atol=most)
+    assert not torch.equal(weights[0], start)
+
+
+def test_adamw_of_16_bits_is_one_of_ours(tmp_path):
+    """Torch's own would keep both moments in 16 bits; its checkpoints with such moments load."""
+    trainer, _ = train(tmp_path, model=tiny_model().bfloat16(), max_steps=2)
+    states = trainer.optimizer.optimizer.state
+    assert {it.dtype for state in states.values() for it in (state["exp_avg"], state["exp_avg_sq"])} == {torch.float32}
+    saved = trainer.optimizer.optimizer.state_dict()
+    for state in saved["state"].values():
+        state["exp_avg"] = state["exp_avg"].bfloat16()
+    trainer.optimizer.optimizer.load_state_dict(saved)
+    assert {state["exp_avg"].dtype for state in trainer.optimizer.optimizer.state.values()} == {torch.float32}
+    assert {state["remainder"].dtype for state in trainer.optimizer.optimizer.state.values()} == {torch.bfloat16}
 
 
 def test_a_schedule_free_run_evaluates_and_leaves_the_average(tmp_path):

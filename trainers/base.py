@@ -24,7 +24,7 @@ from .checkpoints import CHECKPOINT_NAME, CheckpointKeeper, bytes_of_checkpoint,
 from .early_stopping import EarlyStopping, has_stopped
 from .gradient_filters import GradientFilter
 from .norms import speed_up_norms
-from .optimizers import build_optimizer, check_distribution
+from .optimizers import CombinedOptimizer, build_optimizer, check_distribution, keeps_low_state
 from .parameter_groups import FreezeStepsCallback, assign, freeze, parameters_of_norms, split_groups
 from .regrouping import RegroupCallback, needs_regrouping
 from .resuming import (
@@ -188,6 +188,8 @@ class BaseTrainer(Trainer):
         if name is not None:
             groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
             self.optimizer = optimizer = build_optimizer(name, groups, self.args, model)
+        elif keeps_low_state(optimizer) and not (self.args.deepspeed or self.args.uses_fsdp):
+            self.optimizer = optimizer = CombinedOptimizer(optimizer)
         if self.args.parameter_groups:
             split_groups(optimizer, model, self.args.parameter_groups, self.get_decay_parameter_names(model))
         self.options_of_run.remember(optimizer)

@@ -197,10 +197,14 @@ def combine(
     return CombinedOptimizer(rest, build(own))
 
 
+REMAINDER = "remainder"
+
+
 class CombinedOptimizer(torch.optim.Optimizer):
     """One or two optimizers with one list of groups and one state, so that schedules, checkpoints and resuming are
     those of any optimizer. All states are float32: of weights and gradients of fewer bits, an optimizer gets float32
-    copies for the time of a step, and the new weights are cast.
+    copies for the time of a step, and the new weights are cast. What that rounds off is kept, in as many bits, as
+    `remainder` in the state, or updates of less than the last bit would never add up.
 
     Args:
         rest: An optimizer that has not made a step yet.
@@ -245,7 +249,11 @@ class CombinedOptimizer(torch.optim.Optimizer):
         here = [parameter for group in self.param_groups for parameter in group["params"]]
         for key, parameter in zip(saved, here, strict=True):
             if is_low(parameter) and key in state_dict["state"]:
-                self.state[parameter] = send_to_device(state_dict["state"][key], parameter.device)
+                state = send_to_device(state_dict["state"][key], parameter.device)
+                self.state[parameter] = {
+                    name: value.float() if name != REMAINDER and is_low(value) else value
+                    for name, value in state.items()
+                }
 
     def _supplied_parts(self) -> Iterator[torch.optim.Optimizer]:
         """The optimizers, with their groups and the state, which loading a checkpoint and dividing groups replace."""
@@ -255,21 +263,28 @@ class CombinedOptimizer(torch.optim.Optimizer):
             yield part
 
 
-def is_low(parameter: torch.Tensor) -> bool:
-    """Whether numbers have fewer bits than those of float32."""
-    return parameter.dtype in (torch.bfloat16, torch.float16)
+def is_low(value: Any) -> bool:
+    """Whether it is a tensor whose numbers have fewer bits than those of float32."""
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+
+
+def keeps_low_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of torch's, whose state has the dtype of the weights, and some have fewer bits than float32."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return type(optimizer).__module__.startswith("torch.optim.") and any(map(is_low, parameters))
 
 
 @contextmanager
 @torch.no_grad()
 def in_float32(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context in which an optimizer has float32 copies of weights of fewer bits and of their gradients; what it has
-    made of the copies is cast when the context ends.
+    made of the copies is cast when the context ends, and the remainder kept for the next.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     copies = {it: nn.Parameter(it.float()) for it in parameters if is_low(it) and it.grad is not None}
     for parameter, copy in copies.items():
         copy.grad = parameter.grad.float()
+        copy.add_(optimizer.state[parameter].pop(REMAINDER, 0.0))
     exchange(optimizer, copies)
     try:
         yield
@@ -277,6 +292,7 @@ def in_float32(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         exchange(optimizer, {copy: parameter for parameter, copy in copies.items()})
     for parameter, copy in copies.items():
         parameter.copy_(copy)
+        optimizer.state[parameter][REMAINDER] = copy.sub_(parameter).to(parameter.dtype)
 
 
 def exchange(optimizer: torch.optim.Optimizer, others: Mapping[torch.Tensor, torch.Tensor]) -> None:
