@@ -124,7 +124,8 @@ def test_operations_are_those_torch_counts(overrides: dict):
 def test_states_of_each_stage():
     """The example of the ZeRO paper's figure 1: 7.5 billion parameters, 64 GPUs, 2 + 2 + 12 bytes."""
     precision = precision_of(is_half=True, by_deepspeed=True)
-    whole = [sum(state_bytes(7_500_000_000, precision, stage, 64)) / 1e9 for stage in range(4)]
+    count = 7_500_000_000
+    whole = [sum(state_bytes(count, count, 8 * count, precision, stage, 64)) / 1e9 for stage in range(4)]
     assert whole == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
 
 
@@ -133,7 +134,7 @@ def test_states_of_each_stage():
     [(True, True, (2, 2, 12)), (True, False, (6, 4, 8)), (False, True, (4, 4, 8)), (False, False, (4, 4, 8))],
 )
 def test_bytes_of_a_parameter(is_half: bool, by_deepspeed: bool, expected: tuple[int, int, int]):
-    assert state_bytes(1, precision_of(is_half, by_deepspeed), stage=0, ranks=8) == expected
+    assert state_bytes(1, 1, 8, precision_of(is_half, by_deepspeed), stage=0, ranks=8) == expected
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
@@ -149,8 +150,8 @@ def test_autocast_states_are_those_that_are_there():
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     there = [sum(tensor.nbytes for tensor in tensors) for tensors in (parameters, gradients, moments)]
     count = sum(parameter.numel() for parameter in parameters)
-    weight, gradient, optimizer_states = state_bytes(count, precision_of(True, False), stage=0, ranks=1)
-    assert (weight * 4 / 6, gradient, optimizer_states) == pytest.approx(there)
+    weight, gradient, kept = state_bytes(count, count, 8 * count, precision_of(True, False), stage=0, ranks=1)
+    assert (weight * 4 / 6, gradient, kept) == pytest.approx(there)
 
 
 def test_activations_by_hand():
@@ -395,6 +396,21 @@ def test_bf16_and_stages(dry_run, tmp_path: Path):
     assert cells(text, "ZeRO 2, this run")[-1] == "2 + 2 + 12"
     text = dry_run("--config", config, "--training.deepspeed", "zero3_offload")
     assert "less param and optimizer, which DeepSpeed's file moves" in text
+
+
+def test_an_optimizer_and_an_objective_of_its_own(dry_run, tmp_path: Path):
+    """The states are those of the run's optimizer, filter and average; of the objective, the steps with gradient."""
+    config = ["--config", str(write_config(tmp_path))]
+    text = dry_run(*config, "--training.optim", "sgd", "--training.gradient_filter.name", "ema")
+    assert cells(text, "no DeepSpeed, this run")[-1] == "4 + 4 + 4"
+    text = dry_run(*config, "--training.optim", "sgd", "--training.ema_decay", "0.9")
+    assert cells(text, "no DeepSpeed, this run")[-1] == "4 + 4 + 4"
+    flags = ["--model.recurrence.backprop_steps", "1", "--model.recurrence.step_distribution", "fixed"]
+    flags += ["--model.recurrence.mean_steps", "6"]
+    for name, steps in (("truncated", 1), ("full", 6), ("implicit", 1)):
+        text = dry_run(*config, *flags, "--training.objective.name", name)
+        assert f"all, at {steps} steps with gradient" in text
+        assert ("what the objective implicit computes from the states" in text) is (name == "implicit")
 
 
 def test_compiled_norms_keep_less_under_autocast(dry_run, tmp_path: Path):

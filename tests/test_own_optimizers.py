@@ -14,7 +14,8 @@ from tests.test_trainer_parameter_groups import train, weights_of
 from tests.tiny import tiny_model
 from trainers import ParameterGroup, find_resume_point
 from trainers.adamuon import AdaMuon, orthogonalize
-from trainers.optimizers import OPTIMIZERS, CombinedOptimizer
+from trainers.gradient_filters import GradientFilterOptions
+from trainers.optimizers import OPTIMIZERS, CombinedOptimizer, bytes_of_optim, bytes_of_states
 from trainers.schedule_free import ScheduleFreeAdamW
 
 OPTIONS = {
@@ -28,6 +29,30 @@ NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name == "soap" else []) 
 
 def test_all_names_are_tried():
     assert set(OPTIONS) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize(
+    ("option", "others"),
+    [
+        *[pytest.param({"optimizer": it.values[0]}, OPTIONS[it.values[0]], marks=it.marks) for it in NAMES],
+        ({"optim": "adamw_torch"}, {}),
+        ({"optim": "sgd"}, {"ema_decay": 0.9}),
+        ({"optim": "adamw_torch"}, {"gradient_filter": GradientFilterOptions("ma", window=3)}),
+        ({"optim": "rmsprop"}, {"gradient_filter": GradientFilterOptions("ema")}),
+    ],
+)
+def test_bytes_of_states_are_those_that_are_there(tmp_path, option, others):
+    """After a training of four updates; counts of steps are not counted."""
+    trainer, _ = train(tmp_path, **option, **others, max_steps=4)
+    found = [it for state in trainer.optimizer.optimizer.state.values() for it in tensors_in(state)]
+    found += [] if trainer.gradient_filter is None else trainer.gradient_filter.states().values()
+    found += [] if trainer.average is None else trainer.average.average.values()
+    there = sum(it.nbytes for it in found if it.ndim)
+    assert bytes_of_states(trainer.args, trainer.model) == there
+
+
+def test_eight_bits_are_a_byte_for_each_moment():
+    assert [bytes_of_optim(name) for name in ("adamw_bnb_8bit", "lion_8bit", "adamw_torch_fused")] == [2, 1, 8]
 
 
 def gradients(count, *shape):

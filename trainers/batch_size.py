@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from .arguments import RecurrentTrainingArguments
 from .dry_run import expected_steps
+from .optimizers import bytes_of_states
 from .parameter_groups import freeze
 from .recurrent import inputs_of_model
 from .resuming import read_state
@@ -102,14 +103,14 @@ def longest_rows(dataset: Dataset, count: int) -> list[Any]:
 
 
 def try_step(args: RecurrentTrainingArguments, model: nn.Module, batch: dict[str, Any]) -> None:
-    """Make a forward and a backward pass with room for two moments of each weight that learns, as AdamW has."""
+    """Make a forward and a backward pass beside as much memory as the states of the optimizer will have."""
     freeze(model, args.freeze)
     model.to(args.device).train()
     if args.activation_checkpointing:
         options = dict(args.activation_checkpointing_kwargs or {})
         own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **own)
-    moments = [torch.empty_like(it) for it in model.parameters() if it.requires_grad for _ in range(2)]
+    states = torch.empty(bytes_of_states(args, model), dtype=torch.uint8, device=args.device)
     config, depth = model.config.get_text_config(), {}
     if config.num_core_layers:
         depth["num_steps"] = (1, expected_steps(config.recurrence, args.seed).most_grad)
@@ -122,4 +123,4 @@ def try_step(args: RecurrentTrainingArguments, model: nn.Module, batch: dict[str
     ):
         loss = model(**inputs, **depth, skip_logits=True).loss
     loss.backward()
-    del moments
+    del states

@@ -12,6 +12,8 @@ from model.depth import sample_depth
 from model.recurrence import INJECTIONS
 
 from .arguments import PlannedTrainingArguments
+from .objectives import ObjectiveOptions, build_objective
+from .optimizers import bytes_of_states
 from .parameter_groups import freeze
 
 # Dense bf16 peaks in TFLOPS, from NVIDIA's data sheets (the SXM versions, without sparsity).
@@ -38,13 +40,14 @@ class StepCounts:
     most_grad: int
 
 
-def expected_steps(recurrence: PreTrainedConfig, seed: int) -> StepCounts:
+def expected_steps(recurrence: PreTrainedConfig, seed: int, objective: ObjectiveOptions | None = None) -> StepCounts:
     """Means over `NUM_DRAWS` draws, those of the run's own first micro-batches; their standard error is below half a
-    percent of the mean depth.
+    percent of the mean depth. The objective says which steps carry gradient; by default the last `backprop_steps`.
 
     The mean of the configured distribution need not be `mean_steps`: that of the log-normal Poisson is mean_steps + 1.
     """
-    draws = [sample_depth(recurrence, seed, step, 0) for step in range(NUM_DRAWS)]
+    depth = build_objective(objective or ObjectiveOptions()).depth
+    draws = [depth(*sample_depth(recurrence, seed, step, 0)) for step in range(NUM_DRAWS)]
     no_grad, grad = (sum(counts) / NUM_DRAWS for counts in zip(*draws, strict=True))
     return StepCounts(no_grad, grad, max(steps for _, steps in draws))
 
@@ -94,12 +97,12 @@ def flops_per_token(model: PreTrainedModel, steps: StepCounts, row: int) -> Flop
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes for each parameter (weight, gradient, optimizer, cast) and for each number that a forward pass keeps."""
+    """Bytes for each parameter (weight, gradient, master, cast) and for each number that a forward pass keeps."""
 
     weight: int
     gradient: int
-    optimizer: int
-    """Both moments of AdamW in float32, and the float32 weights where the model's own are shorter."""
+    master: int
+    """The float32 weights, which the optimizer has where the model's own are shorter."""
     cast: int
     """The bf16 copies that autocast makes of float32 weights and keeps until the backward pass has ended."""
     activation: int
@@ -108,32 +111,31 @@ class Precision:
 
 
 def precision_of(is_half: bool, by_deepspeed: bool, is_compiled: bool = False) -> Precision:
-    """Without `is_half` (bf16 or fp16) all is float32: 4 + 4 + 8 bytes for weight, gradient and AdamW's two moments.
+    """Without `is_half` (bf16 or fp16) all is float32: 4 + 4 bytes for weight and gradient.
 
-    With it, DeepSpeed keeps weights and gradients in 2 bytes with float32 weights and moments, 2 + 2 + 12 (the ZeRO
-    paper). Without DeepSpeed it is autocast: 4 + 4 + 8 as before, and the products run on copies of 2 bytes. A norm of
-    bf16 numbers with float32 weights is not fused then, and keeps its input twice in float32, unless it is compiled.
+    With it, DeepSpeed keeps weights and gradients in 2 bytes beside float32 weights, 2 + 2 + 4 (the ZeRO paper).
+    Without DeepSpeed it is autocast: 4 + 4 as before, and the products run on copies of 2 bytes. A norm of bf16 numbers
+    with float32 weights is not fused then, and keeps its input twice in float32, unless it is compiled.
     """
     if not is_half:
-        return Precision(weight=4, gradient=4, optimizer=8, cast=0, activation=4, residual=4)
+        return Precision(weight=4, gradient=4, master=0, cast=0, activation=4, residual=4)
     if by_deepspeed:
-        return Precision(weight=2, gradient=2, optimizer=12, cast=0, activation=2, residual=2)
-    return Precision(weight=4, gradient=4, optimizer=8, cast=2, activation=2, residual=4 if is_compiled else 8)
+        return Precision(weight=2, gradient=2, master=4, cast=0, activation=2, residual=2)
+    return Precision(weight=4, gradient=4, master=0, cast=2, activation=2, residual=4 if is_compiled else 8)
 
 
 def state_bytes(
-    parameters: int, precision: Precision, stage: int, ranks: int, trained: int | None = None
+    parameters: int, trained: int, kept: int, precision: Precision, stage: int, ranks: int
 ) -> tuple[float, float, float]:
-    """Bytes of parameters, gradients and optimizer states on each GPU; the last two of those that are trained (default:
-    all).
+    """Bytes of parameters, gradients and optimizer states on each GPU, of so many parameters, and of so many that are
+    trained, of which the optimizer keeps `kept` bytes (`bytes_of_states`).
 
     ZeRO (Rajbhandari et al. 2019, arXiv 1910.02054, figure 1) divides among the ranks the optimizer states from stage 1
     on, the gradients from stage 2 on, the parameters in stage 3.
     """
     shares = (ranks if stage >= least else 1 for least in (3, 2, 1))
-    trained = parameters if trained is None else trained
     weights = parameters * (precision.weight + precision.cast)
-    sizes = weights, trained * precision.gradient, trained * precision.optimizer
+    sizes = weights, trained * precision.gradient, trained * precision.master + kept
     return tuple(size / share for size, share in zip(sizes, shares, strict=True))
 
 
@@ -277,30 +279,31 @@ def describe_needs(model: PreTrainedModel, args: PlannedTrainingArguments, block
     freeze(model, args.freeze)
     steps = StepCounts(0, 0, 0)
     if config.num_core_layers:
-        steps = expected_steps(config.recurrence, args.seed)
+        steps = expected_steps(config.recurrence, args.seed, args.objective)
     kept = activation_bytes(config, plan.precision_at(plan.stage), steps.most_grad, block_size, packing)
     flops = flops_per_token(model, steps, block_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    of_states = bytes_of_states(args, model)
     states = {  # without DeepSpeed, and at each stage
-        stage: state_bytes(parameters, plan.precision_at(stage), stage or 0, plan.args.world_size, trained)
+        stage: state_bytes(parameters, trained, of_states, plan.precision_at(stage), stage or 0, plan.args.world_size)
         for stage in (None, 0, 1, 2, 3)
     }
-    parts = [describe_states(states, plan), describe_activations(kept, plan, steps)]
+    parts = [describe_states(states, plan, of_states / max(trained, 1)), describe_activations(kept, plan, steps)]
     parts += [describe_sum(states[plan.stage], kept, plan), describe_flops(flops, plan, steps)]
     parts += [describe_speed(flops, plan), *([] if config is model.config else [ENCODERS_LEFT_OUT])]
     return "\n\n".join(parts)
 
 
-def describe_states(by_stage: dict[int | None, tuple[float, float, float]], plan: Plan) -> str:
-    """Weights, gradients and optimizer states on each GPU."""
+def describe_states(by_stage: dict[int | None, tuple[float, float, float]], plan: Plan, of_weight: float) -> str:
+    """Weights, gradients and optimizer states on each GPU; of a weight, the optimizer keeps `of_weight` bytes."""
     rows = []
     for stage, states in by_stage.items():
         precision = plan.precision_at(stage)
         name = ("no DeepSpeed" if stage is None else f"ZeRO {stage}") + ", this run" * (stage == plan.stage)
-        sizes = f"{precision.weight + precision.cast} + {precision.gradient} + {precision.optimizer}"
+        sizes = f"{precision.weight + precision.cast} + {precision.gradient} + {precision.master + of_weight:.3g}"
         rows.append([name, *(gigabytes(size) for size in (*states, sum(states))), sizes])
-    title = f"Weights, gradients and AdamW's states, GB on each of {plan.args.world_size} GPU(s):"
+    title = f"Weights, gradients and states of the optimizer, GB on each of {plan.args.world_size} GPU(s):"
     text = table(title, ["", "weights", "gradients", "optimizer", "all", "bytes per parameter"], rows)
     if plan.is_half:
         text += (
@@ -332,6 +335,8 @@ def describe_sum(states: tuple[float, float, float], kept: ActivationBytes, plan
     if moved:
         text += f", less {' and '.join(moved)}, which DeepSpeed's file moves to the memory of the machine"
     left_out = "buffers of communication, weights that ZeRO 3 gathers, fragmentation, the CUDA context"
+    if build_objective(plan.args.objective).is_read_after_steps:
+        left_out += f", what the objective {plan.args.objective.name} computes from the states after its steps"
     return f"{text}. Not counted: {left_out}."
 
 

@@ -98,6 +98,9 @@ OPTIMIZERS: dict[str, OptimizerBuilder] = {
     "schedule_free": build_schedule_free,
     "soap": build_soap,
 }
+STATE_BYTES = {"muon": 4, "adamuon": 8, "schedule_free": 12, "soap": 8}
+"""Bytes of the state of a weight; SOAP has square matrices besides, of the sides that are not too long for it."""
+MOST_OF_SOAP = 10_000
 FOR_MATRICES = ("muon", "adamuon")
 """Those that train the matrices inside the layers at `muon_learning_rate`, beside another one for the rest."""
 ZERO_STAGES = {"muon": (1, 2, 3)}
@@ -159,6 +162,33 @@ def check_distribution(args: TrainingArguments, zero: Mapping[str, Any] | None, 
             f"training.optim is {OptimizerNames(args.optim).value}, but DeepSpeed's Muon trains all but matrices with "
             "AdamW; leave it out"
         )
+
+
+def bytes_of_states(args: TrainingArguments, model: nn.Module) -> int:
+    """Bytes that the optimizer, the gradient filter and the average of the weights keep of a model, about: unknown
+    optimizers are taken for AdamW, and of functions of one's own nothing is known.
+    """
+    name, auxiliary = args.optimizer_name, bytes_of_optim(OptimizerNames(args.optim).value)
+    filtering = args.gradient_filter
+    matrices = set(matrices_of(model)) if name in FOR_MATRICES else set()
+    total = 0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        is_own = name in STATE_BYTES and (name not in FOR_MATRICES or parameter in matrices)
+        total += parameter.numel() * (STATE_BYTES[name] if is_own else auxiliary)
+        if name == "soap" and parameter.ndim > 1:
+            total += 8 * sum(side**2 for side in parameter.shape if side <= MOST_OF_SOAP)
+        total += parameter.numel() * {None: 0, "ema": 4}.get(filtering.name, 4 * (filtering.window + 1))
+        total += parameter.nbytes if args.ema_decay else 0
+    return total
+
+
+def bytes_of_optim(name: str) -> int:
+    """Bytes of the state of a weight, by the name that transformers has for an optimizer."""
+    num_moments = {"sgd": 0, "adafactor": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "ademamix": 3}
+    moments = next((count for kind, count in num_moments.items() if kind in name), 2)
+    return moments * (1 if "8bit" in name or "4bit" in name else 4)
 
 
 def matrices_of(model: nn.Module) -> list[nn.Parameter]:
