@@ -2,9 +2,11 @@
 and seed for the same CPU time, and compares what they answer, with all steps and with exits, and at four times the
 depth.
 
-Each run is a process on one core, and a row of a JSON file; what that file holds is not run again.
+The time is that of so many updates of the truncated objective: each run measures first what an update of its own costs
+and what one of that, so that rows of several machines can be compared. Each run is a process on one core, and a row of
+a JSON file; what that file holds is not run again.
 
-    python -m benchmarks.credit --output docs/credit/rows.json --seconds 300
+    python -m benchmarks.credit --output docs/credit/rows.json
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ from dataset_loading import Collator, build_examples
 from evaluation.answers import AnswerGenerator, Example, prompt_of, to_model
 from evaluation.checks import CHECKS
 from evaluation.depth import DepthEvaluator, chunks, evaluating
-from inference.arguments import OneLineParser, finite
+from inference.arguments import OneLineParser
 from inference.output import whole_file
 
 ROOT = Path(__file__).parents[1]
-KEY = ("task", "objective", "seed", "seconds", "questions")
+KEY = ("task", "objective", "seed", "updates_of_truncated", "questions")
 """What tells rows from each other."""
 PILOT = 40
 """Updates of a run that finds out what one costs; the first two are not counted. It is a whole run with a schedule of
@@ -70,6 +72,7 @@ class Task:
     Args:
         config: The run's YAML.
         source: Label of the validation source that is scored.
+        updates: Updates of the truncated objective, whose time all others have.
         recurrence: Where the options of recurrence are.
         levels: Difficulties that are scored; empty for all.
         flags: Further options of the run.
@@ -77,23 +80,34 @@ class Task:
 
     config: Path
     source: str
+    updates: int
     recurrence: str = "model.recurrence"
     levels: tuple[int, ...] = ()
     flags: tuple[str, ...] = ()
 
 
 TASKS = {
-    "cups": Task(ROOT / "configs/recurrent_cups.yaml", "cups", levels=(4, 5, 6)),
-    "addition": Task(ROOT / "configs/recurrent_lm.yaml", "addition"),
+    "cups": Task(ROOT / "configs/recurrent_cups.yaml", "cups", updates=1000, levels=(4, 5, 6)),
+    "addition": Task(
+        ROOT / "configs/recurrent_lm.yaml",
+        "addition",
+        updates=900,
+        flags=(
+            "--data.train",
+            "[{kind: generated, task: addition, num_rows: 80000, difficulty: [1, 2], loss_on: answer}]",
+        ),
+    ),
     "scenes": Task(
         ROOT / "configs/recurrent_vlm.yaml",
         "scenes",
+        updates=300,
         recurrence="model.text_config.recurrence",
         flags=("--data.train", SCENES % 60000, "--data.validation", SCENES % 200),
     ),
 }
+TRUNCATED = "truncated"
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "truncated": {},
+    TRUNCATED: {},
     "full": {"name": "full"},
     "every step": {"name": "every_step"},
     "every step, linear": {"name": "every_step", "exponent": 1},
@@ -124,19 +138,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets.disable_progress_bars()
     if args.job is not None:
         task, objective, seed = args.job
-        args.output.write_text(json.dumps(measure(task, objective, int(seed), args.seconds, args.questions)))
+        args.output.write_text(json.dumps(measure(task, objective, int(seed), args.questions)))
         return 0
     jobs = [(task, name, seed) for seed in args.seeds for task in args.tasks for name in args.objectives]
-    rows = run_missing(jobs, args.output, args.seconds, args.questions, run_apart)
-    asked = {"seconds": args.seconds, "questions": args.questions}
-    sys.stdout.write(report([row for row in rows if asked.items() <= row.items()]))
+    rows = run_missing(jobs, args.output, args.questions, run_apart)
+    sys.stdout.write(report([row for row in rows if tuple(row[name] for name in KEY) in keys(jobs, args.questions)]))
     return 0
 
 
 def build_parser() -> OneLineParser:
     parser = OneLineParser(prog="benchmarks.credit", description="Objectives of training, in equal time.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the rows; it is gone on with")
-    parser.add_argument("--seconds", type=finite, default=300.0, help="CPU seconds of each training")
     parser.add_argument("--questions", type=count, default=500, help="questions that are scored")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each run")
     parser.add_argument("--tasks", choices=list(TASKS), nargs="+", default=list(TASKS), help="what is learned")
@@ -150,30 +162,30 @@ def build_parser() -> OneLineParser:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
+def keys(jobs: Sequence[tuple[str, str, int]], questions: int) -> list[tuple]:
+    """What the rows of jobs have at `KEY`."""
+    return [(*job, TASKS[job[0]].updates, questions) for job in jobs]
+
+
 def run_missing(
-    jobs: Sequence[tuple[str, str, int]],
-    path: Path,
-    seconds: float,
-    questions: int,
-    run: Callable[[tuple[str, str, int], float, int], dict],
+    jobs: Sequence[tuple[str, str, int]], path: Path, questions: int, run: Callable[[tuple[str, str, int], int], dict]
 ) -> list[dict]:
     """All rows of a file, after those of jobs that it lacks have been added, each as soon as it is there."""
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    for job in jobs:
-        key = (*job, seconds, questions)
+    for job, key in zip(jobs, keys(jobs, questions), strict=True):
         if key not in [tuple(row[name] for name in KEY) for row in rows]:
-            rows.append(run(job, seconds, questions))
+            rows.append(run(job, questions))
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as file:
                 file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
     return rows
 
 
-def run_apart(job: tuple[str, str, int], seconds: float, questions: int) -> dict:
+def run_apart(job: tuple[str, str, int], questions: int) -> dict:
     """The row of a job, from a process of its own on one core."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
-        command = ["--job", *job, "--seconds", seconds, "--questions", questions, "--output", file]
+        command = ["--job", *job, "--questions", questions, "--output", file]
         process = subprocess.run(
             [sys.executable, "-m", "benchmarks.credit", *map(str, command)],
             cwd=ROOT,
@@ -202,18 +214,19 @@ class Clock(TrainerCallback):
         self.seconds.append(time.process_time())
 
 
-def measure(task_name: str, objective: str, seed: int, seconds: float, questions: int) -> dict:
-    """Trains for so many CPU seconds, and answers questions that were not trained on."""
+def measure(task_name: str, objective: str, seed: int, questions: int) -> dict:
+    """Trains for as long as the truncated objective takes, and answers questions that were not trained on."""
     task = TASKS[task_name]
     with tempfile.TemporaryDirectory() as folder:
         # In a process of its own, whose memory is not taken for that of the run; forked, which imports nothing anew.
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            cost = pool.submit(seconds_of_update, task, objective, seed, folder).result()
-        updates = max(1, round(seconds / cost))
+            names = (TRUNCATED, objective) if objective != TRUNCATED else ()
+            costs = [pool.submit(seconds_of_update, task, name, seed, folder).result() for name in names]
+        updates = max(1, round(task.updates * costs[0] / costs[1])) if costs else task.updates
         before = memory("VmRSS")
         trainer, clock = train(task, objective, seed, updates, folder)
         peak = memory("VmHWM") - before
-    row = {"task": task_name, "objective": objective, "seed": seed, "seconds": seconds, "questions": questions}
+    row = dict(zip(KEY, (task_name, objective, seed, task.updates, questions), strict=True))
     found = {"updates": updates, "cpu_seconds": clock.seconds[-1] - clock.seconds[0], "peak_mib": peak}
     return row | found | answers(trainer, task, questions)
 

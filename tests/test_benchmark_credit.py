@@ -17,7 +17,7 @@ def row(objective: str = "full", seed: int = 0, **others) -> dict:
         {"criterion": "probe", "threshold": 0.1, "score": 0.8, "share": 0.9},
     ]
     found = {"score": {"2": 0.1, "8": 0.8, "32": 0.5}, "exits": exits, "mean_steps": 8, "peak_mib": 30.0}
-    job = {"task": "cups", "objective": objective, "seed": seed, "seconds": 5.0, "questions": 10}
+    job = {"task": "cups", "objective": objective, "seed": seed, "updates_of_truncated": 1000, "questions": 10}
     return {**job, "updates": 100, "cpu_seconds": 5.5, **found, **others}
 
 
@@ -43,27 +43,28 @@ def test_the_report_has_means_and_intervals_over_seeds():
 def test_what_a_file_holds_is_not_run_again(tmp_path):
     file, started = tmp_path / "there" / "rows.json", []
 
-    def run(job, seconds, questions):
+    def run(job, questions):
         started.append(job)
         return row(job[1], job[2])
 
     jobs = [("cups", "full", seed) for seed in range(2)]
-    credit.run_missing(jobs[:1], file, 5.0, 10, run)
-    rows = credit.run_missing([*jobs, *jobs], file, 5.0, 10, run)
+    credit.run_missing(jobs[:1], file, 10, run)
+    rows = credit.run_missing([*jobs, *jobs], file, 10, run)
     assert started == jobs and rows == json.loads(file.read_text()) == [row(seed=0), row(seed=1)]
     with pytest.raises(ZeroDivisionError):  # what fails later does not take away what is there
-        credit.run_missing([("cups", "full", 2)], file, 5.0, 10, lambda *job: 1 / 0)
+        credit.run_missing([("cups", "full", 2)], file, 10, lambda *job: 1 / 0)
     assert json.loads(file.read_text()) == rows
 
 
-def test_a_run_trains_for_its_time_and_answers(tmp_path, monkeypatch):
+def test_a_run_trains_for_the_time_of_the_truncated_objective_and_answers(tmp_path, monkeypatch):
     config = write_config(tmp_path, training={"logging_steps": 1000})
-    task = credit.Task(config, "addition", levels=(1,))
+    task = credit.Task(config, "addition", updates=12, levels=(1,))
     monkeypatch.setitem(credit.TASKS, "tiny", task)
     monkeypatch.setattr(credit, "PILOT", 4)
     monkeypatch.setattr(credit, "THRESHOLDS", {"kl_divergence": (1e9, 1e-30), "probe": (0.5,)})
-    found = credit.measure("tiny", "exit distribution", 0, seconds=0.5, questions=6)
-    assert found["updates"] > 1 and 0.1 < found["cpu_seconds"] < 5 and found["peak_mib"] > 0
+    found = credit.measure("tiny", "exit distribution", 0, questions=6)
+    assert 1 < found["updates"] < 12 and found["cpu_seconds"] > 0 and found["peak_mib"] > 0
+    assert credit.measure("tiny", "truncated", 0, questions=6)["updates"] == 12
     assert list(found["score"]) == [1, 3, 6, 12] and found["mean_steps"] == 3
     first, never, gate = found["exits"]
     assert first["share"] == pytest.approx(1 / 3) and first["score"] == found["score"][1]
