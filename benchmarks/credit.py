@@ -91,7 +91,7 @@ TASKS = {
     "addition": Task(
         ROOT / "configs/recurrent_lm.yaml",
         "addition",
-        updates=900,
+        updates=1300,
         flags=(
             "--data.train",
             "[{kind: generated, task: addition, num_rows: 80000, difficulty: [1, 2], loss_on: answer}]",
