@@ -18,7 +18,9 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 import argparse
 import json
 import os
+import re
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -35,7 +37,7 @@ from trainers.gradient_filters import GradientFilter, GradientFilterOptions
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
-RESULTS = ("loss", "seconds", "cpu_seconds", "grokked", "memorized")
+RESULTS = ("loss", "seconds", "cpu_seconds", "machine", "grokked", "memorized")
 """Keys of a row that a run finds out; the others say which run it is."""
 
 
@@ -145,7 +147,7 @@ def run_language(job: Row, args: argparse.Namespace) -> Row:
     """Train one model on one core and evaluate it at the end.
 
     Returns:
-        loss, the mean of the validation losses; seconds of training; cpu_seconds of the whole command.
+        loss, the mean of the validation losses; seconds of training; cpu_seconds of the whole command; the machine.
     """
     folder = args.runs.absolute() / "-".join(str(job[key]) for key in ("config", "optimizer", "learning_rate", "seed"))
     flags: dict[str, Any] = {"output_dir": folder, "max_steps": job["updates"], "seed": job["seed"]}
@@ -179,24 +181,33 @@ def run_language(job: Row, args: argparse.Namespace) -> Row:
         "loss": found["eval_loss"],
         "seconds": found["train_runtime"] - evaluations,
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "machine": machine(),
     }
+
+
+def machine() -> str:
+    """The processor's name, and the vectors it has: without numbers of 16 bits, Muon's matrix products take long."""
+    text = Path("/proc/cpuinfo").read_text()
+    vectors = next((it for it in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if it in text), "no avx2")
+    return f"{re.search('model name.*: (.*)', text)[1]}, {vectors}"
 
 
 def report_language(rows: Sequence[Row]) -> str:
     """A line for each optimizer and learning rate."""
-    lines = ["| config | optimizer | learning rate | updates | seeds | validation loss | CPU seconds |"]
-    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    machines = list(dict.fromkeys(row["machine"] for row in rows))
+    names = " | ".join(f"CPU seconds, {name}" for name in machines)
+    lines = [f"| config | optimizer | learning rate | updates | seeds | validation loss | {names} |"]
+    lines.append("|---|---|---:|---:|---:|---:|" + "---:|" * len(machines))
     keys = ("config", "optimizer", "learning_rate", "updates")
     groups = dict.fromkeys(tuple(row[key] for key in keys) for row in rows)
     for group in sorted(groups, key=lambda group: (*map(str, group[:2]), group[2])):
         same = [row for row in rows if tuple(row[key] for key in keys) == group]
         mean, half = mean_and_interval([row["loss"] for row in same])
         interval = f" ± {half:.4f}" if len(same) > 1 else ""
-        seconds = sum(row["cpu_seconds"] for row in same) / len(same)
+        times = {name: [row["cpu_seconds"] for row in same if row["machine"] == name] for name in machines}
+        seconds = " | ".join(f"{statistics.mean(own):.0f}" if own else "" for own in times.values())
         config, name, rate, updates = group
-        lines.append(
-            f"| {config} | {name} | {rate:g} | {updates} | {len(same)} | {mean:.4f}{interval} | {seconds:.0f} |"
-        )
+        lines.append(f"| {config} | {name} | {rate:g} | {updates} | {len(same)} | {mean:.4f}{interval} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 

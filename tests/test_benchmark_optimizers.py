@@ -13,7 +13,7 @@ def begin(monkeypatch, folder, part, *flags):
 
     def run(job, args):
         seen.append(job)
-        found = {"seconds": 2.0, "cpu_seconds": 3.0}
+        found = {"seconds": 2.0, "cpu_seconds": 3.0, "machine": "a chip"}
         return found | {"loss": abs(job.get("learning_rate", 0) - 2e-2), "memorized": 50, "grokked": None}
 
     plan, _, report = optimizers.PARTS[part]

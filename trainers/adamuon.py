@@ -53,11 +53,13 @@ class AdaMuon(torch.optim.Optimizer):
 
 def orthogonalize(matrix: torch.Tensor, num_steps: int = 5) -> torch.Tensor:
     """The nearest orthogonal matrix, roughly: singular values come to lie between 0.7 and 1.2. The iteration computes
-    in bfloat16, as torch's Muon does; the result has the dtype of the matrix.
+    in bfloat16, as torch's Muon does, and on CPUs, of which many are slow at that, in float32; the result has the dtype
+    of the matrix.
     """
     a, b, c = NEWTON_SCHULZ
     is_tall = matrix.shape[0] > matrix.shape[1]
-    current = (matrix.T if is_tall else matrix).bfloat16()
+    dtype = torch.float32 if matrix.device.type == "cpu" else torch.bfloat16
+    current = (matrix.T if is_tall else matrix).to(dtype)
     current = current / current.norm().clamp(min=1e-7)
     for _ in range(num_steps):
         gram = current @ current.T
