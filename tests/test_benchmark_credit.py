@@ -17,7 +17,7 @@ def row(objective: str = "full", seed: int = 0, **others) -> dict:
         {"criterion": "probe", "threshold": 0.1, "score": 0.8, "share": 0.9},
     ]
     found = {"score": {"2": 0.1, "8": 0.8, "32": 0.5}, "exits": exits, "mean_steps": 8, "peak_mib": 30.0}
-    job = {"task": "cups", "objective": objective, "seed": seed, "updates_of_truncated": 1000, "questions": 10}
+    job = {"task": "cups", "objective": objective, "seed": seed, "updates_of_truncated": 1300, "questions": 10}
     return {**job, "updates": 100, "cpu_seconds": 5.5, **found, **others}
 
 
