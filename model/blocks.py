@@ -2,6 +2,8 @@
 the block, and stacks of blocks that run once.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -102,27 +104,48 @@ class TransformerBlock(nn.Module):
         return self.mlp_norm_out(x + self.dropout(self.mlp(self.mlp_norm_in(x))))
 
 
-class BlockStack(GradientCheckpointingLayer):
-    """Blocks that run once: the prelude and the coda. The unit of compilation and of activation checkpointing."""
+def layer_order(num_unique: int | None, num_executed: int, schedule: str) -> tuple[int, ...]:
+    """Which of the unique layers is executed when, as indices; None: each is executed once.
 
-    def __init__(self, config: PreTrainedConfig, num_layers: int):
+    "sequence" is AABB, "cycle" ABAB, "cycle_rev" ABBA: a cycle whose last round, unless it is the first, runs
+    backwards. Source: Takase and Kiyono 2021, arXiv 2104.06022, algorithm 1. Where `num_unique` does not divide
+    `num_executed`, their "sequence" would make more layers than it is told to; ours lets some run once more than
+    others.
+    """
+    unique = num_executed if num_unique is None else num_unique
+    if schedule == "sequence":
+        return tuple(place * unique // num_executed for place in range(num_executed))
+    order = [place % unique for place in range(num_executed)]
+    if schedule == "cycle_rev" and num_executed > unique:
+        last = (num_executed - 1) // unique * unique  # where the last round begins
+        order[last:] = [unique - 1 - index for index in order[last:]]
+    return tuple(order)
+
+
+class BlockStack(GradientCheckpointingLayer):
+    """Blocks that run in the order of their indices in `order`, by whose largest there are as many: the prelude and the
+    coda. The unit of compilation and of activation checkpointing.
+    """
+
+    def __init__(self, config: PreTrainedConfig, order: Sequence[int]):
         super().__init__()
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(num_layers))
+        self.order = tuple(order)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in set(self.order))
 
     def forward(self, x: torch.Tensor, inputs: AttentionInputs, slots: list[CacheSlot] | None = None) -> torch.Tensor:
-        """x: (batch, sequence, hidden) -> the same. `slots`: each layer's place in the cache."""
-        return run_layers(self.layers, x, inputs, slots, inputs.hidden_states)
+        """x: (batch, sequence, hidden) -> the same. `slots`: each execution's place in the cache."""
+        return run_layers([self.layers[index] for index in self.order], x, inputs, slots, inputs.hidden_states)
 
 
 def run_layers(
-    layers: nn.ModuleList,
+    layers: Sequence[nn.Module],
     x: torch.Tensor,
     inputs: AttentionInputs,
     slots: list[CacheSlot] | None,
     outputs: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """One block after the other, each with its slot of the cache, if there is one. Their outputs are gathered in
-    `outputs`, if that is given.
+    """One block after the other, one as often as it is listed, each time with a slot of the cache, if there is one.
+    Their outputs are gathered in `outputs`, if that is given.
     """
     for index, layer in enumerate(layers):
         x = layer(x, inputs, None if slots is None else slots[index])

@@ -318,6 +318,12 @@ class MegaTransformerTextConfig(TransformerConfig):
         num_prelude_layers: Layers that run once, before the core.
         num_core_layers: Layers of the core, which runs `num_steps` times. 0 makes a plain transformer.
         num_coda_layers: Layers that run once, after the core.
+        num_unique_prelude_layers: Layers of the prelude that have weights of their own, at least 1 and at most
+            `num_prelude_layers`; the others share theirs. Default: all.
+        num_unique_core_layers: The same of the core, within one step; at least 1.
+        num_unique_coda_layers: The same of the coda; at least 1.
+        layer_sharing: Order in which fewer unique layers are executed: "sequence" is AABB, "cycle" is ABAB, "cycle_rev"
+            is ABBA (Takase and Kiyono 2021, arXiv 2104.06022).
         head_dim: Width of a head, at least 1; even for "rope". Default: hidden_size / num_attention_heads, which must
             then divide hidden_size.
         position_embedding: "rope" and "alibi" extrapolate; "learned" and "sinusoidal" are tables of
@@ -353,6 +359,10 @@ class MegaTransformerTextConfig(TransformerConfig):
     num_prelude_layers: int = interval(min=0, max=MOST_LAYERS)(default=1)
     num_core_layers: int = interval(min=0, max=MOST_LAYERS)(default=2)
     num_coda_layers: int = interval(min=0, max=MOST_LAYERS)(default=1)
+    num_unique_prelude_layers: int | None = None
+    num_unique_core_layers: int | None = None
+    num_unique_coda_layers: int | None = None
+    layer_sharing: Literal["cycle", "sequence", "cycle_rev"] = "cycle"
     num_attention_heads: int = interval(min=1)(default=8)
     position_embedding: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
     max_position_embeddings: int = interval(min=1)(default=2048)
@@ -386,8 +396,22 @@ class MegaTransformerTextConfig(TransformerConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Number of unique layers (the core counted once)."""
+        """Number of layers, one that is shared as often as it is executed, the core counted once."""
         return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
+
+    @property
+    def num_unique_layers(self) -> int:
+        """Number of layers that have weights of their own."""
+        return sum(most if unique is None else unique for unique, most in self._layer_counts.values())
+
+    @property
+    def _layer_counts(self) -> dict[str, tuple[int | None, int]]:
+        """Unique and executed layers of each part; unique ones are None where all are."""
+        return {
+            "prelude": (self.num_unique_prelude_layers, self.num_prelude_layers),
+            "core": (self.num_unique_core_layers, self.num_core_layers),
+            "coda": (self.num_unique_coda_layers, self.num_coda_layers),
+        }
 
     @property
     def mean_executed_layers(self) -> int:
@@ -407,6 +431,12 @@ class MegaTransformerTextConfig(TransformerConfig):
             raise ValueError(
                 "num_prelude_layers, num_core_layers and num_coda_layers are all 0; the model needs a layer"
             )
+        for part, (unique, executed) in self._layer_counts.items():
+            if unique is not None and not 1 <= unique <= executed:
+                raise ValueError(
+                    f"num_unique_{part}_layers ({unique}) must be at least 1 and at most num_{part}_layers "
+                    f"({executed}), the layers that are executed; change one of them, or leave it out"
+                )
         if self.num_steps is not None and not 1 <= self.num_steps <= MOST_STEPS:
             raise ValueError(f"num_steps ({self.num_steps}) must be at least 1 and at most {MOST_STEPS}")
         check_positive(self, "final_logit_softcapping", "embedding_scale")

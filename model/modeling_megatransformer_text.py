@@ -20,7 +20,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
 from .attention import AttentionInputs, prepare_attention, select_rows
-from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, build_norm, sinusoids
+from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, build_norm, layer_order, sinusoids
 from .cache import RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .cross_entropy import causal_loss, count_labels
@@ -83,9 +83,12 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         )
         if config.position_embedding == "learned":
             self.embed_positions = PositionEmbedding(config.max_position_embeddings, config.hidden_size)
-        self.prelude = BlockStack(config, config.num_prelude_layers)
+        sharing = config.layer_sharing
+        self.prelude = BlockStack(
+            config, layer_order(config.num_unique_prelude_layers, config.num_prelude_layers, sharing)
+        )
         self.core = RecurrentCore(config) if config.num_core_layers else None
-        self.coda = BlockStack(config, config.num_coda_layers)
+        self.coda = BlockStack(config, layer_order(config.num_unique_coda_layers, config.num_coda_layers, sharing))
         self.norm = build_norm(config)
         self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
         self.gradient_checkpointing, self.units_are_compiled = False, False
@@ -286,7 +289,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
     ) -> torch.Tensor:
         """The states with noise, normed as the core leaves its states."""
         position_ids = position_ids if active.index is None else select_rows(position_ids, active.index)
-        return self.core.layers[-1].mlp_norm_out(noise.mix(step, active.state, position_ids, self.text_config))
+        last = self.core.layers[self.core.order[-1]]
+        return last.mlp_norm_out(noise.mix(step, active.state, position_ids, self.text_config))
 
     def read(self, state, inputs: AttentionInputs, cache) -> torch.Tensor:
         """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionInputs
-from .blocks import TransformerBlock, run_layers
+from .blocks import TransformerBlock, layer_order, run_layers
 from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .depth import Depth, keyed_generator
@@ -121,7 +121,8 @@ class RecurrentCore(GradientCheckpointingLayer):
     def __init__(self, config: MegaTransformerTextConfig):
         super().__init__()
         self.injection = INJECTIONS[config.recurrence.injection](config.hidden_size)
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_core_layers))
+        self.order = layer_order(config.num_unique_core_layers, config.num_core_layers, config.layer_sharing)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in set(self.order))
         self.step_lora: StepLora | None = None
 
     def forward(
@@ -135,13 +136,14 @@ class RecurrentCore(GradientCheckpointingLayer):
         """state, embeds: (batch, sequence, hidden) -> the next state.
 
         Args:
-            slots: The layers' places in the cache.
+            slots: The places of the executed layers in the cache.
             step: Steps taken before, where there are adapters of single steps; else None, since for torch.compile
                 each number would be a graph.
         """
         if step is not None:
             self.step_lora.step = step
-        return run_layers(self.layers, self.injection(state, embeds), inputs, slots)
+        layers = [self.layers[index] for index in self.order]
+        return run_layers(layers, self.injection(state, embeds), inputs, slots)
 
 
 class ActiveRows:

@@ -69,6 +69,14 @@ def linear_parameters(module: nn.Module | None) -> int:
     return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
 
 
+def executed_parameters(unit: nn.Module | None) -> int:
+    """The same of prelude, core or coda, those of a shared layer as often as it is executed."""
+    if unit is None:
+        return 0
+    again = sum(linear_parameters(unit.layers[index]) for index in unit.order)
+    return linear_parameters(unit) - linear_parameters(unit.layers) + again
+
+
 def flops_per_token(model: PreTrainedModel, steps: StepCounts, row: int) -> Flops:
     """Operations of the matrix products, per token of a row of `row` tokens.
 
@@ -80,9 +88,9 @@ def flops_per_token(model: PreTrainedModel, steps: StepCounts, row: int) -> Flop
     """
     config, base = model.config.get_text_config(), model.base_model
     attention = 4 * row * config.num_attention_heads * config.head_dim
-    ends = 2 * (linear_parameters(base.prelude) + linear_parameters(base.coda))
+    ends = 2 * (executed_parameters(base.prelude) + executed_parameters(base.coda))
     ends += attention * (config.num_prelude_layers + config.num_coda_layers)
-    step = 2 * linear_parameters(base.core) + attention * config.num_core_layers
+    step = 2 * executed_parameters(base.core) + attention * config.num_core_layers
     head = 2 * linear_parameters(model.get_output_embeddings())
     with_gradient = ends + head + steps.grad * step
     forward = with_gradient + steps.no_grad * step
