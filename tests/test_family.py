@@ -43,10 +43,10 @@ VARIANTS = {
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
-def model_of(variant: str, **options) -> MegaTransformerForCausalLM:
+def model_of(variant: str, scale: float = 1.6) -> MegaTransformerForCausalLM:
     """Of widths that 64 divides, with residuals that are not at their beginning any more."""
     sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128}
-    model = tiny_model(3, scale=1.6, **{**sizes, **VARIANTS[variant], **options})
+    model = tiny_model(3, scale=scale, **{**sizes, **VARIANTS[variant]})
     if model.config.residual == "admin":
         model.model.profile_residuals()
     generator = torch.Generator().manual_seed(1)
