@@ -24,6 +24,8 @@ class PartSize:
     num_bytes: int = 0
     passes: int = 1
     """How often the part is run for a token, at the mean depth."""
+    executed: int = 0
+    """Parameters in each run, those of a shared layer as often as it is executed."""
 
 
 def parameter_count(parameter: nn.Parameter) -> int:
@@ -37,6 +39,13 @@ def part_of(name: str, model: PreTrainedModel) -> str:
     return f"{inner[1]} of {inner[0]}" if top == "readers" else PART_NAMES.get(top, top)
 
 
+def executions(name: str, model: PreTrainedModel) -> int:
+    """How often a run of its part executes the layer of a parameter of this name."""
+    part, *inner = name.removeprefix(f"{model.base_model_prefix}.").split(".")
+    is_in_stack = part in ("prelude", "core", "coda") and inner[0] == "layers"
+    return getattr(model.base_model, part).order.count(int(inner[1])) if is_in_stack else 1
+
+
 def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
     """Sizes of embeddings, prelude, core, coda, norm and head, and of encoders and projectors of media, in the order of
     the model; shared ones count once.
@@ -46,6 +55,7 @@ def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
         part = parts.setdefault(part_of(name, model), PartSize())
         count = parameter_count(parameter)
         part.parameters += count
+        part.executed += count * executions(name, model)
         part.trainable += count if parameter.requires_grad else 0
         part.num_bytes += count * parameter.element_size()
     if "core" in parts:
@@ -60,7 +70,7 @@ def size_table(model: PreTrainedModel) -> str:
     the parts that they are in.
 
     "run" is how often a part runs for a token at the mean depth (those that read a medium: for a token of the medium);
-    "executed" is run x parameters.
+    "executed" is run x parameters, those of a shared layer as often as it is executed in a run.
     """
     model = unwrap_peft_model(model)
     parts = part_sizes(model)
@@ -68,17 +78,17 @@ def size_table(model: PreTrainedModel) -> str:
     for name, part in parts.items():
         lines.append(
             f"| {name} | {part.parameters:,} | {part.trainable:,} | {part.num_bytes / 1e6:.2f} | {part.passes} "
-            f"| {part.passes * part.parameters:,} |"
+            f"| {part.passes * part.executed:,} |"
         )
     is_language_model = model.get_output_embeddings() is not None
     if is_language_model and model.config.tie_word_embeddings:
         lines.append("| head | the embeddings | | | 1 | |")
-    sizes = [(it.parameters, it.trainable, it.num_bytes, it.passes * it.parameters) for it in parts.values()]
+    sizes = [(it.parameters, it.trainable, it.num_bytes, it.passes * it.executed) for it in parts.values()]
     parameters, trainable, num_bytes, executed = map(sum, zip(*sizes, strict=True))
     lines.append(f"| all | {parameters:,} | {trainable:,} | {num_bytes / 1e6:.2f} | | {executed:,} |")
     if is_language_model:
         config = model.config.get_text_config()
-        lines += ["", f"{config.num_hidden_layers} layers, {config.mean_executed_layers} executed at the mean depth"]
+        lines += ["", f"{config.num_unique_layers} layers, {config.mean_executed_layers} executed at the mean depth"]
     return "\n".join(lines)
 
 

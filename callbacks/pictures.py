@@ -213,7 +213,7 @@ class PicturesCallback(ReportingCallback):
             if controller.criterion.reads_logits:
                 # One more step from the state before, unless steps are not all the same.
                 depth = {"num_steps": 1, "initial_state": states[step - 1]}
-                depth = depth if base.core.step_lora is None else {"num_steps": step}
+                depth = depth if not base.core.depends_on_step else {"num_steps": step}
                 logits = as_rows(self.observe(model, inputs, **depth).logits)
             stops = controller.check(step, as_rows(states[step]), logits, None).cpu()
             steps[stops & (steps == full)] = step

@@ -311,6 +311,7 @@ class CoreStep:
         embeds: e, of the same shape.
         inputs: Mask, added to the logits, and positions.
         step: Steps taken before, where there are adapters of single steps.
+        step_embeds: What is added in this step, where it has an embedding.
     """
 
     core: nn.Module
@@ -318,10 +319,18 @@ class CoreStep:
     embeds: torch.Tensor
     inputs: Any
     step: int | None
+    step_embeds: torch.Tensor | None
 
     @classmethod
     def of(
-        cls, core: nn.Module, state: torch.Tensor, embeds: torch.Tensor, inputs: Any, step: int | None, **others: Any
+        cls,
+        core: nn.Module,
+        state: torch.Tensor,
+        embeds: torch.Tensor,
+        inputs: Any,
+        step: int | None,
+        step_embeds: torch.Tensor | None,
+        **others: Any,
     ) -> "CoreStep":
         """The first rows and tokens of a step of a whole batch, in the type of the weights."""
         dtype = next(core.parameters()).dtype
@@ -332,12 +341,13 @@ class CoreStep:
         if inputs.position_bias is not None:
             mask = mask + inputs.position_bias[..., :tokens, :tokens].to(dtype)
         rotary = inputs.rotary and tuple(part[:, :tokens].to(dtype) for part in inputs.rotary)
-        return cls(core, state, embeds, replace(inputs, mask=mask, rotary=rotary, position_bias=None, rows=None), step)
+        inputs = replace(inputs, mask=mask, rotary=rotary, position_bias=None, rows=None)
+        return cls(core, state, embeds, inputs, step, None if step_embeds is None else step_embeds.to(dtype))
 
     def take(self, state: torch.Tensor, attentions: list[torch.Tensor] | None = None) -> torch.Tensor:
         """The next state; attention is computed eagerly, through which forward derivatives are known."""
         inputs = replace(self.inputs, attentions=[] if attentions is None else attentions)
-        return self.core.forward(state, self.embeds, inputs=inputs, step=self.step)
+        return self.core.forward(state, self.embeds, inputs=inputs, step=self.step, step_embeds=self.step_embeds)
 
     @property
     def is_real(self) -> torch.Tensor:

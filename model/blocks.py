@@ -2,6 +2,8 @@
 the block, and stacks of blocks that run once.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -9,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Attention, AttentionInputs, build_output_projection
 from .cache import CacheSlot
+from .peer import PeerFeedForward
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -72,57 +75,128 @@ class FeedForward(nn.Module):
 
 def build_feedforward(config: PreTrainedConfig) -> nn.Module:
     """The layer that `config.mlp` names."""
-    return FeedForward(config) if config.mlp == "mlp" else GatedFeedForward(config)
+    return {"mlp": FeedForward, "peer": PeerFeedForward}.get(config.mlp, GatedFeedForward)(config)
+
+
+class AddResidual(nn.Module):
+    """x + scale f."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        return x + (branch if self.scale == 1 else self.scale * branch)
+
+
+class RezeroResidual(nn.Module):
+    """x + a f with one learned number a, 0 at first. Source: Bachlechner et al. 2020, arXiv 2003.04887."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        return x + self.weight * branch
+
+
+class AdminResidual(nn.Module):
+    """w x + f with one number w, 1 until it has been measured, and fixed from then on. It is a buffer, so that it goes
+    with the weights. Source: Liu et al. 2020 (Admin), arXiv 2004.08249, where w is a vector that is learned on.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(1))
+        self.register_buffer("is_profiled", torch.zeros(1, dtype=torch.bool))
+
+    def forward(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        return self.weight * x + branch
+
+
+def build_residual(name: str, scale: float) -> nn.Module:
+    """The rule of that name by which the output of a sub-layer joins the stream."""
+    return AddResidual(scale) if name == "add" else {"rezero": RezeroResidual, "admin": AdminResidual}[name]()
 
 
 class TransformerBlock(nn.Module):
     """x = N2(Attn(N1 x) + x); x = N4(MLP(N3 x) + x).
 
-    Sandwich placement has all four norms, pre-norm N1 and N3, post-norm N2 and N4; the others are the identity. The
-    outer norms of the sandwich stand after the residual sum, so that each sub-layer hands on a normalised state
-    (Geiping et al. 2025, section 3.2); Gemma's sandwich norms the branch instead.
+    Sandwich placement has all four norms, pre-norm N1 and N3, post-norm N2 and N4, "none" none; the others are the
+    identity. The outer norms of the sandwich stand after the residual sum, so that each sub-layer hands on a normalised
+    state (Geiping et al. 2025, section 3.2); Gemma's sandwich norms the branch instead.
+
+    Args:
+        residual: How the output of a sub-layer joins x: "add", "rezero" or "admin".
+        branch_scale: Factor on that output, where it is added.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, residual: str = "add", branch_scale: float = 1.0):
         super().__init__()
         inner = config.norm_placement in ("sandwich", "pre")
         outer = config.norm_placement in ("sandwich", "post")
         self.attention_norm_in = build_norm(config) if inner else nn.Identity()
         self.attention = Attention(config)
+        self.attention_residual = build_residual(residual, branch_scale)
         self.attention_norm_out = build_norm(config) if outer else nn.Identity()
         self.mlp_norm_in = build_norm(config) if inner else nn.Identity()
         self.mlp = build_feedforward(config)
+        self.mlp_residual = build_residual(residual, branch_scale)
         self.mlp_norm_out = build_norm(config) if outer else nn.Identity()
+        if residual != "add" or branch_scale != 1:  # which keep branches small, so that weights need not do it
+            for module in self.modules():
+                module.is_output_projection = False
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: torch.Tensor, inputs: AttentionInputs, slot: CacheSlot | None = None) -> torch.Tensor:
         """x: (batch, sequence, hidden) -> the same. `slot`: this execution's place in the cache."""
         attended = self.attention(self.attention_norm_in(x), inputs, slot)
-        x = self.attention_norm_out(x + self.dropout(attended))
-        return self.mlp_norm_out(x + self.dropout(self.mlp(self.mlp_norm_in(x))))
+        x = self.attention_norm_out(self.attention_residual(x, self.dropout(attended)))
+        return self.mlp_norm_out(self.mlp_residual(x, self.dropout(self.mlp(self.mlp_norm_in(x)))))
+
+
+def layer_order(num_unique: int | None, num_executed: int, schedule: str) -> tuple[int, ...]:
+    """Which of the unique layers is executed when, as indices; None: each is executed once.
+
+    "sequence" is AABB, "cycle" ABAB, "cycle_rev" ABBA: a cycle whose last round, unless it is the first, runs
+    backwards. Source: Takase and Kiyono 2021, arXiv 2104.06022, algorithm 1. Where `num_unique` does not divide
+    `num_executed`, their "sequence" would make more layers than it is told to; ours lets some run once more than
+    others.
+    """
+    unique = num_executed if num_unique is None else num_unique
+    if schedule == "sequence":
+        return tuple(place * unique // num_executed for place in range(num_executed))
+    order = [place % unique for place in range(num_executed)]
+    if schedule == "cycle_rev" and num_executed > unique:
+        last = (num_executed - 1) // unique * unique  # where the last round begins
+        order[last:] = [unique - 1 - index for index in order[last:]]
+    return tuple(order)
 
 
 class BlockStack(GradientCheckpointingLayer):
-    """Blocks that run once: the prelude and the coda. The unit of compilation and of activation checkpointing."""
+    """Blocks that run in the order of their indices in `order`, by whose largest there are as many: the prelude and the
+    coda. The unit of compilation and of activation checkpointing.
+    """
 
-    def __init__(self, config: PreTrainedConfig, num_layers: int):
+    def __init__(self, config: PreTrainedConfig, order: Sequence[int], residual: str = "add"):
         super().__init__()
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(num_layers))
+        self.order = tuple(order)
+        self.layers = nn.ModuleList(TransformerBlock(config, residual) for _ in set(self.order))
 
     def forward(self, x: torch.Tensor, inputs: AttentionInputs, slots: list[CacheSlot] | None = None) -> torch.Tensor:
-        """x: (batch, sequence, hidden) -> the same. `slots`: each layer's place in the cache."""
-        return run_layers(self.layers, x, inputs, slots, inputs.hidden_states)
+        """x: (batch, sequence, hidden) -> the same. `slots`: each execution's place in the cache."""
+        return run_layers([self.layers[index] for index in self.order], x, inputs, slots, inputs.hidden_states)
 
 
 def run_layers(
-    layers: nn.ModuleList,
+    layers: Sequence[nn.Module],
     x: torch.Tensor,
     inputs: AttentionInputs,
     slots: list[CacheSlot] | None,
     outputs: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """One block after the other, each with its slot of the cache, if there is one. Their outputs are gathered in
-    `outputs`, if that is given.
+    """One block after the other, one as often as it is listed, each time with a slot of the cache, if there is one.
+    Their outputs are gathered in `outputs`, if that is given.
     """
     for index, layer in enumerate(layers):
         x = layer(x, inputs, None if slots is None else slots[index])

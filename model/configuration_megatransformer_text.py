@@ -274,6 +274,12 @@ class RecurrenceConfig(StrictConfig):
         exit_check_interval: Steps from one exit check to the next.
         exit_in_prefill: Whether a prompt may exit too, all its tokens together.
         exit_probe: Whether the model has the trained head of the criterion "probe". `finetune.py` adds it.
+        loop_scale_steps: N in 1 / (N sqrt(num_core_layers)), by which the output of each sub-layer of the core is
+            multiplied (arXiv 2606.18524); at least 1, usually `mean_steps`. A number of its own, since what the model
+            computes would otherwise change with the steps taken. Default: no factor.
+        step_embedding: What is added behind the injection of step i: "sinusoidal" is the sinusoid of i, as of a
+            position (Universal Transformer, Dehghani et al. 2018, arXiv 1807.03819), which needs an even hidden_size;
+            "none" is nothing.
         state_warm_start: Whether, in `generate`, the iteration of a token starts where that of the token before ended.
     """
 
@@ -306,7 +312,13 @@ class RecurrenceConfig(StrictConfig):
     exit_check_interval: int = interval(min=1)(default=1)
     exit_in_prefill: bool = False
     exit_probe: bool = False
+    loop_scale_steps: int | None = None
+    step_embedding: Literal["none", "sinusoidal"] = "none"
     state_warm_start: bool = False
+
+    def validate_loop_scale(self) -> None:
+        """Checks the one number that may be none."""
+        check_positive(self, "loop_scale_steps")
 
 
 @validated
@@ -318,8 +330,25 @@ class MegaTransformerTextConfig(TransformerConfig):
         num_prelude_layers: Layers that run once, before the core.
         num_core_layers: Layers of the core, which runs `num_steps` times. 0 makes a plain transformer.
         num_coda_layers: Layers that run once, after the core.
+        num_unique_prelude_layers: Layers of the prelude that have weights of their own, at least 1 and at most
+            `num_prelude_layers`; the others share theirs. Default: all.
+        num_unique_core_layers: The same of the core, within one step; at least 1.
+        num_unique_coda_layers: The same of the coda; at least 1.
+        layer_sharing: Order in which fewer unique layers are executed: "sequence" is AABB, "cycle" is ABAB, "cycle_rev"
+            is ABBA (Takase and Kiyono 2021, arXiv 2104.06022).
         head_dim: Width of a head, at least 1; even for "rope". Default: hidden_size / num_attention_heads, which must
             then divide hidden_size.
+        norm_placement: "sandwich" is N2(f(N1 x) + x), "pre" is x + f(N1 x), "post" is N2(x + f(x)), "none" is x + f(x).
+        residual: How the output f of a sub-layer joins the stream x: "add" is x + f; "rezero" is x + a f with a learned
+            number a, 0 at first (Bachlechner et al. 2020, arXiv 2003.04887), with norm_placement "pre" or "none";
+            "admin" is w x + f with a number w, measured before training and fixed then (Liu et al. 2020, arXiv
+            2004.08249), with norm_placement "post".
+        mlp: Feed-forward layer: "swiglu", "geglu", "mlp" (two linear maps with a GELU between), or "peer" (a mixture of
+            many experts of one neuron; He 2024, arXiv 2407.04153), which does not read intermediate_size.
+        peer_num_experts: Experts of a layer with "peer", the square of a whole number.
+        peer_num_heads: Queries of a token to the experts.
+        peer_top_k: Experts that each query chooses, at most the square root of all.
+        peer_key_dim: Width of a query and of the key of an expert, even.
         position_embedding: "rope" and "alibi" extrapolate; "learned" and "sinusoidal" are tables of
             `max_position_embeddings` rows added to the embeddings; "none" adds nothing. "sinusoidal" needs an even
             hidden_size.
@@ -353,11 +382,21 @@ class MegaTransformerTextConfig(TransformerConfig):
     num_prelude_layers: int = interval(min=0, max=MOST_LAYERS)(default=1)
     num_core_layers: int = interval(min=0, max=MOST_LAYERS)(default=2)
     num_coda_layers: int = interval(min=0, max=MOST_LAYERS)(default=1)
+    num_unique_prelude_layers: int | None = None
+    num_unique_core_layers: int | None = None
+    num_unique_coda_layers: int | None = None
+    layer_sharing: Literal["cycle", "sequence", "cycle_rev"] = "cycle"
     num_attention_heads: int = interval(min=1)(default=8)
     position_embedding: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
     max_position_embeddings: int = interval(min=1)(default=2048)
     rope_theta: float | int = interval(min=0.0, exclude_min=True)(default=50000.0)
-    norm_placement: Literal["sandwich", "pre", "post"] = "sandwich"
+    norm_placement: Literal["sandwich", "pre", "post", "none"] = "sandwich"
+    residual: Literal["add", "rezero", "admin"] = "add"
+    mlp: Literal["swiglu", "geglu", "mlp", "peer"] = "swiglu"
+    peer_num_experts: int = interval(min=1)(default=4096)
+    peer_num_heads: int = interval(min=1)(default=8)
+    peer_top_k: int = interval(min=1)(default=16)
+    peer_key_dim: int = interval(min=1)(default=128)
     final_logit_softcapping: float | int | None = None
     embedding_scale: float | int | None = None
     tie_word_embeddings: bool = True
@@ -386,8 +425,22 @@ class MegaTransformerTextConfig(TransformerConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Number of unique layers (the core counted once)."""
+        """Number of layers, one that is shared as often as it is executed, the core counted once."""
         return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
+
+    @property
+    def num_unique_layers(self) -> int:
+        """Number of layers that have weights of their own."""
+        return sum(most if unique is None else unique for unique, most in self._layer_counts.values())
+
+    @property
+    def _layer_counts(self) -> dict[str, tuple[int | None, int]]:
+        """Unique and executed layers of each part; unique ones are None where all are."""
+        return {
+            "prelude": (self.num_unique_prelude_layers, self.num_prelude_layers),
+            "core": (self.num_unique_core_layers, self.num_core_layers),
+            "coda": (self.num_unique_coda_layers, self.num_coda_layers),
+        }
 
     @property
     def mean_executed_layers(self) -> int:
@@ -407,9 +460,47 @@ class MegaTransformerTextConfig(TransformerConfig):
             raise ValueError(
                 "num_prelude_layers, num_core_layers and num_coda_layers are all 0; the model needs a layer"
             )
+        for part, (unique, executed) in self._layer_counts.items():
+            if unique is not None and not 1 <= unique <= executed:
+                raise ValueError(
+                    f"num_unique_{part}_layers ({unique}) must be at least 1 and at most num_{part}_layers "
+                    f"({executed}), the layers that are executed; change one of them, or leave it out"
+                )
         if self.num_steps is not None and not 1 <= self.num_steps <= MOST_STEPS:
             raise ValueError(f"num_steps ({self.num_steps}) must be at least 1 and at most {MOST_STEPS}")
         check_positive(self, "final_logit_softcapping", "embedding_scale")
+
+    def validate_blocks(self) -> None:
+        """Checks that span several fields; run by `strict` after the fields' own."""
+        if self.residual == "rezero" and self.norm_placement not in ("pre", "none"):
+            raise ValueError(
+                f"residual 'rezero' needs norm_placement 'pre' or 'none', not {self.norm_placement!r}, with which a "
+                "block does not begin as the identity"
+            )
+        if self.residual == "admin" and self.norm_placement != "post":
+            raise ValueError(
+                f"residual 'admin' weighs the stream in a sum that is normed: it needs norm_placement 'post', not "
+                f"{self.norm_placement!r}"
+            )
+        if self.residual != "add" and self.recurrence.loop_scale_steps is not None:
+            raise ValueError(
+                f"loop_scale_steps is {self.recurrence.loop_scale_steps}, but residual {self.residual!r} has a factor "
+                "of its own; leave one of them out"
+            )
+        if self.recurrence.step_embedding == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"step_embedding 'sinusoidal' needs an even hidden_size, got {self.hidden_size}")
+        if self.mlp != "peer":
+            return
+        side = math.isqrt(self.peer_num_experts)
+        if side**2 != self.peer_num_experts:
+            raise ValueError(
+                f"peer_num_experts ({self.peer_num_experts}) must be a square, of the number of half-keys, such as "
+                f"{side**2} or {(side + 1) ** 2}"
+            )
+        if self.peer_top_k > side:
+            raise ValueError(f"peer_top_k ({self.peer_top_k}) must be at most sqrt(peer_num_experts) ({side})")
+        if self.peer_key_dim % 2:
+            raise ValueError(f"peer_key_dim ({self.peer_key_dim}) must be even: a key is two halves")
 
     def validate_special_tokens(self) -> None:
         """Checks that span several fields; run by `strict` after the fields' own."""

@@ -52,7 +52,7 @@ class MediaEncoder(MegaTransformerPreTrainedModel):
     def __init__(self, config: EncoderConfig, stem: ConvStem):
         super().__init__(config)
         self.stem = stem
-        self.layers = BlockStack(config, config.num_hidden_layers)
+        self.layers = BlockStack(config, range(config.num_hidden_layers))
         self.norm = build_norm(config)
         self.output_size = config.hidden_size
         self.gradient_checkpointing = False

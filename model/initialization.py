@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .attention import Attention, check_backend
-from .blocks import PositionEmbedding, ScaledEmbedding
+from .blocks import AdminResidual, PositionEmbedding, RezeroResidual, ScaledEmbedding
+from .peer import ExpertTable, PeerFeedForward
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -56,11 +57,21 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         | embedding, heads, q/k/v, gate/up, injection, probe | truncated normal, std = sqrt(2 / 5h), cut at 3 std |
         | output projections of attention and feed-forward   | the same with std / sqrt(2 l)                      |
         | learned positions                                  | the same with std * embedding_scale                |
+        | experts of PEER: what goes in                      | the same with std                                  |
+        | experts of PEER: what comes out                    | the same with std * sqrt(h) / sqrt(2 l)            |
+        | half-keys of PEER                                  | the same with std = sqrt(2 / key_dim)              |
         | convolutions                                       | the same with std = sqrt(2 / inputs of an output)  |
         | norms                                              | 1                                                  |
         | biases, embedding of the padding token             | 0                                                  |
         | last layers and modulations of a flow head         | 0                                                  |
         | convolutions beside a residual path                | 0                                                  |
+        | scales of ReZero                                   | 0                                                  |
+        | scales of Admin, until they are profiled           | 1                                                  |
+
+        All placements of norms have the same: with 2 l branches of variance about 1 / (2 l), a stream that nothing
+        norms ("none", or "pre" up to the last norm) grows to about twice its variance over the whole depth, and where
+        each sum is normed ("post", "sandwich") each branch is as small a part of it. Branches that have a factor of
+        their own (ReZero, Admin, `loop_scale_steps` in the core) are not divided by sqrt(2 l) as well.
 
         Source: Takase et al. 2023, arXiv 2312.16903, with l counted as the paper of the architecture counts it (132 for
         its model). Both halves of a gated layer have std; its released code differs between training and inference
@@ -69,18 +80,19 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         """
         config = self.config.get_text_config()
         std = config.initializer_range
-        if isinstance(module, nn.Embedding):
+        shrunk = 1 / math.sqrt(2 * config.mean_executed_layers) if getattr(module, "is_output_projection", False) else 1
+        if isinstance(module, ExpertTable):
+            self._init_normal(module.weight, std * module.gain * shrunk)
+        elif isinstance(module, nn.Embedding):
             is_positions = isinstance(module, PositionEmbedding)
             self._init_normal(module.weight, std * (config.embedding_scale if is_positions else 1))
             if module.padding_idx is not None:
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.Linear):
-            is_output = getattr(module, "is_output_projection", False)
-            shrunk = std / math.sqrt(2 * config.mean_executed_layers)
             if getattr(module, "is_zero_at_first", False):
                 init.zeros_(module.weight)
             else:
-                self._init_normal(module.weight, shrunk if is_output else std)
+                self._init_normal(module.weight, std * shrunk)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -95,6 +107,13 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, Attention) and config.qk_bias:
             init.zeros_(module.qk_bias)
+        elif isinstance(module, PeerFeedForward):
+            self._init_normal(module.keys, math.sqrt(2 / config.peer_key_dim))
+        elif isinstance(module, RezeroResidual):
+            init.zeros_(module.weight)
+        elif isinstance(module, AdminResidual):
+            init.ones_(module.weight)
+            init.zeros_(module.is_profiled)
 
     @staticmethod
     def _init_normal(weight: torch.Tensor, std: float) -> None:

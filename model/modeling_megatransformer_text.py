@@ -20,7 +20,15 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
 from .attention import AttentionInputs, prepare_attention, select_rows
-from .blocks import BlockStack, PositionEmbedding, ScaledEmbedding, build_norm, sinusoids
+from .blocks import (
+    AdminResidual,
+    BlockStack,
+    PositionEmbedding,
+    ScaledEmbedding,
+    build_norm,
+    layer_order,
+    sinusoids,
+)
 from .cache import RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .cross_entropy import causal_loss, count_labels
@@ -83,9 +91,12 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         )
         if config.position_embedding == "learned":
             self.embed_positions = PositionEmbedding(config.max_position_embeddings, config.hidden_size)
-        self.prelude = BlockStack(config, config.num_prelude_layers)
+        sharing = config.layer_sharing
+        order = layer_order(config.num_unique_prelude_layers, config.num_prelude_layers, sharing)
+        self.prelude = BlockStack(config, order, config.residual)
         self.core = RecurrentCore(config) if config.num_core_layers else None
-        self.coda = BlockStack(config, config.num_coda_layers)
+        order = layer_order(config.num_unique_coda_layers, config.num_coda_layers, sharing)
+        self.coda = BlockStack(config, order, config.residual)
         self.norm = build_norm(config)
         self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
         self.gradient_checkpointing, self.units_are_compiled = False, False
@@ -99,6 +110,36 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         self.exit_probe = ExitProbe(self.text_config.hidden_size).to(self.embed_tokens.weight)
         self.exit_probe.apply(self._init_weights)
         return self.exit_probe
+
+    @torch.no_grad()
+    def profile_residuals(self) -> None:
+        """The profiling pass of Admin, on random tokens from a fixed seed, once, before the first update. In front of
+        each sub-layer in the order of execution at the mean depth, w^2 becomes 1 plus the variances of the outputs of
+        all before it, 1 being that of the input; of one that is executed several times, the mean of these sums.
+
+        Raises:
+            ValueError: no residual is Admin's, or they have been profiled, and weights may have been learned with that.
+        """
+        sums = {module: [] for module in self.modules() if type(module) is AdminResidual}
+        if not sums or any(module.is_profiled for module in sums):
+            reason = "has been profiled already" if sums else "has no residual 'admin'"
+            raise ValueError(f"the model {reason}; profile a fresh one with residual 'admin'")
+        variances = [torch.ones((), device=self.device)]
+
+        def note(module: nn.Module, args: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+            sums[module].append(sum(variances))
+            variances.append(args[1].float().var())
+
+        shape = 4, min(64, self.text_config.max_position_embeddings)
+        ids = torch.randint(self.text_config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+        was_training, hooks = self.training, [module.register_forward_hook(note) for module in sums]
+        self.eval()(inputs_embeds=self.embed_tokens(ids.to(self.device)), use_cache=False)
+        self.train(was_training)
+        for hook in hooks:
+            hook.remove()
+        for module, found in sums.items():
+            module.weight.fill_(torch.stack(found).mean().sqrt())
+            module.is_profiled.fill_(True)
 
     def compile_units(self, **kwargs) -> None:
         """Compiles prelude, one core step, and coda, each as a unit, with `torch.compile(**kwargs)`. The loop around
@@ -286,7 +327,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
     ) -> torch.Tensor:
         """The states with noise, normed as the core leaves its states."""
         position_ids = position_ids if active.index is None else select_rows(position_ids, active.index)
-        return self.core.layers[-1].mlp_norm_out(noise.mix(step, active.state, position_ids, self.text_config))
+        last = self.core.layers[self.core.order[-1]]
+        return last.mlp_norm_out(noise.mix(step, active.state, position_ids, self.text_config))
 
     def read(self, state, inputs: AttentionInputs, cache) -> torch.Tensor:
         """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""

@@ -4,7 +4,7 @@ Source of all that has no other named: Geiping et al. 2025, arXiv 2502.05171 ("t
 
     e   = prelude(embed(x))
     s_0 ~ noise
-    s_i = core(inject(s_{i-1}, e))      i = 1 .. r
+    s_i = core(inject(s_{i-1}, e))      i = 1 .. r; where asked for, core(inject(s_{i-1}, e) + sinusoid(i))
     p   = head(coda(norm(s_r)))
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionInputs
-from .blocks import TransformerBlock, run_layers
+from .blocks import TransformerBlock, layer_order, run_layers, sinusoids
 from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .depth import Depth, keyed_generator
@@ -121,8 +121,26 @@ class RecurrentCore(GradientCheckpointingLayer):
     def __init__(self, config: MegaTransformerTextConfig):
         super().__init__()
         self.injection = INJECTIONS[config.recurrence.injection](config.hidden_size)
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_core_layers))
+        self.order = layer_order(config.num_unique_core_layers, config.num_core_layers, config.layer_sharing)
+        steps, scale = config.recurrence.loop_scale_steps, 1.0
+        if steps is not None:
+            scale = 1 / (steps * math.sqrt(config.num_core_layers))
+        self.layers = nn.ModuleList(TransformerBlock(config, config.residual, scale) for _ in set(self.order))
+        self.has_step_embedding = config.recurrence.step_embedding != "none"
         self.step_lora: StepLora | None = None
+
+    @property
+    def depends_on_step(self) -> bool:
+        """Whether a step does other than the same from the same state; else they can be taken one by one."""
+        return self.has_step_embedding or self.step_lora is not None
+
+    def embed_step(self, step: int, state: torch.Tensor) -> torch.Tensor | None:
+        """What is added in the step after `step` others, (1, 1, hidden): the sinusoid of the steps taken then; None
+        where nothing is. Source: Dehghani et al. 2018, arXiv 1807.03819, without its sinusoid of the position.
+        """
+        if not self.has_step_embedding:
+            return None
+        return sinusoids(torch.full((1, 1), step + 1, device=state.device), state.shape[-1]).to(state)
 
     def forward(
         self,
@@ -131,17 +149,21 @@ class RecurrentCore(GradientCheckpointingLayer):
         inputs: AttentionInputs,
         slots: list[CacheSlot] | None = None,
         step: int | None = None,
+        step_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """state, embeds: (batch, sequence, hidden) -> the next state.
 
         Args:
-            slots: The layers' places in the cache.
+            slots: The places of the executed layers in the cache.
             step: Steps taken before, where there are adapters of single steps; else None, since for torch.compile
                 each number would be a graph.
+            step_embeds: What `embed_step` gives.
         """
         if step is not None:
             self.step_lora.step = step
-        return run_layers(self.layers, self.injection(state, embeds), inputs, slots)
+        layers = [self.layers[index] for index in self.order]
+        x = self.injection(state, embeds)
+        return run_layers(layers, x if step_embeds is None else x + step_embeds, inputs, slots)
 
 
 class ActiveRows:
@@ -229,7 +251,14 @@ def iterate_core(
         of_step = None if core.step_lora is None else step
         with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):
             s = active.state if perturb is None else perturb(step, active)
-            active.state = core(s, active.embeds, inputs=active.inputs, slots=slots, step=of_step)
+            active.state = core(
+                s,
+                active.embeds,
+                inputs=active.inputs,
+                slots=slots,
+                step=of_step,
+                step_embeds=core.embed_step(step, s),
+            )
         if trajectory is not None:
             trajectory.append(active.scatter_into_batch())
         stops = check_exits(step + 1, active) if check_exits is not None and step + 1 < depth.total else None

@@ -275,13 +275,14 @@ def values_by_step(model, ids, criterion):
 
 
 @pytest.mark.parametrize("criterion", ["none", "latent_difference", "kl_divergence"])
-@pytest.mark.parametrize("has_step_lora", [False, True])
+@pytest.mark.parametrize("steps", ["alike", "adapters", "embeddings"])
 @torch.no_grad()
-def test_tokens_exit_after_the_first_step_below_the_threshold(tmp_path, monkeypatch, criterion, has_step_lora):
+def test_tokens_exit_after_the_first_step_below_the_threshold(tmp_path, monkeypatch, criterion, steps):
     """Without a criterion by kl_divergence, at its default; the threshold is one that about half of the values pass."""
-    recurrence = RecurrenceConfig(mean_steps=8, exit_criterion=criterion, min_steps=2)
+    embedding = "sinusoidal" if steps == "embeddings" else "none"
+    recurrence = RecurrenceConfig(mean_steps=8, exit_criterion=criterion, min_steps=2, step_embedding=embedding)
     model = tiny_model(recurrence=recurrence, initializer_range=0.2)
-    if has_step_lora:
+    if steps == "adapters":
         lora = add_step_lora(model, ["layers.0.attention.qkv_proj"], num_steps=8, rank=2, alpha=4)
         for parameter in lora.parameters():
             parameter.normal_(0, 0.4, generator=torch.Generator().manual_seed(3))

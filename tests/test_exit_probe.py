@@ -22,13 +22,16 @@ from trainers import exit_probe
 from trainers.exit_probe import observe
 
 
-@pytest.mark.parametrize(("distance", "has_deltas"), [(10.0, False), (0.3, False), (0.3, True)])
-def test_labels_say_from_where_on_distribution_and_state_are_those_of_full_depth(distance, has_deltas, monkeypatch):
+@pytest.mark.parametrize(
+    ("distance", "steps"), [(10.0, "alike"), (0.3, "alike"), (0.3, "adapters"), (0.3, "embeddings")]
+)
+def test_labels_say_from_where_on_distribution_and_state_are_those_of_full_depth(distance, steps, monkeypatch):
     """Against passes of each depth by themselves."""
     monkeypatch.setattr(exit_probe, "DIVERGENCE", 0.05)
     monkeypatch.setattr(exit_probe, "DISTANCE", distance)
-    model, ids = tiny_model(scale=2.0), tiny_ids(2, 5)
-    if has_deltas:  # of single steps
+    recurrence = {"step_embedding": "sinusoidal"} if steps == "embeddings" else {}
+    model, ids = tiny_model(scale=2.0, recurrence=recurrence), tiny_ids(2, 5)
+    if steps == "adapters":
         adapter = add_step_lora(model, ["layers.0.attention.qkv_proj"], num_steps=4, rank=2, alpha=4)
         for name, weight in adapter.named_parameters():
             torch.nn.init.normal_(weight, std=0.3) if name.endswith("up") else None

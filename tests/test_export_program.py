@@ -34,8 +34,10 @@ def padded(batch: int, length: int) -> dict[str, torch.Tensor]:
         {"position_embedding": "alibi"},
         {"position_embedding": "learned"},
         {"num_core_layers": 0},
+        {"num_core_layers": 3, "num_unique_core_layers": 2, "recurrence": {"step_embedding": "sinusoidal"}},
+        {"mlp": "peer", "norm_placement": "post", "residual": "admin"},
     ],
-    ids=["rope", "eager", "alibi", "learned", "plain"],
+    ids=["rope", "eager", "alibi", "learned", "plain", "shared layers", "experts"],
 )
 @torch.no_grad()
 def test_a_program_serves_other_batches_and_lengths(options):

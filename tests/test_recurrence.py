@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from model import RecurrenceConfig
+from model import RecurrenceConfig, RecurrentCache
 from model.attention import AttentionInputs
 from model.depth import keyed_generator, resolve_depth, sample_depth
 from model.recurrence import INJECTIONS, ActiveRows, default_state, draw_state, draw_training_states
@@ -206,3 +206,50 @@ def test_rows_that_leave_keep_their_state_and_their_steps():
     assert not active.leave(3, None)
     torch.testing.assert_close(active.scatter_into_batch()[:, 0, 0], torch.tensor([0.1, 1.7, 2.3, 3.1]))
     assert active.steps == [1, 3, 2, 1]
+
+
+# ------------------------------------------------------------------------------------------------- embeddings of steps
+
+
+EMBEDDED = {"recurrence": {"step_embedding": "sinusoidal"}}
+
+
+@torch.no_grad()
+def test_each_step_adds_its_sinusoid_behind_the_injection():
+    """Step by step by hand, on a core without embeddings whose injection has a bias; also in steps without gradient,
+    and for more steps than were ever taken.
+    """
+    model, ids = tiny_model(scale=2.0, **EMBEDDED), tiny_ids(2, 7)
+    plain = tiny_model(scale=2.0)
+    plain.load_state_dict(model.state_dict())
+    projection = plain.model.core.injection.proj
+    projection.bias = torch.nn.Parameter(torch.zeros(32))
+    out = model(ids, num_steps=(2, 30), output_states=True)
+    state = out.states[0]
+    for step in range(1, 33):
+        angles = [step / 10000 ** (2 * pair / 32) for pair in range(16)]
+        projection.bias.data = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)])
+        by_hand = plain(ids, num_steps=1, initial_state=state, output_states=True)
+        state = out.states[step]
+        torch.testing.assert_close(by_hand.states[1], state, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(by_hand.logits, out.logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_warm_start_counts_its_steps_from_the_first():
+    """A token that starts where the one before ended takes its own first step first, in `generate` as in `forward`."""
+    model, ids = tiny_model(scale=2.0, **EMBEDDED), tiny_ids(1, 5)
+    options = {"max_new_tokens": 3, "do_sample": False, "num_steps": 3}
+    found = model.generate(ids, state_warm_start=True, **options)
+    cache, written, state = RecurrentCache(model.config), ids, None
+    for _ in range(3):
+        new = written[:, cache.get_seq_length() :]
+        out = model(new, num_steps=3, cache=cache, initial_state=state)
+        state = out.state[:, -1:]
+        written = torch.cat((written, out.logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(found, written)
+
+
+def test_an_embedding_of_steps_needs_pairs_of_features():
+    with pytest.raises(ValueError, match="step_embedding 'sinusoidal' needs an even hidden_size, got 33"):
+        tiny_config(hidden_size=33, head_dim=8, **EMBEDDED)

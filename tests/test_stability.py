@@ -28,11 +28,15 @@ def last_core_call(model, ids, **kwargs):
     return state, embeds, given
 
 
-@pytest.mark.parametrize("position_embedding", ["rope", "alibi"])
-def test_the_spectral_radius_is_the_largest_eigenvalue(position_embedding, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"position_embedding": "alibi"}, {"recurrence": {"step_embedding": "sinusoidal"}}],
+    ids=["rope", "alibi", "step embedding"],
+)
+def test_the_spectral_radius_is_the_largest_eigenvalue(options, monkeypatch):
     """Of the whole derivative, by torch's own eigenvalues; with padding in a row."""
     monkeypatch.setattr("callbacks.stability.POWER_ITERATIONS", 400)
-    model = tiny_model(scale=3.0, position_embedding=position_embedding)
+    model = tiny_model(scale=3.0, **options)
     mask = torch.ones(2, 4, dtype=torch.long)
     mask[1, :1] = 0
     state, embeds, given = last_core_call(model, tiny_ids(2, 4), attention_mask=mask)

@@ -114,12 +114,13 @@ def library_encoder():
     [
         tiny_model(qk_norm=True, qk_bias=True),
         tiny_model(norm="layernorm", norm_placement="post"),
+        tiny_model(norm_placement="pre", residual="rezero", mlp="peer", peer_num_experts=256),
         tiny_media_model(),
         tiny_writer(),
         library_encoder(),
         get_peft_model(tiny_model(), LoraConfig(target_modules=["qkv_proj"], modules_to_save=["attention_norm_in"])),
     ],
-    ids=["text", "layernorm", "media", "writer", "library", "adapter"],
+    ids=["text", "layernorm", "rezero", "media", "writer", "library", "adapter"],
 )
 def test_matrices_alone_decay(tmp_path, model):
     """No norm decays, whatever it is called, and no bias, of several dimensions or not; all matrices do."""

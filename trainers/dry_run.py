@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from model.depth import sample_depth
+from model.peer import PeerFeedForward
 from model.recurrence import INJECTIONS
 
 from .arguments import PlannedTrainingArguments
@@ -67,9 +68,20 @@ class Flops:
 
 
 def linear_parameters(module: nn.Module | None) -> int:
-    """Elements of the weight matrices in a module that tokens are multiplied with."""
-    parts = module.modules() if module is not None else ()
-    return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
+    """Elements of the weight matrices in a module that tokens are multiplied with, and of the experts that one has
+    chosen.
+    """
+    parts = list(module.modules()) if module is not None else []
+    experts = sum(part.num_active_weights for part in parts if isinstance(part, PeerFeedForward))
+    return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear)) + experts
+
+
+def executed_parameters(unit: nn.Module | None) -> int:
+    """The same of prelude, core or coda, those of a shared layer as often as it is executed."""
+    if unit is None:
+        return 0
+    again = sum(linear_parameters(unit.layers[index]) for index in unit.order)
+    return linear_parameters(unit) - linear_parameters(unit.layers) + again
 
 
 def flops_per_token(model: PreTrainedModel, steps: StepCounts, row: int) -> Flops:
@@ -83,9 +95,9 @@ def flops_per_token(model: PreTrainedModel, steps: StepCounts, row: int) -> Flop
     """
     config, base = model.config.get_text_config(), model.base_model
     attention = 4 * row * config.num_attention_heads * config.head_dim
-    ends = 2 * (linear_parameters(base.prelude) + linear_parameters(base.coda))
+    ends = 2 * (executed_parameters(base.prelude) + executed_parameters(base.coda))
     ends += attention * (config.num_prelude_layers + config.num_coda_layers)
-    step = 2 * linear_parameters(base.core) + attention * config.num_core_layers
+    step = 2 * executed_parameters(base.core) + attention * config.num_core_layers
     head = 2 * linear_parameters(model.get_output_embeddings())
     with_gradient = ends + head + steps.grad * step
     forward = with_gradient + steps.no_grad * step
@@ -164,17 +176,28 @@ def block_bytes(config: PreTrainedConfig, precision: Precision, row: int, packed
         a (H + 2 K) d      for queries, keys and values as projected, once more without the values where RoPE turns them
         a H d              for what attention puts out
         a 4 m              for gate, up, activation and product of a gated feed-forward layer; 2 m of a plain one
+        a 2 h              for what both layers put out, where ReZero multiplies it
+        a (2 q + E (2 h + 4)) + 32 E
+                           in place of these for PEER: its queries of q numbers in all, before and behind their norm,
+                           and of each of E experts, as many as all heads choose, both vectors, four numbers, and four
+                           indices
         a row              for the mask, where documents are packed: each layer makes its own
 
     Compiled units keep less, as they compute cheap parts again. Left out: the bias of ALiBi, which all layers share.
     """
     hidden, row_mask = config.hidden_size, row if packed else 0
-    norms = 4 if config.norm_placement == "sandwich" else 2
+    norms = {"sandwich": 4, "none": 0}.get(config.norm_placement, 2)
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = 2 * query + 2 * key + (query + key if config.position_embedding == "rope" else 0)
     feedforward = (2 if config.mlp == "mlp" else 4) * config.intermediate_size
-    inner = 2 * hidden + attention + feedforward + row_mask
-    return precision.residual * norms * hidden + precision.activation * inner
+    indices = 0
+    if config.mlp == "peer":
+        chosen = config.peer_num_heads * config.peer_top_k
+        feedforward = config.peer_num_heads * 2 * config.peer_key_dim + chosen * (2 * hidden + 4)
+        indices = 4 * chosen
+    scaled = 2 * hidden if config.residual == "rezero" else 0
+    inner = 2 * hidden + attention + feedforward + scaled + row_mask
+    return precision.residual * norms * hidden + precision.activation * inner + 8 * indices
 
 
 def injection_widths(name: str) -> int:

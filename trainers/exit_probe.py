@@ -75,7 +75,7 @@ def observe(
     """
     given = {name: value for name, value in inputs_of_model(batch).items() if name != "labels"}
     states = model(**given, num_steps=full, output_states=True, use_cache=False).states
-    if model.base_model.core.step_lora is None:  # one more step from each state, in place of all steps again
+    if not model.base_model.core.depends_on_step:  # one more step from each state, in place of all steps again
         depths = [{"num_steps": 1, "initial_state": state} for state in states[:-1]]
     else:  # whose steps are not all the same
         depths = [{"num_steps": step} for step in range(1, full + 1)]

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
+from model.blocks import RezeroResidual
+
 
 @dataclass
 class ParameterGroup:
@@ -80,12 +82,13 @@ def no_match(model: nn.Module) -> str:
 
 def parameters_of_norms(model: nn.Module) -> set[str]:
     """The names of the parameters of all normalisation layers, torch's and those of libraries' encoders, which have
-    "Norm" in their type. `Trainer` goes by the names that layers have in a model, and misses those such as `norm_in`.
+    "Norm" in their type, and the scales of ReZero. `Trainer` goes by the names that layers have in a model, and misses
+    those such as `norm_in`.
     """
     return {
         f"{name}.{parameter}"
         for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
+        if "norm" in type(module).__name__.lower() or isinstance(module, RezeroResidual)
         for parameter, _ in module.named_parameters(recurse=False)
     }
 

@@ -1,0 +1,48 @@
+"""Variants of the blocks on two ranks, under DDP and ZeRO-2. As a module, this is one rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_family import VARIANTS, model_of
+from tests.test_launch import free_port
+from tests.test_launch_muon import trained
+from tests.test_trainer import build
+
+ROOT = Path(__file__).parents[1]
+
+
+def rank(folder):
+    """Three steps of each; rank 0 leaves the losses in losses.json."""
+    found = {}
+    for stage in ("", "zero2"):  # a process that has known DeepSpeed has it in its environment
+        deepspeed = str(ROOT / f"configs/deepspeed/{stage}.json") if stage else None
+        for name in VARIANTS:
+            options = {"model": model_of(name, scale=1.0), "max_steps": 3, "deepspeed": deepspeed}
+            found[name + stage] = trained(build(folder / f"{name}{stage}", **options))
+    if os.environ["RANK"] == "0":
+        (folder / "losses.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_each_variant_learns_the_same_under_zero_2(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), "-m", "tests.test_launch_family", str(tmp_path)]
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, **settings, "PATH": path}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    found = json.loads((tmp_path / "losses.json").read_text())
+    for name in VARIANTS:
+        assert found[f"{name}zero2"] == pytest.approx(found[name], abs=1e-4), name
+        assert len(set(found[name])) == 3, name
+
+
+if __name__ == "__main__":
+    rank(Path(sys.argv[1]))
