@@ -77,10 +77,8 @@ def build_language_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
     model = build_model(run.model, run.training, tokenizer, with_backbones=resume_point is None)
     if resume_point is not None:
         check_weights(resume_point, model)
-    elif (
-        model.config.get_text_config().residual == "admin"
-    ):  # the same on every rank; a checkpoint holds what was found
-        model.base_model.profile_residuals()
+    elif model.config.get_text_config().residual == "admin":
+        model.base_model.profile_residuals()  # the same on every rank; a checkpoint holds what was found
     processor = build_processor(model.config, tokenizer, **model.model.count_tokens()) if has_processor else tokenizer
     fit = partial(fit_batch_size, run.training, model, collate=Collator(processor), resume_point=resume_point)
     return build_recurrent_trainer(TRAINERS[run.trainer], run, model, processor, fit)
