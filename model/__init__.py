@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTextToWaveform,
     AutoProcessor,
@@ -22,6 +23,7 @@ from .configuration_megatransformer import (
     MegaTransformerImageWriterConfig,
     MegaTransformerVisionConfig,
 )
+from .configuration_megatransformer_seq2seq import MegaTransformerSeq2SeqConfig
 from .configuration_megatransformer_text import MegaTransformerTextConfig, RecurrenceConfig
 from .depth import NoiseOptions
 from .exit_criteria import ExitOptions
@@ -41,6 +43,7 @@ from .modalities import (
     set_token_ids,
 )
 from .modeling_megatransformer import MegaTransformerForConditionalGeneration, MegaTransformerModel
+from .modeling_megatransformer_seq2seq import MegaTransformerForSeq2SeqLM, MegaTransformerSeq2SeqModel
 from .modeling_megatransformer_text import (
     MegaTransformerForCausalLM,
     MegaTransformerForSequenceClassification,
@@ -69,6 +72,9 @@ AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
 AutoModelForCausalLM.register(MegaTransformerTextConfig, MegaTransformerForCausalLM)
 AutoModelForSequenceClassification.register(MegaTransformerTextConfig, MegaTransformerForSequenceClassification)
 AutoModel.register(MegaTransformerConfig, MegaTransformerModel)
+AutoConfig.register(MegaTransformerSeq2SeqConfig.model_type, MegaTransformerSeq2SeqConfig)
+AutoModel.register(MegaTransformerSeq2SeqConfig, MegaTransformerSeq2SeqModel)
+AutoModelForSeq2SeqLM.register(MegaTransformerSeq2SeqConfig, MegaTransformerForSeq2SeqLM)
 AutoProcessor.register(MegaTransformerConfig, MegaTransformerProcessor)
 AutoFeatureExtractor.register(MegaTransformerConfig, MegaTransformerFeatureExtractor)
 # One class, whichever backend is asked for: it resizes with Pillow.
@@ -93,6 +99,7 @@ __all__ = [
     "MegaTransformerFeatureExtractor",
     "MegaTransformerForCausalLM",
     "MegaTransformerForConditionalGeneration",
+    "MegaTransformerForSeq2SeqLM",
     "MegaTransformerForSequenceClassification",
     "MegaTransformerImageAutoencoder",
     "MegaTransformerImageAutoencoderConfig",
@@ -100,6 +107,8 @@ __all__ = [
     "MegaTransformerImageWriterConfig",
     "MegaTransformerModel",
     "MegaTransformerProcessor",
+    "MegaTransformerSeq2SeqConfig",
+    "MegaTransformerSeq2SeqModel",
     "MegaTransformerTextConfig",
     "MegaTransformerTextModel",
     "MegaTransformerVisionConfig",

@@ -28,6 +28,7 @@ class AttentionInputs:
     build_of: Callable[[torch.LongTensor], "AttentionInputs"] | None = None  # for a block mask, which has no rows
     hidden_states: list[torch.Tensor] | None = None  # where what was asked for is gathered
     attentions: list[torch.Tensor] | None = None
+    source: "SourceInputs | None" = None  # of a decoder behind an encoder
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionInputs":
         """The same on another device. accelerate calls it where the layers of a model are spread over several."""
@@ -38,6 +39,7 @@ class AttentionInputs:
         rotary = self.rotary and tuple(map(move, self.rotary))
         where = self.where if isinstance(self.where, slice) else move(self.where)
         moved = {"mask": move(self.mask), "position_bias": move(self.position_bias), "rows": move(self.rows)}
+        moved["source"] = self.source and self.source.map(move)
         return replace(self, rotary=rotary, where=where, **moved)
 
     def of(self, rows: torch.LongTensor) -> "AttentionInputs":
@@ -46,14 +48,35 @@ class AttentionInputs:
             return self.build_of(rows)
         rotary = self.rotary and tuple(select_rows(part, rows) for part in self.rotary)
         mask, bias = select_rows(self.mask, rows), select_rows(self.position_bias, rows)
-        return replace(self, mask=mask, rotary=rotary, position_bias=bias, rows=rows)
+        source = self.source and self.source.map(lambda part: select_rows(part, rows))
+        return replace(self, mask=mask, rotary=rotary, position_bias=bias, rows=rows, source=source)
 
-    def record(self, probabilities: torch.Tensor) -> None:
+    def record(self, probabilities: torch.Tensor, attentions: list[torch.Tensor]) -> None:
         """Gathers attention probabilities, (rows, heads, query, key), with 0 in the rows that are not here."""
         if self.rows is not None:
-            whole = probabilities.new_zeros(len(self.attentions[0]), *probabilities.shape[1:])
+            whole = probabilities.new_zeros(len(attentions[0]), *probabilities.shape[1:])
             probabilities = whole.index_copy(0, self.rows, probabilities)
-        self.attentions.append(probabilities)
+        attentions.append(probabilities)
+
+
+@dataclass
+class SourceInputs:
+    """What the layers of a decoder see of the source.
+
+    Args:
+        keys_values: By the number of each layer, (batch, key/value heads, source, head_dim) each.
+        mask: In the form that the backend wants; None: all of the source is seen.
+        attentions: Where the probabilities that are asked for are gathered, (batch, heads, query, source) each.
+    """
+
+    keys_values: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    mask: torch.Tensor | None
+    attentions: list[torch.Tensor] | None = None
+
+    def map(self, change: Callable[[torch.Tensor | None], torch.Tensor | None]) -> "SourceInputs":
+        """The same with all tensors changed."""
+        changed = tuple(tuple(map(change, pair)) for pair in self.keys_values)
+        return replace(self, keys_values=changed, mask=change(self.mask))
 
 
 def select_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
@@ -145,17 +168,22 @@ def prepare_attention(
             )
         room = cache.max_length - documents.shape[1] if is_static else 0
         documents = packed_sequence_mask_function(nn.functional.pad(documents, (0, room), value=-1))
-    mask = create_causal_mask(
-        config,
-        inputs_embeds,
-        attention_mask,
-        # With a cache, transformers does not look for restarts of the positions; an empty one has nothing to say.
-        cache if past or is_static else None,
-        position_ids=position_ids if may_restart else None,
-        and_mask_function=documents,
-        # ALiBi adds to the mask, and the room of a static cache that is not used yet must be hidden.
-        allow_is_causal_skip=not (alibi or is_static),
-    )
+    if config.is_causal:
+        mask = create_causal_mask(
+            config,
+            inputs_embeds,
+            attention_mask,
+            # With a cache, transformers does not look for restarts of the positions; an empty one has nothing to say.
+            cache if past or is_static else None,
+            position_ids=position_ids if may_restart else None,
+            and_mask_function=documents,
+            # ALiBi adds to the mask, and the room of a static cache that is not used yet must be hidden.
+            allow_is_causal_skip=not (alibi or is_static),
+        )
+    else:
+        mask = create_bidirectional_mask(
+            config, inputs_embeds, attention_mask, allow_is_bidirectional_skip=not alibi, and_mask_function=documents
+        )
     mask = _as_added(mask, config, inputs_embeds)
     where = cache.places(inputs_embeds.shape[1], inputs_embeds.device) if cache is not None else None
     inputs = AttentionInputs(mask, where=where, rows=rows, attentions=attentions)
@@ -176,6 +204,7 @@ def prepare_attention(
     if is_static:  # positions of what is hidden do not matter
         keys = nn.functional.pad(keys, (0, cache.max_length - keys.shape[-1]))
     bias = alibi_bias(position_ids, keys, config.num_attention_heads).to(inputs_embeds.dtype)
+    bias = bias if config.is_causal else -bias.abs()
     if not isinstance(mask, torch.Tensor):  # FlexAttention's block mask says who is seen; the bias goes beside it
         # Its kernel indexes the batch, it does not broadcast.
         inputs.position_bias = bias.expand(inputs_embeds.shape[0], -1, -1, -1)
@@ -184,6 +213,28 @@ def prepare_attention(
     else:
         inputs.mask = mask + bias
     return inputs
+
+
+def prepare_source(
+    config: PreTrainedConfig,
+    hidden: torch.Tensor,
+    states: torch.Tensor,
+    is_real: torch.Tensor | None,
+    keys_values: tuple[tuple[torch.Tensor, torch.Tensor], ...],
+    attentions: list[torch.Tensor] | None = None,
+) -> SourceInputs:
+    """What a decoder with `hidden`, (batch, sequence, hidden), sees of the `states` of an encoder, (batch, source,
+    hidden); `is_real` is (batch, source) of bool or None, and None hides nothing. The list, if given, gathers attention
+    probabilities, for which these are computed eagerly.
+
+    Raises:
+        ValueError: the backend has masks that cannot be divided by rows.
+    """
+    config = config if attentions is None else in_eager(config)
+    mask = create_bidirectional_mask(config, hidden, is_real, encoder_hidden_states=states)
+    if not isinstance(mask, torch.Tensor | None):
+        raise ValueError(f"cross-attention is not possible with {config._attn_implementation}; use sdpa or eager")
+    return SourceInputs(keys_values, _as_added(mask, config, hidden), attentions)
 
 
 def prepare_bidirectional_attention(
@@ -294,14 +345,18 @@ class Attention(nn.Module):
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        heads = self.num_heads + 2 * self.num_key_value_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
+        self.build_projections(config)
         self.o_proj = build_output_projection(self.num_heads * self.head_dim, config.hidden_size)
         if config.qk_bias:
             self.qk_bias = nn.Parameter(torch.zeros(self.num_heads + self.num_key_value_heads, self.head_dim))
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+
+    def build_projections(self, config: PreTrainedConfig) -> None:
+        """Those of queries, keys and values, in one."""
+        heads = self.num_heads + 2 * self.num_key_value_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
 
     def forward(
         self,
@@ -320,24 +375,28 @@ class Attention(nn.Module):
         if slot is not None:
             key, value = slot.update(key, value, inputs.where, inputs.rows)
 
-        backend = self.config._attn_implementation if inputs.attentions is None else "eager"
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         extra = {} if inputs.position_bias is None else {"position_bias": inputs.position_bias}
+        out, probabilities = self.attend(query, key, value, inputs.mask, inputs.attentions is not None, **extra)
+        if inputs.attentions is not None:
+            inputs.record(probabilities, inputs.attentions)
+        return self.o_proj(out.reshape(batch, sequence, -1))
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_recorded: bool,
+        **extra: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the backend gives: (batch, sequence, heads, head_dim), and probabilities, where they are recorded."""
+        backend = "eager" if is_recorded else self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         if self.config.attn_logit_softcapping is not None:
             extra["softcap"] = self.config.attn_logit_softcapping
-        out, probabilities = attend(
-            self,
-            query,
-            key,
-            value,
-            inputs.mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **extra,
-        )  # (batch, sequence, heads, head_dim)
-        if inputs.attentions is not None:
-            inputs.record(probabilities)
-        return self.o_proj(out.reshape(batch, sequence, -1))
+        dropout = self.attention_dropout if self.training else 0.0
+        return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra)
 
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (batch, heads, sequence, head_dim); keys and values (batch, key/value heads, sequence, head_dim)."""
@@ -348,3 +407,43 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+class CrossAttention(Attention):
+    """Attention of a decoder to the last states of an encoder, without positions. Keys and values are made once for all
+    tokens and all steps, by `project_source`; only queries are made of what is attended from.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.is_causal = False
+        self.number = 0  # of the layer among those of the model, which sets it
+
+    def build_projections(self, config: PreTrainedConfig) -> None:
+        """Those of queries from the decoder, of keys and values from the encoder."""
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
+        heads = 2 * self.num_key_value_heads
+        self.kv_proj = nn.Linear(config.encoder_hidden_size, heads * self.head_dim, bias=False)
+
+    def project_source(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, source, encoder's hidden) -> keys and values, (batch, key/value heads, source, head_dim) each."""
+        key, value = self.kv_proj(states).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-2)
+        if self.config.qk_bias:
+            key = key + self.qk_bias[self.num_heads :]
+        if self.config.qk_norm:
+            key = self.k_norm(key)
+        return key.transpose(1, 2).to(value.dtype), value.transpose(1, 2)
+
+    def forward(self, hidden: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+        """hidden: (batch, sequence, hidden) -> the same."""
+        query = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        if self.config.qk_bias:
+            query = query + self.qk_bias[: self.num_heads]
+        if self.config.qk_norm:
+            query = self.q_norm(query)
+        (key, value), source = inputs.source.keys_values[self.number], inputs.source
+        query = query.transpose(1, 2).to(value.dtype)
+        out, probabilities = self.attend(query, key, value, source.mask, source.attentions is not None)
+        if source.attentions is not None:
+            inputs.record(probabilities, source.attentions)
+        return self.o_proj(out.reshape(*hidden.shape[:2], -1))

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import Attention, AttentionInputs, build_output_projection
+from .attention import Attention, AttentionInputs, CrossAttention, build_output_projection
 from .cache import CacheSlot
 from .peer import PeerFeedForward
 
@@ -120,7 +120,8 @@ def build_residual(name: str, scale: float) -> nn.Module:
 
 
 class TransformerBlock(nn.Module):
-    """x = N2(Attn(N1 x) + x); x = N4(MLP(N3 x) + x).
+    """x = N2(Attn(N1 x) + x); x = N4(MLP(N3 x) + x); in a decoder behind an encoder, a cross-attention between them,
+    with norms of its own.
 
     Sandwich placement has all four norms, pre-norm N1 and N3, post-norm N2 and N4, "none" none; the others are the
     identity. The outer norms of the sandwich stand after the residual sum, so that each sub-layer hands on a normalised
@@ -139,6 +140,12 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(config)
         self.attention_residual = build_residual(residual, branch_scale)
         self.attention_norm_out = build_norm(config) if outer else nn.Identity()
+        self.cross_attention = None
+        if config.encoder_hidden_size is not None:
+            self.cross_norm_in = build_norm(config) if inner else nn.Identity()
+            self.cross_attention = CrossAttention(config)
+            self.cross_residual = build_residual(residual, branch_scale)
+            self.cross_norm_out = build_norm(config) if outer else nn.Identity()
         self.mlp_norm_in = build_norm(config) if inner else nn.Identity()
         self.mlp = build_feedforward(config)
         self.mlp_residual = build_residual(residual, branch_scale)
@@ -152,6 +159,9 @@ class TransformerBlock(nn.Module):
         """x: (batch, sequence, hidden) -> the same. `slot`: this execution's place in the cache."""
         attended = self.attention(self.attention_norm_in(x), inputs, slot)
         x = self.attention_norm_out(self.attention_residual(x, self.dropout(attended)))
+        if self.cross_attention is not None:
+            attended = self.cross_attention(self.cross_norm_in(x), inputs)
+            x = self.cross_norm_out(self.cross_residual(x, self.dropout(attended)))
         return self.mlp_norm_out(self.mlp_residual(x, self.dropout(self.mlp(self.mlp_norm_in(x)))))
 
 

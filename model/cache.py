@@ -231,6 +231,8 @@ class RecurrentCache(Cache):
         self.max_length, self.max_steps = max_length, max_steps
         self.length = 0  # tokens of finished chunks
         self.last_state: torch.Tensor | None = None  # of the last token, (batch, 1, hidden)
+        # Of the source of a decoder: keys and values of each layer, (batch, key/value heads, source, head_dim) each.
+        self.source: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
         # (batch, capacity) on the CPU: the steps that each row took when it read a token, rows as they stood then.
         self.row_steps: torch.LongTensor | None = None
         self.prompt_length: int | None = None  # tokens read before the first new one; `generate` counts from there
@@ -398,12 +400,14 @@ class RecurrentCache(Cache):
 
     def _select_states(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.last_state = None if self.last_state is None else select(self.last_state)
+        if self.source is not None:
+            self.source = tuple((select(keys), select(values)) for keys, values in self.source)
 
     def reset(self) -> None:
         """Forgets all tokens, and gives the memory back."""
         self.layers = [CacheLayer() for _ in self.layers]
         self.length = 0
-        self.last_state = self.row_steps = self.prompt_length = None
+        self.last_state = self.row_steps = self.prompt_length = self.source = None
 
 
 def check_policy(policy: str, num_kept_steps: int | None) -> None:

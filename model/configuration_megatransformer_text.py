@@ -201,6 +201,8 @@ class TransformerConfig(StrictConfig):
             2023, arXiv 2312.16903).
     """
 
+    encoder_hidden_size = None  # of the encoder that a decoder's cross-attention sees
+
     hidden_size: int = interval(min=1)(default=256)
     intermediate_size: int = interval(min=1)(default=768)
     num_attention_heads: int = interval(min=1)(default=4)

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
-from .attention import AttentionInputs, prepare_attention, select_rows
+from .attention import AttentionInputs, CrossAttention, SourceInputs, prepare_attention, prepare_source, select_rows
 from .blocks import (
     AdminResidual,
     BlockStack,
@@ -99,10 +99,17 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         self.coda = BlockStack(config, order, config.residual)
         self.norm = build_norm(config)
         self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
+        for number, layer in enumerate(self.cross_attentions):
+            layer.number = number
         self.gradient_checkpointing, self.units_are_compiled = False, False
         self._drawn_state: tuple[tuple, torch.Tensor | None] = ((), None)
         self._state_to_export = self._state_key(), default_state(self.text_config)  # since a trace cannot draw
         self.post_init()
+
+    @property
+    def cross_attentions(self) -> list[CrossAttention]:
+        """Those of a decoder behind an encoder, in the order of the layers."""
+        return [module for module in self.modules() if isinstance(module, CrossAttention)]
 
     def add_exit_probe(self) -> ExitProbe:
         """A fresh probe in place of none, or of the one that is there; it is saved with the model."""
@@ -189,12 +196,14 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             output_attentions: Return `attentions`, which are then computed eagerly. Default: what the config says.
             state_noise: What perturbs the state before each step. Default: nothing.
             exit_controller: Says which rows stop early, and after which step. Made by the model with the head.
+            kwargs: `source`, of a decoder: the last states of the encoder, (batch, source, hidden), and which of them
+                are no padding, (batch, source) of bool, or None. Behind a cache, that has their keys and values.
 
         Raises:
             ValueError: a sequence is empty, a mask of the wrong shape, a position past a table, a cache foreign, or a
                 depth is none.
         """
-        cache = pop_cache(cache, kwargs)
+        cache, source = pop_cache(cache, kwargs), kwargs.pop("source", None)
         check_kwargs(kwargs, self.forward, position_ids)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
@@ -222,6 +231,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             self.text_config, hidden, attention_mask, position_ids, cache, may_restart, attentions=attentions
         )
         inputs.hidden_states = [hidden] if asked["output_hidden_states"] else None
+        if source is not None:
+            inputs.source = self._see_source(hidden, *source, cache, None if attentions is None else [])
 
         slots = cache.prelude_slots if cache is not None else None
         hidden = self.prelude(hidden, inputs=inputs, slots=slots)
@@ -260,10 +271,27 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             **{CACHE_NAME: cache if use_cache else None},
             hidden_states=None if inputs.hidden_states is None else tuple(inputs.hidden_states),
             attentions=None if inputs.attentions is None else tuple(inputs.attentions),
+            cross_attentions=None if source is None or attentions is None else tuple(inputs.source.attentions),
             state=state,
             states=tuple(states) if output_states and states else None,
             exit_steps=exit_steps,
         )
+
+    def _see_source(
+        self,
+        hidden: torch.Tensor,
+        states: torch.Tensor,
+        is_real: torch.Tensor | None,
+        cache: RecurrentCache | None,
+        attentions: list[torch.Tensor] | None,
+    ) -> SourceInputs:
+        """What cross-attentions see, with keys and values that are made once for all steps, and kept in a cache."""
+        keys_values = None if cache is None else cache.source
+        if keys_values is None:
+            keys_values = tuple(layer.project_source(states) for layer in self.cross_attentions)
+        if cache is not None:
+            cache.source = keys_values
+        return prepare_source(self.text_config, hidden, states, is_real, keys_values, attentions)
 
     def asked_outputs(
         self, output_hidden_states: bool | None = None, output_attentions: bool | None = None, **others: Any
@@ -493,10 +521,10 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             state_noise: See the base model.
             kwargs: `shift_labels`, (batch, sequence), in place of labels: position i predicts label i. Trainers that
                 spread a sequence over ranks give them, since the last position of a part predicts the first token of
-                the next.
+                the next. `source`: see the base model.
         """
         # No parameter: `Trainer` takes all with "label" in their names for labels, and needs each of them to evaluate.
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels, source = kwargs.pop("shift_labels", None), kwargs.pop("source", None)
         cache = pop_cache(cache, kwargs)
         check_kwargs(kwargs, self.forward, position_ids)
         is_shifted = shift_labels is not None
@@ -522,6 +550,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             state_noise=state_noise,
             exit_controller=controller,
             return_dict=True,
+            **({} if source is None else {"source": source}),
         )
         logits, hidden = None, outputs.last_hidden_state
         is_last = isinstance(logits_to_keep, int) and logits_to_keep == 1

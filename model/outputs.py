@@ -86,17 +86,20 @@ class MegaTransformerModelOutput(CacheByBothNames, BaseModelOutputWithPast):
         state: (batch, sequence, hidden), after the last core step and the final norm. None without a core.
         states: s_0 .. s_r as the core left them, each (batch, sequence, hidden); only with `output_states=True`.
         exit_steps: (batch,), core steps taken by each row, on the CPU. None without a core.
+        cross_attentions: The same as `attentions` of the source, in a decoder: (batch, heads, sequence, source).
     """
 
     state: torch.FloatTensor | None = None
     states: tuple[torch.FloatTensor, ...] | None = None
     exit_steps: torch.LongTensor | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
 class MegaTransformerCausalLMOutput(CacheByBothNames, CausalLMOutputWithPast):
     """Output of the language model: `loss` (scalar, if labels were given), `logits` (batch, sequence, vocab), and the
-    base model's `cache`, `hidden_states`, `attentions`, `state`, `states`, `exit_steps` and `last_hidden_state`.
+    base model's `cache`, `hidden_states`, `attentions`, `cross_attentions`, `state`, `states`, `exit_steps` and
+    `last_hidden_state`.
 
     `token_losses`, (batch, sequence), float32 without gradient: the loss of label i at place i, before its weight, 0
     where there is no label. With `skip_logits` or `loss_weights`.
@@ -107,3 +110,4 @@ class MegaTransformerCausalLMOutput(CacheByBothNames, CausalLMOutputWithPast):
     exit_steps: torch.LongTensor | None = None
     token_losses: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None

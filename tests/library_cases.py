@@ -15,6 +15,7 @@ import torch
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
@@ -27,7 +28,10 @@ from model import (
     MegaTransformerConfig,
     MegaTransformerForCausalLM,
     MegaTransformerForConditionalGeneration,
+    MegaTransformerForSeq2SeqLM,
     MegaTransformerForSequenceClassification,
+    MegaTransformerSeq2SeqConfig,
+    MegaTransformerSeq2SeqModel,
     MegaTransformerTextConfig,
     MegaTransformerTextModel,
 )
@@ -36,6 +40,8 @@ from model.modeling_megatransformer import MegaTransformerModel
 # The testers look up what kind of head a class has, by its name; the library's own models are in these tables.
 MODEL_MAPPING_NAMES["megatransformer_text"] = "MegaTransformerTextModel"
 MODEL_MAPPING_NAMES["megatransformer"] = "MegaTransformerModel"
+MODEL_MAPPING_NAMES["megatransformer_seq2seq"] = "MegaTransformerSeq2SeqModel"
+MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES["megatransformer_seq2seq"] = "MegaTransformerForSeq2SeqLM"
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["megatransformer_text"] = "MegaTransformerForCausalLM"
 MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["megatransformer_text"] = "MegaTransformerForSequenceClassification"
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["megatransformer"] = "MegaTransformerForConditionalGeneration"
@@ -182,6 +188,36 @@ class ImageAudioTest(ImageTest):
     has_audio = True
 
 
+class Seq2SeqTester(ModelTester):
+    """The same as a source, and a target of another length."""
+
+    encoder_seq_length, decoder_seq_length = 7, 5
+
+    def get_config(self):
+        shared = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+        part = {name: value for name, value in self.text.items() if name not in shared}
+        tokens = {name: self.text[name] for name in shared}
+        return MegaTransformerSeq2SeqConfig(encoder_config=part, decoder_config=dict(part), **tokens)
+
+    def prepare_config_and_inputs_for_common(self):
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        ids = inputs["input_ids"].flip(1)[:, : self.decoder_seq_length]
+        return config, inputs | {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+
+
+class Seq2SeqTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
+    """Reads a source and writes a target."""
+
+    all_model_classes = (MegaTransformerSeq2SeqModel, MegaTransformerForSeq2SeqLM)
+    is_encoder_decoder = True
+    _is_composite = True
+    test_can_init_all_missing_weights_before_2023 = True
+    model_tester = None
+
+    def setUp(self):
+        self.model_tester = Seq2SeqTester(self)
+
+
 class Outcomes(unittest.TestResult):
     """How each test ended, by model and name; of its parameters and subtests the worst counts."""
 
@@ -226,7 +262,7 @@ class Outcomes(unittest.TestResult):
 def main(report: str, *names: str) -> None:
     """Runs all tests, or those of these names, and writes their outcomes as JSON."""
     outcomes = Outcomes()
-    for case in (RopeTest, AlibiTest, PlainTest, ImageTest, ImageAudioTest):
+    for case in (RopeTest, AlibiTest, PlainTest, ImageTest, ImageAudioTest, Seq2SeqTest):
         for test in unittest.defaultTestLoader.loadTestsFromTestCase(case):
             if not names or outcomes.name_of(test) in names:
                 test.run(outcomes)
