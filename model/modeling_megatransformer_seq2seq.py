@@ -154,6 +154,16 @@ class MegaTransformerForSeq2SeqLM(MegaTransformerForCausalLM):
         """The encoder."""
         return self.model.encoder
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Activates it as the original does, but not the reentrant kind, in which all layers and steps would go back
+        through the keys and values of the source that they share; ValueError for that.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("use_reentrant is true, but layers share what they see of the source; leave it out")
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """(batch, target) of labels -> what the decoder reads to predict them: the start, and all but the last."""
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id

@@ -189,9 +189,9 @@ class ImageAudioTest(ImageTest):
 
 
 class Seq2SeqTester(ModelTester):
-    """The same as a source, and a target of another length."""
+    """The same as a source, and a target, of as many tokens as the labels that the tests make up."""
 
-    encoder_seq_length, decoder_seq_length = 7, 5
+    encoder_seq_length = decoder_seq_length = 7
 
     def get_config(self):
         shared = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -201,7 +201,7 @@ class Seq2SeqTester(ModelTester):
 
     def prepare_config_and_inputs_for_common(self):
         config, inputs = super().prepare_config_and_inputs_for_common()
-        ids = inputs["input_ids"].flip(1)[:, : self.decoder_seq_length]
+        ids = inputs["input_ids"].flip(1)
         return config, inputs | {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
 
 
@@ -216,6 +216,8 @@ class Seq2SeqTest(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, 
 
     def setUp(self):
         self.model_tester = Seq2SeqTester(self)
+        self.model_tester.causal_lm_class = MegaTransformerForSeq2SeqLM
+        self.model_tester.base_model_class = MegaTransformerSeq2SeqModel
 
 
 class Outcomes(unittest.TestResult):

@@ -224,6 +224,8 @@ def test_checkpointing_changes_no_gradient():
         model(tiny_ids(2, 5), labels=tiny_ids(2, 6, seed=1), num_steps=(1, 2), use_cache=False).loss.backward()
         found.append({name: it.grad for name, it in model.named_parameters()})
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+    with pytest.raises(ValueError, match="use_reentrant is true, but layers share"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
 
 
 def test_three_matrices_are_one(tmp_path):
