@@ -26,7 +26,7 @@ from transformers.integrations import (
     get_reporting_integration_callbacks,
 )
 
-from model import tokenizer_of
+from model import length_before, tokenizer_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -316,7 +316,7 @@ def generate_text(
 ) -> str:
     """What a model writes after one prompt, without special tokens."""
     output = model.generate(**inputs, max_new_tokens=max_new_tokens)
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output[0, length_before(model, inputs["input_ids"]) :]
     return tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

@@ -341,12 +341,16 @@ class CoreStep:
         if inputs.position_bias is not None:
             mask = mask + inputs.position_bias[..., :tokens, :tokens].to(dtype)
         rotary = inputs.rotary and tuple(part[:, :tokens].to(dtype) for part in inputs.rotary)
-        inputs = replace(inputs, mask=mask, rotary=rotary, position_bias=None, rows=None)
+        source = inputs.source and inputs.source.map(lambda part: part if part is None else part.detach())
+        if source is not None and source.mask is not None:
+            source.mask = as_added(source.mask[..., :tokens, :], state)
+        inputs = replace(inputs, mask=mask, rotary=rotary, position_bias=None, rows=None, source=source)
         return cls(core, state, embeds, inputs, step, None if step_embeds is None else step_embeds.to(dtype))
 
     def take(self, state: torch.Tensor, attentions: list[torch.Tensor] | None = None) -> torch.Tensor:
         """The next state; attention is computed eagerly, through which forward derivatives are known."""
-        inputs = replace(self.inputs, attentions=[] if attentions is None else attentions)
+        source = self.inputs.source and replace(self.inputs.source, attentions=[])
+        inputs = replace(self.inputs, attentions=[] if attentions is None else attentions, source=source)
         return self.core.forward(state, self.embeds, inputs=inputs, step=self.step, step_embeds=self.step_embeds)
 
     @property
@@ -393,5 +397,9 @@ def additive_mask(mask: Any, tokens: int, like: torch.Tensor) -> torch.Tensor:
         mask = causal
     elif mask.ndim == 2:
         mask = causal & mask.bool()[:, None, None, :tokens]
-    mask = mask[..., :tokens, :tokens]
+    return as_added(mask[..., :tokens, :tokens], like)
+
+
+def as_added(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A mask of bool, or one that is added already, as one that is added."""
     return torch.where(mask, 0.0, torch.finfo(like.dtype).min).to(like) if mask.dtype == torch.bool else mask.to(like)

@@ -172,6 +172,11 @@ def load_base(run: FinetuningConfig, folder: Path) -> tuple[PreTrainedModel, Pro
     dtype = options.dtype and getattr(torch, options.dtype)
     with whole_weights(args):
         model, processor = load_model(folder, args.device, dtype, run.quantization)
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"model.path: {folder} is a model of sequence to sequence, which finetune.py does not train; train "
+            "it with pretrain.py, or with PEFT and transformers' Seq2SeqTrainer"
+        )
     prepare_tokenizer(tokenizer_of(processor), model.config.get_text_config().vocab_size)
     if is_quantized(model):
         model = prepare_quantized_training(model, args, has_lora=run.peft is not None)

@@ -26,7 +26,12 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 from transformers import PreTrainedConfig
 
-from model import MegaTransformerConfig
+from model import MegaTransformerConfig, MegaTransformerSeq2SeqConfig
+from model.configuration_megatransformer_seq2seq import (
+    SHARED,
+    MegaTransformerSourceConfig,
+    MegaTransformerTargetConfig,
+)
 from model.versions import VersionAction
 from trainers import RecurrentTrainingArguments
 
@@ -43,6 +48,9 @@ NOT_OPTIONS = {
     | {"pad_token_id", "bos_token_id", "eos_token_id", "backbone_config", "codec_config", "vocoder_config"},
     MegaTransformerConfig: {"tie_word_embeddings", "image_code_offset", "structure_token_ids"}
     | {name for name in MegaTransformerConfig.__dataclass_fields__ if name.endswith("_token_id")},
+    MegaTransformerSeq2SeqConfig: {"decoder_start_token_id", "is_encoder_decoder"},
+    MegaTransformerSourceConfig: set(SHARED),
+    MegaTransformerTargetConfig: {*SHARED, "encoder_hidden_size"},
     RecurrentTrainingArguments: {"local_rank", "parallelism_config", "hub_token"}
     | {"logging_nan_inf_filter", "remove_unused_columns"},
 }

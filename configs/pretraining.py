@@ -11,7 +11,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.integrations.deepspeed import deepspeed_config, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from callbacks import add_callbacks, add_codec_callbacks, check_codec_callbacks, size_table
-from dataset_loading import Collator, RunDatasets, build_datasets, build_examples, build_tokenizer
+from dataset_loading import (
+    Collator,
+    RunDatasets,
+    Seq2SeqCollator,
+    build_collator,
+    build_datasets,
+    build_examples,
+    build_tokenizer,
+)
 from dataset_loading.codec_data import build_codec_datasets
 from evaluation.metrics import METRICS, trainer_metrics
 from evaluation.reconstruction import codec_scores, mean_scores
@@ -80,7 +88,7 @@ def build_language_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
     elif model.config.get_text_config().residual == "admin":
         model.base_model.profile_residuals()  # the same on every rank; a checkpoint holds what was found
     processor = build_processor(model.config, tokenizer, **model.model.count_tokens()) if has_processor else tokenizer
-    fit = partial(fit_batch_size, run.training, model, collate=Collator(processor), resume_point=resume_point)
+    fit = partial(fit_batch_size, run.training, model, collate=collator_of(model, processor), resume_point=resume_point)
     return build_recurrent_trainer(TRAINERS[run.trainer], run, model, processor, fit)
 
 
@@ -104,7 +112,7 @@ def build_recurrent_trainer(
         args=args,
         train_dataset=datasets.train,
         eval_dataset=datasets.validation,
-        data_collator=Collator(processor),
+        data_collator=collator_of(model, processor),
         processing_class=processor,
         **trainer_metrics(tokenizer_of(processor), model.config),
     )
@@ -191,7 +199,9 @@ def build_model(
     """
     if tokenizer is not None:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(config.get_text_config(), name, getattr(tokenizer, name))
+            setattr(config if config.is_encoder_decoder else config.get_text_config(), name, getattr(tokenizer, name))
+        if config.is_encoder_decoder:
+            config.share()
     reads_media = isinstance(config, MegaTransformerConfig)
     if reads_media:
         set_token_ids(config, tokenizer)
@@ -201,6 +211,11 @@ def build_model(
         if reads_media and with_backbones:
             model.model.load_backbones()
     return model
+
+
+def collator_of(model: PreTrainedModel, processor: Processor) -> Collator | Seq2SeqCollator:
+    """The collator of a model."""
+    return build_collator(processor, model.config.is_encoder_decoder)
 
 
 @contextmanager

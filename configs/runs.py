@@ -134,6 +134,17 @@ class RunConfig(ResolvedConfig):
         fitting = "reconstruction" if is_codec else "pretrain"
         if self.trainer != fitting:
             raise ValueError(f"trainer: {self.trainer!r} trains no {self.model.model_type}; set trainer: {fitting}")
+        if self.model.is_encoder_decoder and self.data.packing:
+            raise ValueError(
+                "data.packing: true puts several rows into one, and a model of sequence to sequence reads a source and "
+                "a target of one row; set packing: false"
+            )
+        for source in (*self.data.train, *self.data.validation) if self.model.is_encoder_decoder else ():
+            if not source.has_answers or source.loss_on != "answer":
+                raise ValueError(
+                    f"data: source {source.label!r} has no targets: a model of sequence to sequence reads prompts and "
+                    "learns answers; give loss_on: answer, and, unless it is generated, prompt_column and answer_column"
+                )
         is_table = not is_codec and model.position_embedding in ("learned", "sinusoidal")  # which does not extrapolate
         if is_table and self.data.block_size > model.max_position_embeddings:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Data of a run: sources, checked rows, tokenizer, packing, mixture, batches. docs/data.md describes every format."""
 
 from .building import RunDatasets, SourceReport, build_datasets, build_validation
-from .collator import Collator
+from .collator import Collator, Seq2SeqCollator, build_collator
 from .configuration import DataConfig, SourceConfig, TokenizerConfig
 from .examples import build_examples
 from .packing.media import MediaDataset
@@ -23,10 +23,12 @@ __all__ = [
     "MixtureDataset",
     "PackedDataset",
     "RunDatasets",
+    "Seq2SeqCollator",
     "SourceConfig",
     "SourceReport",
     "StreamingDataset",
     "TokenizerConfig",
+    "build_collator",
     "build_datasets",
     "build_examples",
     "build_tokenizer",

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 _FILLERS = {"input_ids": None, "labels": -100, "modality_ids": 0}  # None: the pad token
@@ -62,3 +64,51 @@ class Collator:
             for name in names:
                 batch[name][number, :length] = row[name]
         return batch
+
+
+class Seq2SeqCollator:
+    """Makes a source of what stands before the answer of each row, and a target of its answer, each padded on the
+    right: `input_ids` and `attention_mask`, (rows, longest source), and, (rows, longest target), `labels`, -100 on
+    padding, and `decoder_input_ids`, which are those behind the token that begins a target.
+
+    Args:
+        tokenizer: Has the ids of the tokens for padding and for the beginning.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.pad_id, self.start_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+
+    def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        """Batch of int64 tensors.
+
+        Raises:
+            ValueError: A row has nothing before its answer, or no answer.
+        """
+        sources, targets = zip(*map(self._divide, rows), strict=True)
+        lengths = torch.tensor([len(source) for source in sources])
+        labels = pad_sequence(targets, batch_first=True, padding_value=-100)
+        read = nn.functional.pad(labels[:, :-1], (1, 0), value=self.start_id)
+        return {
+            "input_ids": pad_sequence(sources, batch_first=True, padding_value=self.pad_id),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "decoder_input_ids": read.masked_fill(read == -100, self.pad_id),
+            "labels": labels,
+        }
+
+    def _divide(self, row: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, labels = (torch.as_tensor(row[name], dtype=torch.int64) for name in ("input_ids", "labels"))
+        is_answer = labels != -100
+        first = int(is_answer.long().argmax())
+        if ids[:first].tolist() in ([], [self.start_id]) or not is_answer[first:].all():
+            raise ValueError(
+                "a row is no source with one target behind it; give sources with prompt and answer, loss_on: answer, "
+                "and packing: false"
+            )
+        return ids[:first], ids[first:]
+
+
+def build_collator(
+    processor: PreTrainedTokenizerBase | ProcessorMixin, is_encoder_decoder: bool
+) -> Collator | Seq2SeqCollator:
+    """The collator of a model."""
+    return Seq2SeqCollator(processor) if is_encoder_decoder else Collator(processor)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from configs import RunConfig, read_run_config
 from configs.runs import split_overrides
-from dataset_loading import Collator, build_examples, build_validation
+from dataset_loading import build_collator, build_examples, build_validation
 from dataset_loading.codec_data import build_codec_datasets
 from inference import arguments
 from inference.checkpoints import find_checkpoint, is_codec
@@ -114,7 +114,7 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         depths,
         texts,
         examples,
-        Collator(processor),
+        build_collator(processor, model.config.is_encoder_decoder),
         token_byte_lengths(tokenizer_of(processor)),
         args.batch_size,
         writer=None if args.no_texts else writer,

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from model import tokenizer_of
+from model import length_before, tokenizer_of
 
 Example = Mapping[str, Any]
 
@@ -90,7 +90,7 @@ class AnswerGenerator:
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        new = output[:, inputs["input_ids"].shape[1] :].tolist()
+        new = output[:, length_before(model, inputs["input_ids"]) :].tolist()
         kept = [tokens[:length] for tokens, length in zip(new, most, strict=True)]
         texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]

@@ -16,7 +16,7 @@ from model import TARGET_MODALITIES, modality_names
 from model.chat import TARGET_PREFIX
 
 from .answers import Answer, AnswerGenerator, Example, TextScores, prompt_of, text_scores, to_model
-from .metrics import METRICS, flow_weights, metrics_from_sums, token_scores, with_flow_losses
+from .metrics import METRICS, as_causal, flow_weights, metrics_from_sums, token_scores, with_flow_losses
 
 Item = Mapping[str, Any]
 Collate = Callable[[list[Item]], dict[str, torch.Tensor]]
@@ -152,6 +152,11 @@ class DepthEvaluator:
             inputs["num_steps"] = num_steps
         return self.model(**inputs, use_cache=False)
 
+    def aligned(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Logits and labels as those of a causal model."""
+        labels = batch["labels"]
+        return as_causal(logits, labels) if self.model.config.is_encoder_decoder else (logits, labels)
+
     def score_texts(self, items: Sequence[Item], num_steps: int | None) -> TextSums:
         """Sums over all rows."""
         num_scores = 2 if self.byte_lengths is None else 3
@@ -166,8 +171,9 @@ class DepthEvaluator:
             wait_for(self.model.device)
             sums.seconds += time.perf_counter() - start
             sums.positions += batch["input_ids"].numel()
-            scores = token_scores(output.logits, batch["labels"], self.byte_lengths)
-            modality_ids = batch.get("modality_ids", torch.zeros_like(batch["input_ids"]))[:, 1:]
+            logits, labels = self.aligned(output.logits, batch)
+            scores = token_scores(logits, labels, self.byte_lengths)
+            modality_ids = batch.get("modality_ids", torch.zeros_like(labels))[:, 1:]
             sums.tokens.index_add_(0, modality_ids.flatten().cpu(), scores.flatten(0, 1).cpu())
             for name, (losses, _) in ((output.target_losses or {}) if has_targets else {}).items():
                 sums.latents[TARGET_MODALITIES.index(name)] += torch.tensor([losses.double().sum(), len(losses)])
@@ -184,7 +190,7 @@ class DepthEvaluator:
         answers = []
         for chunk in chunks(examples, self.batch_size):  # read once: there may be media to decode
             batch = self.batch_of([row_of(example) for example in chunk])
-            right = answers_right(self.forward(batch, num_steps).logits, batch["labels"]).tolist()
+            right = answers_right(*self.aligned(self.forward(batch, num_steps).logits, batch)).tolist()
             written = self.writer.write(self.model, chunk, num_steps) if self.writer else [None] * len(chunk)
             for row, is_right, text in zip(chunk, right, written, strict=True):
                 known = row.get("modality", "text"), row.get("difficulty"), is_right, row.get("answer", "")

@@ -86,6 +86,13 @@ def token_scores(
     return torch.stack(scores, dim=-1)
 
 
+def as_causal(logits: torch.Tensor, labels: torch.LongTensor) -> tuple[torch.Tensor, torch.LongTensor]:
+    """Logits and labels of a decoder behind an encoder, of which position i predicts label i, as those of a causal
+    model, of which it predicts label i + 1: both are a position longer.
+    """
+    return F.pad(logits, (0, 0, 0, 1)), F.pad(labels, (1, 0), value=-100)
+
+
 def metrics_from_sums(nll: float, tokens: float, num_bytes: float | None = None) -> dict[str, float]:
     """Mean loss in nats per token, perplexity, and bits per byte where the bytes are known.
 
@@ -124,15 +131,21 @@ def flow_weights(config: PreTrainedConfig | None) -> dict[str, float]:
 
 
 def row_sums(
-    outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], labels: torch.LongTensor, byte_lengths: torch.LongTensor
+    outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    labels: torch.LongTensor,
+    byte_lengths: torch.LongTensor,
+    is_encoder_decoder: bool = False,
 ) -> torch.Tensor:
     """`token_nll` of each row, and behind it what the trainer counts of its latents, (batch, 3 + 2 x modalities).
 
     Args:
         outputs: Logits; or a pair of them and (batch, 2 x modalities), in the order of `TARGET_MODALITIES`.
         labels, byte_lengths: See `token_scores`.
+        is_encoder_decoder: Whether position i predicts label i.
     """
     logits, *of_latents = outputs if isinstance(outputs, tuple) else (outputs,)
+    if is_encoder_decoder:
+        logits, labels = as_causal(logits, labels)
     return torch.cat([token_nll(logits, labels, byte_lengths), *of_latents], dim=1)
 
 
@@ -156,7 +169,8 @@ def trainer_metrics(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     Args:
         config: Configuration of the model, which it needs where it generates media.
     """
+    options = {"is_encoder_decoder": config is not None and config.is_encoder_decoder}
     return {
-        "preprocess_logits_for_metrics": partial(row_sums, byte_lengths=token_byte_lengths(tokenizer)),
+        "preprocess_logits_for_metrics": partial(row_sums, byte_lengths=token_byte_lengths(tokenizer), **options),
         "compute_metrics": partial(compute_metrics, weights=flow_weights(config)),
     }

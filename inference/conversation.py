@@ -46,6 +46,10 @@ class Conversation:
         system: str | None = None,
         max_prompt_tokens: int | None = None,
     ) -> None:
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                "this model writes a target for a source, and holds no conversation: use inference.generate."
+            )
         if processor.chat_template is None:
             raise ValueError(
                 "this model has no chat template, as it has never seen conversations: fine-tune it on some with "

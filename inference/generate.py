@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
-from model import MODALITIES, draw_codes, tokenizer_of
+from model import MODALITIES, draw_codes, length_before, tokenizer_of
 
 from . import arguments
 from .decoding import (
@@ -223,7 +223,9 @@ def write_continuation(
         **options,
     )
     if not stream:
-        write_result(tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], **decoding) + "\n")
+        write_result(
+            tokenizer.decode(output.sequences[0, length_before(model, inputs["input_ids"]) :], **decoding) + "\n"
+        )
     steps = getattr(output, "exit_steps", None)
     if steps is not None:
         logger.info("core steps per new token: %.2f", steps[steps > 0].float().mean())

@@ -21,6 +21,7 @@ from model import (
     MODELS,
     MegaTransformerConfig,
     MegaTransformerProcessor,
+    MegaTransformerSeq2SeqConfig,
     MegaTransformerTextConfig,
     tokenizer_of,
 )
@@ -45,7 +46,7 @@ from .checkpoints import (
 from .devices import DTYPES, choose_device, choose_threads
 from .generation_config import check_generation_config
 
-LANGUAGE_MODELS = (MegaTransformerTextConfig, MegaTransformerConfig)
+LANGUAGE_MODELS = (MegaTransformerTextConfig, MegaTransformerConfig, MegaTransformerSeq2SeqConfig)
 # Settings of our processors, and the names that they have in the configurations of encoders.
 IMAGE_SETTINGS = {name: name for name in ("patch_size", "pixel_shuffle")}
 AUDIO_SETTINGS = {name: name for name in ("sampling_rate", "n_fft", "hop_length", "subsampling")}

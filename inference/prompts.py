@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
-from model import MODALITIES, tokenizer_of
+from model import MODALITIES, length_before, tokenizer_of
 
 from .output import write_result
 
@@ -267,7 +267,7 @@ def write_answers(
             pad_token_id=tokenizer.pad_token_id,
             **options,
         )
-        new = ids[:, inputs["input_ids"].shape[1] :]
+        new = ids[:, length_before(model, inputs["input_ids"]) :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for prompt, text in zip(batch, texts, strict=True):
             line = json.dumps({**prompt.given, "text": text}, ensure_ascii=False) + "\n"

@@ -29,6 +29,7 @@ from .depth import NoiseOptions
 from .exit_criteria import ExitOptions
 from .feature_extraction_megatransformer import MegaTransformerFeatureExtractor, waveform_of
 from .generation_media import MediaChunk, MediaOptions, draw_codes
+from .generation_text import length_before
 from .image_autoencoder import MegaTransformerImageAutoencoder
 from .image_processing_megatransformer import MegaTransformerImageProcessor
 from .media import MediaError, load_audio, load_image, write_audio
@@ -55,6 +56,7 @@ from .vocoder import MegaTransformerVocoder
 MODELS = {
     MegaTransformerTextConfig: MegaTransformerForCausalLM,
     MegaTransformerConfig: MegaTransformerForConditionalGeneration,
+    MegaTransformerSeq2SeqConfig: MegaTransformerForSeq2SeqLM,
     MegaTransformerImageAutoencoderConfig: MegaTransformerImageAutoencoder,
     MegaTransformerVocoderConfig: MegaTransformerVocoder,
 }
@@ -72,7 +74,6 @@ AutoModel.register(MegaTransformerTextConfig, MegaTransformerTextModel)
 AutoModelForCausalLM.register(MegaTransformerTextConfig, MegaTransformerForCausalLM)
 AutoModelForSequenceClassification.register(MegaTransformerTextConfig, MegaTransformerForSequenceClassification)
 AutoModel.register(MegaTransformerConfig, MegaTransformerModel)
-AutoConfig.register(MegaTransformerSeq2SeqConfig.model_type, MegaTransformerSeq2SeqConfig)
 AutoModel.register(MegaTransformerSeq2SeqConfig, MegaTransformerSeq2SeqModel)
 AutoModelForSeq2SeqLM.register(MegaTransformerSeq2SeqConfig, MegaTransformerForSeq2SeqLM)
 AutoProcessor.register(MegaTransformerConfig, MegaTransformerProcessor)
@@ -121,6 +122,7 @@ __all__ = [
     "build_processor",
     "codec_media",
     "draw_codes",
+    "length_before",
     "load_audio",
     "load_image",
     "media_tokens",

@@ -26,7 +26,7 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def sample_depth(config: RecurrenceConfig, *key: int) -> tuple[int, int]:
+def sample_depth(config: RecurrenceConfig, *key: int | str) -> tuple[int, int]:
     """Draws the depth of one micro-batch from `key`, usually (seed, global step, micro-batch), and from nothing else.
 
     p = Poisson(exp(Normal(ln mean - sigma^2/2, sigma))) + 1 (the paper's section 3.3; the mean of p is mean + 1).

@@ -397,6 +397,13 @@ def by_name(args: tuple[Any, ...], first: str = "logits_processor") -> dict[str,
     return dict(list(signature.bind_partial(*[None] * before, *args).arguments.items())[before:])
 
 
+def length_before(model: GenerationMixin, input_ids: torch.LongTensor) -> int:
+    """The number of tokens with which the sequences that `generate` returns begin: those of the prompt, (rows, tokens),
+    or, of a decoder behind an encoder, the start token.
+    """
+    return 1 if model.config.is_encoder_decoder else input_ids.shape[1]
+
+
 def prompt_length(inputs: torch.Tensor | None, kwargs: dict[str, Any], has_embeds: bool) -> int:
     """The number of prompt tokens with which `sequences` will begin, or, with `has_embeds`, which the model will read;
     without a prompt that is the begin token.

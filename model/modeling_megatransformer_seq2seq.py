@@ -206,7 +206,7 @@ class MegaTransformerForSeq2SeqLM(MegaTransformerForCausalLM):
             decoder_attention_mask,
             decoder_position_ids,
             inputs_embeds=decoder_inputs_embeds,
-            shift_labels=labels,
+            shift_labels=None if labels is None else labels.contiguous(),  # as transformers' loss needs them
             source=(encoded.last_hidden_state, attention_mask),
             return_dict=True,
             **asked,

@@ -57,11 +57,12 @@ class RecurrentTrainer(BaseTrainer):
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self.modalities = ModalityLosses(self.args.modality_weights)
         self.text_config = self.model.config.get_text_config()
-        self.has_media = self.text_config is not self.model.config
+        self.has_media = self.text_config is not self.model.config and not self.model.config.is_encoder_decoder
         if self.has_media and self.args.accelerator_config.dispatch_batches is None:
             # Of a stream, accelerate would join the batches of all ranks and cut them by rows, which media are not.
             self.accelerator.dataloader_config.dispatch_batches = False
         self.is_recurrent = self.text_config.num_core_layers > 0
+        self.is_encoder_decoder = self.model.config.is_encoder_decoder
         self.last_num_steps: tuple[int, int] | None = None
         self.targets = TargetLosses(self.model.config)
         self._position = (-1, -1)  # (global step, micro-batch within it) of the forward pass in progress
@@ -106,7 +107,9 @@ class RecurrentTrainer(BaseTrainer):
             return found
         inputs["skip_logits"] = True
         if self.is_recurrent:
-            inputs |= self._draw_recurrence(*inputs["input_ids"].shape)
+            inputs |= self._draw_recurrence(*inputs["labels" if self.is_encoder_decoder else "input_ids"].shape)
+        if self.is_encoder_decoder and (encoder := self.model.config.get_text_config(encoder=True)).num_core_layers:
+            inputs["encoder_num_steps"] = sample_depth(encoder.recurrence, self.args.seed, *self._position, "encoder")
         if self.targets.token_ids:
             inputs["flow_seeds"] = flow_seeds(self._keys(len(inputs["input_ids"])))
             inputs["num_targets_in_batch"] = self.targets.num_in_window
@@ -255,7 +258,10 @@ class RecurrentTrainer(BaseTrainer):
             shallow = model(**inputs, num_steps=1, skip_logits=True).loss
             mean_steps = self.text_config.recurrence.mean_steps
             deep = model(**inputs, num_steps=mean_steps, output_states=True, skip_logits=True)
-        is_real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        if self.is_encoder_decoder:
+            is_real = inputs["labels"] != -100
+        else:
+            is_real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         values = {
             "loss_at_1_step": shallow,
             "loss_at_mean_steps": deep.loss,
