@@ -17,7 +17,8 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 
-from model import CODEC_CONFIGS
+from model import CODEC_CONFIGS, MegaTransformerSeq2SeqConfig, MegaTransformerTextConfig
+from model.configuration_megatransformer_seq2seq import SHARED
 from trainers import RecurrentTrainingArguments
 from trainers.arguments import MINIMUMS, SHARES
 from trainers.finetuning import FINETUNERS, ModelOptions
@@ -92,15 +93,17 @@ def render_page() -> str:
             rows = rows_of_run(build_parser(finetuning.FinetuningConfig.layout([])))
             parts += ["## The run [finetune.py]\n", HEAD + "".join(rows)]
         level = "###" if "." in heading.partition(" [")[0] else "##"
-        parts += [f"{level} {heading}\n", about(cls), HEAD + "".join(rows_of(cls, headings))]
+        rows = "".join(rows_of(cls, headings))
+        parts += [f"{level} {heading}\n", about(cls), *([HEAD + rows] if rows else [])]
     return "\n".join(parts)
 
 
 def headings_of_run() -> dict[type, str]:
     """The heading of each class: its keys in a YAML, and, where other classes have the same, what tells it from them,
-    which is the model type of a codec, and the trainer of training arguments.
+    which is the type of the model, and the trainer of training arguments.
     """
-    marks = {cls: cls.model_type for cls in CODEC_CONFIGS} | {ModelOptions: "finetune.py"}
+    marks = {cls: cls.model_type for cls in (*CODEC_CONFIGS, MegaTransformerSeq2SeqConfig)}
+    marks |= {ModelOptions: "finetune.py"}
     marks |= {cls: name for name, cls in tuning_arguments().items()}
     found = {cls: ", ".join(keys) for cls, keys in classes_of_run().items()}
     return {cls: f"{keys} [{marks[cls]}]" if cls in marks else keys for cls, keys in found.items()}
@@ -132,11 +135,16 @@ def classes_of_run() -> dict[type, list[str]]:
 
 
 def documented(cls: type) -> dict[str, Any]:
-    """Names and types of the options, in the order of the class; of training arguments those declared here."""
-    own = inspect.get_annotations(cls)
-    return {
-        name: hint for name, hint in option_types(cls).items() if name in own or not issubclass(cls, TrainingArguments)
-    }
+    """Names and types of the options, in the order of the class; of training arguments, and of the parts of a model of
+    sequence to sequence, those declared here.
+    """
+    own, is_further = inspect.get_annotations(cls), issubclass(cls, TrainingArguments) or is_part(cls)
+    return {name: hint for name, hint in option_types(cls).items() if name in own or not is_further}
+
+
+def is_part(cls: type) -> bool:
+    """Whether it is the encoder or the decoder of a model of sequence to sequence, whose options are a text model's."""
+    return issubclass(cls, MegaTransformerTextConfig) and cls is not MegaTransformerTextConfig
 
 
 def about(cls: type) -> str:
@@ -145,6 +153,12 @@ def about(cls: type) -> str:
         bases = [base.__name__ for base in cls.__mro__ if base.__module__.startswith("trl.")]
         name = next(name for name, arguments in tuning_arguments().items() if arguments is cls)
         return OF_TUNING.format(name=name, theirs=f", and what `trl.{bases[0]}` adds" if bases else "")
+    if is_part(cls):
+        shared = ", ".join(f"`{name}`" for name in SHARED)
+        return (
+            f"{docstring_parser.parse(cls.__doc__).short_description} Its options are those of "
+            f"[a text model](#model-modeltext_config), but for {shared}, which are those of the whole.\n"
+        )
     if not issubclass(cls, TrainingArguments):
         return f"{docstring_parser.parse(cls.__doc__).short_description}\n"
     inherited = {name: f"at least {least}" for name, least in MINIMUMS.items() if name not in documented(cls)}

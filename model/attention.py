@@ -64,8 +64,8 @@ class SourceInputs:
     """What the layers of a decoder see of the source.
 
     Args:
-        keys_values: By the number of each layer, (batch, key/value heads, source, head_dim) each.
-        mask: In the form that the backend wants; None: all of the source is seen.
+        keys_values: Keys and values by the number of the layer, (batch, key/value heads, source, head_dim) each.
+        mask: Which of the source is seen, in the form that the backend wants; None: all of it.
         attentions: Where the probabilities that are asked for are gathered, (batch, heads, query, source) each.
     """
 

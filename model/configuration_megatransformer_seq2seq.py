@@ -13,8 +13,7 @@ SHARED = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_wor
 
 @validated
 class MegaTransformerSourceConfig(MegaTransformerTextConfig):
-    """The encoder of a source: a text model whose tokens all see each other. Of its recurrence, options of the cache
-    and of exits are not read."""
+    """The encoder of a source: a text model whose tokens all see each other, without a cache and without exits."""
 
     model_type = "megatransformer_source"
     base_config_key = "encoder_config"

@@ -23,8 +23,8 @@ class MegaTransformerSeq2SeqModelOutput(MegaTransformerModelOutput):
         decoder_hidden_states: See `hidden_states`.
         decoder_attentions: See `attentions`.
         encoder_last_hidden_state: (batch, source, hidden).
-        encoder_hidden_states: As the encoder's `hidden_states`.
-        encoder_attentions: As the encoder's `attentions`.
+        encoder_hidden_states: The `hidden_states` of the encoder.
+        encoder_attentions: The `attentions` of the encoder.
     """
 
     decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None

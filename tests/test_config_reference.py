@@ -41,6 +41,10 @@ CODECS = {
     f"model [{model_type}]": ["--model.model_type", model_type, "--trainer", "reconstruction"]
     for model_type in ("megatransformer_image_autoencoder", "megatransformer_vocoder")
 }
+SEQ2SEQ = {"model [megatransformer_seq2seq]": ["--model.model_type", "megatransformer_seq2seq"]}
+SEQ2SEQ["model [megatransformer_seq2seq]"] += ["--data.packing", "false", "--data.train"]
+SEQ2SEQ["model [megatransformer_seq2seq]"] += ["[{kind: generated, task: sorting, loss_on: answer}]"]
+OTHERS = CODECS | SEQ2SEQ  # models that are not the default
 TUNING = ["--model.path", "some/run"]
 OF_TUNING = ["The run [finetune.py]", "model [finetune.py]", "peft", "peft.target_modules", "step_lora", "quantization"]
 OF_TRAINERS = {f"training [{name}]": name for name in FINETUNERS if name not in ("continued", "exit_probe")}
@@ -93,7 +97,7 @@ def tree_of_defaults() -> dict[str, Any]:
     """Every documented default, as the YAML that a user would write; one source, for its defaults too."""
     tree: dict[str, Any] = {}
     for line in LINES:
-        others = {*LISTS, *OF_MEDIA, *CODECS, *OF_TUNING, *OF_TRAINERS}
+        others = {*LISTS, *OF_MEDIA, *OTHERS, *OF_TUNING, *OF_TRAINERS}
         if line.group in others or not line.default.startswith("`"):
             continue
         inner = tree
@@ -143,7 +147,7 @@ def test_every_option_stands_there_once(tmp_path: Path):
         item.name: (item.default, item.type, item.metadata) for item in dataclasses.fields(RecurrentTrainingArguments)
     }
     expected: set[str] = set()
-    for given in ([], MEDIA, *CODECS.values()):
+    for given in ([], MEDIA, *OTHERS.values()):
         resolved = load_run_config(path, given).resolved
         (source,), resolved["data"]["train"] = resolved["data"]["train"], []
         inherited = [name for name in resolved["training"] if ours[name] == theirs.get(name)]
@@ -160,7 +164,10 @@ def test_every_option_stands_there_once(tmp_path: Path):
         expected |= {f"training.{name}" for name in cls.__annotations__ if name in loader.option_types(cls)}
     assert len({(line.group, line.key) for line in LINES}) == len(LINES)
     groups = {part for line in LINES for part in line.group.partition(" [")[0].split(", ")}
-    groups.add("model.text_config.model_type")
+    groups |= {"model.text_config.model_type", "model.encoder_config", "model.decoder_config"}
+    parts = ("model.encoder_config.", "model.decoder_config.")  # whose options are those of a text model
+    found = {name.replace(part, "model.") for part in parts for name in expected if name.startswith(part)}
+    expected = {name for name in expected if not name.startswith(parts)} | found
     documented = {name for line in LINES for name in line.names}
     assert documented - groups == expected - groups
 
@@ -181,7 +188,7 @@ def test_choices_are_those_the_loader_takes():
     assert len(named) >= 5
     for line in named:
         choices = set(re.findall(r'`"([^"]+)"`', line.type))
-        given = CODECS.get(line.group, MEDIA if line.group in OF_MEDIA else [])
+        given = OTHERS.get(line.group, MEDIA if line.group in OF_MEDIA else [])
         given = [] if line.key == "model_type" else given
         kind = configs.RunConfig
         if line.group in (*OF_TUNING, *OF_TRAINERS):

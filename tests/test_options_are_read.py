@@ -20,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 READERS = {
     "MegaTransformerTextConfig": ("model", r"(self\.)?(text_)?config"),
     "MegaTransformerConfig": ("model", r"(self\.)?config"),
+    "MegaTransformerSeq2SeqConfig": ("model", r"(self\.)?config"),
+    "MegaTransformerSourceConfig": ("model", r"(self\.)?(text_)?config"),
+    "MegaTransformerTargetConfig": ("model", r"(self\.)?(text_)?config"),
     "MegaTransformerVisionConfig": ("model", r"(self\.)?config"),
     "MegaTransformerAudioConfig": ("model", r"(self\.)?config"),
     "MegaTransformerImageWriterConfig": ("model", r"(self\.)?(output_head\.)?config"),
