@@ -163,7 +163,7 @@ def build_parser() -> OneLineParser:
 
 
 def keys(jobs: Sequence[tuple[str, str, int]], questions: int) -> list[tuple]:
-    """What the rows of jobs have at `KEY`."""
+    """The values of `KEY` in the rows of jobs."""
     return [(*job, TASKS[job[0]].updates, questions) for job in jobs]
 
 

@@ -61,7 +61,7 @@ class AttentionInputs:
 
 @dataclass
 class SourceInputs:
-    """What the layers of a decoder see of the source.
+    """The source of a decoder, as its layers see it.
 
     Args:
         keys_values: Keys and values by the number of the layer, (batch, key/value heads, source, head_dim) each.
@@ -74,7 +74,7 @@ class SourceInputs:
     attentions: list[torch.Tensor] | None = None
 
     def map(self, change: Callable[[torch.Tensor | None], torch.Tensor | None]) -> "SourceInputs":
-        """The same with all tensors changed."""
+        """A copy with all tensors changed."""
         changed = tuple(tuple(map(change, pair)) for pair in self.keys_values)
         return replace(self, keys_values=changed, mask=change(self.mask))
 
@@ -223,7 +223,7 @@ def prepare_source(
     keys_values: tuple[tuple[torch.Tensor, torch.Tensor], ...],
     attentions: list[torch.Tensor] | None = None,
 ) -> SourceInputs:
-    """What a decoder with `hidden`, (batch, sequence, hidden), sees of the `states` of an encoder, (batch, source,
+    """The source of a decoder with `hidden`, (batch, sequence, hidden): the `states` of an encoder, (batch, source,
     hidden); `is_real` is (batch, source) of bool or None, and None hides nothing. The list, if given, gathers attention
     probabilities, for which these are computed eagerly.
 
@@ -390,7 +390,7 @@ class Attention(nn.Module):
         is_recorded: bool,
         **extra: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the backend gives: (batch, sequence, heads, head_dim), and probabilities, where they are recorded."""
+        """The output of the backend, (batch, sequence, heads, head_dim), and probabilities, where they are recorded."""
         backend = "eager" if is_recorded else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         if self.config.attn_logit_softcapping is not None:

@@ -78,7 +78,7 @@ class MegaTransformerSeq2SeqModel(MegaTransformerTextModel):
         encoder_outputs: BaseModelOutput | tuple | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """What the encoder gives, or has given before."""
+        """The output of the encoder, or the one that it has given before."""
         if encoder_outputs is None:
             return self.encoder(input_ids, attention_mask, use_cache=False, return_dict=True, **kwargs)
         if isinstance(encoder_outputs, tuple | list):

@@ -285,7 +285,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         cache: RecurrentCache | None,
         attentions: list[torch.Tensor] | None,
     ) -> SourceInputs:
-        """What cross-attentions see, with keys and values that are made once for all steps, and kept in a cache."""
+        """The source for cross-attentions; its keys and values are made once for all steps, and kept in a cache."""
         keys_values = None if cache is None else cache.source
         if keys_values is None:
             keys_values = tuple(layer.project_source(states) for layer in self.cross_attentions)

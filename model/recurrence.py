@@ -135,7 +135,7 @@ class RecurrentCore(GradientCheckpointingLayer):
         return self.has_step_embedding or self.step_lora is not None
 
     def embed_step(self, step: int, state: torch.Tensor) -> torch.Tensor | None:
-        """What is added in the step after `step` others, (1, 1, hidden): the sinusoid of the steps taken then; None
+        """The embedding of the step after `step` others, (1, 1, hidden): the sinusoid of the steps taken then; None
         where nothing is. Source: Dehghani et al. 2018, arXiv 1807.03819, without its sinusoid of the position.
         """
         if not self.has_step_embedding:
@@ -157,7 +157,7 @@ class RecurrentCore(GradientCheckpointingLayer):
             slots: The places of the executed layers in the cache.
             step: Steps taken before, where there are adapters of single steps; else None, since for torch.compile
                 each number would be a graph.
-            step_embeds: What `embed_step` gives.
+            step_embeds: The embedding that `embed_step` gives.
         """
         if step is not None:
             self.step_lora.step = step
