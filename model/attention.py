@@ -127,7 +127,11 @@ def alibi_bias(query_positions: torch.Tensor, key_positions: torch.Tensor, num_h
 
 
 def check_backend(config: PreTrainedConfig, backend: str | None) -> None:
-    """Raises ValueError for a backend of transformers that would leave out a term of the attention logits."""
+    """Raises ValueError for a backend of transformers that would leave out a term of the attention logits, or, beside
+    cross-attention, whose masks cannot be divided by rows.
+    """
+    if config.encoder_hidden_size is not None and backend == "flex_attention":
+        raise ValueError("cross-attention is not possible with flex_attention; use sdpa or eager")
     if config.attn_logit_softcapping is not None and backend == "sdpa":
         raise ValueError("attn_logit_softcapping is not possible with sdpa; use eager or flex_attention")
     if config.is_causal and config.position_embedding == "alibi" and "flash" in (backend or ""):
@@ -226,14 +230,9 @@ def prepare_source(
     """The source of a decoder with `hidden`, (batch, sequence, hidden): the `states` of an encoder, (batch, source,
     hidden); `is_real` is (batch, source) of bool or None, and None hides nothing. The list, if given, gathers attention
     probabilities, for which these are computed eagerly.
-
-    Raises:
-        ValueError: the backend has masks that cannot be divided by rows.
     """
     config = config if attentions is None else in_eager(config)
     mask = create_bidirectional_mask(config, hidden, is_real, encoder_hidden_states=states)
-    if not isinstance(mask, torch.Tensor | None):
-        raise ValueError(f"cross-attention is not possible with {config._attn_implementation}; use sdpa or eager")
     return SourceInputs(keys_values, _as_added(mask, config, hidden), attentions)
 
 
