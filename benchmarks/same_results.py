@@ -47,6 +47,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "recurrent_lm": ("train", ("text", "exits")),
     "recurrent_cups": ("train", ("text",)),
     "recurrent_lm_files": ("train", ("text",)),
+    "seq2seq": ("train", ("text",)),
     "recurrent_vlm": ("train", ("text", "of_image", "of_audio")),
     "recurrent_photos": ("train", ("of_image",)),
     "recurrent_speech": ("train", ("of_audio",)),

@@ -17,7 +17,7 @@ from trainers.parameter_groups import assign, freeze
 FOLDER = Path(__file__).parent.parent / "configs"
 TUNING_FILES = sorted(FOLDER.glob("finetune_*.yaml"))
 FILES = sorted(set(FOLDER.glob("*.yaml")) - set(TUNING_FILES))
-OTHER_SOURCES = "[{kind: files, paths: [/texts/*.txt]}]"
+OTHER_SOURCES = "[{kind: files, paths: [/rows/*.jsonl], prompt_column: asked, answer_column: said, loss_on: answer}]"
 
 
 @pytest.fixture
