@@ -92,6 +92,8 @@ class StrictConfig(PreTrainedConfig):
     warning too.
     """
 
+    encoder_hidden_size = None  # of the encoder that a decoder's cross-attention sees
+
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.keys() & self.attribute_map.keys():
             kwargs = under_new_names(kwargs, self.attribute_map)
@@ -200,8 +202,6 @@ class TransformerConfig(StrictConfig):
         initializer_range: Standard deviation of the weights, above 0. Default: sqrt(2 / (5 hidden_size)) (Takase et al.
             2023, arXiv 2312.16903).
     """
-
-    encoder_hidden_size = None  # of the encoder that a decoder's cross-attention sees
 
     hidden_size: int = interval(min=1)(default=256)
     intermediate_size: int = interval(min=1)(default=768)

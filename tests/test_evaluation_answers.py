@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from dataset_loading import Collator
 from evaluation.answers import Answer, AnswerGenerator, TextScores, attribute_accuracy, prompt_of, text_scores
@@ -197,7 +198,7 @@ def test_an_answer_is_cut_at_twice_its_reference_whatever_else_is_in_the_batch()
     letter = processor.tokenizer.encode("a", add_special_tokens=False)
 
     class Endless:
-        device, dtype = torch.device("cpu"), torch.float32
+        device, dtype, config = torch.device("cpu"), torch.float32, PreTrainedConfig()
 
         def generate(self, input_ids, max_new_tokens, **options):
             return torch.cat((input_ids, torch.tensor([letter * max_new_tokens] * len(input_ids))), dim=1)

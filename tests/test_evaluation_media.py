@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from transformers import PreTrainedConfig
 
 from evaluation.answers import AnswerGenerator
 from evaluation.classifiers import ClassifierConfig, ClassifierScores
@@ -36,7 +37,7 @@ def loud(recording):
 class Painter(torch.nn.Module):
     """Writes GREY[core steps + seed], nothing for seed 3, or as loud a sound; and reads how bright a picture is."""
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, config = torch.device("cpu"), torch.float32, PreTrainedConfig()
 
     def __init__(self):
         super().__init__()
