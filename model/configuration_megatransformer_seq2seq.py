@@ -105,6 +105,12 @@ class MegaTransformerSeq2SeqConfig(StrictConfig):
     def num_steps(self, num_steps: int | None) -> None:
         self.decoder_config.num_steps = num_steps
 
+    def validate_residuals(self) -> None:
+        """Checks that span both parts; run by `strict` after the fields' own."""
+        for name in ("encoder_config", "decoder_config"):
+            if getattr(self, name).residual == "admin":
+                raise ValueError(f"{name}.residual is 'admin', whose profiling pass is for text models; take another")
+
     def validate_tying(self) -> None:
         """Checks that span both parts; run by `strict` after the fields' own."""
         for name in ("hidden_size", "embedding_scale"):

@@ -17,11 +17,11 @@ from .outputs import MegaTransformerCausalLMOutput, MegaTransformerModelOutput, 
 
 @dataclass
 class MegaTransformerSeq2SeqModelOutput(MegaTransformerModelOutput):
-    """Output of the decoder, whose `hidden_states` and `attentions` have the names below, and:
+    """Output of the decoder, and:
 
     Args:
-        decoder_hidden_states: See `hidden_states`.
-        decoder_attentions: See `attentions`.
+        decoder_hidden_states: The same as `hidden_states`, by the name that `generate` looks for.
+        decoder_attentions: The same as `attentions`, likewise.
         encoder_last_hidden_state: (batch, source, hidden).
         encoder_hidden_states: The `hidden_states` of the encoder.
         encoder_attentions: The `attentions` of the encoder.
@@ -47,10 +47,9 @@ class MegaTransformerSeq2SeqLMOutput(MegaTransformerCausalLMOutput):
 
 def with_encoder(kind: type[ModelOutput], decoded: ModelOutput, encoded: ModelOutput) -> ModelOutput:
     """One output of those of both parts."""
-    values = dict(decoded)
-    renamed = {f"decoder_{name}": values.pop(name, None) for name in ("hidden_states", "attentions")}
+    again = {f"decoder_{name}": decoded.get(name) for name in ("hidden_states", "attentions")}
     names = ("last_hidden_state", "hidden_states", "attentions")
-    return kind(**values, **renamed, **{f"encoder_{name}": encoded.get(name) for name in names})
+    return kind(**decoded, **again, **{f"encoder_{name}": encoded.get(name) for name in names})
 
 
 class MegaTransformerSeq2SeqModel(MegaTransformerTextModel):

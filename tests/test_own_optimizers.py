@@ -254,9 +254,18 @@ def test_adamw_of_16_bits_is_one_of_ours(tmp_path):
     saved = trainer.optimizer.optimizer.state_dict()
     for state in saved["state"].values():
         state["exp_avg"] = state["exp_avg"].bfloat16()
+    for group in saved["param_groups"]:
+        del group["is_muon"]
     trainer.optimizer.optimizer.load_state_dict(saved)
     assert {state["exp_avg"].dtype for state in trainer.optimizer.optimizer.state.values()} == {torch.float32}
     assert {state["remainder"].dtype for state in trainer.optimizer.optimizer.state.values()} == {torch.bfloat16}
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for group in trainer.optimizer.optimizer.param_groups:
+        group["lr"] = 0.1  # the schedule has ended at 0
+    before = {name: it.clone() for name, it in trainer.model.named_parameters()}
+    trainer.optimizer.optimizer.step()
+    assert all(not torch.equal(it, before[name]) for name, it in trainer.model.named_parameters())
 
 
 def test_a_schedule_free_run_evaluates_and_leaves_the_average(tmp_path):

@@ -284,6 +284,10 @@ def test_lora_learns_in_all_parts():
             "embedding_scale is 5.65.* in encoder_config and 1.0 in decoder_config",
         ),
         ({"vocab_size": 0}, "vocab_size"),
+        (
+            {"decoder": {"residual": "admin", "norm_placement": "post"}},
+            "decoder_config.residual is 'admin', whose profiling pass is for text models; take another",
+        ),
         ({"num_beams": 3}, "unknown key 'num_beams'"),
     ],
 )

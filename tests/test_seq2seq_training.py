@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune
 import pretrain
@@ -170,6 +171,28 @@ def test_columns_of_sources_and_targets(tmp_path):
     argv = ["--config", run, "--training.output_dir", str(tmp_path / "out"), "--training.max_steps", "2"]
     assert pretrain.main(argv) == 0
     assert any("eval_loss" in entry for entry in history_of(tmp_path / "out"))
+
+
+def test_pictures_and_their_figures(tmp_path):
+    """All of them, of rows with a source and a target."""
+    argv = ["--config", write_run(tmp_path), "--training.output_dir", str(tmp_path / "out")]
+    argv += ["--training.report_to", "tensorboard", "--training.max_steps", "4"]
+    for name in ("attention", "activations", "gradients", "exits", "trajectories"):
+        argv += [f"--callbacks.pictures.{name}_every_steps", "2"]
+    assert pretrain.main(argv) == 0
+    files = [EventAccumulator(str(path)).Reload().Tags() for path in (tmp_path / "out").rglob("events.out*")]
+    images, scalars = ({name for tags in files for name in tags[kind]} for kind in ("images", "scalars"))
+    for name in ("attention", "gradient_flow", "exits", "trajectories"):
+        assert any(f"pictures/{name}" in image for image in images), (name, images)
+    assert any("pictures/exit_step" in name for name in scalars)
+
+
+def test_objectives_that_read_states_are_refused(tmp_path, capsys):
+    argv = ["--config", write_run(tmp_path), "--training.output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        pretrain.main([*argv, "--training.objective.name", "every_step"])
+    assert "'every_step', which reads states without the source that a decoder sees; take" in capsys.readouterr().err
+    assert pretrain.main([*argv, "--training.objective.name", "full", "--training.max_steps", "2"]) == 0
 
 
 def test_the_core_is_measured_with_its_source(tmp_path):

@@ -77,7 +77,7 @@ def linear_parameters(module: nn.Module | None) -> int:
 
 
 def executed_parameters(unit: nn.Module | None) -> int:
-    """The same of prelude, core or coda, those of a shared layer as often as it is executed."""
+    """Elements that tokens are multiplied with in prelude, core or coda, of shared layers as often as they run."""
     if unit is None:
         return 0
     again = sum(linear_parameters(unit.layers[index]) for index in unit.order)

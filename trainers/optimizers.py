@@ -273,7 +273,11 @@ class CombinedOptimizer(torch.optim.Optimizer):
                 part.eval()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also keeps the state in float32; torch would cast it to the dtype of the weights."""
+        """Also keeps the state in float32; torch would cast it to the dtype of the weights. A state of one optimizer of
+        torch's, as runs of 16 bits once had it, is that of the only one here.
+        """
+        groups = [{"is_muon": False, **group} for group in state_dict["param_groups"]]
+        state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         here = [parameter for group in self.param_groups for parameter in group["params"]]

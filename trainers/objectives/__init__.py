@@ -62,6 +62,11 @@ def check_model(objective: Objective, model: PreTrainedModel, has_autocast: bool
                 "leave it out"
             )
         return
+    if objective.is_read_after_steps and config.is_encoder_decoder:
+        raise ValueError(
+            f"training.objective.name is {options.name!r}, which reads states without the source that a decoder sees; "
+            "take truncated or full"
+        )
     if options.loop_dropout and model.base_model.core.step_lora is None:
         raise ValueError(
             f"training.objective.loop_dropout is {options.loop_dropout}, but no step has a low-rank update; add "
