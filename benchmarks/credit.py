@@ -87,7 +87,7 @@ class Task:
 
 
 TASKS = {
-    "cups": Task(ROOT / "configs/recurrent_cups.yaml", "cups", updates=1300, levels=(4, 5, 6)),
+    "cups": Task(ROOT / "configs/recurrent_cups.yaml", "cups", updates=1000, levels=(4, 5, 6)),
     "addition": Task(
         ROOT / "configs/recurrent_lm.yaml",
         "addition",
