@@ -26,7 +26,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 from transformers import PreTrainedConfig
 
-from model import MegaTransformerConfig, MegaTransformerSeq2SeqConfig
+from model import MediaConfig, MegaTransformerConfig, MegaTransformerSeq2SeqConfig
 from model.configuration_megatransformer_seq2seq import (
     SHARED,
     MegaTransformerSourceConfig,
@@ -46,8 +46,9 @@ OPTIONAL_SECTIONS = ("peft", "step_lora")  # of fine-tuning
 NOT_OPTIONS = {
     PreTrainedConfig: {item.name for item in dataclasses.fields(PreTrainedConfig)}
     | {"pad_token_id", "bos_token_id", "eos_token_id", "backbone_config", "codec_config", "vocoder_config"},
-    MegaTransformerConfig: {"tie_word_embeddings", "image_code_offset", "structure_token_ids"}
-    | {name for name in MegaTransformerConfig.__dataclass_fields__ if name.endswith("_token_id")},
+    MediaConfig: {"image_code_offset", "structure_token_ids"}
+    | {name for name in MediaConfig.__dataclass_fields__ if name.endswith("_token_id")},
+    MegaTransformerConfig: {"tie_word_embeddings"},
     MegaTransformerSeq2SeqConfig: {"decoder_start_token_id", "is_encoder_decoder"},
     MegaTransformerSourceConfig: set(SHARED),
     MegaTransformerTargetConfig: {*SHARED, "encoder_hidden_size"},

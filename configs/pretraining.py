@@ -26,7 +26,7 @@ from evaluation.reconstruction import codec_scores, mean_scores
 from model import (
     CODEC_CONFIGS,
     MODELS,
-    MegaTransformerConfig,
+    MediaConfig,
     MegaTransformerImageAutoencoder,
     build_processor,
     codec_media,
@@ -79,7 +79,7 @@ def build_language_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
         resume_point=resume_point,
         media_tokens=special_tokens(run),
     )
-    has_processor = isinstance(run.model, MegaTransformerConfig)
+    has_processor = isinstance(run.model, MediaConfig)
     if not has_processor:  # a processor has its template
         prepare_tokenizer(tokenizer, run.model.vocab_size)
     model = build_model(run.model, run.training, tokenizer, with_backbones=resume_point is None)
@@ -148,7 +148,7 @@ def build_media_examples(run: ResolvedConfig, processor: Processor) -> dict[str,
 
 def special_tokens(run: RunConfig) -> list[str]:
     """What a vocabulary has besides pad, begin and end: tokens of media, or of the roles in conversations."""
-    if isinstance(run.model, MegaTransformerConfig):
+    if isinstance(run.model, MediaConfig):
         return media_tokens(run.model)
     learns_from_chats = any(source.is_media for source in run.data.train)
     return list(ROLE_TOKENS.values()) if learns_from_chats else []
@@ -202,7 +202,7 @@ def build_model(
             setattr(config if config.is_encoder_decoder else config.get_text_config(), name, getattr(tokenizer, name))
         if config.is_encoder_decoder:
             config.share()
-    reads_media = isinstance(config, MegaTransformerConfig)
+    reads_media = isinstance(config, MediaConfig)
     if reads_media:
         set_token_ids(config, tokenizer)
     set_seed(args.seed)

@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from model import tokenizer_of
+
 _FILLERS = {"input_ids": None, "labels": -100, "modality_ids": 0}  # None: the pad token
 
 
@@ -42,11 +44,7 @@ class Collator:
             batch = {name: torch.stack([row[name] for row in tensors]) for name in tensors[0]}
         else:
             batch = self._pad(tensors, lengths)
-        if self.processor is None:
-            return batch
-        media = [row.get("media", {}) for row in rows]
-        found = {name: [it for items in media for it in items.get(name, [])] for name in self.processor.modalities}
-        return batch | self.processor.collate_media(found)
+        return batch if self.processor is None else batch | media_of_rows(self.processor, rows)
 
     def _pad(self, rows: list[dict[str, torch.Tensor]], lengths: set[int]) -> dict[str, torch.Tensor]:
         if any("position_ids" in row and (row["position_ids"] == 0).sum() > 1 for row in rows):
@@ -69,14 +67,22 @@ class Collator:
 class Seq2SeqCollator:
     """Makes a source of what stands before the answer of each row, and a target of its answer, each padded on the
     right: `input_ids` and `attention_mask`, (rows, longest source), and, (rows, longest target), `labels`, -100 on
-    padding, and `decoder_input_ids`, which are those behind the token that begins a target.
+    padding, and `decoder_input_ids`, which are those behind the token that begins a target. Media are those of both.
 
     Args:
-        tokenizer: Has the ids of the tokens for padding and for the beginning.
+        processor: A tokenizer, which has the ids of the tokens for padding and for the beginning, or a processor, which
+            also joins media.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, processor: PreTrainedTokenizerBase | ProcessorMixin):
+        self.processor = processor if isinstance(processor, ProcessorMixin) else None
+        tokenizer = tokenizer_of(processor)
         self.pad_id, self.start_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+        self.unlearned = torch.zeros(0, dtype=torch.int64)  # what a target may have beside labels
+        if self.processor is not None:
+            parts = self.processor.modalities.values()
+            tokens = [token for part in parts for token in (part.token, part.end_token)]
+            self.unlearned = torch.tensor(tokenizer.convert_tokens_to_ids(tokens))
 
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
         """Batch of int64 tensors.
@@ -84,27 +90,36 @@ class Seq2SeqCollator:
         Raises:
             ValueError: A row has nothing before its answer, or no answer.
         """
-        sources, targets = zip(*map(self._divide, rows), strict=True)
+        sources, targets, labels = zip(*map(self._divide, rows), strict=True)
         lengths = torch.tensor([len(source) for source in sources])
-        labels = pad_sequence(targets, batch_first=True, padding_value=-100)
-        read = nn.functional.pad(labels[:, :-1], (1, 0), value=self.start_id)
-        return {
+        target = pad_sequence(targets, batch_first=True, padding_value=self.pad_id)
+        batch = {
             "input_ids": pad_sequence(sources, batch_first=True, padding_value=self.pad_id),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
-            "decoder_input_ids": read.masked_fill(read == -100, self.pad_id),
-            "labels": labels,
+            "decoder_input_ids": nn.functional.pad(target[:, :-1], (1, 0), value=self.start_id),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
         }
+        return batch if self.processor is None else batch | media_of_rows(self.processor, rows)
 
-    def _divide(self, row: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
+    def _divide(self, row: Mapping) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The source, the target, and the labels of the target."""
         ids, labels = (torch.as_tensor(row[name], dtype=torch.int64) for name in ("input_ids", "labels"))
         is_answer = labels != -100
         first = int(is_answer.long().argmax())
-        if ids[:first].tolist() in ([], [self.start_id]) or not is_answer[first:].all():
+        is_target = is_answer | torch.isin(ids, self.unlearned)
+        if ids[:first].tolist() in ([], [self.start_id]) or not is_target[first:].all():
             raise ValueError(
                 "a row is no source with one target behind it; give sources with prompt and answer, loss_on: answer, "
                 "and packing: false"
             )
-        return ids[:first], ids[first:]
+        return ids[:first], ids[first:], labels[first:]
+
+
+def media_of_rows(processor: ProcessorMixin, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+    """The media of all rows, by modality in the order of their placeholders, as arguments of the model."""
+    media = [row.get("media", {}) for row in rows]
+    found = {name: [it for items in media for it in items.get(name, [])] for name in processor.modalities}
+    return processor.collate_media(found)
 
 
 def build_collator(

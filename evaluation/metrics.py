@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tokenizers import decoders
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedTokenizerBase
 
-from model import TARGET_MODALITIES, MegaTransformerConfig
+from model import TARGET_MODALITIES, MediaConfig
 from model.output_heads import output_head_configs
 
 METRICS = ("loss", "perplexity", "bits_per_byte")  # of `metrics_from_sums`; each is better when it is smaller
@@ -126,7 +126,7 @@ def with_flow_losses(
 
 def flow_weights(config: PreTrainedConfig | None) -> dict[str, float]:
     """The weight of the loss of latents in that of a model, by modality; none where it generates text alone."""
-    heads = output_head_configs(config) if isinstance(config, MegaTransformerConfig) else {}
+    heads = output_head_configs(config) if isinstance(config, MediaConfig) else {}
     return {name: head.loss_weight for name, head in heads.items()}
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 
-from model import CODEC_CONFIGS, MegaTransformerConfig
+from model import CODEC_CONFIGS, MODELS, MediaConfig
 from model.backbones import reason_of
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ ADAPTERS = {"adapter_config.json": "adapter_model.safetensors", "step_lora.json"
 
 def reads_media(model_type: str) -> bool:
     """Whether models of this type come with a processor."""
-    return model_type == MegaTransformerConfig.model_type
+    return any(model_type == config.model_type and issubclass(config, MediaConfig) for config in MODELS)
 
 
 def is_codec(folder: Path) -> bool:

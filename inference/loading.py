@@ -20,6 +20,7 @@ from model import (
     CODEC_CONFIGS,
     MODELS,
     MegaTransformerConfig,
+    MegaTransformerMultimodalSeq2SeqConfig,
     MegaTransformerProcessor,
     MegaTransformerSeq2SeqConfig,
     MegaTransformerTextConfig,
@@ -46,7 +47,12 @@ from .checkpoints import (
 from .devices import DTYPES, choose_device, choose_threads
 from .generation_config import check_generation_config
 
-LANGUAGE_MODELS = (MegaTransformerTextConfig, MegaTransformerConfig, MegaTransformerSeq2SeqConfig)
+LANGUAGE_MODELS = (
+    MegaTransformerTextConfig,
+    MegaTransformerConfig,
+    MegaTransformerSeq2SeqConfig,
+    MegaTransformerMultimodalSeq2SeqConfig,
+)
 # Settings of our processors, and the names that they have in the configurations of encoders.
 IMAGE_SETTINGS = {name: name for name in ("patch_size", "pixel_shuffle")}
 AUDIO_SETTINGS = {name: name for name in ("sampling_rate", "n_fft", "hop_length", "subsampling")}

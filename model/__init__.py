@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTextToWaveform,
     AutoProcessor,
 )
@@ -17,12 +18,14 @@ from transformers import (
 from .cache import RecurrentCache
 from .configuration_codecs import MegaTransformerImageAutoencoderConfig, MegaTransformerVocoderConfig
 from .configuration_megatransformer import (
+    MediaConfig,
     MegaTransformerAudioConfig,
     MegaTransformerAudioWriterConfig,
     MegaTransformerConfig,
     MegaTransformerImageWriterConfig,
     MegaTransformerVisionConfig,
 )
+from .configuration_megatransformer_multimodal_seq2seq import MegaTransformerMultimodalSeq2SeqConfig
 from .configuration_megatransformer_seq2seq import MegaTransformerSeq2SeqConfig
 from .configuration_megatransformer_text import MegaTransformerTextConfig, RecurrenceConfig
 from .depth import NoiseOptions
@@ -44,6 +47,10 @@ from .modalities import (
     set_token_ids,
 )
 from .modeling_megatransformer import MegaTransformerForConditionalGeneration, MegaTransformerModel
+from .modeling_megatransformer_multimodal_seq2seq import (
+    MegaTransformerForMultimodalSeq2SeqLM,
+    MegaTransformerMultimodalSeq2SeqModel,
+)
 from .modeling_megatransformer_seq2seq import MegaTransformerForSeq2SeqLM, MegaTransformerSeq2SeqModel
 from .modeling_megatransformer_text import (
     MegaTransformerForCausalLM,
@@ -57,6 +64,7 @@ MODELS = {
     MegaTransformerTextConfig: MegaTransformerForCausalLM,
     MegaTransformerConfig: MegaTransformerForConditionalGeneration,
     MegaTransformerSeq2SeqConfig: MegaTransformerForSeq2SeqLM,
+    MegaTransformerMultimodalSeq2SeqConfig: MegaTransformerForMultimodalSeq2SeqLM,
     MegaTransformerImageAutoencoderConfig: MegaTransformerImageAutoencoder,
     MegaTransformerVocoderConfig: MegaTransformerVocoder,
 }
@@ -76,7 +84,14 @@ AutoModelForSequenceClassification.register(MegaTransformerTextConfig, MegaTrans
 AutoModel.register(MegaTransformerConfig, MegaTransformerModel)
 AutoModel.register(MegaTransformerSeq2SeqConfig, MegaTransformerSeq2SeqModel)
 AutoModelForSeq2SeqLM.register(MegaTransformerSeq2SeqConfig, MegaTransformerForSeq2SeqLM)
+AutoModel.register(MegaTransformerMultimodalSeq2SeqConfig, MegaTransformerMultimodalSeq2SeqModel)
+for _auto in (
+    *(AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoModelForMultimodalLM, AutoModelForImageTextToText),
+    AutoModelForTextToWaveform,
+):
+    _auto.register(MegaTransformerMultimodalSeq2SeqConfig, MegaTransformerForMultimodalSeq2SeqLM)
 AutoProcessor.register(MegaTransformerConfig, MegaTransformerProcessor)
+AutoProcessor.register(MegaTransformerMultimodalSeq2SeqConfig, MegaTransformerProcessor)
 AutoFeatureExtractor.register(MegaTransformerConfig, MegaTransformerFeatureExtractor)
 # One class, whichever backend is asked for: it resizes with Pillow.
 AutoImageProcessor.register(
@@ -92,6 +107,7 @@ __all__ = [
     "TARGET_MODALITIES",
     "ExitOptions",
     "MediaChunk",
+    "MediaConfig",
     "MediaError",
     "MediaOptions",
     "MegaTransformerAudioConfig",
@@ -100,6 +116,7 @@ __all__ = [
     "MegaTransformerFeatureExtractor",
     "MegaTransformerForCausalLM",
     "MegaTransformerForConditionalGeneration",
+    "MegaTransformerForMultimodalSeq2SeqLM",
     "MegaTransformerForSeq2SeqLM",
     "MegaTransformerForSequenceClassification",
     "MegaTransformerImageAutoencoder",
@@ -107,6 +124,8 @@ __all__ = [
     "MegaTransformerImageProcessor",
     "MegaTransformerImageWriterConfig",
     "MegaTransformerModel",
+    "MegaTransformerMultimodalSeq2SeqConfig",
+    "MegaTransformerMultimodalSeq2SeqModel",
     "MegaTransformerProcessor",
     "MegaTransformerSeq2SeqConfig",
     "MegaTransformerSeq2SeqModel",

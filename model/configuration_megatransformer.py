@@ -257,12 +257,10 @@ class MegaTransformerAudioWriterConfig(WriterConfig):
             raise ValueError("head 'fsq' needs an autoencoder, which there is for images alone; use head 'flow'")
 
 
-@validated
-class MegaTransformerConfig(StrictConfig):
-    """A language model that reads, and may write, images and audio.
+class MediaConfig(StrictConfig):
+    """What models that read, and may write, images and audio have besides their language model.
 
     Args:
-        text_config: The language model.
         vision_config: The encoder of images. Default: none, no images are read.
         audio_config: The encoder of audio. Default: none.
         image_writer_config: What writes images. Default: none, no images are written.
@@ -279,25 +277,19 @@ class MegaTransformerConfig(StrictConfig):
         null_token_id: Id of the token that stands for text that guidance leaves out.
         structure_token_ids: Ids that guidance leaves in: padding, begin, roles, and those of media.
         image_code_offset: Id of code 0, with head "fsq"; the codes follow each other.
-        use_cache: Whether `forward` returns a cache; that of the text_config has to say so too.
-        tie_word_embeddings: That of the text_config, whatever is given.
     """
 
-    model_type = "megatransformer"
-    _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = [
         *MegaTransformerTextConfig.keys_to_ignore_at_inference,
         *("image_outputs", "audio_outputs", "target_losses"),
     ]
     sub_configs_defaults = {
-        "text_config": MegaTransformerTextConfig,
         "vision_config": SubConfigSpec(MegaTransformerVisionConfig, optional=True),
         "audio_config": SubConfigSpec(MegaTransformerAudioConfig, optional=True),
         "image_writer_config": SubConfigSpec(MegaTransformerImageWriterConfig, optional=True),
         "audio_writer_config": SubConfigSpec(MegaTransformerAudioWriterConfig, optional=True),
     }
 
-    text_config: MegaTransformerTextConfig | dict | None = None
     vision_config: MegaTransformerVisionConfig | dict | None = None
     audio_config: MegaTransformerAudioConfig | dict | None = None
     image_writer_config: MegaTransformerImageWriterConfig | dict | None = None
@@ -314,11 +306,69 @@ class MegaTransformerConfig(StrictConfig):
     null_token_id: int | None = None
     structure_token_ids: list[int] | None = None
     image_code_offset: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        further = {f"{name}_token_id": kwargs.pop(f"{name}_token_id", None) for name in self.modality_configs or {}}
+        super().__post_init__(**kwargs)
+        for name, value in further.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def known_keys(cls, config_dict: dict[str, Any]) -> set[str]:
+        """Those of every config, and the ids of the placeholders of further modalities."""
+        further = {f"{name}_token_id" for name in config_dict.get("modality_configs") or {}}
+        return super().known_keys(config_dict) | further
+
+    @property
+    def source_config(self) -> MegaTransformerTextConfig:
+        """The part among whose tokens the features of media that are read stand."""
+        return self.text_config
+
+    @property
+    def sampling_rate(self) -> int | None:
+        """The rate of generated audio. Pipelines ask for it."""
+        return None if self.audio_writer_config is None else self.audio_writer_config.sampling_rate
+
+    def validate_token_ids(self) -> None:
+        """Checks that span several parts; run by `strict` after the fields' own."""
+        further = [f"{name}_token_id" for name in self.modality_configs or {}]
+        names = [*(name for name in MediaConfig.__dataclass_fields__ if name.endswith("_token_id")), *further]
+        ids = {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
+        for name, value in ids.items():
+            if not 0 <= value < self.text_config.vocab_size:
+                raise ValueError(
+                    f"{name} ({value}) is outside the vocabulary of text_config ({self.text_config.vocab_size})"
+                )
+            if list(ids.values()).count(value) > 1:
+                raise ValueError(f"{name} ({value}) is also the id of another token; each needs its own")
+        size = self.text_config.vocab_size
+        outside = [value for value in self.structure_token_ids or () if not 0 <= value < size]
+        if outside:
+            raise ValueError(f"structure_token_ids has {outside[0]}, outside the vocabulary of text_config ({size})")
+        # Whether there is room for all codes is seen when the codec is known.
+        if self.image_code_offset is not None and not 0 <= self.image_code_offset <= size:
+            raise ValueError(f"image_code_offset ({self.image_code_offset}) is outside the vocabulary ({size})")
+
+
+@validated
+class MegaTransformerConfig(MediaConfig):
+    """A language model that reads, and may write, images and audio.
+
+    Args:
+        text_config: The language model.
+        use_cache: Whether `forward` returns a cache; that of the text_config has to say so too.
+        tie_word_embeddings: That of the text_config, whatever is given.
+    """
+
+    model_type = "megatransformer"
+    _auto_class = "AutoConfig"
+    sub_configs_defaults = {"text_config": MegaTransformerTextConfig, **MediaConfig.sub_configs_defaults}
+
+    text_config: MegaTransformerTextConfig | dict | None = None
     use_cache: bool = True
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        further = {f"{name}_token_id": kwargs.pop(f"{name}_token_id", None) for name in self.modality_configs or {}}
         # `_auto_class` holds one class only, so the map of all of them is written here.
         model = "modeling_megatransformer.MegaTransformerForConditionalGeneration"
         kwargs["auto_map"] = {
@@ -332,15 +382,7 @@ class MegaTransformerConfig(StrictConfig):
             **(kwargs.get("auto_map") or {}),
         }
         super().__post_init__(**kwargs)
-        for name, value in further.items():
-            setattr(self, name, value)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
-
-    @classmethod
-    def known_keys(cls, config_dict: dict[str, Any]) -> set[str]:
-        """Those of every config, and the ids of the placeholders of further modalities."""
-        further = {f"{name}_token_id" for name in config_dict.get("modality_configs") or {}}
-        return super().known_keys(config_dict) | further
 
     @property
     def num_steps(self) -> int | None:
@@ -359,28 +401,3 @@ class MegaTransformerConfig(StrictConfig):
     @vocab_size.setter
     def vocab_size(self, value: int) -> None:
         self.text_config.vocab_size = value
-
-    @property
-    def sampling_rate(self) -> int | None:
-        """The rate of generated audio. Pipelines ask for it."""
-        return None if self.audio_writer_config is None else self.audio_writer_config.sampling_rate
-
-    def validate_token_ids(self) -> None:
-        """Checks that span several parts; run by `strict` after the fields' own."""
-        further = [f"{name}_token_id" for name in self.modality_configs or {}]
-        names = [*(name for name in type(self).__dataclass_fields__ if name.endswith("_token_id")), *further]
-        ids = {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
-        for name, value in ids.items():
-            if not 0 <= value < self.text_config.vocab_size:
-                raise ValueError(
-                    f"{name} ({value}) is outside the vocabulary of text_config ({self.text_config.vocab_size})"
-                )
-            if list(ids.values()).count(value) > 1:
-                raise ValueError(f"{name} ({value}) is also the id of another token; each needs its own")
-        size = self.text_config.vocab_size
-        outside = [value for value in self.structure_token_ids or () if not 0 <= value < size]
-        if outside:
-            raise ValueError(f"structure_token_ids has {outside[0]}, outside the vocabulary of text_config ({size})")
-        # Whether there is room for all codes is seen when the codec is known.
-        if self.image_code_offset is not None and not 0 <= self.image_code_offset <= size:
-            raise ValueError(f"image_code_offset ({self.image_code_offset}) is outside the vocabulary ({size})")

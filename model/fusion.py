@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .chat import TARGET_PREFIX
-from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig
+from .configuration_megatransformer import EncoderConfig, MediaConfig
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .modalities import MODALITIES
 
@@ -139,7 +139,7 @@ def embed_media(
     embeds: torch.Tensor,
     is_token: Callable[[int], torch.Tensor],
     features: dict[str, Iterable[torch.Tensor]],
-    config: MegaTransformerConfig,
+    config: MediaConfig,
     is_whole: bool = True,
 ) -> torch.Tensor:
     """The embeddings, (batch, sequence, hidden), with the features of items, (tokens, hidden) each, in the positions of

@@ -226,11 +226,15 @@ class MediaGenerationMixin:
             return super().generate(inputs, guidance_scale=guidance_scale, **kwargs)
         check_read(self.read_by, generation_mode, {**options, **kwargs}, config, self.generation_config)
         kwargs = {"return_dict_in_generate": True, **kwargs}
-        if not {"max_new_tokens", "max_length", "generation_config"} & kwargs.keys():
+        if all(kwargs.get(name) is None for name in ("max_new_tokens", "max_length", "generation_config")):
             kwargs["max_new_tokens"] = self._default_new_tokens(generation_mode)
         num_cached = num_cached_tokens(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         loop = MediaLoop(media_options, num_cached, kwargs.get("streamer"), begun)
         return super().generate(inputs, **{**kwargs, "custom_generate": loop})
+
+    def take_sources(self, kwargs: dict[str, Any]) -> "Sources | None":
+        """Takes what a decoder sees of an encoder out of the keywords of a loop; here there is none."""
+        return None
 
     @with_parameters_of(RecurrentGenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(
@@ -436,6 +440,49 @@ def refuse_opened(mode: str, opened: Mapping[int, str]) -> None:
         )
 
 
+def unconditional_ids(
+    config: Any, ids: torch.LongTensor, mask: torch.Tensor | None, read: Iterable[str]
+) -> torch.LongTensor:
+    """Prompts, (rows, tokens), with <|null|> for all that is no structure; of prompts of media that are `read` alone,
+    also for those. `mask`, (rows, past + tokens), is 0 for padding. ValueError: the model was not trained with such.
+    """
+    if config.null_token_id is None or config.structure_token_ids is None:
+        raise ValueError(
+            "guidance needs a model that was trained with dropped prompts (null_token_id is not set); give "
+            "guidance_scale=1"
+        )
+    kept = torch.isin(ids, torch.tensor(config.structure_token_ids, device=ids.device))
+    if mask is not None:
+        kept |= mask[:, -ids.shape[1] :] == 0
+    unconditional = ids.masked_fill(~kept, config.null_token_id)
+    for name in read:
+        is_place = ids == getattr(config, f"{name}_token_id")
+        unconditional = unconditional.masked_fill(is_place & kept.all(dim=1, keepdim=True), config.null_token_id)
+    return unconditional
+
+
+@dataclass
+class Sources:
+    """What a decoder sees of an encoder: last states, (rows, source, hidden), with and without the text of the source,
+    and which of them are no padding, (rows, source), or None.
+    """
+
+    states: torch.Tensor
+    unconditional: torch.Tensor | None
+    mask: torch.Tensor | None
+
+    def of_rows(self, is_guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The states and their mask, for the rows once, or twice with guidance. ValueError: there are none for it."""
+        if not is_guided:
+            return self.states, self.mask
+        if self.unconditional is None:
+            raise ValueError(
+                "guidance needs what the encoder makes of the source without its text, of a model that was trained "
+                "with dropped prompts; give input_ids and no encoder_outputs, or guidance_scale=1"
+            )
+        return torch.cat((self.states, self.unconditional)), None if self.mask is None else self.mask.repeat(2, 1)
+
+
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
@@ -538,6 +585,8 @@ class MediaGeneration:
         self.config, self.device, self.prompt_length = model.config, input_ids.device, input_ids.shape[1]
         self.options = {name: loop.options.of(self.writers[name]) for name in self.names}
         self.is_guided = any(options.guidance_scale != 1 for options in self.options.values())
+        sources = model.take_sources(model_kwargs)
+        self.source = {} if sources is None else {"source": sources.of_rows(self.is_guided)}
         self.depth: DepthOptions = model_kwargs.pop("depth_options")
         if loop.is_velocity_asked and self.depth.exits.criterion == "none":
             raise ValueError("velocity_threshold has no effect without an exit_criterion; leave it out, or name one")
@@ -599,7 +648,7 @@ class MediaGeneration:
         """(rows, hidden), or twice as many with guidance, after the last token of each prompt."""
         ids, mask, features = self.ids, self.mask, self._features()
         if self.is_guided:
-            unconditional = self._unconditional_ids(ids)
+            unconditional = unconditional_ids(self.config, ids, self.mask, self.model.model.readers)
             if self.cache.get_seq_length():
                 self._read_cached_again(unconditional, features)
             ids, mask = torch.cat((ids, unconditional)), torch.cat((mask, mask))
@@ -674,6 +723,7 @@ class MediaGeneration:
             exit_controller=self._exit_controller(is_prompt="input_ids" in inputs),
             return_dict=True,
             **self._states(len(mask)),
+            **self.source,
             **inputs,
         )
 
@@ -749,22 +799,6 @@ class MediaGeneration:
 
     def _has_room(self, row: Row) -> bool:
         return len(row.latents) < len(row.noise)
-
-    def _unconditional_ids(self, ids: torch.LongTensor) -> torch.LongTensor:
-        """The prompts with <|null|> for all that is no structure; of prompts of media alone, also for those."""
-        config = self.config
-        if config.null_token_id is None or config.structure_token_ids is None:
-            raise ValueError(
-                "guidance needs a model that was trained with dropped prompts (null_token_id is not set); give "
-                "guidance_scale=1"
-            )
-        kept = torch.isin(ids, torch.tensor(config.structure_token_ids, device=ids.device))
-        kept |= self.mask[:, -ids.shape[1] :] == 0
-        unconditional = ids.masked_fill(~kept, config.null_token_id)
-        for name in self.model.model.readers:
-            is_place = ids == getattr(config, f"{name}_token_id")
-            unconditional = unconditional.masked_fill(is_place & kept.all(dim=1, keepdim=True), config.null_token_id)
-        return unconditional
 
     # -------------------------------------------------------------------------------------------------- what comes next
 

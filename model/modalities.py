@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .audio_modality import AudioModality
 from .chat import NULL_TOKEN, ROLE_TOKENS, TARGET_PREFIX
 from .configuration_codecs import MegaTransformerVocoderConfig
-from .configuration_megatransformer import EncoderConfig, MegaTransformerConfig
+from .configuration_megatransformer import EncoderConfig, MediaConfig
 from .image_modality import ImageModality
 from .modality import MODALITIES, Modality, register
 
@@ -25,7 +25,7 @@ TARGET_MODALITIES = (ImageModality.name, AudioModality.name)
 """What can be written, in the order of `modality_ids`."""
 
 
-def modality_configs(config: MegaTransformerConfig) -> dict[str, EncoderConfig]:
+def modality_configs(config: MediaConfig) -> dict[str, EncoderConfig]:
     """The configurations of all encoders of a model, by modality; ValueError if one is not registered."""
     configs = {it.name: getattr(config, it.config_key) for it in MODALITIES.values() if it.config_key is not None}
     for name, part in (config.modality_configs or {}).items():
@@ -76,14 +76,14 @@ TARGET_TOKENS = (*(f"<|{TARGET_PREFIX}{name}|>" for name in TARGET_MODALITIES), 
 """What it has after those if media are written."""
 
 
-def media_tokens(config: MegaTransformerConfig) -> list[str]:
+def media_tokens(config: MediaConfig) -> list[str]:
     """`MEDIA_TOKENS`, those of a model's further modalities, and `TARGET_TOKENS` if it writes media."""
     further = tokens_of(MODALITIES[name] for name in config.modality_configs or {})
     writes = config.image_writer_config is not None or config.audio_writer_config is not None
     return [*MEDIA_TOKENS, *further, *(TARGET_TOKENS if writes else ())]
 
 
-def set_token_ids(config: MegaTransformerConfig, tokenizer: Any) -> None:
+def set_token_ids(config: MediaConfig, tokenizer: Any) -> None:
     """Fill in the ids of special tokens that a tokenizer has: those of media, and what guidance leaves in."""
     vocabulary = tokenizer.get_vocab()
     tokens = {f"{name}_token_id": modality.token for name, modality in MODALITIES.items()}

@@ -152,7 +152,7 @@ class MegaTransformerModel(BackbonesFollow, MegaTransformerTextModel):
     def __init__(self, config: MegaTransformerConfig):
         super().__init__(config)
         self.readers = nn.ModuleDict(
-            {name: ModalityEncoder(name, part, config.text_config) for name, part in modality_configs(config).items()}
+            {name: ModalityEncoder(name, part, config.source_config) for name, part in modality_configs(config).items()}
         )
         self.writers = nn.ModuleDict(
             {name: OutputHead(name, part, config.text_config) for name, part in output_head_configs(config).items()}

@@ -59,16 +59,22 @@ class MegaTransformerSeq2SeqModel(MegaTransformerTextModel):
 
     config: MegaTransformerSeq2SeqConfig
     _auto_class = "AutoModel"
+    output_class = MegaTransformerSeq2SeqModelOutput
     _tied_weights_keys = {"encoder.embed_tokens.weight": "embed_tokens.weight"}
 
     def post_init(self) -> None:
-        """Makes the encoder before all weights are initialised and tied."""
-        self.encoder = MegaTransformerTextModel(self.config.encoder_config)
+        """Makes the encoder, once, before all weights are initialised and tied."""
+        if "encoder" not in self._modules:
+            self.encoder = MegaTransformerTextModel(self.config.encoder_config)
         super().post_init()
 
     def get_encoder(self, modality: str | None = None) -> MegaTransformerTextModel:
         """The encoder."""
         return self.encoder
+
+    def take_source(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Takes further inputs of the encoder out of the keywords of `forward`; of texts there are none."""
+        return {}
 
     def encode(
         self,
@@ -119,6 +125,7 @@ class MegaTransformerSeq2SeqModel(MegaTransformerTextModel):
         if "source" in kwargs:
             return super().forward(input_ids, attention_mask, inputs_embeds=inputs_embeds, **asked, **kwargs)
         of_encoder = {"inputs_embeds": inputs_embeds, "num_steps": encoder_num_steps, **asked}
+        of_encoder |= self.take_source(kwargs)
         encoded = self.encode(input_ids, attention_mask, encoder_outputs, **of_encoder)
         decoded = super().forward(
             decoder_input_ids,
@@ -130,7 +137,7 @@ class MegaTransformerSeq2SeqModel(MegaTransformerTextModel):
             **asked,
             **kwargs,
         )
-        return with_encoder(MegaTransformerSeq2SeqModelOutput, decoded, encoded)
+        return with_encoder(self.output_class, decoded, encoded)
 
 
 class MegaTransformerForSeq2SeqLM(MegaTransformerForCausalLM):
@@ -139,6 +146,7 @@ class MegaTransformerForSeq2SeqLM(MegaTransformerForCausalLM):
     config: MegaTransformerSeq2SeqConfig
     _auto_class = "AutoModelForSeq2SeqLM"
     base_model_class = MegaTransformerSeq2SeqModel
+    output_class = MegaTransformerSeq2SeqLMOutput
     _tied_weights_keys = {
         "lm_head.weight": "model.embed_tokens.weight",
         "model.encoder.embed_tokens.weight": "model.embed_tokens.weight",
@@ -197,6 +205,7 @@ class MegaTransformerForSeq2SeqLM(MegaTransformerForCausalLM):
         """
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         of_encoder = {"inputs_embeds": inputs_embeds, "num_steps": encoder_num_steps, **asked}
+        of_encoder |= self.model.take_source(kwargs)
         encoded = self.model.encode(input_ids, attention_mask, encoder_outputs, **of_encoder)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -211,7 +220,7 @@ class MegaTransformerForSeq2SeqLM(MegaTransformerForCausalLM):
             **asked,
             **kwargs,
         )
-        return with_encoder(MegaTransformerSeq2SeqLMOutput, decoded, encoded)
+        return with_encoder(self.output_class, decoded, encoded)
 
     @torch.no_grad()
     def generate(
@@ -229,5 +238,6 @@ class MegaTransformerForSeq2SeqLM(MegaTransformerForCausalLM):
         source = kwargs.pop("input_ids", None) if inputs is None else inputs
         if kwargs.get("encoder_outputs") is None:
             given = {"inputs_embeds": kwargs.pop("inputs_embeds", None), "num_steps": encoder_num_steps}
+            given |= self.model.take_source(kwargs)
             kwargs["encoder_outputs"] = self.model.encode(source, kwargs.get("attention_mask"), **given)
         return super().generate(None, generation_config, *args, **kwargs)

@@ -14,7 +14,7 @@ from torch import nn
 
 from .chat import TARGET_PREFIX
 from .codecs import Codec, build_codec
-from .configuration_megatransformer import MegaTransformerConfig, WriterConfig
+from .configuration_megatransformer import MediaConfig, WriterConfig
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .depth import keyed_generator
 from .flow import FlowHead, draw_times
@@ -116,7 +116,7 @@ class OutputHead(nn.Module):
             return 0.0 * (self.head(latents.to(condition), places.to(condition), condition).sum())
 
 
-def output_head_configs(config: MegaTransformerConfig) -> dict[str, WriterConfig]:
+def output_head_configs(config: MediaConfig) -> dict[str, WriterConfig]:
     """The configurations of all output heads of a model, by modality."""
     configs = {name: getattr(config, f"{name}_writer_config") for name in TARGET_MODALITIES}
     return {name: part for name, part in configs.items() if part is not None}
@@ -132,7 +132,7 @@ def encode_targets(
     writers: nn.ModuleDict,
     targets: Mapping[str, Any],
     input_ids: torch.LongTensor,
-    config: MegaTransformerConfig,
+    config: MediaConfig,
     filled: Collection[str] = (),
 ) -> dict[str, TargetLatents]:
     """The latents of what is to be generated, or was, by modality, from `take_targets` and `input_ids` (batch,
@@ -183,7 +183,7 @@ def read_targets(writers: nn.ModuleDict, targets: Mapping[str, Any]) -> dict[str
 
 
 def put_codes(
-    writers: nn.ModuleDict, targets: dict[str, Any], input_ids: torch.LongTensor, config: MegaTransformerConfig
+    writers: nn.ModuleDict, targets: dict[str, Any], input_ids: torch.LongTensor, config: MediaConfig
 ) -> torch.LongTensor:
     """Token ids with the codes of images in their positions, where the head is "fsq"; these targets are taken out.
     ValueError: there are more or fewer images than placeholders, or some that are not finite.
@@ -253,7 +253,7 @@ def perturb(output_head: OutputHead, targets: TargetLatents, seeds: torch.Tensor
     return output_head.codec.project(targets.latents + torch.cat(parts).to(targets.latents))
 
 
-def check_codes(writers: nn.ModuleDict, config: MegaTransformerConfig) -> None:
+def check_codes(writers: nn.ModuleDict, config: MediaConfig) -> None:
     """Raises ValueError for a vocabulary without room for the codes of a head "fsq"."""
     offset, size = config.image_code_offset, config.text_config.vocab_size
     for name, output_head in writers.items():

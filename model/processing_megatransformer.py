@@ -21,7 +21,7 @@ from .chat import (
     special_tokens_of,
 )
 from .chat_rendering import template_of
-from .configuration_megatransformer import MegaTransformerConfig
+from .configuration_megatransformer import MediaConfig
 from .image_modality import ImageModality
 from .media import write_audio
 from .media_sources import source_of
@@ -472,7 +472,7 @@ class MegaTransformerProcessor(ProcessorMixin):
 
 
 def build_processor(
-    config: MegaTransformerConfig,
+    config: MediaConfig,
     tokenizer: Any,
     num_image_tokens: int | None = None,
     num_audio_tokens: int | None = None,

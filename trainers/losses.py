@@ -119,7 +119,8 @@ class TargetLosses:
         Args:
             add_up: Sum of a tensor over the ranks.
         """
-        counts = [sum((batch["input_ids"] == it).sum() for batch in batches) for it in self.token_ids.values()]
+        targets = [batch.get("decoder_input_ids", batch["input_ids"]) for batch in batches]
+        counts = [sum((ids == it).sum() for ids in targets) for it in self.token_ids.values()]
         counts = add_up(torch.stack(counts)).clamp(min=1)
         self.num_in_window = dict(zip(self.token_ids, counts, strict=True))
 

@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import ModelOutput
 
+from model import MediaConfig
 from model.cross_entropy import count_labels
 from model.depth import sample_depth
 from model.recurrence import draw_training_states
@@ -57,7 +58,7 @@ class RecurrentTrainer(BaseTrainer):
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self.modalities = ModalityLosses(self.args.modality_weights)
         self.text_config = self.model.config.get_text_config()
-        self.has_media = self.text_config is not self.model.config and not self.model.config.is_encoder_decoder
+        self.has_media = isinstance(self.model.config, MediaConfig)
         if self.has_media and self.args.accelerator_config.dispatch_batches is None:
             # Of a stream, accelerate would join the batches of all ranks and cut them by rows, which media are not.
             self.accelerator.dataloader_config.dispatch_batches = False
