@@ -17,7 +17,13 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 from transformers import TrainingArguments
 
-from model import CODEC_CONFIGS, MegaTransformerSeq2SeqConfig, MegaTransformerTextConfig
+from model import (
+    CODEC_CONFIGS,
+    MegaTransformerConfig,
+    MegaTransformerMultimodalSeq2SeqConfig,
+    MegaTransformerSeq2SeqConfig,
+    MegaTransformerTextConfig,
+)
 from model.configuration_megatransformer_seq2seq import SHARED
 from trainers import RecurrentTrainingArguments
 from trainers.arguments import MINIMUMS, SHARES
@@ -102,7 +108,8 @@ def headings_of_run() -> dict[type, str]:
     """The heading of each class: its keys in a YAML, and, where other classes have the same, what tells it from them,
     which is the type of the model, and the trainer of training arguments.
     """
-    marks = {cls: cls.model_type for cls in (*CODEC_CONFIGS, MegaTransformerSeq2SeqConfig)}
+    of_sequences = (MegaTransformerSeq2SeqConfig, MegaTransformerMultimodalSeq2SeqConfig)
+    marks = {cls: cls.model_type for cls in (*CODEC_CONFIGS, *of_sequences)}
     marks |= {ModelOptions: "finetune.py"}
     marks |= {cls: name for name, cls in tuning_arguments().items()}
     found = {cls: ", ".join(keys) for cls, keys in classes_of_run().items()}
@@ -136,15 +143,20 @@ def classes_of_run() -> dict[type, list[str]]:
 
 def documented(cls: type) -> dict[str, Any]:
     """Names and types of the options, in the order of the class; of training arguments, and of the parts of a model of
-    sequence to sequence, those declared here.
+    sequence to sequence, those declared here; of one that also has media, none.
     """
-    own, is_further = inspect.get_annotations(cls), issubclass(cls, TrainingArguments) or is_part(cls)
+    own, is_further = inspect.get_annotations(cls), issubclass(cls, TrainingArguments) or is_part(cls) or is_sum(cls)
     return {name: hint for name, hint in option_types(cls).items() if name in own or not is_further}
 
 
 def is_part(cls: type) -> bool:
     """Whether it is the encoder or the decoder of a model of sequence to sequence, whose options are a text model's."""
     return issubclass(cls, MegaTransformerTextConfig) and cls is not MegaTransformerTextConfig
+
+
+def is_sum(cls: type) -> bool:
+    """Whether it is the model of sequence to sequence with media, whose options are those of two others."""
+    return cls is MegaTransformerMultimodalSeq2SeqConfig
 
 
 def about(cls: type) -> str:
@@ -158,6 +170,12 @@ def about(cls: type) -> str:
         return (
             f"{docstring_parser.parse(cls.__doc__).short_description} Its options are those of "
             f"[a text model](#model-modeltext_config), but for {shared}, which are those of the whole.\n"
+        )
+    if is_sum(cls):
+        seq2seq, media = (anchor(headings_of_run()[it]) for it in (MegaTransformerSeq2SeqConfig, MegaTransformerConfig))
+        return (
+            f"{docstring_parser.parse(cls.__doc__).short_description} Its options are those of [a model of sequence to "
+            f"sequence](#{seq2seq}), and but for `text_config` those of [a model with media](#{media}).\n"
         )
     if not issubclass(cls, TrainingArguments):
         return f"{docstring_parser.parse(cls.__doc__).short_description}\n"

@@ -15,8 +15,9 @@ from .configuration_megatransformer_text import validated
 
 @validated
 class MegaTransformerMultimodalSeq2SeqConfig(MegaTransformerSeq2SeqConfig, MediaConfig):
-    """An encoder that reads text, images and audio, and a decoder that writes text, images or audio. Its options are
-    those of `MegaTransformerSeq2SeqConfig`, and of what reads and writes media.
+    """An encoder that reads text, images and audio, and a decoder that writes text, images or audio.
+
+    Its options are those of `MegaTransformerSeq2SeqConfig`, and of what reads and writes media.
     """
 
     model_type = "megatransformer_multimodal_seq2seq"

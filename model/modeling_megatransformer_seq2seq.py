@@ -64,7 +64,7 @@ class MegaTransformerSeq2SeqModel(MegaTransformerTextModel):
 
     def post_init(self) -> None:
         """Makes the encoder, once, before all weights are initialised and tied."""
-        if "encoder" not in self._modules:
+        if "encoder" not in dict(self.named_children()):
             self.encoder = MegaTransformerTextModel(self.config.encoder_config)
         super().post_init()
 

@@ -41,10 +41,10 @@ CODECS = {
     f"model [{model_type}]": ["--model.model_type", model_type, "--trainer", "reconstruction"]
     for model_type in ("megatransformer_image_autoencoder", "megatransformer_vocoder")
 }
-SEQ2SEQ = {"model [megatransformer_seq2seq]": ["--model.model_type", "megatransformer_seq2seq"]}
-SEQ2SEQ["model [megatransformer_seq2seq]"] += ["--data.packing", "false", "--data.train"]
-SEQ2SEQ["model [megatransformer_seq2seq]"] += ["[{kind: generated, task: sorting, loss_on: answer}]"]
+SORTING = ["--data.packing", "false", "--data.train", "[{kind: generated, task: sorting, loss_on: answer}]"]
+SEQ2SEQ = {"model [megatransformer_seq2seq]": ["--model.model_type", "megatransformer_seq2seq", *SORTING]}
 OTHERS = CODECS | SEQ2SEQ  # models that are not the default
+SUMS = ["model [megatransformer_multimodal_seq2seq]"]  # those whose options are listed with others
 TUNING = ["--model.path", "some/run"]
 OF_TUNING = ["The run [finetune.py]", "model [finetune.py]", "peft", "peft.target_modules", "step_lora", "quantization"]
 OF_TRAINERS = {f"training [{name}]": name for name in FINETUNERS if name not in ("continued", "exit_probe")}
@@ -97,7 +97,7 @@ def tree_of_defaults() -> dict[str, Any]:
     """Every documented default, as the YAML that a user would write; one source, for its defaults too."""
     tree: dict[str, Any] = {}
     for line in LINES:
-        others = {*LISTS, *OF_MEDIA, *OTHERS, *OF_TUNING, *OF_TRAINERS}
+        others = {*LISTS, *OF_MEDIA, *OTHERS, *SUMS, *OF_TUNING, *OF_TRAINERS}
         if line.group in others or not line.default.startswith("`"):
             continue
         inner = tree

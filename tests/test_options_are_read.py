@@ -21,6 +21,7 @@ READERS = {
     "MegaTransformerTextConfig": ("model", r"(self\.)?(text_)?config"),
     "MegaTransformerConfig": ("model", r"(self\.)?config"),
     "MegaTransformerSeq2SeqConfig": ("model", r"(self\.)?config"),
+    "MegaTransformerMultimodalSeq2SeqConfig": ("model", r"(self\.)?config"),
     "MegaTransformerSourceConfig": ("model", r"(self\.)?(text_)?config"),
     "MegaTransformerTargetConfig": ("model", r"(self\.)?(text_)?config"),
     "MegaTransformerVisionConfig": ("model", r"(self\.)?config"),
