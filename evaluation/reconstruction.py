@@ -5,9 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.utils.data import Dataset, Subset
-from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
-from torchmetrics.functional.audio.pesq import perceptual_evaluation_speech_quality
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel
 
@@ -36,6 +33,9 @@ class ImageScores:
 
     def __call__(self, made: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Reconstructions of `pixel_values`, (images, channels, height, width) in -1 .. 1, to (images, scores)."""
+        # Here and below, so that runs that score no codec do not wait for the import.
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
         images, made = batch["pixel_values"].float(), made.float().clamp(-1, 1)
         psnr = peak_signal_noise_ratio(made, images, data_range=2.0, reduction="none", dim=(1, 2, 3))
         ssim = structural_similarity_index_measure(made, images, data_range=2.0, reduction="none")
@@ -68,6 +68,8 @@ class AudioScores:
         return torch.tensor(scores, device=made.device)
 
     def _score_one(self, made: torch.Tensor, waveform: torch.Tensor) -> list[float]:
+        from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
+
         mel_l1 = (self.log_mel(made[None]) - self.log_mel(waveform[None])).abs().mean()
         si_sdr = scale_invariant_signal_distortion_ratio(made, waveform) if waveform.any() else float("nan")
         scores = [float(mel_l1), stft_distance(made, waveform), float(si_sdr)]
@@ -75,6 +77,8 @@ class AudioScores:
 
     def _pesq(self, made: torch.Tensor, waveform: torch.Tensor) -> tuple[float, float]:
         """pesq and pesq_failed."""
+        from torchmetrics.functional.audio.pesq import perceptual_evaluation_speech_quality
+
         if len(waveform) < SHORTEST_FOR_PESQ * self.sampling_rate:
             return float("nan"), float("nan")
         try:

@@ -87,7 +87,7 @@ def test_pesq_where_it_is_installed(monkeypatch):
         return torch.tensor(3.5)
 
     monkeypatch.setattr(reconstruction, "PesqError", Refusal)
-    monkeypatch.setattr(reconstruction, "perceptual_evaluation_speech_quality", pesq)
+    monkeypatch.setattr("torchmetrics.functional.audio.pesq.perceptual_evaluation_speech_quality", pesq)
     scores = AudioScores(8000, lambda waveforms: waveforms)
     sounds = torch.stack([voice(0.5), voice(0.5), 0 * voice(0.5)])
     found = scores(sounds, {"waveforms": sounds, "lengths": torch.tensor([4000, 3000, 4000])})
