@@ -40,6 +40,7 @@ from inference.arguments import OneLineParser
 from inference.devices import choose_device, choose_threads, cpu_model
 from model import build_processor, media_tokens
 from model.recurrence import draw_training_states
+from trainers.muon import Muon
 from trainers.optimizers import combine, matrices_of
 
 CONFIG = Path(__file__).parent.parent / "configs" / "recurrent_vlm.yaml"
@@ -247,7 +248,7 @@ class TrainingStep:
         self.model, self.max_norm = model, run.training.max_grad_norm
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         if run.training.muon_learning_rate is not None:
-            self.optimizer = combine(self.optimizer, matrices_of(model), lambda own: torch.optim.Muon(own, lr=1e-4))
+            self.optimizer = combine(self.optimizer, matrices_of(model), lambda own: Muon(own, lr=1e-4))
         config = model.config.get_text_config()
         self.text_config, self.depth = config, {}
         if config.num_core_layers:

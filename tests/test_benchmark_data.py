@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from benchmarks import data
+from trainers.muon import Muon
 
 MODEL = {
     "model_type": "megatransformer",
@@ -76,8 +77,8 @@ def test_every_kind_of_source_is_timed(config, capsys, monkeypatch):
 )
 def test_the_step_is_that_of_the_configuration(tmp_path, capsys, monkeypatch, training, calls):
     """Muon and clipping in each of three steps, or not at all."""
-    muon, clip = Mock(wraps=torch.optim.Muon.step), Mock(wraps=torch.nn.utils.clip_grad_norm_)
-    monkeypatch.setattr(torch.optim.Muon, "step", lambda self: muon(self))
+    muon, clip = Mock(wraps=Muon.step), Mock(wraps=torch.nn.utils.clip_grad_norm_)
+    monkeypatch.setattr(Muon, "step", lambda self: muon(self))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     argv = ["--config", write_config(tmp_path, **training), "--sources", "stories", "--documents", "24"]
     assert data.main([*argv, "--batches", "2", "--warmup", "1", "--device", "cpu"]) == 0

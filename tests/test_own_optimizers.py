@@ -13,8 +13,8 @@ from tests.test_trainer import Interrupt, build, losses
 from tests.test_trainer_parameter_groups import train, weights_of
 from tests.tiny import tiny_model
 from trainers import ParameterGroup, find_resume_point
-from trainers.adamuon import AdaMuon, orthogonalize
 from trainers.gradient_filters import GradientFilterOptions
+from trainers.muon import AdaMuon, Muon, orthogonalize
 from trainers.optimizers import OPTIMIZERS, CombinedOptimizer, bytes_of_optim, bytes_of_states
 from trainers.schedule_free import ScheduleFreeAdamW
 
@@ -86,6 +86,34 @@ def test_adamuon_is_the_papers():
 def test_singular_values_come_near_one(shape):
     values = torch.linalg.svdvals(orthogonalize(gradients(1, *shape)[0]))
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
+def test_the_iteration_is_a_polynomial_of_singular_values(shape):
+    """U S V becomes U p(S) V, with p five times the quintic of Muon."""
+    (matrix,) = gradients(1, *shape)
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / matrix.double().norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    torch.testing.assert_close(orthogonalize(matrix), ((left * values) @ right).float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
+def test_muon_is_that_of_torch(shape):
+    """Which multiplies in bfloat16; each goes on from the state of the other."""
+    ours, theirs = (nn.Parameter(torch.ones(*shape)) for _ in range(2))
+    own, reference = Muon([ours], lr=0.02), torch.optim.Muon([theirs], lr=0.02, adjust_lr_fn="match_rms_adamw")
+    for step, gradient in enumerate(gradients(8, *shape)):
+        if step == 4:
+            states = own.state_dict(), reference.state_dict()
+            own.load_state_dict(states[1])
+            reference.load_state_dict(states[0])
+        ours.grad, theirs.grad = gradient, gradient.clone()
+        own.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=8 * 0.02 * 0.2 * 8**0.5 * 0.02)  # 2 % of all steps
+    assert (ours - 1).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (8, 6)])

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .adamuon import AdaMuon
 from .keywords import OF_FSDP
+from .muon import AdaMuon, Muon
 from .schedule_free import ScheduleFreeAdamW
 from .user_functions import load_function
 
@@ -55,10 +55,7 @@ def build_muon(groups: Groups, args: TrainingArguments, model: nn.Module) -> tor
         from .deepspeed_muon import build_zero_muon  # it takes seconds, and is not always there
 
         return build_zero_muon(groups, args, matrices_of(model))
-    rate = args.muon_learning_rate
-    return with_auxiliary(
-        groups, args, model, lambda own: torch.optim.Muon(own, lr=rate, adjust_lr_fn="match_rms_adamw")
-    )
+    return with_auxiliary(groups, args, model, lambda own: Muon(own, lr=args.muon_learning_rate))
 
 
 def build_adamuon(groups: Groups, args: TrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
