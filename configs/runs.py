@@ -145,6 +145,12 @@ class RunConfig(ResolvedConfig):
                     f"data: source {source.label!r} has no targets: a model of sequence to sequence reads prompts and "
                     "learns answers; give loss_on: answer, and, unless it is generated, prompt_column and answer_column"
                 )
+        is_weighted = self.training is not None and any(it != 1 for it in vars(self.training.modality_weights).values())
+        if self.model.is_encoder_decoder and is_weighted:
+            raise ValueError(
+                "training.modality_weights weigh documents of a causal model; of sequence to sequence leave them out, "
+                "and weigh sources by their weight"
+            )
         is_table = not is_codec and model.position_embedding in ("learned", "sinusoidal")  # which does not extrapolate
         if is_table and self.data.block_size > model.max_position_embeddings:
             raise ValueError(

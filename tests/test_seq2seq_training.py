@@ -149,6 +149,12 @@ def test_packed_rows_are_refused(tmp_path, capsys):
     assert "data.packing: true puts several rows into one" in capsys.readouterr().err
 
 
+def test_weights_of_modalities_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main(["--config", write_run(tmp_path), "--training.modality_weights.audio", "2"])
+    assert "training.modality_weights weigh documents of a causal model" in capsys.readouterr().err
+
+
 def test_sources_without_targets_are_refused(tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n' * 40)
     for source in (
