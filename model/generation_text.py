@@ -166,6 +166,8 @@ class RecurrentGenerationMixin:
                 "assistant_early_exit drafts with the first layers, which say nothing before the core has run; leave "
                 "it out, or give a smaller model as assistant_model"
             )
+        if self.config.is_encoder_decoder:
+            self._check_options_of_decoder(config, own_loop, kwargs)
         if config.prefill_chunk_size is not None and kwargs.get("inputs_embeds") is not None:
             raise ValueError("prefill_chunk_size is not possible with inputs_embeds; leave one of them out")
         named = sorted(depth.num_steps) if isinstance(depth.num_steps, dict) else ()
@@ -199,6 +201,19 @@ class RecurrentGenerationMixin:
             why += "forever; leave it out, or gather the weights first"
         if asked and why:
             raise ValueError(f"{asked[0]} is not possible with {why}")
+
+    def _check_options_of_decoder(
+        self, config: GenerationConfig, own_loop: "OwnLoop | None", kwargs: dict[str, Any]
+    ) -> None:
+        """Raises ValueError for what only models without encoder have, whose prompt the decoder reads."""
+        asked = ["assistant_model"] * (kwargs.get("assistant_model") is not None)
+        asked += ["prefill_chunk_size"] * (config.prefill_chunk_size is not None)
+        asked += ["guidance_scale of texts"] * (own_loop is None and config.guidance_scale not in (None, 1))
+        if asked:
+            raise ValueError(
+                f"{asked[0]} is not possible behind an encoder, which has the prompt: leave it out, or take a model "
+                "without encoder"
+            )
 
     def _make_cache(
         self,

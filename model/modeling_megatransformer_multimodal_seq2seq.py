@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from .configuration_megatransformer_multimodal_seq2seq import MegaTransformerMultimodalSeq2SeqConfig
 from .fusion import embed_media, read_media, take_inputs
 from .generation_media import MEDIA, READ_BY, Sources, unconditional_ids
+from .generation_text import TEXTS
 from .modeling_megatransformer import (
     MEDIA_NAMES,
     MegaTransformerForConditionalGeneration,
@@ -117,7 +118,7 @@ class MegaTransformerForMultimodalSeq2SeqLM(MegaTransformerForSeq2SeqLM, MegaTra
     config: MegaTransformerMultimodalSeq2SeqConfig
     base_model_class = MegaTransformerMultimodalSeq2SeqModel
     output_class = MegaTransformerMultimodalSeq2SeqLMOutput
-    read_by = MappingProxyType(READ_BY | dict.fromkeys(OF_SOURCE, ("text", *MEDIA)))
+    read_by = MappingProxyType(READ_BY | dict.fromkeys(OF_SOURCE, (*TEXTS, *MEDIA)))
 
     @with_parameters_of(MegaTransformerForSeq2SeqLM.forward)
     @with_parameters(*MEDIA_NAMES)

@@ -230,6 +230,10 @@ def test_copies_images_and_exits(model):
     [
         ({"inputs_embeds": torch.zeros(1, 2, 32)}, "give input_ids, and no inputs_embeds"),
         ({"encoder_outputs": True, "guidance_scale": 2.0}, "give input_ids and no encoder_outputs, or guidance_scale"),
+        (
+            {"generation_mode": "text", "guidance_scale": 2.0, "input_ids": torch.ones(1, 3).long()},
+            "guidance_scale of texts",
+        ),
     ],
 )
 def test_what_guidance_cannot_have_is_refused(model, change, message):

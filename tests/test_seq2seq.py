@@ -296,6 +296,14 @@ def test_what_does_not_fit_is_refused(options, message):
         tiny_seq2seq_config(**options)
 
 
+@pytest.mark.parametrize("options", [{"prefill_chunk_size": 2}, {"guidance_scale": 1.5}, {"assistant_model": True}])
+def test_what_reads_the_prompt_of_a_decoder_is_refused(options):
+    if "assistant_model" in options:
+        options = {"assistant_model": tiny_seq2seq(seed=1)}
+    with pytest.raises(ValueError, match="is not possible behind an encoder, which has the prompt"):
+        tiny_seq2seq().generate(tiny_ids(1, 6), max_new_tokens=4, **options)
+
+
 def test_a_target_needs_a_beginning():
     model = tiny_seq2seq(bos_token_id=None)
     with pytest.raises(ValueError, match="are null; give the token that begins a target"):
