@@ -55,6 +55,8 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "any_to_any": ("train", ("text", "of_image", "of_audio", "image", "audio")),
     "any_to_any_depth": ("train", ("image", "audio")),
     "speech_digits": ("train", ("audio",)),
+    "seq2seq_recognition": ("train", ("of_audio",)),
+    "seq2seq_synthesis": ("train", ("audio",)),
     "image_autoencoder": ("train", ()),
     "vocoder": ("train", ()),
     "finetune_lora": ("tune", ("text",)),
