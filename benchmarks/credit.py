@@ -16,79 +16,58 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 # isort: split
 import json
 import math
-import multiprocessing
-import os
-import re
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import datasets
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 
-from benchmarks.depth_pays import mean_and_interval
-from benchmarks.timing import count, markdown_table
-from configs import load_config
-from configs.pretraining import build_pretraining
-from dataset_loading import Collator, build_examples
+from benchmarks.equal_time import (
+    BATCH,
+    ROOT,
+    Key,
+    Task,
+    as_flags,
+    build_parser,
+    questions_of,
+    run_apart,
+    run_missing,
+    tables,
+    train_as_long,
+)
+from dataset_loading import Collator
 from evaluation.answers import AnswerGenerator, Example, prompt_of, to_model
-from evaluation.checks import CHECKS
 from evaluation.depth import DepthEvaluator, chunks, evaluating
-from inference.arguments import OneLineParser
-from inference.output import whole_file
 
-ROOT = Path(__file__).parents[1]
 KEY = ("task", "objective", "seed", "updates_of_truncated", "questions")
 """What tells rows from each other."""
-PILOT = 40
-"""Updates of a run that finds out what one costs; the first two are not counted. It is a whole run with a schedule of
-its own, since the depth of an objective may grow within it."""
-BATCH = 64
 KEPT = 0.99
 """Share of the score that exits have to keep."""
 LEARNED = 0.5
 """Score below which there is nothing to keep: few steps are as wrong as many."""
 FEW = 0.4
 """Share of the steps at which scores with exits are compared."""
-QUIET = (
-    *("--training.eval_strategy", "no", "--training.save_strategy", "no", "--training.report_to", "none"),
-    *("--training.recurrence_logging_steps", "0", "--training.disable_tqdm", "true"),
-    *("--callbacks.samples.every_steps", "1000000000", "--callbacks.media_samples.every_steps", "1000000000"),
-)
 SCENES = "[{kind: generated, task: scenes, num_rows: %d}]"
 
 
 @dataclass(frozen=True)
-class Task:
+class RecurrentTask(Task):
     """What is learned.
 
     Args:
-        config: The run's YAML.
-        source: Label of the validation source that is scored.
-        updates: Updates of the truncated objective, whose time all others have.
         recurrence: Where the options of recurrence are.
-        levels: Difficulties that are scored; empty for all.
-        flags: Further options of the run.
     """
 
-    config: Path
-    source: str
-    updates: int
     recurrence: str = "model.recurrence"
-    levels: tuple[int, ...] = ()
-    flags: tuple[str, ...] = ()
 
 
 TASKS = {
-    "cups": Task(ROOT / "configs/recurrent_cups.yaml", "cups", updates=1000, levels=(4, 5, 6)),
-    "addition": Task(
+    "cups": RecurrentTask(ROOT / "configs/recurrent_cups.yaml", "cups", updates=1000, levels=(4, 5, 6)),
+    "addition": RecurrentTask(
         ROOT / "configs/recurrent_lm.yaml",
         "addition",
         updates=1300,
@@ -97,7 +76,7 @@ TASKS = {
             "[{kind: generated, task: addition, num_rows: 80000, difficulty: [1, 2], loss_on: answer}]",
         ),
     ),
-    "scenes": Task(
+    "scenes": RecurrentTask(
         ROOT / "configs/recurrent_vlm.yaml",
         "scenes",
         updates=300,
@@ -133,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 after one line on standard error, for bad input.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser("credit", "Objectives of training, in equal time.", TASKS, "objective", OBJECTIVES)
+    args = parser.parse_args(argv)
     set_up_logging("warning")
     datasets.disable_progress_bars()
     if args.job is not None:
@@ -141,130 +121,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output.write_text(json.dumps(measure(task, objective, int(seed), args.questions)))
         return 0
     jobs = [(task, name, seed) for seed in args.seeds for task in args.tasks for name in args.objectives]
-    rows = run_missing(jobs, args.output, args.questions, run_apart)
-    sys.stdout.write(report([row for row in rows if tuple(row[name] for name in KEY) in keys(jobs, args.questions)]))
+    keys = [key_of(*job, args.questions) for job in jobs]
+    sys.stdout.write(report(run_missing(keys, args.output, partial(run_apart, "benchmarks.credit"))))
     return 0
 
 
-def build_parser() -> OneLineParser:
-    parser = OneLineParser(prog="benchmarks.credit", description="Objectives of training, in equal time.")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of the rows; it is gone on with")
-    parser.add_argument("--questions", type=count, default=500, help="questions that are scored")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each run")
-    parser.add_argument("--tasks", choices=list(TASKS), nargs="+", default=list(TASKS), help="what is learned")
-    parser.add_argument(
-        "--objectives", choices=list(OBJECTIVES), nargs="+", default=list(OBJECTIVES), help="what is compared"
-    )
-    parser.add_argument("--job", nargs=3, metavar=("TASK", "OBJECTIVE", "SEED"), help="one run, whose row is written")
-    return parser
-
-
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-def keys(jobs: Sequence[tuple[str, str, int]], questions: int) -> list[tuple]:
-    """The values of `KEY` in the rows of jobs."""
-    return [(*job, TASKS[job[0]].updates, questions) for job in jobs]
-
-
-def run_missing(
-    jobs: Sequence[tuple[str, str, int]], path: Path, questions: int, run: Callable[[tuple[str, str, int], int], dict]
-) -> list[dict]:
-    """All rows of a file, after those of jobs that it lacks have been added, each as soon as it is there."""
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    for job, key in zip(jobs, keys(jobs, questions), strict=True):
-        if key not in [tuple(row[name] for name in KEY) for row in rows]:
-            rows.append(run(job, questions))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as file:
-                file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
-    return rows
-
-
-def run_apart(job: tuple[str, str, int], questions: int) -> dict:
-    """The row of a job, from a process of its own on one core."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "row.json"
-        command = ["--job", *job, "--questions", questions, "--output", file]
-        process = subprocess.run(
-            [sys.executable, "-m", "benchmarks.credit", *map(str, command)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if process.returncode:
-            raise RuntimeError(f"{job} ended with {process.returncode}:\n{process.stderr[-2000:]}")
-        return json.loads(file.read_text())
+def key_of(task: str, objective: str, seed: int, questions: int) -> Key:
+    """What tells the row of a run from others."""
+    return dict(zip(KEY, (task, objective, seed, TASKS[task].updates, questions), strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- one run
 
 
-class Clock(TrainerCallback):
-    """CPU seconds at the start and after each update."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds = [time.process_time()]
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.process_time())
-
-
 def measure(task_name: str, objective: str, seed: int, questions: int) -> dict:
     """Trains for as long as the truncated objective takes, and answers questions that were not trained on."""
     task = TASKS[task_name]
-    with tempfile.TemporaryDirectory() as folder:
-        # In a process of its own, whose memory is not taken for that of the run; forked, which imports nothing anew.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            names = (TRUNCATED, objective) if objective != TRUNCATED else ()
-            costs = [pool.submit(seconds_of_update, task, name, seed, folder).result() for name in names]
-        updates = max(1, round(task.updates * costs[0] / costs[1])) if costs else task.updates
-        before = memory("VmRSS")
-        trainer, clock = train(task, objective, seed, updates, folder)
-        peak = memory("VmHWM") - before
-    row = dict(zip(KEY, (task_name, objective, seed, task.updates, questions), strict=True))
-    found = {"updates": updates, "cpu_seconds": clock.seconds[-1] - clock.seconds[0], "peak_mib": peak}
-    return row | found | answers(trainer, task, questions)
+    reference = None if objective == TRUNCATED else flags_of(task, TRUNCATED)
+    trainer, found = train_as_long(task, flags_of(task, objective), reference, seed)
+    return key_of(task_name, objective, seed, questions) | found | answers(trainer, task, questions)
 
 
-def seconds_of_update(task: Task, objective: str, seed: int, folder: str) -> float:
-    """The mean CPU seconds of an update over a short run."""
-    _, clock = train(task, objective, seed, PILOT, folder)
-    counted = clock.seconds[2:]
-    return (counted[-1] - counted[0]) / (len(counted) - 1)
-
-
-def train(task: Task, objective: str, seed: int, updates: int, folder: str) -> tuple[Trainer, Clock]:
-    """A trainer that has trained."""
+def flags_of(task: RecurrentTask, objective: str) -> list[Any]:
+    """The options of a run with an objective."""
     options = OBJECTIVES[objective]
-    flags = ["--config", task.config, *task.flags, *QUIET, "--training.output_dir", folder, "--training.seed", seed]
-    flags += ["--training.max_steps", updates]
-    flags += [item for name, value in options.items() for item in (f"--training.objective.{name}", value)]
-    if options.get("name") == "exit_distribution":
-        flags += [f"--{task.recurrence}.exit_probe", "true"]
-    run = load_config(list(map(str, flags)))
-    trainer, clock = build_pretraining(run), Clock()
-    trainer.add_callback(clock)
-    trainer.run = run
-    trainer.train()
-    return trainer, clock
+    gate = {"exit_probe": "true"} if options.get("name") == "exit_distribution" else {}
+    return as_flags("training.objective", options) + as_flags(task.recurrence, gate)
 
 
-def memory(name: str) -> float:
-    """A figure of /proc/self/status in MiB."""
-    return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1024
-
-
-def answers(trainer: Trainer, task: Task, questions: int) -> dict:
+def answers(trainer: Trainer, task: RecurrentTask, questions: int) -> dict:
     """Exact match at several depths, and with exits at each threshold, with the share of the steps."""
-    run, model, processor = trainer.run, trainer.model, trainer.processing_class
-    (source,) = [source for source in run.data.validation if source.label == task.source]
-    drawn = build_examples(source, run.data, processor, 2 * questions, run.seed, CHECKS)
-    rows = [row for row in drawn if not task.levels or row["difficulty"] in task.levels][:questions]
+    model, processor = trainer.model, trainer.processing_class
+    rows = questions_of(trainer, task, questions)
     mean = model.config.get_text_config().recurrence.mean_steps
     evaluator = DepthEvaluator(model, Collator(processor), None, BATCH, None)
     with evaluating(model):
@@ -339,25 +227,13 @@ FIGURES: dict[str, Callable[[dict], float]] = {
 
 
 def report(rows: Sequence[dict]) -> str:
-    """A table for each task: means over the seeds, ± half of the 95 % interval; "-" where a seed has no figure."""
-    rows, parts = json.loads(json.dumps(list(rows))), []  # keys are text, as they are in a file
-    for task in dict.fromkeys(row["task"] for row in rows):
-        of_task, lines = [row for row in rows if row["task"] == task], []
-        for name in dict.fromkeys(row["objective"] for row in of_task):
-            own = [row for row in of_task if row["objective"] == name]
-            cells = [cell([figure(row) for row in own]) for figure in FIGURES.values()]
-            lines.append([name, str(len(own)), *cells])
-        title = f"{task}, at a mean of {of_task[0]['mean_steps']} steps; scores and shares of steps in per cent\n\n"
-        parts.append(title + markdown_table(["objective", "seeds", *FIGURES], lines))
-    return "\n".join(parts)
+    """A table for each task."""
+    return tables(rows, "objective", FIGURES, title_of)
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean and half of the interval."""
-    if any(map(math.isnan, values)):
-        return "-"
-    mean, half = mean_and_interval(values)
-    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
+def title_of(row: dict) -> str:
+    """What stands above the table of a task."""
+    return f"{row['task']}, at a mean of {row['mean_steps']} steps; scores and shares of steps in per cent"
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def causal_loss(
     num_items_in_batch: int | torch.Tensor,
     loss_weights: torch.Tensor | None = None,
     is_shifted: bool = False,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of transformers' `ForCausalLMLoss`, without ever holding the logits of all tokens.
 
@@ -54,6 +55,7 @@ def causal_loss(
         num_items_in_batch: The sum of the losses is divided by it.
         loss_weights: (batch, sequence), factor on the loss of each label.
         is_shifted: Whether position i predicts label i.
+        label_smoothing: Share of each label that is spread evenly over the vocabulary.
 
     Returns:
         A float32 scalar; and the loss of each label in its place, (batch, sequence), without weight and gradient.
@@ -63,7 +65,8 @@ def causal_loss(
     chunk = max(1, LOGITS_PER_CHUNK // vocab_size)
 
     def losses_of(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(head(hidden).float(), targets, ignore_index=-100, reduction="none")
+        options = {"ignore_index": -100, "reduction": "none", "label_smoothing": label_smoothing}
+        return nn.functional.cross_entropy(head(hidden).float(), targets, **options)
 
     parts = list(zip(hidden.flatten(0, 1).split(chunk), targets.split(chunk), strict=True))
     if len(parts) == 1:  # nothing to save

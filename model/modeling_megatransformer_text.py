@@ -521,10 +521,12 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             state_noise: See the base model.
             kwargs: `shift_labels`, (batch, sequence), in place of labels: position i predicts label i. Trainers that
                 spread a sequence over ranks give them, since the last position of a part predicts the first token of
-                the next. `source`: see the base model.
+                the next. `label_smoothing`: the share of each label that is spread evenly over the vocabulary.
+                `source`: see the base model.
         """
         # No parameter: `Trainer` takes all with "label" in their names for labels, and needs each of them to evaluate.
         shift_labels, source = kwargs.pop("shift_labels", None), kwargs.pop("source", None)
+        smoothing = kwargs.pop("label_smoothing", 0.0)
         cache = pop_cache(cache, kwargs)
         check_kwargs(kwargs, self.forward, position_ids)
         is_shifted = shift_labels is not None
@@ -560,10 +562,9 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             logits = self.compute_logits(slice_logits_to_keep(hidden, logits_to_keep))
         loss, token_losses, vocab_size = None, None, self.text_config.vocab_size
         is_part = not isinstance(logits_to_keep, int) or logits_to_keep != 0
-        if labels is not None and (logits is None or loss_weights is not None or is_part):  # some tokens at a time
-            loss, token_losses = causal_loss(
-                self.compute_logits, hidden, labels, vocab_size, num_items_in_batch, loss_weights, is_shifted
-            )
+        if labels is not None and (logits is None or loss_weights is not None or is_part or smoothing):
+            options = (vocab_size, num_items_in_batch, loss_weights, is_shifted, smoothing)
+            loss, token_losses = causal_loss(self.compute_logits, hidden, labels, *options)  # some tokens at a time
         elif labels is not None:
             shifted = labels if is_shifted else None
             loss = self.loss_function(logits, labels, vocab_size, num_items_in_batch, shift_labels=shifted)

@@ -16,7 +16,7 @@ NF4 = torch.tensor(
     ]
 )
 BLOCK = 64
-KEPT = r"lm_head|model\.core\.injection|model\.exit_probe|model\.writers"
+KEPT = r"lm_head|model\.(?:encoder\.)?core\.injection|model\.exit_probe|model\.writers"
 
 
 def rounded_to_4_bits(weight: torch.Tensor) -> torch.Tensor:

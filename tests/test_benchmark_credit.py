@@ -1,11 +1,10 @@
-"""The benchmark of objectives: its arithmetic, which runs it takes up again, and a run of a second."""
+"""The benchmark of objectives: its arithmetic, and a run of a second."""
 
-import json
 import math
 
 import pytest
 
-from benchmarks import credit
+from benchmarks import credit, equal_time
 from tests.test_pretrain import write_config
 
 
@@ -40,27 +39,11 @@ def test_the_report_has_means_and_intervals_over_seeds():
     assert "| full | 2 | 50.0 ± 381.2 | - | " in credit.report([row(), one])
 
 
-def test_what_a_file_holds_is_not_run_again(tmp_path):
-    file, started = tmp_path / "there" / "rows.json", []
-
-    def run(job, questions):
-        started.append(job)
-        return row(job[1], job[2])
-
-    jobs = [("cups", "full", seed) for seed in range(2)]
-    credit.run_missing(jobs[:1], file, 10, run)
-    rows = credit.run_missing([*jobs, *jobs], file, 10, run)
-    assert started == jobs and rows == json.loads(file.read_text()) == [row(seed=0), row(seed=1)]
-    with pytest.raises(ZeroDivisionError):  # what fails later does not take away what is there
-        credit.run_missing([("cups", "full", 2)], file, 10, lambda *job: 1 / 0)
-    assert json.loads(file.read_text()) == rows
-
-
 def test_a_run_trains_for_the_time_of_the_truncated_objective_and_answers(tmp_path, monkeypatch):
     config = write_config(tmp_path, training={"logging_steps": 1000})
-    task = credit.Task(config, "addition", updates=12, levels=(1,))
+    task = credit.RecurrentTask(config, "addition", updates=12, levels=(1,))
     monkeypatch.setitem(credit.TASKS, "tiny", task)
-    monkeypatch.setattr(credit, "PILOT", 4)
+    monkeypatch.setattr(equal_time, "PILOT", 4)
     monkeypatch.setattr(credit, "THRESHOLDS", {"kl_divergence": (1e9, 1e-30), "probe": (0.5,)})
     found = credit.measure("tiny", "exit distribution", 0, questions=6)
     assert 1 < found["updates"] < 12 and found["cpu_seconds"] > 0 and found["peak_mib"] > 0

@@ -39,7 +39,7 @@ OF_COMMANDS = {"main", "build_parser"}
 BOUNDS = {
     "scripts": 3,
     "files": 193,
-    "lines": 36_790,
+    "lines": 36_830,
     "names defined twice": 0,
     "names of the text model's forward": 20,
     "lines that a text checkpoint exports": 3_550,

@@ -447,7 +447,7 @@ def test_deepspeed_needs_a_launcher(tmp_path, monkeypatch):
         ({"eval_accumulation_steps": 0}, "eval_accumulation_steps is 0; give at least 1"),
         ({"label_names": ["targets"]}, r"label_names is \['targets'\], but the metrics need .*; leave it out"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches is False, but the metrics need"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but transformers would not shift the labels"),
+        ({"label_smoothing_factor": 1.0}, "label_smoothing_factor is 1.0; give a number from 0 to below 1"),
         ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy is 'sorted'; give one of random, sequential"),
         ({"log_level": "loud"}, "log_level is 'loud'; give one of detail, debug"),
     ],

@@ -33,7 +33,7 @@ MINIMUMS = {
     **dict.fromkeys(("num_train_epochs", "warmup_steps", "logging_steps", "eval_steps", "save_steps"), 0),
     **dict.fromkeys(("recurrence_logging_steps", "dataloader_num_workers", "stall_seconds", "seed", "data_seed"), 0),
 }
-SHARES = ("adam_beta1", "adam_beta2", "ema_decay")
+SHARES = ("adam_beta1", "adam_beta2", "ema_decay", "label_smoothing_factor")
 # What has a backward pass of its own, which is run once.
 OF_BACKWARD = (
     "deepspeed",
@@ -46,7 +46,6 @@ FIXED = {
     "eval_do_concat_batches": (True, "the metrics need the batches of an evaluation as one"),
     "remove_unused_columns": (False, "rows hold what collator and trainer take, not the model alone"),
     "use_liger_kernel": (False, "Liger has no kernels for this model, and nothing would happen"),
-    "label_smoothing_factor": (0, "transformers would not shift the labels, and train the model to repeat each token"),
 }
 
 

@@ -67,6 +67,8 @@ class BaseTrainer(Trainer):
     args: RecurrentTrainingArguments
     has_token_batches = False
     """Whether `max_tokens_per_batch` has a meaning for this trainer."""
+    smooths_labels = False
+    """Whether `label_smoothing_factor` has one."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.options_of_run = OptionsOfRun()
@@ -135,7 +137,12 @@ class BaseTrainer(Trainer):
             self.create_scheduler(max(self.args.max_steps, 1), unused)
 
     def _check_batches(self) -> None:
-        """Raises ValueError for options of batches that only other trainers read."""
+        """Raises ValueError for options of batches and labels that only other trainers read."""
+        if self.args.label_smoothing_factor and not self.smooths_labels:
+            raise ValueError(
+                f"training.label_smoothing_factor is {self.args.label_smoothing_factor}, but only trainer: pretrain "
+                "smooths labels; leave it out"
+            )
         if self.args.auto_find_batch_size:
             raise ValueError(
                 "training.auto_find_batch_size is true, but only trainer: pretrain looks for a size; set it to false, "

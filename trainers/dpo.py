@@ -75,6 +75,7 @@ class PreferenceTrainer(RecurrentTrainer, DPOTrainer, NamedMetrics):
     """
 
     args: PreferenceArguments
+    smooths_labels = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

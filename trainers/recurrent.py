@@ -50,12 +50,13 @@ class RecurrentTrainer(BaseTrainer):
         ValueError: The libraries refuse an option; nothing is written then.
     """
 
-    has_token_batches = True
+    has_token_batches = smooths_labels = True
 
     def __init__(self, *args: Any, train_dataset: Dataset | None = None, **kwargs: Any):
         self.train_dataset = train_dataset  # of which batches are made before `Trainer` makes a folder
         self.token_batches: TokenBatchSampler | None = None
         super().__init__(*args, train_dataset=train_dataset, **kwargs)
+        self.label_smoother = None  # transformers' would not shift labels of classes that it does not know
         self.modalities = ModalityLosses(self.args.modality_weights)
         self.text_config = self.model.config.get_text_config()
         self.has_media = isinstance(self.model.config, MediaConfig)
@@ -107,6 +108,8 @@ class RecurrentTrainer(BaseTrainer):
                 found[1]["target_sums"] = target_sums(found[1].get("target_losses") or {}, inputs["input_ids"])
             return found
         inputs["skip_logits"] = True
+        if self.args.label_smoothing_factor:
+            inputs["label_smoothing"] = self.args.label_smoothing_factor
         if self.is_recurrent:
             inputs |= self._draw_recurrence(*inputs["labels" if self.is_encoder_decoder else "input_ids"].shape)
         if self.is_encoder_decoder and (encoder := self.model.config.get_text_config(encoder=True)).num_core_layers:

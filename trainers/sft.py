@@ -55,6 +55,8 @@ class SupervisedTrainer(RecurrentTrainer, LossOfTextOrModel):
         ValueError: The libraries refuse an option, or models with media do not have the loss.
     """
 
+    smooths_labels = False
+
     def __init__(self, *args: Any, train_dataset: Dataset, **kwargs: Any):
         # TRL takes no other datasets than these, which it would tokenise; ours take the place of the one below.
         stand_in = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})

@@ -110,7 +110,8 @@ class TrainingPass:
             of_labels = shifted if of_labels is None else shifted * of_labels
         vocab_size = self.model.config.get_text_config().vocab_size
         labels, head = self.inputs["labels"], self.model.compute_logits
-        return causal_loss(head, hidden, labels, vocab_size, self.num_items, of_labels)[0]
+        smoothing = self.inputs.get("label_smoothing", 0.0)
+        return causal_loss(head, hidden, labels, vocab_size, self.num_items, of_labels, label_smoothing=smoothing)[0]
 
     @cached_property
     def label_weights(self) -> torch.Tensor:

@@ -1,0 +1,230 @@
+"""What the comparisons of several ways to train for the same CPU time share: tasks, the clock, the file of rows.
+
+The time is that of so many updates of the way that is the reference: each run measures first, in short pilots, what an
+update of its own costs and what one of the reference, so that rows of several machines can be compared. Each run is a
+process on one core, and a row of a JSON file; what that file holds is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from benchmarks.depth_pays import mean_and_interval
+from benchmarks.timing import count, markdown_table
+from configs import RunConfig, load_config
+from configs.pretraining import build_pretraining
+from dataset_loading import build_examples
+from evaluation.answers import Example
+from evaluation.checks import CHECKS
+from inference.arguments import OneLineParser
+from inference.output import whole_file
+
+ROOT = Path(__file__).parents[1]
+PILOT = 40
+"""Updates of a run that finds out what one costs; the first two are not counted. It is a whole run with a schedule of
+its own, since the depth of an objective may grow within it."""
+BATCH = 64
+"""Questions that are answered at a time."""
+QUIET = (
+    *("--training.eval_strategy", "no", "--training.save_strategy", "no", "--training.report_to", "none"),
+    *("--training.recurrence_logging_steps", "0", "--training.disable_tqdm", "true"),
+    *("--callbacks.samples.every_steps", "1000000000", "--callbacks.media_samples.every_steps", "1000000000"),
+)
+
+Key = dict[str, Any]
+"""What tells a row from others: the task, what is compared, the seed, the updates of the reference, the questions."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned.
+
+    Args:
+        config: The run's YAML.
+        source: Label of the validation source that is scored.
+        updates: Updates of the reference, whose time all others have.
+        levels: Difficulties that are scored; empty for all.
+        flags: Further options of the run.
+    """
+
+    config: Path
+    source: str
+    updates: int
+    levels: tuple[int, ...] = ()
+    flags: tuple[str, ...] = ()
+
+
+def build_parser(name: str, description: str, tasks: Iterable[str], way: str, ways: Iterable[str]) -> OneLineParser:
+    """The options of a comparison of ways to train; `way` is what they are called, such as "objective"."""
+    parser = OneLineParser(prog=f"benchmarks.{name}", description=description)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the rows; it is gone on with")
+    parser.add_argument("--questions", type=count, default=500, help="questions that are scored")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each run")
+    parser.add_argument("--tasks", choices=list(tasks), nargs="+", default=list(tasks), help="what is learned")
+    parser.add_argument(f"--{way}s", choices=list(ways), nargs="+", default=list(ways), help="what is compared")
+    parser.add_argument("--job", nargs=3, metavar=("TASK", way.upper(), "SEED"), help="one run, whose row is written")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def run_missing(keys: Sequence[Key], path: Path, run: Callable[[Key], dict]) -> list[dict]:
+    """The rows of these keys, after those that the file lacks have been added to it, each as soon as it is there."""
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for key in keys:
+        if not any(has_key(row, key) for row in rows):
+            rows.append(run(key))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as file:
+                file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+    return [row for row in rows if any(has_key(row, key) for key in keys)]
+
+
+def has_key(row: dict, key: Key) -> bool:
+    """Whether a row is that of a key."""
+    return key.items() <= {name: row[name] for name in key}.items()
+
+
+def run_apart(module: str, key: Key) -> dict:
+    """The row of a key, from a process of its own on one core."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, job = Path(folder) / "row.json", list(key.values())[:3]
+        command = ["--job", *job, "--questions", key["questions"], "--output", file]
+        process = subprocess.run(
+            [sys.executable, "-m", module, *map(str, command)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode:
+            raise RuntimeError(f"{job} ended with {process.returncode}:\n{process.stderr[-2000:]}")
+        return json.loads(file.read_text())
+
+
+# -------------------------------------------------------------------------------------------------------------- one run
+
+
+class Clock(TrainerCallback):
+    """CPU seconds at the start and after each update."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds = [time.process_time()]
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.process_time())
+
+
+def train_as_long(
+    task: Task, own: Sequence[Any], reference: Sequence[Any] | None, seed: int
+) -> tuple[Trainer, dict[str, float]]:
+    """A trainer that has trained for as long as the reference takes, and the updates, the CPU seconds and the most MiB
+    that this took. `own` and `reference` are flags; without the latter it makes as many updates.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        updates = task.updates
+        if reference is not None:
+            # In processes of their own, whose memory is not taken for that of the run; forked, which imports nothing
+            # anew.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+                pilots = [pool.submit(seconds_of_update, task, flags, seed, folder) for flags in (reference, own)]
+                theirs, ours = (pilot.result() for pilot in pilots)
+            updates = max(1, round(task.updates * theirs / ours))
+        before = memory("VmRSS")
+        trainer, clock = train(task, own, seed, updates, folder)
+        peak = memory("VmHWM") - before
+    seconds = clock.seconds[-1] - clock.seconds[0]
+    return trainer, {"updates": updates, "cpu_seconds": seconds, "peak_mib": peak}
+
+
+def as_flags(section: str, options: dict[str, Any]) -> list[Any]:
+    """Options by name, below a section, as arguments of a command line."""
+    return [item for name, value in options.items() for item in (f"--{section}.{name}", value)]
+
+
+def seconds_of_update(task: Task, flags: Sequence[Any], seed: int, folder: str) -> float:
+    """The mean CPU seconds of an update over a short run."""
+    _, clock = train(task, flags, seed, PILOT, folder)
+    counted = clock.seconds[2:]
+    return (counted[-1] - counted[0]) / (len(counted) - 1)
+
+
+def train(task: Task, flags: Sequence[Any], seed: int, updates: int, folder: str) -> tuple[Trainer, Clock]:
+    """A trainer that has trained."""
+    of_run = as_flags("training", {"output_dir": folder, "seed": seed, "max_steps": updates})
+    run = config_of(task, (*of_run, *flags))
+    trainer, clock = build_pretraining(run), Clock()
+    trainer.add_callback(clock)
+    trainer.run = run
+    trainer.train()
+    return trainer, clock
+
+
+def config_of(task: Task, flags: Sequence[Any]) -> RunConfig:
+    """The resolved config of a run with these options."""
+    return load_config(list(map(str, ("--config", task.config, *task.flags, *QUIET, *flags))))
+
+
+def memory(name: str) -> float:
+    """A figure of /proc/self/status in MiB."""
+    return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1024
+
+
+def questions_of(trainer: Trainer, task: Task, questions: int) -> list[Example]:
+    """Questions of the difficulties that are scored; the run did not train on them."""
+    run = trainer.run
+    (source,) = [source for source in run.data.validation if source.label == task.source]
+    drawn = build_examples(source, run.data, trainer.processing_class, 2 * questions, run.seed, CHECKS)
+    return [row for row in drawn if not task.levels or row["difficulty"] in task.levels][:questions]
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def tables(
+    rows: Sequence[dict], way: str, figures: dict[str, Callable[[dict], float]], title: Callable[[dict], str]
+) -> str:
+    """A table for each task: means over the seeds, ± half of the 95 % interval; "-" where a seed has no figure.
+
+    Args:
+        rows: The rows, of any task and seed.
+        way: The name of what is compared, under which rows hold it.
+        figures: Columns, and what stands in them of a row whose keys are text, as they are in a file.
+        title: What stands above a table, of a row of that.
+    """
+    rows, parts = json.loads(json.dumps(list(rows))), []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task, lines = [row for row in rows if row["task"] == task], []
+        for name in dict.fromkeys(row[way] for row in of_task):
+            own = [row for row in of_task if row[way] == name]
+            cells = [cell([figure(row) for row in own]) for figure in figures.values()]
+            lines.append([name, str(len(own)), *cells])
+        parts.append(f"{title(of_task[0])}\n\n{markdown_table([way, 'seeds', *figures], lines)}")
+    return "\n".join(parts)
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean and half of the interval; "-" where a value is none."""
+    if any(map(math.isnan, values)):
+        return "-"
+    mean, half = mean_and_interval(values)
+    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
