@@ -100,7 +100,11 @@ VARIANTS = {
     "PEER": Variant({"mlp": "peer", **EXPERTS}),
 }
 SEQ2SEQ = "cups, source and target"
-PLAIN_DECODER = {"decoder_config.num_core_layers": 0, "decoder_config.num_prelude_layers": 1}
+PLAIN_DECODER = {
+    "decoder_config.num_core_layers": 0,
+    "decoder_config.num_prelude_layers": 1,
+    "decoder_config.intermediate_size": 320,  # as above
+}
 OF_DECODER = {
     REFERENCE: Variant({}),
     "plain": Variant(PLAIN_DECODER),
