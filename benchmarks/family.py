@@ -68,13 +68,13 @@ class Variant:
     has_same_updates: bool = False
 
 
-# A core of two layers that runs four times, so that eight layers are executed. What is shared executes as many.
 CUPS = (
     '[{kind: generated, task: cups, num_rows: 40000, difficulty: [1, 6], loss_on: answer, separator: "", weight: 2}, '
     '{kind: generated, task: cups, num_rows: 20000, difficulty: [1, 3], loss_on: answer, separator: "", '
     "name: few_moves, seed: 1}]"
 )
 SORTING = "[{kind: generated, task: sorting, num_rows: %d, difficulty: [4, 8], loss_on: answer}]"
+# A core of two layers that runs four times, so that eight layers are executed. What is shared executes as many.
 CORE = {"num_prelude_layers": 0, "num_core_layers": 2, "recurrence.mean_steps": 4, "recurrence.backprop_steps": 4}
 IN_CORE = {
     "num_core_layers": 4,

@@ -22,6 +22,14 @@ def test_all_variants_have_about_as_many_parameters():
     assert all(abs(family.parameters(*pair) / sizes[pair[0]] - 1) <= 0.03 for pair in PAIRS)
 
 
+def test_all_but_one_execute_eight_layers_of_two():
+    """At the mean depth."""
+    for name, variant in family.VARIANTS.items():
+        run = equal_time.config_of(family.TASKS["cups"], equal_time.as_flags("model", variant.options))
+        assert run.model.num_unique_layers == 2
+        assert run.model.mean_executed_layers == (2 if name == "plain" else 8), name
+
+
 def test_more_parameters_are_refused(monkeypatch):
     wider = family.Variant({"intermediate_size": 1000})
     monkeypatch.setitem(family.CONTESTANTS["cups"], "wider", wider)
