@@ -525,6 +525,7 @@ end_process(0)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks_equal_one_with_and_without_zero(tmp_path):
     names = " ".join(OBJECTIVES)
     one = launch(1, RANKS, str(tmp_path), "4", names, "{}")
