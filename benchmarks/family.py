@@ -73,6 +73,7 @@ CUPS = (
     '{kind: generated, task: cups, num_rows: 20000, difficulty: [1, 3], loss_on: answer, separator: "", '
     "name: few_moves, seed: 1}]"
 )
+CUPS_HELD_OUT = '[{kind: generated, task: cups, num_rows: 1000, difficulty: [1, 6], loss_on: answer, separator: ""}]'
 SORTING = "[{kind: generated, task: sorting, num_rows: %d, difficulty: [4, 8], loss_on: answer}]"
 # A core of two layers that runs four times, so that eight layers are executed. What is shared executes as many.
 CORE = {"num_prelude_layers": 0, "num_core_layers": 2, "recurrence.mean_steps": 4, "recurrence.backprop_steps": 4}
@@ -100,10 +101,13 @@ VARIANTS = {
     "PEER": Variant({"mlp": "peer", **EXPERTS}),
 }
 SEQ2SEQ = "cups, source and target"
+PART = {"hidden_size": 64, "intermediate_size": 192}
+# As many steps as there are moves, from a state that says that it is the first.
+ITERATED = {"mean_steps": 6, "backprop_steps": 6, "step_distribution": "fixed", "state_init": "zero"}
 PLAIN_DECODER = {
     "decoder_config.num_core_layers": 0,
     "decoder_config.num_prelude_layers": 1,
-    "decoder_config.intermediate_size": 320,  # as above
+    "decoder_config.intermediate_size": 235,  # as above
 }
 OF_DECODER = {
     REFERENCE: Variant({}),
@@ -124,7 +128,18 @@ TASKS = {
         updates=300,
         flags=(*as_flags("model", CORE), "--data.train", SORTING % 60000, "--data.validation", SORTING % 1000),
     ),
-    SEQ2SEQ: Task(ROOT / "configs/seq2seq.yaml", "cups", updates=800, levels=(4, 5, 6), flags=()),
+    SEQ2SEQ: Task(
+        ROOT / "configs/seq2seq.yaml",
+        "cups",
+        updates=600,
+        flags=(
+            *as_flags("model.encoder_config", PART | {"num_prelude_layers": 1, "position_embedding": "learned"}),
+            *as_flags("model.decoder_config", PART | {"recurrence.step_embedding": "sinusoidal"}),
+            *as_flags("model.decoder_config.recurrence", ITERATED),
+            *as_flags("training", {"per_device_train_batch_size": 128}),
+            *("--data.block_size", "16", "--data.train", CUPS, "--data.validation", CUPS_HELD_OUT),
+        ),
+    ),
 }
 CONTESTANTS = {task: OF_DECODER if task == SEQ2SEQ else VARIANTS for task in TASKS}
 """The variants of each task."""
