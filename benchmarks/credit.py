@@ -44,7 +44,7 @@ from evaluation.answers import AnswerGenerator, Example, prompt_of, to_model
 from evaluation.depth import DepthEvaluator, chunks, evaluating
 
 KEY = ("task", "objective", "seed", "updates_of_truncated", "questions")
-"""What tells rows from each other."""
+"""The keys that tell rows from each other."""
 KEPT = 0.99
 """Share of the score that exits have to keep."""
 LEARNED = 0.5
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def key_of(task: str, objective: str, seed: int, questions: int) -> Key:
-    """What tells the row of a run from others."""
+    """The values that tell the row of a run from others."""
     return dict(zip(KEY, (task, objective, seed, TASKS[task].updates, questions), strict=True))
 
 
@@ -232,7 +232,7 @@ def report(rows: Sequence[dict]) -> str:
 
 
 def title_of(row: dict) -> str:
-    """What stands above the table of a task."""
+    """The line above the table of a task."""
     return f"{row['task']}, at a mean of {row['mean_steps']} steps; scores and shares of steps in per cent"
 
 

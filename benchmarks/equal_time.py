@@ -1,4 +1,4 @@
-"""What the comparisons of several ways to train for the same CPU time share: tasks, the clock, the file of rows.
+"""Shared parts of comparisons of ways to train for the same CPU time: tasks, the clock, the file of rows.
 
 The time is that of so many updates of the way that is the reference: each run measures first, in short pilots, what an
 update of its own costs and what one of the reference, so that rows of several machines can be compared. Each run is a
@@ -47,12 +47,12 @@ QUIET = (
 )
 
 Key = dict[str, Any]
-"""What tells a row from others: the task, what is compared, the seed, the updates of the reference, the questions."""
+"""Keys of a row: the task, what is compared, the seed, the updates of the reference, the questions."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned.
+    """A task that is learned.
 
     Args:
         config: The run's YAML.

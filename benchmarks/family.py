@@ -47,7 +47,7 @@ from evaluation.depth import DepthEvaluator, evaluating
 from evaluation.report import new_figure
 
 KEY = ("task", "variant", "seed", "updates_of_reference", "questions")
-"""What tells rows from each other."""
+"""The keys that tell rows from each other."""
 REFERENCE = "reference"
 PLAIN_DEPTH = "plain"
 """The depth of a model without a core, as rows name it."""
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def key_of(task: str, variant: str, seed: int, questions: int) -> Key:
-    """What tells the row of a run from others."""
+    """The values that tell the row of a run from others."""
     return dict(zip(KEY, (task, variant, seed, TASKS[task].updates, questions), strict=True))
 
 
@@ -247,7 +247,7 @@ def report(rows: Sequence[dict]) -> str:
 
 
 def title_of(row: dict) -> str:
-    """What stands above the table of a task."""
+    """The line above the table of a task."""
     return f"{row['task']}, the time of {row['updates_of_reference']} updates of the reference; scores in per cent"
 
 

@@ -23,7 +23,11 @@ from .modeling_megatransformer import (
     MegaTransformerMediaModelOutput,
     MegaTransformerModel,
 )
-from .modeling_megatransformer_seq2seq import MegaTransformerForSeq2SeqLM, MegaTransformerSeq2SeqModel
+from .modeling_megatransformer_seq2seq import (
+    EncoderDecoderOutput,
+    MegaTransformerForSeq2SeqLM,
+    MegaTransformerSeq2SeqModel,
+)
 from .outputs import with_parameters, with_parameters_of
 
 OF_SOURCE = ("encoder_outputs", "decoder_input_ids", "decoder_attention_mask")
@@ -31,25 +35,13 @@ OF_SOURCE = ("encoder_outputs", "decoder_input_ids", "decoder_attention_mask")
 
 
 @dataclass
-class MegaTransformerMultimodalSeq2SeqModelOutput(MegaTransformerMediaModelOutput):
-    """Output of the decoder, and of the encoder; see MegaTransformerSeq2SeqModelOutput."""
-
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+class MegaTransformerMultimodalSeq2SeqModelOutput(EncoderDecoderOutput, MegaTransformerMediaModelOutput):
+    """Output of the decoder, then of both parts."""
 
 
 @dataclass
-class MegaTransformerMultimodalSeq2SeqLMOutput(MegaTransformerMediaCausalLMOutput):
-    """Output of the decoder with its heads, and of the encoder; see MegaTransformerSeq2SeqModelOutput."""
-
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+class MegaTransformerMultimodalSeq2SeqLMOutput(EncoderDecoderOutput, MegaTransformerMediaCausalLMOutput):
+    """Output of the decoder with its heads, then of both parts."""
 
 
 @dataclass

@@ -16,8 +16,8 @@ from .outputs import MegaTransformerCausalLMOutput, MegaTransformerModelOutput, 
 
 
 @dataclass
-class MegaTransformerSeq2SeqModelOutput(MegaTransformerModelOutput):
-    """Output of the decoder, and:
+class EncoderDecoderOutput(ModelOutput):
+    """What outputs have of both parts, beside those of the decoder.
 
     Args:
         decoder_hidden_states: The same as `hidden_states`, by the name that `generate` looks for.
@@ -35,14 +35,13 @@ class MegaTransformerSeq2SeqModelOutput(MegaTransformerModelOutput):
 
 
 @dataclass
-class MegaTransformerSeq2SeqLMOutput(MegaTransformerCausalLMOutput):
-    """Output of the decoder with its head, and of the encoder; see MegaTransformerSeq2SeqModelOutput."""
+class MegaTransformerSeq2SeqModelOutput(EncoderDecoderOutput, MegaTransformerModelOutput):
+    """Output of the decoder, then of both parts."""
 
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+@dataclass
+class MegaTransformerSeq2SeqLMOutput(EncoderDecoderOutput, MegaTransformerCausalLMOutput):
+    """Output of the decoder with its head, then of both parts."""
 
 
 def with_encoder(kind: type[ModelOutput], decoded: ModelOutput, encoded: ModelOutput) -> ModelOutput:
