@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
+from .token_pass import token_norm, token_product
 
 
 @dataclass
@@ -29,6 +30,7 @@ class AttentionInputs:
     hidden_states: list[torch.Tensor] | None = None  # where what was asked for is gathered
     attentions: list[torch.Tensor] | None = None
     source: "SourceInputs | None" = None  # of a decoder behind an encoder
+    token: "TokenInputs | None" = None  # where there is one new token of each row, and only its output is wanted
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionInputs":
         """The same on another device. accelerate calls it where the layers of a model are spread over several."""
@@ -39,7 +41,7 @@ class AttentionInputs:
         rotary = self.rotary and tuple(map(move, self.rotary))
         where = self.where if isinstance(self.where, slice) else move(self.where)
         moved = {"mask": move(self.mask), "position_bias": move(self.position_bias), "rows": move(self.rows)}
-        moved["source"] = self.source and self.source.map(move)
+        moved["source"], moved["token"] = self.source and self.source.map(move), self.token and self.token.map(move)
         return replace(self, rotary=rotary, where=where, **moved)
 
     def of(self, rows: torch.LongTensor) -> "AttentionInputs":
@@ -48,8 +50,10 @@ class AttentionInputs:
             return self.build_of(rows)
         rotary = self.rotary and tuple(select_rows(part, rows) for part in self.rotary)
         mask, bias = select_rows(self.mask, rows), select_rows(self.position_bias, rows)
-        source = self.source and self.source.map(lambda part: select_rows(part, rows))
-        return replace(self, mask=mask, rotary=rotary, position_bias=bias, rows=rows, source=source)
+        source, token = (
+            part and part.map(lambda tensor: select_rows(tensor, rows)) for part in (self.source, self.token)
+        )
+        return replace(self, mask=mask, rotary=rotary, position_bias=bias, rows=rows, source=source, token=token)
 
     def record(self, probabilities: torch.Tensor, attentions: list[torch.Tensor]) -> None:
         """Gathers attention probabilities, (rows, heads, query, key), with 0 in the rows that are not here."""
@@ -77,6 +81,24 @@ class SourceInputs:
         """A copy with all tensors changed."""
         changed = tuple(tuple(map(change, pair)) for pair in self.keys_values)
         return replace(self, keys_values=changed, mask=change(self.mask))
+
+
+@dataclass
+class TokenInputs:
+    """What one new token of each row needs beside the rest.
+
+    Args:
+        rotary: cos and sin for queries, keys and values at once, (batch, heads, head_dim) each, by which those of
+            values are not rotated; None without RoPE.
+        functions: Those of layers, which are made once for all steps.
+    """
+
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
+    functions: dict[nn.Module, Callable] = field(default_factory=dict)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "TokenInputs":
+        """A copy with all tensors changed."""
+        return replace(self, rotary=self.rotary and tuple(map(change, self.rotary)))
 
 
 def select_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
@@ -201,6 +223,8 @@ def prepare_attention(
     if config.position_embedding == "rope":
         angles = rotary_angles(position_ids, config.head_dim, config.rope_theta)
         inputs.rotary = rotary_tables(angles, inputs_embeds.dtype)
+    if is_token_alone(config, inputs_embeds, inputs):
+        inputs.token = TokenInputs(inputs.rotary and token_tables(config, *inputs.rotary))
     if not alibi:
         return inputs
 
@@ -217,6 +241,25 @@ def prepare_attention(
     else:
         inputs.mask = mask + bias
     return inputs
+
+
+def is_token_alone(config: PreTrainedConfig, embeds: torch.Tensor, inputs: AttentionInputs) -> bool:
+    """Whether there is one new token of each row, behind a cache that grows, and only its output is wanted."""
+    return (
+        embeds.shape[1] == 1
+        and isinstance(inputs.where, slice)
+        and inputs.attentions is None
+        and config._attn_implementation == "sdpa"
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and not torch.is_autocast_enabled(embeds.device.type)
+    )
+
+
+def token_tables(config: PreTrainedConfig, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables of RoPE, (batch, 1, head_dim), as `TokenInputs` has them."""
+    rotated, rest = config.num_attention_heads + config.num_key_value_heads, config.num_key_value_heads
+    cos, sin = (table.expand(-1, rotated, -1) for table in (cos, sin))
+    return torch.cat((cos, torch.ones_like(cos[:, :rest])), 1), torch.cat((sin, torch.zeros_like(sin[:, :rest])), 1)
 
 
 def prepare_source(
@@ -396,6 +439,30 @@ class Attention(nn.Module):
             extra["softcap"] = self.config.attn_logit_softcapping
         dropout = self.attention_dropout if self.training else 0.0
         return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra)
+
+    def token_function(self) -> Callable[[torch.Tensor, AttentionInputs, CacheSlot], torch.Tensor]:
+        """What `forward` does before the output projection, for one new token: (rows, hidden) -> (rows, features)."""
+        heads, groups, head_dim, scale = self.num_heads, self.num_key_value_heads, self.head_dim, self.scaling
+        product, bias = token_product(self.qkv_proj), self.qk_bias if self.config.qk_bias else None
+        norms = [token_norm(norm) for norm in (self.q_norm, self.k_norm)] if self.config.qk_norm else None
+        shape, attend = (-1, heads + 2 * groups, head_dim), nn.functional.scaled_dot_product_attention
+
+        def attend_from_token(x: torch.Tensor, inputs: AttentionInputs, slot: CacheSlot) -> torch.Tensor:
+            qkv = product(x).view(shape)
+            if bias is not None:
+                qkv = torch.cat((qkv[:, :-groups] + bias, qkv[:, -groups:]), dim=1)
+            if norms is not None:
+                query, key, value = qkv.split((heads, groups, groups), dim=1)
+                qkv = torch.cat((norms[0](query), norms[1](key), value), dim=1)
+            if inputs.token.rotary is not None:
+                cos, sin = inputs.token.rotary
+                qkv = torch.addcmul(qkv * cos, qkv.roll(head_dim // 2, -1), sin)
+            query, both = qkv.split((heads, 2 * groups), dim=1)
+            keys, values = slot.update_token(both.view(-1, 2, groups, head_dim), inputs.where, inputs.rows)
+            out = attend(query.unsqueeze(2), keys, values, inputs.mask, scale=scale, enable_gqa=heads != groups)
+            return out.view(-1, heads * head_dim)
+
+        return attend_from_token
 
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (batch, heads, sequence, head_dim); keys and values (batch, key/value heads, sequence, head_dim)."""

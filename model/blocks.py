@@ -2,7 +2,7 @@
 the block, and stacks of blocks that run once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import Attention, AttentionInputs, CrossAttention, build_output_projection
 from .cache import CacheSlot
 from .peer import PeerFeedForward
+from .token_pass import Function, is_plain, token_norm, token_product, token_sum
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -60,6 +61,16 @@ class GatedFeedForward(nn.Module):
         gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
         return self.down_proj(self.activation(gate) * up)
 
+    def token_function(self) -> Function:
+        """What `down_proj` is given, of one token of each row: (rows, hidden) -> (rows, intermediate)."""
+        product, activation = token_product(self.gate_up_proj), self.activation
+
+        def widen(x: torch.Tensor) -> torch.Tensor:
+            gate, up = product(x).chunk(2, dim=-1)
+            return activation(gate).mul_(up)
+
+        return widen
+
 
 class FeedForward(nn.Module):
     """down(GELU(up x)). (batch, sequence, hidden) -> the same."""
@@ -71,6 +82,11 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden)))
+
+    def token_function(self) -> Function:
+        """What `down_proj` is given, of one token of each row: (rows, hidden) -> (rows, intermediate)."""
+        product = token_product(self.up_proj)
+        return lambda x: nn.functional.gelu(product(x))
 
 
 def build_feedforward(config: PreTrainedConfig) -> nn.Module:
@@ -164,6 +180,32 @@ class TransformerBlock(nn.Module):
             x = self.cross_norm_out(self.cross_residual(x, self.dropout(attended)))
         return self.mlp_norm_out(self.mlp_residual(x, self.dropout(self.mlp(self.mlp_norm_in(x)))))
 
+    def token_function(self) -> Callable[[torch.Tensor, AttentionInputs, CacheSlot], torch.Tensor]:
+        """What `forward` does, for one new token of each row: (rows, hidden) -> the same."""
+        if self.cross_attention is not None or not is_plain(self.attention, Attention):
+            return lambda x, inputs, slot: self.forward(x.unsqueeze(1), inputs, slot).squeeze(1)
+        norms = (self.attention_norm_in, self.attention_norm_out, self.mlp_norm_in, self.mlp_norm_out)
+        norm_before, norm_after, norm_between, norm_last = map(token_norm, norms)
+        attend, add_attended = (
+            self.attention.token_function(),
+            add_product(self.attention_residual, self.attention.o_proj),
+        )
+        if is_plain(self.mlp, GatedFeedForward, FeedForward):
+            widen, add_widened = self.mlp.token_function(), add_product(self.mlp_residual, self.mlp.down_proj)
+        else:
+            widen, add_widened = lambda x: self.mlp(x.unsqueeze(1)).squeeze(1), self.mlp_residual
+
+        def pass_token(x: torch.Tensor, inputs: AttentionInputs, slot: CacheSlot) -> torch.Tensor:
+            x = norm_after(add_attended(x, attend(norm_before(x), inputs, slot)))
+            return norm_last(add_widened(x, widen(norm_between(x))))
+
+        return pass_token
+
+
+def add_product(residual: nn.Module, linear: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(x, features) -> residual(x, linear(features)), each (rows, ...)."""
+    return token_sum(residual, linear, residual.scale if is_plain(residual, AddResidual) else None)
+
 
 def layer_order(num_unique: int | None, num_executed: int, schedule: str) -> tuple[int, ...]:
     """Which of the unique layers is executed when, as indices; None: each is executed once.
@@ -208,8 +250,30 @@ def run_layers(
     """One block after the other, one as often as it is listed, each time with a slot of the cache, if there is one.
     Their outputs are gathered in `outputs`, if that is given.
     """
+    if inputs.token is not None and outputs is None:
+        return pass_token(layers, x.squeeze(1), inputs, slots).unsqueeze(1)
     for index, layer in enumerate(layers):
         x = layer(x, inputs, None if slots is None else slots[index])
         if outputs is not None:
             outputs.append(x)
     return x
+
+
+def pass_token(
+    layers: Sequence[nn.Module], x: torch.Tensor, inputs: AttentionInputs, slots: list[CacheSlot]
+) -> torch.Tensor:
+    """The same for one new token of each row, (rows, hidden) -> the same."""
+    functions = inputs.token.functions
+    for layer, slot in zip(layers, slots, strict=True):
+        function = functions.get(layer)
+        if function is None:
+            function = functions[layer] = token_function(layer)
+        x = function(x, inputs, slot)
+    return x
+
+
+def token_function(layer: nn.Module) -> Callable[[torch.Tensor, AttentionInputs, CacheSlot], torch.Tensor]:
+    """A block's, (rows, hidden) -> the same; one that does something else when it is called is called."""
+    if is_plain(layer, TransformerBlock):
+        return layer.token_function()
+    return lambda x, inputs, slot: layer(x.unsqueeze(1), inputs, slot).squeeze(1)

@@ -49,6 +49,18 @@ class CacheSlot:
             keys, values = _instead(keys, key_states, where), _instead(values, value_states, where)
         return keys, values
 
+    def update_token(
+        self, both: torch.Tensor, where: slice, rows: torch.LongTensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for one new token of each row, without gradient: keys and values together, (rows, 2, key/value
+        heads, head_dim).
+        """
+        both = both.transpose(0, 1)
+        if rows is not None or self.both is None or both.dtype != self.both.dtype:
+            return self.update(*both.unsqueeze(3), where, rows)
+        self.both.select(3, where.start).copy_(both)
+        return self.keys.narrow(2, 0, where.stop), self.values.narrow(2, 0, where.stop)
+
     def _write(self, buffer: torch.Tensor, states: torch.Tensor, where, rows: torch.LongTensor | None) -> None:
         states = states.to(buffer.dtype)  # autocast may have changed since the buffer was made
         if isinstance(where, slice):

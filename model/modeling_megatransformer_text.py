@@ -231,6 +231,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             self.text_config, hidden, attention_mask, position_ids, cache, may_restart, attentions=attentions
         )
         inputs.hidden_states = [hidden] if asked["output_hidden_states"] else None
+        if self.training or self.units_are_compiled:
+            inputs.token = None
         if source is not None:
             inputs.source = self._see_source(hidden, *source, cache, None if attentions is None else [])
 

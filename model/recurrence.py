@@ -10,17 +10,19 @@ Source of all that has no other named: Geiping et al. 2025, arXiv 2502.05171 ("t
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionInputs
-from .blocks import TransformerBlock, layer_order, run_layers, sinusoids
+from .blocks import TransformerBlock, layer_order, pass_token, run_layers, sinusoids
 from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .depth import Depth, keyed_generator
 from .step_lora import StepLora
+from .token_pass import is_plain
 
 # -------------------------------------------------------------------------------------------------------- initial state
 
@@ -165,6 +167,49 @@ class RecurrentCore(GradientCheckpointingLayer):
         x = self.injection(state, embeds)
         return run_layers(layers, x if step_embeds is None else x + step_embeds, inputs, slots)
 
+    def token_function(self) -> Callable[..., torch.Tensor]:
+        """What `forward` does, for one new token of each row."""
+        if not is_plain(self, RecurrentCore):
+            return self
+        take_step, known, term = TokenStep(self), None, None
+
+        def forward(state, embeds, inputs, slots, step, step_embeds):
+            nonlocal known, term
+            if embeds is not known:
+                known, term = embeds, take_step.term(embeds.squeeze(1))
+            if step is not None:
+                self.step_lora.step = step
+            embedded = None if step_embeds is None else step_embeds.squeeze(1)
+            return take_step(state.squeeze(1), term, inputs, slots, embedded).unsqueeze(1)
+
+        return forward
+
+
+class TokenStep:
+    """One step of a core for one new token of each row, of which e is injected as a term that is the same at every
+    step: of Linear([s; e]) the part of e.
+    """
+
+    def __init__(self, core: RecurrentCore):
+        self.layers = [core.layers[index] for index in core.order]
+        self.term, self.inject = nn.Identity(), core.injection
+        if is_plain(core.injection, ConcatInjection) and is_plain(core.injection.proj, nn.Linear):
+            of_state, of_embeds = core.injection.proj.weight.chunk(2, dim=1)
+            self.term = partial(nn.functional.linear, weight=of_embeds)
+            self.inject = lambda state, term: torch.addmm(term, state, of_state.t())
+
+    def __call__(
+        self,
+        state: torch.Tensor,
+        term: torch.Tensor,
+        inputs: AttentionInputs,
+        slots: list[CacheSlot],
+        step_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """state, term, step_embeds: (rows, hidden) -> the next state."""
+        x = self.inject(state, term)
+        return pass_token(self.layers, x if step_embeds is None else x + step_embeds, inputs, slots)
+
 
 class ActiveRows:
     """The rows of a batch that are still iterated. The others keep the state, and the steps, that they left with.
@@ -240,6 +285,7 @@ def iterate_core(
     if depth.rows is not None or check_exits is not None:
         limits = [depth.total] * len(state) if depth.rows is None else depth.rows.tolist()
     active = ActiveRows(state, embeds, inputs, limits)
+    take_step = core if inputs.token is None else core.token_function()
     for step in range(depth.total):
         if grad_enabled and step == depth.no_grad and not active.state.requires_grad:
             # Truncation: backpropagation ends here. A leaf that requires a gradient makes the first step with gradient
@@ -251,7 +297,7 @@ def iterate_core(
         of_step = None if core.step_lora is None else step
         with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):
             s = active.state if perturb is None else perturb(step, active)
-            active.state = core(
+            active.state = take_step(
                 s,
                 active.embeds,
                 inputs=active.inputs,
