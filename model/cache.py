@@ -316,6 +316,11 @@ class RecurrentCache(Cache):
         for layer, slots in zip(self.layers, self._slots_by_layer(num_steps), strict=True):
             layer.reserve(slots, len(embeds), length)
 
+    def reserve(self, length: int, num_steps: int) -> None:
+        """Room for so many tokens and steps; of what is there already, nothing changes."""
+        for layer, slots in zip(self.layers, self._slots_by_layer(num_steps), strict=True):
+            layer.reserve(slots, layer.batch, length)
+
     def _begin_static(self, embeds: torch.Tensor, length: int, num_steps: int) -> None:
         if length > self.max_length:
             raise ValueError(
@@ -349,7 +354,7 @@ class RecurrentCache(Cache):
         """After the core: new tokens get their deepest entry in every slot deeper than the steps that their row took,
         (batch,) on the CPU.
         """
-        self._keep_steps(row_steps, num_new_tokens)
+        self.keep_steps(row_steps, num_new_tokens)
         steps = row_steps.tolist()
         first, places = min(steps), self.num_steps
         if first >= places:
@@ -362,7 +367,8 @@ class RecurrentCache(Cache):
             here = None if entries is None else entries.to(layer.device)
             layer.fill_skipped_steps(first, here, slice(self.length, self.length + num_new_tokens))
 
-    def _keep_steps(self, row_steps: torch.LongTensor, num_new_tokens: int) -> None:
+    def keep_steps(self, row_steps: torch.LongTensor, num_new_tokens: int) -> None:
+        """Notes the steps that each row has taken, (batch,) on the CPU, for new tokens."""
         length = self.length + num_new_tokens
         if self.row_steps is None or length > self.row_steps.shape[1]:
             grown = row_steps.new_zeros(len(row_steps), -(-length // BLOCK) * BLOCK)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
@@ -34,6 +34,7 @@ from .generation_text import (
     check_read,
     chunk_lengths,
     num_cached_tokens,
+    take_stop_strings,
 )
 from .modalities import MODALITIES, TARGET_MODALITIES
 from .output_heads import OutputHead, put_codes, read_targets, take_targets
@@ -526,17 +527,11 @@ class MediaLoop(OwnLoop):
     """Whether the caller, and not the generation config, gave its threshold."""
 
     def take_options(self, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-        """Takes guidance, which is that of latents here; leaves out beams, which texts have; and makes a criterion of
-        stop strings, since transformers takes the tokenizer away from loops that are not its own.
-        """
+        """Takes guidance, which is that of latents here, and stop strings; leaves out beams, which texts have."""
         self.is_velocity_asked = self.options.velocity_threshold is not None
         self.options = self.options.or_else(config)
         config.guidance_scale = config.num_beams = 1
-        tokenizer = kwargs.pop("tokenizer", None)
-        if config.stop_strings is not None and tokenizer is not None:
-            criterion = StopStringCriteria(tokenizer, config.stop_strings)
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
-            config.stop_strings = None
+        take_stop_strings(config, kwargs)
 
     def __call__(
         self,

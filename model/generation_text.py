@@ -14,6 +14,8 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import (
     GenerationMode,
     LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -23,9 +25,12 @@ from transformers.utils import ModelOutput
 from .cache import RecurrentCache
 from .configuration_megatransformer_text import under_new_names
 from .depth import Depth, DepthOptions, resolve_depth
+from .generation_wavefront import WavefrontLoop
 from .outputs import CACHE_NAME, pop_cache
+from .sampling import KeyedSampling
 
 CACHE_OPTIONS = ("cache_policy", "num_kept_steps")
+DECODING_OPTIONS = ("decoding", "draft_steps", "sampling_seed")
 DEFAULT_NEW_TOKENS = 20  # of transformers
 OWN_ARGUMENTS = ("num_steps", "depth_options", "num_cached_tokens", "draft_media")  # of `prepare_inputs_for_generation`
 TEXTS = ("text", "drafts")
@@ -39,7 +44,9 @@ OF_FORWARD = (
 class RecurrentGenerationMixin:
     """Goes before `GenerationMixin`: depth, exits and cache by keyword, generation config, or `config.recurrence`."""
 
-    read_by: Mapping[str, tuple[str, ...]] = MappingProxyType(dict.fromkeys(OF_FORWARD, ()))
+    read_by: Mapping[str, tuple[str, ...]] = MappingProxyType(
+        dict.fromkeys(OF_FORWARD, ()) | dict.fromkeys(DECODING_OPTIONS, ("text",))
+    )
     """By which loops of `generate` an option is read; see `check_read`."""
 
     @torch.no_grad()
@@ -61,6 +68,12 @@ class RecurrentGenerationMixin:
             state_warm_start: A new token's iteration starts where that of the token before has ended.
             noise_level: See `NoiseOptions`.
             cache_policy, num_kept_steps: See `RecurrentCache`.
+            decoding: "plain", or "wavefront": tokens that are not finished are followed by drafts of the next, in the
+                same launches of the core; the tokens are those of plain decoding. Default: "plain".
+            draft_steps: Steps after which a token says such a draft, an int, or "auto": what takes the least time.
+                Default: "auto".
+            sampling_seed: With `do_sample`, the seed, or one for each prompt, on which alone the draws of a row depend,
+                whatever is generated beside it. Default: draws come from torch's global generator.
 
         Returns:
             As the original; with `return_dict_in_generate=True` it has `exit_steps`, (rows, new tokens).
@@ -71,7 +84,7 @@ class RecurrentGenerationMixin:
         kwargs |= by_name(args)
         given, own_loop = dict(kwargs), kwargs.get("custom_generate")
         own_loop = own_loop if isinstance(own_loop, OwnLoop) else None
-        config, depth, cache_options, kwargs = self._merge_options(generation_config, kwargs)
+        config, depth, options, kwargs = self._merge_options(generation_config, kwargs)
         mode = config.get_generation_mode(kwargs.get("assistant_model"))
         is_assisted = own_loop is None and mode == GenerationMode.ASSISTED_GENERATION
         if own_loop is not None:
@@ -85,7 +98,12 @@ class RecurrentGenerationMixin:
         if isinstance(state := kwargs.get("initial_state"), torch.Tensor) and len(state) == 1:
             prompts = ids if ids is not None else kwargs.get("inputs_embeds", [[]])
             kwargs["initial_state"] = state.expand(len(prompts), -1, -1)  # rows, for their copies
-        cache = self._make_cache(inputs, config, depth, cache_options, kwargs)
+        cache = self._make_cache(inputs, config, depth, options, kwargs)
+        if options["decoding"] == "wavefront":
+            check_wavefront(self, config, depth, cache, kwargs)
+            take_stop_strings(config, kwargs)
+            draft_steps, streamer = options["draft_steps"] or "auto", kwargs.get("streamer")
+            kwargs["custom_generate"] = WavefrontLoop(depth, draft_steps, streamer, num_cached)
         if is_assisted:
             self._check_assistance(ids, depth, cache, kwargs)
         refuse_empty_rows(ids, config, kwargs)
@@ -137,7 +155,8 @@ class RecurrentGenerationMixin:
         """
         old_names = self.text_config.recurrence.attribute_map
         kwargs = under_new_names(kwargs, old_names)
-        given = {name: kwargs.pop(name, None) for name in (*DepthOptions.names(), *CACHE_OPTIONS)}
+        names = (*DepthOptions.names(), *CACHE_OPTIONS, *DECODING_OPTIONS)
+        given = {name: kwargs.pop(name, None) for name in names}
         config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         vars(config).update(under_new_names(vars(config), old_names))
         defaults = under_new_names(self.generation_config.to_dict(), old_names)
@@ -149,7 +168,12 @@ class RecurrentGenerationMixin:
         if unread and (has_cache or config.use_cache is False):
             how = "a cache that is given, which has its own" if has_cache else "use_cache=False"
             raise ValueError(f"{unread[0]} has no effect with {how}; leave one of them out")
-        said = {name: getattr(config, name, None) if given[name] is None else given[name] for name in CACHE_OPTIONS}
+        said = {
+            name: getattr(config, name, None) if given[name] is None else given[name]
+            for name in (*CACHE_OPTIONS, *DECODING_OPTIONS)
+        }
+        config.sampling_seed = said["sampling_seed"]
+        check_decoding(config, said)
         return config, depth, said, kwargs
 
     def _check_options(
@@ -335,6 +359,10 @@ class RecurrentGenerationMixin:
                 depth = given.get("depth_options")
                 steps = given.get("num_steps") if depth is None else depth.num_steps
                 processor.model = functools.partial(self, num_steps=steps)
+        seeds, config = kwargs["generation_config"].sampling_seed, kwargs["generation_config"]
+        if seeds is not None:  # the last of all, since it leaves one token
+            length = kwargs["input_ids_seq_length"]
+            processors.append(KeyedSampling(seeds, length, config.num_return_sequences or 1))
         return processors
 
     def _get_candidate_generator(
@@ -364,6 +392,81 @@ class RecurrentGenerationMixin:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         model_kwargs.pop("state", None)
         return model_kwargs
+
+
+def check_decoding(config: GenerationConfig, options: dict[str, Any]) -> None:
+    """Raises ValueError for options of decoding outside their range, or without effect; makes a list of the seed."""
+    decoding, draft_steps, seed = (options[name] for name in DECODING_OPTIONS)
+    if decoding not in (None, "plain", "wavefront"):
+        raise ValueError(f"decoding {decoding!r} is unknown; choose 'plain' or 'wavefront'")
+    if draft_steps is not None and decoding != "wavefront":
+        raise ValueError("draft_steps has no effect without decoding='wavefront'; leave it out, or name that")
+    is_count = isinstance(draft_steps, int) and not isinstance(draft_steps, bool) and draft_steps >= 1
+    if draft_steps not in (None, "auto") and not is_count:
+        raise ValueError(f"draft_steps must be an integer of at least 1, or 'auto', got {draft_steps!r}")
+    if seed is not None and not config.do_sample:
+        raise ValueError("sampling_seed has no effect without do_sample=True; leave it out, or sample")
+    if seed is not None and config.num_beams not in (None, 1):
+        raise ValueError("sampling_seed is not possible with beams; give num_beams=1")
+    seeds = [seed] if isinstance(seed, int) else seed
+    if seeds is not None and not (isinstance(seeds, list | tuple) and all(type(it) is int for it in seeds) and seeds):
+        raise ValueError(f"sampling_seed must be an integer, or a list of one for each prompt, got {seed!r}")
+    config.sampling_seed = seeds
+    if decoding == "wavefront" and config.do_sample and seeds is None:
+        config.sampling_seed = [int(torch.randint(2**62, ()))]
+
+
+def check_wavefront(
+    model: Any, config: GenerationConfig, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
+) -> None:
+    """Raises ValueError for what a wavefront cannot do."""
+    why = None
+    core = model.model.core
+    if core is None:
+        why = "a model without core (num_core_layers is 0), of which no token has steps"
+    elif core.step_lora is not None:
+        why = "adapters of single steps, since items of several steps share a launch; remove the adapter"
+    elif model.config.is_encoder_decoder:
+        why = "a model behind an encoder"
+    elif cache is None:
+        why = "use_cache=False"
+    elif cache.max_length is not None:
+        why = "a static cache; leave cache_implementation out"
+    elif cache.policy == "last" or (
+        cache.num_kept_steps is not None and cache.num_kept_steps < model._depth(depth.steps_of("text")).total
+    ):
+        why = f"cache policy {cache.policy!r}, in which a token would read what none has left yet; use 'full'"
+    elif depth.state_warm_start:
+        why = "state_warm_start, since a token would begin where an unfinished one ends"
+    elif depth.noise.level:
+        why = "noise_level"
+    elif depth.exits.criterion == "schedule":
+        why = "exit_criterion 'schedule'"
+    elif config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        why = "beams or assisted generation; give num_beams=1 and no assistant_model"
+    elif config.guidance_scale not in (None, 1):
+        why = "guidance_scale"
+    elif kwargs.get("prefix_allowed_tokens_fn") is not None:
+        why = "prefix_allowed_tokens_fn, which is told rows by their number in a batch"
+    elif kwargs.get("inputs_embeds") is not None:
+        why = "inputs_embeds; give input_ids"
+    elif config.prefill_chunk_size is not None:
+        why = "prefill_chunk_size"
+    elif config.output_scores or config.output_logits or config.output_attentions or config.output_hidden_states:
+        why = "outputs of each step (scores, logits, attentions, hidden states)"
+    elif model.text_config._attn_implementation != "sdpa":
+        why = f"attention backend {model.text_config._attn_implementation!r}; use sdpa"
+    if why is not None:
+        raise ValueError(f"decoding 'wavefront' is not possible with {why}, or use decoding='plain'")
+
+
+def take_stop_strings(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Makes a criterion of stop strings, since transformers takes the tokenizer from loops that are not its own."""
+    tokenizer = kwargs.pop("tokenizer", None)
+    if config.stop_strings is not None and tokenizer is not None:
+        criterion = StopStringCriteria(tokenizer, config.stop_strings)
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
+        config.stop_strings = None
 
 
 class OwnLoop:

@@ -220,7 +220,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         depth = resolve_depth(num_steps, self.text_config, batch, self.training)
         may_restart = position_ids is not None
         attention_mask, position_ids = self.place(inputs_embeds, past, attention_mask, position_ids)
-        hidden = self._add_positions(inputs_embeds, position_ids)
+        hidden = self.add_positions(inputs_embeds, position_ids)
         if cache is not None:
             cache.begin(hidden, depth.total)
             if self.units_are_compiled:  # with CUDA graphs, the memory of what the units returned before is free again
@@ -322,7 +322,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 
     def _first_state(self, hidden: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
         """s_0, (batch, sequence, hidden), in one memory layout, so that there is one compiled graph."""
-        state, wanted = self._fixed_state(hidden) if initial_state is None else initial_state, tuple(hidden.shape)
+        state, wanted = self.fixed_state(hidden) if initial_state is None else initial_state, tuple(hidden.shape)
         shape = tuple(state.shape)
         if len(shape) != 3 or any(size not in (1, most) for size, most in zip(shape, wanted, strict=True)):
             raise ValueError(
@@ -331,7 +331,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             )
         return state.to(hidden).expand_as(hidden).contiguous()
 
-    def _fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
+    def fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
         """`default_state` on the device and in the type of `hidden`, drawn once."""
         key = (*self._state_key(), hidden.device, hidden.dtype)
         if self._drawn_state[0] != key:
@@ -440,7 +440,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 "begins at 0; give padding a position of at least 0"
             )
 
-    def _add_positions(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def add_positions(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings, (batch, sequence, hidden), with those of their positions, where positions are embedded."""
         if self.text_config.position_embedding == "learned":
             return embeds + self.embed_positions(position_ids)
         if self.text_config.position_embedding == "sinusoidal":

@@ -16,7 +16,7 @@ VARIANTS = {
     "biases and norms of heads": {"qk_bias": True, "qk_norm": True},
     "one key for all heads": {"num_key_value_heads": 1, "mlp": "geglu"},
     "mlp": {"mlp": "mlp", "recurrence": {"injection": "gate"}},
-    "experts": {"mlp": "peer", "peer_num_experts": 64, "peer_top_k": 4, "peer_key_dim": 8, "recurrence": {"injection": "add"}},
+    "experts": {"mlp": "peer", "peer_num_experts": 64, "peer_top_k": 4, "recurrence": {"injection": "add"}},
     "rezero": {
         "residual": "rezero",
         "norm_placement": "pre",

@@ -1,0 +1,214 @@
+"""`generate(decoding="wavefront")`: texts by a scheduler of items, the same tokens as by plain decoding.
+
+Drafts go through the logits processors as final tokens do; stopping criteria and streamers see final tokens alone.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .cache import RecurrentCache
+from .depth import DepthOptions, resolve_depth
+from .outputs import CACHE_NAME
+from .sampling import KeyedSampling
+from .scheduler import Item, Row, Scheduler
+
+
+@dataclass
+class WavefrontLoop:
+    """The loop that `generate` runs in place of transformers' own, as `custom_generate`.
+
+    Args:
+        depth: Steps and exits of each token.
+        draft_steps: Steps after which a token says a draft of the next; "auto": what takes the least time.
+        streamer: Gets final tokens; transformers gives it the prompt.
+        num_cached: Tokens of the prompt that the cache holds.
+    """
+
+    depth: DepthOptions
+    draft_steps: int | str
+    streamer: Any = None
+    num_cached: int = 0
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+        """Generates until no row goes on."""
+        run = WavefrontRun(model, self, input_ids, logits_processor, stopping_criteria, generation_config)
+        run.read_prompt(model_kwargs)
+        run.decode()
+        return run.output()
+
+
+class WavefrontRun:
+    """One call of `generate`: rows of the cache, and the tokens that are final."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loop: WavefrontLoop,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+    ):
+        self.model, self.loop, self.config, self.streamer = model, loop, generation_config, loop.streamer
+        self.stopping_criteria = stopping_criteria
+        self.sampling = next((it for it in logits_processor if isinstance(it, KeyedSampling)), None)
+        self.processors = LogitsProcessorList(it for it in logits_processor if it is not self.sampling)
+        self.prompt_length, room = input_ids.shape[1], generation_config.max_length - input_ids.shape[1]
+        self.ids = nn.functional.pad(input_ids, (0, room))  # (rows, all tokens)
+        self.lengths = [self.prompt_length] * len(input_ids)
+        self.steps: list[list[int]] = [[] for _ in input_ids]
+        self.rows: list[Row] = []
+
+    def read_prompt(self, model_kwargs: dict[str, Any]) -> None:
+        """Reads the prompts as plain decoding does, and opens the rows that go on behind their first new token."""
+        model, mask = self.model, model_kwargs.get("attention_mask")
+        prompt = self.ids[:, : self.prompt_length]
+        new = self.prompt_length - self.loop.num_cached if self.loop.num_cached else None
+        inputs = model.prepare_inputs_for_generation(
+            prompt, next_sequence_length=new, is_first_iteration=True, **model_kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+        self.cache: RecurrentCache = outputs[CACHE_NAME]
+        self.offset = self.cache.get_seq_length() - self.prompt_length  # of places from numbers of tokens
+        depth = resolve_depth(self.loop.depth.num_steps, model.text_config, len(prompt))
+        limits = [depth.total] * len(prompt) if depth.rows is None else depth.rows.tolist()
+        self.cache.reserve(self.offset + self.config.max_length, max(limits))
+        self.scheduler = Scheduler(model, self.cache, self.choose, self.accept)
+        starts = [0] * len(prompt) if mask is None else first_tokens(mask)
+        state = model_kwargs.get("initial_state")
+        weight = model.model.embed_tokens.weight
+        state = model.model.fixed_state(weight) if state is None else state.to(weight)
+        states = state[:, -1].expand(len(prompt), -1).split(1)
+        tokens = [self._pick(row, logits, []) for row, logits in enumerate(outputs.logits[:, -1:].float())]
+        for number, (start, limit, token) in enumerate(zip(starts, limits, tokens, strict=True)):
+            last = self.offset + self.config.max_length - 2
+            row = Row(number, start, last, limit, states[number], self.loop.depth.exits)
+            steps = 0 if outputs.exit_steps is None else int(outputs.exit_steps[number])
+            self.rows.append(row)
+            if self.accept(row, token, steps):
+                self.scheduler.open(row, self.offset + self.prompt_length, token)
+
+    def decode(self) -> None:
+        """Final tokens, until no row goes on."""
+        given = self.loop.draft_steps
+        pace = Pace(max(row.num_steps for row in self.rows)) if given == "auto" else None
+        while self.scheduler.rows:
+            for row in self.scheduler.rows:
+                row.draft_steps = given if pace is None else pace.draft_steps
+            self.scheduler.tick()
+            if pace is not None:
+                pace.note(sum(self.lengths))
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def choose(self, items: Sequence[Item], logits: torch.Tensor) -> list[int]:
+        """The token that each item says, behind the drafts before it."""
+        logits = logits.float()
+        if not self.processors and self.sampling is None:
+            return logits.argmax(-1).tolist()
+        chosen = []
+        for item, of_item in zip(items, logits.split(1), strict=True):
+            drafts = [it.token for it in item.row.items[1:] if it.place <= item.place]
+            chosen.append(self._pick(item.row.index, of_item, drafts))
+        return chosen
+
+    def _pick(self, row: int, logits: torch.Tensor, drafts: list[int]) -> int:
+        """The token that logits, (1, vocab), say behind a row and drafts that follow it."""
+        length = self.lengths[row] + len(drafts)
+        if drafts:
+            self.ids[row, self.lengths[row] : length] = torch.tensor(drafts, device=self.ids.device)
+        if self.processors:  # which may have something for each row
+            logits = self.processors(self.ids[:, :length], logits.repeat(len(self.ids), 1))[row : row + 1]
+        if self.sampling is not None:
+            logits = logits + self.sampling.noise(row, length - self.prompt_length, logits.shape[-1]).to(logits)
+        return int(logits.argmax(-1))
+
+    def accept(self, row: Row, token: int, steps: int) -> bool:
+        """Notes a final token; whether its row goes on."""
+        number = row.index
+        self.ids[number, self.lengths[number]] = token
+        self.lengths[number] += 1
+        self.steps[number].append(steps)
+        ids = self.ids[number : number + 1, : self.lengths[number]]
+        if self.streamer is not None:
+            self.streamer.put(ids[:, -1].cpu())
+        return not bool(self.stopping_criteria(ids, None))
+
+    def output(self) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+        """The tokens, with padding behind the end of a row; where it is asked for, also the steps of each, and the
+        cache, if all rows are of one length.
+        """
+        longest, pad = max(self.lengths), self.config.pad_token_id
+        ids = self.ids[:, :longest]
+        for row, length in enumerate(self.lengths):
+            ids[row, length:] = 0 if pad is None else pad
+        if not self.config.return_dict_in_generate:
+            return ids
+        new, cache = longest - self.prompt_length, None
+        steps = torch.tensor([taken + [0] * (new - len(taken)) for taken in self.steps])
+        if min(self.lengths) == longest:
+            cache = self.cache
+            for index in range(1, new):
+                cache.keep_steps(steps[:, index], 1)
+                cache.advance(1)
+        output = GenerateDecoderOnlyOutput(sequences=ids, **{CACHE_NAME: cache})
+        output["exit_steps"] = steps
+        return output
+
+
+def first_tokens(mask: torch.Tensor) -> list[int]:
+    """Where the tokens of each row begin, of a mask (rows, tokens); ValueError if padding follows one."""
+    if (mask.diff(dim=1) < 0).any():
+        raise ValueError("decoding 'wavefront' needs padding on the left alone; attention_mask has some behind tokens")
+    return mask.int().argmax(dim=1).tolist()
+
+
+class Pace:
+    """Draft steps that take the least time: each number is tried for some tokens, the best is kept for many more.
+
+    Args:
+        num_steps: The most steps of a token.
+    """
+
+    TRIED, KEPT = 8, 256
+
+    def __init__(self, num_steps: int):
+        self.numbers = [steps for steps in (1, 2, 4) if steps < num_steps] or [1]
+        self._begin()
+
+    def _begin(self) -> None:
+        self.left, self.seconds = list(self.numbers), {}
+        self.draft_steps, self.wanted, self.first = self.left.pop(), self.TRIED, None
+
+    def note(self, tokens: int) -> None:
+        """After a tick, with the number of tokens that there are."""
+        now = time.perf_counter()
+        if self.first is None:
+            self.first = now, tokens
+        since, before = self.first
+        if tokens - before < self.wanted:
+            return
+        if self.wanted == self.KEPT:
+            self._begin()
+            return
+        self.seconds[self.draft_steps] = (now - since) / (tokens - before)
+        self.first = now, tokens
+        if self.left:
+            self.draft_steps = self.left.pop()
+        else:
+            self.draft_steps, self.wanted = min(self.seconds, key=self.seconds.get), self.KEPT

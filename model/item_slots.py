@@ -1,0 +1,114 @@
+"""Where items (row, place, step) stand in a cache: they are the batch of a launch, and each has one new token."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .cache import CacheLayer
+
+
+class ItemPlaces:
+    """The rows, places and steps of items in the buffers of a cache, (steps, 2, rows, key/value heads, capacity,
+    head_dim). Items of one row come the newest first, so that places fall by one from each to the next.
+
+    Args:
+        rows, places, steps: Those of each item; steps are 0 where a layer has one slot.
+        starts: The first place of each that is no padding.
+        device: That of the buffers.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        places: Sequence[int],
+        steps: Sequence[int],
+        starts: Sequence[int],
+        device: torch.device,
+    ):
+        self.rows, self.places, self.steps, self.starts, self.device = rows, places, steps, starts, device
+        self.end = max(places) + 1
+        self.has_one_row = len(set(rows)) == 1
+        self.start = starts[0] if self.has_one_row else 0
+        self.stride = self._stride()
+        self._index: tuple[torch.Tensor, ...] | None = None
+
+    def _stride(self) -> int | None:
+        """From the step of an item to that of the next, where all items are of one row and this is always the same; a
+        wave has it. None: it is not, and entries are gathered.
+        """
+        if not self.has_one_row or any(a != b + 1 for a, b in zip(self.places, self.places[1:], strict=False)):
+            return None
+        strides = {later - step for step, later in zip(self.steps, self.steps[1:], strict=False)} or {0}
+        return strides.pop() if len(strides) == 1 and min(strides) >= 0 else None
+
+    @property
+    def index(self) -> tuple[torch.Tensor, ...]:
+        """Steps, rows and places, (items,) each."""
+        if self._index is None:
+            self._index = torch.tensor([self.steps, self.rows, self.places], device=self.device).unbind()
+        return self._index
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the logits of attention, (items, 1, 1, keys): items see their row up to themselves. None:
+        a single item sees all that it is given.
+        """
+        if len(self.rows) == 1:
+            return None
+        keys, places = torch.arange(self.start, self.end, device=self.device), self.index[2][:, None]
+        is_hidden = keys > places
+        if not self.has_one_row:
+            is_hidden |= keys < torch.tensor(self.starts, device=self.device)[:, None]
+        mask = torch.zeros(is_hidden.shape, dtype=dtype, device=self.device)
+        return mask.masked_fill_(is_hidden, -torch.inf)[:, None, None]
+
+
+class ItemSlot:
+    """Keys and values of items in one layer."""
+
+    def __init__(self, layer: CacheLayer, items: ItemPlaces):
+        self.buffer, self.items = layer.buffer, items
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update_token` of (items, key/value heads, 1, head_dim) each."""
+        return self.update_token(torch.stack((key_states, value_states), dim=1).squeeze(3))
+
+    def update_token(self, both: torch.Tensor, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes keys and values of the items, (items, 2, key/value heads, head_dim), all before any is read, and
+        returns those that each may see, (items, key/value heads, keys, head_dim) each.
+        """
+        both, items = both.to(self.buffer.dtype), self.items
+        if len(both) == 1:
+            found = self._of_one(both)
+        elif items.stride is None:
+            steps, rows, places = items.index
+            self.buffer[steps, :, rows, :, places] = both
+            found = self.buffer[..., items.start : items.end, :][steps, :, rows]
+        else:
+            found = self._of_wave(both, items.stride)
+        return found[:, 0], found[:, 1]
+
+    def _of_one(self, both: torch.Tensor) -> torch.Tensor:
+        """Those of a single item, as a view: (1, 2, key/value heads, keys, head_dim)."""
+        items = self.items
+        found = self.buffer[items.steps[0]].select(1, items.rows[0])
+        found.select(2, items.places[0]).copy_(both[0])
+        return found.narrow(2, items.start, items.end - items.start).unsqueeze(0)
+
+    def _of_wave(self, both: torch.Tensor, stride: int) -> torch.Tensor:
+        """Those of items of one row, whose steps rise by as much as places fall by one, as a view. What is written lies
+        on a diagonal of steps and places.
+        """
+        items, buffer = self.items, self.buffer
+        step, row, place, count = items.steps[0], items.rows[0], items.places[0], len(both)
+        if stride == 0:
+            found = buffer[step].select(1, row)
+            found.narrow(2, place - count + 1, count).copy_(both.flip(0).permute(1, 2, 0, 3))
+            return found.narrow(2, items.start, items.end - items.start).expand(count, -1, -1, -1, -1)
+        of_step, of_part, of_row, of_head, of_place, of_feature = buffer.stride()
+        first = buffer.storage_offset() + step * of_step + row * of_row + place * of_place
+        strides = (stride * of_step - of_place, of_part, of_head, of_feature)
+        buffer.as_strided(both.shape, strides, first).copy_(both)
+        found = buffer[step : step + stride * (count - 1) + 1 : stride].select(2, row)
+        return found.narrow(3, items.start, items.end - items.start)

@@ -1,0 +1,335 @@
+"""Decoding of a looped model by items (row, position, step): a step has the same weights for all, so that items of
+different rows, positions and depths share one launch of the core.
+
+Step i of position t + 1 reads what t has left at step i. So t + 1 may follow t in a wave, some steps less deep, as soon
+as its token is known: a draft, read off t before its last step. When t has taken that, the token that it says is final.
+If it is the draft, t + 1 goes on from where it is; else what follows t is dropped, and t + 1 begins anew. So what is
+final is what plain decoding says, whatever was drafted. Which token logits say, and what becomes of it, the caller
+decides: nothing here knows of tokenizers or of sampling.
+
+Sources: WaveFront Decoding, arXiv 2609.23033; Continuous Depth Batching, arXiv 2608.09444.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .attention import AttentionInputs, TokenInputs, alibi_bias, rotary_angles, rotary_tables, token_tables
+from .blocks import BlockStack, pass_token, sinusoids
+from .cache import CacheLayer, RecurrentCache
+from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitCriterion, ExitOptions, LearnedProbe
+from .item_slots import ItemPlaces, ItemSlot
+from .recurrence import TokenStep
+from .token_pass import token_norm, token_product
+
+
+@dataclass(eq=False)
+class Row:
+    """A text that is continued.
+
+    Args:
+        index: Its row of the cache.
+        start: The first place of that row which is no padding.
+        last_place: The place of the last token that is read.
+        num_steps: The most steps of a token.
+        initial_state: s_0 of each token, (1, hidden).
+        exits: What ends the steps of a token earlier.
+        draft_steps: Steps after which a token says a draft of the next. None: there are no drafts.
+        most_items: The most items at a time.
+    """
+
+    index: int
+    start: int
+    last_place: int
+    num_steps: int
+    initial_state: torch.Tensor
+    exits: ExitOptions = field(default_factory=ExitOptions)
+    draft_steps: int | None = None
+    most_items: int = 2**31
+    items: list["Item"] = field(default_factory=list)
+    """Those on their way, by position."""
+
+
+@dataclass(eq=False)
+class Item:
+    """A position of a row on its way through the core.
+
+    Args:
+        row: The row.
+        place: Where its keys and values stand in the cache.
+        token: What is read there; behind the first item of a row, a draft.
+    """
+
+    row: Row
+    place: int
+    token: int
+    is_done: bool = False
+    """Whether it takes no more steps."""
+    states: list[torch.Tensor] = field(default_factory=list)
+    """s_1 and on, (1, hidden) each."""
+    term: torch.Tensor | None = None
+    """What is injected, (1, hidden)."""
+    logits: torch.Tensor | None = None
+    """What was read off it last, (1, vocab)."""
+    choice: int | None = None
+    """The token that they say."""
+    check: ExitCheck | None = None
+    """The last check of its exit."""
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return len(self.states)
+
+    @property
+    def state(self) -> torch.Tensor:
+        """(1, hidden)."""
+        return self.states[-1] if self.states else self.row.initial_state
+
+
+@dataclass
+class Counts:
+    """What was done: launches of the core, items in them, readings, and drafts, by whether they held."""
+
+    ticks: int = 0
+    items: int = 0
+    readings: int = 0
+    drafts: int = 0
+    kept_drafts: int = 0
+
+
+class Scheduler:
+    """Rows and their items, one launch after the other.
+
+    Args:
+        model: A model with a head, whose weights stay as they are.
+        cache: That of the rows, of policy "full", with room for the steps and places of all.
+        choose: (items, logits (items, vocab)) -> the token that each says; those before it may be drafts.
+        accept: (row, token, steps) -> whether the row goes on behind this token, which is final, and is said after so
+            many steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: RecurrentCache,
+        choose: Callable[[Sequence[Item], torch.Tensor], Sequence[int]],
+        accept: Callable[[Row, int, int], bool],
+    ):
+        self.base, self.config, self.cache = model.model, model.text_config, cache
+        self.choose, self.accept, self.counts = choose, accept, Counts()
+        self.take_step, self.norm = TokenStep(self.base.core), token_norm(self.base.norm)
+        self.head, self.cap = token_product(model.lm_head), self.config.final_logit_softcapping
+        self.functions: dict[nn.Module, Callable] = {}
+        first, after = self.config.num_prelude_layers, self.config.num_prelude_layers + self.config.num_core_layers
+        self.prelude_layers, self.core_layers = cache.layers[:first], cache.layers[first:after]
+        self.coda_layers = cache.layers[after:]
+        self.rows: list[Row] = []
+        self.items: list[Item] = []  # of the launch; of each row the newest first
+        self.device, self.dtype = self.base.embed_tokens.weight.device, self.base.embed_tokens.weight.dtype
+
+    def open(self, row: Row, place: int, token: int) -> None:
+        """Goes on with a row behind a token that is final, which is read to this place of the cache."""
+        row.items = [Item(row, place, token)]
+        self.rows.append(row)
+
+    def close(self, row: Row) -> None:
+        """Forgets a row; what it has in the cache may be written over."""
+        self.rows.remove(row)
+        row.items = []
+
+    # ------------------------------------------------------------------------------------------------------------ tick
+
+    @torch.no_grad()
+    def tick(self) -> None:
+        """One step of all items that are on their way, and what follows from it."""
+        self.items = [item for row in self.rows for item in reversed(row.items) if not item.is_done]
+        self._embed([item for item in self.items if item.term is None])
+        self._step(self.items)
+        for item in self.items:
+            if item.step == item.row.num_steps:
+                self._finish(item)
+        for item in self._judge([item for item in self.items if self._is_judged(item, by_logits=False)]):
+            self._finish(item)
+        rows = [row for row in self.rows if self._is_read(row)]
+        self._read([item for row in rows for item in reversed(row.items)])
+        for item in self._judge([row.items[0] for row in rows if self._is_judged(row.items[0], by_logits=True)]):
+            self._finish(item)
+        for row in rows:
+            self._settle(row)
+
+    def _embed(self, items: Sequence[Item]) -> None:
+        """Prelude of new items."""
+        if not items:
+            return
+        x = self.base.embed_tokens(torch.tensor([[item.token] for item in items], device=self.device))
+        positions = torch.tensor([[item.place - item.row.start] for item in items], device=self.device)
+        x = self.base.add_positions(x, positions).squeeze(1)
+        terms = self.take_step.term(self._pass(self.base.prelude, self.prelude_layers, x, items))
+        for item, term in zip(items, terms.split(1), strict=True):
+            item.term = term
+
+    def _step(self, items: Sequence[Item]) -> None:
+        """One launch of the core."""
+        if not items:
+            return
+        states, terms = torch.cat([item.state for item in items]), torch.cat([item.term for item in items])
+        embedded = None
+        if self.base.core.has_step_embedding:
+            steps = torch.tensor([item.step + 1 for item in items], device=self.device)
+            embedded = sinusoids(steps, self.config.hidden_size).to(states)
+        places = self._places(items, [item.step for item in items])
+        slots = [ItemSlot(layer, places) for layer in self.core_layers]
+        states = self.take_step(states, terms, self._inputs(places), slots, embedded)
+        for item, state in zip(items, states.split(1), strict=True):
+            item.states.append(state)
+        self.counts.ticks += 1
+        self.counts.items += len(items)
+
+    def _read(self, items: Sequence[Item]) -> None:
+        """What items say: norm, coda, norm, head."""
+        if not items:
+            return
+        states = self.norm(torch.cat([item.state for item in items]))
+        logits = self.head(self.norm(self._pass(self.base.coda, self.coda_layers, states, items)))
+        logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        for item, row, token in zip(items, logits.split(1), self.choose(items, logits), strict=True):
+            item.logits, item.choice = row, token
+        self.counts.readings += len(items)
+
+    def _is_read(self, row: Row) -> bool:
+        """Whether something has to be read of a row; then all of its items are, which costs little more, and shows
+        drafts that do not hold any more.
+        """
+        first, last = row.items[0], row.items[-1]
+        return first.is_done or self._is_judged(first, by_logits=True) or self._may_draft(last)
+
+    def _may_draft(self, last: Item) -> bool:
+        """Whether the next position may begin behind the last item of a row."""
+        row = last.row
+        if row.draft_steps is None or len(row.items) >= row.most_items or last.place >= row.last_place:
+            return False
+        return last.is_done or last.step >= row.draft_steps
+
+    def _finish(self, item: Item) -> None:
+        """An item takes no more steps: deeper readers find what it has left last."""
+        item.is_done = True
+        for layer in self.core_layers:
+            entries = layer.buffer[:, :, item.row.index, :, item.place]
+            entries[item.step :] = entries[item.step - 1]
+
+    def _settle(self, row: Row) -> None:
+        """What follows from a reading of a row: final tokens, drafts that do not hold, new items."""
+        while row.items[0].is_done:
+            item, *behind = row.items
+            if not self.accept(row, item.choice, item.step):
+                self.close(row)
+                return
+            holds = bool(behind) and behind[0].token == item.choice
+            self.counts.drafts += bool(behind)
+            self.counts.kept_drafts += holds
+            row.items = behind if holds else [Item(row, item.place + 1, item.choice)]
+            if not holds:
+                return
+            self._catch_up(row)
+        for number, (item, behind) in enumerate(zip(row.items, row.items[1:], strict=False)):
+            if behind.token != item.choice:
+                del row.items[number + 1 :]
+                break
+        last = row.items[-1]
+        if self._may_draft(last) and last.choice is not None:
+            row.items.append(Item(row, last.place + 1, last.choice))
+
+    # ----------------------------------------------------------------------------------------------------------- exits
+
+    def _criterion(self, row: Row) -> ExitCriterion | None:
+        name = row.exits.criterion
+        if name == "none":
+            return None
+        return LearnedProbe(self.base.exit_probe) if name == "probe" else EXIT_CRITERIA[name]
+
+    def _is_judged(self, item: Item, by_logits: bool) -> bool:
+        """Whether an exit is looked for after the step of an item, by what it says or by its state. What an item says
+        is final only when all before it is; until then it is not asked.
+        """
+        row, criterion = item.row, self._criterion(item.row)
+        if criterion is None or criterion.reads_logits != by_logits or item.is_done or item.step == row.num_steps:
+            return False
+        steps = item.step - row.exits.min_steps
+        return steps >= 0 and steps % row.exits.check_interval == 0
+
+    def _judge(self, items: Sequence[Item]) -> list[Item]:
+        """Those of the items that stop where they are."""
+        stopped, groups = [], {}
+        for item in items:
+            groups.setdefault((item.row.exits.criterion, item.check is None), []).append(item)
+        for (_, is_first), group in groups.items():
+            criterion = self._criterion(group[0].row)
+            logits = [item.logits if criterion.reads_logits else None for item in group]
+            states = [item.state.unsqueeze(1) for item in group]
+            now = joined([ExitCheck(0, *read) for read in zip(states, logits, strict=True)])
+            before = [ExitCheck(0, item.row.initial_state.unsqueeze(1)) if is_first else item.check for item in group]
+            now.value = criterion.value(now, joined(before))
+            limits = [item.row.exits.threshold or criterion.default_threshold for item in group]
+            stops = criterion.stops(now.value, torch.tensor(limits, device=now.value.device)).tolist()
+            for number, item in enumerate(group):
+                item.check = now.of(torch.tensor([number], device=self.device))
+            stopped += [item for item, stop in zip(group, stops, strict=True) if stop]
+        return stopped
+
+    def _catch_up(self, row: Row) -> None:
+        """What stands before the first item has become final, and with it what the item says: exits that this decides
+        are looked for after each of its steps, by readings of their own. Those behind it that have gone deeper go back.
+        """
+        first, states = row.items[0], row.items[0].states
+        criterion = self._criterion(row)
+        if criterion is None or not criterion.reads_logits:
+            return
+        for step in range(1, len(states) + 1):
+            first.states = states[:step]
+            if self._is_judged(first, by_logits=True):
+                self._read([first])
+                if self._judge([first]):
+                    self._finish(first)
+                    for item in row.items[1:]:
+                        del item.states[step:]
+                    return
+
+    # --------------------------------------------------------------------------------------------------- masks, places
+
+    def _pass(
+        self, stack: BlockStack, layers: Sequence[CacheLayer], x: torch.Tensor, items: Sequence[Item]
+    ) -> torch.Tensor:
+        """Items through prelude or coda, (items, hidden) -> the same."""
+        if not layers:
+            return x
+        places = self._places(items, [0] * len(items))
+        blocks, slots = [stack.layers[index] for index in stack.order], [ItemSlot(layer, places) for layer in layers]
+        return pass_token(blocks, x, self._inputs(places), slots)
+
+    def _places(self, items: Sequence[Item], steps: Sequence[int]) -> ItemPlaces:
+        rows, starts = [item.row.index for item in items], [item.row.start for item in items]
+        return ItemPlaces(rows, [item.place for item in items], steps, starts, self.device)
+
+    def _inputs(self, places: ItemPlaces) -> AttentionInputs:
+        """Mask and positions of items."""
+        mask, rotary, token = places.mask(self.dtype), None, None
+        positions = [place - start for place, start in zip(places.places, places.starts, strict=True)]
+        positions = torch.tensor(positions, device=self.device)[:, None]
+        if self.config.position_embedding == "rope":
+            rotary = rotary_tables(rotary_angles(positions, self.config.head_dim, self.config.rope_theta), self.dtype)
+            token = token_tables(self.config, *rotary)
+        elif self.config.position_embedding == "alibi":
+            starts = torch.tensor(places.starts, device=self.device)[:, None]
+            keys = torch.arange(places.start, places.end, device=self.device) - starts
+            bias = alibi_bias(positions, keys, self.config.num_attention_heads).to(self.dtype)
+            mask = bias if mask is None else mask + bias
+        return AttentionInputs(mask, rotary, token=TokenInputs(token, self.functions))
+
+
+def joined(checks: Sequence[ExitCheck]) -> ExitCheck:
+    """Checks of one item each as one of all."""
+    parts = {name: [getattr(check, name) for check in checks] for name in ("state", "logits", "value")}
+    return ExitCheck(0, **{name: None if part[0] is None else torch.cat(part) for name, part in parts.items()})
