@@ -58,6 +58,7 @@ from .modeling_megatransformer_text import (
     MegaTransformerTextModel,
 )
 from .processing_megatransformer import MegaTransformerProcessor, build_processor, tokenizer_of
+from .sampling import KeyedSampling
 from .vocoder import MegaTransformerVocoder
 
 MODELS = {
@@ -106,6 +107,7 @@ __all__ = [
     "MODELS",
     "TARGET_MODALITIES",
     "ExitOptions",
+    "KeyedSampling",
     "MediaChunk",
     "MediaConfig",
     "MediaError",

@@ -321,6 +321,14 @@ class RecurrentCache(Cache):
         for layer, slots in zip(self.layers, self._slots_by_layer(num_steps), strict=True):
             layer.reserve(slots, layer.batch, length)
 
+    def allocate(self, like: torch.Tensor, length: int, num_steps: int) -> None:
+        """All room at once, for so many tokens and steps of each row; rows, type and device are those of `like`, (rows,
+        key/value heads, 0, head_dim).
+        """
+        for layer, slots in zip(self.layers, self._slots_by_layer(num_steps), strict=True):
+            layer.reserve(slots, len(like), length)
+            layer.lazy_initialization(like, like)
+
     def _begin_static(self, embeds: torch.Tensor, length: int, num_steps: int) -> None:
         if length > self.max_length:
             raise ValueError(

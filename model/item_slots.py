@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from .cache import CacheLayer
 
@@ -52,8 +53,12 @@ class ItemPlaces:
         """What is added to the logits of attention, (items, 1, 1, keys): items see their row up to themselves. None:
         a single item sees all that it is given.
         """
-        if len(self.rows) == 1:
+        count = len(self.rows)
+        if count == 1:
             return None
+        if self.stride is not None:  # each sees one place less than the one before
+            hidden = torch.full((count, count), -torch.inf, dtype=dtype, device=self.device).tril_(-1).flip(1)
+            return nn.functional.pad(hidden, (self.end - self.start - count, 0))[:, None, None]
         keys, places = torch.arange(self.start, self.end, device=self.device), self.index[2][:, None]
         is_hidden = keys > places
         if not self.has_one_row:

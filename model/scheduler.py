@@ -10,6 +10,7 @@ decides: nothing here knows of tokenizers or of sampling.
 Sources: WaveFront Decoding, arXiv 2609.23033; Continuous Depth Batching, arXiv 2608.09444.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from .attention import AttentionInputs, TokenInputs, alibi_bias, rotary_angles, rotary_tables, token_tables
 from .blocks import BlockStack, pass_token, sinusoids
-from .cache import CacheLayer, RecurrentCache
+from .cache import BLOCK, CacheLayer, RecurrentCache
 from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitCriterion, ExitOptions, LearnedProbe
 from .item_slots import ItemPlaces, ItemSlot
 from .recurrence import TokenStep
@@ -123,6 +124,7 @@ class Scheduler:
         self.take_step, self.norm = TokenStep(self.base.core), token_norm(self.base.norm)
         self.head, self.cap = token_product(model.lm_head), self.config.final_logit_softcapping
         self.functions: dict[nn.Module, Callable] = {}
+        self.tables: list[list[torch.Tensor]] | None = None
         first, after = self.config.num_prelude_layers, self.config.num_prelude_layers + self.config.num_core_layers
         self.prelude_layers, self.core_layers = cache.layers[:first], cache.layers[first:after]
         self.coda_layers = cache.layers[after:]
@@ -187,6 +189,17 @@ class Scheduler:
             item.states.append(state)
         self.counts.ticks += 1
         self.counts.items += len(items)
+
+    def seconds_of_launch(self, items: Sequence[Item]) -> float:
+        """How long a launch with such items takes, which are forgotten; it writes to their places."""
+        start = time.perf_counter()
+        with torch.no_grad():
+            self._step(items)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for item in items:
+            item.states.clear()
+        return time.perf_counter() - start
 
     def _read(self, items: Sequence[Item]) -> None:
         """What items say: norm, coda, norm, head."""
@@ -317,16 +330,29 @@ class Scheduler:
         """Mask and positions of items."""
         mask, rotary, token = places.mask(self.dtype), None, None
         positions = [place - start for place, start in zip(places.places, places.starts, strict=True)]
-        positions = torch.tensor(positions, device=self.device)[:, None]
         if self.config.position_embedding == "rope":
-            rotary = rotary_tables(rotary_angles(positions, self.config.head_dim, self.config.rope_theta), self.dtype)
-            token = token_tables(self.config, *rotary)
+            tables = self._tables(max(positions) + 1)
+            if len(positions) == 1:
+                rotary, token = ([table[positions[0]].unsqueeze(0) for table in pair] for pair in tables)
+            else:
+                index = torch.tensor(positions, device=self.device)
+                rotary, token = ([table.index_select(0, index) for table in pair] for pair in tables)
         elif self.config.position_embedding == "alibi":
             starts = torch.tensor(places.starts, device=self.device)[:, None]
             keys = torch.arange(places.start, places.end, device=self.device) - starts
+            positions = torch.tensor(positions, device=self.device)[:, None]
             bias = alibi_bias(positions, keys, self.config.num_attention_heads).to(self.dtype)
             mask = bias if mask is None else mask + bias
         return AttentionInputs(mask, rotary, token=TokenInputs(token, self.functions))
+
+    def _tables(self, count: int) -> list[list[torch.Tensor]]:
+        """Those of RoPE for so many positions, as modules want them, (positions, 1, head_dim), and for all heads."""
+        if self.tables is None or len(self.tables[0][0]) < count:
+            positions = torch.arange(-(-count // BLOCK) * BLOCK, device=self.device)[:, None]
+            angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+            pair = rotary_tables(angles, self.dtype)
+            self.tables = [list(pair), list(token_tables(self.config, *pair))]
+        return self.tables
 
 
 def joined(checks: Sequence[ExitCheck]) -> ExitCheck:

@@ -1,0 +1,421 @@
+"""Many requests at once: each has its own depth, exits, sampling and seed, begins when there is a place for it, and
+ends for itself. What runs beside a request changes nothing of what it says.
+
+A step of the engine reads a part of the prompts that wait, and then lets the scheduler take one step of the core with
+all tokens that are on their way, each at its own. Where a launch has room, tokens are followed by drafts of the next.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    StopStringCriteria,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from model import ExitOptions, KeyedSampling, RecurrentCache
+from model.scheduler import Item, Row, Scheduler
+
+OF_TEXTS = ("input_ids", "attention_mask")
+PRIOR = (7, 10)
+"""Drafts that have held, of so many, before any has been seen."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text that is asked for.
+
+    Args:
+        inputs: What the tokenizer or the processor makes of one prompt: `input_ids`, (1, tokens), and its media.
+        max_new_tokens: The most new tokens.
+        num_steps: The most core steps of each token. Default: `config.num_steps`, else the mean.
+        exits: What ends the steps of new tokens earlier.
+        sampling_seed: The seed of samples; None: the likeliest tokens.
+        temperature, top_k, top_p, repetition_penalty: As in transformers' `generate`; a `top_k` of 0 leaves all tokens.
+        end_tokens: Tokens that end the text. Default: those of the model's generation config.
+        stop_strings: Strings that end the text; they need the engine's tokenizer.
+    """
+
+    inputs: Mapping[str, Any]
+    max_new_tokens: int = 20
+    num_steps: int | None = None
+    exits: ExitOptions = field(default_factory=ExitOptions)
+    sampling_seed: int | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    end_tokens: Sequence[int] | None = None
+    stop_strings: Sequence[str] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self.inputs["input_ids"].shape[1]
+
+    @property
+    def has_media(self) -> bool:
+        """Whether more is read than tokens."""
+        return any(value is not None for name, value in self.inputs.items() if name not in OF_TEXTS)
+
+
+class Stream:
+    """What has become of a request.
+
+    Args:
+        request: The request.
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.tokens: list[int] = []
+        self.exit_steps: list[int] = []
+        """The steps that each token took."""
+        self.finish_reason: str | None = None
+        """"stop", "length", "cancelled", or None while it goes on."""
+        self._taken = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.finish_reason is not None
+
+    def take(self) -> list[int]:
+        """The tokens that have come since the last call."""
+        new = self.tokens[self._taken :]
+        self._taken += len(new)
+        return new
+
+
+class Job:
+    """A request that has a place, and what makes tokens of its logits."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        place: int,
+        num_steps: int,
+        end_tokens: set[int],
+        suppressed: list[int],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ):
+        request = stream.request
+        self.stream, self.place, self.num_steps, self.end_tokens = stream, place, num_steps, end_tokens
+        self.ids = nn.functional.pad(request.inputs["input_ids"], (0, request.max_new_tokens))
+        self.length = request.num_tokens
+        self.row: Row | None = None
+        self.processors = LogitsProcessorList()
+        if request.repetition_penalty != 1:
+            self.processors.append(RepetitionPenaltyLogitsProcessor(float(request.repetition_penalty)))
+        if suppressed:
+            self.processors.append(SuppressTokensLogitsProcessor(suppressed, device=self.ids.device))
+        self.sampling = None
+        if request.sampling_seed is not None:
+            self.sampling = KeyedSampling([request.sampling_seed], self.length)
+            if request.temperature != 1:
+                self.processors.append(TemperatureLogitsWarper(float(request.temperature)))
+            if request.top_k:
+                self.processors.append(TopKLogitsWarper(request.top_k))
+            if request.top_p < 1:
+                self.processors.append(TopPLogitsWarper(request.top_p))
+        self.stopping = StopStringCriteria(tokenizer, list(request.stop_strings)) if request.stop_strings else None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether its token is the likeliest, whatever was before."""
+        return not self.processors and self.sampling is None
+
+    def pick(self, logits: torch.Tensor, drafts: Sequence[int]) -> int:
+        """The token that logits, (1, vocab) in float32, say behind drafts."""
+        length = self.length + len(drafts)
+        if drafts:
+            self.ids[0, self.length : length] = torch.tensor(drafts, device=self.ids.device)
+        scores = self.processors(self.ids[:, :length], logits)
+        if self.sampling is not None:
+            index = length - self.stream.request.num_tokens
+            scores = scores + self.sampling.noise(0, index, scores.shape[-1]).to(scores)
+        return int(scores.argmax(-1))
+
+    def accept(self, token: int, steps: int) -> bool:
+        """Notes a final token; whether the text goes on."""
+        stream = self.stream
+        self.ids[0, self.length] = token
+        self.length += 1
+        stream.tokens.append(token)
+        stream.exit_steps.append(steps)
+        if token in self.end_tokens or (self.stopping is not None and self.stopping(self.ids[:, : self.length], None)):
+            stream.finish_reason = "stop"
+        elif len(stream.tokens) == stream.request.max_new_tokens:
+            stream.finish_reason = "length"
+        return not stream.is_done
+
+
+@dataclass
+class Reading:
+    """Prompts that are read together, with padding on the left."""
+
+    jobs: list[Job]
+    cache: RecurrentCache
+    ids: torch.LongTensor
+    mask: torch.LongTensor
+    num_read: int = 0
+
+
+class InferenceEngine:
+    """Requests in, tokens out; one thread.
+
+    Args:
+        model: A model with a head and a core.
+        num_places: Requests that go on at a time.
+        max_length: Tokens, those of the prompt among them, of a request. Together with `max_steps` this bounds the
+            memory: the cache takes `num_bytes`, once.
+        max_steps: Core steps of a token. Default: those that the model takes by itself.
+        prefill_tokens: Tokens of prompts that are read in one step of the engine, so that tokens of others do not wait
+            for long prompts.
+        drafts: Whether tokens may be followed by drafts of the next, where it pays.
+        tokenizer: For stop strings.
+
+    Raises:
+        ValueError: the model has no core, or its attention is not sdpa.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_places: int = 8,
+        max_length: int = 512,
+        max_steps: int | None = None,
+        prefill_tokens: int = 512,
+        drafts: bool = True,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.model, self.config = model, model.text_config
+        if model.model.core is None:
+            raise ValueError("the engine needs a model with a core (num_core_layers is 0); use generate")
+        if self.config._attn_implementation != "sdpa":
+            raise ValueError(f"attention {self.config._attn_implementation!r} is not possible here; use sdpa")
+        self.usual_steps = self.config.num_steps or self.config.recurrence.mean_steps
+        self.max_length, self.max_steps = max_length, max_steps or self.usual_steps
+        self.prefill_tokens, self.drafts, self.tokenizer = prefill_tokens, drafts, tokenizer
+        self.cache = RecurrentCache(self.config, "full")
+        weight = model.model.embed_tokens.weight
+        like = weight.new_empty(num_places, self.config.num_key_value_heads, 0, self.config.head_dim)
+        self.cache.allocate(like, max_length, self.max_steps)
+        self.state = model.model.fixed_state(weight)[:, 0]
+        self.scheduler = Scheduler(model, self.cache, self._choose, self._accept)
+        self.free = list(range(num_places))
+        self.waiting: deque[Stream] = deque()
+        self.reading: Reading | None = None
+        self.jobs: dict[Row, Job] = {}
+        self.num_tokens = self.num_steps_taken = 0
+        self.costs = self._measure_launches() if drafts else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the cache."""
+        return self.cache.num_bytes
+
+    # -------------------------------------------------------------------------------------------------------- requests
+
+    def submit(self, request: Request) -> Stream:
+        """A request, which begins after those that came before it.
+
+        Raises:
+            ValueError: it is longer or deeper than there is room for, or an option is not possible.
+        """
+        length, steps = request.num_tokens + request.max_new_tokens, request.num_steps or self.usual_steps
+        if not request.num_tokens or request.max_new_tokens < 1:
+            raise ValueError("a request needs a prompt of at least one token, and max_new_tokens of at least 1")
+        if length > self.max_length:
+            raise ValueError(
+                f"{request.num_tokens} + {request.max_new_tokens} tokens are more than a place has, {self.max_length}; "
+                "shorten the request, or raise max_length"
+            )
+        if not 1 <= steps <= self.max_steps:
+            raise ValueError(f"num_steps ({steps}) must be at least 1 and at most max_steps, {self.max_steps}")
+        if request.exits.criterion == "schedule" or (request.exits.criterion == "probe" and not self._has_probe):
+            raise ValueError(f"exit_criterion {request.exits.criterion!r} is not possible here; choose another")
+        if request.stop_strings and self.tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer; give the engine one")
+        stream = Stream(request)
+        self.waiting.append(stream)
+        return stream
+
+    @property
+    def _has_probe(self) -> bool:
+        return self.model.model.exit_probe is not None
+
+    def cancel(self, stream: Stream) -> None:
+        """Ends a request, whose place is free at once."""
+        if stream.is_done:
+            return
+        stream.finish_reason = "cancelled"
+        if stream in self.waiting:
+            self.waiting.remove(stream)
+            return
+        for row, job in list(self.jobs.items()):
+            if job.stream is stream:
+                self.scheduler.close(row)
+                self._release(row)
+
+    def _release(self, row: Row) -> None:
+        self.free.append(self.jobs.pop(row).place)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.waiting or self.reading or self.jobs)
+
+    # ------------------------------------------------------------------------------------------------------------ step
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """A part of the prompts that wait, and one step of the core for all that goes on."""
+        if self.reading is None and self.waiting and self.free:
+            self._begin_reading()
+        if self.reading is not None:
+            self._read()
+        if self.jobs:
+            self._choose_width()
+            self.scheduler.tick()
+
+    def run(self) -> None:
+        """Steps until nothing is left."""
+        while not self.is_idle:
+            self.step()
+
+    # --------------------------------------------------------------------------------------------------------- prompts
+
+    def _begin_reading(self) -> None:
+        """Takes waiting requests, in their order, as many as there are places and tokens for; one with media alone."""
+        jobs, longest = [], 0
+        while self.waiting and self.free:
+            request = self.waiting[0].request
+            longest = max(longest, request.num_tokens)
+            if jobs and (request.has_media or longest * (len(jobs) + 1) > self.prefill_tokens):
+                break
+            jobs.append(self._job(self.waiting.popleft()))
+            if request.has_media:
+                break
+        longest = max(job.length for job in jobs)
+        ids = torch.cat([nn.functional.pad(job.ids[:, : job.length], (longest - job.length, 0)) for job in jobs])
+        mask = torch.ones_like(ids)
+        for row, job in zip(mask, jobs, strict=True):
+            row[: longest - job.length] = 0
+        self.reading = Reading(jobs, RecurrentCache(self.config, "full"), ids, mask)
+
+    def _job(self, stream: Stream) -> Job:
+        request, config = stream.request, self.model.generation_config
+        ends = config.eos_token_id if request.end_tokens is None else request.end_tokens
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        steps = request.num_steps or self.usual_steps
+        return Job(stream, self.free.pop(0), steps, ends, self.model.placeholder_ids, self.tokenizer)
+
+    def _read(self) -> None:
+        """A chunk of the prompts that are read; behind the last, their first tokens."""
+        reading = self.reading
+        media = [job.stream.request.inputs for job in reading.jobs if job.stream.request.has_media]
+        first, longest = reading.num_read, reading.ids.shape[1]
+        size = longest if media else max(1, self.prefill_tokens // len(reading.jobs))
+        chunk = (longest - first) % size or size  # counted from the end, so that padding moves none
+        last, steps = first + chunk, [job.num_steps for job in reading.jobs]
+        outputs = self.model(
+            **{**(media[0] if media else {}), "input_ids": reading.ids[:, first:last]},
+            attention_mask=reading.mask[:, :last],
+            cache=reading.cache,
+            num_steps=steps[0] if len(set(steps)) == 1 else torch.tensor(steps),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        reading.num_read = last
+        if last < longest:
+            return
+        self.reading = None
+        for number, job in enumerate(reading.jobs):
+            if job.stream.is_done:  # cancelled
+                self.free.append(job.place)
+            else:
+                self._open(job, number, reading, outputs.logits[number : number + 1, -1].float())
+
+    def _open(self, job: Job, number: int, reading: Reading, logits: torch.Tensor) -> None:
+        """Puts what was read of a prompt into its place, and goes on behind its first token."""
+        longest, length, request = reading.ids.shape[1], job.length, job.stream.request
+        for layer, read in zip(self.cache.layers, reading.cache.layers, strict=True):
+            found = read.buffer[:, :, number, :, longest - length : longest]
+            place = layer.buffer[:, :, job.place, :, :length]
+            place[: len(found)] = found
+            place[len(found) :] = found[-1]
+        last = request.num_tokens + request.max_new_tokens - 2
+        row = Row(job.place, 0, last, job.num_steps, self.state, request.exits)
+        self.jobs[row] = job
+        job.row = row
+        token = job.pick(logits, [])
+        if job.accept(token, job.num_steps):
+            self.scheduler.open(row, length, token)
+        else:
+            self._release(row)
+
+    # ---------------------------------------------------------------------------------------------------------- tokens
+
+    def _choose(self, items: Sequence[Item], logits: torch.Tensor) -> list[int]:
+        """The token that each item says."""
+        logits = logits.float()
+        chosen = logits.argmax(-1).tolist()
+        for number, item in enumerate(items):
+            job = self.jobs[item.row]
+            if not job.is_greedy:
+                drafts = [it.token for it in item.row.items[1:] if it.place <= item.place]
+                chosen[number] = job.pick(logits[number : number + 1], drafts)
+        return chosen
+
+    def _accept(self, row: Row, token: int, steps: int) -> bool:
+        self.num_tokens, self.num_steps_taken = self.num_tokens + 1, self.num_steps_taken + steps
+        goes_on = self.jobs[row].accept(token, steps)
+        if not goes_on:
+            self._release(row)
+        return goes_on
+
+    # ----------------------------------------------------------------------------------------------------------- widths
+
+    def _choose_width(self) -> None:
+        """Drafts begin after so many steps as promise the least time for a token: with a share a of drafts that hold, a
+        token of r steps takes d a + r (1 - a) launches, of r / d items of each row.
+        """
+        counts, rows = self.scheduler.counts, self.scheduler.rows
+        if self.costs is None or not rows:
+            return
+        held = (counts.kept_drafts + PRIOR[0]) / (counts.drafts + PRIOR[1])
+        depth = self.num_steps_taken / self.num_tokens if self.num_tokens else self.usual_steps
+
+        def seconds(steps: float) -> float:
+            width = len(rows) * depth / steps
+            cost = np.interp(width, *self.costs) * max(1, width / self.costs[0][-1])
+            return cost * (steps * held + depth * (1 - held))
+
+        choices = {steps: seconds(steps) for steps in (1, 2, 4, 8) if steps < depth}
+        choices[None] = float(np.interp(len(rows), *self.costs)) * depth
+        best = min(choices, key=choices.get)
+        for row in rows:
+            row.draft_steps = best
+
+    def _measure_launches(self, rounds: int = 7) -> tuple[list[int], list[float]]:
+        """Numbers of items, and the seconds of a launch of the core with so many, in places that nobody has yet."""
+        counts, found = [1, 2, 4, 8, 16, 32], []
+        rows = [Row(place, 0, 0, self.max_steps, self.state) for place in self.free]
+        probe = Scheduler(self.model, self.cache, self._choose, self._accept)
+        for count in counts:
+            places = [self.max_length // 2 - number // len(rows) for number in range(count)]
+            items = [
+                Item(rows[number % len(rows)], max(place, 0), 0, term=self.state) for number, place in enumerate(places)
+            ]
+            found.append(min(probe.seconds_of_launch(items) for _ in range(rounds)))
+        return counts, found

@@ -1,0 +1,188 @@
+"""The engine: requests that come and go, each of which says what it says alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from inference.engine import InferenceEngine, Request, Stream
+from model import ExitOptions
+from tests.tiny import tiny_ids, tiny_model
+
+SHAPE = {"num_prelude_layers": 2, "num_core_layers": 4, "num_coda_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny_model(scale=2.0, **SHAPE)
+
+
+def requests(count: int) -> list[Request]:
+    """Of different prompts, lengths, depths, exits and ways to choose tokens."""
+    found = []
+    for number in range(count):
+        options = {"max_new_tokens": 3 + 5 * number % 13, "num_steps": 2 + number % 5}
+        if number % 3 == 1:
+            options |= {"sampling_seed": number, "temperature": 1.2, "top_k": 30, "top_p": 0.9}
+        if number % 3 == 2:
+            options |= {"exits": ExitOptions("kl_divergence", 0.3), "repetition_penalty": 1.3}
+        if number % 4 == 3:
+            options |= {"exits": ExitOptions("latent_difference", 0.4, min_steps=2)}
+        found.append(Request({"input_ids": tiny_ids(1, 2 + 3 * number % 11, seed=number)}, **options))
+    return found
+
+
+def alone(model: nn.Module, request: Request) -> tuple[list[int], list[int]]:
+    """The tokens of a request by plain `generate`, and their steps."""
+    ids, exits = request.inputs["input_ids"], request.exits
+    options = {"exit_criterion": exits.criterion, "exit_threshold": exits.threshold, "min_steps": exits.min_steps}
+    options = {} if exits.criterion == "none" else options
+    if request.sampling_seed is not None:
+        options |= {"do_sample": True, "sampling_seed": request.sampling_seed, "temperature": request.temperature}
+        options |= {"top_k": request.top_k, "top_p": request.top_p}
+    output = model.generate(
+        ids,
+        num_steps=request.num_steps,
+        max_new_tokens=request.max_new_tokens,
+        repetition_penalty=request.repetition_penalty,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return output.sequences[0, ids.shape[1] :].tolist(), output.exit_steps[0].tolist()
+
+
+def check_alone(model: nn.Module, streams: list[Stream]) -> None:
+    for stream in streams:
+        assert (stream.tokens, stream.exit_steps) == alone(model, stream.request)
+        ended = stream.tokens[-1] == model.config.eos_token_id
+        assert stream.finish_reason == ("stop" if ended else "length")
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize(("places", "prefill"), [(1, 512), (3, 4), (8, 16)])
+def test_each_request_says_what_it_says_alone(model, places, prefill, drafts):
+    engine = InferenceEngine(model, places, max_length=32, max_steps=7, prefill_tokens=prefill, drafts=drafts)
+    streams = [engine.submit(request) for request in requests(12)]
+    engine.run()
+    check_alone(model, streams)
+    assert engine.is_idle and sorted(engine.free) == list(range(places))
+
+
+def test_requests_that_come_later_change_nothing(model):
+    engine, streams, left = InferenceEngine(model, 4, max_length=32, max_steps=7), [], requests(10)
+    while left or not engine.is_idle:
+        if left:
+            streams.append(engine.submit(left.pop(0)))
+        for _ in range(3):
+            engine.step()
+    check_alone(model, streams)
+
+
+def test_whatever_drafts_are_made_the_tokens_are_the_same(model, monkeypatch):
+    """Widths change from step to step."""
+    widths = torch.randint(0, 4, (10_000,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def choose(engine):
+        for row in engine.scheduler.rows:
+            row.draft_steps = widths.pop() or None
+
+    monkeypatch.setattr(InferenceEngine, "_choose_width", choose)
+    engine = InferenceEngine(model, 4, max_length=32, max_steps=7, drafts=False)
+    streams = [engine.submit(request) for request in requests(12)]
+    engine.run()
+    check_alone(model, streams)
+    assert 0 < engine.scheduler.counts.kept_drafts < engine.scheduler.counts.drafts
+
+
+def test_no_request_starves_and_places_go_in_order(model):
+    engine, begun = InferenceEngine(model, 2, max_length=32, max_steps=7), []
+    streams = [engine.submit(request) for request in requests(9)]
+    while not engine.is_idle:
+        engine.step()
+        begun += [number for number, stream in enumerate(streams) if stream.tokens and number not in begun]
+    assert begun == list(range(9))
+
+
+def test_a_long_prompt_is_read_in_parts_beside_others(model):
+    engine = InferenceEngine(model, 2, max_length=48, max_steps=4, prefill_tokens=5, drafts=False)
+    short = engine.submit(Request({"input_ids": tiny_ids(1, 3)}, max_new_tokens=12, num_steps=2))
+    engine.step()
+    long = engine.submit(Request({"input_ids": tiny_ids(1, 33, seed=1)}, max_new_tokens=4, num_steps=3))
+    before = 0
+    while not long.tokens:
+        engine.step()
+        before = len(short.tokens)
+    engine.run()
+    assert before >= 3 and short.is_done
+    check_alone(model, [short, long])
+
+
+def test_a_cancelled_request_frees_its_place_at_once(model):
+    engine = InferenceEngine(model, 1, max_length=48, max_steps=4)
+    first, second, third = (engine.submit(request) for request in requests(3))
+    while not first.tokens:
+        engine.step()
+    engine.cancel(second)
+    engine.cancel(first)
+    assert engine.free == [0] and not engine.scheduler.rows and list(engine.waiting) == [third]
+    items = engine.scheduler.counts.items
+    engine.run()
+    engine.cancel(third)  # too late to matter
+    check_alone(model, [third])
+    assert first.finish_reason == second.finish_reason == "cancelled" and second.tokens == []
+    assert engine.scheduler.counts.items - items <= third.request.num_steps * len(third.tokens) * 3
+
+
+def test_a_request_cancelled_while_its_prompt_is_read(model):
+    engine = InferenceEngine(model, 2, max_length=48, max_steps=4, prefill_tokens=4)
+    long = engine.submit(Request({"input_ids": tiny_ids(1, 20)}, max_new_tokens=4))
+    engine.step()
+    engine.cancel(long)
+    other = engine.submit(requests(1)[0])
+    engine.run()
+    assert long.tokens == [] and sorted(engine.free) == [0, 1]
+    check_alone(model, [other])
+
+
+def test_streams_hand_out_what_is_new(model):
+    engine = InferenceEngine(model, 1, max_length=32)
+    stream, parts = engine.submit(Request({"input_ids": tiny_ids(1, 4)}, max_new_tokens=9)), []
+    while not engine.is_idle:
+        engine.step()
+        parts.append(stream.take())
+    assert [token for part in parts for token in part] == stream.tokens and max(map(len, parts)) < 5
+    assert stream.take() == []
+
+
+def test_the_memory_is_that_of_the_formula_and_stays(model):
+    engine = InferenceEngine(model, 3, max_length=100, max_steps=6)
+    slots = SHAPE["num_prelude_layers"] + 6 * SHAPE["num_core_layers"] + SHAPE["num_coda_layers"]
+    assert engine.num_bytes == 2 * slots * 3 * 2 * 128 * 8 * 4  # places, heads, a block of tokens, features, bytes
+    buffers = [layer.buffer.data_ptr() for layer in engine.cache.layers]
+    for request in requests(20):
+        engine.submit(request)
+    engine.run()
+    assert [layer.buffer.data_ptr() for layer in engine.cache.layers] == buffers
+    assert not (engine.jobs or engine.scheduler.rows or engine.waiting)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_new_tokens": 60}, r"4 \+ 60 tokens are more than a place has, 32"),
+        ({"max_new_tokens": 0}, "max_new_tokens of at least 1"),
+        ({"num_steps": 9}, r"num_steps \(9\) must be at least 1 and at most max_steps, 4"),
+        ({"exits": ExitOptions("probe")}, "exit_criterion 'probe' is not possible"),
+        ({"exits": ExitOptions("schedule", schedule=[1])}, "exit_criterion 'schedule' is not possible"),
+        ({"stop_strings": ["."]}, "stop_strings need a tokenizer"),
+    ],
+)
+def test_what_is_refused(model, options, said):
+    engine = InferenceEngine(model, 1, max_length=32, drafts=False)
+    with pytest.raises(ValueError, match=said):
+        engine.submit(Request({"input_ids": tiny_ids(1, 4)}, **options))
+    assert engine.is_idle
+
+
+def test_models_that_have_no_engine_say_so():
+    with pytest.raises(ValueError, match="needs a model with a core"):
+        InferenceEngine(tiny_model(num_core_layers=0))
