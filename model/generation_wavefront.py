@@ -112,7 +112,7 @@ class WavefrontRun:
                 row.draft_steps = given if pace is None else pace.draft_steps
             self.scheduler.tick()
             if pace is not None:
-                pace.note(sum(self.lengths))
+                pace.note(max(self.lengths))
         if self.streamer is not None:
             self.streamer.end()
 
@@ -179,7 +179,8 @@ def first_tokens(mask: torch.Tensor) -> list[int]:
 
 
 class Pace:
-    """Draft steps that take the least time: each number is tried for some tokens, the best is kept for many more.
+    """Draft steps that take the least time, None for no drafts: each is tried for some tokens, the best is kept for
+    many more.
 
     Args:
         num_steps: The most steps of a token.
@@ -188,7 +189,7 @@ class Pace:
     TRIED, KEPT = 8, 256
 
     def __init__(self, num_steps: int):
-        self.numbers = [steps for steps in (1, 2, 4) if steps < num_steps] or [1]
+        self.numbers = [steps for steps in (None, 4, 2, 1) if steps is None or steps < num_steps]
         self._begin()
 
     def _begin(self) -> None:
@@ -196,7 +197,7 @@ class Pace:
         self.draft_steps, self.wanted, self.first = self.left.pop(), self.TRIED, None
 
     def note(self, tokens: int) -> None:
-        """After a tick, with the number of tokens that there are."""
+        """After a tick, with the tokens of the longest row."""
         now = time.perf_counter()
         if self.first is None:
             self.first = now, tokens

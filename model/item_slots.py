@@ -1,5 +1,6 @@
 """Where items (row, place, step) stand in a cache: they are the batch of a launch, and each has one new token."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,9 @@ class ItemPlaces:
         self.has_one_row = len(set(rows)) == 1
         self.start = starts[0] if self.has_one_row else 0
         self.stride = self._stride()
+        in_order = all(later == row + 1 for row, later in itertools.pairwise(rows))
+        self.is_in_phase = in_order and len(set(steps)) == 1
+        """Whether there is one item of each of some rows that lie together, all at the same step."""
         self._index: tuple[torch.Tensor, ...] | None = None
 
     def _stride(self) -> int | None:
@@ -84,22 +88,27 @@ class ItemSlot:
         returns those that each may see, (items, key/value heads, keys, head_dim) each.
         """
         both, items = both.to(self.buffer.dtype), self.items
-        if len(both) == 1:
-            found = self._of_one(both)
-        elif items.stride is None:
+        if items.is_in_phase:
+            return self._of_rows(both)
+        if items.stride is not None:
+            found = self._of_wave(both, items.stride)
+        else:
             steps, rows, places = items.index
             self.buffer[steps, :, rows, :, places] = both
             found = self.buffer[..., items.start : items.end, :][steps, :, rows]
-        else:
-            found = self._of_wave(both, items.stride)
         return found[:, 0], found[:, 1]
 
-    def _of_one(self, both: torch.Tensor) -> torch.Tensor:
-        """Those of a single item, as a view: (1, 2, key/value heads, keys, head_dim)."""
+    def _of_rows(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of one item of each of some rows, at the same step, as views."""
         items = self.items
-        found = self.buffer[items.steps[0]].select(1, items.rows[0])
-        found.select(2, items.places[0]).copy_(both[0])
-        return found.narrow(2, items.start, items.end - items.start).unsqueeze(0)
+        found = self.buffer[items.steps[0]].narrow(1, items.rows[0], len(both))
+        if len(set(items.places)) == 1:
+            found.select(3, items.places[0]).copy_(both.transpose(0, 1))
+        else:
+            _, rows, places = items.index
+            found[:, rows - items.rows[0], :, places] = both
+        found = found.narrow(3, items.start, items.end - items.start)
+        return found[0], found[1]
 
     def _of_wave(self, both: torch.Tensor, stride: int) -> torch.Tensor:
         """Those of items of one row, whose steps rise by as much as places fall by one, as a view. What is written lies

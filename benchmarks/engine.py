@@ -1,0 +1,230 @@
+"""The engine against `generate` in static batches, with the same number of places: requests of different lengths and
+depths, that come all at once or one after the other.
+
+python -m benchmarks.engine runs/recurrent_lm --exit-threshold 0.01
+python -m benchmarks.engine --requests 8 32 100 --arrivals 0 0.05         # seconds between two, on average
+"""
+
+from __future__ import annotations
+
+from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+
+# isort: split
+import argparse
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks import timing
+from benchmarks.wavefront import build, load, padded
+from inference.devices import choose_device, choose_threads
+from inference.engine import InferenceEngine, Request
+from model import ExitOptions
+from model.scheduler import Item, Scheduler
+
+STATIC = "generate, static batches"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and write a table to standard output.
+
+    Raises:
+        SystemExit: with code 2 after one line on standard error, for bad input.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    set_up_logging(args.log_level)
+    datasets.disable_progress_bars()
+    args.batch_sizes, args.check = args.requests, None
+    try:
+        device = choose_device(args.device)
+        model, prompts = (load if args.checkpoint else build)(args, device)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    choose_threads(model, args.threads)
+    model.generation_config.eos_token_id = None
+    sys.stdout.write(f"{args.places} places; {timing.describe_setting(args, device)}.\n\n")
+    for count in args.requests:
+        for gap in args.arrivals:
+            found = measure(model, requests_of(prompts[:count], args), arrivals_of(count, gap), args)
+            sys.stdout.write(report(found, count, gap))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = timing.build_parser("engine", "The engine against generate in static batches.")
+    parser.add_argument("checkpoint", nargs="?", help="folder of a checkpoint, or of a run; else weights are random")
+    parser.add_argument("--requests", type=timing.count, nargs="+", default=[32], help="numbers of requests")
+    parser.add_argument("--arrivals", type=float, nargs="+", default=[0.0], help="mean seconds between two; 0: at once")
+    parser.add_argument("--places", type=timing.count, default=8, help="requests that go on at a time")
+    parser.add_argument("--new-tokens", type=timing.count, nargs=2, default=[16, 128], help="fewest and most")
+    parser.add_argument("--num-steps", type=timing.count, nargs=2, default=[4, 16], help="fewest and most core steps")
+    parser.add_argument("--exit-threshold", type=float, help="of exits by kl_divergence; default: none exits")
+    return parser
+
+
+def requests_of(prompts: Sequence[torch.LongTensor], args: argparse.Namespace) -> list[Request]:
+    """Requests of lengths and depths that are drawn evenly between their bounds."""
+    draw = torch.Generator().manual_seed(1)
+
+    def drawn(bounds: Sequence[int]) -> list[int]:
+        return torch.randint(bounds[0], bounds[1] + 1, (len(prompts),), generator=draw).tolist()
+
+    exits = ExitOptions() if args.exit_threshold is None else ExitOptions("kl_divergence", args.exit_threshold)
+    options = zip(prompts, drawn(args.new_tokens), drawn(args.num_steps), strict=True)
+    return [Request({"input_ids": ids[None]}, new, steps, exits) for ids, new, steps in options]
+
+
+def arrivals_of(count: int, gap: float) -> list[float]:
+    """When each of `count` requests comes, in seconds: a Poisson process."""
+    draw = torch.Generator().manual_seed(2)
+    return (torch.empty(count).exponential_(generator=draw).cumsum(0) * gap).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------- ways
+
+
+class InTurns(InferenceEngine):
+    """The engine without refill: requests begin when all before them have ended."""
+
+    def step(self) -> None:
+        waiting = self.waiting
+        self.waiting = deque() if self.jobs else waiting
+        super().step()
+        self.waiting = waiting
+
+
+class InStep(Scheduler):
+    """Rows that begin their tokens together: those that have finished one wait for the others."""
+
+    def _step(self, items: Sequence[Item]) -> None:
+        super()._step([item for item in items if item.step] or items)
+
+
+def serve(engine: InferenceEngine, requests: Sequence[Request], arrivals: Sequence[float]) -> dict[str, Any]:
+    """The seconds until all is there, those of each request, and what the engine has counted."""
+    left, streams, done = deque(zip(arrivals, requests, strict=True)), [], {}
+    launches, step = [], engine.scheduler._step
+
+    def note(items: Sequence[Item]) -> None:
+        launches.append(len(items))
+        step(items)
+
+    engine.scheduler._step = note
+    start = time.perf_counter()
+    while left or not engine.is_idle:
+        now = time.perf_counter() - start
+        while left and left[0][0] <= now:
+            come, request = left.popleft()
+            streams.append((come, engine.submit(request)))
+        engine.step()
+        for come, stream in streams:
+            if stream.is_done and stream not in done:
+                done[stream] = time.perf_counter() - start - come
+    seconds = time.perf_counter() - start
+    ideal = float(sum(np.interp(launches, *engine.costs))) if engine.costs else None
+    steps = [stream.exit_steps[1:] for _, stream in streams]  # the first token is the prompt's
+    results = {
+        "texts": [stream.tokens for _, stream in streams],
+        "steps": steps,
+        "waits": list(done.values()),
+        "ideal": ideal,
+    }
+    return results | {"seconds": seconds, "launches": launches, "counts": engine.scheduler.counts}
+
+
+def serve_static(
+    model: PreTrainedModel, requests: Sequence[Request], arrivals: Sequence[float], places: int, is_sorted: bool
+) -> dict[str, Any]:
+    """The same by `generate`: the next batch is what has come, as many as there are places, in the order in which they
+    came, or of their lengths.
+    """
+    left, waits, texts, start = list(enumerate(requests)), [], {}, time.perf_counter()
+    while left:
+        now = time.perf_counter() - start
+        here = [pair for pair in left if arrivals[pair[0]] <= now]
+        if not here:
+            continue
+        here = (sorted(here, key=lambda pair: pair[1].max_new_tokens) if is_sorted else here)[:places]
+        batch = [request for _, request in here]
+        options = {"num_steps": torch.tensor([request.num_steps for request in batch])}
+        if batch[0].exits.criterion != "none":
+            options |= {"exit_criterion": batch[0].exits.criterion, "exit_threshold": batch[0].exits.threshold}
+        longest = max(request.max_new_tokens for request in batch)
+        given = padded([request.inputs["input_ids"][0] for request in batch])
+        found = model.generate(**given, **options, max_new_tokens=longest, do_sample=False, pad_token_id=0)
+        for (number, request), row in zip(here, found[:, given["input_ids"].shape[1] :].tolist(), strict=True):
+            texts[number] = row[: request.max_new_tokens]
+            waits.append(time.perf_counter() - start - arrivals[number])
+        left = [pair for pair in left if pair[0] not in texts]
+    return {"seconds": time.perf_counter() - start, "waits": waits, "texts": [texts[it] for it in sorted(texts)]}
+
+
+def measure(
+    model: PreTrainedModel, requests: Sequence[Request], arrivals: Sequence[float], args: argparse.Namespace
+) -> dict[str, list[dict[str, Any]]]:
+    """What each round of each way has given, by its name."""
+    room = {"num_places": args.places, "max_steps": max(request.num_steps for request in requests)}
+    room["max_length"] = max(request.num_tokens + request.max_new_tokens for request in requests)
+
+    def engine(kind: type[InferenceEngine] = InferenceEngine, in_step: bool = False, drafts: bool = False) -> dict:
+        made = kind(model, **room, drafts=drafts)
+        made.costs = costs
+        if in_step:
+            made.scheduler = InStep(model, made.cache, made._choose, made._accept)
+        if not drafts:
+            made._choose_width = lambda: None
+        return serve(made, requests, arrivals)
+
+    costs = InferenceEngine(model, **room, drafts=True).costs
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        STATIC: partial(serve_static, model, requests, arrivals, args.places, False),
+        "generate, sorted by length": partial(serve_static, model, requests, arrivals, args.places, True),
+        "engine, static batches": partial(engine, InTurns, True),
+        "engine, refill": partial(engine, InferenceEngine, True),
+        "engine, depths mixed": partial(engine),
+        "engine, drafts": partial(engine, drafts=True),
+    }
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    for index in range(-args.warmup, args.rounds):
+        for name, run in ways.items():
+            result = run()
+            if index >= 0:
+                found[name].append(result)
+    return found
+
+
+def report(found: dict[str, list[dict[str, Any]]], count: int, gap: float) -> str:
+    """A table with a line for each way."""
+    seconds = {name: [each["seconds"] for each in rounds] for name, rounds in found.items()}
+    ratios, expected = timing.speed_ratios(seconds, STATIC), found[STATIC][0]["texts"]
+    rows = []
+    for name, rounds in found.items():
+        last, tokens = rounds[-1], sum(map(len, rounds[-1]["texts"]))
+        waits, same = torch.tensor(last["waits"]), sum(map(list.__eq__, last["texts"], expected))
+        of_engine = ["-"] * 3
+        if "launches" in last:
+            share = last["ideal"] / last["seconds"] if last["ideal"] else float("nan")
+            wasted = 1 - sum(sum(stream) for stream in last["steps"]) / sum(last["launches"])
+            of_engine = [f"{np.mean(last['launches']):.2f}", f"{share:.0%}", f"{wasted:.0%}"]
+        middle, late = waits.quantile(torch.tensor([0.5, 0.95])).tolist()
+        speed = f"{tokens / timing.quartiles(seconds[name])[1]:.0f}"
+        rows.append(
+            [name, speed, timing.describe_ratio(ratios[name]), f"{middle:.2f}, {late:.2f}", *of_engine, str(same)]
+        )
+    header = ["way", "tokens per second", "speed / static", "seconds to wait: median, 95 %", "items a launch"]
+    header += ["launches of the time", "items in vain", f"texts as in static batches, of {count}"]
+    title = f"{count} requests, {'all at once' if not gap else f'one in {gap:g} s'}\n\n"
+    return title + timing.markdown_table(header, rows) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
