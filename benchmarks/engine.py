@@ -109,36 +109,37 @@ class InStep(Scheduler):
         super()._step([item for item in items if item.step] or items)
 
 
-def serve(engine: InferenceEngine, requests: Sequence[Request], arrivals: Sequence[float]) -> dict[str, Any]:
-    """The seconds until all is there, those of each request, and what the engine has counted."""
+def serve(
+    engine: InferenceEngine, requests: Sequence[Request], arrivals: Sequence[float], costs: Sequence[tuple]
+) -> dict[str, Any]:
+    """The seconds until all is there, those of each request, what the engine has counted, and what share of the time,
+    that of prompts left out, its launches would have taken by what they cost alone.
+    """
     left, streams, done = deque(zip(arrivals, requests, strict=True)), [], {}
-    launches, step = [], engine.scheduler._step
-
-    def note(items: Sequence[Item]) -> None:
-        launches.append(len(items))
-        step(items)
-
-    engine.scheduler._step = note
+    counts, ideal, prompts = engine.scheduler.counts, 0.0, 0.0
     start = time.perf_counter()
     while left or not engine.is_idle:
         now = time.perf_counter() - start
         while left and left[0][0] <= now:
             come, request = left.popleft()
             streams.append((come, engine.submit(request)))
+        items, readings, before = counts.items, counts.readings, time.perf_counter()
+        is_prompt = bool(engine.reading or (engine.waiting and engine.free))
         engine.step()
+        if is_prompt:
+            prompts += time.perf_counter() - before
+        else:
+            ideal += sum(
+                float(np.interp(number, *cost)) if number else 0.0
+                for number, cost in zip((counts.items - items, counts.readings - readings), costs, strict=True)
+            )
         for come, stream in streams:
             if stream.is_done and stream not in done:
                 done[stream] = time.perf_counter() - start - come
     seconds = time.perf_counter() - start
-    ideal = float(sum(np.interp(launches, *engine.costs))) if engine.costs else None
     steps = [stream.exit_steps[1:] for _, stream in streams]  # the first token is the prompt's
-    results = {
-        "texts": [stream.tokens for _, stream in streams],
-        "steps": steps,
-        "waits": list(done.values()),
-        "ideal": ideal,
-    }
-    return results | {"seconds": seconds, "launches": launches, "counts": engine.scheduler.counts}
+    results = {"texts": [stream.tokens for _, stream in streams], "steps": steps, "waits": list(done.values())}
+    return results | {"seconds": seconds, "share": ideal / (seconds - prompts), "prompts": prompts, "counts": counts}
 
 
 def serve_static(
@@ -177,14 +178,12 @@ def measure(
 
     def engine(kind: type[InferenceEngine] = InferenceEngine, in_step: bool = False, drafts: bool = False) -> dict:
         made = kind(model, **room, drafts=drafts)
-        made.costs = costs
         if in_step:
             made.scheduler = InStep(model, made.cache, made._choose, made._accept)
-        if not drafts:
-            made._choose_width = lambda: None
-        return serve(made, requests, arrivals)
+        return serve(made, requests, arrivals, costs)
 
-    costs = InferenceEngine(model, **room, drafts=True).costs
+    empty = InferenceEngine(model, **room, drafts=False)
+    costs = [empty.measure_launches(), empty.measure_launches(is_read=True)]
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         STATIC: partial(serve_static, model, requests, arrivals, args.places, False),
         "generate, sorted by length": partial(serve_static, model, requests, arrivals, args.places, True),
@@ -211,17 +210,17 @@ def report(found: dict[str, list[dict[str, Any]]], count: int, gap: float) -> st
         last, tokens = rounds[-1], sum(map(len, rounds[-1]["texts"]))
         waits, same = torch.tensor(last["waits"]), sum(map(list.__eq__, last["texts"], expected))
         of_engine = ["-"] * 3
-        if "launches" in last:
-            share = last["ideal"] / last["seconds"] if last["ideal"] else float("nan")
-            wasted = 1 - sum(sum(stream) for stream in last["steps"]) / sum(last["launches"])
-            of_engine = [f"{np.mean(last['launches']):.2f}", f"{share:.0%}", f"{wasted:.0%}"]
+        if "counts" in last:
+            counts = last["counts"]
+            wasted = 1 - sum(map(sum, last["steps"])) / counts.items
+            of_engine = [f"{counts.items / counts.ticks:.2f}", f"{last['share']:.0%}", f"{wasted:.0%}"]
         middle, late = waits.quantile(torch.tensor([0.5, 0.95])).tolist()
         speed = f"{tokens / timing.quartiles(seconds[name])[1]:.0f}"
         rows.append(
             [name, speed, timing.describe_ratio(ratios[name]), f"{middle:.2f}, {late:.2f}", *of_engine, str(same)]
         )
     header = ["way", "tokens per second", "speed / static", "seconds to wait: median, 95 %", "items a launch"]
-    header += ["launches of the time", "items in vain", f"texts as in static batches, of {count}"]
+    header += ["ideal / time", "items in vain", f"texts as in static batches, of {count}"]
     title = f"{count} requests, {'all at once' if not gap else f'one in {gap:g} s'}\n\n"
     return title + timing.markdown_table(header, rows) + "\n"
 

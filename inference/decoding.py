@@ -60,6 +60,10 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.finite,
         help="value below which a token's steps end; default: the criterion's",
     )
+    what = (
+        "wavefront: drafts of the next token follow one that is not finished, for the same text; default: the model's"
+    )
+    parser.add_argument("--decoding", choices=["plain", "wavefront"], help=what)
     parser.add_argument("--max-new-tokens", type=arguments.new_tokens, default=100, help="most tokens to generate")
     parser.add_argument(
         "--max-prompt-tokens",
@@ -91,7 +95,7 @@ def decoding_options(parser: arguments.OneLineParser, args: argparse.Namespace) 
         parser.error("--exit-threshold has no effect without --exit-criterion: name one, or leave it out.")
     options = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty}
     exits = {"exit_criterion": args.exit_criterion, "exit_threshold": args.exit_threshold}
-    options |= {name: value for name, value in exits.items() if value is not None}
+    options |= {name: value for name, value in (exits | {"decoding": args.decoding}).items() if value is not None}
     options["logits_processor"] = LogitsProcessorList([FiniteLogits()])
     given = {name: getattr(args, name) for name in SAMPLING_DEFAULTS if name in args}
     if not args.greedy:

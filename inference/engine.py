@@ -27,6 +27,8 @@ from model import ExitOptions, KeyedSampling, RecurrentCache
 from model.scheduler import Item, Row, Scheduler
 
 OF_TEXTS = ("input_ids", "attention_mask")
+PATIENCE = 6
+"""Steps for which a free place waits for another, since two prompts are read in the time of one."""
 PRIOR = (7, 10)
 """Drafts that have held, of so many, before any has been seen."""
 
@@ -216,8 +218,8 @@ class InferenceEngine:
         self.waiting: deque[Stream] = deque()
         self.reading: Reading | None = None
         self.jobs: dict[Row, Job] = {}
-        self.num_tokens = self.num_steps_taken = 0
-        self.costs = self._measure_launches() if drafts else None
+        self.num_tokens = self.num_steps_taken = self.patience = 0
+        self.costs = self.measure_launches() if drafts else None
 
     @property
     def num_bytes(self) -> int:
@@ -280,7 +282,10 @@ class InferenceEngine:
     @torch.no_grad()
     def step(self) -> None:
         """A part of the prompts that wait, and one step of the core for all that goes on."""
-        if self.reading is None and self.waiting and self.free:
+        self.patience += 1
+        if not (self.waiting and self.free) or self.reading is not None:
+            self.patience = 0
+        elif len(self.free) > 1 or len(self.waiting) == 1 or not self.jobs or self.patience > PATIENCE:
             self._begin_reading()
         if self.reading is not None:
             self._read()
@@ -407,15 +412,17 @@ class InferenceEngine:
         for row in rows:
             row.draft_steps = best
 
-    def _measure_launches(self, rounds: int = 7) -> tuple[list[int], list[float]]:
-        """Numbers of items, and the seconds of a launch of the core with so many, in places that nobody has yet."""
+    def measure_launches(self, is_read: bool = False, rounds: int = 7) -> tuple[list[int], list[float]]:
+        """Numbers of items, and the seconds of a launch of the core with so many, or of coda and head. It writes to
+        places, so that nobody may have one yet.
+        """
         counts, found = [1, 2, 4, 8, 16, 32], []
         rows = [Row(place, 0, 0, self.max_steps, self.state) for place in self.free]
-        probe = Scheduler(self.model, self.cache, self._choose, self._accept)
+        probe = Scheduler(self.model, self.cache, lambda items, logits: [0] * len(items), self._accept)
         for count in counts:
             places = [self.max_length // 2 - number // len(rows) for number in range(count)]
             items = [
                 Item(rows[number % len(rows)], max(place, 0), 0, term=self.state) for number, place in enumerate(places)
             ]
-            found.append(min(probe.seconds_of_launch(items) for _ in range(rounds)))
+            found.append(min(probe.seconds_of_launch(items, is_read) for _ in range(rounds)))
         return counts, found

@@ -375,6 +375,12 @@ class RecurrentCache(Cache):
             here = None if entries is None else entries.to(layer.device)
             layer.fill_skipped_steps(first, here, slice(self.length, self.length + num_new_tokens))
 
+    def fill_deeper(self, row_steps: list[int]) -> None:
+        """Rows of which no token took more than so many steps get what they left last in every deeper slot."""
+        for layer in self.core_layers:
+            for row, steps in enumerate(row_steps):
+                layer.buffer[steps:, :, row] = layer.buffer[steps - 1, :, row]
+
     def keep_steps(self, row_steps: torch.LongTensor, num_new_tokens: int) -> None:
         """Notes the steps that each row has taken, (batch,) on the CPU, for new tokens."""
         length = self.length + num_new_tokens

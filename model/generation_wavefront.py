@@ -163,6 +163,7 @@ class WavefrontRun:
         steps = torch.tensor([taken + [0] * (new - len(taken)) for taken in self.steps])
         if min(self.lengths) == longest:
             cache = self.cache
+            cache.fill_deeper([row.num_steps for row in self.rows])
             for index in range(1, new):
                 cache.keep_steps(steps[:, index], 1)
                 cache.advance(1)

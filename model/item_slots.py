@@ -63,12 +63,11 @@ class ItemPlaces:
         if self.stride is not None:  # each sees one place less than the one before
             hidden = torch.full((count, count), -torch.inf, dtype=dtype, device=self.device).tril_(-1).flip(1)
             return nn.functional.pad(hidden, (self.end - self.start - count, 0))[:, None, None]
-        keys, places = torch.arange(self.start, self.end, device=self.device), self.index[2][:, None]
-        is_hidden = keys > places
-        if not self.has_one_row:
+        keys = torch.arange(self.start, self.end, device=self.device)
+        is_hidden = keys > self.index[2][:, None]
+        if not self.has_one_row and any(self.starts):
             is_hidden |= keys < torch.tensor(self.starts, device=self.device)[:, None]
-        mask = torch.zeros(is_hidden.shape, dtype=dtype, device=self.device)
-        return mask.masked_fill_(is_hidden, -torch.inf)[:, None, None]
+        return torch.where(is_hidden, -torch.inf, 0.0).to(dtype)[:, None, None]
 
 
 class ItemSlot:

@@ -190,11 +190,11 @@ class Scheduler:
         self.counts.ticks += 1
         self.counts.items += len(items)
 
-    def seconds_of_launch(self, items: Sequence[Item]) -> float:
-        """How long a launch with such items takes, which are forgotten; it writes to their places."""
+    @torch.no_grad()
+    def seconds_of_launch(self, items: Sequence[Item], is_read: bool = False) -> float:
+        """How long a launch with such items takes, of the core, or of coda and head; it writes to their places."""
         start = time.perf_counter()
-        with torch.no_grad():
-            self._step(items)
+        (self._read if is_read else self._step)(items)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         for item in items:
@@ -229,8 +229,8 @@ class Scheduler:
     def _finish(self, item: Item) -> None:
         """An item takes no more steps: deeper readers find what it has left last."""
         item.is_done = True
-        for layer in self.core_layers:
-            entries = layer.buffer[:, :, item.row.index, :, item.place]
+        for layer in self.core_layers if item.step < item.row.num_steps else ():
+            entries = layer.buffer[: item.row.num_steps, :, item.row.index, :, item.place]
             entries[item.step :] = entries[item.step - 1]
 
     def _settle(self, row: Row) -> None:
@@ -287,8 +287,9 @@ class Scheduler:
             now.value = criterion.value(now, joined(before))
             limits = [item.row.exits.threshold or criterion.default_threshold for item in group]
             stops = criterion.stops(now.value, torch.tensor(limits, device=now.value.device)).tolist()
-            for number, item in enumerate(group):
-                item.check = now.of(torch.tensor([number], device=self.device))
+            parts = zip(now.state.split(1), now.value.split(1), logits, strict=True)
+            for item, (state, value, of_item) in zip(group, parts, strict=True):
+                item.check = ExitCheck(0, state, of_item, value=value)
             stopped += [item for item, stop in zip(group, stops, strict=True) if stop]
         return stopped
 
