@@ -83,7 +83,7 @@ quickstart-lm: $(INSTALLED)
 extra: $(INSTALLED_EXTRA)
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest -m "not slow and not gpu"
+	.venv/bin/python -m pytest -m "not slow and not gpu" $(TESTS)
 
 test-slow: $(INSTALLED_EXTRA)
 	.venv/bin/python -m pytest -m "slow and not gpu" $(TESTS)

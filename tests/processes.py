@@ -130,6 +130,7 @@ def run_ranks(*words: Any, count: int, cwd: Path | str = ROOT) -> list[Completed
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     ranks = [Python(words, cwd, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
     while not any(rank.code for rank in ranks) and (going := [rank for rank in ranks if rank.code is None]):

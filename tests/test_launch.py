@@ -1,15 +1,17 @@
-"""`deepspeed pretrain.py` with two processes: ZeRO stages, ranks, exit codes, resuming. Through the real launcher."""
+"""`deepspeed pretrain.py` with two processes: ZeRO stages, ranks, exit codes, resuming. A run and an error go through
+the real launcher; the others are forked ranks in the environment that it would give them.
+"""
 
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import free_port, run_ranks
 from tests.test_callbacks import events, texts
 from tests.test_pretrain import losses, write_config
 
@@ -17,22 +19,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "configs" / "recurrent_lm.yaml"
-
-
+FEW_ROWS = """
+data:
+  train:
+    - {kind: generated, task: addition, num_rows: 400, difficulty: [1, 2], loss_on: answer, weight: 2}
+    - {kind: generated, task: stories, num_rows: 200, difficulty: [1, 2]}
+  validation:
+    - {kind: generated, task: stories, num_rows: 8, difficulty: [1, 2]}
+"""
 PICTURES = ("attention", "activations", "gradients", "exits", "trajectories")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def launch(*arguments, processes=2, script="pretrain.py"):
-    """Runs `deepspeed --num_accelerators N SCRIPT ARGUMENTS` on the CPU; returns the finished process."""
+def launch(*arguments):
+    """Runs `deepspeed --num_accelerators 2 pretrain.py ARGUMENTS` on the CPU; returns the finished process."""
     command = [
-        *(str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(processes)),
-        *("--master_port", str(free_port()), str(REPOSITORY / script), *map(str, arguments)),
+        *(str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"),
+        *("--master_port", str(free_port()), str(REPOSITORY / "pretrain.py"), *map(str, arguments)),
     ]
     environment = {
         **os.environ,
@@ -45,15 +47,25 @@ def launch(*arguments, processes=2, script="pretrain.py"):
 
 def trained(folder, *arguments, processes=2, script="pretrain.py"):
     """The losses of a run that must succeed."""
-    process = launch(*arguments, "--training.output_dir", folder, processes=processes, script=script)
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    ranks = run_ranks(script, *arguments, "--training.output_dir", folder, count=processes)
+    assert [rank.returncode for rank in ranks] == [0] * processes, "".join(rank.stderr[-4000:] for rank in ranks)
     return losses(folder)
 
 
-def quickstart(*arguments):
-    """The quickstart's config, ten steps."""
+def refused(folder, *arguments):
+    """The one line with which the first rank refuses a run; the other waits to be ended."""
+    ranks = run_ranks("pretrain.py", *arguments, "--training.output_dir", folder, count=2)
+    assert ranks[0].returncode == 2 and ranks[1].returncode != 0
+    (line,) = [line for rank in ranks for line in rank.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def quickstart(folder, *arguments):
+    """The quickstart's config, ten steps, few rows."""
+    (folder / "few.yaml").write_text(FEW_ROWS)
     return (
-        *("--config", QUICKSTART, "--training.max_steps", "10", "--training.logging_steps", "1"),
+        *("--config", QUICKSTART, "--config", folder / "few.yaml"),
+        *("--training.max_steps", "10", "--training.logging_steps", "1"),
         *(
             "--training.save_strategy",
             "no",
@@ -86,7 +98,7 @@ def without_deepspeed(tmp_path_factory):
     pictures show of it.
     """
     folder = tmp_path_factory.mktemp("plain")
-    return trained(folder, *quickstart()), samples(folder), pictures(folder)
+    return trained(folder / "out", *quickstart(folder)), samples(folder / "out"), pictures(folder / "out")
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
@@ -94,14 +106,15 @@ def test_zero_stages_agree(stage, without_deepspeed, tmp_path):
     """Invariant 6: ZeRO 0 = 1 = 2 = 3 over ten steps of varying depth, with steps without gradient before; and
     generation and pictures, for which ZeRO-3 gathers the weights step by step on both ranks. Of gradients it has none.
     """
-    ours = trained(tmp_path, *quickstart("--training.deepspeed", stage))
+    out = tmp_path / "out"
+    ours = trained(out, *quickstart(tmp_path, "--training.deepspeed", stage))
     expected, text, (names, states) = without_deepspeed
     assert len(ours) == 10
     assert ours == pytest.approx(expected, abs=1e-4)
-    assert samples(tmp_path) == text
+    assert samples(out) == text
     assert names == {"attention", "exits", "trajectories", "gradient_flow"}
-    assert pictures(tmp_path) == (names - {"gradient_flow"}, pytest.approx(states, abs=1e-3))
-    assert (tmp_path / "model.safetensors").is_file()
+    assert pictures(out) == (names - {"gradient_flow"}, pytest.approx(states, abs=1e-3))
+    assert (out / "model.safetensors").is_file()
 
 
 def test_two_ranks_equal_one(tmp_path):
@@ -117,9 +130,12 @@ def test_two_ranks_equal_one(tmp_path):
 
 
 def test_resuming_on_two_ranks_with_zero_continues_exactly(tmp_path):
+    """What the launcher has begun goes on without it."""
     config, out = write_config(tmp_path), tmp_path / "out"
     flags = ("--config", config, "--training.deepspeed", "zero2", "--training.gradient_accumulation_steps", 2)
-    whole = trained(out, *flags)
+    process = launch(*flags, "--training.output_dir", out)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    whole = losses(out)
     assert list((out / "checkpoint-3").glob("global_step3/*optim_states.pt"))  # DeepSpeed was there
     shutil.rmtree(out / "checkpoint-6")
     (out / "trainer_state.json").unlink()  # with it, the run would be finished

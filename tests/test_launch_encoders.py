@@ -1,4 +1,4 @@
-"""`configs/recurrent_vlm_zero3.yaml` through the launcher: two processes, ZeRO-3, tiny pretrained encoders."""
+"""`configs/recurrent_vlm_zero3.yaml` on two ranks, ZeRO-3, tiny pretrained encoders."""
 
 from pathlib import Path
 

@@ -2,21 +2,20 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from dataset_loading import Seq2SeqCollator
+from inference.shutdown import end_process
+from tests.processes import ROOT, run_ranks
 from tests.test_family import VARIANTS, model_of
-from tests.test_launch import free_port
 from tests.test_launch_muon import trained
 from tests.test_trainer import build
 from tests.tiny import BEGIN, END, PAD, tiny_ids
 from tests.tiny_seq2seq import tiny_seq2seq
 
-ROOT = Path(__file__).parents[1]
 NAMES = (*VARIANTS, "seq2seq")
 
 
@@ -60,13 +59,8 @@ def rank(folder):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_each_variant_learns_the_same_under_zero_2(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(free_port()), "-m", "tests.test_launch_family", str(tmp_path)]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, **settings, "PATH": path}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    ranks = run_ranks("-m", "tests.test_launch_family", tmp_path, count=2)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-4000:]
     found = json.loads((tmp_path / "losses.json").read_text())
     for name in NAMES:
         assert found[f"{name}zero2"] == pytest.approx(found[name], abs=1e-4), name
@@ -75,3 +69,4 @@ def test_each_variant_learns_the_same_under_zero_2(tmp_path):
 
 if __name__ == "__main__":
     rank(Path(sys.argv[1]))
+    end_process(0)

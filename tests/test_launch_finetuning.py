@@ -1,4 +1,4 @@
-"""Adapters through the launcher, on two ranks."""
+"""Adapters on two ranks."""
 
 import shutil
 

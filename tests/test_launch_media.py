@@ -1,4 +1,4 @@
-"""`deepspeed pretrain.py` with two processes and a model that reads images and sound, where one of the ranks has media
+"""`pretrain.py` on two ranks with a model that reads images and sound, where one of the ranks has media
 and the other has none, against one process that has all rows.
 """
 

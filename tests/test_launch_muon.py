@@ -2,20 +2,20 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.test_utils.testing import AccelerateTestCase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.test_launch import free_port
+from inference.shutdown import end_process
+from tests.processes import ROOT, run_ranks
 from tests.test_trainer import Interrupt, build, losses
 from tests.tiny import tiny_model
 from trainers import ParameterGroup, find_resume_point
 
-ROOT = Path(__file__).parents[1]
 STAGES = (None, 1, 2, 3)
 
 
@@ -43,8 +43,9 @@ def rank(folder):
 
 
 def trained(trainer):
-    """Its losses; what a process knows of accelerate and DeepSpeed is forgotten after it."""
-    trainer.train(resume_from_checkpoint=find_resume_point(trainer.args))
+    """Its losses, without compiling DeepSpeed's Muon; what a process knows of accelerate and DeepSpeed is forgotten."""
+    with torch.compiler.set_stance("force_eager"):
+        trainer.train(resume_from_checkpoint=find_resume_point(trainer.args))
     AccelerateTestCase().tearDown()
     unset_hf_deepspeed_config()
     return losses(trainer)
@@ -54,26 +55,8 @@ def trained(trainer):
 @pytest.mark.timeout(600)
 def test_muon_is_the_same_under_ddp_and_zero(tmp_path):
     """Rates, sizes of updates, weight decay and groups mean the same, and a run goes on."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, **settings, "PATH": path}
-    process = subprocess.run(
-        [*command, "-m", "tests.test_launch_muon", str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    ranks = run_ranks("-m", "tests.test_launch_muon", tmp_path, count=2)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-4000:]
     found = json.loads((tmp_path / "losses.json").read_text())
     expected = found.pop("zeroNone")
     assert len(found) == 5 and expected[-1] < expected[0] - 0.3
@@ -85,3 +68,4 @@ def test_muon_is_the_same_under_ddp_and_zero(tmp_path):
 
 if __name__ == "__main__":
     rank(Path(sys.argv[1]))
+    end_process(0)

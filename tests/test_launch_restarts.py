@@ -1,4 +1,4 @@
-"""Runs that go on through the DeepSpeed launcher, on two ranks: other rates, more steps, the end made up for."""
+"""Runs that go on with DeepSpeed, on two ranks: other rates, more steps, the end made up for."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_launch import launch, trained
+from tests.processes import run_ranks
+from tests.test_launch import refused, trained
 from tests.test_pretrain import content, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -63,10 +64,7 @@ def test_more_steps_and_other_rates(tmp_path, kind):
     expected = {step: rate(step, 8, 3e-3, warmup) for step in (7, 8)}
     assert {step: rates(tmp_path / "longer")[step] for step in (7, 8)} == pytest.approx(expected)
     changed = (*more, "--training.learning_rate", "1e-4", "--training.weight_decay", "0.5")
-    process = launch(*changed, "--training.output_dir", out)
-    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert process.returncode == 2 and len(lines) == 1
-    assert "training.learning_rate is 0.003 there and 0.0001" in lines[0]
+    assert "training.learning_rate is 0.003 there and 0.0001" in refused(out, *changed)
     trained(out, *changed, "--training.allow_changes", "true")
     expected = {step: rate(step, 8, 1e-4, warmup) for step in (7, 8)}
     assert {step: rates(out)[step] for step in (7, 8)} == pytest.approx(expected)
@@ -93,8 +91,7 @@ def test_the_same_command_on_two_ranks_begins_ends_and_stays(tmp_path):
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, kept))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     before = content(out)
-    process = launch(*flags, "--training.output_dir", out)
-    assert (
-        process.returncode == 0 and "holds the finished run: nothing is left to do" in process.stderr + process.stdout
-    )
+    ranks = run_ranks("pretrain.py", *flags, "--training.output_dir", out, count=2)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert "holds the finished run: nothing is left to do" in "".join(rank.stderr + rank.stdout for rank in ranks)
     assert content(out) == before

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_launch import REPOSITORY, free_port
+from tests.processes import free_port
+from tests.test_launch import REPOSITORY
 from tests.test_pretrain import write_config
 from trainers.resuming import damage
 
