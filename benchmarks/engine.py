@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from benchmarks import timing
 from benchmarks.wavefront import build, load, padded
 from inference.devices import choose_device, choose_threads
-from inference.engine import InferenceEngine, Request
+from inference.engine import InferenceEngine, TextRequest
 from model import ExitOptions
 from model.scheduler import Item, Scheduler
 
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def requests_of(prompts: Sequence[torch.LongTensor], args: argparse.Namespace) -> list[Request]:
+def requests_of(prompts: Sequence[torch.LongTensor], args: argparse.Namespace) -> list[TextRequest]:
     """Requests of lengths and depths that are drawn evenly between their bounds."""
     draw = torch.Generator().manual_seed(1)
 
@@ -80,7 +80,7 @@ def requests_of(prompts: Sequence[torch.LongTensor], args: argparse.Namespace) -
 
     exits = ExitOptions() if args.exit_threshold is None else ExitOptions("kl_divergence", args.exit_threshold)
     options = zip(prompts, drawn(args.new_tokens), drawn(args.num_steps), strict=True)
-    return [Request({"input_ids": ids[None]}, new, steps, exits) for ids, new, steps in options]
+    return [TextRequest({"input_ids": ids[None]}, new, steps, exits) for ids, new, steps in options]
 
 
 def arrivals_of(count: int, gap: float) -> list[float]:
@@ -110,7 +110,7 @@ class InStep(Scheduler):
 
 
 def serve(
-    engine: InferenceEngine, requests: Sequence[Request], arrivals: Sequence[float], costs: Sequence[tuple]
+    engine: InferenceEngine, requests: Sequence[TextRequest], arrivals: Sequence[float], costs: Sequence[tuple]
 ) -> dict[str, Any]:
     """The seconds until all is there, those of each request, what the engine has counted, and what share of the time,
     that of prompts left out, its launches would have taken by what they cost alone.
@@ -143,7 +143,7 @@ def serve(
 
 
 def serve_static(
-    model: PreTrainedModel, requests: Sequence[Request], arrivals: Sequence[float], places: int, is_sorted: bool
+    model: PreTrainedModel, requests: Sequence[TextRequest], arrivals: Sequence[float], places: int, is_sorted: bool
 ) -> dict[str, Any]:
     """The same by `generate`: the next batch is what has come, as many as there are places, in the order in which they
     came, or of their lengths.
@@ -170,7 +170,7 @@ def serve_static(
 
 
 def measure(
-    model: PreTrainedModel, requests: Sequence[Request], arrivals: Sequence[float], args: argparse.Namespace
+    model: PreTrainedModel, requests: Sequence[TextRequest], arrivals: Sequence[float], args: argparse.Namespace
 ) -> dict[str, list[dict[str, Any]]]:
     """What each round of each way has given, by its name."""
     room = {"num_places": args.places, "max_steps": max(request.num_steps for request in requests)}

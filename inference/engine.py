@@ -24,7 +24,7 @@ from transformers.generation import (
 )
 
 from model import ExitOptions, KeyedSampling, RecurrentCache
-from model.scheduler import Item, Row, Scheduler
+from model.scheduler import Item, Scheduler, TextRow
 
 OF_TEXTS = ("input_ids", "attention_mask")
 PATIENCE = 6
@@ -34,7 +34,7 @@ PRIOR = (7, 10)
 
 
 @dataclass(frozen=True)
-class Request:
+class TextRequest:
     """A text that is asked for.
 
     Args:
@@ -78,7 +78,7 @@ class Stream:
         request: The request.
     """
 
-    def __init__(self, request: Request):
+    def __init__(self, request: TextRequest):
         self.request = request
         self.tokens: list[int] = []
         self.exit_steps: list[int] = []
@@ -114,7 +114,7 @@ class Job:
         self.stream, self.place, self.num_steps, self.end_tokens = stream, place, num_steps, end_tokens
         self.ids = nn.functional.pad(request.inputs["input_ids"], (0, request.max_new_tokens))
         self.length = request.num_tokens
-        self.row: Row | None = None
+        self.row: TextRow | None = None
         self.processors = LogitsProcessorList()
         if request.repetition_penalty != 1:
             self.processors.append(RepetitionPenaltyLogitsProcessor(float(request.repetition_penalty)))
@@ -184,7 +184,7 @@ class InferenceEngine:
         prefill_tokens: Tokens of prompts that are read in one step of the engine, so that tokens of others do not wait
             for long prompts.
         drafts: Whether tokens may be followed by drafts of the next, where it pays.
-        tokenizer: For stop strings.
+        tokenizer: Tokenizer of the model, which stop strings need.
 
     Raises:
         ValueError: the model has no core, or its attention is not sdpa.
@@ -217,7 +217,7 @@ class InferenceEngine:
         self.free = list(range(num_places))
         self.waiting: deque[Stream] = deque()
         self.reading: Reading | None = None
-        self.jobs: dict[Row, Job] = {}
+        self.jobs: dict[TextRow, Job] = {}
         self.num_tokens = self.num_steps_taken = self.patience = 0
         self.costs = self.measure_launches() if drafts else None
 
@@ -228,7 +228,7 @@ class InferenceEngine:
 
     # -------------------------------------------------------------------------------------------------------- requests
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: TextRequest) -> Stream:
         """A request, which begins after those that came before it.
 
         Raises:
@@ -269,7 +269,7 @@ class InferenceEngine:
                 self.scheduler.close(row)
                 self._release(row)
 
-    def _release(self, row: Row) -> None:
+    def _release(self, row: TextRow) -> None:
         self.free.append(self.jobs.pop(row).place)
 
     @property
@@ -360,7 +360,7 @@ class InferenceEngine:
             place[: len(found)] = found
             place[len(found) :] = found[-1]
         last = request.num_tokens + request.max_new_tokens - 2
-        row = Row(job.place, 0, last, job.num_steps, self.state, request.exits)
+        row = TextRow(job.place, 0, last, job.num_steps, self.state, request.exits)
         self.jobs[row] = job
         job.row = row
         token = job.pick(logits, [])
@@ -382,7 +382,7 @@ class InferenceEngine:
                 chosen[number] = job.pick(logits[number : number + 1], drafts)
         return chosen
 
-    def _accept(self, row: Row, token: int, steps: int) -> bool:
+    def _accept(self, row: TextRow, token: int, steps: int) -> bool:
         self.num_tokens, self.num_steps_taken = self.num_tokens + 1, self.num_steps_taken + steps
         goes_on = self.jobs[row].accept(token, steps)
         if not goes_on:
@@ -417,7 +417,7 @@ class InferenceEngine:
         places, so that nobody may have one yet.
         """
         counts, found = [1, 2, 4, 8, 16, 32], []
-        rows = [Row(place, 0, 0, self.max_steps, self.state) for place in self.free]
+        rows = [TextRow(place, 0, 0, self.max_steps, self.state) for place in self.free]
         probe = Scheduler(self.model, self.cache, lambda items, logits: [0] * len(items), self._accept)
         for count in counts:
             places = [self.max_length // 2 - number // len(rows) for number in range(count)]

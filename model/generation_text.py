@@ -72,8 +72,8 @@ class RecurrentGenerationMixin:
                 same launches of the core; the tokens are those of plain decoding. Default: "plain".
             draft_steps: Steps after which a token says such a draft, an int, or "auto": what takes the least time.
                 Default: "auto".
-            sampling_seed: With `do_sample`, the seed, or one for each prompt, on which alone the draws of a row depend,
-                whatever is generated beside it. Default: draws come from torch's global generator.
+            sampling_seed: Seed of the draws of `do_sample`, or a list of one for each prompt, on which alone the draws
+                of a row depend, whatever is generated beside it. Default: torch's global generator draws.
 
         Returns:
             As the original; with `return_dict_in_generate=True` it has `exit_steps`, (rows, new tokens).
@@ -100,7 +100,7 @@ class RecurrentGenerationMixin:
             kwargs["initial_state"] = state.expand(len(prompts), -1, -1)  # rows, for their copies
         cache = self._make_cache(inputs, config, depth, options, kwargs)
         if options["decoding"] == "wavefront":
-            check_wavefront(self, config, depth, cache, kwargs)
+            self._check_wavefront(config, depth, cache, kwargs)
             take_stop_strings(config, kwargs)
             draft_steps, streamer = options["draft_steps"] or "auto", kwargs.get("streamer")
             kwargs["custom_generate"] = WavefrontLoop(depth, draft_steps, streamer, num_cached)
@@ -289,6 +289,49 @@ class RecurrentGenerationMixin:
                 f"{cache.num_kept_steps}: tokens checked together see more of each other than alone; use 'full'"
             )
 
+    def _check_wavefront(
+        self, config: GenerationConfig, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Raises ValueError for what a wavefront cannot do."""
+        why = None
+        core = self.model.core
+        if core is None:
+            why = "a model without core (num_core_layers is 0), of which no token has steps"
+        elif core.step_lora is not None:
+            why = "adapters of single steps, since items of several steps share a launch; remove the adapter"
+        elif self.config.is_encoder_decoder:
+            why = "a model behind an encoder"
+        elif cache is None:
+            why = "use_cache=False"
+        elif cache.max_length is not None:
+            why = "a static cache; leave cache_implementation out"
+        elif cache.policy == "last" or (
+            cache.num_kept_steps is not None and cache.num_kept_steps < self._depth(depth.steps_of("text")).total
+        ):
+            why = f"cache policy {cache.policy!r}, in which a token would read what none has left yet; use 'full'"
+        elif depth.state_warm_start:
+            why = "state_warm_start, since a token would begin where an unfinished one ends"
+        elif depth.noise.level:
+            why = "noise_level"
+        elif depth.exits.criterion == "schedule":
+            why = "exit_criterion 'schedule'"
+        elif config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            why = "beams or assisted generation; give num_beams=1 and no assistant_model"
+        elif config.guidance_scale not in (None, 1):
+            why = "guidance_scale"
+        elif kwargs.get("prefix_allowed_tokens_fn") is not None:
+            why = "prefix_allowed_tokens_fn, which is told rows by their number in a batch"
+        elif kwargs.get("inputs_embeds") is not None:
+            why = "inputs_embeds; give input_ids"
+        elif config.prefill_chunk_size is not None:
+            why = "prefill_chunk_size"
+        elif config.output_scores or config.output_logits or config.output_attentions or config.output_hidden_states:
+            why = "outputs of each step (scores, logits, attentions, hidden states)"
+        elif self.text_config._attn_implementation != "sdpa":
+            why = f"attention backend {self.text_config._attn_implementation!r}; use sdpa"
+        if why is not None:
+            raise ValueError(f"decoding 'wavefront' is not possible with {why}; or use decoding='plain'")
+
     def _depth(self, num_steps: int | torch.Tensor | None) -> Depth:
         """The depth, of as many rows as there are numbers."""
         rows = len(num_steps) if isinstance(num_steps, torch.Tensor) and num_steps.ndim else 1
@@ -414,50 +457,6 @@ def check_decoding(config: GenerationConfig, options: dict[str, Any]) -> None:
     config.sampling_seed = seeds
     if decoding == "wavefront" and config.do_sample and seeds is None:
         config.sampling_seed = [int(torch.randint(2**62, ()))]
-
-
-def check_wavefront(
-    model: Any, config: GenerationConfig, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
-) -> None:
-    """Raises ValueError for what a wavefront cannot do."""
-    why = None
-    core = model.model.core
-    if core is None:
-        why = "a model without core (num_core_layers is 0), of which no token has steps"
-    elif core.step_lora is not None:
-        why = "adapters of single steps, since items of several steps share a launch; remove the adapter"
-    elif model.config.is_encoder_decoder:
-        why = "a model behind an encoder"
-    elif cache is None:
-        why = "use_cache=False"
-    elif cache.max_length is not None:
-        why = "a static cache; leave cache_implementation out"
-    elif cache.policy == "last" or (
-        cache.num_kept_steps is not None and cache.num_kept_steps < model._depth(depth.steps_of("text")).total
-    ):
-        why = f"cache policy {cache.policy!r}, in which a token would read what none has left yet; use 'full'"
-    elif depth.state_warm_start:
-        why = "state_warm_start, since a token would begin where an unfinished one ends"
-    elif depth.noise.level:
-        why = "noise_level"
-    elif depth.exits.criterion == "schedule":
-        why = "exit_criterion 'schedule'"
-    elif config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        why = "beams or assisted generation; give num_beams=1 and no assistant_model"
-    elif config.guidance_scale not in (None, 1):
-        why = "guidance_scale"
-    elif kwargs.get("prefix_allowed_tokens_fn") is not None:
-        why = "prefix_allowed_tokens_fn, which is told rows by their number in a batch"
-    elif kwargs.get("inputs_embeds") is not None:
-        why = "inputs_embeds; give input_ids"
-    elif config.prefill_chunk_size is not None:
-        why = "prefill_chunk_size"
-    elif config.output_scores or config.output_logits or config.output_attentions or config.output_hidden_states:
-        why = "outputs of each step (scores, logits, attentions, hidden states)"
-    elif model.text_config._attn_implementation != "sdpa":
-        why = f"attention backend {model.text_config._attn_implementation!r}; use sdpa"
-    if why is not None:
-        raise ValueError(f"decoding 'wavefront' is not possible with {why}, or use decoding='plain'")
 
 
 def take_stop_strings(config: GenerationConfig, kwargs: dict[str, Any]) -> None:

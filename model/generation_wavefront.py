@@ -17,7 +17,7 @@ from .cache import RecurrentCache
 from .depth import DepthOptions, resolve_depth
 from .outputs import CACHE_NAME
 from .sampling import KeyedSampling
-from .scheduler import Item, Row, Scheduler
+from .scheduler import Item, Scheduler, TextRow
 
 
 @dataclass
@@ -72,7 +72,7 @@ class WavefrontRun:
         self.ids = nn.functional.pad(input_ids, (0, room))  # (rows, all tokens)
         self.lengths = [self.prompt_length] * len(input_ids)
         self.steps: list[list[int]] = [[] for _ in input_ids]
-        self.rows: list[Row] = []
+        self.rows: list[TextRow] = []
 
     def read_prompt(self, model_kwargs: dict[str, Any]) -> None:
         """Reads the prompts as plain decoding does, and opens the rows that go on behind their first new token."""
@@ -97,7 +97,7 @@ class WavefrontRun:
         tokens = [self._pick(row, logits, []) for row, logits in enumerate(outputs.logits[:, -1:].float())]
         for number, (start, limit, token) in enumerate(zip(starts, limits, tokens, strict=True)):
             last = self.offset + self.config.max_length - 2
-            row = Row(number, start, last, limit, states[number], self.loop.depth.exits)
+            row = TextRow(number, start, last, limit, states[number], self.loop.depth.exits)
             steps = 0 if outputs.exit_steps is None else int(outputs.exit_steps[number])
             self.rows.append(row)
             if self.accept(row, token, steps):
@@ -138,7 +138,7 @@ class WavefrontRun:
             logits = logits + self.sampling.noise(row, length - self.prompt_length, logits.shape[-1]).to(logits)
         return int(logits.argmax(-1))
 
-    def accept(self, row: Row, token: int, steps: int) -> bool:
+    def accept(self, row: TextRow, token: int, steps: int) -> bool:
         """Notes a final token; whether its row goes on."""
         number = row.index
         self.ids[number, self.lengths[number]] = token

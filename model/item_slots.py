@@ -38,8 +38,8 @@ class ItemPlaces:
         self._index: tuple[torch.Tensor, ...] | None = None
 
     def _stride(self) -> int | None:
-        """From the step of an item to that of the next, where all items are of one row and this is always the same; a
-        wave has it. None: it is not, and entries are gathered.
+        """Steps between an item and the next, where all items are of one row and these are always as many, as in a
+        wave. None: entries are gathered.
         """
         if not self.has_one_row or any(a != b + 1 for a, b in zip(self.places, self.places[1:], strict=False)):
             return None

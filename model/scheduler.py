@@ -27,7 +27,7 @@ from .token_pass import token_norm, token_product
 
 
 @dataclass(eq=False)
-class Row:
+class TextRow:
     """A text that is continued.
 
     Args:
@@ -63,7 +63,7 @@ class Item:
         token: What is read there; behind the first item of a row, a draft.
     """
 
-    row: Row
+    row: TextRow
     place: int
     token: int
     is_done: bool = False
@@ -117,7 +117,7 @@ class Scheduler:
         model: nn.Module,
         cache: RecurrentCache,
         choose: Callable[[Sequence[Item], torch.Tensor], Sequence[int]],
-        accept: Callable[[Row, int, int], bool],
+        accept: Callable[[TextRow, int, int], bool],
     ):
         self.base, self.config, self.cache = model.model, model.text_config, cache
         self.choose, self.accept, self.counts = choose, accept, Counts()
@@ -128,16 +128,16 @@ class Scheduler:
         first, after = self.config.num_prelude_layers, self.config.num_prelude_layers + self.config.num_core_layers
         self.prelude_layers, self.core_layers = cache.layers[:first], cache.layers[first:after]
         self.coda_layers = cache.layers[after:]
-        self.rows: list[Row] = []
+        self.rows: list[TextRow] = []
         self.items: list[Item] = []  # of the launch; of each row the newest first
         self.device, self.dtype = self.base.embed_tokens.weight.device, self.base.embed_tokens.weight.dtype
 
-    def open(self, row: Row, place: int, token: int) -> None:
+    def open(self, row: TextRow, place: int, token: int) -> None:
         """Goes on with a row behind a token that is final, which is read to this place of the cache."""
         row.items = [Item(row, place, token)]
         self.rows.append(row)
 
-    def close(self, row: Row) -> None:
+    def close(self, row: TextRow) -> None:
         """Forgets a row; what it has in the cache may be written over."""
         self.rows.remove(row)
         row.items = []
@@ -212,7 +212,7 @@ class Scheduler:
             item.logits, item.choice = row, token
         self.counts.readings += len(items)
 
-    def _is_read(self, row: Row) -> bool:
+    def _is_read(self, row: TextRow) -> bool:
         """Whether something has to be read of a row; then all of its items are, which costs little more, and shows
         drafts that do not hold any more.
         """
@@ -233,7 +233,7 @@ class Scheduler:
             entries = layer.buffer[: item.row.num_steps, :, item.row.index, :, item.place]
             entries[item.step :] = entries[item.step - 1]
 
-    def _settle(self, row: Row) -> None:
+    def _settle(self, row: TextRow) -> None:
         """What follows from a reading of a row: final tokens, drafts that do not hold, new items."""
         while row.items[0].is_done:
             item, *behind = row.items
@@ -257,7 +257,7 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------------------------------------- exits
 
-    def _criterion(self, row: Row) -> ExitCriterion | None:
+    def _criterion(self, row: TextRow) -> ExitCriterion | None:
         name = row.exits.criterion
         if name == "none":
             return None
@@ -293,7 +293,7 @@ class Scheduler:
             stopped += [item for item, stop in zip(group, stops, strict=True) if stop]
         return stopped
 
-    def _catch_up(self, row: Row) -> None:
+    def _catch_up(self, row: TextRow) -> None:
         """What stands before the first item has become final, and with it what the item says: exits that this decides
         are looked for after each of its steps, by readings of their own. Those behind it that have gone deeper go back.
         """

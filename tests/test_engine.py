@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from inference.engine import InferenceEngine, Request, Stream
+from inference.engine import InferenceEngine, Stream, TextRequest
 from model import ExitOptions
 from tests.tiny import tiny_ids, tiny_model
 
@@ -16,7 +16,7 @@ def model() -> nn.Module:
     return tiny_model(scale=2.0, **SHAPE)
 
 
-def requests(count: int) -> list[Request]:
+def requests(count: int) -> list[TextRequest]:
     """Of different prompts, lengths, depths, exits and ways to choose tokens."""
     found = []
     for number in range(count):
@@ -27,11 +27,11 @@ def requests(count: int) -> list[Request]:
             options |= {"exits": ExitOptions("kl_divergence", 0.3), "repetition_penalty": 1.3}
         if number % 4 == 3:
             options |= {"exits": ExitOptions("latent_difference", 0.4, min_steps=2)}
-        found.append(Request({"input_ids": tiny_ids(1, 2 + 3 * number % 11, seed=number)}, **options))
+        found.append(TextRequest({"input_ids": tiny_ids(1, 2 + 3 * number % 11, seed=number)}, **options))
     return found
 
 
-def alone(model: nn.Module, request: Request) -> tuple[list[int], list[int]]:
+def alone(model: nn.Module, request: TextRequest) -> tuple[list[int], list[int]]:
     """The tokens of a request by plain `generate`, and their steps."""
     ids, exits = request.inputs["input_ids"], request.exits
     options = {"exit_criterion": exits.criterion, "exit_threshold": exits.threshold, "min_steps": exits.min_steps}
@@ -104,9 +104,9 @@ def test_no_request_starves_and_places_go_in_order(model):
 
 def test_a_long_prompt_is_read_in_parts_beside_others(model):
     engine = InferenceEngine(model, 2, max_length=48, max_steps=4, prefill_tokens=5, drafts=False)
-    short = engine.submit(Request({"input_ids": tiny_ids(1, 3)}, max_new_tokens=12, num_steps=2))
+    short = engine.submit(TextRequest({"input_ids": tiny_ids(1, 3)}, max_new_tokens=12, num_steps=2))
     engine.step()
-    long = engine.submit(Request({"input_ids": tiny_ids(1, 33, seed=1)}, max_new_tokens=4, num_steps=3))
+    long = engine.submit(TextRequest({"input_ids": tiny_ids(1, 33, seed=1)}, max_new_tokens=4, num_steps=3))
     before = 0
     while not long.tokens:
         engine.step()
@@ -134,7 +134,7 @@ def test_a_cancelled_request_frees_its_place_at_once(model):
 
 def test_a_request_cancelled_while_its_prompt_is_read(model):
     engine = InferenceEngine(model, 2, max_length=48, max_steps=4, prefill_tokens=4)
-    long = engine.submit(Request({"input_ids": tiny_ids(1, 20)}, max_new_tokens=4))
+    long = engine.submit(TextRequest({"input_ids": tiny_ids(1, 20)}, max_new_tokens=4))
     engine.step()
     engine.cancel(long)
     other = engine.submit(requests(1)[0])
@@ -145,7 +145,7 @@ def test_a_request_cancelled_while_its_prompt_is_read(model):
 
 def test_streams_hand_out_what_is_new(model):
     engine = InferenceEngine(model, 1, max_length=32)
-    stream, parts = engine.submit(Request({"input_ids": tiny_ids(1, 4)}, max_new_tokens=9)), []
+    stream, parts = engine.submit(TextRequest({"input_ids": tiny_ids(1, 4)}, max_new_tokens=9)), []
     while not engine.is_idle:
         engine.step()
         parts.append(stream.take())
@@ -179,7 +179,7 @@ def test_the_memory_is_that_of_the_formula_and_stays(model):
 def test_what_is_refused(model, options, said):
     engine = InferenceEngine(model, 1, max_length=32, drafts=False)
     with pytest.raises(ValueError, match=said):
-        engine.submit(Request({"input_ids": tiny_ids(1, 4)}, **options))
+        engine.submit(TextRequest({"input_ids": tiny_ids(1, 4)}, **options))
     assert engine.is_idle
 
 
