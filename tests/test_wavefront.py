@@ -7,11 +7,14 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
+from inference.engine import InferenceEngine, TextRequest
 from model.generation_wavefront import WavefrontRun
 from model.item_slots import ItemPlaces
 from model.scheduler import Scheduler
 from model.step_lora import add_step_lora
 from tests.tiny import tiny_config, tiny_ids, tiny_model
+from tests.tiny_media import row_of, tiny_inputs, tiny_media_model
+from tests.tiny_writing import tiny_writer
 
 SHAPE = {"num_prelude_layers": 2, "num_core_layers": 4, "num_coda_layers": 2}
 EXITS = {
@@ -263,3 +266,22 @@ def test_models_that_have_no_wavefront_say_so():
     eager = type(model)(tiny_config(attn_implementation="eager")).eval()
     with pytest.raises(ValueError, match="backend 'eager'; use sdpa"):
         eager.generate(**prompts(), decoding="wavefront")
+
+
+def test_prompts_with_media_and_those_of_a_model_that_writes_media():
+    """Texts of both; and an engine that reads media."""
+    model, inputs = tiny_media_model(scale=2.0), tiny_inputs()
+    model.generation_config.eos_token_id = None
+    check_equal(*both_ways(model, 1, **inputs))
+    writer, texts = tiny_writer(scale=2.0), prompts()
+    texts["input_ids"] = (20 + texts["input_ids"] % 8) * texts["attention_mask"]  # of its smaller vocabulary
+    check_equal(*both_ways(writer, 1, **texts))
+    with pytest.raises(ValueError, match="decoding has no effect in generation_mode 'image'"):
+        writer.generate(**texts, generation_mode="image", decoding="wavefront")
+    engine = InferenceEngine(model, 2, max_length=64, max_steps=6)
+    rows = [row_of(inputs, row) for row in range(len(inputs["input_ids"]))]
+    streams = [engine.submit(TextRequest(row, max_new_tokens=8, num_steps=6)) for row in rows]
+    engine.run()
+    for row, stream in zip(rows, streams, strict=True):
+        expected = model.generate(**row, max_new_tokens=8, num_steps=6, do_sample=False)
+        assert stream.tokens == expected[0, row["input_ids"].shape[1] :].tolist()
