@@ -55,6 +55,14 @@ class AttentionInputs:
         )
         return replace(self, mask=mask, rotary=rotary, position_bias=bias, rows=rows, source=source, token=token)
 
+    def of_last(self) -> "AttentionInputs":
+        """The same of the last token of each row alone, of whose layers nothing is gathered."""
+        mask, bias = (part if part is None else part[..., -1:, :] for part in (self.mask, self.position_bias))
+        where = slice(self.where.stop - 1, self.where.stop) if isinstance(self.where, slice) else self.where[-1:]
+        rotary = self.rotary and tuple(part[:, -1:] for part in self.rotary)
+        gathered = {"hidden_states": None, "attentions": None}
+        return replace(self, mask=mask, position_bias=bias, where=where, rotary=rotary, **gathered)
+
     def record(self, probabilities: torch.Tensor, attentions: list[torch.Tensor]) -> None:
         """Gathers attention probabilities, (rows, heads, query, key), with 0 in the rows that are not here."""
         if self.rows is not None:

@@ -7,6 +7,7 @@ Source of what has no other named: Geiping et al. 2025, arXiv 2502.05171 ("the p
 import hashlib
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +166,51 @@ class NoiseOptions:
         return torch.lerp(state, torch.stack(draws)[indices].to(state), weight)
 
 
+@dataclass(frozen=True)
+class ContrastOptions:
+    """Contrast between the last state of a token and an earlier one: the distribution is read from s_r + strength *
+    (s_r - s_e), and only tokens stay possible that have at least `alpha` of the largest probability that s_r gives. A
+    token that took fewer than e steps has no contrast.
+
+    Source: LoopCD, arXiv 2610.02185. Public code of it mixes logits; here states are mixed, before the readout.
+
+    Args:
+        strength: How far the state goes on in the direction of its steps.
+        step: e.
+        alpha: Share of the largest probability, from 0 to 1.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    strength: float
+    step: int = 1
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.strength, int | float) and math.isfinite(self.strength)):
+            raise ValueError(f"contrast_strength must be a finite number, got {self.strength!r}")
+        if not isinstance(self.step, int) or isinstance(self.step, bool) or self.step < 1:
+            raise ValueError(f"contrast_step must be an integer of at least 1, got {self.step!r}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"contrast_alpha must be from 0 to 1, got {self.alpha!r}")
+
+    def mix(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """s_0 .. s_r, (batch, sequence, hidden) each -> what is read, of the same shape."""
+        last, early = states[-1], states[min(self.step, len(states) - 1)]
+        return last + self.strength * (last - early)
+
+    def mask(self, logits: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
+        """Logits of the mixed state, -inf where those of the last state, `late`, say that a token is unlikely."""
+        if not self.alpha:
+            return logits
+        return logits.masked_fill(late < late.amax(-1, keepdim=True) + math.log(self.alpha), -torch.inf)
+
+
+CONTRAST_KEYWORDS = {"contrast_strength": "strength", "contrast_step": "step", "contrast_alpha": "alpha"}
+"""Keywords of `generate`, and the fields of `ContrastOptions` that they fill."""
+
+
 # ----------------------------------------------------------------------------------------------------------- `generate`
 
 
@@ -179,11 +225,13 @@ class DepthOptions:
     exits: ExitOptions = field(default_factory=ExitOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     state_warm_start: bool = False
+    contrast: ContrastOptions | None = None
 
     @staticmethod
     def names() -> list[str]:
         """The keywords of `generate` from which the options come."""
-        return ["num_steps", *EXIT_KEYWORDS, "noise_level", "noise_schedule", "state_warm_start"]
+        others = ("noise_level", "noise_schedule", "state_warm_start")
+        return ["num_steps", *EXIT_KEYWORDS, *others, *CONTRAST_KEYWORDS]
 
     @classmethod
     def resolve(
@@ -205,12 +253,20 @@ class DepthOptions:
         exits = {field: value for name, field in EXIT_KEYWORDS.items() if (value := chosen(name)) is not None}
         check_exit_keywords(keywords, exits.get("criterion", "none"))
         noise = NoiseOptions(chosen("noise_level") or 0.0)
-        return cls(chosen("num_steps"), ExitOptions(**exits), noise, bool(chosen("state_warm_start")))
+        asked = {field: value for name, field in CONTRAST_KEYWORDS.items() if (value := chosen(name)) is not None}
+        if asked and not asked.get("strength"):
+            unread = [name for name in CONTRAST_KEYWORDS if keywords.get(name)]
+            if unread:
+                raise ValueError(f"{unread[0]} has no effect without contrast_strength; leave it out, or give that")
+            asked = {}
+        contrast = ContrastOptions(**asked) if asked else None
+        return cls(chosen("num_steps"), ExitOptions(**exits), noise, bool(chosen("state_warm_start")), contrast)
 
     @property
     def is_fixed(self) -> bool:
         """Whether all tokens of a row take the same steps, and nothing else is asked for."""
-        return self.exits.criterion == "none" and not self.noise.level and not self.state_warm_start
+        is_plain = not (self.noise.level or self.state_warm_start or self.contrast)
+        return is_plain and self.exits.criterion == "none"
 
     def steps_of(self, modality: str) -> int | torch.Tensor | None:
         """Core steps of positions in which this is generated."""
@@ -218,9 +274,10 @@ class DepthOptions:
 
     @property
     def of_states(self) -> dict[str, Any]:
-        """The arguments of `forward` that say where an iteration begins, and what perturbs it."""
+        """The arguments of `forward` that say where an iteration begins, what perturbs it, and what is read of it."""
         asked = {"state_noise": self.noise} if self.noise.level else {}
-        return asked | ({"initial_state": "last"} if self.state_warm_start else {})
+        asked |= {"initial_state": "last"} if self.state_warm_start else {}
+        return asked | ({} if self.contrast is None else {"contrast": self.contrast})
 
     def arguments_of_token(self, index: int, num_rows: int, most: int) -> dict[str, Any]:
         """The arguments of `forward` for new token number `index`, counted from 0, which is read off the prompt. The

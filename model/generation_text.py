@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from .cache import RecurrentCache
 from .configuration_megatransformer_text import under_new_names
-from .depth import Depth, DepthOptions, resolve_depth
+from .depth import CONTRAST_KEYWORDS, Depth, DepthOptions, resolve_depth
 from .generation_wavefront import WavefrontLoop
 from .outputs import CACHE_NAME, pop_cache
 from .sampling import KeyedSampling
@@ -45,7 +45,7 @@ class RecurrentGenerationMixin:
     """Goes before `GenerationMixin`: depth, exits and cache by keyword, generation config, or `config.recurrence`."""
 
     read_by: Mapping[str, tuple[str, ...]] = MappingProxyType(
-        dict.fromkeys(OF_FORWARD, ()) | dict.fromkeys(DECODING_OPTIONS, ("text",))
+        dict.fromkeys(OF_FORWARD, ()) | dict.fromkeys((*DECODING_OPTIONS, *CONTRAST_KEYWORDS), ("text",))
     )
     """By which loops of `generate` an option is read; see `check_read`."""
 
@@ -67,6 +67,7 @@ class RecurrentGenerationMixin:
                 the prompt takes all steps.
             state_warm_start: A new token's iteration starts where that of the token before has ended.
             noise_level: See `NoiseOptions`.
+            contrast_strength, contrast_step, contrast_alpha: See `ContrastOptions`. Default: no contrast.
             cache_policy, num_kept_steps: See `RecurrentCache`.
             decoding: "plain", or "wavefront": tokens that are not finished are followed by drafts of the next, in the
                 same launches of the core; the tokens are those of plain decoding. Default: "plain".
@@ -210,9 +211,10 @@ class RecurrentGenerationMixin:
         asked = [f"exit_criterion {criterion!r}"] * (criterion != "none")
         asked += ["num_steps with a number per row"] * bool(synced_gpus and isinstance(depth.num_steps, torch.Tensor))
         asked += ["state_warm_start"] * depth.state_warm_start
+        contrast = ["contrast_strength"] * (depth.contrast is not None)
         if depth.state_warm_start and has_state:
             raise ValueError("initial_state has no effect with state_warm_start; leave one of them out")
-        of_core = [*asked, *["noise_level"] * bool(depth.noise.level), *["initial_state"] * has_state]
+        of_core = [*asked, *contrast, *["noise_level"] * bool(depth.noise.level), *["initial_state"] * has_state]
         if of_core and self.text_config.num_core_layers == 0:
             raise ValueError(f"{of_core[0]} was given, but this model has no core to iterate (num_core_layers is 0)")
         why = None
@@ -311,8 +313,8 @@ class RecurrentGenerationMixin:
             why = f"cache policy {cache.policy!r}, in which a token would read what none has left yet; use 'full'"
         elif depth.state_warm_start:
             why = "state_warm_start, since a token would begin where an unfinished one ends"
-        elif depth.noise.level:
-            why = "noise_level"
+        elif depth.noise.level or depth.contrast:
+            why = "noise_level" if depth.noise.level else "contrast_strength"
         elif depth.exits.criterion == "schedule":
             why = "exit_criterion 'schedule'"
         elif config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):

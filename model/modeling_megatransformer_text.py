@@ -32,7 +32,7 @@ from .blocks import (
 from .cache import RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .cross_entropy import causal_loss, count_labels
-from .depth import NoiseOptions, resolve_depth
+from .depth import ContrastOptions, NoiseOptions, resolve_depth
 from .exit_criteria import ExitController, ExitOptions, ExitProbe
 from .generation_text import RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
@@ -198,12 +198,14 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             exit_controller: Says which rows stop early, and after which step. Made by the model with the head.
             kwargs: `source`, of a decoder: the last states of the encoder, (batch, source, hidden), and which of them
                 are no padding, (batch, source) of bool, or None. Behind a cache, that has their keys and values.
+                `contrast`: `ContrastOptions`.
 
         Raises:
             ValueError: a sequence is empty, a mask of the wrong shape, a position past a table, a cache foreign, or a
                 depth is none.
         """
         cache, source = pop_cache(cache, kwargs), kwargs.pop("source", None)
+        contrast: ContrastOptions | None = kwargs.pop("contrast", None)
         check_kwargs(kwargs, self.forward, position_ids)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
@@ -240,12 +242,13 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         hidden = self.prelude(hidden, inputs=inputs, slots=slots)
         if self.core is None:
             hidden, state, states, exit_steps = self.read(hidden, inputs, cache), None, None, None
+            contrasted = None
         else:
             is_warm = isinstance(initial_state, str)
             if is_warm:
                 initial_state = last_state(initial_state, cache if past and sequence == 1 else None)
             state = self._first_state(hidden, initial_state)
-            states = [state] if output_states or inputs.hidden_states is not None else None
+            states = [state] if output_states or inputs.hidden_states is not None or contrast is not None else None
             is_noisy = state_noise is not None and state_noise.level
             perturb = functools.partial(self._perturb, state_noise, position_ids) if is_noisy else None
             check_exits = None
@@ -264,6 +267,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             if cache is not None and is_warm:
                 cache.last_state = state[:, -1:].clone()
             hidden = self._read_unless_seen(state, inputs, cache, exit_steps, exit_controller)
+            contrasted = None if contrast is None else self._read_contrast(contrast, states, inputs, cache)
         if cache is not None:
             cache.advance(sequence)
         if inputs.hidden_states is not None:
@@ -277,6 +281,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             state=state,
             states=tuple(states) if output_states and states else None,
             exit_steps=exit_steps,
+            contrasted=contrasted,
         )
 
     def _see_source(
@@ -364,6 +369,25 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""
         slots = cache.coda_slots if cache is not None else None
         return self.norm(self.coda(state, inputs=inputs, slots=slots))
+
+    def _read_contrast(
+        self,
+        contrast: ContrastOptions,
+        states: list[torch.Tensor],
+        inputs: AttentionInputs,
+        cache: RecurrentCache | None,
+    ) -> torch.Tensor:
+        """What is read of the last token's mixed state, (batch, 1, hidden). The cache holds again what the last state
+        has left there, also in earlier tokens' places, so that it does not matter in which chunks a prompt is read.
+        """
+        if cache is None or not isinstance(inputs.mask, torch.Tensor | None):
+            raise ValueError("contrast is possible with a cache, and with the attention of sdpa or eager")
+        slots, place = cache.coda_slots, cache.get_seq_length() + states[0].shape[1] - 1
+        kept = [slot.both.select(3, place).clone() for slot in slots]
+        contrasted = self.read(self.norm(contrast.mix([state[:, -1:] for state in states])), inputs.of_last(), cache)
+        for slot, entries in zip(slots, kept, strict=True):
+            slot.both.select(3, place).copy_(entries)
+        return contrasted
 
     def _check_exits(
         self, controller: ExitController, cache: RecurrentCache | None, step: int, active: ActiveRows
@@ -525,10 +549,11 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             kwargs: `shift_labels`, (batch, sequence), in place of labels: position i predicts label i. Trainers that
                 spread a sequence over ranks give them, since the last position of a part predicts the first token of
                 the next. `label_smoothing`: the share of each label that is spread evenly over the vocabulary.
-                `source`: see the base model.
+                `source`, `contrast`: see the base model.
         """
         # No parameter: `Trainer` takes all with "label" in their names for labels, and needs each of them to evaluate.
-        shift_labels, source = kwargs.pop("shift_labels", None), kwargs.pop("source", None)
+        shift_labels = kwargs.pop("shift_labels", None)
+        of_base = {name: kwargs.pop(name) for name in ("source", "contrast") if kwargs.get(name) is not None}
         smoothing = kwargs.pop("label_smoothing", 0.0)
         cache = pop_cache(cache, kwargs)
         check_kwargs(kwargs, self.forward, position_ids)
@@ -555,14 +580,20 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             state_noise=state_noise,
             exit_controller=controller,
             return_dict=True,
-            **({} if source is None else {"source": source}),
+            **of_base,
         )
-        logits, hidden = None, outputs.last_hidden_state
+        outputs = dict(outputs)
+        contrasted = outputs.pop("contrasted", None)
+        logits, hidden = None, outputs["last_hidden_state"]
         is_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
-        if is_last and controller is not None and controller.logits is not None and controller.last is None:
+        was_read = controller is not None and controller.logits is not None and controller.last is None
+        if is_last and was_read and contrasted is None:
             logits = controller.logits[:, None]  # read at the last checks
         elif labels is None or not skip_logits:
             logits = self.compute_logits(slice_logits_to_keep(hidden, logits_to_keep))
+        if logits is not None and contrasted is not None:
+            mixed = of_base["contrast"].mask(self.compute_logits(contrasted), logits[:, -1:])
+            logits = torch.cat((logits[:, :-1], mixed), dim=1)
         loss, token_losses, vocab_size = None, None, self.text_config.vocab_size
         is_part = not isinstance(logits_to_keep, int) or logits_to_keep != 0
         if labels is not None and (logits is None or loss_weights is not None or is_part or smoothing):

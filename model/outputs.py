@@ -87,12 +87,14 @@ class MegaTransformerModelOutput(CacheByBothNames, BaseModelOutputWithPast):
         states: s_0 .. s_r as the core left them, each (batch, sequence, hidden); only with `output_states=True`.
         exit_steps: (batch,), core steps taken by each row, on the CPU. None without a core.
         cross_attentions: The same as `attentions` of the source, in a decoder: (batch, heads, sequence, source).
+        contrasted: (batch, 1, hidden), `last_hidden_state` of the last token if it is read from what `contrast` mixes.
     """
 
     state: torch.FloatTensor | None = None
     states: tuple[torch.FloatTensor, ...] | None = None
     exit_steps: torch.LongTensor | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    contrasted: torch.FloatTensor | None = None
 
 
 @dataclass
