@@ -16,7 +16,9 @@ FROZEN = "model.readers.image.encoder.model.head."  # as the file has it
 
 TINY = """
 model:
-  text_config: {vocab_size: 512, hidden_size: 32, intermediate_size: 48, num_attention_heads: 4}
+  text_config:
+    {vocab_size: 512, hidden_size: 32, intermediate_size: 48, num_attention_heads: 4, num_core_layers: 1,
+     recurrence: {mean_steps: 3, backprop_steps: 2}}
 tokenizer: {path: null, vocab_size: 512}
 data:
   block_size: 128
@@ -27,8 +29,8 @@ data:
   validation:
     - {kind: generated, task: scenes, num_rows: 4}
 callbacks:
-  samples: {max_new_tokens: 2}
-  media_samples: {max_new_tokens: 2}
+  samples: {max_new_tokens: 2, num_steps: [1, 3]}
+  media_samples: {max_new_tokens: 2, num_steps: [1, 3]}
 training:
   bf16: false
   max_steps: 4

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_launch import REPOSITORY, free_port
+from tests.processes import free_port, run_python
+from tests.test_launch import REPOSITORY
 from tests.tiny_language_model import save_checkpoint
 from tests.tiny_processor import audio_file, image_file, picture, sound
 
@@ -110,13 +111,14 @@ def write_files(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_command_runs(tmp_path):
-    """In order, as a reader would type them."""
+    """In order, as a reader would type them; those of Python begin with the libraries imported."""
     write_files(tmp_path)
     ran = []
     for command in commands("bash", *PAGES):
         if command.startswith(("make ", "source ", "tensorboard ")):
             continue
-        process = run(prepared(command, tmp_path))
+        first, *words = prepared(command, tmp_path)
+        process = run_python(*words) if Path(first).name == "python" else run([first, *words])
         assert process.returncode == 0, f"{command}\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
         ran.append(command)
     assert len(ran) >= 24
