@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from benchmarks import timing
 from configs import read_run_config
-from evaluation.__main__ import validation_texts
+from dataset_loading import build_examples
 from evaluation.answers import AnswerGenerator, Example, prompt_of, to_model
+from evaluation.checks import CHECKS
 from evaluation.depth import chunks
 from inference import arguments
 from inference.devices import choose_device, choose_threads
@@ -45,15 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(args.device)
         checkpoint = find_checkpoint(args.checkpoint)
         model, processor = load_model(checkpoint, device)
-        texts = validation_texts(read_run_config(checkpoint, ["--data.packing", "false"]), processor, None)
+        run = read_run_config(checkpoint, [])
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    unknown = [name for name in args.sources or () if name not in texts]
+    sources = {source.label: source for source in run.data.validation}
+    unknown = [name for name in args.sources or () if name not in sources]
     if unknown:
-        parser.error(f"the run has no validation source {unknown[0]!r}; it has {', '.join(texts)}")
+        parser.error(f"the run has no validation source {unknown[0]!r}; it has {', '.join(sources)}")
     choose_threads(model, args.threads)
-    for name in args.sources or texts:
-        rows = [row for row in texts[name] if not args.levels or row["difficulty"] in args.levels]
+    for name in args.sources or sources:
+        rows = build_examples(sources[name], run.data, processor, 4 * args.limit, run.seed, CHECKS)
+        rows = [row for row in rows if not args.levels or row["difficulty"] in args.levels]
         rows = [row for row in rows if len(prompt_of(row))][: args.limit]
         if not rows:
             parser.error(f"source {name!r} has no questions with answers at these levels; name another in --sources")
