@@ -128,7 +128,7 @@ def test_every_command_runs(tmp_path):
         assert process.returncode == 0, process.stderr[-3000:]
         assert ("tensor([[" in process.stdout) == ("exit_steps" in script)
         assert "Do you wish to run the custom code?" not in process.stdout + process.stderr
-    assert len(scripts) == 2
+    assert len(scripts) == 3
 
 
 def test_the_environment_is_entered_before_its_commands():
