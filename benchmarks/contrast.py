@@ -9,12 +9,12 @@ from __future__ import annotations
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
-import torch
 from transformers import PreTrainedModel
 
 from benchmarks import timing
@@ -111,7 +111,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     """The 95 % interval of a share, by Wilson's score."""
     share, spread = right / count, Z**2 / count
     middle = (share + spread / 2) / (1 + spread)
-    half = Z / (1 + spread) * torch.tensor(share * (1 - share) / count + spread / (4 * count)).sqrt().item()
+    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
     return middle - half, middle + half
 
 

@@ -145,8 +145,8 @@ def serve(
 def serve_static(
     model: PreTrainedModel, requests: Sequence[TextRequest], arrivals: Sequence[float], places: int, is_sorted: bool
 ) -> dict[str, Any]:
-    """The same by `generate`: the next batch is what has come, as many as there are places, in the order in which they
-    came, or of their lengths.
+    """Static batches by `generate`: the next one is of what has come, as many as there are places, in the order in
+    which they came, or of their lengths.
     """
     left, waits, texts, start = list(enumerate(requests)), [], {}, time.perf_counter()
     while left:
@@ -172,7 +172,7 @@ def serve_static(
 def measure(
     model: PreTrainedModel, requests: Sequence[TextRequest], arrivals: Sequence[float], args: argparse.Namespace
 ) -> dict[str, list[dict[str, Any]]]:
-    """What each round of each way has given, by its name."""
+    """Results of each round, by the name of the way."""
     room = {"num_places": args.places, "max_steps": max(request.num_steps for request in requests)}
     room["max_length"] = max(request.num_tokens + request.max_new_tokens for request in requests)
 

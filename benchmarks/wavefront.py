@@ -53,7 +53,8 @@ for line in sys.stdin:
     ids, mask, options = json.loads(line)
     start = time.perf_counter()
     model.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), **options)
-    print(time.perf_counter() - start, flush=True)
+    sys.stdout.write(f"{time.perf_counter() - start}\\n")
+    sys.stdout.flush()
 """
 
 
@@ -223,7 +224,7 @@ def decode(
     kept = None
 
     def choose(run: WavefrontRun, items: Sequence[Item], logits: torch.Tensor) -> list[int]:
-        """What is final is read off; of drafts so many are right."""
+        """Tokens that are final are read off; of drafts so many are right."""
         chosen = []
         for item, token in zip(items, logits.argmax(-1).tolist(), strict=True):
             place = item.place + 1

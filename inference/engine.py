@@ -38,12 +38,12 @@ class TextRequest:
     """A text that is asked for.
 
     Args:
-        inputs: What the tokenizer or the processor makes of one prompt: `input_ids`, (1, tokens), and its media.
+        inputs: Output of the tokenizer or the processor for one prompt: `input_ids`, (1, tokens), and its media.
         max_new_tokens: The most new tokens.
         num_steps: The most core steps of each token. Default: `config.num_steps`, else the mean.
         exits: What ends the steps of new tokens earlier.
         sampling_seed: The seed of samples; None: the likeliest tokens.
-        temperature, top_k, top_p, repetition_penalty: As in transformers' `generate`; a `top_k` of 0 leaves all tokens.
+        temperature, top_k, top_p, repetition_penalty: Those of transformers' `generate`; a `top_k` of 0 leaves all.
         end_tokens: Tokens that end the text. Default: those of the model's generation config.
         stop_strings: Strings that end the text; they need the engine's tokenizer.
     """
@@ -72,7 +72,7 @@ class TextRequest:
 
 
 class Stream:
-    """What has become of a request.
+    """Tokens of a request, and why there are no more.
 
     Args:
         request: The request.
@@ -99,7 +99,7 @@ class Stream:
 
 
 class Job:
-    """A request that has a place, and what makes tokens of its logits."""
+    """A request that has a place; it makes tokens of logits."""
 
     def __init__(
         self,
@@ -114,7 +114,6 @@ class Job:
         self.stream, self.place, self.num_steps, self.end_tokens = stream, place, num_steps, end_tokens
         self.ids = nn.functional.pad(request.inputs["input_ids"], (0, request.max_new_tokens))
         self.length = request.num_tokens
-        self.row: TextRow | None = None
         self.processors = LogitsProcessorList()
         if request.repetition_penalty != 1:
             self.processors.append(RepetitionPenaltyLogitsProcessor(float(request.repetition_penalty)))
@@ -187,7 +186,7 @@ class InferenceEngine:
         tokenizer: Tokenizer of the model, which stop strings need.
 
     Raises:
-        ValueError: the model has no core, or its attention is not sdpa.
+        ValueError: the model has no core, its attention is not sdpa, or a number is below 1.
     """
 
     def __init__(
@@ -203,11 +202,13 @@ class InferenceEngine:
         self.model, self.config = model, model.text_config
         if model.model.core is None:
             raise ValueError("the engine needs a model with a core (num_core_layers is 0); use generate")
+        if min(num_places, max_length, prefill_tokens, 1 if max_steps is None else max_steps) < 1:
+            raise ValueError("num_places, max_length, max_steps and prefill_tokens must be at least 1")
         if self.config._attn_implementation != "sdpa":
             raise ValueError(f"attention {self.config._attn_implementation!r} is not possible here; use sdpa")
         self.usual_steps = self.config.num_steps or self.config.recurrence.mean_steps
         self.max_length, self.max_steps = max_length, max_steps or self.usual_steps
-        self.prefill_tokens, self.drafts, self.tokenizer = prefill_tokens, drafts, tokenizer
+        self.prefill_tokens, self.tokenizer = prefill_tokens, tokenizer
         self.cache = RecurrentCache(self.config, "full")
         weight = model.model.embed_tokens.weight
         like = weight.new_empty(num_places, self.config.num_key_value_heads, 0, self.config.head_dim)
@@ -268,6 +269,10 @@ class InferenceEngine:
             if job.stream is stream:
                 self.scheduler.close(row)
                 self._release(row)
+        if self.reading is not None:
+            self.free += [job.place for job in self.reading.jobs if job.stream is stream]
+            if all(job.stream.is_done for job in self.reading.jobs):
+                self.reading = None
 
     def _release(self, row: TextRow) -> None:
         self.free.append(self.jobs.pop(row).place)
@@ -346,9 +351,7 @@ class InferenceEngine:
             return
         self.reading = None
         for number, job in enumerate(reading.jobs):
-            if job.stream.is_done:  # cancelled
-                self.free.append(job.place)
-            else:
+            if not job.stream.is_done:  # cancelled
                 self._open(job, number, reading, outputs.logits[number : number + 1, -1].float())
 
     def _open(self, job: Job, number: int, reading: Reading, logits: torch.Tensor) -> None:
@@ -362,7 +365,6 @@ class InferenceEngine:
         last = request.num_tokens + request.max_new_tokens - 2
         row = TextRow(job.place, 0, last, job.num_steps, self.state, request.exits)
         self.jobs[row] = job
-        job.row = row
         token = job.pick(logits, [])
         if job.accept(token, job.num_steps):
             self.scheduler.open(row, length, token)
@@ -378,8 +380,7 @@ class InferenceEngine:
         for number, item in enumerate(items):
             job = self.jobs[item.row]
             if not job.is_greedy:
-                drafts = [it.token for it in item.row.items[1:] if it.place <= item.place]
-                chosen[number] = job.pick(logits[number : number + 1], drafts)
+                chosen[number] = job.pick(logits[number : number + 1], item.drafts)
         return chosen
 
     def _accept(self, row: TextRow, token: int, steps: int) -> bool:

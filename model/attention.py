@@ -56,7 +56,7 @@ class AttentionInputs:
         return replace(self, mask=mask, rotary=rotary, position_bias=bias, rows=rows, source=source, token=token)
 
     def of_last(self) -> "AttentionInputs":
-        """The same of the last token of each row alone, of whose layers nothing is gathered."""
+        """Inputs of the last token of each row alone; nothing of its layers is gathered."""
         mask, bias = (part if part is None else part[..., -1:, :] for part in (self.mask, self.position_bias))
         where = slice(self.where.stop - 1, self.where.stop) if isinstance(self.where, slice) else self.where[-1:]
         rotary = self.rotary and tuple(part[:, -1:] for part in self.rotary)
@@ -93,12 +93,12 @@ class SourceInputs:
 
 @dataclass
 class TokenInputs:
-    """What one new token of each row needs beside the rest.
+    """Inputs of layers beside the rest, where there is one new token of each row.
 
     Args:
         rotary: cos and sin for queries, keys and values at once, (batch, heads, head_dim) each, by which those of
             values are not rotated; None without RoPE.
-        functions: Those of layers, which are made once for all steps.
+        functions: Functions of layers, made once for all steps.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None
@@ -449,7 +449,9 @@ class Attention(nn.Module):
         return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **extra)
 
     def token_function(self) -> Callable[[torch.Tensor, AttentionInputs, CacheSlot], torch.Tensor]:
-        """What `forward` does before the output projection, for one new token: (rows, hidden) -> (rows, features)."""
+        """A function that does for one new token what `forward` does before the output projection: (rows, hidden) ->
+        (rows, features).
+        """
         heads, groups, head_dim, scale = self.num_heads, self.num_key_value_heads, self.head_dim, self.scaling
         product, bias = token_product(self.qkv_proj), self.qk_bias if self.config.qk_bias else None
         norms = [token_norm(norm) for norm in (self.q_norm, self.k_norm)] if self.config.qk_norm else None

@@ -62,7 +62,7 @@ class GatedFeedForward(nn.Module):
         return self.down_proj(self.activation(gate) * up)
 
     def token_function(self) -> Function:
-        """What `down_proj` is given, of one token of each row: (rows, hidden) -> (rows, intermediate)."""
+        """A function for one token of each row, up to `down_proj`: (rows, hidden) -> (rows, intermediate)."""
         product, activation = token_product(self.gate_up_proj), self.activation
 
         def widen(x: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden)))
 
     def token_function(self) -> Function:
-        """What `down_proj` is given, of one token of each row: (rows, hidden) -> (rows, intermediate)."""
+        """A function for one token of each row, up to `down_proj`: (rows, hidden) -> (rows, intermediate)."""
         product = token_product(self.up_proj)
         return lambda x: nn.functional.gelu(product(x))
 
@@ -181,7 +181,7 @@ class TransformerBlock(nn.Module):
         return self.mlp_norm_out(self.mlp_residual(x, self.dropout(self.mlp(self.mlp_norm_in(x)))))
 
     def token_function(self) -> Callable[[torch.Tensor, AttentionInputs, CacheSlot], torch.Tensor]:
-        """What `forward` does, for one new token of each row: (rows, hidden) -> the same."""
+        """A function that does what `forward` does, for one new token of each row: (rows, hidden) -> the same."""
         if self.cross_attention is not None or not is_plain(self.attention, Attention):
             return lambda x, inputs, slot: self.forward(x.unsqueeze(1), inputs, slot).squeeze(1)
         norms = (self.attention_norm_in, self.attention_norm_out, self.mlp_norm_in, self.mlp_norm_out)
@@ -262,7 +262,7 @@ def run_layers(
 def pass_token(
     layers: Sequence[nn.Module], x: torch.Tensor, inputs: AttentionInputs, slots: list[CacheSlot]
 ) -> torch.Tensor:
-    """The same for one new token of each row, (rows, hidden) -> the same."""
+    """`run_layers` for one new token of each row, (rows, hidden) -> the same."""
     functions = inputs.token.functions
     for layer, slot in zip(layers, slots, strict=True):
         function = functions.get(layer)

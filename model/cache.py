@@ -52,7 +52,7 @@ class CacheSlot:
     def update_token(
         self, both: torch.Tensor, where: slice, rows: torch.LongTensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for one new token of each row, without gradient: keys and values together, (rows, 2, key/value
+        """`update` for one new token of each row, without gradient, by keys and values together, (rows, 2, key/value
         heads, head_dim).
         """
         both = both.transpose(0, 1)

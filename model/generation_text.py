@@ -103,8 +103,7 @@ class RecurrentGenerationMixin:
         if options["decoding"] == "wavefront":
             self._check_wavefront(config, depth, cache, kwargs)
             take_stop_strings(config, kwargs)
-            draft_steps, streamer = options["draft_steps"] or "auto", kwargs.get("streamer")
-            kwargs["custom_generate"] = WavefrontLoop(depth, draft_steps, streamer, num_cached)
+            kwargs["custom_generate"] = WavefrontLoop(depth, options["draft_steps"], kwargs.get("streamer"), num_cached)
         if is_assisted:
             self._check_assistance(ids, depth, cache, kwargs)
         refuse_empty_rows(ids, config, kwargs)
@@ -175,6 +174,7 @@ class RecurrentGenerationMixin:
         }
         config.sampling_seed = said["sampling_seed"]
         check_decoding(config, said)
+        said["draft_steps"] = said["draft_steps"] or "auto"
         return config, depth, said, kwargs
 
     def _check_options(
@@ -406,6 +406,8 @@ class RecurrentGenerationMixin:
                 processor.model = functools.partial(self, num_steps=steps)
         seeds, config = kwargs["generation_config"].sampling_seed, kwargs["generation_config"]
         if seeds is not None:  # the last of all, since it leaves one token
+            if (prompts := len(kwargs["encoder_input_ids"])) != len(seeds) > 1:
+                raise ValueError(f"sampling_seed has {len(seeds)} seeds for {prompts} prompts; give one for each")
             length = kwargs["input_ids_seq_length"]
             processors.append(KeyedSampling(seeds, length, config.num_return_sequences or 1))
         return processors

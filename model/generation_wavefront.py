@@ -123,8 +123,7 @@ class WavefrontRun:
             return logits.argmax(-1).tolist()
         chosen = []
         for item, of_item in zip(items, logits.split(1), strict=True):
-            drafts = [it.token for it in item.row.items[1:] if it.place <= item.place]
-            chosen.append(self._pick(item.row.index, of_item, drafts))
+            chosen.append(self._pick(item.row.index, of_item, item.drafts))
         return chosen
 
     def _pick(self, row: int, logits: torch.Tensor, drafts: list[int]) -> int:

@@ -1,7 +1,7 @@
 """Where items (row, place, step) stand in a cache: they are the batch of a launch, and each has one new token."""
 
-import itertools
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class ItemPlaces:
         self.has_one_row = len(set(rows)) == 1
         self.start = starts[0] if self.has_one_row else 0
         self.stride = self._stride()
-        in_order = all(later == row + 1 for row, later in itertools.pairwise(rows))
+        in_order = all(later == row + 1 for row, later in pairwise(rows))
         self.is_in_phase = in_order and len(set(steps)) == 1
         """Whether there is one item of each of some rows that lie together, all at the same step."""
         self._index: tuple[torch.Tensor, ...] | None = None
@@ -41,9 +41,9 @@ class ItemPlaces:
         """Steps between an item and the next, where all items are of one row and these are always as many, as in a
         wave. None: entries are gathered.
         """
-        if not self.has_one_row or any(a != b + 1 for a, b in zip(self.places, self.places[1:], strict=False)):
+        if not self.has_one_row or any(a != b + 1 for a, b in pairwise(self.places)):
             return None
-        strides = {later - step for step, later in zip(self.steps, self.steps[1:], strict=False)} or {0}
+        strides = {later - step for step, later in pairwise(self.steps)} or {0}
         return strides.pop() if len(strides) == 1 and min(strides) >= 0 else None
 
     @property

@@ -168,7 +168,7 @@ class RecurrentCore(GradientCheckpointingLayer):
         return run_layers(layers, x if step_embeds is None else x + step_embeds, inputs, slots)
 
     def token_function(self) -> Callable[..., torch.Tensor]:
-        """What `forward` does, for one new token of each row."""
+        """A function that does what `forward` does, for one new token of each row."""
         if not is_plain(self, RecurrentCore):
             return self
         take_step, known, term = TokenStep(self), None, None

@@ -13,6 +13,7 @@ Sources: WaveFront Decoding, arXiv 2609.23033; Continuous Depth Batching, arXiv 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -38,7 +39,6 @@ class TextRow:
         initial_state: s_0 of each token, (1, hidden).
         exits: What ends the steps of a token earlier.
         draft_steps: Steps after which a token says a draft of the next. None: there are no drafts.
-        most_items: The most items at a time.
     """
 
     index: int
@@ -48,7 +48,6 @@ class TextRow:
     initial_state: torch.Tensor
     exits: ExitOptions = field(default_factory=ExitOptions)
     draft_steps: int | None = None
-    most_items: int = 2**31
     items: list["Item"] = field(default_factory=list)
     """Those on their way, by position."""
 
@@ -80,6 +79,11 @@ class Item:
     """The last check of its exit."""
 
     @property
+    def drafts(self) -> list[int]:
+        """Tokens of the row that are drafts, up to this one."""
+        return [item.token for item in self.row.items[1:] if item.place <= self.place]
+
+    @property
     def step(self) -> int:
         """Steps taken."""
         return len(self.states)
@@ -92,7 +96,7 @@ class Item:
 
 @dataclass
 class Counts:
-    """What was done: launches of the core, items in them, readings, and drafts, by whether they held."""
+    """Numbers of launches of the core, of items in them, of readings, and of drafts, by whether they held."""
 
     ticks: int = 0
     items: int = 0
@@ -119,7 +123,7 @@ class Scheduler:
         choose: Callable[[Sequence[Item], torch.Tensor], Sequence[int]],
         accept: Callable[[TextRow, int, int], bool],
     ):
-        self.base, self.config, self.cache = model.model, model.text_config, cache
+        self.base, self.config = model.model, model.text_config
         self.choose, self.accept, self.counts = choose, accept, Counts()
         self.take_step, self.norm = TokenStep(self.base.core), token_norm(self.base.norm)
         self.head, self.cap = token_product(model.lm_head), self.config.final_logit_softcapping
@@ -202,7 +206,7 @@ class Scheduler:
         return time.perf_counter() - start
 
     def _read(self, items: Sequence[Item]) -> None:
-        """What items say: norm, coda, norm, head."""
+        """Items are read: norm, coda, norm, head."""
         if not items:
             return
         states = self.norm(torch.cat([item.state for item in items]))
@@ -222,7 +226,7 @@ class Scheduler:
     def _may_draft(self, last: Item) -> bool:
         """Whether the next position may begin behind the last item of a row."""
         row = last.row
-        if row.draft_steps is None or len(row.items) >= row.most_items or last.place >= row.last_place:
+        if row.draft_steps is None or last.place >= row.last_place:
             return False
         return last.is_done or last.step >= row.draft_steps
 
@@ -234,7 +238,7 @@ class Scheduler:
             entries[item.step :] = entries[item.step - 1]
 
     def _settle(self, row: TextRow) -> None:
-        """What follows from a reading of a row: final tokens, drafts that do not hold, new items."""
+        """A row that has been read gets final tokens and new items, and loses drafts that do not hold."""
         while row.items[0].is_done:
             item, *behind = row.items
             if not self.accept(row, item.choice, item.step):
@@ -247,7 +251,7 @@ class Scheduler:
             if not holds:
                 return
             self._catch_up(row)
-        for number, (item, behind) in enumerate(zip(row.items, row.items[1:], strict=False)):
+        for number, (item, behind) in enumerate(pairwise(row.items)):
             if behind.token != item.choice:
                 del row.items[number + 1 :]
                 break
@@ -294,8 +298,8 @@ class Scheduler:
         return stopped
 
     def _catch_up(self, row: TextRow) -> None:
-        """What stands before the first item has become final, and with it what the item says: exits that this decides
-        are looked for after each of its steps, by readings of their own. Those behind it that have gone deeper go back.
+        """The first item says what is final, since all before it is: exits that this decides are looked for after each
+        of its steps, by readings of their own. Items behind it that have gone deeper go back.
         """
         first, states = row.items[0], row.items[0].states
         criterion = self._criterion(row)

@@ -1,4 +1,4 @@
-"""What decoding takes of the modules: functions for one new token of each row, in as few operations as there are.
+"""Modules as functions for one new token of each row, in as few operations as there are.
 
 Narrow models are bound by the number of operations, not by arithmetic. Functions look up weights once for all steps of
 a forward pass, and give the numbers of the modules, but for rounding. A module that does something else when it is

@@ -137,10 +137,27 @@ def test_a_request_cancelled_while_its_prompt_is_read(model):
     long = engine.submit(TextRequest({"input_ids": tiny_ids(1, 20)}, max_new_tokens=4))
     engine.step()
     engine.cancel(long)
+    assert engine.reading is None and sorted(engine.free) == [0, 1] and engine.is_idle
     other = engine.submit(requests(1)[0])
     engine.run()
     assert long.tokens == [] and sorted(engine.free) == [0, 1]
     check_alone(model, [other])
+
+
+def test_one_of_two_prompts_that_are_read_together_is_cancelled(model):
+    engine = InferenceEngine(model, 2, max_length=48, max_steps=4, prefill_tokens=8)
+    streams = [engine.submit(TextRequest({"input_ids": tiny_ids(1, 4, seed=seed)}, num_steps=3)) for seed in (0, 1)]
+    engine._begin_reading()
+    engine.cancel(streams[0])
+    assert len(engine.free) == 1
+    engine.run()
+    assert streams[0].tokens == [] and sorted(engine.free) == [0, 1]
+    check_alone(model, streams[1:])
+
+
+def test_numbers_below_1_are_refused(model):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        InferenceEngine(model, 0)
 
 
 def test_streams_hand_out_what_is_new(model):

@@ -39,7 +39,7 @@ OF_COMMANDS = {"main", "build_parser"}
 BOUNDS = {
     "scripts": 3,
     "files": 199,
-    "lines": 38_520,
+    "lines": 38_530,
     "names defined twice": 0,
     "names of the text model's forward": 20,
     "lines that a text checkpoint exports": 4_640,

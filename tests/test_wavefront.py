@@ -236,6 +236,7 @@ def test_options_come_from_the_generation_config(model, monkeypatch):
         ({"decoding": "wave"}, "decoding 'wave' is unknown"),
         ({"decoding": "plain", "draft_steps": 2}, "draft_steps has no effect without decoding='wavefront'"),
         ({"sampling_seed": 3}, "sampling_seed has no effect without do_sample"),
+        ({"sampling_seed": [1, 2], "do_sample": True}, "sampling_seed has 2 seeds for 3 prompts"),
         ({"sampling_seed": "x", "do_sample": True}, "sampling_seed must be an integer"),
         ({"sampling_seed": 3, "do_sample": True, "num_beams": 2}, "sampling_seed is not possible with beams"),
     ],
