@@ -2,9 +2,7 @@
 and seed for the same CPU time, and compares what they answer, with all steps and with exits, and at four times the
 depth.
 
-The time is that of so many updates of the truncated objective: each run measures first what an update of its own costs
-and what one of that, so that rows of several machines can be compared. Each run is a process on one core, and a row of
-a JSON file; what that file holds is not run again.
+The time is that of so many updates of the truncated objective, as `benchmarks.equal_time` measures it.
 
     python -m benchmarks.credit --output docs/credit/rows.json
 """
@@ -14,7 +12,6 @@ from __future__ import annotations
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
-import json
 import math
 import statistics
 import sys
@@ -116,13 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     set_up_logging("warning")
     datasets.disable_progress_bars()
-    if args.job is not None:
-        task, objective, seed = args.job
-        args.output.write_text(json.dumps(measure(task, objective, int(seed), args.questions)))
-        return 0
     jobs = [(task, name, seed) for seed in args.seeds for task in args.tasks for name in args.objectives]
     keys = [key_of(*job, args.questions) for job in jobs]
-    sys.stdout.write(report(run_missing(keys, args.output, partial(run_apart, "benchmarks.credit"))))
+    sys.stdout.write(report(run_missing(keys, args.output, partial(run_apart, measure, TASKS))))
     return 0
 
 

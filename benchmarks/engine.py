@@ -24,13 +24,14 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks import timing
+from benchmarks.equal_time import memory
 from benchmarks.wavefront import build, load, padded
 from inference.devices import choose_device, choose_threads
 from inference.engine import InferenceEngine, TextRequest
 from model import ExitOptions
 from model.scheduler import Item, Scheduler
 
-STATIC = "generate, static batches"
+STATIC, OWN_STATIC = "generate, static batches", "engine, static batches"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"{args.places} places; {timing.describe_setting(args, device)}.\n\n")
     for count in args.requests:
         for gap in args.arrivals:
-            found = measure(model, requests_of(prompts[:count], args), arrivals_of(count, gap), args)
+            of_each = [prompts[number % len(prompts)] for number in range(count)]
+            found = measure(model, requests_of(of_each, args), arrivals_of(count, gap), args)
             sys.stdout.write(report(found, count, gap))
     return 0
 
@@ -112,33 +114,35 @@ class InStep(Scheduler):
 def serve(
     engine: InferenceEngine, requests: Sequence[TextRequest], arrivals: Sequence[float], costs: Sequence[tuple]
 ) -> dict[str, Any]:
-    """The seconds until all is there, those of each request, what the engine has counted, and what share of the time,
-    that of prompts left out, its launches would have taken by what they cost alone.
+    """The seconds until all is there, those of each request, what the engine has counted, what share of the time, that
+    of prompts left out, its launches would have taken by what they cost alone, and by how many MiB the process has
+    grown since a tenth of the requests was done.
     """
     left, streams, done = deque(zip(arrivals, requests, strict=True)), [], {}
-    counts, ideal, prompts = engine.scheduler.counts, 0.0, 0.0
+    counts, ideal, prompts, before_most = engine.scheduler.counts, 0.0, 0.0, 0.0
     start = time.perf_counter()
     while left or not engine.is_idle:
         now = time.perf_counter() - start
         while left and left[0][0] <= now:
             come, request = left.popleft()
             streams.append((come, engine.submit(request)))
-        items, readings, before = counts.items, counts.readings, time.perf_counter()
+        before, launched = time.perf_counter(), (counts.new_items, counts.items, counts.readings)
         is_prompt = bool(engine.reading or (engine.waiting and engine.free))
         engine.step()
         if is_prompt:
             prompts += time.perf_counter() - before
         else:
-            ideal += sum(
-                float(np.interp(number, *cost)) if number else 0.0
-                for number, cost in zip((counts.items - items, counts.readings - readings), costs, strict=True)
-            )
+            now_launched = (counts.new_items, counts.items, counts.readings)
+            for count, earlier, cost in zip(now_launched, launched, costs, strict=True):
+                ideal += float(np.interp(count - earlier, *cost)) if count > earlier else 0.0
         for come, stream in streams:
             if stream.is_done and stream not in done:
                 done[stream] = time.perf_counter() - start - come
+                before_most = before_most or (10 * len(done) >= len(requests) and memory("VmRSS"))
     seconds = time.perf_counter() - start
     steps = [stream.exit_steps[1:] for _, stream in streams]  # the first token is the prompt's
     results = {"texts": [stream.tokens for _, stream in streams], "steps": steps, "waits": list(done.values())}
+    results["grown"] = memory("VmRSS") - before_most
     return results | {"seconds": seconds, "share": ideal / (seconds - prompts), "prompts": prompts, "counts": counts}
 
 
@@ -183,11 +187,11 @@ def measure(
         return serve(made, requests, arrivals, costs)
 
     empty = InferenceEngine(model, **room, drafts=False)
-    costs = [empty.measure_launches(), empty.measure_launches(is_read=True)]
+    costs = [empty.measure_launches(kind) for kind in ("prelude", "core", "coda")]
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         STATIC: partial(serve_static, model, requests, arrivals, args.places, False),
         "generate, sorted by length": partial(serve_static, model, requests, arrivals, args.places, True),
-        "engine, static batches": partial(engine, InTurns, True),
+        OWN_STATIC: partial(engine, InTurns, True),
         "engine, refill": partial(engine, InferenceEngine, True),
         "engine, depths mixed": partial(engine),
         "engine, drafts": partial(engine, drafts=True),
@@ -205,22 +209,30 @@ def report(found: dict[str, list[dict[str, Any]]], count: int, gap: float) -> st
     """A table with a line for each way."""
     seconds = {name: [each["seconds"] for each in rounds] for name, rounds in found.items()}
     ratios, expected = timing.speed_ratios(seconds, STATIC), found[STATIC][0]["texts"]
+    own_ratios = timing.speed_ratios(seconds, OWN_STATIC)
     rows = []
     for name, rounds in found.items():
         last, tokens = rounds[-1], sum(map(len, rounds[-1]["texts"]))
         waits, same = torch.tensor(last["waits"]), sum(map(list.__eq__, last["texts"], expected))
-        of_engine = ["-"] * 3
+        of_engine = ["-"] * 4
         if "counts" in last:
             counts = last["counts"]
             wasted = 1 - sum(map(sum, last["steps"])) / counts.items
             of_engine = [f"{counts.items / counts.ticks:.2f}", f"{last['share']:.0%}", f"{wasted:.0%}"]
+            of_engine.append(f"{last['grown']:.0f}")
         middle, late = waits.quantile(torch.tensor([0.5, 0.95])).tolist()
         speed = f"{tokens / timing.quartiles(seconds[name])[1]:.0f}"
-        rows.append(
-            [name, speed, timing.describe_ratio(ratios[name]), f"{middle:.2f}, {late:.2f}", *of_engine, str(same)]
-        )
-    header = ["way", "tokens per second", "speed / static", "seconds to wait: median, 95 %", "items a launch"]
-    header += ["ideal / time", "items in vain", f"texts as in static batches, of {count}"]
+        both = [timing.describe_ratio(of[name]) for of in (ratios, own_ratios)]
+        rows.append([name, speed, *both, f"{middle:.2f}, {late:.2f}", *of_engine, str(same)])
+    header = [
+        "way",
+        "tokens per second",
+        "speed / static",
+        "/ own static",
+        "seconds to wait: median, 95 %",
+        "items a launch",
+    ]
+    header += ["ideal / time", "items in vain", "MiB grown", f"texts as in static batches, of {count}"]
     title = f"{count} requests, {'all at once' if not gap else f'one in {gap:g} s'}\n\n"
     return title + timing.markdown_table(header, rows) + "\n"
 

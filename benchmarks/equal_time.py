@@ -2,33 +2,33 @@
 
 The time is that of so many updates of the way that is the reference: each run measures first, in short pilots, what an
 update of its own costs and what one of the reference, so that rows of several machines can be compared. Each run is a
-process on one core, and a row of a JSON file; what that file holds is not run again.
+process on one core, forked from one that holds the data of its task and seed, and a row of a JSON file; what that file
+holds is not run again.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import multiprocessing
-import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from benchmarks.depth_pays import mean_and_interval
 from benchmarks.timing import count, markdown_table
 from configs import RunConfig, load_config
 from configs.pretraining import build_pretraining
-from dataset_loading import build_examples
+from dataset_loading import RunDatasets, build_examples
 from evaluation.answers import Example
 from evaluation.checks import CHECKS
 from inference.arguments import OneLineParser
@@ -77,7 +77,6 @@ def build_parser(name: str, description: str, tasks: Iterable[str], way: str, wa
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each run")
     parser.add_argument("--tasks", choices=list(tasks), nargs="+", default=list(tasks), help="what is learned")
     parser.add_argument(f"--{way}s", choices=list(ways), nargs="+", default=list(ways), help="what is compared")
-    parser.add_argument("--job", nargs=3, metavar=("TASK", way.upper(), "SEED"), help="one run, whose row is written")
     return parser
 
 
@@ -101,21 +100,20 @@ def has_key(row: dict, key: Key) -> bool:
     return key.items() <= {name: row[name] for name in key}.items()
 
 
-def run_apart(module: str, key: Key) -> dict:
-    """The row of a key, from a process of its own on one core."""
-    with tempfile.TemporaryDirectory() as folder:
-        file, job = Path(folder) / "row.json", list(key.values())[:3]
-        command = ["--job", *job, "--questions", key["questions"], "--output", file]
-        process = subprocess.run(
-            [sys.executable, "-m", module, *map(str, command)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if process.returncode:
-            raise RuntimeError(f"{job} ended with {process.returncode}:\n{process.stderr[-2000:]}")
-        return json.loads(file.read_text())
+def run_apart(measure: Callable[..., dict], tasks: Mapping[str, Task], key: Key) -> dict:
+    """The row of a key, which `measure` makes of its task, of what is compared, of seed and questions, in a process of
+    its own on one core.
+    """
+    torch.set_num_threads(1)  # before anything starts threads, which a fork would lack
+    name, way, seed, _, questions = key.values()
+    datasets_of(tasks[name], seed)
+    return forked(measure, name, way, seed, questions)
+
+
+def forked(run: Callable[..., Any], *args: Any) -> Any:
+    """The result of a function in another process, which has all that this one has."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(run, *args).result()
 
 
 # -------------------------------------------------------------------------------------------------------------- one run
@@ -143,11 +141,8 @@ def train_as_long(
     with tempfile.TemporaryDirectory() as folder:
         updates = task.updates
         if reference is not None:
-            # In processes of their own, whose memory is not taken for that of the run; forked, which imports nothing
-            # anew.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-                pilots = [pool.submit(seconds_of_update, task, flags, seed, folder) for flags in (reference, own)]
-                theirs, ours = (pilot.result() for pilot in pilots)
+            # In processes of their own, whose memory is not taken for that of the run.
+            theirs, ours = (forked(seconds_of_update, task, flags, seed, folder) for flags in (reference, own))
             updates = max(1, round(task.updates * theirs / ours))
         before = memory("VmRSS")
         trainer, clock = train(task, own, seed, updates, folder)
@@ -172,11 +167,19 @@ def train(task: Task, flags: Sequence[Any], seed: int, updates: int, folder: str
     """A trainer that has trained."""
     of_run = as_flags("training", {"output_dir": folder, "seed": seed, "max_steps": updates})
     run = config_of(task, (*of_run, *flags))
-    trainer, clock = build_pretraining(run), Clock()
+    trainer, clock = build_pretraining(run, datasets=datasets_of(task, seed)), Clock()
     trainer.add_callback(clock)
     trainer.run = run
     trainer.train()
     return trainer, clock
+
+
+@functools.lru_cache(maxsize=1)
+def datasets_of(task: Task, seed: int) -> RunDatasets:
+    """Those of all runs of a task with this seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_pretraining(config_of(task, as_flags("training", {"output_dir": folder, "seed": seed})))
+    return RunDatasets(trainer.train_dataset, trainer.eval_dataset, [])
 
 
 def config_of(task: Task, flags: Sequence[Any]) -> RunConfig:

@@ -40,6 +40,9 @@ POLICIES = {
     "ring of 2": {"policy": "ring", "num_kept_steps": 2},
     "ring of 4": {"policy": "ring", "num_kept_steps": 4},
     "last": {"policy": "last"},
+    "first, 4 tokens": {"policy": "first", "num_kept_tokens": 4},
+    "first, 16 tokens": {"policy": "first", "num_kept_tokens": 16},
+    "residual": {"policy": "residual"},
 }
 
 
@@ -128,11 +131,13 @@ def agreement(
     Returns:
         Of the tokens whose successor counts in the loss (a prompt that is not trained on is answered at random):
         agreement: share whose likeliest successor is that of one pass at full depth; steps: their mean; divergence:
-        KL(pass || this), the mean in nats.
+        KL(pass || this), the mean in nats; bytes: of the cache at the end of the texts, for each token that there is
+        room for.
     """
-    same, steps, divergence, count = 0, 0, 0.0, 0
+    same, steps, divergence, count, held, room = 0, 0, 0.0, 0, 0, 0
     for batch in batches:
-        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device).bool()
+        ids = batch["input_ids"].to(model.device)
+        mask = batch.get("attention_mask", torch.ones_like(ids)).to(model.device).bool()
         learned = (batch["labels"][:, 1:] != -100).to(model.device)  # whether what follows a token is trained on
         with torch.no_grad():
             expected = model(ids, attention_mask=mask.long(), num_steps=full, use_cache=False).logits.log_softmax(-1)
@@ -146,7 +151,9 @@ def agreement(
             divergence += float((theirs.exp() * (theirs - ours)).sum())
             steps += int(out.exit_steps[counts.cpu()].sum())
             count += int(counts.sum())
-    return {"agreement": same / count, "divergence": divergence / count, "steps": steps / count}
+        held, room = held + kept.num_bytes, room + len(ids) * kept.layers[0].capacity
+    found = {"agreement": same / count, "divergence": divergence / count, "steps": steps / count}
+    return found | {"bytes": held / room}
 
 
 # ---------------------------------------------------------------------------------------------------------------- time
@@ -271,10 +278,11 @@ def report_agreement(what: str, full: int, found: dict[Any, dict[str, float]]) -
             f"{each['divergence']:.2e}",
             f"{each['steps']:.2f}",
             f"{each['steps'] / full:.0%}",
+            f"{each['bytes']:.0f}",
         ]
         for name, each in found.items()
     ]
-    header = [what, "likeliest token as in the pass", "KL, nats", "mean steps", "of full depth"]
+    header = [what, "likeliest token as in the pass", "KL, nats", "mean steps", "of full depth", "bytes of a token"]
     return timing.markdown_table(header, rows)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
-import json
 import math
 import statistics
 import sys
@@ -158,15 +157,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     set_up_logging("warning")
     datasets.disable_progress_bars()
-    if args.job is not None:
-        task, variant, seed = args.job
-        args.output.write_text(json.dumps(measure(task, variant, int(seed), args.questions)))
-        return 0
     pairs = [(task, name) for task in args.tasks for name in args.variants if name in CONTESTANTS[task]]
     with parser.one_line_errors():
         check_parameters(pairs)
     keys = [key_of(*pair, seed, args.questions) for seed in args.seeds for pair in pairs]
-    rows = run_missing(keys, args.output, partial(run_apart, "benchmarks.family"))
+    rows = run_missing(keys, args.output, partial(run_apart, measure, TASKS))
     sys.stdout.write(report(rows))
     if args.plot is not None:
         plot(rows, args.plot)

@@ -3,6 +3,8 @@ validation texts, or of a random model, whose drafts are made to hold as often a
 
 python -m benchmarks.wavefront runs/recurrent_lm
 python -m benchmarks.wavefront runs/recurrent_lm --check 500          # and no times: differences, and the smallest gaps
+python -m benchmarks.wavefront runs/recurrent_vlm --check 500         # the same of answers to questions with media
+python -m benchmarks.wavefront runs/any_to_any --tolerances 0 0.1 0.3  # latents of images as drafts
 python -m benchmarks.wavefront --held 0.5 0.8 0.95                    # random weights
 python -m benchmarks.wavefront runs/recurrent_lm --beside ../before runs/recurrent_lm   # and plain, by other code
 """
@@ -17,6 +19,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,16 @@ from unittest import mock
 
 import datasets
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from benchmarks import timing
 from configs import read_run_config
-from evaluation.__main__ import validation_texts
+from dataset_loading import build_examples
+from evaluation.__main__ import split_by_answer, validation_texts
+from evaluation.answers import AnswerGenerator, to_model
 from inference.devices import choose_device, choose_threads
 from inference.loading import find_checkpoint, load_model
+from model import length_before
 from model.generation_wavefront import WavefrontRun
 from model.scheduler import Counts, Item, Scheduler
 
@@ -70,12 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets.disable_progress_bars()
     try:
         device = choose_device(args.device)
-        model, prompts = (load if args.checkpoint else build)(args, device)
+        if args.check:
+            model, batches = load_batches(args, device)
+        elif args.tolerances:
+            model, batches = load_drawings(args, device)
+        else:
+            model, prompts = (load if args.checkpoint else build)(args, device)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     choose_threads(model, args.threads)
     if args.check:
-        sys.stdout.write(report_check({name: check(model, prompts, args, mode) for name, mode in MODES.items()}))
+        sys.stdout.write(report_check({name: check(model, batches, args, mode) for name, mode in MODES.items()}))
+        return 0
+    if args.tolerances:
+        sys.stdout.write(report_drawings([measure_drawings(model, batch, args) for batch in batches]))
         return 0
     sys.stdout.write(f"{args.new_tokens} new tokens; {timing.describe_setting(args, device)}.\n\n")
     for held in args.held or [None]:
@@ -89,6 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", nargs="?", help="folder of a checkpoint, or of a run; else weights are random")
     parser.add_argument("--check", type=timing.count, help="prompts whose texts are compared; nothing is timed")
     parser.add_argument("--held", type=float, nargs="+", help="shares of drafts that are made to hold")
+    what = "relative errors of drafts of latents that are kept; images are drawn in place of texts"
+    parser.add_argument("--tolerances", type=float, nargs="+", help=what)
     parser.add_argument("--batch-sizes", type=timing.count, nargs="+", default=[1, 4, 8], help="rows")
     parser.add_argument("--draft-steps", nargs="+", default=["1", "2", "4", "auto"], help="steps before a draft")
     parser.add_argument("--new-tokens", type=timing.count, default=48, help="tokens written behind a prompt")
@@ -101,7 +117,7 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[PreTrainedMode
     checkpoint = find_checkpoint(args.checkpoint)
     model, processor = load_model(checkpoint, device)
     texts = validation_texts(read_run_config(checkpoint, ["--data.packing", "false"]), processor, None)
-    rows = [row["input_ids"] for source in texts.values() for row in source if not row.get("pixel_values")]
+    rows = [row["input_ids"] for source in texts.values() for row in source if not row.get("media")]
     draw = torch.Generator().manual_seed(0)
     wanted = max(args.check or 0, *args.batch_sizes)
     if args.check:
@@ -133,22 +149,55 @@ def padded(prompts: Sequence[torch.LongTensor]) -> dict[str, torch.LongTensor]:
 # ------------------------------------------------------------------------------------------------------------ equality
 
 
+def load_batches(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[PreTrainedModel, list[dict[str, torch.Tensor]]]:
+    """A model and ragged batches of 1 to 8 prompts: of one that reads media, the questions of its validation sources
+    that are answered by text.
+    """
+    if args.checkpoint is None:
+        model, prompts = build(args, device)
+        return model, ragged(prompts, padded)
+    checkpoint = find_checkpoint(args.checkpoint)
+    model, processor = load_model(checkpoint, device)
+    if not isinstance(processor, ProcessorMixin):
+        model, prompts = load(args, device)
+        return model, ragged(prompts, padded)
+    run = read_run_config(checkpoint, [])
+    given = run.data.validation or run.data.train
+    sources = [source for source in given if source.is_media and source.has_answers]
+    sources = [replace(it, num_rows=args.check) if it.kind == "generated" else it for it in sources]
+    found, _ = split_by_answer({it.label: build_examples(it, run.data, processor, args.check, 0) for it in sources})
+    share = -(-args.check // len(found))
+    rows = [rows[number] for number in range(share) for rows in found.values() if number < len(rows)]
+    prompts_of = AnswerGenerator(processor).prompts
+    return model.eval(), ragged(rows[: args.check], lambda rows: to_model(prompts_of(rows), model))
+
+
+def ragged(rows: Sequence[Any], batch_of: Callable[[Sequence[Any]], dict]) -> list[dict[str, torch.Tensor]]:
+    """Batches of 1, 2, ... 8, 1, 2, ... rows."""
+    batches, left = [], list(rows)
+    while left:
+        count = 1 + len(batches) % 8
+        batches.append(batch_of(left[:count]))
+        left = left[count:]
+    return batches
+
+
 def check(
-    model: PreTrainedModel, prompts: Sequence[torch.LongTensor], args: argparse.Namespace, mode: dict[str, Any]
+    model: PreTrainedModel, batches: Sequence[dict[str, torch.Tensor]], args: argparse.Namespace, mode: dict[str, Any]
 ) -> dict[str, Any]:
-    """Texts of ragged batches of 1 to 8 rows, both ways: how many differ, the gap between the two likeliest tokens
-    where the first difference is, and the smallest of all gaps.
+    """Texts of batches, both ways: how many differ, the gap between the two likeliest tokens where the first difference
+    is, and the smallest of all gaps.
     """
     options = {"max_new_tokens": args.new_tokens, "return_dict_in_generate": True, "do_sample": False, **mode}
-    left, different, smallest, count, steps = list(prompts), [], float("inf"), 0, 0
-    while left:
-        rows = min(1 + count % 8, len(left))
-        batch, left = padded(left[:rows]), left[rows:]
-        draft_steps = args.draft_steps[count % len(args.draft_steps)]
+    different, smallest, steps = [], float("inf"), 0
+    for count, batch in enumerate(batches):
+        rows, draft_steps = len(batch["input_ids"]), args.draft_steps[count % len(args.draft_steps)]
         draft_steps = draft_steps if draft_steps == "auto" else int(draft_steps)
         plain = model.generate(**batch, **options, output_logits=True)
         wave = model.generate(**batch, **options, decoding="wavefront", draft_steps=draft_steps)
-        start = batch["input_ids"].shape[1]
+        start = length_before(model, batch["input_ids"])
         best = torch.stack(plain.logits, dim=1).topk(2).values  # (rows, new tokens, 2)
         gaps = best[..., 0] - best[..., 1]
         is_text = torch.zeros_like(gaps, dtype=torch.bool)
@@ -162,8 +211,69 @@ def check(
                 different.append(gaps[row, first].item())
         same = plain.exit_steps.shape == wave.exit_steps.shape and torch.equal(plain.exit_steps, wave.exit_steps)
         steps += rows if not same else 0
-        count += 1
-    return {"prompts": len(prompts), "different": different, "smallest": smallest, "batches with other steps": steps}
+    prompts = sum(len(batch["input_ids"]) for batch in batches)
+    return {"prompts": prompts, "different": different, "smallest": smallest, "batches with other steps": steps}
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def load_drawings(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[PreTrainedModel, list[dict[str, torch.Tensor]]]:
+    """A model and a batch of each size of prompts whose answers are images. ValueError: it has none."""
+    checkpoint = find_checkpoint(args.checkpoint or "")
+    model, processor = load_model(checkpoint, device)
+    run, most = read_run_config(checkpoint, []), max(args.batch_sizes)
+    sources = [source for source in run.data.validation or run.data.train if source.is_media and source.has_answers]
+    _, found = split_by_answer({it.label: build_examples(it, run.data, processor, most, 0) for it in sources})
+    rows = [row for rows in found.values() for row in rows if row["modality"] == "written_image"]
+    if not rows:
+        raise ValueError(f"{checkpoint} has no validation source whose answers are images; take another run")
+    prompts_of = AnswerGenerator(processor).prompts
+    return model.eval(), [to_model(prompts_of(rows[:count]), model) for count in args.batch_sizes]
+
+
+def measure_drawings(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Plain decoding, and a wavefront with each tolerance and number of draft steps: speed, drafts that were kept, and
+    how far latents are from those of plain decoding, as a share of the length of these.
+    """
+    count, given = len(batch["input_ids"]), {"generation_mode": "image", "guidance_scale": 1}
+    given |= {"flow_seeds": list(range(count)), **batch}
+    ways: dict[tuple, dict[str, Any]] = {(PLAIN, "-"): {}}
+    for steps in (step for step in args.draft_steps if step != "auto"):
+        for tolerance in args.tolerances:
+            options = {"decoding": "wavefront", "draft_steps": int(steps), "latent_tolerance": tolerance}
+            ways[f"d = {steps}", f"{tolerance:g}"] = options
+    counts: dict[tuple, Counts] = {}
+    latents: dict[tuple, torch.Tensor] = {}
+
+    def draw(way: tuple) -> None:
+        make = Scheduler.__init__
+
+        def noted(scheduler: Scheduler, *made: Any) -> None:
+            make(scheduler, *made)
+            counts[way] = scheduler.counts
+
+        with mock.patch.object(Scheduler, "__init__", noted):
+            latents[way] = torch.stack(model.generate(**given, **ways[way]).latents["image"])
+
+    runs = {way: partial(draw, way) for way in ways}
+    seconds = timing.interleave(runs, args.rounds, args.warmup, model.device)
+    ratios, plain = timing.speed_ratios(seconds, (PLAIN, "-")), latents[PLAIN, "-"]
+    rows = []
+    for way in ways:
+        error = (latents[way] - plain).norm(dim=-1) / plain.norm(dim=-1)
+        kept = f"{counts[way].kept_drafts / max(1, counts[way].drafts):.2f}" if way in counts else "-"
+        rows.append([*way, str(count), timing.describe_ratio(ratios[way]), kept, f"{error.mean():.1e}"])
+    return rows
+
+
+def report_drawings(found: Sequence[Sequence[Sequence[str]]]) -> str:
+    header = ["decoding", "tolerance", "rows", "speed / plain", "drafts that are kept", "mean error of latents"]
+    return timing.markdown_table(header, [row for rows in found for row in rows])
 
 
 def report_check(found: dict[str, dict[str, Any]]) -> str:

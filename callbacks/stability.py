@@ -42,8 +42,8 @@ class StabilityConfig:
     model; 0 turns it off. Default: 1; with DeepSpeed and FSDP, which divide them among ranks, 0."""
     core_steps: int | None = None
     """Every this many optimizer steps, at least 0, the spectral radius of a step of the core and the entropy of its
-    attention are measured, on a few tokens; 0 turns it off. Default: 100; with DeepSpeed, FSDP, torch_compile and
-    quantized weights, through which they cannot be computed, 0."""
+    attention are measured, on a few tokens; 0 turns it off. Default: 100; with DeepSpeed, FSDP, torch_compile,
+    quantized weights and cache policy "first", through which they cannot be computed, 0."""
     update_alarm: float = 0.1
     """An alarm is raised when an update changes a part of the model by more than this share of its length, at least
     0."""
@@ -93,6 +93,8 @@ def intervals_of(config: StabilityConfig, args: Any, model: PreTrainedModel) -> 
         opaque = "a model without a core"
     elif getattr(model, "is_quantized", False):  # transformers sets it on such models alone
         opaque = "quantized weights"
+    elif model.config.get_text_config().recurrence.cache_policy == "first":
+        opaque = "cache policy 'first', where a step also depends on the first one"
     chosen = []
     for name, value, default, obstacle in (
         ("gradient_logs", config.gradient_logs, 1, divided or by_epoch or None),

@@ -59,18 +59,25 @@ def describe_run(run: RunConfig) -> str:
     return f"{size_table(model)}\n\n{needs}\n"
 
 
-def build_pretraining(run: RunConfig, resume_point: str | None = None) -> Trainer:
+def build_pretraining(run: RunConfig, resume_point: str | None = None, datasets: RunDatasets | None = None) -> Trainer:
     """Model, data and trainer of a run, all checked, nothing written.
+
+    Args:
+        run: The run.
+        resume_point: The checkpoint that it goes on from.
+        datasets: Datasets of a run of language whose data, tokenizer, seed and batches are the same. Default: they are
+            built.
 
     Raises:
         ValueError: data cannot be read; or data, a checkpoint or options of training do not fit the model.
     """
     check_memory(run)
-    build = build_codec_trainer if isinstance(run.model, CODEC_CONFIGS) else build_language_trainer
-    return build(run, resume_point)
+    if isinstance(run.model, CODEC_CONFIGS):
+        return build_codec_trainer(run, resume_point)
+    return build_language_trainer(run, resume_point, datasets)
 
 
-def build_language_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
+def build_language_trainer(run: RunConfig, resume_point: str | None, datasets: RunDatasets | None) -> Trainer:
     """The trainer, and the tokenizer, of a model that reads text; see `build_pretraining`."""
     tokenizer = build_tokenizer(
         run.tokenizer,
@@ -89,7 +96,7 @@ def build_language_trainer(run: RunConfig, resume_point: str | None) -> Trainer:
         model.base_model.profile_residuals()  # the same on every rank; a checkpoint holds what was found
     processor = build_processor(model.config, tokenizer, **model.model.count_tokens()) if has_processor else tokenizer
     fit = partial(fit_batch_size, run.training, model, collate=collator_of(model, processor), resume_point=resume_point)
-    return build_recurrent_trainer(TRAINERS[run.trainer], run, model, processor, fit)
+    return build_recurrent_trainer(TRAINERS[run.trainer], run, model, processor, fit, datasets)
 
 
 def build_recurrent_trainer(
@@ -98,13 +105,15 @@ def build_recurrent_trainer(
     model: PreTrainedModel,
     processor: Processor,
     fit: Callable[[Dataset], None] = lambda dataset: None,
+    datasets: RunDatasets | None = None,
 ) -> Trainer:
     """The trainer of a model on rows of tokens, of which some or all are learned, in pretraining and in fine-tuning.
 
     Args:
         fit: Gets the rows, and may change the micro-batch in the training arguments.
+        datasets: The rows. Default: they are built.
     """
-    args, datasets = run.training, build_rows(run, model, processor)
+    args, datasets = run.training, datasets or build_rows(run, model, processor)
     fit(datasets.train)
     args.choose_best_metric(datasets.validation, METRICS)
     trainer = trainer_class(

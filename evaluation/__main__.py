@@ -212,7 +212,7 @@ def add_media_arguments(parser: arguments.OneLineParser) -> None:
     )
     parser.add_argument(
         "--cache-policy",
-        choices=["full", "ring", "last"],
+        choices=["full", "ring", "last", "first", "residual"],
         help="which steps of past positions are read while media are generated; default: the model's",
     )
 
