@@ -31,6 +31,8 @@ class AttentionInputs:
     attentions: list[torch.Tensor] | None = None
     source: "SourceInputs | None" = None  # of a decoder behind an encoder
     token: "TokenInputs | None" = None  # where there is one new token of each row, and only its output is wanted
+    window: int | None = None  # of steps after the first, where these share what it leaves; see `RecurrentCache`
+    window_mask: torch.Tensor | None = None  # their mask
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionInputs":
         """The same on another device. accelerate calls it where the layers of a model are spread over several."""
@@ -50,10 +52,16 @@ class AttentionInputs:
             return self.build_of(rows)
         rotary = self.rotary and tuple(select_rows(part, rows) for part in self.rotary)
         mask, bias = select_rows(self.mask, rows), select_rows(self.position_bias, rows)
+        window_mask = select_rows(self.window_mask, rows)
         source, token = (
             part and part.map(lambda tensor: select_rows(tensor, rows)) for part in (self.source, self.token)
         )
-        return replace(self, mask=mask, rotary=rotary, position_bias=bias, rows=rows, source=source, token=token)
+        changed = {"rotary": rotary, "rows": rows, "source": source, "token": token, "window_mask": window_mask}
+        return replace(self, mask=mask, position_bias=bias, **changed)
+
+    def of_step(self, step: int) -> "AttentionInputs":
+        """Inputs of the core's step behind `step` others."""
+        return self if self.window is None or step == 0 else replace(self, mask=self.window_mask)
 
     def of_last(self) -> "AttentionInputs":
         """Inputs of the last token of each row alone; nothing of its layers is gathered."""
@@ -64,7 +72,14 @@ class AttentionInputs:
         return replace(self, mask=mask, position_bias=bias, where=where, rotary=rotary, **gathered)
 
     def record(self, probabilities: torch.Tensor, attentions: list[torch.Tensor]) -> None:
-        """Gathers attention probabilities, (rows, heads, query, key), with 0 in the rows that are not here."""
+        """Gathers attention probabilities, (rows, heads, query, key), with 0 in the rows that are not here. Those of a
+        token that is seen at its first step in some queries, and at its own in others, are put together.
+        """
+        past = attentions[0].shape[-1] if attentions else probabilities.shape[-1]
+        if probabilities.shape[-1] > past:
+            shared, own = probabilities.tensor_split((past - self.window,), dim=-1)
+            pad = nn.functional.pad
+            probabilities = pad(shared, (0, self.window)) + pad(own, (past - own.shape[-1], 0))
         if self.rows is not None:
             whole = probabilities.new_zeros(len(attentions[0]), *probabilities.shape[1:])
             probabilities = whole.index_copy(0, self.rows, probabilities)
@@ -189,6 +204,7 @@ def prepare_attention(
     """
     check_backend(config, config._attn_implementation)  # it may have been set without a check, on the config
     config = config if attentions is None else in_eager(config)
+    window = window_of(config, cache)
     alibi = config.position_embedding == "alibi"
     past = cache.get_seq_length() if cache is not None else 0
     is_static = cache is not None and cache.max_length is not None
@@ -220,7 +236,7 @@ def prepare_attention(
         )
     mask = _as_added(mask, config, inputs_embeds)
     where = cache.places(inputs_embeds.shape[1], inputs_embeds.device) if cache is not None else None
-    inputs = AttentionInputs(mask, where=where, rows=rows, attentions=attentions)
+    inputs = AttentionInputs(mask, where=where, rows=rows, attentions=attentions, window=window)
     if not isinstance(mask, torch.Tensor | None):
 
         def build_of(rows: torch.LongTensor) -> AttentionInputs:
@@ -233,11 +249,56 @@ def prepare_attention(
         inputs.rotary = rotary_tables(angles, inputs_embeds.dtype)
     if is_token_alone(config, inputs_embeds, inputs):
         inputs.token = TokenInputs(inputs.rotary and token_tables(config, *inputs.rotary))
-    if not alibi:
-        return inputs
+    if alibi:
+        _add_alibi(config, inputs, inputs_embeds, attention_mask, position_ids, cache)
+    if inputs.window is not None:
+        inputs.window_mask = _mask_in_window(inputs.mask, inputs.window, past, inputs_embeds)
+    return inputs
 
+
+def window_of(config: MegaTransformerTextConfig, cache: RecurrentCache | None) -> int | None:
+    """Tokens that steps after the first see at their own step, with cache policy "first": that of the cache, or, where
+    there is none, of the config. None: all. ValueError for a backend whose masks have no such parts.
+    """
+    recurrence = config.recurrence
+    is_asked = recurrence.cache_policy == "first" and config.num_core_layers
+    window = recurrence.num_kept_tokens if is_asked else None
+    window = window if cache is None else cache.num_kept_tokens
+    if window is not None and config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"cache policy 'first' is not possible with {config._attn_implementation}; use sdpa or eager")
+    if window is not None and not config.is_causal:
+        raise ValueError("cache policy 'first' is not possible without a causal mask; use 'full'")
+    return window
+
+
+def _mask_in_window(mask: torch.Tensor | None, window: int, past: int, embeds: torch.Tensor) -> torch.Tensor | None:
+    """The mask of what `WindowSlot` returns: tokens before the window of a query are seen in the first part, those in
+    it in the second.
+    """
+    sequence = embeds.shape[1]
+    length = past + sequence
+    if sequence == 1 or window >= length:
+        return mask
+    places = torch.arange(length, device=embeds.device)
+    distance = places[past:, None] - places  # (query, key)
+    mask = (distance >= 0)[None, None] if mask is None else mask
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    shared, own = mask.masked_fill(distance < window, hidden), mask.masked_fill(distance >= window, hidden)
+    return torch.cat((shared[..., : length - window], own[..., max(0, past - window + 1) :]), dim=-1)
+
+
+def _add_alibi(
+    config: MegaTransformerTextConfig,
+    inputs: AttentionInputs,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    cache: RecurrentCache | None,
+) -> None:
+    """Adds the bias of ALiBi to the mask, or puts it beside one that is not of numbers."""
+    mask, past = inputs.mask, 0 if cache is None else cache.get_seq_length()
     keys = _key_positions(attention_mask, position_ids, past)
-    if is_static:  # positions of what is hidden do not matter
+    if cache is not None and cache.max_length is not None:  # positions of what is hidden do not matter
         keys = nn.functional.pad(keys, (0, cache.max_length - keys.shape[-1]))
     bias = alibi_bias(position_ids, keys, config.num_attention_heads).to(inputs_embeds.dtype)
     bias = bias if config.is_causal else -bias.abs()
@@ -248,7 +309,6 @@ def prepare_attention(
         inputs.mask = torch.where(mask, bias, torch.finfo(bias.dtype).min)
     else:
         inputs.mask = mask + bias
-    return inputs
 
 
 def is_token_alone(config: PreTrainedConfig, embeds: torch.Tensor, inputs: AttentionInputs) -> bool:

@@ -267,8 +267,14 @@ class RecurrenceConfig(StrictConfig):
         injection: How the embedded input e enters each step: "concat" is Linear([s; e]), "add" is s + e, "gate" is
             g s + (1 - g) e with g = sigmoid(Linear([s; e])).
         cache_policy: Which steps of a past token are kept in the cache: "full" keeps all, "ring" the last
-            `num_kept_steps`, "last" the last one. See `RecurrentCache`.
+            `num_kept_steps`, "last" the last one, "first" the first, and all of the last `num_kept_tokens` tokens,
+            "residual" all, but those before the last in 2 bits a number. See `RecurrentCache`. With "first" alone the
+            model attends without a cache, in training, as it does with one: steps after the first see tokens before
+            the last `num_kept_tokens` as the first step left them. It is no option of its own, since a model that is
+            trained so has to be run so.
         num_kept_steps: Steps that a "ring" keeps; the other policies do not read it.
+        num_kept_tokens: Last tokens, the reader's own counted, of which "first" keeps all steps; the other policies do
+            not read it.
         exit_criterion: What ends the iteration of a row in `generate` before the last step, unless `generate` is told
             otherwise. See `EXIT_CRITERIA`.
         exit_threshold: Value below which a row stops, or, for "argmax_stability", from which. Default: the criterion's.
@@ -297,8 +303,9 @@ class RecurrenceConfig(StrictConfig):
     state_scale: float | int = interval(min=0.0)(default=1.0)
     state_seed: int = interval(min=0, max=2**63 - 1)(default=0)
     injection: Literal["concat", "add", "gate"] = "concat"
-    cache_policy: Literal["full", "ring", "last"] = "full"
+    cache_policy: Literal["full", "ring", "last", "first", "residual"] = "full"
     num_kept_steps: int = interval(min=1, max=MOST_STEPS)(default=4)
+    num_kept_tokens: int = interval(min=1)(default=16)
     exit_criterion: Literal[
         "none",
         "kl_divergence",

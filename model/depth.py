@@ -8,7 +8,7 @@ import hashlib
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -170,7 +170,8 @@ class NoiseOptions:
 class ContrastOptions:
     """Contrast between the last state of a token and an earlier one: the distribution is read from s_r + strength *
     (s_r - s_e), and only tokens stay possible that have at least `alpha` of the largest probability that s_r gives. A
-    token that took fewer than e steps has no contrast.
+    token that took fewer than e steps has no contrast. Of a latent, v_r + strength * (v_r - v_e) is the velocity, where
+    v_e is what the readout of s_e gives.
 
     Source: LoopCD, arXiv 2610.02185. Public code of it mixes logits; here states are mixed, before the readout.
 
@@ -199,6 +200,11 @@ class ContrastOptions:
         """s_0 .. s_r, (batch, sequence, hidden) each -> what is read, of the same shape."""
         last, early = states[-1], states[min(self.step, len(states) - 1)]
         return last + self.strength * (last - early)
+
+    @property
+    def of_early(self) -> "ContrastOptions":
+        """The contrast that mixes the states to s_e alone."""
+        return replace(self, strength=-1.0)
 
     def mask(self, logits: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
         """Logits of the mixed state, -inf where those of the last state, `late`, say that a token is unlikely."""

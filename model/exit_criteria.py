@@ -28,7 +28,7 @@ class ExitCheck:
     """What is read of some rows after a step."""
 
     step: int  # steps taken
-    state: torch.Tensor  # s_i, (rows, sequence, hidden)
+    state: torch.Tensor | None = None  # s_i, (rows, sequence, hidden); None: it is not looked at
     logits: torch.Tensor | None = None  # of the last token, (rows, vocab); None: before the first check
     is_token: torch.Tensor | None = None  # (rows, sequence), False for padding; None: there is none
     value: torch.Tensor | None = None  # what the criterion made of it, (rows,)

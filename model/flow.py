@@ -9,6 +9,7 @@ token); Peebles and Xie 2022, arXiv 2212.09748 (AdaLN-Zero); Esser et al. 2024, 
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -128,8 +129,7 @@ class FlowHead(nn.Module):
         noise: torch.Tensor,
         num_steps: int,
         shift: float = 1.0,
-        guidance: torch.Tensor | None = None,
-        without: torch.Tensor | None = None,
+        away: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     ) -> torch.Tensor:
         """Latents, float32 (tokens, latent_size), by Euler's method.
 
@@ -138,19 +138,20 @@ class FlowHead(nn.Module):
             noise: (tokens, latent_size), x_0.
             num_steps: Steps from t = 0 to 1.
             shift: Steps are denser near the noise where it is above 1.
-            guidance: (tokens,), w in v = v_without + w (v_with - v_without).
-            without: (tokens, width), the condition without the prompt; with `guidance`.
+            away: Strengths, (tokens,), and conditions, (tokens, width), from which the velocity is led away: the sum of
+                strength * (v - v_other) is added to v. Guidance of scale w leads away from the condition without the
+                prompt, with w - 1.
         """
         times = torch.linspace(0, 1, num_steps + 1, device=noise.device)
         times = times / (shift - (shift - 1) * times)
         latents = noise.float()
-        conditions = condition if without is None else torch.cat((condition, without))
+        conditions = torch.cat([condition, *(other for _, other in away)])
         for time, following in pairwise(times):
-            here = latents if without is None else torch.cat((latents, latents))
-            velocity = self.velocity(here, time.expand(len(here)), conditions)
-            if without is not None:
-                guided, free = velocity.chunk(2)
-                velocity = torch.lerp(free, guided, guidance.to(free).unsqueeze(-1))
+            here = latents.repeat(1 + len(away), 1)
+            first, *others = self.velocity(here, time.expand(len(here)), conditions).split(len(latents))
+            velocity = first
+            for (strength, _), other in zip(away, others, strict=True):
+                velocity = velocity + strength.to(first).unsqueeze(-1) * (first - other)
             latents = latents + (following - time) * velocity
         return latents
 

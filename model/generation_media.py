@@ -6,7 +6,7 @@ of it goes through one cache. With guidance, each row runs twice, the second tim
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from numbers import Integral, Real
@@ -25,7 +25,9 @@ from .chat import TARGET_PREFIX
 from .depth import DepthOptions, keyed_generator
 from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitController, ExitCriterion, ExitOptions
 from .fusion import check_counts, read_media, take_inputs
+from .generation_media_wavefront import MediaWavefront
 from .generation_text import (
+    CACHE_OPTIONS,
     OF_FORWARD,
     TEXTS,
     OwnLoop,
@@ -51,11 +53,15 @@ READ_BY = {
     **dict.fromkeys(("num_steps", "exit_criterion", "exit_threshold", "min_steps"), (*TEXTS, *MEDIA)),
     **dict.fromkeys(("exit_check_interval", "exit_in_prefill", "exit_schedule"), (*TEXTS, *MEDIA)),
     **dict.fromkeys(("noise_level", "noise_schedule", "state_warm_start", "initial_state"), (*TEXTS, *MEDIA)),
-    **dict.fromkeys(("use_cache", "cache_policy", "num_kept_steps", "cache_implementation"), (*TEXTS, *MEDIA)),
+    **dict.fromkeys(("use_cache", *CACHE_OPTIONS, "cache_implementation"), (*TEXTS, *MEDIA)),
     **dict.fromkeys(("max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size"), (*TEXTS, *MEDIA)),
     # what is generated
     **dict.fromkeys(("num_flow_steps", "flow_temperature", "flow_seeds", "on_chunk", "chunk_size"), MEDIA),
     **dict.fromkeys(("velocity_threshold",), MEDIA),
+    **dict.fromkeys(("decoding", "draft_steps"), ("text", *TARGET_MODALITIES)),
+    **dict.fromkeys(("latent_tolerance",), TARGET_MODALITIES),
+    **dict.fromkeys(("contrast_strength", "contrast_step"), ("text", *TARGET_MODALITIES)),
+    **dict.fromkeys(("contrast_alpha",), ("text",)),
     **dict.fromkeys(("guidance_scale",), (*TEXTS, *MEDIA)),
     # which token is next
     **dict.fromkeys(("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "tokenizer"), ANY),
@@ -79,6 +85,7 @@ RANGES = {
     "flow_temperature": (Real, 0, "a number"),
     "num_flow_steps": (Integral, 1, "a whole number"),
     "chunk_size": (Integral, 1, "a whole number"),
+    "latent_tolerance": (Real, 0, "a number"),
 }
 """Type and smallest value of options."""
 
@@ -108,6 +115,8 @@ class MediaOptions:
         flow_seeds: One for each row, for the noise. Default: drawn from torch's global generator.
         on_chunk: Called with each `MediaChunk`: after `chunk_size` latents of an item each, and when it is complete.
         chunk_size: Latents from one chunk to the next. Default: 16.
+        latent_tolerance: The most that a draft of a latent may be from the final one, as a share of the length of that,
+            at least 0, to be kept in its place, with decoding "wavefront".
 
     Raises:
         ValueError: a value is outside its range.
@@ -121,6 +130,7 @@ class MediaOptions:
     flow_seeds: list[int] | None = None
     on_chunk: Callable[[MediaChunk], None] | None = None
     chunk_size: int | None = None
+    latent_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -191,14 +201,18 @@ class MediaGenerationMixin:
         velocity_threshold: float | None = None,
         on_chunk: Callable[[MediaChunk], None] | None = None,
         chunk_size: int | None = None,
+        latent_tolerance: float | None = None,
         **kwargs: Any,
     ) -> ModelOutput | torch.LongTensor:
         """`generate` of `RecurrentGenerationMixin`, and:
 
         Args:
             generation_mode: "text"; "image" or "audio" write one item; "any" text in which the model opens media.
-            guidance_scale, num_flow_steps, flow_temperature, flow_seeds, velocity_threshold, on_chunk, chunk_size: See
-                `MediaOptions`; in mode "text" guidance is that of the logits, and there are no others.
+            guidance_scale, num_flow_steps, flow_temperature, flow_seeds, velocity_threshold, on_chunk, chunk_size,
+                latent_tolerance: See `MediaOptions`; in mode "text" guidance is that of the logits, and there are no
+                others.
+            decoding: "wavefront" in modes "image" and "audio" drafts latents, without guidance and exits, and keeps
+                those within `latent_tolerance` of the final ones; so what is generated is not quite the same.
             num_steps: Also by what is generated: {"text": 8, "image": 16, "audio": 4}.
 
         Returns:
@@ -209,7 +223,7 @@ class MediaGenerationMixin:
         """
         options = {"num_flow_steps": num_flow_steps, "flow_temperature": flow_temperature, "flow_seeds": flow_seeds}
         options |= {"velocity_threshold": velocity_threshold, "on_chunk": on_chunk, "chunk_size": chunk_size}
-        options |= {"guidance_scale": guidance_scale}
+        options |= {"guidance_scale": guidance_scale, "latent_tolerance": latent_tolerance}
         media_options = MediaOptions(generation_mode, **options)
         kwargs |= by_name(args, first="generation_config")
         config = kwargs.get("generation_config")
@@ -525,6 +539,8 @@ class MediaLoop(OwnLoop):
     begun: Mapping[int, BegunItem] = field(default_factory=dict)
     is_velocity_asked: bool = False
     """Whether the caller, and not the generation config, gave its threshold."""
+    draft_steps: int | str | None = None
+    """Those of decoding "wavefront"; None: plain decoding."""
 
     def take_options(self, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         """Takes guidance, which is that of latents here, and stop strings; leaves out beams, which texts have."""
@@ -532,6 +548,17 @@ class MediaLoop(OwnLoop):
         self.options = self.options.or_else(config)
         config.guidance_scale = config.num_beams = 1
         take_stop_strings(config, kwargs)
+
+    def take_draft_steps(self, draft_steps: int | str | None) -> None:
+        """Takes those of decoding "wavefront", or None. ValueError: there is no tolerance for it, or one for none."""
+        if draft_steps is not None and self.options.latent_tolerance is None:
+            raise ValueError(
+                "decoding 'wavefront' of media keeps drafts of latents that are near enough; say by latent_tolerance "
+                "what is, such as 0.1, or use decoding='plain'"
+            )
+        if draft_steps is None and self.options.latent_tolerance is not None:
+            raise ValueError("latent_tolerance has no effect without decoding='wavefront'; leave it out, or name that")
+        self.draft_steps = draft_steps
 
     def __call__(
         self,
@@ -546,6 +573,15 @@ class MediaLoop(OwnLoop):
         run = MediaGeneration(
             model, self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
         )
+        if self.draft_steps is not None:
+            MediaWavefront(run, self.draft_steps, self.streamer).generate()
+        else:
+            self._decode(run)
+        if self.streamer is not None:
+            self.streamer.end()
+        return run.output() if generation_config.return_dict_in_generate else run.ids
+
+    def _decode(self, run: "MediaGeneration") -> None:
         hidden = run.read_prompt()
         while True:
             ids, embeds = run.choose(hidden)
@@ -554,9 +590,6 @@ class MediaLoop(OwnLoop):
             if run.is_done():
                 break
             hidden = run.advance(embeds)
-        if self.streamer is not None:
-            self.streamer.end()
-        return run.output() if generation_config.return_dict_in_generate else run.ids
 
 
 class MediaGeneration:
@@ -594,6 +627,7 @@ class MediaGeneration:
         self.inputs = model_kwargs
         self.finished: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in range(batch)] for name in self.names}
         self.exit_steps: list[torch.Tensor] = []
+        self.early: torch.Tensor | None = None  # (rows, hidden), the readout of the step that is contrasted with
         seeds = loop.options.flow_seeds or torch.randint(2**62, (batch,)).tolist()
         if len(seeds) != batch:
             raise ValueError(f"flow_seeds has {len(seeds)} seeds for {batch} rows; give one for each")
@@ -685,8 +719,13 @@ class MediaGeneration:
         """Adds the rows of unconditional prompts to a cache that holds a part of the prompts.
 
         Raises:
-            ValueError: that part, or one of its media, is not given.
+            ValueError: that part, or one of its media, is not given; or the cache cannot be given rows.
         """
+        if self.cache.policy in ("first", "residual"):
+            raise ValueError(
+                f"guidance on a cache that holds a part of the prompt is not possible with cache policy "
+                f"{self.cache.policy!r}; give the whole prompt without a cache, or guidance_scale=1"
+            )
         missing = not self.num_cached
         counts = {name: self.model._count_places(name, unconditional) for name in self.model._placeholder_names}
         missing |= any(sum(counts[name]) > sum(map(len, features.get(name, ()))) for name in counts)
@@ -714,7 +753,7 @@ class MediaGeneration:
             attention_mask=mask,
             cache=cache,
             use_cache=True,
-            num_steps=self._num_steps(len(mask)),
+            num_steps=self.num_steps(len(mask)),
             exit_controller=self._exit_controller(is_prompt="input_ids" in inputs),
             return_dict=True,
             **self._states(len(mask)),
@@ -726,9 +765,11 @@ class MediaGeneration:
         """(rows, hidden), or twice as many with guidance, after the last token; its steps are remembered."""
         if outputs.exit_steps is not None:
             self.exit_steps.append(outputs.exit_steps[: len(self.rows)].clone())
+        if outputs.contrasted is not None:
+            self.early = outputs.contrasted[: len(self.rows), -1]
         return outputs.last_hidden_state[:, -1]
 
-    def _num_steps(self, num_rows: int) -> int | torch.LongTensor | None:
+    def num_steps(self, num_rows: int) -> int | torch.LongTensor | None:
         """Core steps for the next position of each row, by what will be written there; of `num_rows`, which are the
         rows once, or twice with guidance.
         """
@@ -749,7 +790,8 @@ class MediaGeneration:
         """Where the iteration of each row begins, and what perturbs it."""
         state = self.inputs.get("initial_state")
         given = {} if state is None else {"initial_state": state.repeat(num_rows // len(self.rows), 1, 1)}
-        return given | self.depth.of_states
+        early = {} if self.depth.contrast is None else {"contrast": self.depth.contrast.of_early}
+        return given | self.depth.of_states | early
 
     def _exit_controller(self, is_prompt: bool) -> ExitController | None:
         """What ends the iteration of rows before their last step, where that was asked for."""
@@ -860,28 +902,41 @@ class MediaGeneration:
         """(len(rows), latent_size), of rows that are within an item of this modality; they are remembered there."""
         output_head, options = self.writers[name], self.options[name]
         positions, noise = self._positions_and_noise([self.rows[row] for row in rows.tolist()])
-        guidance = without = None
+        away = []
         if unconditional is not None:
             guidance = torch.full_like(positions, options.guidance_scale, dtype=torch.float)
             if output_head.config.guidance_schedule == "linear":
                 lengths = torch.tensor([len(self.rows[row].noise) for row in rows.tolist()], device=self.device)
                 guidance = 1 + (guidance - 1) * positions / (lengths - 1).clamp(min=1)
-            without = output_head.condition(unconditional[rows], positions)
-        latents = output_head.head.sample(
-            output_head.condition(conditional[rows], positions),
-            noise,
-            options.num_flow_steps,
-            output_head.config.flow_shift,
-            guidance,
-            without,
-        )
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"the {name} head gave latents that are NaN or infinite; is the checkpoint sound?")
-        latents = output_head.codec.project(latents)
+            away.append((guidance - 1, output_head.condition(unconditional[rows], positions)))
+        if self.early is not None:
+            strength = torch.full_like(noise[:, 0], self.depth.contrast.strength)
+            away.append((strength, output_head.condition(self.early[rows], positions)))
+        latents = self.draw_latents(name, positions, noise, conditional[rows], away)
         for row, latent in zip(rows.tolist(), latents, strict=True):
             self.rows[row].latents.append(latent)
             self._show(row, is_complete=False)
         return latents
+
+    def draw_latents(
+        self,
+        name: str,
+        positions: torch.LongTensor,
+        noise: torch.Tensor,
+        conditional: torch.Tensor,
+        away: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> torch.Tensor:
+        """Latents, (rows, latent_size), at positions of an item, (rows,), from their noise, (rows, latent_size), and
+        what is before them, (rows, hidden), led away from other conditions; see `FlowHead.sample`. ValueError: they are
+        not finite.
+        """
+        output_head = self.writers[name]
+        condition, shift = output_head.condition(conditional, positions), output_head.config.flow_shift
+        num_flow_steps = self.options[name].num_flow_steps
+        latents = output_head.head.sample(condition, noise, num_flow_steps, shift, away)
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"the {name} head gave latents that are NaN or infinite; is the checkpoint sound?")
+        return output_head.codec.project(latents)
 
     def _advance_rows(self, ids: torch.LongTensor) -> None:
         """Moves each row on by its new token."""
@@ -923,6 +978,31 @@ class MediaGeneration:
             return
         item = self.writers[row.modality].codec.decode_partly(torch.stack(row.latents))
         self.media_options.on_chunk(MediaChunk(number, row.modality, item, is_complete))
+
+    def take_position(self, number: int, latent: torch.Tensor | None, num_new: int) -> bool:
+        """Moves a row that is within an item on by a latent, or, by None, to the end of the item, which is new token
+        number `num_new`; whether it goes on.
+        """
+        row = self.rows[number]
+        if latent is None:
+            self._close(number, row)
+            row.end = num_new
+        else:
+            row.latents.append(latent)
+            self._show(number, is_complete=False)
+        return not row.is_done
+
+    def take_positions(self, tokens: list[list[int]], steps: list[list[int]]) -> None:
+        """What all rows have of new tokens in the end, and the steps of each, behind which there is padding."""
+        longest = max(map(len, tokens))
+        new = [row + [self._pad()] * (longest - len(row)) for row in tokens]
+        self.ids = torch.cat((self.ids[:, : self.prompt_length], torch.tensor(new, device=self.device)), dim=1)
+        taken = torch.tensor([row + [0] * (longest - len(row)) for row in steps])
+        self.exit_steps = list(taken.unbind(dim=1))
+
+    def media_token_ids(self, name: str) -> tuple[int, int]:
+        """The tokens of places and of the end of an item of a modality."""
+        return self._id(f"written_{name}"), self._id(f"{name}_end")
 
     def is_done(self) -> bool:
         """Whether no row goes on. An item that was begun is always completed, so room was looked for before."""

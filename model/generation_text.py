@@ -29,7 +29,7 @@ from .generation_wavefront import WavefrontLoop
 from .outputs import CACHE_NAME, pop_cache
 from .sampling import KeyedSampling
 
-CACHE_OPTIONS = ("cache_policy", "num_kept_steps")
+CACHE_OPTIONS = ("cache_policy", "num_kept_steps", "num_kept_tokens")
 DECODING_OPTIONS = ("decoding", "draft_steps", "sampling_seed")
 DEFAULT_NEW_TOKENS = 20  # of transformers
 OWN_ARGUMENTS = ("num_steps", "depth_options", "num_cached_tokens", "draft_media")  # of `prepare_inputs_for_generation`
@@ -68,7 +68,7 @@ class RecurrentGenerationMixin:
             state_warm_start: A new token's iteration starts where that of the token before has ended.
             noise_level: See `NoiseOptions`.
             contrast_strength, contrast_step, contrast_alpha: See `ContrastOptions`. Default: no contrast.
-            cache_policy, num_kept_steps: See `RecurrentCache`.
+            cache_policy, num_kept_steps, num_kept_tokens: See `RecurrentCache`.
             decoding: "plain", or "wavefront": tokens that are not finished are followed by drafts of the next, in the
                 same launches of the core; the tokens are those of plain decoding. Default: "plain".
             draft_steps: Steps after which a token says such a draft, an int, or "auto": what takes the least time.
@@ -100,19 +100,23 @@ class RecurrentGenerationMixin:
             prompts = ids if ids is not None else kwargs.get("inputs_embeds", [[]])
             kwargs["initial_state"] = state.expand(len(prompts), -1, -1)  # rows, for their copies
         cache = self._make_cache(inputs, config, depth, options, kwargs)
-        if options["decoding"] == "wavefront":
+        asked = given.get("decoding") or getattr(generation_config, "decoding", None)  # not by the model's own config
+        is_wave = options["decoding"] == "wavefront" and (own_loop is None or asked)
+        draft_steps = options["draft_steps"] if is_wave else None
+        if draft_steps is not None:
             self._check_wavefront(config, depth, cache, kwargs)
+        if own_loop is not None:
+            own_loop.take_draft_steps(draft_steps)
+        elif draft_steps is not None:
             take_stop_strings(config, kwargs)
-            kwargs["custom_generate"] = WavefrontLoop(depth, options["draft_steps"], kwargs.get("streamer"), num_cached)
+            kwargs["custom_generate"] = WavefrontLoop(depth, draft_steps, kwargs.get("streamer"), num_cached)
         if is_assisted:
             self._check_assistance(ids, depth, cache, kwargs)
         refuse_empty_rows(ids, config, kwargs)
         config.suppress_tokens = [*(config.suppress_tokens or ()), *self.placeholder_ids] or None
         num_prompt_tokens = prompt_length(inputs, kwargs, has_embeds=False)
-        if (size := config.prefill_chunk_size) is not None:
-            chunks = chunk_lengths(size, num_prompt_tokens - num_cached)
-            config.prefill_chunk_size = chunks if own_loop is None else size
-
+        if (size := config.prefill_chunk_size) is not None and own_loop is None:
+            config.prefill_chunk_size = chunk_lengths(size, num_prompt_tokens - num_cached)
         if cache is not None:
             cache.prompt_length = None
             kwargs[CACHE_NAME] = cache
@@ -267,7 +271,8 @@ class RecurrentGenerationMixin:
             room["max_length"] = max(prompt + new, config.max_cache_len or 0)
             room["max_steps"] = max(self._depth(depth.steps_of(name)).total for name in self.output_modalities)
             self._compile_for_generation(config)
-        return RecurrentCache(self.text_config, options["cache_policy"], options["num_kept_steps"], **room)
+        policy, num_kept_steps, room["num_kept_tokens"] = (options[name] for name in CACHE_OPTIONS)
+        return RecurrentCache(self.text_config, policy, num_kept_steps, **room)
 
     def _check_assistance(
         self, ids: torch.Tensor | None, depth: DepthOptions, cache: RecurrentCache | None, kwargs: dict[str, Any]
@@ -285,10 +290,10 @@ class RecurrentGenerationMixin:
                 raise ValueError("assisted generation on a cache needs the whole conversation; give all of its tokens")
             kwargs["num_cached_tokens"] = num_cached
         steps = self._depth(depth.num_steps).total
-        if cache.num_kept_steps is not None and cache.num_kept_steps < steps:
+        if not cache.is_full(steps):
             raise ValueError(
-                f"assisted generation of {steps} steps is not possible with cache policy {cache.policy!r} of "
-                f"{cache.num_kept_steps}: tokens checked together see more of each other than alone; use 'full'"
+                f"assisted generation of {steps} steps is not possible with cache policy {cache.policy!r}: tokens "
+                "checked together see other things of each other than alone, or cannot be taken back; use 'full'"
             )
 
     def _check_wavefront(
@@ -307,10 +312,10 @@ class RecurrentGenerationMixin:
             why = "use_cache=False"
         elif cache.max_length is not None:
             why = "a static cache; leave cache_implementation out"
-        elif cache.policy == "last" or (
-            cache.num_kept_steps is not None and cache.num_kept_steps < self._depth(depth.steps_of("text")).total
+        elif cache.policy == "last" or not cache.is_full(
+            max(self._depth(depth.steps_of(name)).total for name in self.output_modalities)
         ):
-            why = f"cache policy {cache.policy!r}, in which a token would read what none has left yet; use 'full'"
+            why = f"cache policy {cache.policy!r}, which does not keep all steps of a token; use 'full'"
         elif depth.state_warm_start:
             why = "state_warm_start, since a token would begin where an unfinished one ends"
         elif depth.noise.level or depth.contrast:
@@ -477,6 +482,9 @@ class OwnLoop:
 
     def take_options(self, config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         """Takes out of the merged generation config and the keywords what transformers would go by, or take away."""
+
+    def take_draft_steps(self, draft_steps: int | str | None) -> None:
+        """Takes those of decoding "wavefront"; None: plain decoding."""
 
 
 def check_read(

@@ -15,6 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import RecurrentCache
 from .depth import DepthOptions, resolve_depth
+from .exit_criteria import ExitOptions
 from .outputs import CACHE_NAME
 from .sampling import KeyedSampling
 from .scheduler import Item, Scheduler, TextRow
@@ -84,24 +85,17 @@ class WavefrontRun:
         )
         outputs = model(**inputs, return_dict=True)
         self.cache: RecurrentCache = outputs[CACHE_NAME]
-        self.offset = self.cache.get_seq_length() - self.prompt_length  # of places from numbers of tokens
-        depth = resolve_depth(self.loop.depth.num_steps, model.text_config, len(prompt))
-        limits = [depth.total] * len(prompt) if depth.rows is None else depth.rows.tolist()
-        self.cache.reserve(self.offset + self.config.max_length, max(limits))
-        self.scheduler = Scheduler(model, self.cache, self.choose, self.accept)
+        past = self.cache.get_seq_length()
+        self.offset = past - self.prompt_length  # of places from numbers of tokens
         starts = [0] * len(prompt) if mask is None else first_tokens(mask)
-        state = model_kwargs.get("initial_state")
-        weight = model.model.embed_tokens.weight
-        state = model.model.fixed_state(weight) if state is None else state.to(weight)
-        states = state[:, -1].expand(len(prompt), -1).split(1)
+        last, state = self.offset + self.config.max_length - 2, model_kwargs.get("initial_state")
+        depth = self.loop.depth
+        self.rows = text_rows(model, self.cache, starts, last, depth.num_steps, state, depth.exits)
+        self.scheduler = Scheduler(model, self.cache, self.choose, self.accept)
         tokens = [self._pick(row, logits, []) for row, logits in enumerate(outputs.logits[:, -1:].float())]
-        for number, (start, limit, token) in enumerate(zip(starts, limits, tokens, strict=True)):
-            last = self.offset + self.config.max_length - 2
-            row = TextRow(number, start, last, limit, states[number], self.loop.depth.exits)
-            steps = 0 if outputs.exit_steps is None else int(outputs.exit_steps[number])
-            self.rows.append(row)
-            if self.accept(row, token, steps):
-                self.scheduler.open(row, self.offset + self.prompt_length, token)
+        for row, token in zip(self.rows, tokens, strict=True):
+            if self.accept(row, token, 0 if outputs.exit_steps is None else int(outputs.exit_steps[row.index])):
+                self.scheduler.open(row, past, token)
 
     def decode(self) -> None:
         """Final tokens, until no row goes on."""
@@ -158,17 +152,49 @@ class WavefrontRun:
             ids[row, length:] = 0 if pad is None else pad
         if not self.config.return_dict_in_generate:
             return ids
-        new, cache = longest - self.prompt_length, None
+        new = longest - self.prompt_length
         steps = torch.tensor([taken + [0] * (new - len(taken)) for taken in self.steps])
-        if min(self.lengths) == longest:
-            cache = self.cache
-            cache.fill_deeper([row.num_steps for row in self.rows])
-            for index in range(1, new):
-                cache.keep_steps(steps[:, index], 1)
-                cache.advance(1)
+        cache = after_wavefront(self.cache, [row.num_steps for row in self.rows], self.steps)
         output = GenerateDecoderOnlyOutput(sequences=ids, **{CACHE_NAME: cache})
         output["exit_steps"] = steps
         return output
+
+
+def text_rows(
+    model: nn.Module,
+    cache: RecurrentCache,
+    starts: Sequence[int],
+    last_place: int,
+    num_steps: int | torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    exits: ExitOptions,
+) -> list[TextRow]:
+    """The rows of a cache that has read prompts, with room for all that they may say; `starts` are the places of their
+    first tokens, `num_steps` and `initial_state`, (rows or 1, tokens, hidden), what the model is called with.
+    """
+    count, weight = len(starts), model.model.embed_tokens.weight
+    depth = resolve_depth(num_steps, model.text_config, count)
+    limits = [depth.total] * count if depth.rows is None else depth.rows.tolist()
+    cache.reserve(last_place + 2, max(limits))
+    state = model.model.fixed_state(weight) if initial_state is None else initial_state.to(weight)
+    states = state[:, -1].expand(count, -1).split(1)
+    return [
+        TextRow(number, start, last_place, limit, state, exits)
+        for number, (start, limit, state) in enumerate(zip(starts, limits, states, strict=True))
+    ]
+
+
+def after_wavefront(cache: RecurrentCache, limits: list[int], steps: list[list[int]]) -> RecurrentCache | None:
+    """The cache, for what comes next, if all rows have as many new tokens; `limits` are the most steps of each row, and
+    `steps` those of each of its new tokens, the first of which is the prompt's.
+    """
+    if len(set(map(len, steps))) > 1:
+        return None
+    cache.fill_deeper(limits)
+    for of_rows in list(zip(*steps, strict=True))[1:]:
+        cache.keep_steps(torch.tensor(of_rows), 1)
+        cache.advance(1)
+    return cache
 
 
 def first_tokens(mask: torch.Tensor) -> list[int]:

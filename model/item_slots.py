@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import nn
 
 from .cache import CacheLayer
 
@@ -53,21 +52,30 @@ class ItemPlaces:
             self._index = torch.tensor([self.steps, self.rows, self.places], device=self.device).unbind()
         return self._index
 
-    def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+    def mask(self, table: torch.Tensor) -> torch.Tensor | None:
         """What is added to the logits of attention, (items, 1, 1, keys): items see their row up to themselves. None:
-        a single item sees all that it is given.
+        a single item sees all that it is given. `table`: that of `causal_rows`.
         """
-        count = len(self.rows)
+        count, last = len(self.rows), len(table) - 1
         if count == 1:
             return None
-        if self.stride is not None:  # each sees one place less than the one before
-            hidden = torch.full((count, count), -torch.inf, dtype=dtype, device=self.device).tril_(-1).flip(1)
-            return nn.functional.pad(hidden, (self.end - self.start - count, 0))[:, None, None]
-        keys = torch.arange(self.start, self.end, device=self.device)
-        is_hidden = keys > self.index[2][:, None]
+        table = table.narrow(1, self.start, self.end - self.start)
+        if self.stride is not None:
+            return table.narrow(0, last - self.places[0], count)[:, None, None]
+        mask = table.index_select(0, last - self.index[2])
         if not self.has_one_row and any(self.starts):
-            is_hidden |= keys < torch.tensor(self.starts, device=self.device)[:, None]
-        return torch.where(is_hidden, -torch.inf, 0.0).to(dtype)[:, None, None]
+            keys = torch.arange(self.end, device=self.device)
+            mask.masked_fill_(keys < torch.tensor(self.starts, device=self.device)[:, None], -torch.inf)
+        return mask[:, None, None]
+
+
+def causal_rows(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Masks of so many places, the last place's first, (places, places): 0, and -inf behind each. Since each is the one
+    before, moved by one, it is a view of two rows.
+    """
+    line = torch.zeros(2 * count - 1, dtype=dtype, device=device)
+    line[count:] = -torch.inf
+    return line.as_strided((count, count), (1, 1))
 
 
 class ItemSlot:

@@ -8,6 +8,7 @@ import binascii
 import os
 import re
 import time
+from collections.abc import Callable
 from http.client import HTTPException
 from typing import Any
 from urllib import request
@@ -53,7 +54,7 @@ def read_source(source: Any, kind: str, allow_fetch: bool = False) -> Any:
                 f"{quoted(source)} is an address, which is never fetched unless allow_fetch=True is given; download "
                 f"the {_WORDS.get(kind, kind)} before"
             )
-        return _fetch(source)
+        return fetch_bytes(source, None, MAX_BYTES, FETCH_SECONDS)
     return decode_base64(source, source) if _BASE64.fullmatch(source) else source
 
 
@@ -99,29 +100,51 @@ def _read_file_uri(source: str) -> str:
     return request.url2pathname(parts.path)
 
 
-def _fetch(source: str) -> bytes:
+def fetch_bytes(source: str, may_reach: Callable[[str], bool] | None, max_bytes: int, seconds: float) -> bytes:
+    """The bytes at an http or https address.
+
+    Args:
+        source: The address.
+        may_reach: Which addresses may be asked, also where others lead; None: all, by the proxies of this machine.
+        max_bytes: The most that is read.
+        seconds: Within which it has to come.
+
+    Raises:
+        MediaError: it may not or cannot be fetched, is too large or too slow.
+    """
+
+    class Redirects(request.HTTPRedirectHandler):
+        def redirect_request(self, req: request.Request, *found: Any) -> request.Request | None:
+            check_reach(found[-1])
+            return super().redirect_request(req, *found)
+
+    def check_reach(address: str) -> None:
+        if may_reach is not None and not may_reach(address):
+            raise MediaError(f"{quoted(address)} is on a host that may not be asked; send the data itself")
+
+    check_reach(source)
     opener = request.OpenerDirector()  # the usual one would follow addresses to ftp
     for handler in (
-        request.ProxyHandler,
+        *([request.ProxyHandler] if may_reach is None else []),
         request.HTTPHandler,
         request.HTTPSHandler,
-        request.HTTPRedirectHandler,
+        Redirects,
         request.HTTPErrorProcessor,
         request.HTTPDefaultErrorHandler,
         request.UnknownHandler,
     ):
         opener.add_handler(handler())
-    ends, data = time.monotonic() + FETCH_SECONDS, bytearray()
+    ends, data = time.monotonic() + seconds, bytearray()
     try:
-        with opener.open(source, timeout=FETCH_SECONDS) as response:
+        with opener.open(source, timeout=seconds) as response:
             while chunk := response.read1(2**20):
                 data += chunk
-                if len(data) > MAX_BYTES:
+                if len(data) > max_bytes:
                     raise MediaError(
-                        f"{quoted(source)} has more than {MAX_BYTES} bytes; download it before, and scale it down"
+                        f"{quoted(source)} has more than {max_bytes} bytes; download it before, and scale it down"
                     )
                 if time.monotonic() > ends:
-                    raise MediaError(f"{quoted(source)} takes more than {FETCH_SECONDS:g} seconds; download it before")
+                    raise MediaError(f"{quoted(source)} takes more than {seconds:g} seconds; download it before")
     except (HTTPException, URLError, OSError, ValueError) as error:
         if isinstance(error, MediaError):
             raise

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionInputs
 from .blocks import TransformerBlock, layer_order, pass_token, run_layers, sinusoids
-from .cache import CacheSlot, RecurrentCache
+from .cache import CacheSlot, RecurrentCache, slots_by_step
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .depth import Depth, keyed_generator
 from .step_lora import StepLora
@@ -286,6 +286,7 @@ def iterate_core(
         limits = [depth.total] * len(state) if depth.rows is None else depth.rows.tolist()
     active = ActiveRows(state, embeds, inputs, limits)
     take_step = core if inputs.token is None else core.token_function()
+    slots_of = slots_by_step(cache, inputs.window, len(core.order))
     for step in range(depth.total):
         if grad_enabled and step == depth.no_grad and not active.state.requires_grad:
             # Truncation: backpropagation ends here. A leaf that requires a gradient makes the first step with gradient
@@ -293,15 +294,14 @@ def iterate_core(
             active.state = active.state.detach().requires_grad_()
             if trajectory:  # the leaf itself, so that the next state can be derived by it
                 trajectory[-1] = active.state
-        slots = cache.core_slots(step) if cache is not None else None
         of_step = None if core.step_lora is None else step
         with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):
             s = active.state if perturb is None else perturb(step, active)
             active.state = take_step(
                 s,
                 active.embeds,
-                inputs=active.inputs,
-                slots=slots,
+                inputs=active.inputs.of_step(step),
+                slots=slots_of(step),
                 step=of_step,
                 step_embeds=core.embed_step(step, s),
             )

@@ -5,14 +5,14 @@ Step i of position t + 1 reads what t has left at step i. So t + 1 may follow t 
 as its token is known: a draft, read off t before its last step. When t has taken that, the token that it says is final.
 If it is the draft, t + 1 goes on from where it is; else what follows t is dropped, and t + 1 begins anew. So what is
 final is what plain decoding says, whatever was drafted. Which token logits say, and what becomes of it, the caller
-decides: nothing here knows of tokenizers or of sampling.
+decides: nothing here knows of tokenizers or of sampling. What stands for a token may be something else.
 
 Sources: WaveFront Decoding, arXiv 2609.23033; Continuous Depth Batching, arXiv 2608.09444.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -22,7 +22,7 @@ from .attention import AttentionInputs, TokenInputs, alibi_bias, rotary_angles, 
 from .blocks import BlockStack, pass_token, sinusoids
 from .cache import BLOCK, CacheLayer, RecurrentCache
 from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitCriterion, ExitOptions, LearnedProbe
-from .item_slots import ItemPlaces, ItemSlot
+from .item_slots import ItemPlaces, ItemSlot, causal_rows
 from .recurrence import TokenStep
 from .token_pass import token_norm, token_product
 
@@ -50,6 +50,8 @@ class TextRow:
     draft_steps: int | None = None
     items: list["Item"] = field(default_factory=list)
     """Those on their way, by position."""
+    criterion: ExitCriterion | None = None
+    """That of its exits, if there are any."""
 
 
 @dataclass(eq=False)
@@ -71,12 +73,12 @@ class Item:
     """s_1 and on, (1, hidden) each."""
     term: torch.Tensor | None = None
     """What is injected, (1, hidden)."""
-    logits: torch.Tensor | None = None
-    """What was read off it last, (1, vocab)."""
+    reading: tuple[ExitCheck, int] | None = None
+    """Logits of all items that were read last together with it, and its number among them."""
     choice: int | None = None
     """The token that they say."""
-    check: ExitCheck | None = None
-    """The last check of its exit."""
+    check: tuple[ExitCheck, int] | None = None
+    """The last check of its exit by logits, of all items that were checked together, and its number among them."""
 
     @property
     def drafts(self) -> list[int]:
@@ -93,12 +95,21 @@ class Item:
         """(1, hidden)."""
         return self.states[-1] if self.states else self.row.initial_state
 
+    @property
+    def state_before(self) -> torch.Tensor:
+        """Its state at the check of its exit before this one, (1, hidden); at the first, the initial one."""
+        exits = self.row.exits
+        return self.row.initial_state if self.step == exits.min_steps else self.states[-1 - exits.check_interval]
+
 
 @dataclass
 class Counts:
-    """Numbers of launches of the core, of items in them, of readings, and of drafts, by whether they held."""
+    """Numbers of launches of the core, of new items, of items in all launches, of readings, and of drafts, by whether
+    they held.
+    """
 
     ticks: int = 0
+    new_items: int = 0
     items: int = 0
     readings: int = 0
     drafts: int = 0
@@ -128,17 +139,18 @@ class Scheduler:
         self.take_step, self.norm = TokenStep(self.base.core), token_norm(self.base.norm)
         self.head, self.cap = token_product(model.lm_head), self.config.final_logit_softcapping
         self.functions: dict[nn.Module, Callable] = {}
+        self.probe = LearnedProbe(self.base.exit_probe)
         self.tables: list[list[torch.Tensor]] | None = None
+        self.masks: torch.Tensor | None = None
         first, after = self.config.num_prelude_layers, self.config.num_prelude_layers + self.config.num_core_layers
         self.prelude_layers, self.core_layers = cache.layers[:first], cache.layers[first:after]
         self.coda_layers = cache.layers[after:]
         self.rows: list[TextRow] = []
-        self.items: list[Item] = []  # of the launch; of each row the newest first
         self.device, self.dtype = self.base.embed_tokens.weight.device, self.base.embed_tokens.weight.dtype
 
     def open(self, row: TextRow, place: int, token: int) -> None:
         """Goes on with a row behind a token that is final, which is read to this place of the cache."""
-        row.items = [Item(row, place, token)]
+        row.items, row.criterion = [Item(row, place, token)], self._criterion(row.exits.criterion)
         self.rows.append(row)
 
     def close(self, row: TextRow) -> None:
@@ -151,13 +163,13 @@ class Scheduler:
     @torch.no_grad()
     def tick(self) -> None:
         """One step of all items that are on their way, and what follows from it."""
-        self.items = [item for row in self.rows for item in reversed(row.items) if not item.is_done]
-        self._embed([item for item in self.items if item.term is None])
-        self._step(self.items)
-        for item in self.items:
+        items = [item for row in self.rows for item in reversed(row.items) if not item.is_done]
+        self._embed([item for item in items if item.term is None])
+        self._step(items)
+        for item in items:
             if item.step == item.row.num_steps:
                 self._finish(item)
-        for item in self._judge([item for item in self.items if self._is_judged(item, by_logits=False)]):
+        for item in self._judge([item for item in items if self._is_judged(item, by_logits=False)]):
             self._finish(item)
         rows = [row for row in self.rows if self._is_read(row)]
         self._read([item for row in rows for item in reversed(row.items)])
@@ -170,12 +182,16 @@ class Scheduler:
         """Prelude of new items."""
         if not items:
             return
-        x = self.base.embed_tokens(torch.tensor([[item.token] for item in items], device=self.device))
         positions = torch.tensor([[item.place - item.row.start] for item in items], device=self.device)
-        x = self.base.add_positions(x, positions).squeeze(1)
+        x = self.base.add_positions(self._embeds(items).unsqueeze(1), positions).squeeze(1)
         terms = self.take_step.term(self._pass(self.base.prelude, self.prelude_layers, x, items))
         for item, term in zip(items, terms.split(1), strict=True):
             item.term = term
+        self.counts.new_items += len(items)
+
+    def _embeds(self, items: Sequence[Item]) -> torch.Tensor:
+        """Embeddings of what the items read, (items, hidden)."""
+        return self.base.embed_tokens(torch.tensor([item.token for item in items], device=self.device))
 
     def _step(self, items: Sequence[Item]) -> None:
         """One launch of the core."""
@@ -195,14 +211,16 @@ class Scheduler:
         self.counts.items += len(items)
 
     @torch.no_grad()
-    def seconds_of_launch(self, items: Sequence[Item], is_read: bool = False) -> float:
-        """How long a launch with such items takes, of the core, or of coda and head; it writes to their places."""
-        start = time.perf_counter()
-        (self._read if is_read else self._step)(items)
+    def seconds_of_launch(self, kind: str, items: Sequence[Item]) -> float:
+        """How long a launch with such items takes, of the "prelude", the "core", or the "coda" with the head; it writes
+        to their places.
+        """
+        steps, start = [item.step for item in items], time.perf_counter()
+        {"prelude": self._embed, "core": self._step, "coda": self._read}[kind](items)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        for item in items:
-            item.states.clear()
+        for item, count in zip(items, steps, strict=True):
+            del item.states[count:]
         return time.perf_counter() - start
 
     def _read(self, items: Sequence[Item]) -> None:
@@ -210,11 +228,20 @@ class Scheduler:
         if not items:
             return
         states = self.norm(torch.cat([item.state for item in items]))
-        logits = self.head(self.norm(self._pass(self.base.coda, self.coda_layers, states, items)))
+        hidden = self.norm(self._pass(self.base.coda, self.coda_layers, states, items))
+        logits = self.head(hidden)
         logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-        for item, row, token in zip(items, logits.split(1), self.choose(items, logits), strict=True):
-            item.logits, item.choice = row, token
+        reading = ExitCheck(0, logits=logits)
+        for number, (item, token) in enumerate(zip(items, self._choices(items, hidden, logits), strict=True)):
+            item.reading, item.choice = (reading, number), token
         self.counts.readings += len(items)
+
+    def _choices(self, items: Sequence[Item], hidden: torch.Tensor, logits: torch.Tensor) -> Sequence[int]:
+        return self.choose(items, logits)
+
+    def _holds(self, draft: int, choice: int) -> bool:
+        """Whether a draft is what is said now."""
+        return draft == choice
 
     def _is_read(self, row: TextRow) -> bool:
         """Whether something has to be read of a row; then all of its items are, which costs little more, and shows
@@ -233,18 +260,19 @@ class Scheduler:
     def _finish(self, item: Item) -> None:
         """An item takes no more steps: deeper readers find what it has left last."""
         item.is_done = True
-        for layer in self.core_layers if item.step < item.row.num_steps else ():
-            entries = layer.buffer[: item.row.num_steps, :, item.row.index, :, item.place]
-            entries[item.step :] = entries[item.step - 1]
+        row, left = item.row, item.row.num_steps - item.step
+        for layer in self.core_layers if left else ():
+            entries = layer.buffer.select(2, row.index).select(3, item.place)  # (steps, 2, key/value heads, head_dim)
+            entries.narrow(0, item.step, left).copy_(entries[item.step - 1])
 
     def _settle(self, row: TextRow) -> None:
         """A row that has been read gets final tokens and new items, and loses drafts that do not hold."""
         while row.items[0].is_done:
             item, *behind = row.items
-            if not self.accept(row, item.choice, item.step):
+            holds = bool(behind) and self._holds(behind[0].token, item.choice)
+            if not self.accept(row, behind[0].token if holds else item.choice, item.step):
                 self.close(row)
                 return
-            holds = bool(behind) and behind[0].token == item.choice
             self.counts.drafts += bool(behind)
             self.counts.kept_drafts += holds
             row.items = behind if holds else [Item(row, item.place + 1, item.choice)]
@@ -252,7 +280,7 @@ class Scheduler:
                 return
             self._catch_up(row)
         for number, (item, behind) in enumerate(pairwise(row.items)):
-            if behind.token != item.choice:
+            if not self._holds(behind.token, item.choice):
                 del row.items[number + 1 :]
                 break
         last = row.items[-1]
@@ -261,17 +289,16 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------------------------------------- exits
 
-    def _criterion(self, row: TextRow) -> ExitCriterion | None:
-        name = row.exits.criterion
+    def _criterion(self, name: str) -> ExitCriterion | None:
         if name == "none":
             return None
-        return LearnedProbe(self.base.exit_probe) if name == "probe" else EXIT_CRITERIA[name]
+        return self.probe if name == "probe" else EXIT_CRITERIA[name]
 
     def _is_judged(self, item: Item, by_logits: bool) -> bool:
         """Whether an exit is looked for after the step of an item, by what it says or by its state. What an item says
         is final only when all before it is; until then it is not asked.
         """
-        row, criterion = item.row, self._criterion(item.row)
+        row, criterion = item.row, item.row.criterion
         if criterion is None or criterion.reads_logits != by_logits or item.is_done or item.step == row.num_steps:
             return False
         steps = item.step - row.exits.min_steps
@@ -281,20 +308,21 @@ class Scheduler:
         """Those of the items that stop where they are."""
         stopped, groups = [], {}
         for item in items:
-            groups.setdefault((item.row.exits.criterion, item.check is None), []).append(item)
-        for (_, is_first), group in groups.items():
-            criterion = self._criterion(group[0].row)
-            logits = [item.logits if criterion.reads_logits else None for item in group]
-            states = [item.state.unsqueeze(1) for item in group]
-            now = joined([ExitCheck(0, *read) for read in zip(states, logits, strict=True)])
-            before = [ExitCheck(0, item.row.initial_state.unsqueeze(1)) if is_first else item.check for item in group]
-            now.value = criterion.value(now, joined(before))
+            groups.setdefault((item.row.criterion, item.check is None), []).append(item)
+        for (criterion, is_first), group in groups.items():
+            if criterion.reads_logits:
+                now = together([item.reading for item in group])
+                before = ExitCheck(0) if is_first else together([item.check for item in group])
+            else:
+                now = ExitCheck(0, torch.stack([item.state for item in group]))
+                before = ExitCheck(0, torch.stack([item.state_before for item in group]))
+            now = replace(now, value=criterion.value(now, before))
             limits = [item.row.exits.threshold or criterion.default_threshold for item in group]
-            stops = criterion.stops(now.value, torch.tensor(limits, device=now.value.device)).tolist()
-            parts = zip(now.state.split(1), now.value.split(1), logits, strict=True)
-            for item, (state, value, of_item) in zip(group, parts, strict=True):
-                item.check = ExitCheck(0, state, of_item, value=value)
-            stopped += [item for item, stop in zip(group, stops, strict=True) if stop]
+            limit = limits[0] if len(set(limits)) == 1 else torch.tensor(limits, device=now.value.device)
+            for number, (item, stops) in enumerate(zip(group, criterion.stops(now.value, limit).tolist(), strict=True)):
+                item.check = (now, number) if criterion.reads_logits else None
+                if stops:
+                    stopped.append(item)
         return stopped
 
     def _catch_up(self, row: TextRow) -> None:
@@ -302,7 +330,7 @@ class Scheduler:
         of its steps, by readings of their own. Items behind it that have gone deeper go back.
         """
         first, states = row.items[0], row.items[0].states
-        criterion = self._criterion(row)
+        criterion = row.criterion
         if criterion is None or not criterion.reads_logits:
             return
         for step in range(1, len(states) + 1):
@@ -333,14 +361,14 @@ class Scheduler:
 
     def _inputs(self, places: ItemPlaces) -> AttentionInputs:
         """Mask and positions of items."""
-        mask, rotary, token = places.mask(self.dtype), None, None
+        mask, rotary, token = places.mask(self._mask_table(places.end)), None, None
         positions = [place - start for place, start in zip(places.places, places.starts, strict=True)]
         if self.config.position_embedding == "rope":
             tables = self._tables(max(positions) + 1)
             if len(positions) == 1:
                 rotary, token = ([table[positions[0]].unsqueeze(0) for table in pair] for pair in tables)
             else:
-                index = torch.tensor(positions, device=self.device)
+                index = places.index[2] if not any(places.starts) else torch.tensor(positions, device=self.device)
                 rotary, token = ([table.index_select(0, index) for table in pair] for pair in tables)
         elif self.config.position_embedding == "alibi":
             starts = torch.tensor(places.starts, device=self.device)[:, None]
@@ -349,6 +377,12 @@ class Scheduler:
             bias = alibi_bias(positions, keys, self.config.num_attention_heads).to(self.dtype)
             mask = bias if mask is None else mask + bias
         return AttentionInputs(mask, rotary, token=TokenInputs(token, self.functions))
+
+    def _mask_table(self, count: int) -> torch.Tensor:
+        """`causal_rows` of so many places or more."""
+        if self.masks is None or len(self.masks) < count:
+            self.masks = causal_rows(-(-count // BLOCK) * BLOCK, self.dtype, self.device)
+        return self.masks
 
     def _tables(self, count: int) -> list[list[torch.Tensor]]:
         """Those of RoPE for so many positions, as modules want them, (positions, 1, head_dim), and for all heads."""
@@ -360,7 +394,18 @@ class Scheduler:
         return self.tables
 
 
-def joined(checks: Sequence[ExitCheck]) -> ExitCheck:
-    """Checks of one item each as one of all."""
-    parts = {name: [getattr(check, name) for check in checks] for name in ("state", "logits", "value")}
+def together(checks: Sequence[tuple[ExitCheck, int]]) -> ExitCheck:
+    """Some of the items of checks as one check."""
+    groups: list[tuple[ExitCheck, list[int]]] = []
+    for check, number in checks:
+        if not groups or groups[-1][0] is not check:
+            groups.append((check, []))
+        groups[-1][1].append(number)
+    found = []
+    for check, numbers in groups:
+        whole = len(numbers) == len(check.logits) and numbers == list(range(len(numbers)))
+        found.append(check if whole else check.of(torch.tensor(numbers, device=check.logits.device)))
+    if len(found) == 1:
+        return found[0]
+    parts = {name: [getattr(check, name) for check in found] for name in ("logits", "value")}
     return ExitCheck(0, **{name: None if part[0] is None else torch.cat(part) for name, part in parts.items()})

@@ -32,7 +32,7 @@ def test_signatures_are_those_of_the_code():
     """Compared with what Python shows, in which types have their modules in front."""
     shown = re.search(r"```python\nRecurrentCache(.*?)\n```", SECTIONS["RecurrentCache"], flags=re.DOTALL)[1]
     names = re.findall(r"(\w+):", shown)
-    assert names == ["config", "policy", "num_kept_steps", "max_length", "max_steps"]
+    assert names == ["config", "policy", "num_kept_steps", "max_length", "max_steps", "num_kept_tokens"]
     assert "max_steps: int | None = None" in shown
 
 

@@ -20,6 +20,8 @@ FORMS = {
     "rows": {"num_steps": ROWS},
     "ring": {"cache": {"policy": "ring", "num_kept_steps": 2}, "num_steps": ROWS},
     "last": {"cache": {"policy": "last"}, "num_steps": ROWS},
+    "first": {"cache": {"policy": "first", "num_kept_tokens": 2}, "num_steps": ROWS},
+    "residual": {"cache": {"policy": "residual"}, "num_steps": ROWS},
     "static": {"cache": {"max_length": 16, "max_steps": 5}, "num_steps": ROWS},
     "noise": {"state_noise": NoiseOptions(1.0)},
     "warm start": {"initial_state": "last"},

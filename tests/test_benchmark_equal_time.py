@@ -1,10 +1,12 @@
 """What comparisons in equal time share: which runs they take up again, and how these are started."""
 
 import json
+import os
 
 import pytest
 
 from benchmarks import equal_time
+from tests.test_pretrain import write_config
 
 
 def key(seed: int, task: str = "cups") -> dict:
@@ -31,17 +33,34 @@ def test_what_a_file_holds_is_not_run_again(tmp_path):
     assert json.loads(file.read_text()) == rows
 
 
-def test_a_run_is_a_process_on_one_core_that_says_why_it_failed(tmp_path, monkeypatch):
-    """A module that writes its arguments in place of a row."""
-    (tmp_path / "echo.py").write_text(
-        "import json, os, sys\n"
-        "if 'scenes' in sys.argv:\n"
-        "    sys.exit('no scenes here')\n"
-        "row = {'given': sys.argv[1:-1], 'threads': os.environ['OMP_NUM_THREADS']}\n"
-        "open(sys.argv[-1], 'w').write(json.dumps(row))\n"
+def test_a_run_is_a_process_that_has_the_data_of_its_task_and_says_why_it_failed(tmp_path, monkeypatch):
+    """Data are built once for all runs of a seed, here, and change nothing of a run that builds its own."""
+    config = write_config(tmp_path, training={"logging_steps": 1, "max_steps": 3})
+    task, here, build = equal_time.Task(config, "addition", updates=3), os.getpid(), equal_time.build_pretraining
+    built: list[bool] = []
+    monkeypatch.setattr(
+        equal_time, "build_pretraining", lambda run, **given: built.append(not given) or build(run, **given)
     )
-    monkeypatch.setattr(equal_time, "ROOT", tmp_path)
-    given = ["--job", "cups", "full", "2", "--questions", "10", "--output"]
-    assert equal_time.run_apart("echo", key(2)) == {"given": given, "threads": "1"}
-    with pytest.raises(RuntimeError, match=r"\['scenes', 'full', 0\] ended with 1:\nno scenes here"):
-        equal_time.run_apart("echo", key(0, "scenes"))
+
+    def measure(name, way, seed, questions):
+        if way == "wrong":
+            raise ValueError("no way here")
+        trainer, _ = equal_time.train(task, [], seed, 3, str(tmp_path / "run"))
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return {"losses": losses, "others": [name, way, questions], "process": os.getpid(), "built": list(built)}
+
+    monkeypatch.setattr(equal_time, "measure_here", measure, raising=False)
+    rows = [equal_time.run_apart(measure_by_name, {"cups": task}, key(seed)) for seed in (0, 0, 1)]
+    assert [row["built"] for row in rows] == [[True, False], [True, False], [True, True, False]]
+    assert rows[0]["losses"] == rows[1]["losses"] != rows[2]["losses"]
+    assert all(row["others"] == ["cups", "full", 10] and row["process"] != here for row in rows)
+    alone = build(equal_time.config_of(task, ["--training.output_dir", tmp_path / "alone", "--training.seed", "1"]))
+    alone.train()
+    assert rows[2]["losses"] == [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+    with pytest.raises(ValueError, match="no way here"):
+        equal_time.run_apart(measure_by_name, {"cups": task}, {**key(1), "objective": "wrong"})
+
+
+def measure_by_name(*args):
+    """What can be sent to another process, which finds the function of the test by its name."""
+    return equal_time.measure_here(*args)

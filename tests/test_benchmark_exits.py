@@ -19,7 +19,8 @@ def test_agreement_of_the_full_cache_is_whole_and_that_of_others_is_that_of_a_lo
     labels[0, :4] = -100  # a prompt that is not trained on
     batches = [{"input_ids": ids, "attention_mask": mask, "labels": labels}]
     whole = exits.agreement(model, batches, 5, ExitOptions(), {"policy": "full"})
-    assert whole == {"agreement": 1.0, "divergence": pytest.approx(0, abs=1e-6), "steps": 5.0}
+    entries = 2 * 16 * (2 + 2 * 5)  # keys and values of 2 heads of 8, at the steps of 1 + 2 + 1 layers
+    assert whole == {"agreement": 1.0, "divergence": pytest.approx(0, abs=1e-6), "steps": 5.0, "bytes": 4 * entries}
 
     options = ExitOptions("cosine", 0.1)
     ours = exits.agreement(model, batches, 5, options, {"policy": "last"})

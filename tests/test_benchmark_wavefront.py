@@ -1,9 +1,14 @@
 """The benchmarks of the scheduler: what they compare is the same, and their tables."""
 
 import pytest
+import yaml
 
 from benchmarks import engine, wavefront
 from benchmarks.engine import arrivals_of
+from tests.test_evaluation_command_media import SOURCES
+from tests.test_evaluation_command_writing import SOURCES as DRAWN
+from tests.tiny_artist import save_artist
+from tests.tiny_reader import save_reader
 
 SIZES = [
     "--hidden-size",
@@ -45,6 +50,27 @@ def test_texts_of_a_checkpoint_are_the_same_both_ways(tiny_run, capsys):
     assert all(row[4] == "0" and float(row[5]) >= 0 for row in rows)
 
 
+def test_answers_to_questions_with_media_are_the_same_both_ways(tmp_path, capsys):
+    folder = save_reader(tmp_path / "run")
+    config = {"data": {"block_size": 256, "train": SOURCES}, "training": {"output_dir": "unused", "seed": 5}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert wavefront.main([str(folder), "--check", "7", "--new-tokens", "5", "--device", "cpu"]) == 0
+    _, *rows = cells(capsys.readouterr().out)
+    assert [row[:3] for row in rows] == [[name, "7", "0"] for name in ("greedy", "sampled", "exits")]
+
+
+def test_images_are_drawn_with_drafts_of_latents(tmp_path, capsys):
+    """With no tolerance, those of plain decoding."""
+    folder = save_artist(tmp_path / "run")
+    config = {"data": {"block_size": 256, "train": DRAWN}, "training": {"output_dir": "unused", "seed": 5}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    argv = ["--tolerances", "0", "1e9", "--draft-steps", "1", "--batch-sizes", "2", "--rounds", "1", "--warmup", "1"]
+    assert wavefront.main([str(folder), *argv, "--device", "cpu"]) == 0
+    _, plain, exact, free = cells(capsys.readouterr().out)
+    assert plain[:3] == ["plain", "-", "2"] and exact[:3] == ["d = 1", "0", "2"] and free[4] == "1.00"
+    assert float(exact[5]) < 1e-3
+
+
 def test_a_checkpoint_is_timed(tiny_run, capsys):
     argv = [str(tiny_run), "--batch-sizes", "2", "--new-tokens", "6", "--rounds", "1", "--device", "cpu"]
     assert wavefront.main(argv) == 0
@@ -60,7 +86,7 @@ def test_all_ways_to_serve_give_the_same_texts(exits, capsys):
     _, *rows = [row for row in cells(out) if row[0] != "way"]
     assert "7 requests, all at once" in out and "7 requests, one in 0.01 s" in out
     assert len(rows) == 11 and all(row[-1] == "7" for row in rows)
-    in_vain = {row[0]: row[6] for row in rows}
+    in_vain = {row[0]: row[7] for row in rows}
     assert in_vain["engine, depths mixed"] == in_vain["engine, refill"] == "0%"
 
 

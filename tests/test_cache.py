@@ -10,8 +10,17 @@ from model.cache import BLOCK
 from model.outputs import CACHE_NAME
 from tests.tiny import tiny_config, tiny_ids, tiny_model
 
-POLICIES = [("full", None), ("ring", 2), ("ring", 3), ("last", None)]
+POLICIES = [("full", None), ("ring", 2), ("ring", 3), ("last", None), ("first", 2), ("residual", None)]
+SIZES = {"grows": {}, "static": {"max_length": 3 * BLOCK, "max_steps": 5}}
+SIZED = [(*policy, size) for policy in POLICIES for size in SIZES if size == "grows" or policy in POLICIES[:4]]
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def cache_of(config, policy: str, kept: int | None, **size) -> RecurrentCache:
+    """`kept` are tokens of "first", steps of the others."""
+    return RecurrentCache(
+        config, policy, **{"num_kept_tokens" if policy == "first" else "num_kept_steps": kept}, **size
+    )
 
 
 def logits_of(model, ids, **kwargs) -> torch.Tensor:
@@ -19,13 +28,26 @@ def logits_of(model, ids, **kwargs) -> torch.Tensor:
         return model(ids, **kwargs).logits
 
 
-def visible_entry(entries: list, step: int, policy: str, num_kept_steps: int | None):
+def visible_entry(entries: list, step: int, policy: str, kept: int | None, distance: int = 1):
     """The read rule: what a reader at `step` finds of a token that has left one entry for each step it took."""
-    if policy == "full":
+    if policy == "full" or (policy == "first" and distance < kept):
         return entries[min(step, len(entries) - 1)]
-    kept = num_kept_steps if policy == "ring" else 1
+    if policy == "first":
+        return entries[0]
+    if policy == "residual":
+        return tuple(map(near, entries[min(step, len(entries) - 1)], entries[-1]))
+    kept = kept if policy == "ring" else 1
     in_place = [entry for taken, entry in enumerate(entries) if taken % kept == step % kept]
     return in_place[-1] if in_place else entries[-1]
+
+
+def near(entry: torch.Tensor, deepest: torch.Tensor) -> torch.Tensor:
+    """The deepest entry and the nearest of four levels to the difference, (..., head_dim)."""
+    difference = entry - deepest
+    scale = difference.square().mean(-1, keepdim=True).sqrt().half().float()
+    levels = scale[..., None] * torch.tensor([-1.5104, -0.4528, 0.4528, 1.5104])
+    nearest = (difference[..., None] - levels).abs().argmin(-1, keepdim=True)
+    return deepest + levels.expand(*difference.shape, 4).gather(-1, nearest).squeeze(-1)
 
 
 @pytest.mark.parametrize(("policy", "kept"), POLICIES)
@@ -33,7 +55,7 @@ def test_a_read_finds_what_the_rule_says(policy, kept):
     """Tokens of different depths, against a decoder that keeps every entry and applies the rule."""
     model = tiny_model(scale=2.0, position_embedding="none", num_prelude_layers=0, num_coda_layers=0, num_core_layers=1)
     ids, depths = tiny_ids(1, 7), [3, 1, 5, 2, 6, 4, 6]
-    cache, state = RecurrentCache(model.config, policy, kept), torch.full((1, 1, 32), 0.3)
+    cache, state = cache_of(model.config, policy, kept), torch.full((1, 1, 32), 0.3)
     ours = [
         logits_of(model, ids[:, i : i + 1], cache=cache, num_steps=depth, initial_state=state)
         for i, depth in enumerate(depths)
@@ -45,7 +67,9 @@ def test_a_read_finds_what_the_rule_says(policy, kept):
             x = model.model.core.injection(s, e)
             q, k, v = layer.attention._project(layer.attention_norm_in(x))
             own.append((k, v))
-            visible = [visible_entry(entries, step, policy, kept) for entries in tokens] + [own[step]]
+            far = range(len(tokens), 0, -1)
+            visible = [visible_entry(each, step, policy, kept, at) for each, at in zip(tokens, far, strict=True)]
+            visible.append(own[step])
             keys, values = (torch.cat(part, 2).repeat_interleave(2, 1) for part in zip(*visible, strict=True))
             mixed = (q @ keys.mT / q.shape[-1] ** 0.5).softmax(-1) @ values
             x = layer.attention_norm_out(x + layer.attention.o_proj(mixed.transpose(1, 2).flatten(2)))
@@ -62,11 +86,11 @@ def test_rows_of_their_own_depth_equal_each_alone_also_later_through_the_cache(p
     model, ids, depths = tiny_model(scale=2.0, position_embedding=position), tiny_ids(3, 9), torch.tensor([1, 5, 2])
     mask = torch.ones(3, 9, dtype=torch.long)
     mask[1, :2] = 0
-    cache = RecurrentCache(model.config, policy, kept)
+    cache = cache_of(model.config, policy, kept)
     first = logits_of(model, ids[:, :6], attention_mask=mask[:, :6], num_steps=depths, cache=cache)
     second = logits_of(model, ids[:, 6:], attention_mask=mask, num_steps=3, cache=cache)
     for row, depth in enumerate(depths.tolist()):
-        alone, real = RecurrentCache(model.config, policy, kept), mask[row].bool()
+        alone, real = cache_of(model.config, policy, kept), mask[row].bool()
         prompt = ids[row : row + 1, :6][:, real[:6]]
         expected = logits_of(model, prompt, num_steps=depth, cache=alone)
         torch.testing.assert_close(first[row][real[:6]], expected[0], **CLOSE)
@@ -97,7 +121,7 @@ def test_rows_of_their_own_depth_get_the_gradient_of_each_alone():
 def test_a_ring_of_enough_steps_equals_no_cache(policy, kept):
     """Invariant 1: at 3 steps; across the growth of the buffers."""
     model, ids = tiny_model(scale=2.0, max_position_embeddings=256), tiny_ids(2, BLOCK + 20)
-    cache, parts = RecurrentCache(model.config, policy, kept), []
+    cache, parts = cache_of(model.config, policy, kept), []
     for part in ids.split([BLOCK - 2, 1, 1, 1, 19], dim=1):
         parts.append(logits_of(model, part, num_steps=3, cache=cache))
     torch.testing.assert_close(torch.cat(parts, dim=1), logits_of(model, ids, num_steps=3), **CLOSE)
@@ -106,11 +130,14 @@ def test_a_ring_of_enough_steps_equals_no_cache(policy, kept):
 @pytest.mark.parametrize(("policy", "kept"), POLICIES)
 def test_memory_is_that_of_its_formula(policy, kept):
     model, tokens = tiny_model(), BLOCK + 1  # 1 + 2 + 1 layers, 2 key/value heads of 8
-    cache = RecurrentCache(model.config, policy, kept)
+    cache = cache_of(model.config, policy, kept)
     logits_of(tiny_model(max_position_embeddings=256), tiny_ids(3, tokens), num_steps=5, cache=cache)
-    slots = 2 + 2 * {"full": 5, "ring": kept, "last": 1}[policy]
-    assert cache.num_bytes == 2 * slots * 3 * 2 * (2 * BLOCK) * 8 * 4
-    assert sum(len(layer.keys) for layer in cache.layers) == slots
+    places = 2 * BLOCK
+    core = {"full": 5 * places, "ring": (kept or 0) * places, "last": places, "first": places + 4 * (kept or 0)}
+    core["residual"] = (
+        places * (8 * 4 + 4 * (8 // 4 + 2)) / (8 * 4)
+    )  # as many as their bytes would be of full precision
+    assert cache.num_bytes == 2 * (2 * places + 2 * core[policy]) * 3 * 2 * 8 * 4
 
 
 def objects_in(thing, seen: set[int]) -> int:
@@ -123,15 +150,14 @@ def objects_in(thing, seen: set[int]) -> int:
     return 1 + sum(objects_in(part, seen) for part in [*parts, *held])
 
 
-@pytest.mark.parametrize("size", [{}, {"max_length": 3 * BLOCK, "max_steps": 5}], ids=["grows", "static"])
-@pytest.mark.parametrize(("policy", "kept"), POLICIES)
+@pytest.mark.parametrize(("policy", "kept", "size"), SIZED)
 def test_there_is_no_python_object_per_token(policy, kept, size):
     model = tiny_model(max_position_embeddings=512)
-    cache, counts = RecurrentCache(model.config, policy, kept, **size), []
+    cache, counts = cache_of(model.config, policy, kept, **SIZES[size]), []
     for tokens in (3, 1, 2 * BLOCK):
         logits_of(model, tiny_ids(2, tokens), num_steps=torch.tensor([5, 2]), cache=cache)
         counts.append(objects_in(cache, set()))
-    slots = 2 + 2 * {"full": 5, "ring": kept, "last": 1}[policy]
+    slots = 2 + 2 * (kept if policy == "ring" else 1 if policy == "last" else 5)
     assert counts[0] == counts[1] == counts[2]
     assert counts[0] < 10 * slots + 60
 
@@ -141,8 +167,8 @@ def test_rows_reordered_repeated_selected_and_tokens_cropped(policy, kept):
     """What beams and assisted decoding do to a cache, against prompts that were so from the start."""
     model, ids = tiny_model(scale=2.0), tiny_ids(2, 8)
 
-    def cache_of(prompt: torch.Tensor) -> RecurrentCache:
-        cache = RecurrentCache(model.config, policy, kept)
+    def read(prompt: torch.Tensor) -> RecurrentCache:
+        cache = cache_of(model.config, policy, kept)
         logits_of(model, prompt, num_steps=3, cache=cache)
         return cache
 
@@ -153,43 +179,44 @@ def test_rows_reordered_repeated_selected_and_tokens_cropped(policy, kept):
         (lambda cache: cache.reorder_cache(torch.tensor([1, 1])), ids[[1, 1]]),
         (lambda cache: cache.batch_repeat_interleave(2), ids[[0, 0, 1, 1]]),
         (lambda cache: cache.batch_select_indices(torch.tensor([1])), ids[[1]]),
-        (lambda cache: cache.crop(-3), ids[:, :5]),
+        (lambda cache: cache.crop(-1 if policy == "first" else -3), ids[:, : 7 if policy == "first" else 5]),
     ):
-        cache = cache_of(ids)
+        cache = read(ids)
         change(cache)
         assert cache.get_seq_length() == expected.shape[1]
         torch.testing.assert_close(
-            next_logits(cache, len(expected)), next_logits(cache_of(expected), len(expected)), **CLOSE
+            next_logits(cache, len(expected)), next_logits(read(expected), len(expected)), **CLOSE
         )
-    cache = cache_of(ids)
+    cache = read(ids)
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(logits_of(model, ids, cache=cache), logits_of(model, ids), **CLOSE)
+    expected = logits_of(model, ids, cache=cache_of(model.config, policy, kept))
+    torch.testing.assert_close(logits_of(model, ids, cache=cache), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(("policy", "kept"), POLICIES)
 def test_a_copy_goes_its_own_way(policy, kept):
     """As benchmarks and assisted decoding copy it; then with more steps and exits, which are settled in the copy."""
     model, ids = tiny_model(scale=2.0), tiny_ids(2, 8)
-    cache = RecurrentCache(model.config, policy, kept)
+    cache = cache_of(model.config, policy, kept)
     logits_of(model, ids[:, :4], num_steps=3, cache=cache)
-    copied = copy.deepcopy(cache)
+    copied, again = copy.deepcopy(cache), copy.deepcopy(cache) if policy == "first" else cache
     continued = []
-    for each in (cache, copied, cache):
+    for each in (cache, copied, again):
         for part, steps in zip(ids[:, 4:].split(2, dim=1), (torch.tensor([5, 2]), 4), strict=True):
             continued.append(logits_of(model, part, num_steps=steps, cache=each))
-        cache.crop(-4) if each is cache else None
+        cache.crop(-4) if each is cache is again else None
     for first, second, third in zip(continued[:2], continued[2:4], continued[4:], strict=True):
         assert torch.equal(first, second) and torch.equal(first, third)
 
 
-@pytest.mark.parametrize("size", [{}, {"max_length": 12, "max_steps": 4}], ids=["grows", "static"])
-@pytest.mark.parametrize(("policy", "kept"), POLICIES)
+@pytest.mark.parametrize(("policy", "kept", "size"), SIZED)
 def test_gradients_through_a_chunk_that_is_cached_are_those_without_cache(policy, kept, size):
     """What is written over in place is not what backpropagation reads. Chunks before are constants."""
-    model, ids = tiny_model(scale=2.0), tiny_ids(2, 8)
+    option = {"cache_policy": policy, "num_kept_tokens": kept} if policy == "first" else {}
+    model, ids = tiny_model(scale=2.0, recurrence=option), tiny_ids(2, 8)
     gradients = []
-    for cache in (None, RecurrentCache(model.config, policy, kept, **size)):
+    for cache in (None, cache_of(model.config, policy, kept, **SIZES[size])):
         model.zero_grad()
         options = {"use_cache": False} if cache is None else {"cache": cache}
         model(ids, labels=ids, num_steps=torch.tensor([4, 2]), **options).loss.backward()
@@ -202,9 +229,10 @@ def test_gradients_through_a_chunk_that_is_cached_are_those_without_cache(policy
 @pytest.mark.parametrize(
     ("policy", "kept", "message"),
     [
-        ("rings", None, "'rings' is unknown; choose one of full, ring, last"),
+        ("rings", None, "'rings' is unknown; choose one of full, ring, last, first, residual"),
         ("ring", 0, r"num_kept_steps \(0\) must be at least 1"),
         ("last", 2, r"num_kept_steps \(2\) is for cache policy 'ring'; 'last' does not read it"),
+        ("first", 2, r"num_kept_steps \(2\) is for cache policy 'ring'; 'first' does not read it"),
     ],
 )
 def test_unknown_policies_are_refused(policy, kept, message):
@@ -227,3 +255,5 @@ def test_policy_of_the_keyword_then_of_the_generation_config_then_of_the_config(
     assert policy_of(cache_policy="full") == ("full", None)
     assert policy_of(cache_policy="ring") == ("ring", 2)
     assert policy_of(cache_policy="ring", num_kept_steps=3) == ("ring", 3)
+    out = model.generate(tiny_ids(1, 3), max_new_tokens=2, return_dict_in_generate=True, cache_policy="first")
+    assert out[CACHE_NAME].num_kept_tokens == model.config.recurrence.num_kept_tokens == 16

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from model import RecurrentCache
-from model.depth import ContrastOptions
+from model.depth import ContrastOptions, keyed_generator
+from model.modeling_megatransformer import take_media
+from tests.test_writing import targets_of
 from tests.tiny import tiny_ids, tiny_model
 from tests.tiny_seq2seq import tiny_seq2seq
+from tests.tiny_writing import tiny_writer
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -120,3 +123,46 @@ def test_models_without_core_or_behind_an_encoder():
     model, ids = tiny_seq2seq(scale=2.0), tiny_ids(1, 4)
     plain, found = model.generate(ids), model.generate(ids, contrast_strength=3.0)
     assert not torch.equal(plain, found)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5], ids=["no guidance", "guidance"])
+@pytest.mark.parametrize("name", ["image", "audio"])
+@torch.no_grad()
+def test_latents_follow_the_velocity_of_the_formula(name, scale):
+    """Against the states of one pass over what was written, without coda, and Euler's method in three lines."""
+    model, prompt = tiny_writer(scale=2.0, num_coda_layers=0), torch.tensor([[20, 21, 22, 23]])
+    options = {"generation_mode": name, "guidance_scale": scale, "flow_seeds": [7], "num_steps": 5, "num_flow_steps": 3}
+    found = model.generate(prompt, **options, contrast_strength=0.7, contrast_step=2)
+    latents, writer, norm = found.latents[name][0], model.model.writers[name], model.model.norm
+    places = torch.arange(len(latents))
+
+    def condition(start, step):
+        ids = torch.cat((start, found.sequences[:, prompt.shape[1] :]), dim=1)
+        media = targets_of(found, model)
+        states = model.model(input_ids=ids, num_steps=5, output_states=True, **media).states
+        read = model.model.embed(ids, take_media(media)).targets.latents[name]
+        return writer.condition(norm(norm(states[step][read.rows, read.columns - 1])), places)
+
+    bare = torch.full_like(prompt, model.config.null_token_id)
+    late, early, free = condition(prompt, -1), condition(prompt, 2), condition(bare, -1)
+    noise = torch.randn(writer.num_places, latents.shape[1], generator=keyed_generator("sample", name, 7, 0))
+    expected = noise[: len(latents)]
+    for time in torch.arange(3) / 3:
+        of = {
+            what: writer.head.velocity(expected, time.expand(len(places)), it)
+            for what, it in (("late", late), ("early", early), ("free", free))
+        }
+        velocity = of["free"] + scale * (of["late"] - of["free"]) + 0.7 * (of["late"] - of["early"])
+        expected = expected + velocity / 3
+    torch.testing.assert_close(latents, writer.codec.project(expected), **CLOSE)
+    plain, off = (model.generate(prompt, **options, **given) for given in ({}, {"contrast_strength": 0.0}))
+    assert torch.equal(plain.latents[name][0], off.latents[name][0])
+    assert not torch.allclose(plain.latents[name][0], latents[: len(plain.latents[name][0])], atol=0.01)
+
+
+def test_texts_between_media_have_no_contrast():
+    model, prompt = tiny_writer(), torch.tensor([[20, 21, 22, 23]])
+    with pytest.raises(ValueError, match="contrast_strength"):
+        model.generate(prompt, generation_mode="any", contrast_strength=0.2)
+    with pytest.raises(ValueError, match="contrast_alpha"):
+        model.generate(prompt, generation_mode="image", contrast_strength=0.2, contrast_alpha=0.3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
+from model import RecurrentCache
 from tests.test_writing import Script
 from tests.tiny_codecs import tiny_autoencoder
 from tests.tiny_conversations import Conversation, batch_of, random_turns
@@ -68,6 +69,8 @@ WAYS = {
     "plain": {},
     "ring": {"cache_policy": "ring", "num_kept_steps": 2},
     "last": {"cache_policy": "last"},
+    "first": {"cache_policy": "first", "num_kept_tokens": 3},
+    "residual": {"cache_policy": "residual"},
     "exits": {"exit_criterion": "latent_difference", "exit_threshold": 0.3},
     "chunks": {"prefill_chunk_size": 7},
     "beams": {"num_beams": 2},
@@ -94,6 +97,7 @@ def test_rows_of_a_batch_are_the_rows_alone(model, mode, way):
 
 
 POLICIES = {"full": {}, "ring": {"cache_policy": "ring", "num_kept_steps": 2}, "last": {"cache_policy": "last"}}
+POLICIES |= {name: WAYS[name] for name in ("first", "residual")}
 MANY = [
     (mode, policy, way)
     for mode in MODES
@@ -288,6 +292,15 @@ def test_guidance_on_a_cache_needs_the_whole_prompt(model):
     options = options_of("image", [3, 4], guidance_scale=2.0, past_key_values=outputs.past_key_values)
     with pytest.raises(ValueError, match="guidance reads all of the prompt a second time"):
         model.generate(**{**new, "input_ids": ids, "attention_mask": mask}, **options)
+
+
+@pytest.mark.parametrize("policy", ["first", "residual"])
+def test_guidance_on_a_cache_that_rows_cannot_be_added_to_is_refused(model, policy):
+    ids, cache = torch.tensor([random_turns(1, 1).ids]), RecurrentCache(model.text_config, policy)
+    with torch.no_grad():
+        model.model(ids[:, :1], cache=cache)
+    with pytest.raises(ValueError, match=f"guidance on a cache .* is not possible with cache policy '{policy}'"):
+        model.generate(ids, **options_of("image", [3], guidance_scale=2.0, past_key_values=cache))
 
 
 def test_a_cache_that_holds_the_whole_prompt_is_refused(model):

@@ -1,5 +1,7 @@
 """The engine: requests that come and go, each of which says what it says alone."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -24,7 +26,8 @@ def requests(count: int) -> list[TextRequest]:
         if number % 3 == 1:
             options |= {"sampling_seed": number, "temperature": 1.2, "top_k": 30, "top_p": 0.9}
         if number % 3 == 2:
-            options |= {"exits": ExitOptions("kl_divergence", 0.3), "repetition_penalty": 1.3}
+            exits = ExitOptions("kl_divergence", 0.3 if number % 2 else 0.02)
+            options |= {"exits": exits, "repetition_penalty": 1.3}
         if number % 4 == 3:
             options |= {"exits": ExitOptions("latent_difference", 0.4, min_steps=2)}
         found.append(TextRequest({"input_ids": tiny_ids(1, 2 + 3 * number % 11, seed=number)}, **options))
@@ -65,6 +68,42 @@ def test_each_request_says_what_it_says_alone(model, places, prefill, drafts):
     engine.run()
     check_alone(model, streams)
     assert engine.is_idle and sorted(engine.free) == list(range(places))
+
+
+@pytest.mark.parametrize("criterion", ["kl_divergence", "latent_difference"])
+def test_each_exit_has_its_threshold(model, criterion):
+    """Whichever of the requests that are judged together comes first."""
+    ids = tiny_ids(1, 4)
+    for thresholds in ([1e-9, 1e9], [1e9, 1e-9]):
+        engine = InferenceEngine(model, 2, max_length=16, max_steps=6)
+        options = [ExitOptions(criterion, threshold, min_steps=2) for threshold in thresholds]
+        streams = [engine.submit(TextRequest({"input_ids": ids}, 5, num_steps=6, exits=exits)) for exits in options]
+        engine.run()
+        steps = {1e-9: [6] * 5, 1e9: [6, 2, 2, 2, 2]}  # a prompt is read with all steps
+        assert [stream.exit_steps for stream in streams] == [steps[threshold] for threshold in thresholds]
+
+
+def test_each_token_comes_with_what_the_model_gives_it(model):
+    """Against the logits of one pass without cache over what was said."""
+    engine = InferenceEngine(model, 2, max_length=24, max_steps=4)
+    options = {"num_steps": 4, "max_new_tokens": 8, "num_likely": 3}
+    asked = [TextRequest({"input_ids": tiny_ids(1, 5)}, **options, repetition_penalty=1.7)]
+    asked.append(TextRequest({"input_ids": tiny_ids(1, 3)}, **options, sampling_seed=3, temperature=2.0, drafts=False))
+    streams = [engine.submit(request) for request in asked]
+    engine.run()
+    for stream in streams:
+        prompt = stream.request.inputs["input_ids"]
+        ids = torch.cat((prompt, torch.tensor([stream.tokens])), dim=1)
+        with torch.no_grad():
+            logits = model(ids, num_steps=4, use_cache=False).logits[0, prompt.shape[1] - 1 : -1]
+        expected = logits.log_softmax(-1)
+        found = [it.log_probability for it in stream.likelihoods]
+        assert found == pytest.approx(expected[range(len(found)), stream.tokens].tolist(), abs=1e-4)
+        likely = expected.topk(3)
+        assert [[token for token, _ in it.likely] for it in stream.likelihoods] == likely.indices.tolist()
+        values = [[value for _, value in it.likely] for it in stream.likelihoods]
+        torch.testing.assert_close(torch.tensor(values), likely.values, atol=1e-4, rtol=0)
+    assert not any(job.read for job in engine.jobs.values())
 
 
 def test_requests_that_come_later_change_nothing(model):
@@ -180,6 +219,25 @@ def test_the_memory_is_that_of_the_formula_and_stays(model):
     engine.run()
     assert [layer.buffer.data_ptr() for layer in engine.cache.layers] == buffers
     assert not (engine.jobs or engine.scheduler.rows or engine.waiting)
+
+
+def test_a_thousand_requests_leave_nothing_behind():
+    """About as many tensors live after 1,000 requests, of which some are cancelled, as after the first 100."""
+    engine, counts = InferenceEngine(tiny_model(), 8, max_length=32, max_steps=4), []
+    for number in range(1000):
+        options = {"max_new_tokens": 1 + number % 4, "num_steps": 1 + number % 3}
+        exits = ExitOptions("kl_divergence", 0.3) if number % 5 == 0 else ExitOptions()
+        prompt = {"input_ids": tiny_ids(1, 1 + number % 6, seed=number)}
+        stream = engine.submit(TextRequest(prompt, exits=exits, sampling_seed=number % 2 or None, **options))
+        if number % 7 == 0:
+            engine.step()
+            engine.cancel(stream)
+        if number % 100 == 99:
+            engine.run()
+            del stream, prompt
+            gc.collect()
+            counts.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+    assert max(counts) - min(counts) < 20 and sorted(engine.free) == list(range(8))  # a leak would be hundreds
 
 
 @pytest.mark.parametrize(

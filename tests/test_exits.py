@@ -181,7 +181,7 @@ def test_depth_of_each_token_is_reported_without_exits_too(model):
 # ------------------------------------------------------------------------------------------------ rows that have exited
 
 
-@pytest.mark.parametrize("policy", ["full", "ring", "last"])
+@pytest.mark.parametrize("policy", ["full", "ring", "last", "first", "residual"])
 @pytest.mark.parametrize("name", CRITERIA)
 def test_rows_that_exit_equal_each_alone_with_that_number_of_steps(model, name, policy):
     """Invariant 4: the row's own logits, and those of later tokens through the cache that it has left."""
@@ -257,7 +257,7 @@ def by_hand(model, ids, new_tokens, num_steps=MOST, policy=None, choose=lambda l
     return tokens, torch.stack(scores), steps
 
 
-@pytest.mark.parametrize("policy", ["full", "ring", "last"])
+@pytest.mark.parametrize("policy", ["full", "ring", "last", "first", "residual"])
 @pytest.mark.parametrize("name", CRITERIA)
 def test_adaptive_generation_in_a_batch_equals_each_row_by_hand(model, name, policy):
     """Left padding, greedy: tokens, logits and steps of each row."""

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from model import RecurrentCache
+from model.generation_text import CACHE_OPTIONS
 from tests.tiny import PAD, tiny_ids, tiny_model
 
 STEPS, NEW = 3, 6
 POLICIES = {"full": {}, "ring": {"num_kept_steps": 2}, "wide ring": {"num_kept_steps": STEPS}, "last": {}}
+POLICIES |= {"first": {"num_kept_tokens": 3}, "residual": {}}
 EXACT = ("full", "wide ring")  # policies under which a cache changes nothing
 MODES = {
     "greedy": {},
@@ -95,7 +97,7 @@ def test_cell(models, position, mode, policy, beginning):
         cache = prefilled(model, chunks[:1], policy)
         rows = MODES[mode].get("num_beams", 1)
         cache.batch_repeat_interleave(rows)
-        given = {name: value for name, value in options.items() if name not in ("cache_policy", "num_kept_steps")}
+        given = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
         ours = new_tokens(model, prompt, cache=cache, **given)
     else:
         embeds = model.get_input_embeddings()(prompt)
@@ -103,7 +105,7 @@ def test_cell(models, position, mode, policy, beginning):
         ours = model.generate(inputs_embeds=embeds, **options)
 
     if policy in EXACT:
-        whole = {name: value for name, value in options.items() if name not in ("cache_policy", "num_kept_steps")}
+        whole = {name: value for name, value in options.items() if name not in CACHE_OPTIONS}
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             whole.pop(name, None)
         expected = new_tokens(model, prompt, use_cache=False, **whole)
@@ -111,7 +113,7 @@ def test_cell(models, position, mode, policy, beginning):
         cache = prefilled(model, chunks[:-1], policy)
         cache.batch_repeat_interleave(3)
         given = {"cache": cache} if len(chunks) > 1 else {}
-        for name in ("cache_policy", "num_kept_steps") if given else ():
+        for name in CACHE_OPTIONS if given else ():
             options.pop(name, None)
         expected = new_tokens(model, prompt, **given, **options)
     else:
@@ -137,7 +139,7 @@ def test_chunks_have_a_number_of_tokens(models, size):
         model.generate(inputs_embeds=embeds, prefill_chunk_size=size, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("policy", ["ring", "last"])
+@pytest.mark.parametrize("policy", ["ring", "last", "first", "residual"])
 @pytest.mark.parametrize("mode", LOSSLESS_ONLY)
 def test_policies_that_lose_something_refuse_to_check_tokens_together(models, mode, policy):
     """They would see each other at their own step, and the steps kept of each other when they come one by one."""

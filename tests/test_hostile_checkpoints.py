@@ -353,6 +353,8 @@ def test_an_adapter_config_beside_a_model_leads_nowhere(checkpoint, originals):
         ("do_sample", "yes", "do_sample is 'yes'; give true or false"),
         ("suppress_tokens", [1, 10**6], "suppress_tokens"),
         ("bad_words_ids", [[10**9]], "bad_words_ids"),
+        ("draft_steps", 0, "draft_steps is 0; give a whole number, or auto"),
+        ("decoding", 1, "decoding is 1; give a text"),
         ("custom_generate", "someone/code", "'custom_generate' is no setting that is read here; take it out"),
         ("trust_remote_code", True, "'trust_remote_code' is no setting"),
         ("temperatur", 1.0, "did you mean temperature?"),
@@ -366,6 +368,7 @@ def test_a_generation_config_with_what_cannot_be(checkpoint, nothing_is_loaded, 
 
 def test_a_generation_config_with_all_that_can_be(checkpoint):
     values = {"temperature": 0.5, "top_k": 5, "do_sample": True, "eos_token_id": [2, 1], "top_p": None}
+    values |= {"decoding": "wavefront", "draft_steps": "auto", "sampling_seed": 3, "contrast_strength": -0.5}
     for name, value in values.items():
         edit(checkpoint / "generation_config.json", name, value=value)
     found = load_model(checkpoint)[0].generation_config

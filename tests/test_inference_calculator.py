@@ -90,21 +90,21 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_calls_are_refused_at_once(name):
     expression, reason = HOSTILE[name]
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CalculatorError, match=reason):
         calculate(expression)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert answer_call(expression).startswith("error: ")
 
 
 def test_nothing_that_fits_takes_long():
     """The largest numbers, in as many operations as there is room for."""
     rng = random.Random(0)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(200):
         answer_call("".join(rng.choice("0123456789**/%^()-+..") for _ in range(256)))
         answer_call(f"{'9' * 50}^1.0" + "".join(f"{rng.choice('+-/%*')}{rng.randrange(10**9)}" for _ in range(19)))
-    assert time.perf_counter() - start < 40  # a tenth of a second each; they take a thousandth
+    assert time.process_time() - start < 40  # a tenth of a second each; they take a thousandth
 
 
 def test_a_message_is_a_call_if_it_is_nothing_else():

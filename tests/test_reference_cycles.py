@@ -87,6 +87,8 @@ GENERATIONS = {
     "full": {},
     "ring": {"cache_policy": "ring", "num_kept_steps": 2},
     "last": {"cache_policy": "last"},
+    "first": {"cache_policy": "first", "num_kept_tokens": 2},
+    "residual": {"cache_policy": "residual"},
     "static": {"cache_implementation": "static"},
     "chunks": {"prefill_chunk_size": 2},
     "beams": {"num_beams": 2},

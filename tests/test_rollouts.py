@@ -98,11 +98,12 @@ class Sampled:
         return outputs.sequences
 
 
-def test_what_was_written_is_scored_with_the_probabilities_it_was_drawn_with(tmp_path, rewards, monkeypatch):
+@pytest.mark.parametrize("policy", ["last", "first"])
+def test_what_was_written_is_scored_with_the_probabilities_it_was_drawn_with(tmp_path, rewards, monkeypatch, policy):
     """Also after TRL has shuffled and split it, and whatever exits, cache and dropout the checkpoint has by itself."""
     model = tiny_model(hidden_dropout=0.2, attention_dropout=0.2)
     model.config.recurrence.exit_criterion, model.config.recurrence.exit_threshold = "latent_difference", 10.0
-    model.config.recurrence.cache_policy = "last"
+    model.config.recurrence.cache_policy, model.config.recurrence.num_kept_tokens = policy, 2
     model.generation_config.noise_level = 0.5
     sampled = Sampled(model)
     trainer = build(tmp_path, rewards.add(many_a), model=model, beta=0.1, num_iterations=2, max_steps=2)

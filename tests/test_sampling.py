@@ -187,7 +187,7 @@ def test_stop_strings_end_a_row():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("policy", ["full", "ring", "last"])
+@pytest.mark.parametrize("policy", ["full", "ring", "last", "residual"])
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 def test_backends_write_the_same_padded_rows_under_every_policy(position, policy):
     """Invariant 2, through the cache, rows of their own depth."""

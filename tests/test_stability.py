@@ -151,6 +151,7 @@ def args(**changes):
         ({"gradient_logs": 1}, {"logging_strategy": "epoch"}, {}, "not possible with training.logging_strategy epoch"),
         ({"core_steps": 5}, {"uses_fsdp": True}, {}, "core_steps is 5, but not possible with training.fsdp"),
         ({"core_steps": 5}, {"compile_units": True}, {}, "core_steps is 5, but not possible with training.torch_comp"),
+        ({"core_steps": 5}, {}, {"recurrence": {"cache_policy": "first"}}, "not possible with cache policy 'first'"),
         (
             {"core_steps": 5},
             {},

@@ -28,6 +28,8 @@ VARIANTS = {
     "wide": {"hidden_size": 256, "intermediate_size": 1024},
     "no core": {"num_core_layers": 0},
 }
+POLICIES = [{}, *({"cache_policy": policy} for policy in ("last", "residual"))]
+POLICIES += [{"cache_policy": "ring", "num_kept_steps": 2}, {"cache_policy": "first", "num_kept_tokens": 2}]
 ROUNDING = 1e-6
 """Of the largest logit."""
 
@@ -69,7 +71,7 @@ def test_the_numbers_are_those_of_the_modules(name, rows, by_modules, monkeypatc
     torch.testing.assert_close(found, expected, atol=ROUNDING * expected.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("policy", [{"cache_policy": "ring", "num_kept_steps": 2}, {"cache_policy": "last"}, {}])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_texts_with_exits_are_the_same(policy, by_modules):
     model, ids = tiny_model(scale=2.0), tiny_ids(3, 6)
     options = {

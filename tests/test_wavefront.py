@@ -277,8 +277,8 @@ def test_prompts_with_media_and_those_of_a_model_that_writes_media():
     writer, texts = tiny_writer(scale=2.0), prompts()
     texts["input_ids"] = (20 + texts["input_ids"] % 8) * texts["attention_mask"]  # of its smaller vocabulary
     check_equal(*both_ways(writer, 1, **texts))
-    with pytest.raises(ValueError, match="decoding has no effect in generation_mode 'image'"):
-        writer.generate(**texts, generation_mode="image", decoding="wavefront")
+    with pytest.raises(ValueError, match="decoding has no effect in generation_mode 'any'"):
+        writer.generate(**texts, generation_mode="any", decoding="wavefront")
     engine = InferenceEngine(model, 2, max_length=64, max_steps=6)
     rows = [row_of(inputs, row) for row in range(len(inputs["input_ids"]))]
     streams = [engine.submit(TextRequest(row, max_new_tokens=8, num_steps=6)) for row in rows]

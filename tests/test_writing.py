@@ -229,8 +229,7 @@ def test_step_by_step_is_one_pass(model, name, scale):
             writer.condition(hidden[0], places),
             noise[: len(latents)],
             num_steps=3,
-            guidance=torch.full((len(latents),), scale),
-            without=writer.condition(hidden[1], places),
+            away=[(torch.full((len(latents),), scale - 1), writer.condition(hidden[1], places))],
         )
     torch.testing.assert_close(latents, writer.codec.project(expected), **CLOSE)
 
@@ -321,8 +320,7 @@ def test_each_policy_writes_by_its_read_rule(policy, kept, scale):
                 writer.condition(guided[new == token], places),
                 noise,
                 num_steps=3,
-                guidance=torch.full((len(places),), scale),
-                without=writer.condition(free[new == token], places),
+                away=[(torch.full((len(places),), scale - 1), writer.condition(free[new == token], places))],
             )
             assert len(places) == writer.num_places
             torch.testing.assert_close(outputs.latents[name][0], writer.codec.project(expected), **CLOSE)
@@ -620,7 +618,7 @@ def test_linear_guidance_is_whole_at_the_last_place_there_is_room_for(model, mon
     writer, found = model.model.writers["audio"], []
     writer.config.guidance_schedule = "linear"
     sample = writer.head.sample
-    monkeypatch.setattr(writer.head, "sample", lambda *args: (found.append(args[4].item()), sample(*args))[1])
+    monkeypatch.setattr(writer.head, "sample", lambda *args: (found.append(1 + args[4][0][0].item()), sample(*args))[1])
     options = {} if most is None else {"max_new_tokens": most}
     outputs = model.generate(**prompts(TEXT_PROMPT), generation_mode="audio", guidance_scale=3.0, **options)
     assert len(outputs.latents["audio"][0]) == places

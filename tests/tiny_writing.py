@@ -52,13 +52,15 @@ def tiny_writer_config(
         ),
         image_code_offset=code_offset,
         audio_writer_config=MegaTransformerAudioWriterConfig(
-            **flow,
-            n_fft=32,
-            hop_length=16,
-            num_mel_bins=NUM_MELS,
-            frames_per_token=FRAMES,
-            max_seconds=0.02,
-            **(audio or {}),
+            **{
+                **flow,
+                "n_fft": 32,
+                "hop_length": 16,
+                "num_mel_bins": NUM_MELS,
+                "frames_per_token": FRAMES,
+                "max_seconds": 0.02,
+                **(audio or {}),
+            }
         ),
         image_token_id=IMAGE,
         audio_token_id=AUDIO,
