@@ -18,7 +18,7 @@ INSTALL := -m pip install --disable-pip-version-check
 # DeepSpeed compiles its operators with the ninja it finds on the path.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help quickstart quickstart-lm extra test test-slow test-gpu test-previous lint format docs lock check-lock audit newest
+.PHONY: help quickstart quickstart-lm extra browser test test-slow test-gpu test-previous lint format docs lock check-lock audit newest
 
 help:
 	@echo "make quickstart      set up, train a small model on pictures, sound and text, evaluate it, show it a picture"
@@ -31,6 +31,7 @@ help:
 	@echo "make format          ruff: repair what can be repaired"
 	@echo "make docs            docs/config.md and docs/api.md, from the code"
 	@echo "make extra           install what requirements-extra.lock has beside requirements.lock"
+	@echo "make browser         install Debian's chromium, which tests of the server's page need, where it is missing"
 	@echo "make lock            lock the newest versions that requirements.txt and requirements-extra.txt allow"
 	@echo "make check-lock      that the lock has a version of everything for each Python, without installing it"
 	@echo "make audit           known vulnerabilities of what is locked"
@@ -81,6 +82,9 @@ quickstart-lm: $(INSTALLED)
 	.venv/bin/python -m inference.generate $(RUN) --prompt "The wind" --num-steps 8
 
 extra: $(INSTALLED_EXTRA)
+
+browser:
+	command -v chromium >/dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium)
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest -m "not slow and not gpu" $(TESTS)

@@ -5,6 +5,7 @@ A step of the engine reads a part of the prompts that wait, and then lets the sc
 all tokens that are on their way, each at its own. Where a launch has room, tokens are followed by drafts of the next.
 """
 
+import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,9 @@ class TextRequest:
         temperature, top_k, top_p, repetition_penalty: Those of transformers' `generate`; a `top_k` of 0 leaves all.
         end_tokens: Tokens that end the text. Default: those of the model's generation config.
         stop_strings: Strings that end the text; they need the engine's tokenizer.
+        drafts: Whether its tokens may be followed by drafts; what it says is the same.
+        num_likely: So many of the likeliest tokens come with each token, with what the model gives them before anything
+            is done to its logits. None: no probabilities are kept.
     """
 
     inputs: Mapping[str, Any]
@@ -59,6 +63,8 @@ class TextRequest:
     repetition_penalty: float = 1.0
     end_tokens: Sequence[int] | None = None
     stop_strings: Sequence[str] = ()
+    drafts: bool = True
+    num_likely: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -68,7 +74,25 @@ class TextRequest:
     @property
     def has_media(self) -> bool:
         """Whether more is read than tokens."""
-        return any(value is not None for name, value in self.inputs.items() if name not in OF_TEXTS)
+        return bool(self.media)
+
+    @property
+    def media(self) -> dict[str, Any]:
+        """The media of the prompt, by the names of the model's arguments."""
+        return {name: value for name, value in self.inputs.items() if name not in OF_TEXTS and value is not None}
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The probability of a token by the model.
+
+    Args:
+        log_probability: That of the token, natural.
+        likely: The likeliest tokens at its place, with theirs.
+    """
+
+    log_probability: float
+    likely: tuple[tuple[int, float], ...] = ()
 
 
 class Stream:
@@ -83,6 +107,8 @@ class Stream:
         self.tokens: list[int] = []
         self.exit_steps: list[int] = []
         """The steps that each token took."""
+        self.likelihoods: list[Likelihood] = []
+        """One for each token, if the request asks for them."""
         self.finish_reason: str | None = None
         """"stop", "length", "cancelled", or None while it goes on."""
         self._taken = 0
@@ -128,18 +154,21 @@ class Job:
                 self.processors.append(TopKLogitsWarper(request.top_k))
             if request.top_p < 1:
                 self.processors.append(TopPLogitsWarper(request.top_p))
+        self.read: dict[int, torch.Tensor] = {}  # the last logits of tokens that are not final, by their place
         self.stopping = StopStringCriteria(tokenizer, list(request.stop_strings)) if request.stop_strings else None
 
     @property
     def is_greedy(self) -> bool:
         """Whether its token is the likeliest, whatever was before."""
-        return not self.processors and self.sampling is None
+        return not self.processors and self.sampling is None and self.stream.request.num_likely is None
 
     def pick(self, logits: torch.Tensor, drafts: Sequence[int]) -> int:
         """The token that logits, (1, vocab) in float32, say behind drafts."""
         length = self.length + len(drafts)
         if drafts:
             self.ids[0, self.length : length] = torch.tensor(drafts, device=self.ids.device)
+        if self.stream.request.num_likely is not None:
+            self.read[length] = logits
         scores = self.processors(self.ids[:, :length], logits)
         if self.sampling is not None:
             index = length - self.stream.request.num_tokens
@@ -149,6 +178,8 @@ class Job:
     def accept(self, token: int, steps: int) -> bool:
         """Notes a final token; whether the text goes on."""
         stream = self.stream
+        if stream.request.num_likely is not None:
+            stream.likelihoods.append(likelihood(self.read.pop(self.length), token, stream.request.num_likely))
         self.ids[0, self.length] = token
         self.length += 1
         stream.tokens.append(token)
@@ -158,6 +189,13 @@ class Job:
         elif len(stream.tokens) == stream.request.max_new_tokens:
             stream.finish_reason = "length"
         return not stream.is_done
+
+
+def likelihood(logits: torch.Tensor, token: int, count: int) -> Likelihood:
+    """The likelihood of a token and so many of the likeliest, from logits, (1, vocab) in float32."""
+    values = logits[0].log_softmax(-1)
+    likely = values.topk(min(count, len(values)))
+    return Likelihood(float(values[token]), tuple(zip(likely.indices.tolist(), likely.values.tolist(), strict=True)))
 
 
 @dataclass
@@ -202,6 +240,10 @@ class InferenceEngine:
         self.model, self.config = model, model.text_config
         if model.model.core is None:
             raise ValueError("the engine needs a model with a core (num_core_layers is 0); use generate")
+        if self.config.recurrence.cache_policy == "first":
+            raise ValueError(
+                "the engine keeps all steps, which a model of cache policy 'first' does not see; use generate"
+            )
         if min(num_places, max_length, prefill_tokens, 1 if max_steps is None else max_steps) < 1:
             raise ValueError("num_places, max_length, max_steps and prefill_tokens must be at least 1")
         if self.config._attn_implementation != "sdpa":
@@ -333,7 +375,7 @@ class InferenceEngine:
     def _read(self) -> None:
         """A chunk of the prompts that are read; behind the last, their first tokens."""
         reading = self.reading
-        media = [job.stream.request.inputs for job in reading.jobs if job.stream.request.has_media]
+        media = [job.stream.request.media for job in reading.jobs if job.stream.request.has_media]
         first, longest = reading.num_read, reading.ids.shape[1]
         size = longest if media else max(1, self.prefill_tokens // len(reading.jobs))
         chunk = (longest - first) % size or size  # counted from the end, so that padding moves none
@@ -411,19 +453,20 @@ class InferenceEngine:
         choices[None] = float(np.interp(len(rows), *self.costs)) * depth
         best = min(choices, key=choices.get)
         for row in rows:
-            row.draft_steps = best
+            row.draft_steps = best if self.jobs[row].stream.request.drafts else None
 
-    def measure_launches(self, is_read: bool = False, rounds: int = 7) -> tuple[list[int], list[float]]:
-        """Numbers of items, and the seconds of a launch of the core with so many, or of coda and head. It writes to
-        places, so that nobody may have one yet.
+    def measure_launches(self, kind: str = "core", rounds: int = 9) -> tuple[list[int], list[float]]:
+        """Numbers of items, and the seconds of a launch with so many, at different steps, of the "prelude", the "core",
+        or the "coda" with the head. It writes to places, so that nobody may have one yet.
         """
         counts, found = [1, 2, 4, 8, 16, 32], []
         rows = [TextRow(place, 0, 0, self.max_steps, self.state) for place in self.free]
         probe = Scheduler(self.model, self.cache, lambda items, logits: [0] * len(items), self._accept)
         for count in counts:
-            places = [self.max_length // 2 - number // len(rows) for number in range(count)]
-            items = [
-                Item(rows[number % len(rows)], max(place, 0), 0, term=self.state) for number, place in enumerate(places)
-            ]
-            found.append(min(probe.seconds_of_launch(items, is_read) for _ in range(rounds)))
+            items = []
+            for number in range(count):
+                place = max(self.max_length // 2 - number // len(rows), 0)
+                states = [self.state] * (3 * number % self.max_steps)
+                items.append(Item(rows[number % len(rows)], place, 0, states=states, term=self.state))
+            found.append(statistics.median(probe.seconds_of_launch(kind, items) for _ in range(rounds)))
         return counts, found

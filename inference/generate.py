@@ -87,6 +87,8 @@ def build_parser() -> arguments.OneLineParser:
         "--count", type=arguments.media_count, default=1, help="how many images or audio files to generate"
     )
     add_flow_arguments(parser)
+    what = "largest relative error of drafts of latents that are kept, with --decoding wavefront"
+    parser.add_argument("--latent-tolerance", type=arguments.guidance, help=what)
     add_decoding_arguments(parser)
     parser.add_argument("--no-stream", action="store_true", help="write the text at once when it is finished")
     return parser
@@ -142,7 +144,7 @@ def check_mode(parser: arguments.OneLineParser, args: argparse.Namespace) -> Non
             parser.error(f"--{flag} has no effect with --prompts, whose lines say it: leave one of the two out.")
     elif args.batch_size is not None:
         parser.error("--batch-size has no effect without --prompts: leave it out.")
-    of_media = (*FLOW_OPTIONS, *(["out"] if args.prompts is None else []))
+    of_media = (*FLOW_OPTIONS, "latent_tolerance", *(["out"] if args.prompts is None else []))
     given = next((name for name in of_media if getattr(args, name) is not None), None)
     if args.mode == "text" and (given or args.count > 1):
         parser.error(f"--{(given or 'count').replace('_', '-')} has no effect with --mode text: leave it out.")
@@ -184,12 +186,11 @@ def answer_with_media(
     inputs = encode_question(processor, *[(args.media, prompt)] * args.count)
     check_length(inputs, limit)
     inputs = inputs.to(model.device, model.dtype)
-    names = (*FLOW_OPTIONS, "num_steps", "exit_criterion", "exit_threshold")
+    names = (*FLOW_OPTIONS, "latent_tolerance", "decoding", "num_steps", "exit_criterion", "exit_threshold")
     options = {name: value for name in names if (value := getattr(args, name)) is not None}
     paths = [path]
     if args.mode == "image" and getattr(model, "decode_image_tokens", None):
-        depth = {"num_steps": args.num_steps} if args.num_steps else {}
-        images = draw_codes(model, {**inputs, **depth, "logits_processor": LogitsProcessorList([FiniteLogits()])})
+        images = draw_codes(model, {**inputs, **options, "logits_processor": LogitsProcessorList([FiniteLogits()])})
         if missing := images.count(None):
             raise ValueError(f"{missing} of {len(images)} answers are no image; the model has to learn more")
         save_images(images, path)

@@ -137,6 +137,8 @@ class RolloutTrainer(BaseTrainer, GRPOTrainer, NamedMetrics):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes each completion at its depth, which is recorded with it."""
         options = EXACT | {"top_k": self.top_k if self.model.training else 1}
+        if self.text_config.recurrence.cache_policy == "first":  # in passes without a cache, too
+            options["cache_policy"] = "first"
         depths = self._draw_depths(len(inputs)) if self.is_recurrent else None
         if depths is not None:
             self._num_steps[self.model.training].append(depths.float().mean().item())
