@@ -219,8 +219,8 @@ class Seen:
     """The sum of what clients have seen."""
 
     statuses: Counter = field(default_factory=Counter)
-    kinds: Counter = field(default_factory=Counter)
-    waits: list[list[float]] = field(default_factory=list)
+    kinds: dict[str, list[float]] = field(default_factory=dict)
+    waits: list[list[tuple[float, int]]] = field(default_factory=list)
     sampled: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -237,18 +237,29 @@ async def load(args: argparse.Namespace) -> str:
             await asyncio.gather(*clients)
         sizes = await memory
     wrong = [(text, body) for body, text in seen.sampled[: args.compared] if text != expected(args.load, body)]
-    means = [float(np.mean(waits)) for waits in seen.waits if waits]
+    each = [sum(seconds for seconds, _ in waits) / sum(tokens for _, tokens in waits) for waits in seen.waits if waits]
+    means = [float(np.mean([seconds / tokens for seconds, tokens in waits])) for waits in seen.waits if waits]
     lines = [
         f"{args.clients} clients for {args.seconds} s; {timing.device_report()}; {timing.cpu_model()}.\n",
-        f"- answers by status: {dict(seen.statuses)}; of the good ones {dict(seen.kinds)}",
+        f"- answers by status: {dict(seen.statuses)}",
+        *(
+            f"- {kind}: {len(waits)} answers; median of {np.median([seconds for seconds, _ in waits]):.2f} s and "
+            f"{np.median([tokens for _, tokens in waits]):.0f} tokens"
+            for kind, waits in sorted(seen.kinds.items())
+        ),
         f"- faults that are not documented: {len(seen.faults)} {seen.faults[:2]}",
-        f"- clients that got an answer: {len(means)}; seconds a token: median {np.median(means):.3f}, slowest client "
-        f"{max(means):.3f}, {max(means) / np.median(means):.2f} times the median",
+        f"- clients that got an answer: {len(each)}; seconds of a client by its tokens: {spread(each)}",
+        f"- the mean over its answers instead, in which one answer of a single token weighs most: {spread(means)}",
         f"- sampled texts that differ from generate: {len(wrong)} of {len(seen.sampled[: args.compared])}",
         f"- memory of all processes after a third of the time {sizes[len(sizes) // 3]:.0f} MiB, at the end "
         f"{sizes[-1]:.0f} MiB",
     ]
     return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, and how far the largest is from it."""
+    return f"median {np.median(values):.3f}, slowest {max(values):.3f}, {max(values) / np.median(values):.2f} times it"
 
 
 async def watch_memory(pid: int, ends: float) -> list[float]:
@@ -274,8 +285,9 @@ async def one_client(session: httpx2.AsyncClient, models: Sequence[dict], number
         seen.statuses[answer.status] += 1
         if answer.status == 200:
             kind = ", image" if "modalities" in body else ", reads an image" if "data:image" in str(body) else ""
-            seen.kinds[f"{path}{kind}{', streamed' if is_stream else ''}"] += 1
-            seen.waits[number].append((time.monotonic() - start) / max(1, answer.num_tokens))
+            wait = time.monotonic() - start, max(1, answer.num_tokens)
+            seen.kinds.setdefault(f"{path}{kind}{', streamed' if is_stream else ''}", []).append(wait)
+            seen.waits[number].append(wait)
             if path == "/v1/completions" and body["temperature"]:
                 seen.sampled.append((body, answer.text))
         elif answer.status not in BUSY:

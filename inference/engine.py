@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation import (
     RepetitionPenaltyLogitsProcessor,
     StopStringCriteria,
@@ -140,7 +140,7 @@ class Job:
         self.stream, self.place, self.num_steps, self.end_tokens = stream, place, num_steps, end_tokens
         self.ids = nn.functional.pad(request.inputs["input_ids"], (0, request.max_new_tokens))
         self.length = request.num_tokens
-        self.processors = LogitsProcessorList()
+        self.processors: list[LogitsProcessor] = []  # LogitsProcessorList looks at the signature of each, each time
         if request.repetition_penalty != 1:
             self.processors.append(RepetitionPenaltyLogitsProcessor(float(request.repetition_penalty)))
         if suppressed:
@@ -169,7 +169,9 @@ class Job:
             self.ids[0, self.length : length] = torch.tensor(drafts, device=self.ids.device)
         if self.stream.request.num_likely is not None:
             self.read[length] = logits
-        scores = self.processors(self.ids[:, :length], logits)
+        scores, ids = logits, self.ids[:, :length]
+        for processor in self.processors:
+            scores = processor(ids, scores)
         if self.sampling is not None:
             index = length - self.stream.request.num_tokens
             scores = scores + self.sampling.noise(0, index, scores.shape[-1]).to(scores)
@@ -332,13 +334,18 @@ class InferenceEngine:
         self.patience += 1
         if not (self.waiting and self.free) or self.reading is not None:
             self.patience = 0
-        elif len(self.free) > 1 or len(self.waiting) == 1 or not self.jobs or self.patience > PATIENCE:
+        elif len(self.free) > 1 or not self._may_wait or self.patience > PATIENCE:
             self._begin_reading()
         if self.reading is not None:
             self._read()
         if self.jobs:
             self._choose_width()
             self.scheduler.tick()
+
+    @property
+    def _may_wait(self) -> bool:
+        """Whether the next prompt can be read with another, while something else goes on."""
+        return bool(self.jobs) and len(self.waiting) > 1 and not self.waiting[0].request.has_media
 
     def run(self) -> None:
         """Steps until nothing is left."""
@@ -348,16 +355,22 @@ class InferenceEngine:
     # --------------------------------------------------------------------------------------------------------- prompts
 
     def _begin_reading(self) -> None:
-        """Takes waiting requests, in their order, as many as there are places and tokens for; one with media alone."""
-        jobs, longest = [], 0
+        """Takes waiting requests, in their order, as many as there are places and tokens for. One with media is read
+        alone, and if it is not the first, it is the next.
+        """
+        jobs, passed, longest = [], [], 0
         while self.waiting and self.free:
             request = self.waiting[0].request
+            if jobs and request.has_media:
+                passed.append(self.waiting.popleft())
+                continue
             longest = max(longest, request.num_tokens)
-            if jobs and (request.has_media or longest * (len(jobs) + 1) > self.prefill_tokens):
+            if jobs and longest * (len(jobs) + 1) > self.prefill_tokens:
                 break
             jobs.append(self._job(self.waiting.popleft()))
             if request.has_media:
                 break
+        self.waiting.extendleft(reversed(passed))
         longest = max(job.length for job in jobs)
         ids = torch.cat([nn.functional.pad(job.ids[:, : job.length], (longest - job.length, 0)) for job in jobs])
         mask = torch.ones_like(ids)

@@ -9,6 +9,7 @@ from torch import nn
 from inference.engine import InferenceEngine, Stream, TextRequest
 from model import ExitOptions
 from tests.tiny import tiny_ids, tiny_model
+from tests.tiny_media import row_of, tiny_inputs, tiny_media_model
 
 SHAPE = {"num_prelude_layers": 2, "num_core_layers": 4, "num_coda_layers": 2}
 
@@ -153,6 +154,31 @@ def test_a_long_prompt_is_read_in_parts_beside_others(model):
     engine.run()
     assert before >= 3 and short.is_done
     check_alone(model, [short, long])
+
+
+def test_prompts_with_media_are_read_alone_and_hold_up_no_texts():
+    """Three places: the first text is read with the next two; the image between them is the first to be read then, as
+    soon as there is one place.
+    """
+    model, inputs = tiny_media_model(scale=2.0), tiny_inputs()
+    model.generation_config.eos_token_id = None
+    texts = [TextRequest({"input_ids": tiny_ids(1, 4, seed=seed) % 60}, 2 + seed) for seed in range(4)]
+    image = TextRequest(row_of(inputs, 0), max_new_tokens=8)
+    assert image.has_media
+    engine = InferenceEngine(model, 3, max_length=64, drafts=False)
+    streams = [engine.submit(request) for request in (texts[0], image, *texts[1:])]
+    read = []
+    while not engine.is_idle:
+        engine.step()
+        read += [[number for number, it in enumerate(streams) if it.tokens and not any(number in at for at in read)]]
+    assert [numbers for numbers in read if numbers] == [[0, 2, 3], [1], [4]]
+    assert (
+        next(step for step, numbers in enumerate(read) if 1 in numbers) <= model.text_config.recurrence.mean_steps + 1
+    )
+    for stream in streams:
+        given = dict(stream.request.inputs)
+        expected = model.generate(**given, max_new_tokens=stream.request.max_new_tokens, do_sample=False)
+        assert stream.tokens == expected[0, given["input_ids"].shape[1] :].tolist()
 
 
 def test_a_cancelled_request_frees_its_place_at_once(model):
