@@ -140,10 +140,9 @@ def option_values(given: Sequence[Given], layout: Layout, is_to_run: bool = Fals
                 )
             make_paths_absolute(item.tree, schema, Path(item.file).absolute().parent)
     try:
-        values = build_parser(layout).parse_args([flag for item in given for flag in item.parser_flags()])
+        tree = json.loads(parsed(layout, *(flag for item in given for flag in item.parser_flags())))
     except ArgumentError as error:
         raise ValueError(describe_error(str(error), schema)) from error
-    tree = json.loads(build_parser(layout).dump(values, format="json", skip_unset=False))
     del tree["local_rank"]
     if not tree.pop("allow_code") and is_to_run:
         check_code(given)
@@ -337,18 +336,24 @@ def check_keys(tree: Any, schema: dict[str, Any] | list | str | None, origin: st
         check_keys(value, schema[name], origin, inner)
 
 
+@functools.lru_cache(maxsize=256)
+def parsed(layout: Layout, *flags: str) -> str:
+    """All options as JSON, of flags that name no file: to check a run against others takes the same ones repeatedly."""
+    parser = build_parser(layout, any(re.match(r"-h|--help|--print_|.*\.help$", flag) for flag in flags))
+    return parser.dump(parser.parse_args(flags), format="json", skip_unset=False, skip_validation=True)
+
+
 @functools.cache
-def build_parser(layout: Layout) -> ArgumentParser:
-    """The parser of all options; its `--help` shows the docstrings of the fields."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, add_print_completion_argument=True)
+def build_parser(layout: Layout, is_described: bool = True) -> ArgumentParser:
+    """The parser of all options; its `--help` shows the docstrings of the fields if they are read, which takes long."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=is_described, add_print_completion_argument=True)
     parser = ArgumentParser(prog=Path(sys.argv[0]).name, exit_on_error=False, allow_abbrev=False)
     add, names = parser.add_argument, Literal[layout.trainers]
     add("--version", action=VersionAction)
     add("--config", action="config", help="YAML file; may be given several times")
     add("--trainer", type=names, default=layout.trainer, help="Name of the trainer")
     add("--log_level", "--log-level", type=Literal["debug", "info", "warning", "error"], default="info")
-    what = "Run functions that a configuration file names"
-    add("--allow_code", "--allow-code", type=bool, default=False, help=what)
+    add("--allow_code", "--allow-code", type=bool, default=False, help="Run functions that a configuration file names")
     add("--local_rank", "--local-rank", type=int, help="Ignored: LOCAL_RANK of the environment rules")
     for name, what in MODES.items() if layout.has_modes else ():
         add(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), type=bool, default=False, help=what)
@@ -360,9 +365,7 @@ def build_parser(layout: Layout) -> ArgumentParser:
 
 
 def add_group(parser: ArgumentParser, cls: type, key: str) -> None:
-    """Add the options of a class, and those of each class in it as a group of its own; each has a `--help` of its own,
-    such as `--training.help`.
-    """
+    """Add the options of a class, and of each class in it as a group; each has a help, such as `--training.help`."""
     options = option_types(cls)
     single = {name: hint for name, hint in options.items() if typing.get_origin(hint) is not list}
     groups = {name: nested for name, hint in single.items() if (nested := nested_class(hint))}
@@ -392,6 +395,7 @@ class SectionHelp(argparse.Action):
     def __call__(self, parser: ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Do so."""
         key = self.option_strings[0].removeprefix("--").removesuffix(".help")
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the last parser may not be described
         section = ArgumentParser(prog=parser.prog, usage=argparse.SUPPRESS, add_help=False)
         add_group(section, self.of, key)
         section.print_help()
@@ -415,9 +419,7 @@ def describe_error(message: str, schema: dict[str, Any]) -> str:
 
 
 def closest(name: Any, known: Sequence[str], else_where: str = "--help lists the known ones") -> str:
-    """Advice about a name that is not known: the one that is most like it, and which are known, or, of many,
-    `else_where`.
-    """
+    """Advice about an unknown name: the known one most like it, and which are known, or, of many, `else_where`."""
     near = difflib.get_close_matches(str(name), known, n=1)
     listed = f"known: {', '.join(known)}" if len(known) <= 20 else else_where
     return f"did you mean {near[0]}? {listed}" if near else listed

@@ -22,6 +22,7 @@ from configs.finetuning import FinetuningConfig
 from configs.reference import classes_of_run
 from inference import logs
 from model import MegaTransformerTextConfig, RecurrenceConfig, versions
+from tests.processes import run_python
 from trainers import RecurrentTrainingArguments, arguments
 
 ROOT = Path(__file__).parent.parent
@@ -583,7 +584,7 @@ def test_print_config_prints_what_can_be_read_again(capsys, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_launcher_reports_one_line_and_the_scripts_exit_code(empty_folder: Path) -> None:
-    """Two ranks, one message, exit code 2, nothing written."""
+    """Two ranks, one message, exit code 2, nothing written; the launcher puts --local_rank before the flags."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", str(ROOT / "pretrain.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
@@ -591,6 +592,7 @@ def test_the_launcher_reports_one_line_and_the_scripts_exit_code(empty_folder: P
     )
     assert result.returncode == 2
     assert result.stderr.count("unknown key training.learning_rat ('1'); did you mean learning_rate?") == 1
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in result.stderr
     assert list(empty_folder.iterdir()) == []
 
@@ -666,9 +668,7 @@ def test_the_schema_of_a_file_is_printed_for_editors(ended) -> None:
 @pytest.mark.slow
 def test_bash_completes_options_behind_the_launcher() -> None:
     """As docs/training.md has it, in a real shell."""
-    script = subprocess.run(
-        [sys.executable, "pretrain.py", "--print_completion", "shtab-bash"], cwd=ROOT, capture_output=True, text=True
-    )
+    script = run_python("pretrain.py", "--print_completion", "shtab-bash")
     assert script.returncode == 0, script.stderr
     for word, expected in (("--training.lear", ["--training.learning_rate"]), ("--model.qk_n", ["--model.qk_norm"])):
         line = f"deepspeed pretrain.py {word}"
@@ -755,9 +755,8 @@ def test_a_port_in_use_is_one_line(yaml_file, deepspeed: list[str]) -> None:
         port = str(other.getsockname()[1])
         ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "pretrain.py", "--config", "configs/recurrent_lm.yaml", *deepspeed]
-        environment = {**os.environ, **ranks, **address}
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        command = ["pretrain.py", "--config", "configs/recurrent_lm.yaml", *deepspeed]
+        ended = run_python(*command, environment={**os.environ, **ranks, **address})
     assert ended.returncode == 2
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and f"MASTER_PORT: {port} is in use" in lines[0] and "--master_port" in lines[0]

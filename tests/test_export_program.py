@@ -41,7 +41,8 @@ def padded(batch: int, length: int) -> dict[str, torch.Tensor]:
 )
 @torch.no_grad()
 def test_a_program_serves_other_batches_and_lengths(options):
-    model = tiny_model(scale=2.0, num_steps=2, use_cache=False, **options)
+    """Of one layer in the core, unless its layers are what it is about: each step of them is exported anew."""
+    model = tiny_model(scale=2.0, num_steps=2, use_cache=False, **{"num_core_layers": 1, **options})
     reference = copy.deepcopy(model)
     program = program_of(model, padded(2, 7))
     for batch, length in ((1, 5), (3, 11), (2, 7), (5, 2)):
@@ -54,9 +55,9 @@ def test_a_program_serves_other_batches_and_lengths(options):
 
 @torch.no_grad()
 def test_another_initial_state_than_was_drawn_is_refused_until_it_is():
-    model = tiny_model(num_steps=1, use_cache=False)
-    before = model(**padded(2, 7)).logits
-    model = tiny_model(num_steps=1, use_cache=False)
+    options = {"num_steps": 1, "use_cache": False, "num_core_layers": 1}
+    before = tiny_model(**options)(**padded(2, 7)).logits
+    model = tiny_model(**options)
     model.config.recurrence.state_seed = 7
     with pytest.raises(ValueError, match=r"now \('like-init', 1.0, 7\): run it once before torch.export"):
         program_of(model, padded(2, 7))

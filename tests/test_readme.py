@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import free_port, run_python
+from tests.processes import free_port, run_python, run_ranks
 from tests.serving import server
 from tests.test_launch import REPOSITORY
 from tests.tiny_language_model import save_checkpoint
@@ -87,6 +87,14 @@ def run(words: list[str], **kwargs) -> subprocess.CompletedProcess:
     )
 
 
+def forked(words: list[str]) -> subprocess.CompletedProcess:
+    """What a command of the launcher starts, without it: the first rank, finished, or the first that has failed."""
+    count = int(words[words.index("--num_accelerators") + 1]) if "--num_accelerators" in words else 1
+    place = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    ranks = run_ranks(*words[place:], count=count)
+    return next((rank for rank in ranks if rank.returncode), ranks[0])
+
+
 def write_files(folder: Path) -> None:
     """Texts, photos and recordings of one's own, as the README has them, and what `make quickstart-lm` leaves."""
     save_checkpoint(folder / "runs" / "recurrent_lm")
@@ -112,9 +120,12 @@ def write_files(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_command_runs(tmp_path):
-    """In order, as a reader would type them; those of Python begin with the libraries imported."""
+    """In order, as a reader would type them; those of Python begin with the libraries imported. Of those of the
+    launcher, it runs the first of each script and number of ranks, and what has quotes within quotes; the others are
+    the ranks that it would start.
+    """
     write_files(tmp_path)
-    ran = []
+    ran, launched = [], []
     for command in commands("bash", *PAGES):
         if command.startswith(("make ", "source ", "tensorboard ")):
             continue
@@ -124,9 +135,17 @@ def test_every_command_runs(tmp_path):
             with server(*words[2:]) as client:
                 assert client.send("/")[0] == client.send("/health")[0] == 200
             continue
-        process = run_python(*words) if Path(first).name == "python" else run([first, *words])
+        if Path(first).name == "python":
+            process = run_python(*words)
+        elif (form := command.partition(".py")[0]) in launched and '"' not in command:
+            process = forked(words)
+        else:
+            launched.append(form)
+            process = run([first, *words])
         assert process.returncode == 0, f"{command}\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
     assert len(ran) >= 24
+    forms = ["pretrain", "finetune", "--num_accelerators 2 pretrain", "pretrain"]
+    assert launched == [f"deepspeed {form}" for form in forms]
     scripts = commands("python", *PAGES)
     for script in scripts:
         process = run([sys.executable, "-c", script.replace('"runs/', f'"{tmp_path}/runs/')])

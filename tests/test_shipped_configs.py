@@ -20,11 +20,13 @@ FILES = sorted(set(FOLDER.glob("*.yaml")) - set(TUNING_FILES))
 OTHER_SOURCES = "[{kind: files, paths: [/rows/*.jsonl], prompt_column: asked, answer_column: said, loss_on: answer}]"
 
 
-@pytest.fixture
-def run(request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunConfig:
-    """The run of a file, planned: so bf16 and DeepSpeed need no GPU."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    return load_config(["--config", str(request.param), "--dry-run", *local_encoders(request.param, tmp_path)])
+@pytest.fixture(scope="module")
+def run(request, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The run of a file, planned: so bf16 and DeepSpeed need no GPU. Read only."""
+    encoders = local_encoders(request.param, tmp_path_factory.mktemp("encoders"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "4")
+        return load_config(["--config", str(request.param), "--dry-run", *encoders])
 
 
 def build(run: RunConfig) -> PreTrainedModel:
