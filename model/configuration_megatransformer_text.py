@@ -369,6 +369,9 @@ class MegaTransformerTextConfig(TransformerConfig):
         use_cache: Whether `forward` returns a key/value cache when nothing else says so.
         num_steps: Core steps, at least 1, taken when neither the call nor the generation config names them. Default:
             the mean.
+        num_executed_layers: Layers that are executed for a token at `num_steps` steps, each of the core once a step, as
+            `num_hidden_layers` then says to engines that make room for so many. `convert.py serve` writes it. Default:
+            none, and `num_hidden_layers` counts the core once.
         pad_token_id: Id of the padding token.
         bos_token_id: Id of the token that begins a document.
         eos_token_id: Id of the token that ends a document.
@@ -411,6 +414,7 @@ class MegaTransformerTextConfig(TransformerConfig):
     tie_word_embeddings: bool = True
     use_cache: bool = True
     num_steps: int | None = None
+    num_executed_layers: int | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -419,6 +423,8 @@ class MegaTransformerTextConfig(TransformerConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.embedding_scale is None:
             self.embedding_scale = math.sqrt(self.hidden_size)
+        if self.num_executed_layers is not None and kwargs.get("num_hidden_layers") == self.num_executed_layers:
+            del kwargs["num_hidden_layers"]  # which a file for engines has, since some read it without this class
         # `_auto_class` holds one class only, so the map of all of them is written here.
         model = "modeling_megatransformer_text.MegaTransformer"
         auto_map = {
@@ -433,9 +439,14 @@ class MegaTransformerTextConfig(TransformerConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def num_hidden_layers(self) -> int:
+    def num_layers_of_one_step(self) -> int:
         """Number of layers, one that is shared as often as it is executed, the core counted once."""
-        return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
+        return self.count_executed_layers(1)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The number of layers for which others make room: `num_executed_layers`, or that with the core once."""
+        return self.num_layers_of_one_step if self.num_executed_layers is None else self.num_executed_layers
 
     @property
     def num_unique_layers(self) -> int:
@@ -454,7 +465,22 @@ class MegaTransformerTextConfig(TransformerConfig):
     @property
     def mean_executed_layers(self) -> int:
         """Number of layers executed per token at the mean depth: l_P + mean_steps l_R + l_C."""
-        return self.num_prelude_layers + self.recurrence.mean_steps * self.num_core_layers + self.num_coda_layers
+        return self.count_executed_layers(self.recurrence.mean_steps)
+
+    def count_executed_layers(self, num_steps: int) -> int:
+        """Number of layers executed for a token of so many steps."""
+        return self.num_prelude_layers + num_steps * self.num_core_layers + self.num_coda_layers
+
+    @classmethod
+    def known_keys(cls, config_dict: dict[str, Any]) -> set[str]:
+        """Those of all, and of a file for engines `num_hidden_layers`."""
+        is_for_engines = config_dict.get("num_executed_layers") is not None
+        return super().known_keys(config_dict) | ({"num_hidden_layers"} if is_for_engines else set())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The original's, and for engines `num_hidden_layers`, which some read without this class."""
+        values = super().to_dict()
+        return values if self.num_executed_layers is None else values | {"num_hidden_layers": self.num_hidden_layers}
 
     def validate_architecture(self) -> None:
         """Checks that span several fields; run by `strict` after the fields' own."""
@@ -465,7 +491,7 @@ class MegaTransformerTextConfig(TransformerConfig):
             )
         if self.position_embedding == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"position_embedding 'sinusoidal' needs an even hidden_size, got {self.hidden_size}")
-        if self.num_hidden_layers == 0:
+        if self.num_layers_of_one_step == 0:
             raise ValueError(
                 "num_prelude_layers, num_core_layers and num_coda_layers are all 0; the model needs a layer"
             )
@@ -477,6 +503,13 @@ class MegaTransformerTextConfig(TransformerConfig):
                 )
         if self.num_steps is not None and not 1 <= self.num_steps <= MOST_STEPS:
             raise ValueError(f"num_steps ({self.num_steps}) must be at least 1 and at most {MOST_STEPS}")
+        steps = self.recurrence.mean_steps if self.num_steps is None else self.num_steps
+        executed = self.count_executed_layers(steps)
+        if self.num_executed_layers not in (None, executed):
+            raise ValueError(
+                f"num_executed_layers is {self.num_executed_layers}, but {executed} are executed at {steps} steps; "
+                "write the folder for engines again with `python convert.py serve`, or leave it out"
+            )
         check_positive(self, "final_logit_softcapping", "embedding_scale")
 
     def validate_blocks(self) -> None:
