@@ -369,9 +369,6 @@ class MegaTransformerTextConfig(TransformerConfig):
         use_cache: Whether `forward` returns a key/value cache when nothing else says so.
         num_steps: Core steps, at least 1, taken when neither the call nor the generation config names them. Default:
             the mean.
-        num_executed_layers: Layers that are executed for a token at `num_steps` steps, each of the core once a step, as
-            `num_hidden_layers` then says to engines that make room for so many. `convert.py serve` writes it. Default:
-            none, and `num_hidden_layers` counts the core once.
         pad_token_id: Id of the padding token.
         bos_token_id: Id of the token that begins a document.
         eos_token_id: Id of the token that ends a document.
@@ -386,6 +383,7 @@ class MegaTransformerTextConfig(TransformerConfig):
         *("state", "states", "exit_steps", "token_losses", "last_hidden_state"),
     ]
     is_causal = True
+    num_executed_layers = None  # at `num_steps` steps, in a file that `convert.py serve` has written for engines
     sub_configs_defaults = {"recurrence": RecurrenceConfig}
 
     vocab_size: int = interval(min=1)(default=32000)
@@ -414,7 +412,6 @@ class MegaTransformerTextConfig(TransformerConfig):
     tie_word_embeddings: bool = True
     use_cache: bool = True
     num_steps: int | None = None
-    num_executed_layers: int | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -423,8 +420,11 @@ class MegaTransformerTextConfig(TransformerConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.embedding_scale is None:
             self.embedding_scale = math.sqrt(self.hidden_size)
-        if self.num_executed_layers is not None and kwargs.get("num_hidden_layers") == self.num_executed_layers:
-            del kwargs["num_hidden_layers"]  # which a file for engines has, since some read it without this class
+        executed = kwargs.pop("num_executed_layers", None)
+        if executed is not None:
+            self.num_executed_layers = executed
+            if kwargs.get("num_hidden_layers") == executed:
+                del kwargs["num_hidden_layers"]  # beside it in a file, since engines may read that without this class
         # `_auto_class` holds one class only, so the map of all of them is written here.
         model = "modeling_megatransformer_text.MegaTransformer"
         auto_map = {
@@ -473,9 +473,9 @@ class MegaTransformerTextConfig(TransformerConfig):
 
     @classmethod
     def known_keys(cls, config_dict: dict[str, Any]) -> set[str]:
-        """Those of all, and of a file for engines `num_hidden_layers`."""
-        is_for_engines = config_dict.get("num_executed_layers") is not None
-        return super().known_keys(config_dict) | ({"num_hidden_layers"} if is_for_engines else set())
+        """Those of all, and those of a file for engines."""
+        further = {"num_executed_layers", "num_hidden_layers"} if "num_executed_layers" in config_dict else set()
+        return super().known_keys(config_dict) | further
 
     def to_dict(self) -> dict[str, Any]:
         """The original's, and for engines `num_hidden_layers`, which some read without this class."""

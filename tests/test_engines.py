@@ -371,7 +371,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("model", "tes
 """
 
 
-@pytest.mark.parametrize("kind", ["text", "media"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("media", marks=pytest.mark.slow)])
 def test_the_folder_loads_elsewhere(tmp_path, capsys, kind):
     source, output = tmp_path / "source", tmp_path / "deep" / "served"
     save_checkpoint(source) if kind == "text" else save_reader(source, scale=1.5)
