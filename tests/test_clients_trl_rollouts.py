@@ -45,8 +45,8 @@ def test_rollouts_by_continuous_batching(tmp_path):
         rollouts.extend(zip(prompts, completion_ids, rewards, strict=True))
         return rewards
 
-    trainer, by_hand = trainer_of(tmp_path, model, reward), copy.deepcopy(model).train()
-    trainer.train()
+    by_hand = copy.deepcopy(model).train()
+    trainer_of(tmp_path, model, reward).train()
     assert len(rollouts) == 6 and any(it[2] != rollouts[0][2] for it in rollouts)
     loss = 0.0
     for number, (prompt, completion, value) in enumerate(rollouts):
