@@ -437,6 +437,12 @@ class MegaTransformerTextConfig(TransformerConfig):
         given = kwargs.get("auto_map") or {}
         kwargs["auto_map"] = auto_map | {name: target for name, target in given.items() if target not in old}
         super().__post_init__(**kwargs)
+        steps = self.num_steps or self.recurrence.mean_steps
+        if executed not in (None, self.count_executed_layers(steps)):
+            raise ValueError(
+                f"num_executed_layers is {executed!r:.60}, but {self.count_executed_layers(steps)} are executed at "
+                f"{steps} steps; write the folder for engines again with `python convert.py serve`, or leave it out"
+            )
 
     @property
     def num_layers_of_one_step(self) -> int:
@@ -480,7 +486,13 @@ class MegaTransformerTextConfig(TransformerConfig):
     def to_dict(self) -> dict[str, Any]:
         """The original's, and for engines `num_hidden_layers`, which some read without this class."""
         values = super().to_dict()
-        return values if self.num_executed_layers is None else values | {"num_hidden_layers": self.num_hidden_layers}
+        if self.num_executed_layers is None:
+            return values
+        steps = self.num_steps or self.recurrence.mean_steps
+        if self.num_executed_layers != self.count_executed_layers(steps):  # changed since: no more a folder for engines
+            del values["num_executed_layers"]
+            return values
+        return values | {"num_hidden_layers": self.num_hidden_layers}
 
     def validate_architecture(self) -> None:
         """Checks that span several fields; run by `strict` after the fields' own."""
@@ -503,13 +515,6 @@ class MegaTransformerTextConfig(TransformerConfig):
                 )
         if self.num_steps is not None and not 1 <= self.num_steps <= MOST_STEPS:
             raise ValueError(f"num_steps ({self.num_steps}) must be at least 1 and at most {MOST_STEPS}")
-        steps = self.recurrence.mean_steps if self.num_steps is None else self.num_steps
-        executed = self.count_executed_layers(steps)
-        if self.num_executed_layers not in (None, executed):
-            raise ValueError(
-                f"num_executed_layers is {self.num_executed_layers}, but {executed} are executed at {steps} steps; "
-                "write the folder for engines again with `python convert.py serve`, or leave it out"
-            )
         check_positive(self, "final_logit_softcapping", "embedding_scale")
 
     def validate_blocks(self) -> None:

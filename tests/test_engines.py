@@ -331,6 +331,8 @@ def test_a_config_for_engines():
     with pytest.raises(ValueError, match="unknown key 'num_hidden_layers'"):
         tiny_config(num_hidden_layers=4)
     check_places(config, 3)
+    config.num_steps = 4  # what is saved then is a checkpoint like any other
+    assert not {"num_executed_layers", "num_hidden_layers"} & json.loads(config.to_json_string()).keys()
 
 
 def serve(*arguments) -> int:
