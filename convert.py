@@ -1,6 +1,7 @@
 """Makes a checkpoint out of others (`python convert.py merge runs/finetune_lora --output runs/merged`), of several the
-mean of their weights (`python convert.py average runs/lm/checkpoint-800 runs/lm/checkpoint-850 runs/mean`), or out of
-one that older code has written (`python convert.py refresh runs/old`).
+mean of their weights (`python convert.py average runs/lm/checkpoint-800 runs/lm/checkpoint-850 runs/mean`), out of one
+that older code has written (`python convert.py refresh runs/old`), or out of one a folder that engines such as vLLM run
+at one depth (`python convert.py serve runs/lm served/lm --num-steps 8`).
 """
 
 from inference.logs import LOG_LEVELS, set_up_logging  # first: it sets up what libraries say while they are imported
@@ -19,6 +20,7 @@ from configs.runs import find_run_config
 from inference import arguments
 from inference.averages import average
 from inference.checkpoints import find_checkpoint, is_adapter
+from inference.engine_folder import write_engine_folder
 from inference.loading import load_model
 from inference.output import whole_file, whole_folder, write_result
 from inference.refresh import refresh, skeleton
@@ -42,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "average":
             check_empty(args.output, "output")
             save(*average(args.checkpoints), args.checkpoints[0], args.output)
+        elif args.command == "serve":
+            config = write_engine_folder(args.checkpoint, args.output, args.num_steps)
+            write_result(
+                f"written to {args.output}: {config.num_hidden_layers} layers executed at {config.num_steps} steps\n"
+            )
         else:
             written, folder = refresh(args.folder, args.output), args.output or args.folder
             if not (folder / "README.md").is_file():
@@ -65,7 +72,13 @@ def build_parser() -> arguments.OneLineParser:
     averaging = commands.add_parser("average", help="write the mean of the weights of several checkpoints", **again)
     averaging.add_argument("checkpoints", type=Path, nargs="+", help="folders of checkpoints of one model, at least 2")
     averaging.add_argument("output", type=Path, help="folder for the mean; empty or new")
-    for command in (merging, refreshing, averaging):
+    serving = commands.add_parser("serve", help="write a folder that engines run at one depth", **again)
+    serving.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run, of a model with a core")
+    serving.add_argument("output", type=Path, help="folder for engines; empty or new")
+    serving.add_argument(
+        "--num-steps", type=arguments.core_steps, required=True, help="core steps of every token, 1 or more"
+    )
+    for command in (merging, refreshing, averaging, serving):
         # It may stand before the command as well, and is then not to be reset to its default.
         command.add_argument(
             "--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help="least severe message to show"

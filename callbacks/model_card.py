@@ -181,7 +181,7 @@ def description(folder: Path, model: nn.Module, resolved: Mapping[str, Any]) -> 
     written = modalities(config, images="image_writer_config", sound="audio_writer_config")
     numbers = (text.num_prelude_layers, text.num_core_layers, text.num_coda_layers)
     layers = "layers: {} of prelude, {} of core, {} of coda".format(*numbers)
-    if text.num_unique_layers < text.num_hidden_layers:
+    if text.num_unique_layers < text.num_layers_of_one_step:
         layers += f" ({text.num_unique_layers} with weights of their own)"
     steps = text.num_steps or text.recurrence.mean_steps
     depth = f"; the core runs {steps} times unless `num_steps` says otherwise" if text.num_core_layers else ""

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import CacheSlot, RecurrentCache
 from .configuration_megatransformer_text import MegaTransformerTextConfig
+from .paged_attention import EngineCall
 from .token_pass import token_norm, token_product
 
 
@@ -33,6 +35,8 @@ class AttentionInputs:
     token: "TokenInputs | None" = None  # where there is one new token of each row, and only its output is wanted
     window: int | None = None  # of steps after the first, where these share what it leaves; see `RecurrentCache`
     window_mask: torch.Tensor | None = None  # their mask
+    engine: EngineCall | None = None  # in place of a cache
+    first_place: int = 0  # of the layers that run now, among the places of an engine
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionInputs":
         """The same on another device. accelerate calls it where the layers of a model are spread over several."""
@@ -61,6 +65,8 @@ class AttentionInputs:
 
     def of_step(self, step: int) -> "AttentionInputs":
         """Inputs of the core's step behind `step` others."""
+        if self.engine is not None:
+            return replace(self, first_place=self.engine.first_place(step))
         return self if self.window is None or step == 0 else replace(self, mask=self.window_mask)
 
     def of_last(self) -> "AttentionInputs":
@@ -253,6 +259,20 @@ def prepare_attention(
         _add_alibi(config, inputs, inputs_embeds, attention_mask, position_ids, cache)
     if inputs.window is not None:
         inputs.window_mask = _mask_in_window(inputs.mask, inputs.window, past, inputs_embeds)
+    return inputs
+
+
+def prepare_engine_attention(
+    config: MegaTransformerTextConfig, hidden: torch.Tensor, position_ids: torch.Tensor, engine: EngineCall
+) -> AttentionInputs:
+    """What an engine's attention function does not know: the rotations. `hidden` is (1, tokens, hidden), of all texts
+    one behind the other.
+    """
+    check_backend(config, config._attn_implementation)
+    inputs = AttentionInputs(engine.mask, engine=engine)
+    if config.position_embedding == "rope":
+        angles = rotary_angles(position_ids, config.head_dim, config.rope_theta)
+        inputs.rotary = rotary_tables(angles, hidden.dtype)
     return inputs
 
 
@@ -455,6 +475,7 @@ class Attention(nn.Module):
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
+        self.layer_idx: int | None = None  # the place of this execution, where an engine calls
         self.build_projections(config)
         self.o_proj = build_output_projection(self.num_heads * self.head_dim, config.hidden_size)
         if config.qk_bias:
@@ -486,6 +507,8 @@ class Attention(nn.Module):
             key, value = slot.update(key, value, inputs.where, inputs.rows)
 
         extra = {} if inputs.position_bias is None else {"position_bias": inputs.position_bias}
+        if inputs.engine is not None:
+            key, value, extra = inputs.engine.update(key, value, self.layer_idx)
         out, probabilities = self.attend(query, key, value, inputs.mask, inputs.attentions is not None, **extra)
         if inputs.attentions is not None:
             inputs.record(probabilities, inputs.attentions)
@@ -498,10 +521,10 @@ class Attention(nn.Module):
         value: torch.Tensor,
         mask: torch.Tensor | None,
         is_recorded: bool,
-        **extra: torch.Tensor,
+        **extra: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output of the backend, (batch, sequence, heads, head_dim), and probabilities, where they are recorded."""
-        backend = "eager" if is_recorded else self.config._attn_implementation
+        backend = "eager" if is_recorded else self.config._attn_implementation.removeprefix("paged|")
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
         if self.config.attn_logit_softcapping is not None:
             extra["softcap"] = self.config.attn_logit_softcapping

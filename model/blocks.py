@@ -253,6 +253,8 @@ def run_layers(
     if inputs.token is not None and outputs is None:
         return pass_token(layers, x.squeeze(1), inputs, slots).unsqueeze(1)
     for index, layer in enumerate(layers):
+        if inputs.engine is not None:
+            layer.attention.layer_idx = inputs.first_place + index
         x = layer(x, inputs, None if slots is None else slots[index])
         if outputs is not None:
             outputs.append(x)

@@ -513,7 +513,7 @@ class RecurrentCache(Cache):
         self.num_kept_tokens = num_kept_tokens
         self.first_kept = 0  # the first token of which "first" has all steps
         self.num_prelude_layers, self.num_core_layers = config.num_prelude_layers, config.num_core_layers
-        super().__init__(layers=self._make_layers(config.num_hidden_layers))
+        super().__init__(layers=self._make_layers(config.num_layers_of_one_step))
         self.num_key_value_heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.max_length, self.max_steps = max_length, max_steps
         self.length = 0  # tokens of finished chunks

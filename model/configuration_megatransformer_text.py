@@ -383,6 +383,7 @@ class MegaTransformerTextConfig(TransformerConfig):
         *("state", "states", "exit_steps", "token_losses", "last_hidden_state"),
     ]
     is_causal = True
+    num_executed_layers = None  # at `num_steps` steps, in a file that `convert.py serve` has written for engines
     sub_configs_defaults = {"recurrence": RecurrenceConfig}
 
     vocab_size: int = interval(min=1)(default=32000)
@@ -419,6 +420,11 @@ class MegaTransformerTextConfig(TransformerConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.embedding_scale is None:
             self.embedding_scale = math.sqrt(self.hidden_size)
+        executed = kwargs.pop("num_executed_layers", None)
+        if executed is not None:
+            self.num_executed_layers = executed
+            if kwargs.get("num_hidden_layers") == executed:
+                del kwargs["num_hidden_layers"]  # beside it in a file, since engines may read that without this class
         # `_auto_class` holds one class only, so the map of all of them is written here.
         model = "modeling_megatransformer_text.MegaTransformer"
         auto_map = {
@@ -431,11 +437,22 @@ class MegaTransformerTextConfig(TransformerConfig):
         given = kwargs.get("auto_map") or {}
         kwargs["auto_map"] = auto_map | {name: target for name, target in given.items() if target not in old}
         super().__post_init__(**kwargs)
+        steps = self.num_steps or self.recurrence.mean_steps
+        if executed not in (None, self.count_executed_layers(steps)):
+            raise ValueError(
+                f"num_executed_layers is {executed!r:.60}, but {self.count_executed_layers(steps)} are executed at "
+                f"{steps} steps; write the folder for engines again with `python convert.py serve`, or leave it out"
+            )
+
+    @property
+    def num_layers_of_one_step(self) -> int:
+        """Number of layers, one that is shared as often as it is executed, the core counted once."""
+        return self.count_executed_layers(1)
 
     @property
     def num_hidden_layers(self) -> int:
-        """Number of layers, one that is shared as often as it is executed, the core counted once."""
-        return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
+        """The number of layers for which others make room: `num_executed_layers`, or that with the core once."""
+        return self.num_layers_of_one_step if self.num_executed_layers is None else self.num_executed_layers
 
     @property
     def num_unique_layers(self) -> int:
@@ -454,7 +471,28 @@ class MegaTransformerTextConfig(TransformerConfig):
     @property
     def mean_executed_layers(self) -> int:
         """Number of layers executed per token at the mean depth: l_P + mean_steps l_R + l_C."""
-        return self.num_prelude_layers + self.recurrence.mean_steps * self.num_core_layers + self.num_coda_layers
+        return self.count_executed_layers(self.recurrence.mean_steps)
+
+    def count_executed_layers(self, num_steps: int) -> int:
+        """Number of layers executed for a token of so many steps."""
+        return self.num_prelude_layers + num_steps * self.num_core_layers + self.num_coda_layers
+
+    @classmethod
+    def known_keys(cls, config_dict: dict[str, Any]) -> set[str]:
+        """Those of all, and those of a file for engines."""
+        further = {"num_executed_layers", "num_hidden_layers"} if "num_executed_layers" in config_dict else set()
+        return super().known_keys(config_dict) | further
+
+    def to_dict(self) -> dict[str, Any]:
+        """The original's, and for engines `num_hidden_layers`, which some read without this class."""
+        values = super().to_dict()
+        if self.num_executed_layers is None:
+            return values
+        steps = self.num_steps or self.recurrence.mean_steps
+        if self.num_executed_layers != self.count_executed_layers(steps):  # changed since: no more a folder for engines
+            del values["num_executed_layers"]
+            return values
+        return values | {"num_hidden_layers": self.num_hidden_layers}
 
     def validate_architecture(self) -> None:
         """Checks that span several fields; run by `strict` after the fields' own."""
@@ -465,7 +503,7 @@ class MegaTransformerTextConfig(TransformerConfig):
             )
         if self.position_embedding == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"position_embedding 'sinusoidal' needs an even hidden_size, got {self.hidden_size}")
-        if self.num_hidden_layers == 0:
+        if self.num_layers_of_one_step == 0:
             raise ValueError(
                 "num_prelude_layers, num_core_layers and num_coda_layers are all 0; the model needs a layer"
             )

@@ -27,6 +27,7 @@ from .configuration_megatransformer_text import under_new_names
 from .depth import CONTRAST_KEYWORDS, Depth, DepthOptions, resolve_depth
 from .generation_wavefront import WavefrontLoop
 from .outputs import CACHE_NAME, pop_cache
+from .paged_attention import check_places
 from .sampling import KeyedSampling
 
 CACHE_OPTIONS = ("cache_policy", "num_kept_steps", "num_kept_tokens")
@@ -136,14 +137,37 @@ class RecurrentGenerationMixin:
             outputs["exit_steps"] = steps.masked_fill(behind, 0)
         return outputs
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses transformers' continuous batching, whose pages have one place for each layer, by a ValueError."""
-        raise ValueError(
-            "generate_batch (continuous batching) is not possible with this model: its pages hold one key and value "
-            "for each layer, and the core has some for each step; use generate, which takes batches with padding"
-        )
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """transformers' continuous batching, at the one depth for which the config makes room in its pages.
 
-    init_continuous_batching = continuous_batching_context_manager = generate_batch
+        Raises:
+            ValueError: the config makes no such room, the model has media, or an option of depth or of the cache is
+                given, which would have no effect.
+        """
+        unread = [name for name in (*DepthOptions.names(), *CACHE_OPTIONS, *DECODING_OPTIONS) if name in kwargs]
+        if unread:
+            raise ValueError(f"{unread[0]} has no effect in generate_batch; leave it out, or use generate")
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
+        """The manager of transformers, of which `generate_batch` makes use, with the errors of that."""
+        if len(self.output_modalities) > 1 or self.placeholder_ids:
+            raise ValueError("continuous batching is for models of text alone; use generate")
+        given = self.generation_config if generation_config is None else generation_config
+        depth = DepthOptions.resolve({}, given, self.text_config.recurrence)
+        if not depth.is_fixed:
+            raise ValueError(
+                "continuous batching takes all steps of every token, without exits, noise, contrast or warm starts of "
+                "states; leave them out of the generation config and of config.recurrence, or use generate"
+            )
+        asked, own = depth.steps_of("text"), self._depth(None).total
+        if asked not in (None, own):
+            raise ValueError(
+                f"num_steps is {asked} in the generation config, and continuous batching takes the {own} steps of the "
+                "model's config; leave it out"
+            )
+        check_places(self.text_config, own)
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
 
     @property
     def placeholder_ids(self) -> list[int]:
@@ -400,16 +424,18 @@ class RecurrentGenerationMixin:
         most = depth.total if depth.rows is None else int(depth.rows.min())
         return inputs | depth_options.arguments_of_token(index, len(input_ids), most)
 
-    def _get_logits_processor(self, *args: Any, model_kwargs: dict | None = None, **kwargs: Any) -> LogitsProcessorList:
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict | None = None, **kwargs: Any
+    ) -> LogitsProcessorList:
         """The original's processors; the pass without the prompt, by which guidance is taken, has the same depth."""
-        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
         for processor in processors:
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
                 given = model_kwargs or {}
                 depth = given.get("depth_options")
                 steps = given.get("num_steps") if depth is None else depth.num_steps
                 processor.model = functools.partial(self, num_steps=steps)
-        seeds, config = kwargs["generation_config"].sampling_seed, kwargs["generation_config"]
+        config, seeds = generation_config, getattr(generation_config, "sampling_seed", None)
         if seeds is not None:  # the last of all, since it leaves one token
             if (prompts := len(kwargs["encoder_input_ids"])) != len(seeds) > 1:
                 raise ValueError(f"sampling_seed has {len(seeds)} seeds for {prompts} prompts; give one for each")

@@ -19,7 +19,15 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, can_return_tuple, logging
 
-from .attention import AttentionInputs, CrossAttention, SourceInputs, prepare_attention, prepare_source, select_rows
+from .attention import (
+    AttentionInputs,
+    CrossAttention,
+    SourceInputs,
+    prepare_attention,
+    prepare_engine_attention,
+    prepare_source,
+    select_rows,
+)
 from .blocks import (
     AdminResidual,
     BlockStack,
@@ -37,6 +45,7 @@ from .exit_criteria import ExitController, ExitOptions, ExitProbe
 from .generation_text import RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
 from .outputs import CACHE_NAME, MegaTransformerCausalLMOutput, MegaTransformerModelOutput, pop_cache, with_parameters
+from .paged_attention import EngineCall, check_places, is_engine_call, pop_engine_names
 from .recurrence import ActiveRows, RecurrentCore, default_state, iterate_core
 
 logger = logging.get_logger(__name__)
@@ -198,7 +207,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             exit_controller: Says which rows stop early, and after which step. Made by the model with the head.
             kwargs: `source`, of a decoder: the last states of the encoder, (batch, source, hidden), and which of them
                 are no padding, (batch, source) of bool, or None. Behind a cache, that has their keys and values.
-                `contrast`: `ContrastOptions`.
+                `contrast`: `ContrastOptions`. Those of engines, which keep keys and values: see `ENGINE_NAMES`.
 
         Raises:
             ValueError: a sequence is empty, a mask of the wrong shape, a position past a table, a cache foreign, or a
@@ -206,6 +215,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         """
         cache, source = pop_cache(cache, kwargs), kwargs.pop("source", None)
         contrast: ContrastOptions | None = kwargs.pop("contrast", None)
+        engine, cache, attention_mask = self._take_engine(kwargs, cache, attention_mask)
         check_kwargs(kwargs, self.forward, position_ids)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward needs exactly one of input_ids and inputs_embeds")
@@ -214,7 +224,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         batch, sequence, _ = inputs_embeds.shape
         if use_cache is None:
             use_cache = self.config.use_cache and self.text_config.use_cache and not self.training
-        if use_cache and cache is None:
+        if use_cache and cache is None and engine is None:
             cache = RecurrentCache(self.text_config)
         if cache is not None and not hasattr(cache, "row_steps"):
             cache = RecurrentCache.of_prefix(self.text_config, cache)
@@ -229,9 +239,19 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 torch.compiler.cudagraph_mark_step_begin()
         asked = self.asked_outputs(output_hidden_states, output_attentions)
         attentions = [] if asked["output_attentions"] else None
-        inputs = prepare_attention(
-            self.text_config, hidden, attention_mask, position_ids, cache, may_restart, attentions=attentions
-        )
+        if engine is None:
+            inputs = prepare_attention(
+                self.text_config, hidden, attention_mask, position_ids, cache, may_restart, attentions=attentions
+            )
+        else:
+            for name, value in (
+                *(("contrast", contrast), ("exits", exit_controller), ("output_attentions", attentions)),
+                ("num_steps with a number per row", depth.rows),
+            ):
+                if value is not None:
+                    raise ValueError(f"{name} is not possible where an engine keeps keys and values; leave it out")
+            check_places(self.text_config, depth.total)
+            inputs = prepare_engine_attention(self.text_config, hidden, position_ids, engine)
         inputs.hidden_states = [hidden] if asked["output_hidden_states"] else None
         if self.training or self.units_are_compiled:
             inputs.token = None
@@ -241,6 +261,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         slots = cache.prelude_slots if cache is not None else None
         hidden = self.prelude(hidden, inputs=inputs, slots=slots)
         if self.core is None:
+            inputs = inputs if engine is None else inputs.of_step(0)
             hidden, state, states, exit_steps = self.read(hidden, inputs, cache), None, None, None
             contrasted = None
         else:
@@ -263,6 +284,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 cache.fill_skipped_steps(exit_steps, num_new_tokens=sequence)
             if inputs.hidden_states is not None:
                 inputs.hidden_states += states[1:]
+            if engine is not None:
+                inputs = inputs.of_step(depth.total)  # the places behind those of all steps
             state = self.norm(state)
             if cache is not None and is_warm:
                 cache.last_state = state[:, -1:].clone()
@@ -283,6 +306,16 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             exit_steps=exit_steps,
             contrasted=contrasted,
         )
+
+    def _take_engine(
+        self, kwargs: dict[str, Any], cache: Any, attention_mask: torch.Tensor | None
+    ) -> tuple[EngineCall | None, RecurrentCache | None, torch.Tensor | None]:
+        """What an engine gives, if it calls, and cache and mask, which are then its own."""
+        if not is_engine_call(kwargs):
+            return None, cache, attention_mask
+        config = self.text_config
+        counts = (config.num_prelude_layers, config.num_core_layers)
+        return EngineCall(pop_engine_names(kwargs), cache, attention_mask, *counts), None, None
 
     def _see_source(
         self,
@@ -556,6 +589,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
         of_base = {name: kwargs.pop(name) for name in ("source", "contrast") if kwargs.get(name) is not None}
         smoothing = kwargs.pop("label_smoothing", 0.0)
         cache = pop_cache(cache, kwargs)
+        of_base |= pop_engine_names(kwargs)
         check_kwargs(kwargs, self.forward, position_ids)
         is_shifted = shift_labels is not None
         labels = shift_labels if is_shifted else labels

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
+from transformers.processing_utils import MultiModalData
 
 from .audio_modality import AudioModality
 from .chat import (
@@ -176,6 +177,15 @@ class MegaTransformerProcessor(ProcessorMixin):
     def num_media_tokens(self, kind: str, size: Any) -> int:
         """Tokens that an item of that size (`item_size`) takes in a text, start and end included."""
         return self._modality(kind).tokens_of_size(size) + 2
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """The number of placeholders of each image of (height, width), start and end left out, as vLLM asks for it."""
+        if image_sizes is None:
+            return MultiModalData()
+        counts = [self._modality("image").tokens_of_size(tuple(size)) for size in image_sizes]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     def preprocess_item(self, kind: str, medium: Any) -> torch.Tensor:
         """One item to the tensor that `encode_chat` and `collate_media` take."""

@@ -48,7 +48,7 @@ PRIVATE_NAMES = (
         "_get_logits_processor",
         "override",
         "the pass of classifier-free guidance takes as many steps; placeholders are no text",
-        ("model_kwargs",),
+        ("generation_config", "model_kwargs"),
     ),
     PrivateName(
         GENERATION,

