@@ -1,8 +1,8 @@
 """How sure a score is: intervals of 95 % for shares, means and differences of two models over the same examples."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,6 @@ DRAWS, FEWEST_DRAWS = 10_000, 1_000
 """Draws of a bootstrap of sums; fewer where there are so many examples that a draw takes its time."""
 MOST_NUMBERS = 2 * 10**7
 """Numbers that such a bootstrap draws, if that leaves the fewest draws."""
-TEXT_DRAWS = 200
-"""Draws of a bootstrap of scores that are counted anew from the texts of each draw."""
 AT_ONCE = 2**22
 """Numbers that a bootstrap holds at a time, at most, unless one draw has more."""
 
@@ -69,23 +67,35 @@ def ratio_interval(values: Sequence[float], weights: Sequence[float] | None = No
     Raises:
         ValueError: There is no example.
     """
-    if not len(values):
+    weights = np.ones(len(values)) if weights is None else weights
+    sums = sums_of_draws(np.stack([np.asarray(values, float), np.asarray(weights, float)], axis=1), seed)
+    return interval_of(divided(sums[:, 0], sums[:, 1]))
+
+
+def sums_of_draws(columns: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The sums of columns, (examples, columns), over each draw of as many examples with replacement, (draws, columns).
+
+    Raises:
+        ValueError: There is no example.
+    """
+    count = len(columns)
+    if not count:
         raise ValueError("0 examples have no interval; give some")
-    pair = np.stack(
-        [np.asarray(values, float), np.ones(len(values)) if weights is None else np.asarray(weights, float)]
-    )
-    draw, found, count = np.random.default_rng(seed), [], pair.shape[1]
+    draw, found = np.random.default_rng(seed), []
     draws, size = min(DRAWS, max(FEWEST_DRAWS, MOST_NUMBERS // count)), max(1, AT_ONCE // count)
     for first in range(0, draws, size):
-        sums = pair[:, draw.integers(count, size=(min(size, draws - first), count))].sum(-1)  # (2, draws)
-        found.append(sums[0] / np.where(sums[1] > 0, sums[1], np.nan))
-    return Interval(*map(float, np.nanquantile(np.concatenate(found), LEVELS)))
+        number = min(size, draws - first)
+        chosen = draw.integers(count, size=(number, count)) + count * np.arange(number)[:, None]
+        times = np.bincount(chosen.ravel(), minlength=number * count).reshape(number, count)
+        found.append(times.astype(float) @ columns)
+    return np.concatenate(found)
 
 
-def score_intervals(
-    score: Callable[[Sequence[Any]], dict[str, float]], rows: Sequence[Any], seed: int = 0
-) -> dict[str, Interval]:
-    """The intervals of scores of a whole corpus, which are no sums, by a bootstrap of `TEXT_DRAWS` over its rows."""
-    draw = np.random.default_rng(seed)
-    found = [score([rows[index] for index in draw.integers(len(rows), size=len(rows))]) for _ in range(TEXT_DRAWS)]
-    return {name: Interval(*map(float, np.quantile([it[name] for it in found], LEVELS))) for name in found[0]}
+def divided(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The quotients, no number where a draw has no weight."""
+    return values / np.where(weights > 0, weights, np.nan)
+
+
+def interval_of(draws: np.ndarray) -> Interval:
+    """The interval between the quantiles of draws."""
+    return Interval(*map(float, np.nanquantile(draws, LEVELS)))

@@ -9,7 +9,6 @@ from evaluation.intervals import (
     Interval,
     difference_interval,
     ratio_interval,
-    score_intervals,
     sign_test,
     wilson_interval,
 )
@@ -97,10 +96,3 @@ def test_the_bootstrap_of_a_mean_has_the_width_of_its_standard_error():
     assert ratio_interval(2 * values, np.full(1000, 2.0)) == pytest.approx((low, high))
     with pytest.raises(ValueError, match="0 examples have no interval"):
         ratio_interval([])
-
-
-def test_scores_of_a_corpus_have_the_intervals_of_their_draws():
-    """A mean by both ways."""
-    values = list(np.random.default_rng(0).normal(3, 1, 400))
-    found = score_intervals(lambda rows: {"mean": float(np.mean(rows))}, values)["mean"]
-    assert found == pytest.approx(ratio_interval(values), abs=0.03)
