@@ -214,8 +214,9 @@ def corpus_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def bleu(both: np.ndarray, ours: np.ndarray, theirs: np.ndarray, written: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """The score from n-grams that both have, those of texts and of references, (corpora, n), and from the words of both,
-    (corpora,); 0 where they have no n-gram of some length in common.
+    """The score from n-grams of both, of the texts and of the references, (corpora, n), and from words, (corpora,).
+
+    It is 0 where texts and references have no n-gram of some length in common.
     """
     is_asked = theirs > 0
     precision = both / np.maximum(ours, 1)

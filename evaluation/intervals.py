@@ -29,7 +29,7 @@ def wilson_interval(right: int, count: int) -> Interval:
     share, spread = right / count, Z**2 / count
     middle = (share + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return Interval(max(0.0, middle - half), min(1.0, middle + half))
+    return Interval(middle - half if right else 0.0, middle + half if right < count else 1.0)
 
 
 def difference_interval(only_first: int, only_second: int, count: int) -> Interval:
