@@ -2,16 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from model import length_before, tokenizer_of
 
+from .intervals import Interval, interval_of, sums_of_draws, wilson_interval
+
 Example = Mapping[str, Any]
+BLEU_WORDS, CHRF_CHARACTERS = 4, 6
+"""The longest n-grams that are counted."""
 
 
 @dataclass
@@ -49,6 +54,8 @@ class TextScores:
     corpus, as in sacrebleu."""
     attributes: dict[str, float]
     """Share of answers that say the same as their reference, by attribute; empty where the source names none."""
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    """Those of 95 %, by the names above and of attributes; of scores of the whole corpus by a bootstrap over texts."""
 
 
 def prompt_of(example: Example) -> list[int]:
@@ -131,72 +138,117 @@ def text_scores(answers: Sequence[Answer]) -> TextScores:
     Raises:
         ValueError: there are none.
     """
-    # Here, so that training, which has nothing written, does not wait for its import.
-    from torchmetrics.functional.text import bleu_score, char_error_rate, word_error_rate
-
     if not answers:
         raise ValueError("0 answers have no scores; give examples with answers")
-    written, references = [answer.generated for answer in answers], [answer.reference.strip() for answer in answers]
-    if any(references):
-        longest = max(len(reference.split()) for reference in references)
-        listed = [[reference] for reference in references]
-        of_words = {
-            "word_error_rate": word_error_rate(written, references).item(),
-            "character_error_rate": char_error_rate(written, references).item(),
-            "bleu": bleu_score(written, listed, n_gram=min(4, longest)).item(),
-        }
-    else:  # whatever was written was inserted
-        of_words = {
-            "word_error_rate": float(sum(len(text.split()) for text in written)),
-            "character_error_rate": float(sum(map(len, written))),
-            "bleu": float(not any(written)),
-        }
-    right = [text == reference for text, reference in zip(written, references, strict=True)]
+    pairs = [(answer.generated, answer.reference.strip()) for answer in answers]
+    right = sum(text == reference for text, reference in pairs)
+    attributes = attributes_right(answers)
+    intervals = {name: wilson_interval(sum(it), len(it)) for name, it in by_name(attributes).items()}
+    intervals["exact_match"] = wilson_interval(right, len(pairs))
+    counts = corpus_counts(pairs)
+    draws = corpus_scores(sums_of_draws(counts))
+    intervals |= {name: interval_of(values) for name, values in draws.items()}
     return TextScores(
-        num_examples=len(answers),
-        exact_match=sum(right) / len(right),
-        **of_words,
-        chrf=chrf(written, references),
-        attributes=attribute_accuracy(answers),
+        num_examples=len(pairs),
+        exact_match=right / len(pairs),
+        **{name: float(values[0]) for name, values in corpus_scores(counts.sum(axis=0, keepdims=True)).items()},
+        attributes=shares(attributes),
+        intervals=intervals,
     )
 
 
-def chrf(written: Sequence[str], references: Sequence[str], longest: int = 6, beta: int = 2) -> float:
-    """F-score of character n-grams without blanks, n = 1 to `longest`, over the corpus: Popović 2015, as sacrebleu
-    counts it. Lengths of n-grams that either side has none of are left out, so that what is right has 1, however short
-    it is; torchmetrics counts them as 0.
+def corpus_counts(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """What is counted of each text and its reference, whose sums over a corpus `corpus_scores` reads, (texts, 35).
+
+    Edits and length of the reference, in words and in characters; words of the text; n-grams that both have, those of
+    the text and those of the reference, of words for n = 1 to 4, of characters without blanks for n = 1 to 6.
     """
-    shares = []
-    for n in range(1, longest + 1):
-        right = found = wanted = 0
-        for text, reference in zip(written, references, strict=True):
-            ours, theirs = character_ngrams(text, n), character_ngrams(reference, n)
-            right, wanted = right + (ours & theirs).total(), wanted + theirs.total()
-            found += ours.total() if theirs else 0  # as sacrebleu: nothing was asked for that could be found
-        if found and wanted:
-            shares.append((right / found, right / wanted))
-    if not shares:
-        return float(not any(written) and not any(references))
-    precision, recall = (sum(part) / len(shares) for part in zip(*shares, strict=True))
-    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall) if precision and recall else 0.0
+    # Here, so that training, which has nothing written, does not wait for its import.
+    from torchmetrics.functional.text import edit_distance
+
+    known: dict[str, str] = {}
+    of_words = [[spelled(text, known) for text in pair] for pair in pairs]  # a character for each word
+    edits = [edit_distance(*zip(*texts, strict=True), reduction="none").tolist() for texts in (of_words, pairs)]
+    rows = []
+    for (text, reference), (words, right_words), *found in zip(pairs, of_words, *edits, strict=True):
+        row = [found[0], len(right_words), found[1], len(reference), len(words)]
+        for n in range(1, BLEU_WORDS + 1):
+            ours, theirs = ngrams(words, n), ngrams(right_words, n)
+            row += [(ours & theirs).total(), ours.total(), theirs.total()]
+        texts = ["".join(it.split()) for it in (text, reference)]
+        for n in range(1, CHRF_CHARACTERS + 1):
+            ours, theirs = (ngrams(it, n) for it in texts)
+            # As sacrebleu: where nothing was asked for, nothing could be found.
+            row += [(ours & theirs).total(), ours.total() if theirs else 0, theirs.total()]
+        rows.append(row)
+    return np.array(rows, float)
 
 
-def character_ngrams(text: str, n: int) -> Counter[str]:
-    """How often each n-gram of characters occurs, blanks left out."""
-    text = "".join(text.split())
+def spelled(text: str, known: dict[str, str]) -> str:
+    """A text with a character for each word, those of new words added to the known ones."""
+    return "".join(known.setdefault(word, chr(0x10000 + len(known))) for word in text.split())
+
+
+def ngrams(text: str, n: int) -> Counter[str]:
+    """How often each n-gram of characters occurs."""
     return Counter(text[start : start + n] for start in range(len(text) - n + 1))
 
 
-def attribute_accuracy(answers: Sequence[Answer]) -> dict[str, float]:
-    """The share of right answers by attribute that references have."""
+def corpus_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores of corpora, from the sums of their `corpus_counts`, (corpora, 35).
+
+    Error rates are edits by the lengths of the references. BLEU: Papineni et al. 2002, with n-grams of at most as many
+    words as some reference has; where no reference has a word, 1 if nothing was written. chrF: Popović 2015, as
+    sacrebleu counts it; lengths of n-grams that either side has none of are left out, so that what is right has 1,
+    however short it is; torchmetrics counts them as 0.
+    """
+    word_edits, words, edits, characters, written = sums[:, :5].T
+    is_empty = (words == 0) & (written == 0)
+    of_words, of_characters = sums[:, 5 : 5 + 3 * BLEU_WORDS], sums[:, 5 + 3 * BLEU_WORDS :]
+    return {
+        "word_error_rate": word_edits / np.maximum(words, 1),
+        "character_error_rate": edits / np.maximum(characters, 1),
+        "bleu": np.where(is_empty, 1.0, bleu(*of_words.reshape(len(sums), -1, 3).transpose(2, 0, 1), written, words)),
+        "chrf": np.where(is_empty, 1.0, chrf(*of_characters.reshape(len(sums), -1, 3).transpose(2, 0, 1))),
+    }
+
+
+def bleu(both: np.ndarray, ours: np.ndarray, theirs: np.ndarray, written: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """The score from n-grams of both, of the texts and of the references, (corpora, n), and from words, (corpora,).
+
+    It is 0 where texts and references have no n-gram of some length in common.
+    """
+    is_asked = theirs > 0
+    precision = both / np.maximum(ours, 1)
+    logs = np.where(is_asked, np.log(np.maximum(precision, np.finfo(float).tiny)), 0).sum(axis=1)
+    brevity = np.exp(np.minimum(0, 1 - words / np.maximum(written, 1)))
+    has_all = is_asked.any(axis=1) & ((both > 0) | ~is_asked).all(axis=1)
+    return np.where(has_all, brevity * np.exp(logs / np.maximum(is_asked.sum(axis=1), 1)), 0.0)
+
+
+def chrf(both: np.ndarray, ours: np.ndarray, theirs: np.ndarray, beta: int = 2) -> np.ndarray:
+    """The score from n-grams that both have, those of texts and of references, (corpora, n)."""
+    is_counted = (ours > 0) & (theirs > 0)
+    count = np.maximum(is_counted.sum(axis=1), 1)
+    precision, recall = (np.where(is_counted, both / np.maximum(of, 1), 0).sum(axis=1) / count for of in (ours, theirs))
+    return (1 + beta**2) * precision * recall / np.maximum(beta**2 * precision + recall, np.finfo(float).tiny)
+
+
+def attributes_right(answers: Sequence[Answer]) -> list[dict[str, bool]]:
+    """Whether answers say the same as their references, by attribute that these have; of those that have any."""
     named = [answer for answer in answers if answer.attributes is not None]
     pairs = [(answer.attributes(answer.generated), answer.attributes(answer.reference)) for answer in named]
-    return shares([{name: said.get(name) == value for name, value in right.items()} for said, right in pairs])
+    return [{name: said.get(name) == value for name, value in right.items()} for said, right in pairs]
+
+
+def by_name(found: Sequence[Mapping[str, bool]]) -> dict[str, list[bool]]:
+    """What is right, by name."""
+    values: dict[str, list[bool]] = {}
+    for name, is_right in (item for one in found for item in one.items()):
+        values.setdefault(name, []).append(is_right)
+    return values
 
 
 def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:
     """The share of what is right, by name, among those that have the name."""
-    values: dict[str, list[bool]] = {}
-    for name, is_right in (item for one in found for item in one.items()):
-        values.setdefault(name, []).append(is_right)
-    return {name: sum(right) / len(right) for name, right in values.items()}
+    return {name: sum(right) / len(right) for name, right in by_name(found).items()}

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.audio_utils import mel_filter_bank
 
 from .distances import FeatureDistances, compare_features, digest_of, pixels_of
+from .intervals import Interval, wilson_interval
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class ClassifierScores(FeatureDistances):
     """Of these: those it gives the label asked for; media that were not written count as wrong."""
     real_accuracy: float
     """Of real media held out from it, with their own labels."""
+    interval: Interval | None = None
+    """That of 95 % of the accuracy."""
 
 
 class Classifier(nn.Module):
@@ -320,12 +323,14 @@ def classify_media(
     names = iter(classifier.labels(features))
     found = [None if medium is None else next(names) for medium in media]
     pairs = [(name, label) for name, label in zip(found, asked, strict=True) if label is not None]
+    accuracy = share_of_equals(*zip(*pairs, strict=True))
     real, held_out = classifier.real_features, classifier.held_out_features[: max(len(features), 2)]
     return ClassifierScores(
         digest=classifier.digest,
         num_examples=len(pairs),
-        accuracy=share_of_equals(*zip(*pairs, strict=True)),
+        accuracy=accuracy,
         real_accuracy=classifier.real_accuracy,
+        interval=wilson_interval(round(accuracy * len(pairs)), len(pairs)),
         **compare_features({"": (real, features), "real_": (real, held_out)}),
     )
 

@@ -1,5 +1,8 @@
 """What depth buys: loss, answers and time of one model at several numbers of core steps."""
 
+from __future__ import annotations
+
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -16,6 +20,7 @@ from model import TARGET_MODALITIES, modality_names
 from model.chat import TARGET_PREFIX
 
 from .answers import Answer, AnswerGenerator, Example, TextScores, prompt_of, text_scores, to_model
+from .intervals import Interval, divided, interval_of, sums_of_draws, wilson_interval
 from .metrics import METRICS, as_causal, flow_weights, metrics_from_sums, token_scores, with_flow_losses
 
 Item = Mapping[str, Any]
@@ -32,6 +37,9 @@ class ExactMatch:
     """Number of rows."""
     by_difficulty: dict[int, float] = field(default_factory=dict)
     """Over the rows of each difficulty, where the source names one."""
+    interval: Interval | None = None
+    """That of 95 % of the total."""
+    difficulty_intervals: dict[int, Interval] = field(default_factory=dict)
 
 
 @dataclass
@@ -44,6 +52,8 @@ class ModalityScores:
     exact_match: float | None
     """Of the sources with answers; None if none has it."""
     generated: TextScores | None
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    """Those of 95 %, of the losses and of `exact_match`."""
 
 
 @dataclass
@@ -68,6 +78,20 @@ class DepthRow:
     """By source with answers, if texts were written."""
     modalities: dict[str, ModalityScores] = field(default_factory=dict)
     """By modality, where there are others than text."""
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    """Those of 95 % of loss, perplexity and bits per byte, over all validation sources, by a bootstrap over rows."""
+    source_intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    """The same of each validation source."""
+    examples: ExampleScores | None = None
+    """What is known of single examples."""
+
+
+@dataclass
+class ExampleScores:
+    """What is known of single examples at one depth, in their order, by source."""
+
+    texts: dict[str, TextSums]
+    answers: dict[str, list[Answer]]
 
 
 def answers_right(logits: torch.Tensor, labels: torch.LongTensor) -> torch.BoolTensor:
@@ -111,9 +135,9 @@ class TextSums:
     """What is known of the rows of a source at one depth."""
 
     tokens: torch.Tensor
-    """Sums of `token_scores` over the tokens of each modality, float64 (modalities, 2 or 3)."""
+    """Sums of `token_scores` over the tokens of each modality, float64 (rows, modalities, 2 or 3)."""
     latents: torch.Tensor
-    """The sum of the losses of latents, and their number, by `TARGET_MODALITIES`, float64 (modalities, 2)."""
+    """The sum of the losses of latents, and their number, by `TARGET_MODALITIES`, float64 (rows, modalities, 2)."""
     seconds: float = 0.0
     """Seconds in forward passes."""
     positions: int = 0
@@ -159,9 +183,7 @@ class DepthEvaluator:
 
     def score_texts(self, items: Sequence[Item], num_steps: int | None) -> TextSums:
         """Sums over all rows."""
-        num_scores = 2 if self.byte_lengths is None else 3
-        tokens, latents = torch.zeros(len(modality_names()), num_scores), torch.zeros(len(TARGET_MODALITIES), 2)
-        sums = TextSums(tokens.double(), latents.double())
+        sums, tokens, latents = TextSums(torch.empty(0), torch.empty(0)), [], []
         for chunk in chunks(items, self.batch_size):
             batch = self.batch_of(chunk)
             has_targets = any(batch.get(f"{name}_targets") is not None for name in TARGET_MODALITIES)
@@ -172,18 +194,45 @@ class DepthEvaluator:
             sums.seconds += time.perf_counter() - start
             sums.positions += batch["input_ids"].numel()
             logits, labels = self.aligned(output.logits, batch)
-            scores = token_scores(logits, labels, self.byte_lengths)
-            modality_ids = batch.get("modality_ids", torch.zeros_like(labels))[:, 1:]
-            sums.tokens.index_add_(0, modality_ids.flatten().cpu(), scores.flatten(0, 1).cpu())
-            for name, (losses, _) in ((output.target_losses or {}) if has_targets else {}).items():
-                sums.latents[TARGET_MODALITIES.index(name)] += torch.tensor([losses.double().sum(), len(losses)])
+            scores = token_scores(logits, labels, self.byte_lengths).cpu()  # (batch, sequence - 1, 2 or 3)
+            modality_ids = batch.get("modality_ids", torch.zeros_like(labels))[:, 1:].cpu()
+            index = modality_ids + len(modality_names()) * torch.arange(len(scores))[:, None]
+            by_row = scores.new_zeros(len(scores) * len(modality_names()), scores.shape[-1])
+            by_row.index_add_(0, index.flatten(), scores.flatten(0, 1))
+            tokens.append(by_row.unflatten(0, (len(scores), -1)))
+            latents.append(torch.zeros(len(scores), len(TARGET_MODALITIES), 2, dtype=torch.float64))
+            for name, (losses, rows) in ((output.target_losses or {}) if has_targets else {}).items():
+                pairs = torch.stack([losses.double(), torch.ones_like(losses).double()], dim=-1).cpu()
+                latents[-1][:, TARGET_MODALITIES.index(name)].index_add_(0, rows.cpu(), pairs)
+        sums.tokens, sums.latents = torch.cat(tokens), torch.cat(latents)
         return sums
 
-    def metrics(self, tokens: Sequence[float], latents: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Those of the trainer, from sums."""
-        has_latents = any(count for _, count in latents.values())
-        weights = flow_weights(self.model.config) if has_latents else {}
-        return with_flow_losses(metrics_from_sums(*tokens), latents, weights)
+    def metrics(self, tokens: torch.Tensor, latents: torch.Tensor) -> dict[str, float]:
+        """Those of the trainer, from the sums of rows: (rows, 2 or 3), and (rows, target modalities, 2)."""
+        sums = dict(zip(TARGET_MODALITIES, latents.sum(dim=0).tolist(), strict=True))
+        return with_flow_losses(metrics_from_sums(*tokens.sum(dim=0).tolist()), sums, self.weights_of(latents))
+
+    def weights_of(self, latents: torch.Tensor) -> dict[str, float]:
+        """The weight of the losses of latents, by modality, where there are any."""
+        return flow_weights(self.model.config) if latents[..., 1].any() else {}
+
+    def intervals(self, tokens: torch.Tensor, latents: torch.Tensor) -> dict[str, Interval]:
+        """The intervals of the `metrics` of the same rows, by a bootstrap over these."""
+        weights, kept = self.weights_of(latents), (tokens[:, 1] > 0) | (latents[..., 1] > 0).any(dim=1)
+        width = tokens.shape[1]
+        draws = sums_of_draws(torch.cat([tokens, latents.flatten(1)], dim=1)[kept].numpy())
+        nll, of_latents = draws[:, 0], draws[:, width:].reshape(len(draws), -1, 2)
+        loss = divided(nll, draws[:, 1])
+        found = {"perplexity": np.exp(loss)}
+        if width == 3:
+            found["bits_per_byte"] = divided(nll, draws[:, 2]) / math.log(2)
+        for name, pair in zip(TARGET_MODALITIES, of_latents.swapaxes(0, 1), strict=True):
+            if name in weights and pair[:, 1].any():
+                found[f"flow_loss_{name}"] = divided(*pair.T)
+                loss = loss + weights[name] * np.nan_to_num(found[f"flow_loss_{name}"])
+        return {
+            name: interval_of(values) for name, values in {"loss": loss, **found}.items() if np.isfinite(values).any()
+        }
 
     def answer(self, examples: Iterable[Example], num_steps: int | None) -> list[Answer]:
         """The answers to examples with `input_ids`, `labels` (on the answer), `answer` and `difficulty`."""
@@ -203,37 +252,43 @@ class DepthEvaluator:
         """All measures at one depth."""
         sums = {name: self.score_texts(items, num_steps) for name, items in texts.items()}
         seconds, positions = (sum(getattr(part, name) for part in sums.values()) for name in ("seconds", "positions"))
-        whole = TextSums(sum(part.tokens for part in sums.values()), sum(part.latents for part in sums.values()))
+        whole = TextSums(*(torch.cat([getattr(it, name) for it in sums.values()]) for name in ("tokens", "latents")))
         total, *of_sources = (
-            self.metrics(
-                part.tokens.sum(dim=0).tolist(), dict(zip(TARGET_MODALITIES, part.latents.tolist(), strict=True))
-            )
+            (self.metrics(part.tokens.sum(dim=1), part.latents), self.intervals(part.tokens.sum(dim=1), part.latents))
             for part in (whole, *sums.values())
         )
         answers = {name: self.answer(rows, num_steps) for name, rows in examples.items()}
         return DepthRow(
             num_steps=num_steps,
-            **{name: total.get(name) for name in METRICS},
+            **{name: total[0].get(name) for name in METRICS},
             milliseconds_per_token=1000 * seconds / positions,
-            sources=dict(zip(sums, of_sources, strict=True)),
+            sources={name: metrics for name, (metrics, _) in zip(sums, of_sources, strict=True)},
             exact_match={name: exact_match(found) for name, found in answers.items()},
             generated={name: text_scores(found) for name, found in answers.items() if self.writer is not None},
             modalities=self.score_modalities(whole, [answer for found in answers.values() for answer in found]),
+            intervals=total[1],
+            source_intervals={name: intervals for name, (_, intervals) in zip(sums, of_sources, strict=True)},
+            examples=ExampleScores(sums, answers),
         )
 
     def score_modalities(self, sums: TextSums, answers: Sequence[Answer]) -> dict[str, ModalityScores]:
         """Scores by modality, from sums and answers of all sources; none where all is text."""
         found = {}
-        targets = dict(zip(TARGET_MODALITIES, sums.latents.tolist(), strict=True))
-        for name, part in zip(modality_names(), sums.tokens.tolist(), strict=True):
-            shown = name.removeprefix(TARGET_PREFIX) if name.startswith(TARGET_PREFIX) else None
-            own = [answer for answer in answers if answer.modality == name]
-            if not own and part[1] == 0:
+        for number, name in enumerate(modality_names()):
+            tokens, latents = sums.tokens[:, number], torch.zeros_like(sums.latents)
+            if name.startswith(TARGET_PREFIX):
+                own_latents = TARGET_MODALITIES.index(name.removeprefix(TARGET_PREFIX))
+                latents[:, own_latents] = sums.latents[:, own_latents]
+            own, has_tokens = [answer for answer in answers if answer.modality == name], bool(tokens[:, 1].any())
+            if not own and not has_tokens:
                 continue
+            match = exact_match(own) if own else None
             found[name] = ModalityScores(
-                losses=self.metrics(part, {shown: targets[shown]} if shown else {}) if part[1] else {},
-                exact_match=exact_match(own).total if own else None,
+                losses=self.metrics(tokens, latents) if has_tokens else {},
+                exact_match=match.total if match else None,
                 generated=text_scores(own) if own and self.writer is not None else None,
+                intervals=(self.intervals(tokens, latents) if has_tokens else {})
+                | ({"exact_match": match.interval} if match else {}),
             )
         return {} if set(found) <= {"text"} else found
 
@@ -244,10 +299,14 @@ def exact_match(answers: Sequence[Answer]) -> ExactMatch:
     for answer in answers:
         if answer.difficulty is not None:
             by_difficulty[answer.difficulty].append(answer.is_right)
+    levels = sorted(by_difficulty.items())
+    right = sum(answer.is_right for answer in answers)
     return ExactMatch(
-        total=sum(answer.is_right for answer in answers) / len(answers),
+        total=right / len(answers),
         num_examples=len(answers),
-        by_difficulty={level: sum(rows) / len(rows) for level, rows in sorted(by_difficulty.items())},
+        by_difficulty={level: sum(rows) / len(rows) for level, rows in levels},
+        interval=wilson_interval(right, len(answers)),
+        difficulty_intervals={level: wilson_interval(sum(rows), len(rows)) for level, rows in levels},
     )
 
 

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from model import draw_codes
 from model.chat import TARGET_PREFIX
 
-from .answers import Answer, AnswerGenerator, Example, TextScores, shares, text_scores, to_model
+from .answers import Answer, AnswerGenerator, Example, TextScores, by_name, shares, text_scores, to_model
 from .classifiers import Classifier, ClassifierScores, classify_media
 from .depth import chunks, evaluating, wait_for
 from .distances import FeatureDistances, FeatureNetwork
+from .intervals import Interval, wilson_interval
 
 NUM_SAMPLES = 8
 """Media of each source that are kept to be shown."""
@@ -43,6 +44,8 @@ class MediaScores:
     """To write a medium, in batches as they came."""
     mean_steps: float | None
     """Core steps of a place; None where nothing could exit."""
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    """Those of 95 % of the checks."""
 
 
 @dataclass
@@ -215,6 +218,7 @@ class MediaEvaluator:
             round_trip=text_scores(answers) if answers else None,
             milliseconds=1000 * seconds / len(media),
             mean_steps=sum(steps) / len(steps) if steps else None,
+            intervals={name: wilson_interval(sum(it), len(it)) for name, it in by_name(right).items()},
         )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from model import TARGET_MODALITIES
+
 from .answers import TextScores
 from .classifiers import ClassifierScores
 from .depth import DepthRow, ModalityScores
+from .intervals import Interval
 from .media_generation import GeneratedItem, MediaRow, MediaSample, MediaScores, MediaTable
 
 if TYPE_CHECKING:
@@ -30,8 +33,16 @@ WINDOW, HOP = 0.032, 0.008  # seconds of a frame of a spectrogram, and from one 
 RANGE = 7.0  # powers of ten of a spectrogram that are shown
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def percent(share: float, interval: Interval | None = None) -> str:
+    """A share in per cent, and its interval, if it has one."""
+    around = "" if interval is None else f" ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+    return f"{100 * share:.1f} %{around}"
+
+
+def figure_cell(value: float | None, interval: Interval | None = None, digits: int = 4) -> str:
+    """A figure and its interval, if it has one; a dash for none."""
+    around = "" if interval is None else f" ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+    return "-" if value is None else f"{value:.{digits}f}{around}"
 
 
 def depth_name(num_steps: int | None) -> str:
@@ -49,9 +60,11 @@ def markdown_table(rows: Sequence[DepthRow]) -> str:
     header = ["steps", "loss", "perplexity", "bits per byte", *(f"exact {name}" for name in names), "ms per token"]
     body = []
     for row in rows:
-        bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-        exact = [percent(row.exact_match[name].total) for name in names]
-        figures = [f"{row.loss:.4f}", f"{row.perplexity:.3f}", bits, *exact, f"{row.milliseconds_per_token:.4f}"]
+        loss = figure_cell(row.loss, row.intervals.get("loss"))
+        bits = figure_cell(row.bits_per_byte, row.intervals.get("bits_per_byte"))
+        exact = [percent(row.exact_match[name].total, row.exact_match[name].interval) for name in names]
+        perplexity = figure_cell(row.perplexity, digits=3)
+        figures = [loss, perplexity, bits, *exact, figure_cell(row.milliseconds_per_token)]
         body.append([depth_name(row.num_steps), *figures])
     parts = [format_table(header, body)]
     if rows[0].modalities:
@@ -59,14 +72,17 @@ def markdown_table(rows: Sequence[DepthRow]) -> str:
     for name in names:
         levels = list(rows[0].exact_match[name].by_difficulty)
         if len(levels) > 1:
-            shares = [(row, row.exact_match[name].by_difficulty) for row in rows]
-            lines = [[depth_name(row.num_steps), *(percent(found[level]) for level in levels)] for row, found in shares]
+            lines = []
+            for row in rows:
+                match = row.exact_match[name]
+                cells = [percent(match.by_difficulty[it], match.difficulty_intervals.get(it)) for it in levels]
+                lines.append([depth_name(row.num_steps), *cells])
             parts += [f"Exact match of {name} by difficulty:\n", format_table(["steps", *map(str, levels)], lines)]
     for name, first in rows[0].generated.items():
         lines = []
         for row in rows:
             scores = row.generated[name]
-            named = [percent(scores.attributes[attribute]) for attribute in first.attributes]
+            named = [percent(scores.attributes[it], scores.intervals.get(it)) for it in first.attributes]
             lines.append([depth_name(row.num_steps), *text_cells(scores), *named])
         title = f"Texts generated for {name} ({first.num_examples}):\n"
         parts += [title, format_table(["steps", *TEXT_SCORES, *first.attributes], lines)]
@@ -76,27 +92,27 @@ def markdown_table(rows: Sequence[DepthRow]) -> str:
 def modality_table(rows: Sequence[DepthRow]) -> str:
     """A line for each modality and depth; a dash where there is no figure."""
     titles = TEXT_SCORES[1:] if rows[0].generated else ()
-    with_flows = any(flow_loss(scores) is not None for scores in rows[0].modalities.values())
+    with_flows = any(flow_name(scores) is not None for scores in rows[0].modalities.values())
     lines = []
     for name, row in product(rows[0].modalities, rows):
         scores = row.modalities[name]
-        losses = [scores.losses.get("loss"), *([flow_loss(scores)] if with_flows else ())]
-        shown = ["-" if it is None else f"{it:.4f}" for it in losses]
-        exact = "-" if scores.exact_match is None else percent(scores.exact_match)
+        losses = ["loss", *([flow_name(scores)] if with_flows else ())]
+        shown = [figure_cell(scores.losses.get(it), scores.intervals.get(it)) for it in losses]
+        exact = "-" if scores.exact_match is None else percent(scores.exact_match, scores.intervals.get("exact_match"))
         texts = ["-"] * len(titles) if scores.generated is None else text_cells(scores.generated)[1:]
         lines.append([name, depth_name(row.num_steps), *shown, exact, *texts])
     return format_table(["modality", "steps", "loss", *(["flow loss"] if with_flows else ()), "exact", *titles], lines)
 
 
-def flow_loss(scores: ModalityScores) -> float | None:
-    """Mean loss of the latents of a modality, if it has any."""
-    return next((value for name, value in scores.losses.items() if name.startswith("flow_loss_")), None)
+def flow_name(scores: ModalityScores) -> str | None:
+    """The name of the mean loss of the latents of a modality, if it has any."""
+    return next((name for name in scores.losses if name.startswith("flow_loss_")), None)
 
 
 def text_cells(scores: TextScores) -> list[str]:
     """Cells in the order of `TEXT_SCORES`."""
-    errors = (scores.word_error_rate, scores.character_error_rate)
-    return [percent(share) for share in (scores.exact_match, *errors, scores.bleu, scores.chrf)]
+    names = ("exact_match", "word_error_rate", "character_error_rate", "bleu", "chrf")
+    return [percent(getattr(scores, name), scores.intervals.get(name)) for name in names]
 
 
 def format_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -129,16 +145,17 @@ def names_of_checks(checks: Mapping[str, float]) -> list[str]:
 
 def media_columns(scores: MediaScores, real: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """Title, figure, and the same figure of real media, a dash where there is none, of the columns of a source."""
-    columns = [(name, percent(scores.checks[name]), percent(real[name])) for name in names_of_checks(scores.checks)]
+    names, intervals = names_of_checks(scores.checks), scores.intervals
+    columns = [(name, percent(scores.checks[name], intervals.get(name)), percent(real[name])) for name in names]
     for name, it in [*scores.classified.items(), *scores.distances.items()]:
         if isinstance(it, ClassifierScores):
-            columns.append((f"{name} classifier", percent(it.accuracy), percent(it.real_accuracy)))
+            columns.append((f"{name} classifier", percent(it.accuracy, it.interval), percent(it.real_accuracy)))
         distances = (it.frechet_distance, it.real_frechet_distance), (it.kernel_distance, it.real_kernel_distance)
         for title, pair in zip(("Frechet", "KID"), distances, strict=True):
             columns.append((f"{name} {title}", *("-" if value is None else f"{value:.3f}" for value in pair)))
     if scores.round_trip:
-        columns.append(("round trip", percent(scores.round_trip.exact_match), "-"))
-        columns.append(("round trip WER", percent(scores.round_trip.word_error_rate), "-"))
+        exact, errors, *_ = text_cells(scores.round_trip)
+        columns += [("round trip", exact, "-"), ("round trip WER", errors, "-")]
     if scores.mean_steps:
         columns.append(("mean steps", f"{scores.mean_steps:.2f}", "-"))
     return [*columns, ("ms", f"{scores.milliseconds:.1f}", "-")]
@@ -201,16 +218,28 @@ def plot_losses(rows: Sequence[DepthRow], loss: Axes, exact: Axes, duration: Axe
     depths = places_of(rows)
     modalities = [name for name, scores in rows[0].modalities.items() if scores.losses]
     loss.plot(depths, [row.loss for row in rows], marker="o", label="all" if modalities else None)
+    show_band(loss, depths, [row.intervals.get("loss") for row in rows])
     for name in modalities:
         loss.plot(depths, [row.modalities[name].losses["loss"] for row in rows], marker=".", ls="--", label=name)
     loss.set_ylabel("loss (nats per token)")
     for name in rows[0].exact_match:
         exact.plot(depths, [row.exact_match[name].total for row in rows], marker="o", label=name)
+        show_band(exact, depths, [row.exact_match[name].interval for row in rows])
     exact.set_ylabel("exact match")
     exact.set_ylim(-0.02, 1.02)
     duration.plot(depths, [row.milliseconds_per_token for row in rows], marker="o")
     duration.set_ylabel("milliseconds per token")
     duration.set_ylim(bottom=0)
+
+
+def show_band(axes: Axes, depths: Sequence[int], intervals: Sequence[Interval | None]) -> None:
+    """The intervals around the curve that was plotted last, in its colour; where it is a single point, a line."""
+    if any(it is None for it in intervals):
+        return
+    color, (lows, highs) = axes.lines[-1].get_color(), zip(*intervals, strict=True)
+    axes.fill_between(depths, lows, highs, color=color, alpha=0.15, linewidth=0)
+    if len(depths) == 1:
+        axes.vlines(depths, lows, highs, color=color)
 
 
 def plot_texts(rows: Sequence[DepthRow], errors: Axes, scores: Axes, attributes: Axes) -> None:
@@ -219,13 +248,16 @@ def plot_texts(rows: Sequence[DepthRow], errors: Axes, scores: Axes, attributes:
     for number, (name, first) in enumerate(rows[0].generated.items()):
         written = [row.generated[name] for row in rows]
         (line,) = errors.plot(depths, [it.word_error_rate for it in written], marker="o", label=f"{name}, words")
+        show_band(errors, depths, [it.intervals.get("word_error_rate") for it in written])
         look = {"color": line.get_color(), "marker": ".", "ls": "--"}
         errors.plot(depths, [it.character_error_rate for it in written], label=f"{name}, characters", **look)
         scores.plot(depths, [it.bleu for it in written], marker="o", color=line.get_color(), label=f"{name}, BLEU")
+        show_band(scores, depths, [it.intervals.get("bleu") for it in written])
         scores.plot(depths, [it.chrf for it in written], label=f"{name}, chrF", **look)
         for attribute in first.attributes:
             look = {"marker": ".", "ls": LINES[number % len(LINES)], "label": f"{name}, {attribute}"}
             attributes.plot(depths, [it.attributes[attribute] for it in written], **look)
+            show_band(attributes, depths, [it.intervals.get(attribute) for it in written])
     errors.set_ylabel("error rate")
     errors.set_ylim(bottom=0)
     for axes, what in ((scores, "BLEU and chrF"), (attributes, "attributes that are right")):
@@ -235,11 +267,17 @@ def plot_texts(rows: Sequence[DepthRow], errors: Axes, scores: Axes, attributes:
 
 def plot_source(scores: Sequence[MediaScores], depths: Sequence[int], real: Mapping[str, float], axes: Axes) -> None:
     """The curves of one source."""
-    curves = {name: ([it.checks[name] for it in scores], real[name]) for name in names_of_checks(scores[0].checks)}
+    curves = {
+        name: ([it.checks[name] for it in scores], [it.intervals.get(name) for it in scores], real[name])
+        for name in names_of_checks(scores[0].checks)
+    }
     for name, first in scores[0].classified.items():
-        curves[f"{name} classifier"] = [it.classified[name].accuracy for it in scores], first.real_accuracy
-    for name, (values, limit) in curves.items():
+        found = [it.classified[name] for it in scores]
+        curves[f"{name} classifier"] = [it.accuracy for it in found], [it.interval for it in found], first.real_accuracy
+    for name, (values, intervals, limit) in curves.items():
         (line,) = axes.plot(depths, values, marker="o" if name == "all" else ".", label=name)
+        if name == "all" or len(curves) == 1:
+            show_band(axes, depths, intervals)
         axes.axhline(limit, color=line.get_color(), ls=":", lw=0.8)
     if scores[0].round_trip:
         axes.plot(depths, [it.round_trip.exact_match for it in scores], marker=".", ls="--", label="round trip")
@@ -286,16 +324,46 @@ def spectrogram_levels(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def save_depth_table(rows: Sequence[DepthRow], folder: Path, about: Mapping[str, Any]) -> list[Path]:
-    """Write depth.json, depth.md and depth.png into the folder and return their paths.
+    """Write depth.json, depth.md and depth.png into the folder, and depth_examples.jsonl, a line for each example at
+    each depth, if these are known; return their paths.
 
     Args:
         rows: The result of `depth_table`.
         folder: Folder of the files, made if missing.
         about: What was evaluated (checkpoint, sources, limit); it stands next to the rows in the JSON.
     """
-    paths = save_table(folder, "depth", {**about, "rows": [asdict(row) for row in rows]}, markdown_table(rows))
+    content = {**about, "rows": [asdict(replace(row, examples=None)) for row in rows]}
+    paths = save_table(folder, "depth", content, markdown_table(rows))
     plot_depths(rows, paths[-1])
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for row in rows for line in example_lines(row)]
+    if lines:
+        paths.append(folder / "depth_examples.jsonl")
+        paths[-1].write_text("".join(lines), encoding="utf-8")
     return paths
+
+
+def example_lines(row: DepthRow) -> Iterator[dict[str, Any]]:
+    """What is known of each example at one depth: of a row of a validation source, the sum of its losses in nats, its
+    tokens and bytes, and the losses of its latents; of a question, whether it is right, and what was written.
+    """
+    if row.examples is None:
+        return
+    for source, sums in row.examples.texts.items():
+        names = ("nats", "tokens", "bytes")
+        for number, (tokens, latents) in enumerate(zip(sums.tokens.sum(dim=1).tolist(), sums.latents, strict=True)):
+            line = {
+                "num_steps": row.num_steps,
+                "source": source,
+                "row": number,
+                **dict(zip(names, tokens, strict=False)),
+            }
+            for name, (total, count) in zip(TARGET_MODALITIES, latents.tolist(), strict=True):
+                line |= {f"{name}_loss": total, f"{name}_latents": count} if count else {}
+            yield line
+    for source, answers in row.examples.answers.items():
+        for number, answer in enumerate(answers):
+            known = {name: getattr(answer, name) for name in ("is_right", "difficulty", "reference", "generated")}
+            yield {"num_steps": row.num_steps, "source": source, "question": number, **known}
 
 
 def save_media_table(table: MediaTable, folder: Path, about: Mapping[str, Any]) -> list[Path]:

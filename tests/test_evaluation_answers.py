@@ -1,15 +1,18 @@
 """What is written against what should be: scores by hand, and answers to media against decoding one by one."""
 
 import json
+import random
 from collections import Counter
 
 import pytest
 import torch
+from torchmetrics.functional.text import bleu_score, char_error_rate, word_error_rate
 from transformers import PreTrainedConfig
 
 from dataset_loading import Collator
-from evaluation.answers import Answer, AnswerGenerator, TextScores, attribute_accuracy, prompt_of, text_scores
+from evaluation.answers import Answer, AnswerGenerator, TextScores, attributes_right, prompt_of, shares, text_scores
 from evaluation.depth import DepthRow, ExactMatch, ModalityScores, depth_table
+from evaluation.intervals import wilson_interval
 from evaluation.metrics import token_byte_lengths
 from evaluation.report import markdown_table, save_depth_table
 from tests.test_callbacks_media import AUDIO, IMAGE, NAMES, answer, chat, row
@@ -84,6 +87,20 @@ def test_bleu_of_short_answers_counts_the_n_grams_there_are():
     assert text_scores(answers_of(*pairs)).bleu == pytest.approx(bleu(pairs, 3), rel=1e-4)
 
 
+def test_word_scores_are_those_of_torchmetrics_and_intervals_hold_them():
+    """Of random texts, some empty; the draws of the intervals have the corpus's own score in their midst."""
+    draw, words = random.Random(0), ["red", "ring", "a", "of", "left"]
+    texts = [" ".join(draw.choices(words, k=draw.randint(0, 9))) for _ in range(80)]
+    pairs = [(text, " ".join(word if draw.random() < 0.8 else "star" for word in text.split())) for text in texts]
+    scores, (references, written) = text_scores(answers_of(*pairs)), zip(*pairs, strict=True)
+    assert scores.bleu == pytest.approx(bleu_score(written, [[it] for it in references]).item(), rel=1e-5)
+    assert scores.word_error_rate == pytest.approx(word_error_rate(written, references).item(), rel=1e-5)
+    assert scores.character_error_rate == pytest.approx(char_error_rate(written, references).item(), rel=1e-5)
+    for name in ("exact_match", "word_error_rate", "character_error_rate", "bleu", "chrf"):
+        low, high = scores.intervals[name]
+        assert low < getattr(scores, name) < high < low + 0.35
+
+
 def test_chrf_is_that_of_the_definition():
     """F2 of character n-grams without blanks, n = 1 to 6, over the corpus: Popović 2015."""
     pairs = [("a red ring", "a red rung"), ("two stars", "two squares")]
@@ -147,7 +164,7 @@ def test_attributes_are_those_of_the_reference():
         return dict(part.split("=") for part in text.split())
 
     answers = answers_of(("a=1 b=2", "a=1 b=3"), ("a=1", "b=2"), ("b=2", "a=9 b=2"), attributes=read)
-    assert attribute_accuracy(answers + answers_of(("a=1", "a=2"))) == {"a": 1 / 2, "b": 1 / 2}
+    assert shares(attributes_right(answers + answers_of(("a=1", "a=2")))) == {"a": 1 / 2, "b": 1 / 2}
     assert text_scores(answers).attributes == {"a": 1 / 2, "b": 1 / 2}
     assert text_scores(answers_of(("x", "x"))).attributes == {}
 
@@ -307,7 +324,9 @@ def test_what_is_written_is_right_where_every_token_is_the_likeliest():
         *(model, [2], texts, {"scenes": examples}, Collator(processor)),
         writer=AnswerGenerator(processor, max_new_tokens=3),
     )
-    assert table[0].exact_match["scenes"] == ExactMatch(0.5, 4, {1: 0.5, 2: 0.5})
+    match = table[0].exact_match["scenes"]
+    assert (match.total, match.num_examples, match.by_difficulty) == (0.5, 4, {1: 0.5, 2: 0.5})
+    assert match.interval == wilson_interval(2, 4) and match.difficulty_intervals[1] == wilson_interval(1, 2)
     assert table[0].generated["scenes"].exact_match == table[0].modalities["image"].exact_match == 0.5
 
 

@@ -12,6 +12,7 @@ import yaml
 from configs.runs import split_overrides
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
 from evaluation.__main__ import main
+from evaluation.compare import main as compare
 from tests.processes import run_python
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 
@@ -50,6 +51,13 @@ def run(capsys, *argv):
     return capsys.readouterr()
 
 
+def of_rows() -> list[tuple[str, int]]:
+    """The number of validation rows that were scored, by source, as the run's configuration has them."""
+    sources = [SourceConfig(**source) for source in CONFIG["data"]["train"]]
+    found = build_datasets(DataConfig(train=sources, block_size=64), tiny_tokenizer(), seed=5).validation
+    return [(name, min(6, len(rows))) for name, rows in found.items()]
+
+
 def test_the_plain_call_needs_no_data_flags(run_folder, capsys):
     """Newest complete checkpoint, the run's own validation split, the figures by hand."""
     found = run(capsys, run_folder, "--num-steps", 4, 1, 4, "--limit", 6)
@@ -59,6 +67,12 @@ def test_the_plain_call_needs_no_data_flags(run_folder, capsys):
     assert [row["num_steps"] for row in content["rows"]] == [1, 4]
     assert found.out.startswith((run_folder / "evaluation" / "depth.md").read_text())
     assert (run_folder / "evaluation" / "depth.png").stat().st_size > 10_000
+    assert compare([str(run_folder), str(run_folder), "--num-steps", "1", "4"]) == 0
+    compared = [line.split("|")[1:5] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [" ".join(map(str.strip, cells)) for cells in compared] == [
+        *(f"{source} row 1 and 4 {rows}" for source, rows in of_rows()),
+        *(f"{source} question 1 and 4 6" for source in ("chained_lookup", "addition")),
+    ]
 
     model, tokenizer = tiny_model(), tiny_tokenizer()
     sources = [SourceConfig(**source) for source in CONFIG["data"]["train"]]

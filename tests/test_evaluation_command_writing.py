@@ -85,7 +85,7 @@ def test_what_is_written_is_checked_by_source_and_depth(run_folder, classifier_f
         right.append(check_scene(example["prompt"], output.images[0]))
     for name in ("number", "colour", "all"):
         assert deep["drawings"]["checks"][name] == sum(found[name] for found in right) / 4
-    assert "Drawn for drawings (4):" in out and "Played for tunes (4):" in out and "| round trip |" in out
+    assert "Drawn for drawings (4):" in out and "Played for tunes (4):" in out and " round trip | " in out
     for name in ("drawings", "tunes", "scenes"):
         assert (tmp_path / f"media_{name}.png").stat().st_size > 5000
 

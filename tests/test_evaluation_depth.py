@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from evaluation.depth import DepthRow, ExactMatch, answers_right, depth_table
+from evaluation.intervals import ratio_interval
 from evaluation.metrics import token_byte_lengths
-from evaluation.report import markdown_table, save_depth_table
+from evaluation.report import example_lines, markdown_table, save_depth_table
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 
 
@@ -108,6 +109,18 @@ def test_loss_of_each_source_and_of_all_together():
     assert row.loss == pytest.approx((nll(a) + nll(b)) / 65, rel=1e-5)
     assert row.perplexity == pytest.approx(math.exp(row.loss))
     assert row.bits_per_byte == pytest.approx((nll(a) + nll(b)) / math.log(2) / num_bytes, rel=1e-5)
+    by_row = [nll([ids]) for ids in a + b]
+    low, high = ratio_interval(by_row, [len(ids) - 1 for ids in a + b])
+    assert row.intervals["loss"] == pytest.approx((low, high), rel=1e-5)
+    assert row.intervals["perplexity"] == pytest.approx((math.exp(low), math.exp(high)), rel=1e-5)
+    assert row.source_intervals["b"]["loss"] == pytest.approx(ratio_interval(by_row[5:], [5, 5]), rel=1e-5)
+    lines = list(example_lines(row))
+    assert [(line["source"], line["row"], line["tokens"]) for line in lines] == [
+        *(("a", number, 11) for number in range(5)),
+        *(("b", number, 5) for number in range(2)),
+    ]
+    assert [line["nats"] for line in lines] == pytest.approx(by_row, rel=1e-5)
+    assert sum(line["bytes"] for line in lines) == num_bytes
     assert row.milliseconds_per_token > 0
 
 

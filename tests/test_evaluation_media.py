@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from evaluation.answers import AnswerGenerator
 from evaluation.classifiers import ClassifierConfig, ClassifierScores
 from evaluation.distances import FeatureDistances
+from evaluation.intervals import wilson_interval
 from evaluation.media_generation import MediaGenerator, MediaSample, RoundTrip, media_table, modality_of
 from evaluation.report import media_markdown, plot_source, save_contact_sheet, save_media_table, spectrogram_levels
 from tests.tiny_processor import tiny_processor
@@ -233,18 +234,25 @@ def test_the_table_has_a_line_for_each_depth_and_one_for_real_media():
             scores.milliseconds = 2.0
     parts = media_markdown(found).split("\n\n")
     assert parts[0] == "Drawn for pictures (5):" and parts[2] == "Played for sounds (2):"
-    assert parts[3].splitlines() == [
-        "| steps |     all |    loud | round trip | round trip WER |  ms |",
-        "| ----: | ------: | ------: | ---------: | -------------: | --: |",
-        "|     4 |   0.0 % |   0.0 % |     50.0 % |         50.0 % | 2.0 |",
-        "|     8 | 100.0 % | 100.0 % |     50.0 % |         50.0 % | 2.0 |",
-        "|  real | 100.0 % | 100.0 % |          - |              - |   - |",
+    none, half, whole = (
+        f"{50 * right:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+        for right, (low, high) in ((right, wilson_interval(right, 2)) for right in (0, 1, 2))
+    )
+    errors = "50.0 % (0.0 to 100.0)"  # of two texts: one right, one empty
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in parts[3].splitlines()]
+    assert cells[0] == ["steps", "all", "loud", "round trip", "round trip WER", "ms"]
+    assert cells[2:] == [
+        ["4", none, none, half, errors, "2.0"],
+        ["8", whole, whole, half, errors, "2.0"],
+        ["real", "100.0 %", "100.0 %", "-", "-", "-"],
     ]
     header, _, shallow, deep, real = (
         [cell.strip() for cell in line.split("|")[1:-1]] for line in parts[1].splitlines()
     )
     assert header[:6] == ["steps", "all", "bright", "stub classifier", "stub Frechet", "stub KID"]
-    assert shallow[:4] == ["4", "0.0 %", "0.0 %", "100.0 %"] and deep[:4] == ["8", "40.0 %", "40.0 %", "50.0 %"]
+    shares = [[cell.split(" (")[0] for cell in line[:4]] for line in (shallow, deep)]
+    assert shares == [["4", "0.0 %", "0.0 %", "100.0 %"], ["8", "40.0 %", "40.0 %", "50.0 %"]]
+    assert deep[3] == half
     classified = found.rows[1].sources["pictures"].classified["stub"]
     assert deep[4] == f"{classified.frechet_distance:.3f}" and real[4] == f"{classified.real_frechet_distance:.3f}"
     assert deep[5] == f"{classified.kernel_distance:.3f}" and real[5] == f"{classified.real_kernel_distance:.3f}"
