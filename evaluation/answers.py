@@ -143,7 +143,7 @@ def text_scores(answers: Sequence[Answer]) -> TextScores:
     pairs = [(answer.generated, answer.reference.strip()) for answer in answers]
     right = sum(text == reference for text, reference in pairs)
     attributes = attributes_right(answers)
-    intervals = {name: wilson_interval(sum(it), len(it)) for name, it in by_name(attributes).items()}
+    intervals = {name: wilson_interval(sum(it), len(it)) for name, it in rights_by_name(attributes).items()}
     intervals["exact_match"] = wilson_interval(right, len(pairs))
     counts = corpus_counts(pairs)
     draws = corpus_scores(sums_of_draws(counts))
@@ -241,7 +241,7 @@ def attributes_right(answers: Sequence[Answer]) -> list[dict[str, bool]]:
     return [{name: said.get(name) == value for name, value in right.items()} for said, right in pairs]
 
 
-def by_name(found: Sequence[Mapping[str, bool]]) -> dict[str, list[bool]]:
+def rights_by_name(found: Sequence[Mapping[str, bool]]) -> dict[str, list[bool]]:
     """What is right, by name."""
     values: dict[str, list[bool]] = {}
     for name, is_right in (item for one in found for item in one.items()):
@@ -251,4 +251,4 @@ def by_name(found: Sequence[Mapping[str, bool]]) -> dict[str, list[bool]]:
 
 def shares(found: Sequence[Mapping[str, bool]]) -> dict[str, float]:
     """The share of what is right, by name, among those that have the name."""
-    return {name: sum(right) / len(right) for name, right in by_name(found).items()}
+    return {name: sum(right) / len(right) for name, right in rights_by_name(found).items()}

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = {path: read_examples(path) for path in (args.first, args.second)}
         first, second = runs[args.first], runs[args.second]
         pairs = pairs_of_depths(runs, args)
-        lines = [line for ours, theirs in pairs for line in differences(first, second, ours, theirs)]
+        lines = [line for ours, theirs in pairs for line in score_differences(first, second, ours, theirs)]
         write_result(format_table(HEADER, lines))
     return 0
 
@@ -94,7 +94,7 @@ def pairs_of_depths(
         common = [(depth, depth) for depth in first if depth in second]
         if not common:
             raise ValueError(
-                f"{args.first} was evaluated at {names_of(first)} core steps, {args.second} at {names_of(second)}: "
+                f"{args.first} was evaluated at {depths_of(first)} core steps, {args.second} at {depths_of(second)}: "
                 "evaluate both at the same, or name one of each by --num-steps."
             )
         return common
@@ -103,17 +103,17 @@ def pairs_of_depths(
     for path, depth in ((args.first, asked[0]), (args.second, asked[-1])):
         if depth not in runs[path]:
             raise ValueError(
-                f"{path} was not evaluated at {depth} core steps, but at {names_of(runs[path])}: name one of these."
+                f"{path} was not evaluated at {depth} core steps, but at {depths_of(runs[path])}: name one."
             )
     return [(asked[0], asked[-1])]
 
 
-def names_of(depths: Mapping[int | None, Any]) -> str:
+def depths_of(depths: Mapping[int | None, Any]) -> str:
     """Depths as they are shown."""
     return ", ".join(map(depth_name, depths))
 
 
-def differences(
+def score_differences(
     first: Mapping[int | None, Examples], second: Mapping[int | None, Examples], steps: int | None, others: int | None
 ) -> list[list[str]]:
     """A line of the table for each source.

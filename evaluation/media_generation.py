@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from model import draw_codes
 from model.chat import TARGET_PREFIX
 
-from .answers import Answer, AnswerGenerator, Example, TextScores, by_name, shares, text_scores, to_model
+from .answers import Answer, AnswerGenerator, Example, TextScores, rights_by_name, shares, text_scores, to_model
 from .classifiers import Classifier, ClassifierScores, classify_media
 from .depth import chunks, evaluating, wait_for
 from .distances import FeatureDistances, FeatureNetwork
@@ -218,7 +218,7 @@ class MediaEvaluator:
             round_trip=text_scores(answers) if answers else None,
             milliseconds=1000 * seconds / len(media),
             mean_steps=sum(steps) / len(steps) if steps else None,
-            intervals={name: wilson_interval(sum(it), len(it)) for name, it in by_name(right).items()},
+            intervals={name: wilson_interval(sum(it), len(it)) for name, it in rights_by_name(right).items()},
         )
 
 

@@ -51,7 +51,7 @@ def test_all_depths_that_both_have_are_compared(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("second", "options", "said"),
     [
-        ({}, ["--num-steps", "2"], "was not evaluated at 2 core steps, but at 1, 8: name one of these"),
+        ({}, ["--num-steps", "2"], "was not evaluated at 2 core steps, but at 1, 8: name one"),
         ({}, ["--num-steps", "1", "8", "8"], "--num-steps has 3 numbers"),
         ({"tokens": [10, 20, 30, 41]}, [], "the tokens of an example of 'tales' differ between the two"),
         (None, [], "run python -m evaluation"),
