@@ -94,7 +94,7 @@ def pairs_of_depths(
         common = [(depth, depth) for depth in first if depth in second]
         if not common:
             raise ValueError(
-                f"{args.first} was evaluated at {depths_of(first)} core steps, {args.second} at {depths_of(second)}: "
+                f"{args.first} was evaluated at {depth_names(first)} core steps, {args.second} at {depth_names(second)}: "
                 "evaluate both at the same, or name one of each by --num-steps."
             )
         return common
@@ -103,12 +103,12 @@ def pairs_of_depths(
     for path, depth in ((args.first, asked[0]), (args.second, asked[-1])):
         if depth not in runs[path]:
             raise ValueError(
-                f"{path} was not evaluated at {depth} core steps, but at {depths_of(runs[path])}: name one."
+                f"{path} was not evaluated at {depth} core steps, but at {depth_names(runs[path])}: name one."
             )
     return [(asked[0], asked[-1])]
 
 
-def depths_of(depths: Mapping[int | None, Any]) -> str:
+def depth_names(depths: Mapping[int | None, Any]) -> str:
     """Depths as they are shown."""
     return ", ".join(map(depth_name, depths))
 
