@@ -84,28 +84,30 @@ def read_examples(folder: Path) -> dict[int | None, Examples]:
 def pairs_of_depths(
     runs: Mapping[Path, Mapping[int | None, Examples]], args: argparse.Namespace
 ) -> list[tuple[int | None, int | None]]:
-    """The depths of the first and of the second that are compared.
+    """The depths of the first and of the second that are compared; a model without a core has one, None.
 
     Raises:
         ValueError: One was not evaluated at its depth, or there is none in common.
     """
-    asked, first, second = args.num_steps, runs[args.first], runs[args.second]
+    asked, folders = args.num_steps, (args.first, args.second)
+    has_core = [set(runs[folder]) != {None} for folder in folders]
     if asked is None:
-        common = [(depth, depth) for depth in first if depth in second]
-        if not common:
+        pairs = [(ours, theirs) for ours in runs[args.first] for theirs in runs[args.second]]
+        pairs = [pair for pair in pairs if pair[0] == pair[1] or not all(has_core)]
+        if not pairs:
+            at = " and ".join(f"{folder} at {depth_names(runs[folder])}" for folder in folders)
             raise ValueError(
-                f"{args.first} was evaluated at {depth_names(first)} core steps, {args.second} at {depth_names(second)}: "
-                "evaluate both at the same, or name one of each by --num-steps."
+                f"no number of core steps is common, with {at}: evaluate both at one, or name two by --num-steps."
             )
-        return common
+        return pairs
     if len(asked) > 2:
         raise ValueError(f"--num-steps has {len(asked)} numbers: give one of the first and one of the second.")
-    for path, depth in ((args.first, asked[0]), (args.second, asked[-1])):
-        if depth not in runs[path]:
+    for folder, depth, may_choose in zip(folders, (asked[0], asked[-1]), has_core, strict=True):
+        if may_choose and depth not in runs[folder]:
             raise ValueError(
-                f"{path} was not evaluated at {depth} core steps, but at {depth_names(runs[path])}: name one."
+                f"{folder} was not evaluated at {depth} core steps, but at {depth_names(runs[folder])}: name one."
             )
-    return [(asked[0], asked[-1])]
+    return [(asked[0] if has_core[0] else None, asked[-1] if has_core[1] else None)]
 
 
 def depth_names(depths: Mapping[int | None, Any]) -> str:

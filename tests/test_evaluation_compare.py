@@ -1,6 +1,7 @@
 """Two evaluations of the same examples: differences by hand, and what is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -12,14 +13,15 @@ NATS = {1: [20.0, 30.0, 60.0, 80.0], 8: [10.0, 31.0, 45.0, 60.0]}
 RIGHT = {1: [False, False, True, False, True], 8: [True, True, False, True, True]}
 
 
-def write_run(folder, depths=(1, 8), tokens=TOKENS, shift=0.0):
+def write_run(folder, depths=(1, 8), tokens=TOKENS, shift=0.0, has_core=True):
     (folder / "evaluation").mkdir(parents=True)
     lines = []
     for depth in depths:
+        steps = depth if has_core else None
         for row, (nats, count) in enumerate(zip(NATS[depth], tokens, strict=True)):
-            lines.append({"num_steps": depth, "source": "tales", "row": row, "nats": nats + shift, "tokens": count})
+            lines.append({"num_steps": steps, "source": "tales", "row": row, "nats": nats + shift, "tokens": count})
         for number, is_right in enumerate(RIGHT[depth]):
-            lines.append({"num_steps": depth, "source": "sums", "question": number, "is_right": is_right})
+            lines.append({"num_steps": steps, "source": "sums", "question": number, "is_right": is_right})
     (folder / "evaluation/depth_examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
 
@@ -48,6 +50,16 @@ def test_all_depths_that_both_have_are_compared(tmp_path, capsys):
     assert (sums[2], sums[6].split()[0], sums[9]) == ("8", "+0.0", "1")
 
 
+def test_a_model_without_a_core_is_compared_at_each_depth_of_the_other(tmp_path, capsys):
+    first, plain = write_run(tmp_path / "a"), write_run(tmp_path / "b", depths=(8,), has_core=False)
+    assert main([first, plain]) == 0
+    found = cells(capsys.readouterr().out)
+    assert [line[2] for line in found] == ["1 and no core"] * 2 + ["8 and no core"] * 2
+    assert main([first, plain, "--num-steps", "1"]) == 0
+    assert cells(capsys.readouterr().out) == found[:2]
+    assert (found[0][5], found[2][6].split()[0]) == ("1.4600", "+0.0000")
+
+
 @pytest.mark.parametrize(
     ("second", "options", "said"),
     [
@@ -69,7 +81,7 @@ def test_runs_of_other_depths_and_damaged_files_are_one_line(tmp_path, capsys):
     first, second = write_run(tmp_path / "a", depths=(1,)), write_run(tmp_path / "b", depths=(8,))
     with pytest.raises(SystemExit, match="2"):
         main([first, second])
-    assert "a was evaluated at 1 core steps" in capsys.readouterr().err
+    assert re.search(r"no number of core steps is common, with \S+a at 1 and \S+b at 8:", capsys.readouterr().err)
     (tmp_path / "b/evaluation/depth_examples.jsonl").write_text('{"num_steps": 1}\n')
     with pytest.raises(SystemExit, match="2"):
         main([first, second])
