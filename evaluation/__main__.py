@@ -106,6 +106,9 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     if model.config.get_text_config().num_core_layers == 0:
         logger.warning("%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint)
         depths = [None]
+    elif model.config.get_text_config().recurrence.untied_core:
+        depths = [model.config.get_text_config().recurrence.mean_steps]
+        logger.warning("%s has untied cores, so its depth cannot vary: evaluated at %d alone", checkpoint, *depths)
     if args.controls:
         check_controls(depths, texts, examples)
     writer = AnswerGenerator(processor, args.max_new_tokens)

@@ -356,7 +356,7 @@ def check_controls(
     if len(depths) < 2:
         raise ValueError(
             f"--controls compare fewer core steps with the most, but there is {depths[0]} alone: give --num-steps a "
-            "smaller number as well."
+            "smaller number as well, of a model whose depth can vary."
         )
     check_rows(texts, examples)
     for name, sources in {"validation": texts, **{name: {name: rows} for name, rows in examples.items()}}.items():
