@@ -97,9 +97,8 @@ class Readout(NamedTuple):
 
 def untouched_readout(hidden_size: int, device: torch.device) -> Readout:
     """The readout that changes nothing."""
-    return Readout(
-        torch.zeros((), device=device), torch.ones(hidden_size, device=device), torch.zeros(hidden_size, device=device)
-    )
+    scale = torch.ones(hidden_size, device=device)
+    return Readout(torch.zeros((), device=device), scale, torch.zeros_like(scale))
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules
@@ -252,8 +251,8 @@ class ControlRunner:
 
     def lengths(self, batch: Mapping[str, torch.Tensor]) -> list[int]:
         """Tokens of each row of a batch, padding at its end left out."""
-        is_seq2seq = self.evaluator.model.config.is_encoder_decoder
-        mask = batch.get("decoder_attention_mask" if is_seq2seq else "attention_mask")
+        is_of_source = self.evaluator.model.config.is_encoder_decoder
+        mask = None if is_of_source else batch.get("attention_mask")
         rows, width = batch["labels"].shape
         return [width] * rows if mask is None or mask.ndim != 2 else mask.sum(dim=1).clamp(min=1).tolist()
 
@@ -304,7 +303,7 @@ class ControlRunner:
         """
         readout = Readout(*(part.clone().requires_grad_(index < num_parts) for index, part in enumerate(begin)))
         fitted = readout[:num_parts]
-        tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch, _ in known)
+        tokens = sum((batch["labels"] != -100).sum() for batch, _ in known)
         optimizer = torch.optim.LBFGS(fitted, max_iter=FIT_ITERATIONS, line_search_fn="strong_wolfe")
 
         def closure() -> torch.Tensor:

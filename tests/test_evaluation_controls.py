@@ -23,6 +23,7 @@ from model.attention import apply_rotary, rotary_angles, rotary_tables
 from tests.test_evaluation_command import plain_folder, run_folder  # noqa: F401  fixtures
 from tests.test_evaluation_depth import collate
 from tests.tiny import tiny_ids, tiny_model
+from tests.tiny_seq2seq import tiny_seq2seq
 
 MOST = 4
 
@@ -228,6 +229,24 @@ def test_a_model_that_needs_depth_is_confirmed():
     assert abs(few.shares["last steps"]) < 0.2 and few.shares["readout"] < 0.7
     assert sum(few.shares[name] for name in ("readout", "applications", "distinct steps")) == pytest.approx(1)
     assert not most.shares and most.gap == 0
+
+
+@torch.no_grad()
+def test_a_decoder_behind_an_encoder():
+    """The core whose steps are counted is the decoder's; the encoder keeps its mean depth."""
+    model = tiny_seq2seq()
+    ids, targets = tiny_ids(12, 7), tiny_ids(12, 6, seed=1)
+    rows = [{"input_ids": one, "decoder_input_ids": two, "labels": two} for one, two in zip(ids, targets, strict=True)]
+
+    def stack(items):
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    table = control_tables(model, [1, MOST], {"text": rows}, {}, stack, 4)[0]
+    scored = divide_rows(12)[0]
+    logits = model(ids[scored], decoder_input_ids=targets[scored], num_steps=1).logits
+    wanted = nn.functional.cross_entropy(logits.flatten(0, 1), targets[scored].flatten())
+    assert table.rows[0].scores["prefix"] == pytest.approx(float(wanted), rel=1e-5)
+    assert table.rows[1].scores["frozen"] == table.rows[1].scores["suffix"] == table.rows[1].scores["prefix"]
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
