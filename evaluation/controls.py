@@ -44,6 +44,8 @@ FEWEST_ROWS, MOST_FITTED = 6, 64
 """Rows that the largest source needs, and rows of each that are fitted on at most, spread over all of it."""
 FIT_ITERATIONS = 30
 """Iterations of L-BFGS, at most, for the temperature, and as many again for it and the affine map."""
+SMALLEST_GAIN = 1e-6
+"""Nats a token that an iteration has to gain, or it is the last."""
 SHARES = ("readout", "applications", "distinct steps")
 """Parts of the gap, whose sum is 1."""
 CURVES = ("prefix", "frozen", "suffix", "temperature", "recalibrated", "recalibrated frozen")
@@ -304,7 +306,8 @@ class ControlRunner:
         readout = Readout(*(part.clone().requires_grad_(index < num_parts) for index, part in enumerate(begin)))
         fitted = readout[:num_parts]
         tokens = sum((batch["labels"] != -100).sum() for batch, _ in known)
-        optimizer = torch.optim.LBFGS(fitted, max_iter=FIT_ITERATIONS, line_search_fn="strong_wolfe")
+        options = {"max_iter": FIT_ITERATIONS, "tolerance_change": SMALLEST_GAIN, "line_search_fn": "strong_wolfe"}
+        optimizer = torch.optim.LBFGS(fitted, **options)
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
