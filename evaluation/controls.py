@@ -46,6 +46,9 @@ FIT_ITERATIONS = 30
 """Iterations of L-BFGS, at most, for the temperature, and as many again for it and the affine map."""
 SMALLEST_GAIN = 1e-6
 """Nats a token that an iteration has to gain, or it is the last."""
+PRIOR_SPREAD = 0.3
+"""Standard deviation of the normal prior of each number of the map around changing nothing: without one, a few rows
+teach a map their noise, and it is worse than none on others."""
 SHARES = ("readout", "applications", "distinct steps")
 """Parts of the gap, whose sum is 1."""
 CURVES = ("prefix", "frozen", "suffix", "temperature", "recalibrated", "recalibrated frozen")
@@ -317,11 +320,19 @@ class ControlRunner:
                 for part, gradient in zip(fitted, torch.autograd.grad(loss, fitted), strict=True):
                     part.grad = gradient if part.grad is None else part.grad + gradient
                 total = total + loss.detach()
-            return total
+            prior = self.prior(readout) / tokens
+            of_prior = torch.autograd.grad(prior, fitted[1:]) if num_parts > 1 else ()
+            for part, gradient in zip(fitted[1:], of_prior, strict=True):
+                part.grad += gradient
+            return total + prior.detach()
 
         with torch.enable_grad():
             optimizer.step(closure)
         return Readout(*(part.detach() for part in readout))
+
+    def prior(self, readout: Readout) -> torch.Tensor:
+        """What the affine map costs, in nats."""
+        return ((readout.scale - 1).square().sum() + readout.shift.square().sum()) / (2 * PRIOR_SPREAD**2)
 
     def loss_from(self, batch: dict[str, torch.Tensor], state: torch.Tensor, readout: Readout) -> torch.Tensor:
         """The sum of the losses of tokens, in nats, read from known last states: the one step that is taken from them
@@ -528,7 +539,8 @@ def sentence_of(row: ControlRow, most: int, measure: str) -> str:
     readout, applications, distinct, last = share_cells(row)
     return (
         f"{where} {lower}, of which {readout} is the readout, {applications} the number of applications, and "
-        f"{distinct} distinct steps; the last {row.num_steps} alone, begun in another row's state, close {last}."
+        f"{distinct} distinct steps; those from step {most - row.num_steps + 1} on alone, begun in another row's "
+        f"state, close {last}."
     )
 
 
@@ -554,7 +566,8 @@ def plot_controls(tables: Sequence[ControlTable], path: Path) -> None:
         for name in table.rows[0].scores:
             look = {"ls": "--", "marker": "."} if name.startswith(("recal", "temp")) else {"marker": "o"}
             scores.plot(depths, [row.scores[name] for row in table.rows], label=name, **look)
-            show_band(scores, depths, [row.intervals[name] for row in table.rows])
+            if name == "prefix":  # those of the others are about as wide
+                show_band(scores, depths, [row.intervals[name] for row in table.rows])
         scores.set(title=table.name, ylabel="loss (nats per token)" if table.measure == "loss" else "exact match")
         label_depths(scores, table.rows)
         with_gap = [row for row in table.rows if row.shares]

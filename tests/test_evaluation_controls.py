@@ -157,6 +157,17 @@ def test_the_fitted_temperature_is_the_factor_of_the_logits():
     assert (affine.scale - 1).abs().max() > 0.01
 
 
+def test_a_few_rows_do_not_teach_a_map_their_noise(monkeypatch):
+    """On other rows it is hardly worse than none, and with hardly any prior far worse."""
+    model = tiny_model(scale=2.0)
+    rows, worse = drawn_rows(model, 40), []
+    for spread in (0.3, 30.0):
+        monkeypatch.setattr("evaluation.controls.PRIOR_SPREAD", spread)
+        scores = table_of(model, rows).rows[-1].scores
+        worse.append(scores["recalibrated"] - scores["prefix"])
+    assert abs(worse[0]) < 0.1 and worse[1] > 2 * abs(worse[0])
+
+
 def test_no_row_is_both_scored_and_fitted_on(monkeypatch):
     """Each row is known by its first token."""
     used = {"fit": set(), "score": set()}
@@ -200,7 +211,7 @@ def test_a_model_of_which_only_the_readout_has_a_habit_is_found_out(monkeypatch)
     model = tiny_model(scale=2.0)
     core, taken = model.model.core, []
     core.injection = IgnoresState()
-    habit = torch.empty(32).uniform_(0.2, 2.0, generator=torch.Generator().manual_seed(0))
+    habit = torch.empty(32).uniform_(0.5, 1.8, generator=torch.Generator().manual_seed(0))
     model.register_forward_pre_hook(lambda *_: taken.clear())
 
     def leave(module, args, output):
