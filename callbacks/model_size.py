@@ -42,6 +42,7 @@ def part_of(name: str, model: PreTrainedModel) -> str:
 def executions(name: str, model: PreTrainedModel) -> int:
     """How often a run of its part executes the layer of a parameter of this name."""
     part, *inner = name.removeprefix(f"{model.base_model_prefix}.").split(".")
+    inner = inner[2:] if inner[0] == "cores" else inner  # of an untied core
     is_in_stack = part in ("prelude", "core", "coda") and inner[0] == "layers"
     return getattr(model.base_model, part).order.count(int(inner[1])) if is_in_stack else 1
 
@@ -59,7 +60,8 @@ def part_sizes(model: PreTrainedModel) -> dict[str, PartSize]:
         part.trainable += count if parameter.requires_grad else 0
         part.num_bytes += count * parameter.element_size()
     if "core" in parts:
-        parts["core"].passes = model.config.get_text_config().recurrence.mean_steps
+        config = model.config.get_text_config()
+        parts["core"].passes = config.recurrence.mean_steps // config.num_cores
         if "norm" in parts:
             parts["norm"].passes = 2  # after the core, and after the coda
     return parts

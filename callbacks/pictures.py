@@ -121,12 +121,12 @@ class PicturesCallback(ReportingCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, model: PreTrainedModel, **kwargs: Any) -> None:
         """Show what is due."""
-        config, has_core = self.config, model.config.get_text_config().num_core_layers > 0
+        config, of_model = self.config, model.config.get_text_config()
         intervals = {
             self.show_attention: config.attention_every_steps,
             self.show_activations: config.activations_every_steps,
-            self.show_exits: config.exits_every_steps * has_core,
-            self.show_trajectories: config.trajectories_every_steps * has_core,
+            self.show_exits: config.exits_every_steps * of_model.has_depths,
+            self.show_trajectories: config.trajectories_every_steps * (of_model.num_core_layers > 0),
         }
         due = [show for show, every in intervals.items() if every and state.global_step % every == 0]
         self.show_gradients()

@@ -274,8 +274,8 @@ def check_samples(section: str, config: Any, **least: int) -> None:
 
 
 def depths_of(model: PreTrainedModel, num_steps: list[int]) -> list[int | None]:
-    """The depths to write at: None, for no argument, where the model has no core."""
-    return num_steps if model.config.get_text_config().num_core_layers else [None]
+    """The depths to write at: None, for no argument, where the model has but one."""
+    return num_steps if model.config.get_text_config().has_depths else [None]
 
 
 @contextmanager

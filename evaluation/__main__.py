@@ -35,6 +35,7 @@ from model.exit_criteria import EXIT_CRITERIA
 from .answers import AnswerGenerator
 from .checks import CHECKS
 from .classifiers import load_classifier
+from .controls import check_controls, control_tables, controls_markdown, save_controls
 from .depth import depth_table
 from .distances import FeatureNetwork
 from .media_generation import MediaGenerator, RoundTrip, media_table
@@ -105,16 +106,22 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     if model.config.get_text_config().num_core_layers == 0:
         logger.warning("%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint)
         depths = [None]
+    elif model.config.get_text_config().recurrence.untied_core:
+        depths = [model.config.get_text_config().recurrence.mean_steps]
+        logger.warning("%s has untied cores, so its depth cannot vary: evaluated at %d alone", checkpoint, *depths)
+    if args.controls:
+        check_controls(depths, texts, examples)
     writer = AnswerGenerator(processor, args.max_new_tokens)
     limit = prompt_limit(model, args.max_prompt_tokens)
     check_lengths({**examples, **prompts}, limit)
     output = writable_folder(args.output or Path(args.checkpoint) / "evaluation")
+    collate = build_collator(processor, model.config.is_encoder_decoder)
     rows = depth_table(
         model,
         depths,
         texts,
         examples,
-        build_collator(processor, model.config.is_encoder_decoder),
+        collate,
         token_byte_lengths(tokenizer_of(processor)),
         args.batch_size,
         writer=None if args.no_texts else writer,
@@ -123,6 +130,11 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     about = {"checkpoint": str(checkpoint), "data": dataclasses.asdict(run.data), "limit": args.limit}
     with whole_folder(output) as made:
         names = [path.name for path in save_depth_table(rows, made, about)]
+    if args.controls:
+        tables = control_tables(model, depths, texts, examples, collate, args.batch_size)
+        write_result(f"\n{controls_markdown(tables)}")
+        with whole_folder(output) as made:
+            names += [path.name for path in save_controls(tables, made, about)]
     if prompts and not args.no_media:
         generator = MediaGenerator(writer, generate_options(args))
         reader = None if args.round_trip is None else RoundTrip(writer, args.round_trip)
@@ -163,6 +175,12 @@ def build_parser() -> arguments.OneLineParser:
         type=arguments.row_limit,
         help=f"rows per source; default: all for the loss and of codecs, and {EXAMPLES_PER_SOURCE} questions of each "
         "source with answers",
+    )
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="say how much of the gap between fewer core steps and the most of --num-steps is the readout, the number "
+        "of applications, and distinct steps",
     )
     parser.add_argument("--no-texts", action="store_true", help="write no answers: neither word errors nor BLEU")
     parser.add_argument(

@@ -242,6 +242,8 @@ class InferenceEngine:
         self.model, self.config = model, model.text_config
         if model.model.core is None:
             raise ValueError("the engine needs a model with a core (num_core_layers is 0); use generate")
+        if self.config.recurrence.untied_core:
+            raise ValueError("the engine takes steps by one core for all, which untied_core has not; use generate")
         if self.config.recurrence.cache_policy == "first":
             raise ValueError(
                 "the engine keeps all steps, which a model of cache policy 'first' does not see; use generate"

@@ -288,6 +288,9 @@ class RecurrenceConfig(StrictConfig):
         step_embedding: What is added behind the injection of step i: "sinusoidal" is the sinusoid of i, as of a
             position (Universal Transformer, Dehghani et al. 2018, arXiv 1807.03819), which needs an even hidden_size;
             "none" is nothing.
+        untied_core: Whether each of `mean_steps` steps has a core of its own, layers and injection: the same executed
+            layers, of which none is executed twice, to compare a recurrent model with. Its depth is always
+            `mean_steps`, in training too, all with gradient, and there are no exits; it needs cache_policy "full".
         state_warm_start: Whether, in `generate`, the iteration of a token starts where that of the token before ended.
     """
 
@@ -323,7 +326,17 @@ class RecurrenceConfig(StrictConfig):
     exit_probe: bool = False
     loop_scale_steps: int | None = None
     step_embedding: Literal["none", "sinusoidal"] = "none"
+    untied_core: bool = False
     state_warm_start: bool = False
+
+    def validate_untied_core(self) -> None:
+        """Checks that untied cores are asked for nothing but their own steps."""
+        if not self.untied_core:
+            return
+        for name, needed in (("exit_criterion", "none"), ("exit_probe", False), ("cache_policy", "full")):
+            value = getattr(self, name)
+            if value != needed:
+                raise ValueError(f"{name} is {value!r}, which untied_core makes impossible; give {needed!r}")
 
     def validate_loop_scale(self) -> None:
         """Checks the one number that may be none."""
@@ -457,7 +470,18 @@ class MegaTransformerTextConfig(TransformerConfig):
     @property
     def num_unique_layers(self) -> int:
         """Number of layers that have weights of their own."""
-        return sum(most if unique is None else unique for unique, most in self._layer_counts.values())
+        unique = {part: most if own is None else own for part, (own, most) in self._layer_counts.items()}
+        return sum(unique.values()) + (self.num_cores - 1) * unique["core"]
+
+    @property
+    def has_depths(self) -> bool:
+        """Whether it can take other numbers of steps than the mean: it has a core, and that one for all of them."""
+        return self.num_core_layers > 0 and not self.recurrence.untied_core
+
+    @property
+    def num_cores(self) -> int:
+        """Number of cores with weights of their own."""
+        return self.recurrence.mean_steps if self.recurrence.untied_core else 1
 
     @property
     def _layer_counts(self) -> dict[str, tuple[int | None, int]]:
@@ -515,6 +539,11 @@ class MegaTransformerTextConfig(TransformerConfig):
                 )
         if self.num_steps is not None and not 1 <= self.num_steps <= MOST_STEPS:
             raise ValueError(f"num_steps ({self.num_steps}) must be at least 1 and at most {MOST_STEPS}")
+        if self.recurrence.untied_core and self.num_steps not in (None, self.recurrence.mean_steps):
+            raise ValueError(
+                f"num_steps ({self.num_steps}) is not mean_steps ({self.recurrence.mean_steps}), the one depth of "
+                "untied_core; leave it out"
+            )
         check_positive(self, "final_logit_softcapping", "embedding_scale")
 
     def validate_blocks(self) -> None:

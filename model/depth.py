@@ -30,13 +30,16 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
 def sample_depth(config: RecurrenceConfig, *key: int | str) -> tuple[int, int]:
     """Draws the depth of one micro-batch from `key`, usually (seed, global step, micro-batch), and from nothing else.
 
-    p = Poisson(exp(Normal(ln mean - sigma^2/2, sigma))) + 1 (the paper's section 3.3; the mean of p is mean + 1).
+    p = Poisson(exp(Normal(ln mean - sigma^2/2, sigma))) + 1 (the paper's section 3.3; the mean of p is mean + 1). Of
+    untied cores all take their step, and learn.
 
     Returns:
         (n, k): n = max(p - backprop_steps, 0) steps without gradient, then k = min(backprop_steps, p) steps with.
     """
     generator = keyed_generator("depth", *key)
     mean = config.mean_steps
+    if config.untied_core:
+        return 0, mean
     if config.step_distribution == "lognormal-poisson":
         normal = torch.randn((), generator=generator, dtype=torch.float64)
         rate = torch.exp(math.log(mean) - config.step_sigma**2 / 2 + config.step_sigma * normal)
@@ -75,8 +78,11 @@ def resolve_depth(
             `backprop_steps` carry gradient.
 
     Raises:
-        ValueError: a number is below 1, a tensor has the wrong shape or type, or the model has no core.
+        ValueError: a number is below 1, a tensor has the wrong shape or type, or the model has no core, or untied ones
+            and is asked for another depth than its own.
     """
+    if config.num_core_layers and config.recurrence.untied_core:
+        return _resolve_untied(num_steps, config.recurrence.mean_steps)
     if config.num_core_layers == 0:
         if num_steps is not None:
             raise ValueError(
@@ -107,6 +113,18 @@ def resolve_depth(
             f"got {num_steps!r}"
         )
     return Depth(0, steps)
+
+
+def _resolve_untied(num_steps: int | tuple[int, int] | torch.Tensor | None, only: int) -> Depth:
+    """The one depth of untied cores, all with gradient, since each learns by its own step alone."""
+    asked = num_steps.tolist() if isinstance(num_steps, torch.Tensor) else num_steps
+    asked = sum(asked) if isinstance(asked, tuple) else asked
+    if any(steps not in (None, only) for steps in (asked if isinstance(asked, list) else [asked])):
+        raise ValueError(
+            f"num_steps is {asked!r:.60}, but this model has {only} untied cores, each for one step (untied_core); "
+            f"give {only}, or leave it out"
+        )
+    return Depth(0, only)
 
 
 def _resolve_rows(num_steps: torch.Tensor, batch_size: int) -> Depth:

@@ -328,6 +328,8 @@ class RecurrentGenerationMixin:
         core = self.model.core
         if core is None:
             why = "a model without core (num_core_layers is 0), of which no token has steps"
+        elif self.text_config.recurrence.untied_core:
+            why = "untied_core, since items of several steps share a launch"
         elif core.step_lora is not None:
             why = "adapters of single steps, since items of several steps share a launch; remove the adapter"
         elif self.config.is_encoder_decoder:

@@ -46,7 +46,7 @@ from .generation_text import RecurrentGenerationMixin
 from .initialization import MegaTransformerPreTrainedModel
 from .outputs import CACHE_NAME, MegaTransformerCausalLMOutput, MegaTransformerModelOutput, pop_cache, with_parameters
 from .paged_attention import EngineCall, check_places, is_engine_call, pop_engine_names
-from .recurrence import ActiveRows, RecurrentCore, default_state, iterate_core
+from .recurrence import ActiveRows, build_core, default_state, iterate_core
 
 logger = logging.get_logger(__name__)
 
@@ -103,7 +103,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         sharing = config.layer_sharing
         order = layer_order(config.num_unique_prelude_layers, config.num_prelude_layers, sharing)
         self.prelude = BlockStack(config, order, config.residual)
-        self.core = RecurrentCore(config) if config.num_core_layers else None
+        self.core = build_core(config)
         order = layer_order(config.num_unique_coda_layers, config.num_coda_layers, sharing)
         self.coda = BlockStack(config, order, config.residual)
         self.norm = build_norm(config)
@@ -230,6 +230,11 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             cache = RecurrentCache.of_prefix(self.text_config, cache)
         past = self._check_inputs(batch, sequence, attention_mask, cache)
         depth = resolve_depth(num_steps, self.text_config, batch, self.training)
+        if self.text_config.recurrence.untied_core and (exit_controller is not None or state_noise is not None):
+            what = "exits are" if exit_controller is not None else "state_noise and its options are"
+            raise ValueError(
+                f"{what} not possible with untied_core, whose steps are all taken as trained; leave it out"
+            )
         may_restart = position_ids is not None
         attention_mask, position_ids = self.place(inputs_embeds, past, attention_mask, position_ids)
         hidden = self.add_positions(inputs_embeds, position_ids)

@@ -15,12 +15,12 @@ logger = logging.get_logger(__name__)
 BLOCK = 64  # weights of 4 bits that share a scale
 # Patterns of module names. Of what is not kept all linear maps are rounded; never norms, embeddings, convolutions.
 PARTS = {
-    "injection": r"model\.(encoder\.)?core\.injection",
+    "injection": r"model\.(encoder\.)?core\.(cores\.\d+\.)?injection",
     "heads": "lm_head",
     "projectors": r"model\.readers\.\w+\.projector",
     "encoders": r"model\.readers\.\w+\.encoder",
     "prelude": r"model\.(encoder\.)?prelude",
-    "core": r"model\.(encoder\.)?core\.layers",
+    "core": r"model\.(encoder\.)?core\.(cores\.\d+\.)?layers",
     "coda": r"model\.(encoder\.)?coda",
 }
 Part = Literal["injection", "heads", "projectors", "encoders", "prelude", "core", "coda"]

@@ -11,6 +11,7 @@ Source of all that has no other named: Geiping et al. 2025, arXiv 2502.05171 ("t
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -132,6 +133,11 @@ class RecurrentCore(GradientCheckpointingLayer):
         self.step_lora: StepLora | None = None
 
     @property
+    def is_told_step(self) -> bool:
+        """Whether `forward` is given the number of the step."""
+        return self.step_lora is not None
+
+    @property
     def depends_on_step(self) -> bool:
         """Whether a step does other than the same from the same state; else they can be taken one by one."""
         return self.has_step_embedding or self.step_lora is not None
@@ -183,6 +189,44 @@ class RecurrentCore(GradientCheckpointingLayer):
             return take_step(state.squeeze(1), term, inputs, slots, embedded).unsqueeze(1)
 
         return forward
+
+
+class UntiedCore(nn.Module):
+    """Cores with layers and injection of their own, one for each step: the twin of a recurrent model with the same
+    executed layers, of which none is executed twice.
+    """
+
+    step_lora, depends_on_step, is_told_step = None, True, True
+
+    def __init__(self, config: MegaTransformerTextConfig):
+        super().__init__()
+        self.cores = nn.ModuleList(RecurrentCore(config) for _ in range(config.recurrence.mean_steps))
+        self.order, self.has_step_embedding = self.cores[0].order, self.cores[0].has_step_embedding
+
+    def embed_step(self, step: int, state: torch.Tensor) -> torch.Tensor | None:
+        """The embedding that any of them has of its step."""
+        return self.cores[step].embed_step(step, state)
+
+    def forward(self, state: torch.Tensor, *args: Any, step: int, **kwargs: Any) -> torch.Tensor:
+        """The step of the core whose turn it is, after `step` others; see `RecurrentCore`."""
+        return self.cores[step](state, *args, step=None, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Each is compiled by itself, since each number of a step would be a graph."""
+        for core in self.cores:
+            core.compile(*args, **kwargs)
+
+    def token_function(self) -> Callable[..., torch.Tensor]:
+        """A function that does what `forward` does, for one new token of each row."""
+        functions = [core.token_function() for core in self.cores]
+        return lambda state, embeds, step, **kwargs: functions[step](state, embeds, step=None, **kwargs)
+
+
+def build_core(config: MegaTransformerTextConfig) -> RecurrentCore | UntiedCore | None:
+    """The core that a configuration describes, if it has one."""
+    if not config.num_core_layers:
+        return None
+    return UntiedCore(config) if config.recurrence.untied_core else RecurrentCore(config)
 
 
 class TokenStep:
@@ -260,7 +304,7 @@ class ActiveRows:
 
 
 def iterate_core(
-    core: RecurrentCore,
+    core: RecurrentCore | UntiedCore,
     state: torch.Tensor,
     embeds: torch.Tensor,
     depth: Depth,
@@ -294,7 +338,7 @@ def iterate_core(
             active.state = active.state.detach().requires_grad_()
             if trajectory:  # the leaf itself, so that the next state can be derived by it
                 trajectory[-1] = active.state
-        of_step = None if core.step_lora is None else step
+        of_step = step if core.is_told_step else None
         with torch.set_grad_enabled(grad_enabled and step >= depth.no_grad):
             s = active.state if perturb is None else perturb(step, active)
             active.state = take_step(

@@ -101,6 +101,8 @@ def add_step_lora(model: nn.Module, targets: Iterable[str], num_steps: int, rank
     core = model.base_model.core
     if core is None:
         raise ValueError("step_lora needs a core, and this model has none (num_core_layers is 0); leave it out")
+    if model.config.get_text_config().recurrence.untied_core:
+        raise ValueError("step_lora adapts the steps of one core, and untied_core has one for each; leave it out")
     layers = {name for name, module in core.named_modules() if isinstance(module, nn.Linear)}
     missing = sorted(set(targets) - layers)
     if missing:

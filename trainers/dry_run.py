@@ -97,7 +97,8 @@ def flops_per_token(model: PreTrainedModel, steps: StepCounts, row: int) -> Flop
     attention = 4 * row * config.num_attention_heads * config.head_dim
     ends = 2 * (executed_parameters(base.prelude) + executed_parameters(base.coda))
     ends += attention * (config.num_prelude_layers + config.num_coda_layers)
-    step = 2 * executed_parameters(base.core) + attention * config.num_core_layers
+    core = base.core.cores[0] if config.recurrence.untied_core and base.core is not None else base.core
+    step = 2 * executed_parameters(core) + attention * config.num_core_layers
     head = 2 * linear_parameters(model.get_output_embeddings())
     with_gradient = ends + head + steps.grad * step
     forward = with_gradient + steps.no_grad * step

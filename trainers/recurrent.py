@@ -92,7 +92,7 @@ class RecurrentTrainer(BaseTrainer):
         self._position = (self.state.global_step, micro_batch + 1 if step == self.state.global_step else 0)
         self.modalities.num_windows += self._position[1] == 0
         every = self.args.recurrence_logging_steps
-        if self.is_recurrent and every > 0 and self._position[0] % every == 0 and self._position[1] == 0:
+        if self.text_config.has_depths and every > 0 and self._position[0] % every == 0 and self._position[1] == 0:
             self._probe_recurrence(model, inputs_of_model(self._prepare_inputs(inputs)))
         return super().training_step(model, inputs, num_items_in_batch)
 
