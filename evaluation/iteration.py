@@ -94,7 +94,8 @@ def measure_dynamics(step: Step, state: torch.Tensor, num_steps: int, gammas: Se
     cosines = torch.nn.functional.cosine_similarity(updates[1:], updates[:-1], dim=-1)
     shown = states[: num_steps + 1]
     radii = [spectral_radius(at(step, taken), it, ITERATIONS) for taken, it in enumerate(shown)]
-    scan = [scan_step_size(step, states, gamma) for gamma in gammas]
+    verdict = judge_states(states, last_radius(step, states))
+    scan = [scan_step_size(step, states, gamma, verdict) for gamma in gammas]
     return Dynamics(
         num_steps,
         num_followed,
@@ -104,7 +105,7 @@ def measure_dynamics(step: Step, state: torch.Tensor, num_steps: int, gammas: Se
         relative_lengths(flat[: num_steps + 1] - flat[4 * num_steps], flat[4 * num_steps]).tolist(),
         torch.stack(radii).tolist(),
         [effective_rank(it) for it in shown],
-        judge_states(states, last_radius(step, states)),
+        verdict,
         scan,
     )
 
@@ -143,8 +144,11 @@ def last_radius(step: Step, states: torch.Tensor) -> float:
     return spectral_radius(at(step, len(states) - 1), states[-1], ITERATIONS).item()
 
 
-def scan_step_size(step: Step, states: torch.Tensor, gamma: float) -> ScanLine:
-    """The iteration with steps of another size, from the same s_0; `states` are those with gamma 1."""
+def scan_step_size(step: Step, states: torch.Tensor, gamma: float, verdict: Verdict) -> ScanLine:
+    """The iteration with steps of another size, from the same s_0; `states` and `verdict` are those with gamma 1."""
+    if gamma == 1:
+        changes = relative_lengths(states.diff(dim=0).flatten(1), states[:-1].flatten(1))
+        return ScanLine(gamma, changes.tolist(), 0.0, verdict)
 
     def damped(state: torch.Tensor, taken: int) -> torch.Tensor:
         return state + gamma * (step(state, taken) - state)

@@ -30,13 +30,14 @@ def spectral_radius(
         is_real: What of the state counts, broadcastable to it, of bool. Default: all.
     """
     generator = torch.Generator(state.device).manual_seed(0)
-    vector, growths = torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype), []
-    for _ in range(num_iterations + 1):
-        vector = vector if is_real is None else vector * is_real
+    vector = torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype)
+    kept, growths = torch.ones_like(vector) if is_real is None else is_real.to(vector), []
+    vector = vector * kept / (vector * kept).norm()
+    for _ in range(num_iterations):
+        vector = torch.func.jvp(step, (state,), (vector,))[1] * kept
         growths.append(vector.norm())
         vector = vector / growths[-1].clamp(min=torch.finfo(state.dtype).tiny)
-        vector = torch.func.jvp(step, (state,), (vector,))[1]
-    return torch.stack(growths[1 + num_iterations // 2 :]).log().mean().exp()
+    return torch.stack(growths[num_iterations // 2 :]).log().mean().exp()
 
 
 @dataclass
