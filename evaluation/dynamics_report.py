@@ -85,7 +85,9 @@ def dynamics_markdown(report: DynamicsReport) -> str:
             (found.effective_ranks[number], "{:.2f}"),
         ]
         cells = ["-" if value is None else style.format(value) for value, style in figures]
-        lines.append([str(number), *cells, f"{shown(read.texts[-1])} {100 * read.probabilities[-1]:.1f} %"])
+        lines.append(
+            [str(number), *cells, f"{shown(read.texts[-1])} {100 * read.probabilities[-1]:.1f} %".replace("|", r"\|")]
+        )
     residual = f"to step {4 * found.num_steps}"
     header = ["step", "step size", "angle", residual, "spectral radius", "effective rank", "next token"]
     scan = [
@@ -112,8 +114,8 @@ def named(line: Any) -> str:
 
 
 def shown(text: str) -> str:
-    """A token in characters that every font has, and that mean nothing in a table, shortened."""
-    text = repr(text)[1:-1].encode("ascii", "backslashreplace").decode().replace("|", "\\x7c").replace("`", "\\x60")
+    """A token in characters that every font has, shortened; one of spaces alone in quotes."""
+    text = ascii(text) if text.isspace() else ascii(text)[1:-1]
     return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 2]}.."
 
 
