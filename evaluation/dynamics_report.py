@@ -69,7 +69,7 @@ def verdict_sentence(verdict: Verdict) -> str:
     period = "" if verdict.period is None else f" with a period of {verdict.period} steps"
     factor, radius = verdict.step_factor, verdict.spectral_radius
     steps = "steps have shrunk to nothing" if factor is None else f"each step is {factor:.3f} times as long as the last"
-    return f"{verdict.name}{period}: {steps}; small differences grow by {radius:.3f} a step"
+    return f"{verdict.name}{period}: {steps}; a step multiplies small differences by {radius:.3f}"
 
 
 def dynamics_markdown(report: DynamicsReport) -> str:
