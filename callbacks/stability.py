@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from accelerate.utils import reduce
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy, unwrap_peft_model
+
+from model.core_step import CoreStep
 
 from .kept_batches import MOST_SAVED, KeptBatches, save_batch
 from .model_size import part_of
@@ -21,9 +23,6 @@ logger = logging.getLogger(__name__)
 ACTIONS = ("warn", "save", "stop")
 SAMPLE = 65_536
 """Weights of each parameter, the first ones, by which an update is measured."""
-ROWS, TOKENS = 2, 64
-"""Rows of a micro-batch, and tokens of each, on which the core is measured."""
-POWER_ITERATIONS = 8
 IN_A_ROW = 3
 """Measurements of the spectral radius that have to be too large: single ones are, of healthy runs too."""
 LOSS_FALL = 1.0
@@ -301,107 +300,3 @@ def parameters_by_part(model: PreTrainedModel, learning: bool = True) -> dict[st
 def samples(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     """The first weights of each parameter; they share its memory."""
     return [parameter.detach().flatten()[:SAMPLE] for parameter in parameters]
-
-
-@dataclass
-class CoreStep:
-    """One step s -> core(s, e) for a few tokens; the core is in evaluation mode.
-
-    Args:
-        core: The core.
-        state: s, (rows, tokens, hidden).
-        embeds: e, of the same shape.
-        inputs: Mask, added to the logits, and positions.
-        step: Steps taken before, where there are adapters of single steps.
-        step_embeds: What is added in this step, where it has an embedding.
-    """
-
-    core: nn.Module
-    state: torch.Tensor
-    embeds: torch.Tensor
-    inputs: Any
-    step: int | None
-    step_embeds: torch.Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        core: nn.Module,
-        state: torch.Tensor,
-        embeds: torch.Tensor,
-        inputs: Any,
-        step: int | None,
-        step_embeds: torch.Tensor | None,
-        **others: Any,
-    ) -> "CoreStep":
-        """The first rows and tokens of a step of a whole batch, in the type of the weights."""
-        dtype = next(core.parameters()).dtype
-        tokens = min(TOKENS, state.shape[1])
-        state, embeds = (part.detach()[:ROWS, :tokens].to(dtype) for part in (state, embeds))
-        inputs = inputs.of(torch.arange(len(state), device=state.device))
-        mask = additive_mask(inputs.mask, tokens, state)
-        if inputs.position_bias is not None:
-            mask = mask + inputs.position_bias[..., :tokens, :tokens].to(dtype)
-        rotary = inputs.rotary and tuple(part[:, :tokens].to(dtype) for part in inputs.rotary)
-        source = inputs.source and inputs.source.map(lambda part: part if part is None else part.detach())
-        if source is not None and source.mask is not None:
-            source.mask = as_added(source.mask[..., :tokens, :], state)
-        inputs = replace(inputs, mask=mask, rotary=rotary, position_bias=None, rows=None, source=source)
-        return cls(core, state, embeds, inputs, step, None if step_embeds is None else step_embeds.to(dtype))
-
-    def take(self, state: torch.Tensor, attentions: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """The next state; attention is computed eagerly, through which forward derivatives are known."""
-        source = self.inputs.source and replace(self.inputs.source, attentions=[])
-        inputs = replace(self.inputs, attentions=[] if attentions is None else attentions, source=source)
-        return self.core.forward(state, self.embeds, inputs=inputs, step=self.step, step_embeds=self.step_embeds)
-
-    @property
-    def is_real(self) -> torch.Tensor:
-        """Which tokens are no padding, (1 or rows, tokens) of bool: those that see themselves."""
-        mask = self.inputs.mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        return mask > torch.finfo(mask.dtype).min / 2
-
-    @torch.no_grad()
-    def spectral_radius(self) -> torch.Tensor:
-        """The largest absolute eigenvalue of the derivative of the next state by the state, padding left out, by power
-        iteration: about the factor by which small differences grow in a step. The mean growth over the second half of
-        the iterations, as complex eigenvalues make that of a single one vary.
-        """
-        generator = torch.Generator(self.state.device).manual_seed(0)
-        vector = torch.randn(self.state.shape, generator=generator, device=self.state.device, dtype=self.state.dtype)
-        growths, is_real = [], self.is_real[..., None]
-        vector = vector * is_real
-        for _ in range(POWER_ITERATIONS):
-            vector = torch.func.jvp(self.take, (self.state,), (vector / vector.norm(),))[1] * is_real
-            growths.append(vector.norm())
-        return torch.stack(growths[POWER_ITERATIONS // 2 :]).log().mean().exp()
-
-    @torch.no_grad()
-    def attention_entropy(self) -> torch.Tensor:
-        """The mean entropy of the attention of a token over those that it sees, in shares of the most it could be: 1 if
-        it looks at all alike, 0 if it looks at one. Padding is left out.
-        """
-        attentions: list[torch.Tensor] = []
-        self.take(self.state, attentions)
-        probabilities = torch.stack(attentions).float()  # (layers, rows, heads, query, key)
-        entropy = torch.special.entr(probabilities).sum(-1)
-        is_seen = self.inputs.mask > torch.finfo(self.inputs.mask.dtype).min / 2  # (1 or rows, 1 or heads, query, key)
-        num_seen = (is_seen.sum(-1) * self.is_real[:, None]).expand(entropy.shape)
-        return (entropy / num_seen.log())[num_seen > 1].mean()
-
-
-def additive_mask(mask: Any, tokens: int, like: torch.Tensor) -> torch.Tensor:
-    """The mask of any backend for the first tokens, (1 or rows, 1 or heads, tokens, tokens), as the eager one adds it;
-    without one, or with a block mask, plain causal, and with FlashAttention's, (rows, tokens) of bool, without padding.
-    """
-    causal = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=like.device).tril()
-    if not isinstance(mask, torch.Tensor):
-        mask = causal
-    elif mask.ndim == 2:
-        mask = causal & mask.bool()[:, None, None, :tokens]
-    return as_added(mask[..., :tokens, :tokens], like)
-
-
-def as_added(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A mask of bool, or one that is added already, as one that is added."""
-    return torch.where(mask, 0.0, torch.finfo(like.dtype).min).to(like) if mask.dtype == torch.bool else mask.to(like)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
-from model import MODALITIES, draw_codes, length_before, tokenizer_of
+from model import draw_codes, length_before, tokenizer_of
 
 from . import arguments
 from .decoding import (
@@ -31,13 +31,14 @@ from .devices import device_report
 from .loading import add_loading_arguments, load_as_asked
 from .output import SUFFIXES, TerminalStreamer, check_path, save_audio, save_images, whole_file, write_result
 from .prompts import (
-    MAX_BYTES,
+    add_prompt_arguments,
     check_characters,
     check_length,
     check_prompts,
     encode_prompt,
     encode_question,
     prompt_limit,
+    read_prompt,
     read_prompts,
     write_answers,
 )
@@ -55,9 +56,7 @@ def build_parser() -> arguments.OneLineParser:
         "standard output, and images and audio to files.",
     )
     add_loading_arguments(parser)
-    parser.add_argument(
-        "--prompt", help="text to continue; default: standard input. With images or audio: what is asked about them"
-    )
+    add_prompt_arguments(parser)
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -66,16 +65,6 @@ def build_parser() -> arguments.OneLineParser:
         'about files; each is written with its "text", a line each',
     )
     parser.add_argument("--batch-size", type=arguments.batch_rows, help="prompts of --prompts at a time (default: 8)")
-    for kind in MODALITIES:
-        parser.add_argument(
-            f"--{kind}",
-            dest="media",
-            metavar="PATH",
-            type=lambda path, kind=kind: (kind, path),
-            action="append",
-            default=[],
-            help="file that the model reads before the prompt, which may be missing then; may be given several times",
-        )
     parser.add_argument("--mode", choices=["text", *SUFFIXES], default="text", help="what is written")
     parser.add_argument(
         "--out",
@@ -150,24 +139,6 @@ def check_mode(parser: arguments.OneLineParser, args: argparse.Namespace) -> Non
         parser.error(f"--{(given or 'count').replace('_', '-')} has no effect with --mode text: leave it out.")
     if args.mode != "text" and args.out is None:
         parser.error(f"--mode {args.mode} needs a file for what is written: name it with --out.")
-
-
-def read_prompt(given: str | None) -> str:
-    """The prompt that was given, or standard input.
-
-    Raises:
-        ValueError: it is empty, or not UTF-8.
-    """
-    try:
-        prompt = sys.stdin.read(MAX_BYTES).removeprefix("\ufeff").removesuffix("\n") if given is None else given
-        prompt.encode("utf-8")  # what an argument has that is not UTF-8 came as surrogates
-    except UnicodeError as error:
-        raise ValueError(
-            f"the prompt is not UTF-8 ({error.reason} at {error.start}): convert it, e.g. with iconv."
-        ) from error
-    if not prompt.strip():
-        raise ValueError("the prompt is empty: give --prompt TEXT, or a text on standard input.")
-    return prompt
 
 
 def answer_with_media(

@@ -1,5 +1,6 @@
 """Prompts: as tensors, and many of them from a file."""
 
+import argparse
 import codecs
 import difflib
 import json
@@ -44,6 +45,44 @@ class Prompt:
     given: Mapping[str, Any]
     text: str
     media: tuple[tuple[str, str], ...]
+
+
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a prompt consists of: a text, and files that are read before it."""
+    parser.add_argument(
+        "--prompt", help="text to continue; default: standard input. With images or audio: what is asked about them"
+    )
+    for kind in MODALITIES:
+        parser.add_argument(
+            f"--{kind}",
+            dest="media",
+            metavar="PATH",
+            type=lambda path, kind=kind: (kind, path),
+            action="append",
+            default=[],
+            help="file that the model reads before the prompt, which may be missing then; may be given several times",
+        )
+
+
+def read_prompt(given: str | None) -> str:
+    """The prompt that was given, or standard input.
+
+    Raises:
+        ValueError: it is empty, or not UTF-8.
+    """
+    try:
+        prompt = sys.stdin.read(MAX_BYTES).removeprefix("\ufeff").removesuffix("\n") if given is None else given
+        prompt.encode("utf-8")  # what an argument has that is not UTF-8 came as surrogates
+    except UnicodeError as error:
+        raise ValueError(
+            f"the prompt is not UTF-8 ({error.reason} at {error.start}): convert it, e.g. with iconv."
+        ) from error
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give --prompt TEXT, or a text on standard input.")
+    return prompt
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors

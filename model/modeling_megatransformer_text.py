@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import slice_logits_to_keep
@@ -111,6 +113,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         for number, layer in enumerate(self.cross_attentions):
             layer.number = number
         self.gradient_checkpointing, self.units_are_compiled = False, False
+        self._step_hooks: OrderedDict[int, tuple[int | None, Callable]] = OrderedDict()
         self._drawn_state: tuple[tuple, torch.Tensor | None] = ((), None)
         self._state_to_export = self._state_key(), default_state(self.text_config)  # since a trace cannot draw
         self.post_init()
@@ -168,6 +171,50 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             if unit is not None:
                 unit.compile(**kwargs)
         self.units_are_compiled = True
+
+    def register_step_hook(self, step: int | None, fn: Callable[..., torch.Tensor | None]) -> RemovableHandle:
+        """Calls `fn(state)` after core step `step`, counted from 1, in training, evaluation and generation, until
+        `remove()` of the handle that is returned. What it returns, if not None, takes the place of the state: the next
+        step, exits, outputs and the coda see that. A step that is not taken calls nothing. With `step` None it is
+        called as `fn(state, step)` after every step.
+
+        The state is s_i before any norm, (rows, new tokens, hidden), of the rows that are still iterated: those that
+        have taken all their steps, or have exited, are not among them. Hooks of one step are called in the order of
+        their registration. They run between the compiled units, so they add no graph.
+
+        Raises:
+            ValueError: The model has no core, or the step is below 1; in `forward`, a state of another shape is
+                returned; decoding "wavefront" and the serving engine refuse hooks, since they take steps of different
+                numbers at once.
+        """
+        if self.core is None:
+            raise ValueError("the model has no core (num_core_layers is 0), so no step: use register_forward_hook")
+        if step is not None and (not isinstance(step, int) or step < 1):
+            raise ValueError(f"step is {step!r}; give the number of a core step, 1 or more, or None for all of them")
+        handle = RemovableHandle(self._step_hooks)
+        self._step_hooks[handle.id] = (step, fn)
+        return handle
+
+    def _run_step_hooks(self, step: int, state: torch.Tensor) -> torch.Tensor:
+        """The state after a step, or what hooks have put in its place."""
+        for wanted, fn in tuple(self._step_hooks.values()):
+            if wanted not in (None, step):
+                continue
+            new = fn(state, step) if wanted is None else fn(state)
+            if new is None:
+                continue
+            if new.shape != state.shape:
+                raise ValueError(
+                    f"a hook of core step {step} returned a state of shape {tuple(new.shape)}, expected "
+                    f"{tuple(state.shape)}: return None to leave the state as it is"
+                )
+            state = new.to(state).contiguous()
+        return state
+
+    @property
+    def has_step_hooks(self) -> bool:
+        """Whether a hook of a step is registered."""
+        return bool(self._step_hooks)
 
     @with_parameters("past_key_values")
     @can_return_tuple
@@ -283,7 +330,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 exit_controller.begin(state, attention_mask[:, -sequence:].bool() if is_padded else None)
                 check_exits = functools.partial(self._check_exits, exit_controller, cache)
             state, exit_steps = iterate_core(
-                self.core, state, hidden, depth, inputs, cache, states, perturb, check_exits
+                *(self.core, state, hidden, depth, inputs, cache, states, perturb, check_exits),
+                step_hook=self._run_step_hooks if self._step_hooks else None,
             )
             if cache is not None:
                 cache.fill_skipped_steps(exit_steps, num_new_tokens=sequence)

@@ -313,6 +313,7 @@ def iterate_core(
     trajectory: list[torch.Tensor] | None = None,
     perturb: Callable[[int, ActiveRows], torch.Tensor] | None = None,
     check_exits: Callable[[int, ActiveRows], torch.Tensor | None] | None = None,
+    step_hook: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """s_i = core(s_{i-1}, e) for i = 1 .. r, the first `depth.no_grad` steps without gradient: s_r, (batch, sequence,
     hidden), and the steps taken, (batch,) on the CPU. state: s_0; embeds: e; inputs: mask and positions.
@@ -324,6 +325,7 @@ def iterate_core(
         perturb: (steps taken, active rows) -> the states that the next step sees.
         check_exits: (steps taken, active rows) -> (active rows,) of bool, whether they stop; or None: none does. Not
             asked after the last step.
+        step_hook: (steps taken, state of the active rows) -> the state in its place, which all that follows sees.
     """
     grad_enabled, limits = torch.is_grad_enabled(), None
     if depth.rows is not None or check_exits is not None:
@@ -349,6 +351,8 @@ def iterate_core(
                 step=of_step,
                 step_embeds=core.embed_step(step, s),
             )
+            if step_hook is not None:
+                active.state = step_hook(step + 1, active.state)
         if trajectory is not None:
             trajectory.append(active.scatter_into_batch())
         stops = check_exits(step + 1, active) if check_exits is not None and step + 1 < depth.total else None

@@ -149,7 +149,14 @@ class Scheduler:
         self.device, self.dtype = self.base.embed_tokens.weight.device, self.base.embed_tokens.weight.dtype
 
     def open(self, row: TextRow, place: int, token: int) -> None:
-        """Goes on with a row behind a token that is final, which is read to this place of the cache."""
+        """Goes on with a row behind a token that is final, which is read to this place of the cache. ValueError: the
+        model has hooks of steps, of which a launch takes several at once.
+        """
+        if self.base.has_step_hooks:
+            raise ValueError(
+                "the model has step hooks, and a launch here takes steps of different numbers at once: remove them, or "
+                "generate with plain decoding"
+            )
         row.items, row.criterion = [Item(row, place, token)], self._criterion(row.exits.criterion)
         self.rows.append(row)
 
