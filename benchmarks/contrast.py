@@ -9,7 +9,6 @@ from __future__ import annotations
 from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
 
 # isort: split
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,13 +22,13 @@ from dataset_loading import build_examples
 from evaluation.answers import AnswerGenerator, Example, prompt_of, to_model
 from evaluation.checks import CHECKS
 from evaluation.depth import chunks
+from evaluation.intervals import wilson_interval
 from inference import arguments
 from inference.devices import choose_device, choose_threads
 from inference.loading import find_checkpoint, load_model
 
 ROWS = 64
 """Questions that are answered at a time."""
-Z = 1.96
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,16 +102,8 @@ def score(model: PreTrainedModel, processor: Any, rows: Sequence[Example], depth
         found = model.generate(**inputs, num_steps=depth, do_sample=False, **options_of_text, **options)
         new = found[:, inputs["input_ids"].shape[1] :].tolist()
         right += sum(tokens[: len(target)] == target for tokens, target in zip(new, targets, strict=True))
-    low, high = wilson(right, len(rows))
+    low, high = wilson_interval(right, len(rows))
     return f"{100 * right / len(rows):.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson's score."""
-    share, spread = right / count, Z**2 / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return middle - half, middle + half
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def text_scores(answers: Sequence[Answer]) -> TextScores:
 
 
 def corpus_counts(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    """What is counted of each text and its reference, whose sums over a corpus `corpus_scores` reads, (texts, 35).
+    """Counts of each text and its reference, whose sums over a corpus `corpus_scores` reads, (texts, 35).
 
     Edits and length of the reference, in words and in characters; words of the text; n-grams that both have, those of
     the text and those of the reference, of words for n = 1 to 4, of characters without blanks for n = 1 to 6.
@@ -242,7 +242,7 @@ def attributes_right(answers: Sequence[Answer]) -> list[dict[str, bool]]:
 
 
 def rights_by_name(found: Sequence[Mapping[str, bool]]) -> dict[str, list[bool]]:
-    """What is right, by name."""
+    """Lists of whether each is right, by name."""
     values: dict[str, list[bool]] = {}
     for name, is_right in (item for one in found for item in one.items()):
         values.setdefault(name, []).append(is_right)

@@ -1,5 +1,5 @@
-"""What of the gap between a few core steps and many is depth: schedules of steps beside the plain ones, and a readout
-that is fitted anew, over the same rows. `python -m evaluation RUN --controls` writes what is found.
+"""Controls of what more core steps buy: schedules of steps beside the plain ones, and a readout that is fitted anew,
+over the same rows. `python -m evaluation RUN --controls` writes what is found.
 
 With r the most steps, and k fewer:
 
@@ -88,7 +88,7 @@ class ControlTable:
 
 
 class Readout(NamedTuple):
-    """What is fitted between the core and the loss."""
+    """The numbers that are fitted between the core and the loss."""
 
     log_temperature: torch.Tensor
     scale: torch.Tensor
@@ -264,7 +264,7 @@ class ControlRunner:
     def score(
         self, items: Sequence[Item], depths: Sequence[int], readouts: Mapping[tuple[str, int], tuple[Readout, Readout]]
     ) -> dict[tuple[str, int], torch.Tensor]:
-        """What is found of each row by (name of a curve, k): nats, tokens, and whether all of its tokens are the
+        """The scores of each row by (name of a curve, k): nats, tokens, and whether all of its tokens are the
         likeliest, float64 (rows, 3).
         """
         found: dict[tuple[str, int], list[torch.Tensor]] = {}
@@ -331,7 +331,7 @@ class ControlRunner:
         return Readout(*(part.detach() for part in readout))
 
     def prior(self, readout: Readout) -> torch.Tensor:
-        """What the affine map costs, in nats."""
+        """The cost of the affine map, in nats."""
         return ((readout.scale - 1).square().sum() + readout.shift.square().sum()) / (2 * PRIOR_SPREAD**2)
 
     def loss_from(self, batch: dict[str, torch.Tensor], state: torch.Tensor, readout: Readout) -> torch.Tensor:
@@ -465,12 +465,7 @@ def control_rows(
         row = ControlRow(
             num_steps=steps,
             scores={name: float(it[0] if is_loss else 1 - it[0]) for name, it in curves.items()},
-            intervals={
-                name: interval_of(it[1:])
-                if is_loss
-                else wilson_interval(round((1 - it[0]) * len(columns)), len(columns))
-                for name, it in curves.items()
-            },
+            intervals={name: interval_of(it[1:]) if is_loss else of_share(1 - it[0]) for name, it in curves.items()},
             gap=float(gap[0]),
             gap_interval=interval_of(gap[1:]),
             temperature=temperatures[steps],

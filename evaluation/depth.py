@@ -81,14 +81,14 @@ class DepthRow:
     intervals: dict[str, Interval] = field(default_factory=dict)
     """Those of 95 % of loss, perplexity and bits per byte, over all validation sources, by a bootstrap over rows."""
     source_intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
-    """The same of each validation source."""
+    """Those of each validation source alone."""
     examples: ExampleScores | None = None
-    """What is known of single examples."""
+    """Scores of single examples."""
 
 
 @dataclass
 class ExampleScores:
-    """What is known of single examples at one depth, in their order, by source."""
+    """Scores of single examples at one depth, in their order, by source."""
 
     texts: dict[str, TextSums]
     answers: dict[str, list[Answer]]

@@ -113,6 +113,8 @@ def check_core(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     if config.num_core_layers == 0:
         raise ValueError("this model has no core (num_core_layers is 0), so nothing is iterated: give a recurrent one.")
+    if config.recurrence.untied_core:
+        raise ValueError("this model has a core for each step (untied_core), so nothing is iterated: give its twin.")
     if getattr(model, "is_quantized", False):  # transformers sets it on such models alone
         raise ValueError("the weights are quantized, and have no derivatives: give the checkpoint they were made from.")
     if config.recurrence.cache_policy == "first":

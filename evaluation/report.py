@@ -349,13 +349,13 @@ def example_lines(row: DepthRow) -> Iterator[dict[str, Any]]:
     if row.examples is None:
         return
     for source, sums in row.examples.texts.items():
-        names = ("nats", "tokens", "bytes")
         for number, (tokens, latents) in enumerate(zip(sums.tokens.sum(dim=1).tolist(), sums.latents, strict=True)):
+            names = ("nats", "tokens", "bytes")[: len(tokens)]  # bytes may be unknown
             line = {
                 "num_steps": row.num_steps,
                 "source": source,
                 "row": number,
-                **dict(zip(names, tokens, strict=False)),
+                **dict(zip(names, tokens, strict=True)),
             }
             for name, (total, count) in zip(TARGET_MODALITIES, latents.tolist(), strict=True):
                 line |= {f"{name}_loss": total, f"{name}_latents": count} if count else {}

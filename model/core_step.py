@@ -95,7 +95,7 @@ class CoreStep:
 
     def after(self, taken: int) -> "CoreStep":
         """The same for the step after `taken` others."""
-        step = None if self.core.step_lora is None else taken
+        step = taken if self.core.is_told_step else None
         return replace(self, step=step, step_embeds=self.core.embed_step(taken, self.state))
 
     @property

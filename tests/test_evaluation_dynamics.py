@@ -168,6 +168,8 @@ def test_bad_input_is_one_line(text_folder, tmp_path, capsys):
     check_error(capsys, [plain, *asked], "has no core (num_core_layers is 0), so nothing is iterated: give a recurrent")
     first = save_checkpoint(tmp_path / "first", recurrence={"mean_steps": 3, "cache_policy": "first"})
     check_error(capsys, [first, *asked], "the cache policy of this model is 'first'")
+    untied = save_checkpoint(tmp_path / "untied", recurrence={"mean_steps": 3, "untied_core": True})
+    check_error(capsys, [untied, *asked], "this model has a core for each step (untied_core)")
     check_error(capsys, [text_folder, "--prompt", ""], "the prompt is empty: give --prompt TEXT")
     check_error(capsys, [text_folder, *asked, "--image", tmp_path / "no.png"], "but this model reads text alone")
     check_error(capsys, [text_folder, *asked, "--mode", "image"], "this model writes text alone: leave it out")

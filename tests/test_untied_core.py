@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import pretrain
 from inference.engine import InferenceEngine
 from model import MegaTransformerForCausalLM
+from model.core_step import CoreStep
 from model.depth import sample_depth
 from model.step_lora import add_step_lora
 from tests.processes import run_python
@@ -41,6 +42,26 @@ def test_the_same_weights_in_each_core_are_the_recurrent_model(twins):
     assert torch.equal(untied(ids).logits, tied(ids, num_steps=4).logits)
     new = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(untied.generate(ids, **new), tied.generate(ids, num_steps=4, **new))
+
+
+@torch.no_grad()
+def test_steps_by_themselves_are_those_of_the_model(twins):
+    """By a hook of steps, and by `CoreStep`, which callbacks measure; the cores differ."""
+    _, untied = twins
+    for number, core in enumerate(untied.model.core.cores):
+        core.injection.proj.weight.mul_(1 + 0.1 * number)
+    calls, seen = [], []
+    handle = untied.model.register_step_hook(None, lambda state, step: seen.append((step, state)))
+    hook = untied.model.core.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    with hook:
+        states = untied(tiny_ids(1, 7), output_states=True, use_cache=False).states
+    handle.remove()
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    (state, embeds), given = calls[0]
+    first = CoreStep.of(untied.model.core, state, embeds, **given)
+    for taken, (_, found) in enumerate(seen):
+        assert torch.equal(found, states[taken + 1])
+        torch.testing.assert_close(first.after(taken).take(states[taken]), found, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
