@@ -205,7 +205,7 @@ def test_depth_table_of_the_run(run, tmp_path, capsys):
     folder, _ = run
     assert evaluate([str(folder), "--num-steps", "1", "3", "--output", str(tmp_path / "depth")]) == 0
     rows = json.loads((tmp_path / "depth" / "depth.json").read_text())
-    assert {path.suffix for path in (tmp_path / "depth").iterdir()} == {".json", ".md", ".png"}
+    assert {path.suffix for path in (tmp_path / "depth").iterdir()} == {".json", ".jsonl", ".md", ".png"}
     assert (tmp_path / "depth" / "depth.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     reported = json.loads((folder / "eval_results.json").read_text())["eval_addition_loss"]
     assert f"{reported:.4f}" in capsys.readouterr().out or any(abs(value - reported) < 1e-4 for value in _numbers(rows))
