@@ -146,9 +146,10 @@ def test_generate_hands_on_nothing_of_its_own_where_nothing_is_asked(asked):
 
 def test_what_generate_cannot_do_is_refused_aloud():
     model, ids = tiny_model(), tiny_ids(1, 4)
-    with pytest.raises(ValueError, match=r"each of 4 layers \(.*\), and 10 are executed at 4 steps: .*convert.py serve"):
+    places = r"each of 4 layers .* 10 are executed at 4 steps: .*convert.py serve"
+    with pytest.raises(ValueError, match=places):
         model.generate_batch([[3, 4, 5]], GenerationConfig(max_new_tokens=2))
-    with pytest.raises(ValueError, match=r"each of 4 layers \(.*\), and 10 are executed at 4 steps: .*convert.py serve"):
+    with pytest.raises(ValueError, match=places):
         model.init_continuous_batching()
     with pytest.raises(ValueError, match="assistant_early_exit drafts with the first layers"):
         model.generate(ids, assistant_early_exit=1, max_new_tokens=2)
