@@ -72,7 +72,10 @@ CUPS = (
     '{kind: generated, task: cups, num_rows: 20000, difficulty: [1, 3], loss_on: answer, separator: "", '
     "name: few_moves, seed: 1}]"
 )
-CUPS_HELD_OUT = '[{kind: generated, task: cups, num_rows: 1000, difficulty: [1, 6], loss_on: answer, separator: ""}]'
+RETOLD = CUPS.replace("task: cups", "task: retold_cups")
+RETOLD_HELD_OUT = (
+    '[{kind: generated, task: retold_cups, num_rows: 1000, difficulty: [1, 6], loss_on: answer, separator: ""}]'
+)
 SORTING = "[{kind: generated, task: sorting, num_rows: %d, difficulty: [4, 8], loss_on: answer}]"
 # A core of two layers that runs four times, so that eight layers are executed. What is shared executes as many.
 CORE = {"num_prelude_layers": 0, "num_core_layers": 2, "recurrence.mean_steps": 4, "recurrence.backprop_steps": 4}
@@ -101,8 +104,7 @@ VARIANTS = {
 }
 SEQ2SEQ = "cups, source and target"
 PART = {"hidden_size": 64, "intermediate_size": 192}
-# As many steps as there are moves, from a state that says that it is the first.
-ITERATED = {"mean_steps": 6, "backprop_steps": 6, "step_distribution": "fixed", "state_init": "zero"}
+ITERATED = {"mean_steps": 8, "backprop_steps": 8}
 PLAIN_DECODER = {
     "decoder_config.num_core_layers": 0,
     "decoder_config.num_prelude_layers": 1,
@@ -129,14 +131,14 @@ TASKS = {
     ),
     SEQ2SEQ: Task(
         ROOT / "configs/seq2seq.yaml",
-        "cups",
-        updates=600,
+        "retold_cups",
+        updates=1500,
+        levels=(4, 5, 6),
         flags=(
             *as_flags("model.encoder_config", PART | {"num_prelude_layers": 1, "position_embedding": "learned"}),
-            *as_flags("model.decoder_config", PART | {"recurrence.step_embedding": "sinusoidal"}),
+            *as_flags("model.decoder_config", PART),
             *as_flags("model.decoder_config.recurrence", ITERATED),
-            *as_flags("training", {"per_device_train_batch_size": 128}),
-            *("--data.block_size", "16", "--data.train", CUPS, "--data.validation", CUPS_HELD_OUT),
+            *("--data.block_size", "24", "--data.train", RETOLD, "--data.validation", RETOLD_HELD_OUT),
         ),
     ),
 }

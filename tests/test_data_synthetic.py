@@ -40,6 +40,8 @@ def test_answers_computed_by_hand():
     assert TASKS["instructions"].check("Put the digits of 130 in order.", "013")
     assert TASKS["cups"].check("bcbcbcVaa=", "3")  # 1 -> 2 -> 3
     assert TASKS["cups"].check("Zbd=", "5")  # 5 -> 3 -> 5
+    assert TASKS["retold_cups"].check("bcbcbcVaa=", "Vaa=3") and TASKS["retold_cups"].check("Zbd=", "Zbd=5")
+    assert not any(TASKS["retold_cups"].check("cZbd=", answer) for answer in ("5", "cZbd=5", "Zbd=4", "Zbb=5", ""))
     story = "It is late. Ben has a red cup. Ben gives the cup to Ida. Leo takes the cup from Ida. Ida smiles."
     assert TASKS["stories"].check(f"{story} Who has the cup?", "Leo")
     assert not TASKS["stories"].check(f"{story} Who has the cup?", "Ida")
@@ -54,7 +56,7 @@ def test_roles_share_no_instance():
     for first, second in product(range(100), repeat=2):
         both = {split_of(task.identity(f"{first}+{second}=")), split_of(task.identity(f"{second}+{first}="))}
         assert len(both) == 1
-    for name in ("chained_lookup", "cups", "stories", "reversal", "instructions", "calculator"):
+    for name in ("chained_lookup", "cups", "retold_cups", "stories", "reversal", "instructions", "calculator"):
         sets = [{TASKS[name].identity(row["prompt"]) for row in draw(name, role, 500, (1, 2))} for role in ROLES]
         assert len(set.union(*sets)) == sum(map(len, sets))
 

@@ -50,7 +50,7 @@ class Cups(GeneratedTask):
 
     def identity(self, prompt: str) -> str:
         """The letter and the moves after it; of few moves the whole prompt, as there are too few questions to share."""
-        question = re.search("[V-Z].*", prompt)[0]
+        question = _question(prompt)
         return question if len(question) - len("X=") > MOST_SHARED_MOVES else prompt
 
     def check(self, prompt: str, answer: str) -> bool:
@@ -63,6 +63,28 @@ class Cups(GeneratedTask):
                 return False
             cup = str(MOVES[move].index(cup) + 1)
         return False
+
+
+class RetoldCups(Cups):
+    """The answer tells the question again without the moves that do not count, and then the cup.
+
+    So what writes the answer reads each of these moves once more, and has a state for each of them: of a model that
+    writes nothing but the cup all moves are in the source, which it reads from one place.
+    """
+
+    name = "retold_cups"
+
+    def sample(self, rng: random.Random, difficulty: int) -> dict[str, str]:
+        row = super().sample(rng, difficulty)
+        return row | {"answer": _question(row["prompt"]) + row["answer"]}
+
+    def check(self, prompt: str, answer: str) -> bool:
+        return super().check(prompt, answer[-1:]) and answer[:-1] == _question(prompt)
+
+
+def _question(prompt: str) -> str:
+    """The letter and what follows."""
+    return re.search("[V-Z].*", prompt)[0]
 
 
 PLACES = dict(

@@ -8,12 +8,12 @@ from datasets import Dataset, Features, Value
 
 from .arithmetic import Addition, Calculator, Instructions, Reversal, Sorting, Subtraction
 from .base import GeneratedMediaTask, GeneratedTask, Role
-from .cups import CupImages, Cups, CupTunes
+from .cups import CupImages, Cups, CupTunes, RetoldCups
 from .melodies import Melodies, MelodyQuestions, Tunes
 from .scenes import Drawings, SceneQuestions, Scenes
 from .tracking import ChainedLookup, Stories
 
-_TEXT = (ChainedLookup, Addition, Subtraction, Reversal, Sorting, Cups, Stories, Instructions, Calculator)
+_TEXT = (ChainedLookup, Addition, Subtraction, Reversal, Sorting, Cups, RetoldCups, Stories, Instructions, Calculator)
 _MEDIA = (Scenes, SceneQuestions, Drawings, CupImages, Melodies, MelodyQuestions, Tunes, CupTunes)
 TASKS: dict[str, GeneratedTask] = {task.name: task() for task in _TEXT}
 """Tasks of text alone."""
