@@ -68,11 +68,10 @@ class Variant:
 
 
 CUPS = (
-    '[{kind: generated, task: cups, num_rows: 40000, difficulty: [1, 6], loss_on: answer, separator: "", weight: 2}, '
-    '{kind: generated, task: cups, num_rows: 20000, difficulty: [1, 3], loss_on: answer, separator: "", '
+    '[{kind: generated, task: %s, num_rows: %d, difficulty: [1, 6], loss_on: answer, separator: "", weight: 2}, '
+    '{kind: generated, task: %s, num_rows: %d, difficulty: [1, 3], loss_on: answer, separator: "", '
     "name: few_moves, seed: 1}]"
 )
-RETOLD = CUPS.replace("task: cups", "task: retold_cups")
 RETOLD_HELD_OUT = (
     '[{kind: generated, task: retold_cups, num_rows: 1000, difficulty: [1, 6], loss_on: answer, separator: ""}]'
 )
@@ -121,7 +120,7 @@ TASKS = {
         "cups",
         updates=500,
         levels=(4, 5, 6),
-        flags=(*as_flags("model", CORE), "--data.train", CUPS),
+        flags=(*as_flags("model", CORE), "--data.train", CUPS % ("cups", 40000, "cups", 20000)),
     ),
     "sorting": Task(
         ROOT / "configs/recurrent_cups.yaml",
@@ -132,13 +131,20 @@ TASKS = {
     SEQ2SEQ: Task(
         ROOT / "configs/seq2seq.yaml",
         "retold_cups",
-        updates=1500,
+        updates=2500,
         levels=(4, 5, 6),
         flags=(
             *as_flags("model.encoder_config", PART | {"num_prelude_layers": 1, "position_embedding": "learned"}),
             *as_flags("model.decoder_config", PART),
             *as_flags("model.decoder_config.recurrence", ITERATED),
-            *("--data.block_size", "24", "--data.train", RETOLD, "--data.validation", RETOLD_HELD_OUT),
+            *(
+                "--data.block_size",
+                "24",
+                "--data.train",
+                CUPS % ("retold_cups", 110000, "retold_cups", 55000),
+                "--data.validation",
+                RETOLD_HELD_OUT,
+            ),
         ),
     ),
 }
