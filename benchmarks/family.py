@@ -72,6 +72,7 @@ CUPS = (
     '{kind: generated, task: %s, num_rows: %d, difficulty: [1, 3], loss_on: answer, separator: "", '
     "name: few_moves, seed: 1}]"
 )
+RETOLD = CUPS % ("retold_cups", 110000, "retold_cups", 55000)
 RETOLD_HELD_OUT = (
     '[{kind: generated, task: retold_cups, num_rows: 1000, difficulty: [1, 6], loss_on: answer, separator: ""}]'
 )
@@ -137,14 +138,7 @@ TASKS = {
             *as_flags("model.encoder_config", PART | {"num_prelude_layers": 1, "position_embedding": "learned"}),
             *as_flags("model.decoder_config", PART),
             *as_flags("model.decoder_config.recurrence", ITERATED),
-            *(
-                "--data.block_size",
-                "24",
-                "--data.train",
-                CUPS % ("retold_cups", 110000, "retold_cups", 55000),
-                "--data.validation",
-                RETOLD_HELD_OUT,
-            ),
+            *("--data.block_size", "24", "--data.train", RETOLD, "--data.validation", RETOLD_HELD_OUT),
         ),
     ),
 }
