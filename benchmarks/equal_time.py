@@ -225,9 +225,9 @@ def tables(
     return "\n".join(parts)
 
 
-def cell(values: Sequence[float]) -> str:
+def cell(values: Sequence[float], digits: int = 1) -> str:
     """Mean and half of the interval; "-" where a value is none."""
     if any(map(math.isnan, values)):
         return "-"
     mean, half = mean_and_interval(values)
-    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
+    return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
