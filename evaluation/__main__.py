@@ -41,7 +41,8 @@ from .distances import FeatureNetwork
 from .media_generation import MediaGenerator, RoundTrip, media_table
 from .metrics import token_byte_lengths
 from .reconstruction import reconstruction_table
-from .report import markdown_table, media_markdown, save_depth_table, save_media_table
+from .results import save_depth_table, save_media_table
+from .tables import markdown_table, media_markdown
 
 logger = logging.getLogger("evaluation")  # __name__ is __main__ when run with -m
 
