@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .depth import DepthRow
+from .efficiency import EfficiencyPoint, EfficiencyTable
 from .intervals import Interval
 from .media_generation import GeneratedItem, MediaRow, MediaSample, MediaScores, MediaTable
 from .tables import depth_name, names_of_checks
@@ -179,3 +180,34 @@ def spectrogram_levels(samples: np.ndarray, rate: int) -> np.ndarray:
     spectrum = torch.stft(waveform, size, hop, window=window, pad_mode="constant", return_complex=True)
     levels = spectrum.abs().square().clamp(min=1e-12).log10()
     return levels.clamp(min=levels.max() - RANGE).numpy()
+
+
+def plot_efficiency(table: EfficiencyTable, path: Path) -> None:
+    """Loss and exact answers against executed operations and against time, as PNG; rings are the Pareto front."""
+    measures = ["loss", *(["exact"] if table.points[0].exact is not None else [])]
+    figure = new_figure(11, 4 * len(measures))
+    units = {"flops_per_token": "executed FLOPs per token", "milliseconds_per_token": "milliseconds per token"}
+    for measure, panels in zip(measures, figure.subplots(len(measures), 2, squeeze=False), strict=True):
+        for (name, unit), axes in zip(units.items(), panels, strict=True):
+            plot_settings(table.points, name, measure, axes)
+            axes.set(xlabel=unit, ylabel="loss (nats per token)" if measure == "loss" else "exact match")
+            if name == "flops_per_token":
+                front = [point for point in table.points if measure in point.on_front]
+                place = [point.flops_per_token for point in front], [getattr(point, measure) for point in front]
+                axes.plot(*place, ls=":", color="grey", marker="o", ms=12, mfc="none", label="Pareto front")
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def plot_settings(points: Sequence[EfficiencyPoint], name: str, measure: str, axes: Axes) -> None:
+    """A curve for fixed depths and for each criterion, with intervals; labels are core steps, and thresholds."""
+    for criterion in dict.fromkeys(point.criterion for point in points):
+        kind = [point for point in points if point.criterion == criterion]
+        places, values = ([getattr(point, it) for point in kind] for it in (name, measure))
+        axes.plot(places, values, marker=".", label=criterion)
+        show_band(axes, places, [point.intervals[measure] for point in kind])
+        for point, place, value in zip(kind, places, values, strict=True):
+            label = depth_name(point.num_steps) if point.threshold is None else f"{point.threshold:g}"
+            axes.annotate(label, (place, value), (3, 4), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)

@@ -11,8 +11,9 @@ from typing import Any
 from model import TARGET_MODALITIES
 
 from .depth import DepthRow
+from .efficiency import EfficiencyTable, efficiency_markdown
 from .media_generation import MediaTable
-from .plots import plot_depths, plot_media, save_contact_sheet
+from .plots import plot_depths, plot_efficiency, plot_media, save_contact_sheet
 from .tables import markdown_table, media_markdown
 
 
@@ -74,6 +75,19 @@ def save_media_table(table: MediaTable, folder: Path, about: Mapping[str, Any]) 
     for name, samples in table.samples.items():
         paths.append(folder / f"media_{''.join(it if it.isalnum() else '_' for it in name)}.png")
         save_contact_sheet(samples, paths[-1])
+    return paths
+
+
+def save_efficiency(table: EfficiencyTable, folder: Path, about: Mapping[str, Any]) -> list[Path]:
+    """Write efficiency.json, efficiency.md and efficiency.png into the folder and return their paths.
+
+    Args:
+        table: The result of `efficiency_table`.
+        folder: Folder of the files, made if missing.
+        about: What was evaluated; it stands next to the points in the JSON.
+    """
+    paths = save_table(folder, "efficiency", {**about, **asdict(table)}, efficiency_markdown(table))
+    plot_efficiency(table, paths[-1])
     return paths
 
 
