@@ -374,5 +374,5 @@ def slope_cell(slope: Slope) -> str:
 def setting_name(point: EfficiencyPoint) -> str:
     """A setting as it is shown."""
     if point.criterion == FIXED:
-        return depth_name(point.num_steps) + (" steps" if point.num_steps else "")
+        return depth_name(point.num_steps) if point.num_steps is None else f"num_steps {point.num_steps}"
     return f"{point.criterion} {point.threshold:g}"
