@@ -9,6 +9,7 @@ from inference.logs import set_up_logging  # first: it sets up what libraries sa
 # isort: split
 import io
 import json
+import logging
 import shlex
 import sys
 import textwrap
@@ -51,8 +52,12 @@ from .report_parts import (
 )
 from .tables import Table, depth_name, depth_tables, media_tables
 
+logger = logging.getLogger("evaluation.report")  # __name__ is __main__ when run with -m
+
 Value = TypeVar("Value")
 
+TRAIN = "python pretrain.py --config FILE"
+TRAIN_WITH_LOGS = f"{TRAIN} --training.report_to tensorboard"
 MOST_CARDS, MOST_ANSWERS = 24, 6
 """Samples of training, and answers of each source, that are shown."""
 MOST_CURVES = 8
@@ -134,7 +139,10 @@ class Results:
             return make()
         except MissingError as error:
             self.skipped.append(Skipped(what, error.reason, error.command))
-            return None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # a file of another shape than ours
+            logger.debug("Where it failed:", exc_info=True)
+            self.skipped.append(Skipped(what, f"a file of it is damaged ({type(error).__name__}: {error})"))
+        return None
 
     def command(self, options: str = "", module: str = "evaluation") -> str:
         """A command that makes something of this run."""
@@ -188,7 +196,7 @@ class Results:
             read_mapping(text)
             return text
 
-        return self.read(name, parse, "python pretrain.py --config FILE")
+        return self.read(name, parse, TRAIN)
 
     @cached_property
     def depth_rows(self) -> list[DepthRow]:
@@ -257,7 +265,7 @@ def as_rows(kind: type[Value], content: Any) -> list[Value]:
 
 def training_state(results: Results) -> Iterator[Part]:
     """How far the training came, and the last figures of it."""
-    state = results.read("trainer_state.json", read_mapping, "python pretrain.py --config FILE")
+    state = results.read("trainer_state.json", read_mapping, TRAIN)
     last: dict[str, Any] = {}
     for line in state.get("log_history", []):
         last |= line
@@ -279,14 +287,11 @@ def configuration(results: Results) -> Iterator[Part]:
 def model(results: Results) -> Iterator[Part]:
     """Sizes by part, as training has logged them; operations at fixed depths, if they were counted."""
     if "train/model_size" not in results.logs.texts:
-        raise MissingError("training has logged no sizes to TensorBoard", "--training.report_to tensorboard")
+        raise MissingError("training has logged no sizes to TensorBoard", TRAIN_WITH_LOGS)
     lines = results.logs.texts["train/model_size"][1].splitlines()
-    cells = [
-        [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
-        for line in lines
-        if line.startswith("|")
-    ]
-    yield Table("Parameters", cells[0], [line + [""] * (len(cells[0]) - len(line)) for line in cells[2:]])
+    rows = [line.removeprefix("|").removesuffix("|").split("|") for line in lines if line.startswith("|")]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    yield Table("Parameters", cells[0], cells[2:])
     yield from (Words(line) for line in lines if line and not line.startswith("|"))
     table = if_there(results, "efficiency")
     points = [it for it in table.points if it.criterion == FIXED] if table else []
@@ -323,7 +328,7 @@ def losses(results: Results) -> Iterator[Part]:
     """Curves of the losses, and some of their points."""
     curves = {name: curve for name in loss_names(results.logs) if (curve := results.logs.curve(name))}
     if not curves:
-        raise MissingError("training has logged no loss to TensorBoard", "--training.report_to tensorboard")
+        raise MissingError("training has logged no loss to TensorBoard", TRAIN_WITH_LOGS)
     figure = new_figure(9, 4)
     axes = figure.subplots()
     for name, curve in curves.items():
@@ -388,10 +393,10 @@ def media(results: Results) -> Iterator[Part]:
         content = json.loads(text)
         return media_tables(MediaTable(as_rows(MediaRow, content["rows"]), content["real"], {}))
 
-    try:
-        yield from results.read("evaluation/media.json", parse, command)
-    except MissingError as error:
-        raise MissingError(f"{error.reason}; only models that generate images or audio have it", command) from error
+    generates = any(f"-> {kind}" in (if_there(results, "config") or "") for kind in ("image", "audio"))
+    if not generates and not (results.run / "evaluation/media.json").exists():
+        raise MissingError("no source of the run asks for images or audio")
+    yield from results.read("evaluation/media.json", parse, command)
     for path in sorted((results.run / "evaluation").glob("media*.png")):
         yield from results.picture(f"evaluation/{path.name}", path.stem, command)
 
@@ -440,7 +445,7 @@ def samples(results: Results) -> Iterator[Part]:
         medium = results.attempt(short(name), lambda: make(content, short(name), **options))  # noqa: B023
         card.media += [] if medium is None else [medium]
     if not cards:
-        raise MissingError("training has logged no samples to TensorBoard", "--training.report_to tensorboard")
+        raise MissingError("training has logged no samples to TensorBoard", TRAIN_WITH_LOGS)
     if len(cards) > MOST_CARDS:
         results.skipped.append(Skipped("further samples", f"{len(cards)} were logged, and {MOST_CARDS} are shown"))
     yield Cards(list(cards.values())[:MOST_CARDS])
@@ -478,7 +483,7 @@ def speed(results: Results) -> Iterator[Part]:
     if runtime:
         body.append(["seconds of training", "-", f"{runtime[-1][1]:,.1f}"])
     if not body:
-        raise MissingError("training has logged no speed to TensorBoard", "--training.report_to tensorboard")
+        raise MissingError("training has logged no speed to TensorBoard", TRAIN_WITH_LOGS)
     yield Table("Training", ["", "median", "last"], body)
     rows = if_there(results, "depth_rows")
     if rows:
