@@ -113,6 +113,7 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         logger.warning("%s has untied cores, so its depth cannot vary: evaluated at %d alone", checkpoint, *depths)
     if args.controls:
         check_controls(depths, texts, examples)
+    settings = efficiency_settings(model, depths, args) if args.efficiency else []
     if prompts and not args.no_media and len(args.exit_threshold or ()) > 1:
         raise ValueError("several --exit-threshold are for --efficiency, and media take one: give one, or --no-media.")
     writer = AnswerGenerator(processor, args.max_new_tokens)
@@ -139,8 +140,8 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         write_result(f"\n{controls_markdown(tables)}")
         with whole_folder(output) as made:
             names += [path.name for path in save_controls(tables, made, about)]
-    if args.efficiency:
-        table = measure_efficiency(model, depths, examples, writer, run, args)
+    if settings:
+        table = measure_efficiency(model, settings, examples, writer, run, args)
         write_result(f"\n{efficiency_markdown(table)}")
         with whole_folder(output) as made:
             names += [path.name for path in save_efficiency(table, made, about)]
@@ -156,18 +157,25 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
     write_result("\nwritten to " + ", ".join(str(output / name) for name in names) + "\n")
 
 
+def efficiency_settings(
+    model: PreTrainedModel, depths: Sequence[int | None], args: argparse.Namespace
+) -> list[Setting]:
+    """All depths, and exits at the largest, where a depth can vary; ValueError for a threshold outside its range."""
+    settings, criterion = [Setting(depth) for depth in depths], args.exit_criterion or "kl_divergence"
+    if depths == [None] or criterion == "none" or model.config.get_text_config().recurrence.untied_core:
+        return settings
+    return settings + exit_settings(depths[-1], criterion, args.exit_threshold)
+
+
 def measure_efficiency(
     model: PreTrainedModel,
-    depths: Sequence[int | None],
+    settings: Sequence[Setting],
     examples: dict[str, Sequence[dict]],
     writer: AnswerGenerator,
     run: RunConfig,
     args: argparse.Namespace,
 ) -> EfficiencyTable:
-    """Operations, time, loss and exact answers at fixed depths and with exits; of texts where there are no answers."""
-    settings, criterion = [Setting(depth) for depth in depths], args.exit_criterion or "kl_divergence"
-    if depths != [None] and criterion != "none" and not model.config.get_text_config().recurrence.untied_core:
-        settings += exit_settings(depths[-1], criterion, args.exit_threshold)
+    """Operations, time, loss and exact answers in each setting; of texts where there are no answers."""
     has_answers = bool(examples)
     if not has_answers:
         unpacked = dataclasses.replace(run, data=dataclasses.replace(run.data, packing=False))

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from model.exit_criteria import EXIT_CRITERIA
+from model.exit_criteria import EXIT_CRITERIA, ExitOptions
 
 from .answers import AnswerGenerator, Example, prompt_of, to_model
 from .depth import chunks, evaluating, wait_for
@@ -148,7 +148,7 @@ class EfficiencyRunner:
     """One model, and the answers that it is made to say.
 
     Args:
-        model: In evaluation mode.
+        model: The model, in evaluation mode.
         writer: Makes batches of prompts.
         examples: Rows of `input_ids` and `labels`, as `depth_table` takes them.
         batch_size: Rows that are read together, at most, of prompts and answers of the same lengths, so that nothing is
@@ -242,7 +242,12 @@ def exit_settings(most: int, criterion: str, thresholds: Sequence[float] | None)
         most: Core steps.
         criterion: An entry of `EXIT_CRITERIA`.
         thresholds: Those that are tried. Default: `FACTORS` times the criterion's.
+
+    Raises:
+        ValueError: A threshold is outside the range of the criterion.
     """
+    for it in thresholds or ():
+        ExitOptions(criterion, it)
     kind = EXIT_CRITERIA[criterion]
     tried = thresholds or [factor * kind.default_threshold for factor in FACTORS]
     return [Setting(most, criterion, it) for it in sorted(set(tried)) if thresholds or it <= kind.largest_threshold]
@@ -276,10 +281,10 @@ def efficiency_table(
     with evaluating(model):
         runner.say(next(runner.batches()), settings[0])  # the first pass pays for what all others find ready
         works = [runner.work(it) for it in tqdm(settings, desc="efficiency", unit="setting", disable=None)]
-    return table_of(settings, works, has_answers)
+    return combine_works(settings, works, has_answers)
 
 
-def table_of(settings: Sequence[Setting], works: Sequence[Work], has_answers: bool = True) -> EfficiencyTable:
+def combine_works(settings: Sequence[Setting], works: Sequence[Work], has_answers: bool = True) -> EfficiencyTable:
     """Points, fronts and slopes of what was found in each setting, over the same examples."""
     nats, right = (np.stack([work.scores[:, column] for work in works], axis=1) for column in (0, 2))
     tokens, count = works[0].scores[:, 1:2], len(right)
@@ -323,7 +328,7 @@ def slopes_of(points: Sequence[EfficiencyPoint], curves: Mapping[str, np.ndarray
     """The slopes of fixed depths and of each criterion, where there are different operations.
 
     Args:
-        points: In the order of the columns of the curves.
+        points: Those of the columns of the curves, in their order.
         curves: Values of all examples, and of draws, by measure, (1 + draws, points).
     """
     found = []

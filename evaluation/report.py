@@ -124,7 +124,7 @@ def build_report(run: Path) -> Report:
         parts = results.attempt(title, lambda build=build: list(build(results)))
         sections += [Section(title, parts)] if parts else []
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    return Report(run.absolute().name, f"{run.absolute()}, {made}", sections, results.skipped)
+    return Report(run.absolute().name, f"{run}, {made}", sections, results.skipped)
 
 
 class Results:
@@ -203,7 +203,7 @@ class Results:
         """The rows of `python -m evaluation`."""
 
         def parse(text: str) -> list[DepthRow]:
-            rows = as_rows(DepthRow, json.loads(text)["rows"])
+            rows = parse_rows(DepthRow, json.loads(text)["rows"])
             depth_tables(rows)  # whether the rows fit each other
             return rows
 
@@ -226,7 +226,7 @@ class Results:
         """What `python -m evaluation --efficiency` has found."""
 
         def parse(text: str) -> EfficiencyTable:
-            (table,) = as_rows(EfficiencyTable, [json.loads(text)])
+            (table,) = parse_rows(EfficiencyTable, [json.loads(text)])
             efficiency_tables(table)
             return table
 
@@ -255,7 +255,7 @@ def read_mapping(text: str) -> dict[str, Any]:
     return content
 
 
-def as_rows(kind: type[Value], content: Any) -> list[Value]:
+def parse_rows(kind: type[Value], content: Any) -> list[Value]:
     """A list of plain values as one of dataclasses; pydantic's ValidationError says what does not fit."""
     return TypeAdapter(list[kind], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(content)
 
@@ -263,7 +263,7 @@ def as_rows(kind: type[Value], content: Any) -> list[Value]:
 # ------------------------------------------------------------------------------------------------------------- sections
 
 
-def training_state(results: Results) -> Iterator[Part]:
+def training_section(results: Results) -> Iterator[Part]:
     """How far the training came, and the last figures of it."""
     state = results.read("trainer_state.json", read_mapping, TRAIN)
     last: dict[str, Any] = {}
@@ -279,12 +279,12 @@ def training_state(results: Results) -> Iterator[Part]:
     yield Table("", ["", "last value"], lines)
 
 
-def configuration(results: Results) -> Iterator[Part]:
+def configuration_section(results: Results) -> Iterator[Part]:
     """The resolved configuration, folded away."""
     yield Words(results.config, is_verbatim=True, folded_under="config.yaml, which alone repeats the run")
 
 
-def model(results: Results) -> Iterator[Part]:
+def model_section(results: Results) -> Iterator[Part]:
     """Sizes by part, as training has logged them; operations at fixed depths, if they were counted."""
     if "train/model_size" not in results.logs.texts:
         raise MissingError("training has logged no sizes to TensorBoard", TRAIN_WITH_LOGS)
@@ -300,7 +300,7 @@ def model(results: Results) -> Iterator[Part]:
         yield Table("Operations that were executed", ["core steps", "FLOPs per token"], body)
 
 
-def data(results: Results) -> Iterator[Part]:
+def data_section(results: Results) -> Iterator[Part]:
     """The sources of the configuration, and what of them was evaluated."""
     content = read_mapping(results.config).get("data") or {}
     lines = []
@@ -324,7 +324,7 @@ def data(results: Results) -> Iterator[Part]:
         yield Table("Evaluated", ["source", "rows", "tokens", "questions"], body)
 
 
-def losses(results: Results) -> Iterator[Part]:
+def losses_section(results: Results) -> Iterator[Part]:
     """Curves of the losses, and some of their points."""
     curves = {name: curve for name in loss_names(results.logs) if (curve := results.logs.curve(name))}
     if not curves:
@@ -356,19 +356,19 @@ def loss_names(logs: Logs) -> list[str]:
     return [*LOSSES, *further[: MOST_CURVES - len(LOSSES)]]
 
 
-def depths(results: Results) -> Iterator[Part]:
+def depth_section(results: Results) -> Iterator[Part]:
     """The tables of depth.json."""
     yield from depth_tables(results.depth_rows)
     yield from results.picture("evaluation/depth.png", "what depth buys", results.evaluate())
 
 
-def controls(results: Results) -> Iterator[Part]:
+def controls_section(results: Results) -> Iterator[Part]:
     """The tables of controls.json, and its sentences."""
     command = results.evaluate(" --controls")
 
     def parse(text: str) -> list[Part]:
         parts: list[Part] = []
-        for table in as_rows(ControlTable, json.loads(text)["tables"]):
+        for table in parse_rows(ControlTable, json.loads(text)["tables"]):
             parts += [*score_and_gap_tables(table), *map(Words, sentences_of(table))]
         return parts
 
@@ -376,7 +376,7 @@ def controls(results: Results) -> Iterator[Part]:
     yield from results.picture("evaluation/controls.png", "schedules of steps, and parts of the gap", command)
 
 
-def efficiency(results: Results) -> Iterator[Part]:
+def efficiency_section(results: Results) -> Iterator[Part]:
     """The tables of efficiency.json."""
     yield from efficiency_tables(results.efficiency)
     command = results.evaluate(" --efficiency")
@@ -385,13 +385,13 @@ def efficiency(results: Results) -> Iterator[Part]:
     )
 
 
-def media(results: Results) -> Iterator[Part]:
+def media_section(results: Results) -> Iterator[Part]:
     """The tables of media.json, and contact sheets."""
     command = results.evaluate()
 
     def parse(text: str) -> list[Table]:
         content = json.loads(text)
-        return media_tables(MediaTable(as_rows(MediaRow, content["rows"]), content["real"], {}))
+        return media_tables(MediaTable(parse_rows(MediaRow, content["rows"]), content["real"], {}))
 
     generates = any(f"-> {kind}" in (if_there(results, "config") or "") for kind in ("image", "audio"))
     if not generates and not (results.run / "evaluation/media.json").exists():
@@ -401,13 +401,13 @@ def media(results: Results) -> Iterator[Part]:
         yield from results.picture(f"evaluation/{path.name}", path.stem, command)
 
 
-def dynamics(results: Results) -> Iterator[Part]:
+def dynamics_section(results: Results) -> Iterator[Part]:
     """The verdict of `python -m evaluation.dynamics`, its pictures and sounds."""
     command = results.command(' --prompt "Once"', "evaluation.dynamics")
 
     def parse(text: str) -> list[Part]:
         content = json.loads(text)
-        (verdict,) = as_rows(Verdict, [content["verdict"]])
+        (verdict,) = parse_rows(Verdict, [content["verdict"]])
         exits = [
             [name, f"{it['threshold']:g}", f"{sum(it['steps']) / len(it['steps']):.2f}"]
             for name, it in content["exits"].items()
@@ -430,7 +430,7 @@ def dynamics(results: Results) -> Iterator[Part]:
         yield from [] if sound is None else [sound]
 
 
-def samples(results: Results) -> Iterator[Part]:
+def samples_section(results: Results) -> Iterator[Part]:
     """What the model said during training, with what it saw and heard."""
     logs, cards = results.logs, {}
     for name, (step, text) in logs.texts.items():
@@ -456,7 +456,7 @@ def short(name: str) -> str:
     return name.removeprefix("train/")
 
 
-def answers(results: Results) -> Iterator[Part]:
+def answers_section(results: Results) -> Iterator[Part]:
     """References and answers at each depth, the first of each source."""
     found: dict[str, dict[int, dict[str, str]]] = {}
     for line in results.example_lines:
@@ -472,7 +472,7 @@ def answers(results: Results) -> Iterator[Part]:
         yield Table(source, header, [[row.get(name, "-") for name in header] for row in rows.values()])
 
 
-def speed(results: Results) -> Iterator[Part]:
+def speed_section(results: Results) -> Iterator[Part]:
     """Speed of the training, and of a forward pass at each depth."""
     body = []
     for name in SPEEDS:
@@ -491,7 +491,7 @@ def speed(results: Results) -> Iterator[Part]:
         yield Table("Forward passes of the evaluation", ["core steps", "ms per token"], body)
 
 
-def environment(results: Results) -> Iterator[Part]:
+def environment_section(results: Results) -> Iterator[Part]:
     """Versions, when it was trained, and those that have made the report."""
 
     def parse(text: str) -> list[list[str]]:
@@ -506,20 +506,20 @@ def environment(results: Results) -> Iterator[Part]:
 
 
 SECTIONS: Mapping[str, Callable[[Results], Iterator[Part]]] = {
-    "Training": training_state,
-    "Configuration": configuration,
-    "Model": model,
-    "Data": data,
-    "Losses": losses,
-    "Depth": depths,
-    "Controls": controls,
-    "Efficiency": efficiency,
-    "Generated media": media,
-    "Dynamics": dynamics,
-    "Samples": samples,
-    "Answers": answers,
-    "Speed": speed,
-    "Environment": environment,
+    "Training": training_section,
+    "Configuration": configuration_section,
+    "Model": model_section,
+    "Data": data_section,
+    "Losses": losses_section,
+    "Depth": depth_section,
+    "Controls": controls_section,
+    "Efficiency": efficiency_section,
+    "Generated media": media_section,
+    "Dynamics": dynamics_section,
+    "Samples": samples_section,
+    "Answers": answers_section,
+    "Speed": speed_section,
+    "Environment": environment_section,
 }
 
 

@@ -14,10 +14,10 @@ from evaluation.efficiency import (
     Setting,
     Work,
     as_examples,
+    combine_works,
     efficiency_markdown,
     efficiency_table,
     exit_settings,
-    table_of,
 )
 from evaluation.results import save_efficiency
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
@@ -123,7 +123,7 @@ def test_fronts_and_slopes():
         work(base + 2, [1, 1, 1, 0, 0, 0, 0, 0], 4000),
         work(base + 4, [1, 1, 0, 0, 0, 0, 0, 0], 3000),
     ]
-    table = table_of(settings, works)
+    table = combine_works(settings, works)
     assert [point.flops_per_token for point in table.points] == [100, 200, 300, 400]
     assert [point.on_front for point in table.points] == [["loss", "exact"], ["loss", "exact"], [], ["loss", "exact"]]
     assert table.points[0].milliseconds_per_token == 50 and table.points[0].loss == pytest.approx(3)
@@ -138,7 +138,9 @@ def test_fronts_and_slopes():
 
 
 def test_files(tmp_path):
-    table = table_of([Setting(1), Setting(2)], [work([1, 2], [0, 1], 10), work([1, 1], [1, 1], 20)], has_answers=False)
+    table = combine_works(
+        [Setting(1), Setting(2)], [work([1, 2], [0, 1], 10), work([1, 1], [1, 1], 20)], has_answers=False
+    )
     assert table.points[0].exact is None and [slope.measure for slope in table.slopes] == ["loss"]
     paths = save_efficiency(table, tmp_path, {"limit": 3})
     assert [path.name for path in paths] == ["efficiency.json", "efficiency.md", "efficiency.png"]
