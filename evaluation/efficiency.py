@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -34,17 +36,6 @@ twice at each point.
 FACTORS = (0.1, 1, 10, 100)
 """Thresholds that are tried where none is named, in those of the criterion."""
 FIXED = "fixed depth"
-
-
-def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Operations of queries with keys, and of probabilities with values, from shapes (batch, heads, tokens, size)."""
-    batch, heads, tokens, size = query
-    return 2 * batch * heads * tokens * key[2] * (size + value[3])
-
-
-UNKNOWN_TO_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-"""Operators that torch's counter passes over."""
-MEASURES = ("loss", "exact")
 
 
 @dataclass(frozen=True)
@@ -191,7 +182,7 @@ class EfficiencyRunner:
         found = Work(np.empty((0, 3)), 0, 0.0, 0, [])
         scores = []
         for batch in self.batches():
-            with FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH) as counter:
+            with FlopCounterMode(display=False) as counter, countable_attention(self.model.device):
                 answers, output = self.say(batch, setting)
             found.flops += counter.get_total_flops()
             scores.append(answer_scores(torch.stack(output.logits, dim=1), answers))
@@ -206,6 +197,18 @@ class EfficiencyRunner:
             found.num_read += len(batch) * (prompt + answer - 1)  # the last token is said, and not read
         found.scores = np.concatenate(scores)
         return found
+
+
+@contextmanager
+def countable_attention(device: torch.device) -> Iterator[None]:
+    """A context in which attention is made of operators that torch counts: it knows the fused ones of GPUs, and not
+    that of CPUs, which is taken apart into the same products.
+    """
+    if device.type == "cuda":
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def answer_of(example: Example) -> list[int]:
