@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -182,7 +181,9 @@ class EfficiencyRunner:
         found = Work(np.empty((0, 3)), 0, 0.0, 0, [])
         scores = []
         for batch in self.batches():
-            with FlopCounterMode(display=False) as counter, countable_attention(self.model.device):
+            # The counter does not know the fused attention of CPUs, nor that of GPUs with fewer heads of keys: it is
+            # taken apart into the same products.
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 answers, output = self.say(batch, setting)
             found.flops += counter.get_total_flops()
             scores.append(answer_scores(torch.stack(output.logits, dim=1), answers))
@@ -197,18 +198,6 @@ class EfficiencyRunner:
             found.num_read += len(batch) * (prompt + answer - 1)  # the last token is said, and not read
         found.scores = np.concatenate(scores)
         return found
-
-
-@contextmanager
-def countable_attention(device: torch.device) -> Iterator[None]:
-    """A context in which attention is made of operators that torch counts: it knows the fused ones of GPUs, and not
-    that of CPUs, which is taken apart into the same products.
-    """
-    if device.type == "cuda":
-        yield
-        return
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 def answer_of(example: Example) -> list[int]:
