@@ -34,6 +34,8 @@ twice at each point.
 """
 FACTORS = (0.1, 1, 10, 100)
 """Thresholds that are tried where none is named, in those of the criterion."""
+LEAST_DOUBLINGS = 0.5
+"""Doublings of the operations that points span at least, or they have no slope: it would be far beyond them."""
 FIXED = "fixed depth"
 
 
@@ -317,7 +319,7 @@ def mark_front(points: Sequence[EfficiencyPoint], measure: str) -> None:
 
 
 def slopes_of(points: Sequence[EfficiencyPoint], curves: Mapping[str, np.ndarray]) -> list[Slope]:
-    """The slopes of fixed depths and of each criterion, where there are different operations.
+    """The slopes of fixed depths and of each criterion, where operations differ enough.
 
     Args:
         points: Those of the columns of the curves, in their order.
@@ -328,7 +330,7 @@ def slopes_of(points: Sequence[EfficiencyPoint], curves: Mapping[str, np.ndarray
         places = [number for number, point in enumerate(points) if point.criterion == criterion]
         doublings = np.array([math.log2(points[number].flops_per_token) for number in places])
         offsets = doublings - doublings.mean()
-        if np.ptp(doublings) == 0:
+        if np.ptp(doublings) < LEAST_DOUBLINGS:
             continue
         for measure, values in curves.items():
             slopes = values[:, places] @ offsets / (offsets @ offsets)

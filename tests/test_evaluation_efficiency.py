@@ -116,18 +116,20 @@ def work(nats: list[float], right: list[int], flops: int) -> Work:
 def test_fronts_and_slopes():
     """The loss falls by a half, and the share grows by an eighth, with each doubling, in each example alike."""
     base = np.linspace(1, 3, 8)
-    settings = [Setting(1), Setting(2), Setting(4), Setting(4, "cosine", 0.1)]
+    settings = [Setting(1), Setting(2), Setting(4), Setting(4, "cosine", 0.1), Setting(4, "cosine", 0.2)]
     works = [
         work(base + 4, [1, 0, 0, 0, 0, 0, 0, 0], 1000),
         work(base + 3, [1, 1, 0, 0, 0, 0, 0, 0], 2000),
         work(base + 2, [1, 1, 1, 0, 0, 0, 0, 0], 4000),
         work(base + 4, [1, 1, 0, 0, 0, 0, 0, 0], 3000),
+        work(base + 4, [1, 0, 0, 0, 0, 0, 0, 0], 2500),
     ]
     table = combine_works(settings, works)
-    assert [point.flops_per_token for point in table.points] == [100, 200, 300, 400]
-    assert [point.on_front for point in table.points] == [["loss", "exact"], ["loss", "exact"], [], ["loss", "exact"]]
+    assert [point.flops_per_token for point in table.points] == [100, 200, 250, 300, 400]
+    both = ["loss", "exact"]
+    assert [point.on_front for point in table.points] == [both, both, [], [], both]
     assert table.points[0].milliseconds_per_token == 50 and table.points[0].loss == pytest.approx(3)
-    of_loss, of_exact = table.slopes  # a criterion with one threshold has none
+    of_loss, of_exact = table.slopes  # exits span too little
     assert (of_loss.criterion, of_loss.measure) == (FIXED, "loss")
     assert (of_loss.value, *of_loss.interval) == pytest.approx((-0.5, -0.5, -0.5))
     assert of_exact.value == pytest.approx(0.125)
