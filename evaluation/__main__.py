@@ -38,7 +38,7 @@ from .classifiers import load_classifier
 from .controls import check_controls, control_tables, controls_markdown, save_controls
 from .depth import depth_table
 from .distances import FeatureNetwork
-from .efficiency import EfficiencyTable, Setting, as_examples, efficiency_markdown, efficiency_table, exit_settings
+from .efficiency import Setting, as_examples, efficiency_markdown, efficiency_table, exit_settings
 from .media_generation import MediaGenerator, RoundTrip, media_table
 from .metrics import token_byte_lengths
 from .reconstruction import reconstruction_table
@@ -113,7 +113,8 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         logger.warning("%s has untied cores, so its depth cannot vary: evaluated at %d alone", checkpoint, *depths)
     if args.controls:
         check_controls(depths, texts, examples)
-    settings = efficiency_settings(model, depths, args) if args.efficiency else []
+    if args.efficiency:
+        settings, said = efficiency_settings(model, depths, args), examples_to_say(examples, run, processor, args.limit)
     if prompts and not args.no_media and len(args.exit_threshold or ()) > 1:
         raise ValueError("several --exit-threshold are for --efficiency, and media take one: give one, or --no-media.")
     writer = AnswerGenerator(processor, args.max_new_tokens)
@@ -140,8 +141,8 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         write_result(f"\n{controls_markdown(tables)}")
         with whole_folder(output) as made:
             names += [path.name for path in save_controls(tables, made, about)]
-    if settings:
-        table = measure_efficiency(model, settings, examples, writer, run, args)
+    if args.efficiency:
+        table = efficiency_table(model, settings, said, writer, args.batch_size, has_answers=bool(examples))
         write_result(f"\n{efficiency_markdown(table)}")
         with whole_folder(output) as made:
             names += [path.name for path in save_efficiency(table, made, about)]
@@ -167,20 +168,17 @@ def efficiency_settings(
     return settings + exit_settings(depths[-1], criterion, args.exit_threshold)
 
 
-def measure_efficiency(
-    model: PreTrainedModel,
-    settings: Sequence[Setting],
+def examples_to_say(
     examples: dict[str, Sequence[dict]],
-    writer: AnswerGenerator,
     run: RunConfig,
-    args: argparse.Namespace,
-) -> EfficiencyTable:
-    """Operations, time, loss and exact answers in each setting; of texts where there are no answers."""
-    has_answers = bool(examples)
-    if not has_answers:
-        unpacked = dataclasses.replace(run, data=dataclasses.replace(run.data, packing=False))
-        examples = as_examples(validation_texts(unpacked, writer.processor or writer.tokenizer, args.limit))
-    return efficiency_table(model, settings, examples, writer, args.batch_size, has_answers)
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    limit: int | None,
+) -> dict[str, Sequence[dict]]:
+    """Questions with answers; where there are none, validation texts, each a row of its own."""
+    if examples:
+        return examples
+    unpacked = dataclasses.replace(run, data=dataclasses.replace(run.data, packing=False))
+    return as_examples(validation_texts(unpacked, processor, limit))
 
 
 def evaluate_codec(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None:

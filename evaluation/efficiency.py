@@ -221,11 +221,22 @@ def answer_scores(logits: torch.Tensor, answers: torch.LongTensor) -> np.ndarray
 
 
 def as_examples(texts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, list[int]]]]:
-    """Texts without answers as examples: the first token is the prompt, at most `MOST_TOKENS` others the answer."""
+    """Texts without answers as examples: the first token is the prompt, at most `MOST_TOKENS` others the answer. Rows
+    with media are left out.
+
+    Raises:
+        ValueError: No row is left.
+    """
     found = {}
     for name, rows in texts.items():
-        ids = [list(rows[number]["input_ids"][: 1 + MOST_TOKENS]) for number in range(min(MOST_EXAMPLES, len(rows)))]
+        chosen = [rows[number] for number in range(min(MOST_EXAMPLES, len(rows)))]
+        ids = [list(row["input_ids"][: 1 + MOST_TOKENS]) for row in chosen if "media" not in row]
         found[name] = [{"input_ids": it, "labels": [-100, *it[1:]]} for it in ids if len(it) > 1]
+    if not any(found.values()):
+        raise ValueError(
+            "--efficiency needs questions whose answers are texts, or validation texts without media: name a source of "
+            "either under data.validation, or leave it out."
+        )
     return found
 
 
@@ -264,13 +275,8 @@ def efficiency_table(
         writer: Makes batches of prompts.
         batch_size: Rows that are read together, at most.
         has_answers: Whether exact answers are counted; not of texts that were made examples.
-
-    Raises:
-        ValueError: There is no example.
     """
     chosen = [rows[number] for rows in examples.values() for number in range(min(MOST_EXAMPLES, len(rows)))]
-    if not chosen:
-        raise ValueError("--efficiency needs a source with answers, or validation texts of two tokens: name one.")
     runner = EfficiencyRunner(model, writer, chosen, batch_size)
     with evaluating(model):
         runner.say(next(runner.batches()), settings[0])  # the first pass pays for what all others find ready

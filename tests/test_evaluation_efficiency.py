@@ -27,6 +27,7 @@ HIDDEN, INNER, WORDS = 32, 48, 320
 # Of `tiny_model`: 4 heads of 8, 2 for keys and values, a gated feed-forward; prelude and coda of a layer each.
 LAYER = 2 * (HIDDEN * (HIDDEN + 2 * 16) + HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
 INJECTION, HEAD = 2 * 2 * HIDDEN * HIDDEN, 2 * HIDDEN * WORDS
+IMAGE = {"input_ids": [1, 2, 3], "media": {}}
 LENGTHS = ((PROMPT, ANSWER), (PROMPT, ANSWER), (PROMPT, ANSWER), (3, 2))
 
 
@@ -157,9 +158,9 @@ def test_thresholds_around_that_of_the_criterion():
 
 
 def test_texts_become_examples():
-    found = as_examples({"texts": [{"input_ids": list(range(100))}, {"input_ids": [5]}, {"input_ids": [1, 2]}]})
+    found = as_examples({"texts": [{"input_ids": list(range(100))}, {"input_ids": [5]}, {"input_ids": [1, 2]}, IMAGE]})
     long, short = found["texts"]
     assert short == {"input_ids": [1, 2], "labels": [-100, 2]}
     assert long["input_ids"] == list(range(65)) and long["labels"] == [-100, *range(1, 65)]
-    with pytest.raises(ValueError, match="--efficiency needs a source with answers"):
-        measured(tiny_model(), [Setting(1)], [])
+    with pytest.raises(ValueError, match="--efficiency needs questions whose answers are texts"):
+        as_examples({"drawn": [IMAGE]})
