@@ -21,7 +21,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: help quickstart quickstart-lm extra browser test test-slow test-gpu test-previous lint format docs lock check-lock audit newest
 
 help:
-	@echo "make quickstart      set up, train a small model on pictures, sound and text, evaluate it, show it a picture"
+	@echo "make quickstart      set up, train a small model on pictures, sound and text, evaluate it, show it a picture, report"
 	@echo "make quickstart-lm   the same with text alone"
 	@echo "make test            the fast tests"
 	@echo "make test-slow       the tests through the launcher, long runs, and clients of requirements-extra.lock"
@@ -74,12 +74,14 @@ quickstart: $(INSTALLED)
 	.venv/bin/deepspeed pretrain.py --config configs/recurrent_vlm.yaml --training.output_dir $(RUN)
 	.venv/bin/python -m evaluation $(RUN) --num-steps 1 2 4 8
 	.venv/bin/python -m inference.generate $(RUN) --image docs/images/scene.png --greedy
+	.venv/bin/python -m evaluation.report $(RUN)
 
 quickstart-lm: RUN ?= runs/recurrent_lm
 quickstart-lm: $(INSTALLED)
 	.venv/bin/deepspeed pretrain.py --config configs/recurrent_lm.yaml --training.output_dir $(RUN)
 	.venv/bin/python -m evaluation $(RUN) --num-steps 1 2 4 8 16
 	.venv/bin/python -m inference.generate $(RUN) --prompt "The wind" --num-steps 8
+	.venv/bin/python -m evaluation.report $(RUN)
 
 extra: $(INSTALLED_EXTRA)
 

@@ -43,7 +43,7 @@ from benchmarks.equal_time import (
 from benchmarks.timing import output_file
 from configs.pretraining import collator_of, without_weights
 from evaluation.depth import DepthEvaluator, evaluating
-from evaluation.report import new_figure
+from evaluation.plots import new_figure
 
 KEY = ("task", "variant", "seed", "updates_of_reference", "questions")
 """The keys that tell rows from each other."""

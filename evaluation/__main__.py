@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 from torch.utils.data import Dataset, Subset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from configs import RunConfig, read_run_config
 from configs.runs import split_overrides
@@ -38,10 +38,12 @@ from .classifiers import load_classifier
 from .controls import check_controls, control_tables, controls_markdown, save_controls
 from .depth import depth_table
 from .distances import FeatureNetwork
+from .efficiency import Setting, as_examples, efficiency_markdown, efficiency_table, exit_settings
 from .media_generation import MediaGenerator, RoundTrip, media_table
 from .metrics import token_byte_lengths
 from .reconstruction import reconstruction_table
-from .report import markdown_table, media_markdown, save_depth_table, save_media_table
+from .results import save_depth_table, save_efficiency, save_media_table
+from .tables import markdown_table, media_markdown
 
 logger = logging.getLogger("evaluation")  # __name__ is __main__ when run with -m
 
@@ -111,6 +113,10 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         logger.warning("%s has untied cores, so its depth cannot vary: evaluated at %d alone", checkpoint, *depths)
     if args.controls:
         check_controls(depths, texts, examples)
+    if args.efficiency:
+        settings, said = efficiency_settings(model, depths, args), examples_to_say(examples, run, processor, args.limit)
+    if prompts and not args.no_media and len(args.exit_threshold or ()) > 1:
+        raise ValueError("several --exit-threshold are for --efficiency, and media take one: give one, or --no-media.")
     writer = AnswerGenerator(processor, args.max_new_tokens)
     limit = prompt_limit(model, args.max_prompt_tokens)
     check_lengths({**examples, **prompts}, limit)
@@ -135,6 +141,11 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         write_result(f"\n{controls_markdown(tables)}")
         with whole_folder(output) as made:
             names += [path.name for path in save_controls(tables, made, about)]
+    if args.efficiency:
+        table = efficiency_table(model, settings, said, writer, args.batch_size, has_answers=bool(examples))
+        write_result(f"\n{efficiency_markdown(table)}")
+        with whole_folder(output) as made:
+            names += [path.name for path in save_efficiency(table, made, about)]
     if prompts and not args.no_media:
         generator = MediaGenerator(writer, generate_options(args))
         reader = None if args.round_trip is None else RoundTrip(writer, args.round_trip)
@@ -145,6 +156,29 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         with whole_folder(output) as made:
             names += [path.name for path in save_media_table(table, made, {**about, **how})]
     write_result("\nwritten to " + ", ".join(str(output / name) for name in names) + "\n")
+
+
+def efficiency_settings(
+    model: PreTrainedModel, depths: Sequence[int | None], args: argparse.Namespace
+) -> list[Setting]:
+    """All depths, and exits at the largest, where a depth can vary; ValueError for a threshold outside its range."""
+    settings, criterion = [Setting(depth) for depth in depths], args.exit_criterion or "kl_divergence"
+    if depths == [None] or criterion == "none" or model.config.get_text_config().recurrence.untied_core:
+        return settings
+    return settings + exit_settings(depths[-1], criterion, args.exit_threshold)
+
+
+def examples_to_say(
+    examples: dict[str, Sequence[dict]],
+    run: RunConfig,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    limit: int | None,
+) -> dict[str, Sequence[dict]]:
+    """Questions with answers; where there are none, validation texts, each a row of its own."""
+    if examples:
+        return examples
+    unpacked = dataclasses.replace(run, data=dataclasses.replace(run.data, packing=False))
+    return as_examples(validation_texts(unpacked, processor, limit))
 
 
 def evaluate_codec(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None:
@@ -181,6 +215,12 @@ def build_parser() -> arguments.OneLineParser:
         action="store_true",
         help="say how much of the gap between fewer core steps and the most of --num-steps is the readout, the number "
         "of applications, and distinct steps",
+    )
+    parser.add_argument(
+        "--efficiency",
+        action="store_true",
+        help="count the operations of answers that are said token by token, at the depths of --num-steps and with "
+        "exits by --exit-criterion, kl_divergence if none is named, at each --exit-threshold",
     )
     parser.add_argument("--no-texts", action="store_true", help="write no answers: neither word errors nor BLEU")
     parser.add_argument(
@@ -220,8 +260,17 @@ def add_media_arguments(parser: arguments.OneLineParser) -> None:
         help="let the model read what it generated, with this question or none, and compare that with its prompt",
     )
     add_flow_arguments(parser)
-    parser.add_argument("--exit-criterion", choices=["none", *EXIT_CRITERIA], help="what ends positions of media early")
-    parser.add_argument("--exit-threshold", type=arguments.finite, help="value of the criterion; default: the model's")
+    parser.add_argument(
+        "--exit-criterion",
+        choices=["none", *EXIT_CRITERIA],
+        help="what ends positions early, also for --efficiency",
+    )
+    parser.add_argument(
+        "--exit-threshold",
+        type=arguments.finite,
+        nargs="+",
+        help="value of the criterion; several for --efficiency; default: the model's, and some around the criterion's",
+    )
     parser.add_argument(
         "--velocity-threshold",
         type=arguments.finite,
@@ -238,7 +287,8 @@ def add_media_arguments(parser: arguments.OneLineParser) -> None:
 def generate_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `generate` that were named, for media."""
     names = (*FLOW_OPTIONS, "exit_criterion", "exit_threshold", "velocity_threshold", "cache_policy")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return options | ({"exit_threshold": options["exit_threshold"][0]} if "exit_threshold" in options else {})
 
 
 def check_lengths(examples: dict[str, Sequence[dict]], limit: int) -> None:

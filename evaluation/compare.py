@@ -17,7 +17,7 @@ from inference import arguments
 from inference.output import write_result
 
 from .intervals import difference_interval, ratio_interval, sign_test
-from .report import depth_name, format_table
+from .tables import depth_name, format_table
 
 Line = Mapping[str, Any]
 Examples = dict[str, dict[int, Line]]

@@ -32,7 +32,9 @@ from .answers import Example
 from .depth import Collate, DepthEvaluator, Item, answers_right, check_rows, evaluating, row_of
 from .intervals import Interval, divided, interval_of, sums_of_draws, wilson_interval
 from .metrics import token_nll
-from .report import figure_cell, format_table, label_depths, new_figure, percent, save_table, show_band
+from .plots import label_depths, new_figure, show_band
+from .results import save_table
+from .tables import Table, figure_cell, percent, tables_markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -502,18 +504,27 @@ def controls_markdown(tables: Sequence[ControlTable]) -> str:
     """The scores of all schedules, the parts of the gap, and a sentence for each number of steps, table by table."""
     parts = []
     for table in tables:
-        is_loss = table.measure == "loss"
-        cell = figure_cell if is_loss else percent
-        what = "Loss of validation rows" if is_loss else f"Exact answers of {table.name}"
-        parts.append(f"{what}: {table.num_scored} are scored, {table.num_fitted} others fitted on.\n")
-        names = list(table.rows[0].scores)
-        body = [[str(row.num_steps), *(cell(row.scores[it], row.intervals[it]) for it in names)] for row in table.rows]
-        parts.append(format_table(["steps", *names], body))
-        body = [[str(row.num_steps), cell(row.gap, row.gap_interval), *share_cells(row)] for row in table.rows[:-1]]
-        parts.append(format_table(["steps", "gap", *SHARES, "last steps"], body))
-        most = table.rows[-1].num_steps
-        parts.append("".join(f"- {sentence_of(row, most, table.measure)}\n" for row in table.rows[:-1]))
+        scores, gaps = score_and_gap_tables(table)
+        sentences = "".join(f"- {it}\n" for it in sentences_of(table))
+        parts += [tables_markdown([scores, gaps]), sentences]
     return "\n".join(parts)
+
+
+def score_and_gap_tables(table: ControlTable) -> tuple[Table, Table]:
+    """The scores of all schedules, and the parts of the gap, by steps."""
+    is_loss = table.measure == "loss"
+    cell = figure_cell if is_loss else percent
+    what = "Loss of validation rows" if is_loss else f"Exact answers of {table.name}"
+    title = f"{what}, of which {table.num_scored} are scored and {table.num_fitted} others fitted on"
+    names = list(table.rows[0].scores)
+    scores = [[str(row.num_steps), *(cell(row.scores[it], row.intervals[it]) for it in names)] for row in table.rows]
+    gaps = [[str(row.num_steps), cell(row.gap, row.gap_interval), *share_cells(row)] for row in table.rows[:-1]]
+    return Table(title, ["steps", *names], scores), Table("", ["steps", "gap", *SHARES, "last steps"], gaps)
+
+
+def sentences_of(table: ControlTable) -> list[str]:
+    """A sentence for each number of steps but the most."""
+    return [sentence_of(row, table.rows[-1].num_steps, table.measure) for row in table.rows[:-1]]
 
 
 def share_cells(row: ControlRow) -> list[str]:

@@ -13,7 +13,8 @@ import numpy as np
 
 from .iteration import Dynamics, Verdict
 from .media_generation import GeneratedItem
-from .report import format_table, new_figure, show
+from .plots import new_figure, show
+from .tables import format_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

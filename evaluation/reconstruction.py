@@ -10,7 +10,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from model import MegaTransformerVocoder, codec_media, waveform_of
 
-from .report import format_table
+from .tables import format_table
 
 try:
     from pesq import PesqError

@@ -1,393 +1,527 @@
-"""What depth buys, and what a model has generated, as Markdown, JSON, curves and contact sheets."""
+"""One page of all that is known of a run: `python -m evaluation.report runs/recurrent_lm`. It reads what training and
+evaluation have left in the folder, and runs no model.
+"""
 
 from __future__ import annotations
 
+from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+
+# isort: split
+import io
 import json
+import logging
+import shlex
+import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from model import TARGET_MODALITIES
+from configs.runs import find_run_config
+from inference import arguments
+from inference.checkpoints import is_codec
+from inference.output import whole_file, write_result
+from model.versions import describe_versions
 
-from .answers import TextScores
-from .classifiers import ClassifierScores
-from .depth import DepthRow, ModalityScores
-from .intervals import Interval
-from .media_generation import GeneratedItem, MediaRow, MediaSample, MediaScores, MediaTable
+from .controls import ControlTable, score_and_gap_tables, sentences_of
+from .depth import DepthRow
+from .dynamics_report import verdict_sentence
+from .efficiency import FIXED, EfficiencyTable, efficiency_tables
+from .event_logs import Logs, is_sample, read_logs
+from .iteration import Verdict
+from .media_generation import MediaRow, MediaTable
+from .plots import new_figure
+from .report_parts import (
+    Card,
+    Cards,
+    MediaBudget,
+    MissingError,
+    Part,
+    Picture,
+    Report,
+    Section,
+    Skipped,
+    Words,
+    report_html,
+    report_markdown,
+)
+from .tables import Table, depth_name, depth_tables, media_tables
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+logger = logging.getLogger("evaluation.report")  # __name__ is __main__ when run with -m
 
-TEXT_SCORES = ("exact text", "WER", "CER", "BLEU", "chrF")
-LINES = ("-", "--", ":", "-.")
-VERBS = {"image": "Drawn", "audio": "Played"}
-RIGHT, WRONG = "#2a9d2a", "#d62728"
-WINDOW, HOP = 0.032, 0.008  # seconds of a frame of a spectrogram, and from one to the next
-RANGE = 7.0  # powers of ten of a spectrogram that are shown
+Value = TypeVar("Value")
 
-
-def percent(share: float, interval: Interval | None = None) -> str:
-    """A share in per cent, and its interval, if it has one."""
-    around = "" if interval is None else f" ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
-    return f"{100 * share:.1f} %{around}"
+TRAIN = "python pretrain.py --config FILE"
+TRAIN_WITH_LOGS = f"{TRAIN} --training.report_to tensorboard"
+MOST_CARDS, MOST_ANSWERS = 24, 6
+"""Samples of training, and answers of each source, that are shown."""
+MOST_CURVES = 8
+SHOWN_POINTS = 10
+"""Points of a curve that stand in its table."""
+LOSSES = ("train/loss", "eval/loss")
+SPEEDS = ("train/tokens_per_second", "train/core_steps_per_second")
+SOURCE_KEYS = ("kind", "task", "path", "paths", "num_rows", "weight", "difficulty", "direction")
 
 
-def figure_cell(value: float | None, interval: Interval | None = None, digits: int = 4) -> str:
-    """A figure and its interval, if it has one; a dash for none."""
-    around = "" if interval is None else f" ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
-    return "-" if value is None else f"{value:.{digits}f}{around}"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report as HTML and Markdown, and their paths to standard output.
 
-
-def depth_name(num_steps: int | None) -> str:
-    return "no core" if num_steps is None else str(num_steps)
-
-
-# --------------------------------------------------------------------------------------------------------------- tables
-
-
-def markdown_table(rows: Sequence[DepthRow]) -> str:
-    """The table as Markdown: one line per depth; then tables of modalities, of difficulties and of what was written, as
-    far as there are any.
+    Raises:
+        SystemExit: Code 2 after one line on standard error, for bad input.
     """
-    names = list(rows[0].exact_match)
-    header = ["steps", "loss", "perplexity", "bits per byte", *(f"exact {name}" for name in names), "ms per token"]
-    body = []
-    for row in rows:
-        loss = figure_cell(row.loss, row.intervals.get("loss"))
-        bits = figure_cell(row.bits_per_byte, row.intervals.get("bits_per_byte"))
-        exact = [percent(row.exact_match[name].total, row.exact_match[name].interval) for name in names]
-        perplexity = figure_cell(row.perplexity, digits=3)
-        figures = [loss, perplexity, bits, *exact, figure_cell(row.milliseconds_per_token)]
-        body.append([depth_name(row.num_steps), *figures])
-    parts = [format_table(header, body)]
-    if rows[0].modalities:
-        parts += ["By modality:\n", modality_table(rows)]
-    for name in names:
-        levels = list(rows[0].exact_match[name].by_difficulty)
-        if len(levels) > 1:
-            lines = []
-            for row in rows:
-                match = row.exact_match[name]
-                cells = [percent(match.by_difficulty[it], match.difficulty_intervals.get(it)) for it in levels]
-                lines.append([depth_name(row.num_steps), *cells])
-            parts += [f"Exact match of {name} by difficulty:\n", format_table(["steps", *map(str, levels)], lines)]
-    for name, first in rows[0].generated.items():
-        lines = []
-        for row in rows:
-            scores = row.generated[name]
-            named = [percent(scores.attributes[it], scores.intervals.get(it)) for it in first.attributes]
-            lines.append([depth_name(row.num_steps), *text_cells(scores), *named])
-        title = f"Texts generated for {name} ({first.num_examples}):\n"
-        parts += [title, format_table(["steps", *TEXT_SCORES, *first.attributes], lines)]
-    return "\n".join(parts)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    set_up_logging(args.log_level)
+    with parser.one_line_errors():
+        output = args.output or args.run / "report.html"
+        check_paths(args.run, output)
+        report = build_report(args.run)
+        beside = output.with_suffix(".md")
+        with whole_file(output) as page, whole_file(beside) as text:
+            page.write_text(report_html(report), encoding="utf-8")
+            text.write_text(report_markdown(report, output.absolute().parent), encoding="utf-8")
+        for it in report.skipped:
+            write_result(f"skipped {it.what}: {it.reason}" + f" ({it.command})" * bool(it.command) + "\n")
+        write_result(f"written to {output}, {beside}\n")
+    return 0
 
 
-def modality_table(rows: Sequence[DepthRow]) -> str:
-    """A line for each modality and depth; a dash where there is no figure."""
-    titles = TEXT_SCORES[1:] if rows[0].generated else ()
-    with_flows = any(flow_name(scores) is not None for scores in rows[0].modalities.values())
+def build_parser() -> arguments.OneLineParser:
+    """The command line."""
+    parser = arguments.OneLineParser(
+        prog="evaluation.report",
+        description="All that is known of a run on one page, HTML that needs nothing else and Markdown: configuration, "
+        "model, data, losses, evaluation, samples, speed and versions, from the files that training and evaluation "
+        "have left. Nothing is evaluated: what is not there is listed with the command that makes it.",
+    )
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--output", type=Path, help="HTML file; default: report.html in the folder of the run")
+    return parser
+
+
+def check_paths(run: Path, output: Path) -> None:
+    """Raise ValueError for a folder that is no run's, and for an output that cannot be one."""
+    if not run.is_dir():
+        raise ValueError(f"{run} {'is a file' if run.exists() else 'does not exist'}: give the folder of a run.")
+    if not any((run / name).exists() for name in ("config.yaml", "config.json", "evaluation", "runs")):
+        raise ValueError(f"{run} holds nothing of a run (no config.yaml, weights or evaluation): give a run's folder.")
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--output {output} is no name for a page: end it in .html.")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"--output {output}: the folder {output.parent} does not exist; make it.")
+
+
+def build_report(run: Path) -> Report:
+    """The report of the folder of a run; a section that cannot be made is among what is skipped."""
+    results = Results(run)
+    sections = []
+    for title, build in SECTIONS.items():
+        parts = results.attempt(title, lambda build=build: list(build(results)))
+        sections += [Section(title, parts)] if parts else []
+    made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    return Report(run.absolute().name, f"{run}, {made}", sections, results.skipped)
+
+
+class Results:
+    """What is in the folder of a run, and what was found to be missing in it."""
+
+    def __init__(self, run: Path):
+        self.run, self.skipped, self.budget = run, [], MediaBudget()
+
+    def attempt(self, what: str, make: Callable[[], Value]) -> Value | None:
+        """What a function makes, or None, and a line among what is skipped."""
+        try:
+            return make()
+        except MissingError as error:
+            self.skipped.append(Skipped(what, error.reason, error.command))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # a file of another shape than ours
+            logger.debug("Where it failed:", exc_info=True)
+            self.skipped.append(Skipped(what, f"a file of it is damaged ({type(error).__name__}: {error})"))
+        return None
+
+    def command(self, options: str = "", module: str = "evaluation") -> str:
+        """A command that makes something of this run."""
+        return f"python -m {module} {shlex.quote(str(self.run))}{options}"
+
+    def read(self, name: str, parse: Callable[[str], Value], command: str) -> Value:
+        """The content of a file.
+
+        Raises:
+            MissingError: It is not there, or `parse` finds that it is damaged.
+        """
+        path = self.run / name
+        try:
+            return parse(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise MissingError(f"{name} is not there", command) from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise MissingError(f"{name} is damaged ({place}: {first['msg']})", command) from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise MissingError(f"{name} is damaged ({reason})", command) from error
+
+    def picture(self, name: str, label: str, command: str) -> list[Picture]:
+        """The picture in a file; none, and a line among what is skipped, if it is not there or is damaged."""
+
+        def make() -> Picture:
+            path = self.run / name
+            if not path.is_file():
+                raise MissingError(f"{name} is not there", command)
+            return self.budget.picture(path.read_bytes(), label, path.absolute())
+
+        picture = self.attempt(f"picture {name}", make)
+        return [] if picture is None else [picture]
+
+    @cached_property
+    def logs(self) -> Logs:
+        """What was logged for TensorBoard."""
+        logs, faults = read_logs(self.run / "runs")
+        self.skipped += [Skipped("a log of training", fault) for fault in faults]
+        return logs
+
+    @cached_property
+    def config(self) -> str:
+        """The resolved configuration, as YAML."""
+        path = find_run_config(self.run)
+        name = "config.yaml" if path is None or path.parent == self.run else str(path.absolute())
+
+        def parse(text: str) -> str:
+            read_mapping(text)
+            return text
+
+        return self.read(name, parse, TRAIN)
+
+    @cached_property
+    def depth_rows(self) -> list[DepthRow]:
+        """The rows of `python -m evaluation`."""
+
+        def parse(text: str) -> list[DepthRow]:
+            rows = parse_rows(DepthRow, json.loads(text)["rows"])
+            depth_tables(rows)  # whether the rows fit each other
+            return rows
+
+        return self.read("evaluation/depth.json", parse, self.evaluate())
+
+    @cached_property
+    def example_lines(self) -> list[dict[str, Any]]:
+        """The scores of single examples."""
+
+        def parse(text: str) -> list[dict[str, Any]]:
+            lines = [json.loads(line) for line in text.splitlines()]
+            for line in lines:
+                line["num_steps"], line["source"], line["row" if "row" in line else "question"]
+            return lines
+
+        return self.read("evaluation/depth_examples.jsonl", parse, self.evaluate())
+
+    @cached_property
+    def efficiency(self) -> EfficiencyTable:
+        """What `python -m evaluation --efficiency` has found."""
+
+        def parse(text: str) -> EfficiencyTable:
+            (table,) = parse_rows(EfficiencyTable, [json.loads(text)])
+            efficiency_tables(table)
+            return table
+
+        return self.read("evaluation/efficiency.json", parse, self.evaluate(" --efficiency"))
+
+    def evaluate(self, options: str = "") -> str:
+        """The command that evaluates this run at depths, if it is one that has them."""
+        if is_codec(self.run):
+            raise MissingError("this is a codec, whose scores the evaluation writes to standard output", self.command())
+        return self.command(f" --num-steps 1 2 4 8{options}")
+
+
+def if_there(results: Results, name: str) -> Any | None:
+    """An attribute of results, or None where it is missing, as the section says that is made of it."""
+    try:
+        return getattr(results, name)
+    except MissingError:
+        return None
+
+
+def read_mapping(text: str) -> dict[str, Any]:
+    """A mapping in YAML or JSON; ValueError for anything else."""
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no mapping")
+    return content
+
+
+def parse_rows(kind: type[Value], content: Any) -> list[Value]:
+    """A list of plain values as one of dataclasses; pydantic's ValidationError says what does not fit."""
+    return TypeAdapter(list[kind], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(content)
+
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+def training_section(results: Results) -> Iterator[Part]:
+    """How far the training came, and the last figures of it."""
+    state = results.read("trainer_state.json", read_mapping, TRAIN)
+    last: dict[str, Any] = {}
+    for line in state.get("log_history", []):
+        last |= line
+    lines = [["steps", f"{state.get('global_step', '-')} of {state.get('max_steps', '-')}"]]
+    lines += [["epochs", f"{state['epoch']:.4g}"]] if isinstance(state.get("epoch"), float) else []
+    names = ("loss", "eval_loss", "best_metric")
+    lines += [[name, f"{last[name]:.4f}"] for name in names if isinstance(last.get(name), float)]
+    rows = if_there(results, "depth_rows")
+    if rows:
+        lines.append(["evaluated at", ", ".join(depth_name(row.num_steps) for row in rows) + " core steps"])
+    yield Table("", ["", "last value"], lines)
+
+
+def configuration_section(results: Results) -> Iterator[Part]:
+    """The resolved configuration, folded away."""
+    yield Words(results.config, is_verbatim=True, folded_under="config.yaml, which alone repeats the run")
+
+
+def model_section(results: Results) -> Iterator[Part]:
+    """Sizes by part, as training has logged them; operations at fixed depths, if they were counted."""
+    if "train/model_size" not in results.logs.texts:
+        raise MissingError("training has logged no sizes to TensorBoard", TRAIN_WITH_LOGS)
+    lines = results.logs.texts["train/model_size"][1].splitlines()
+    rows = [line.removeprefix("|").removesuffix("|").split("|") for line in lines if line.startswith("|")]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    yield Table("Parameters", cells[0], cells[2:])
+    yield from (Words(line) for line in lines if line and not line.startswith("|"))
+    table = if_there(results, "efficiency")
+    points = [it for it in table.points if it.criterion == FIXED] if table else []
+    if points:
+        body = [[depth_name(it.num_steps), f"{it.flops_per_token:.4g}"] for it in points]
+        yield Table("Operations that were executed", ["core steps", "FLOPs per token"], body)
+
+
+def data_section(results: Results) -> Iterator[Part]:
+    """The sources of the configuration, and what of them was evaluated."""
+    content = read_mapping(results.config).get("data") or {}
     lines = []
-    for name, row in product(rows[0].modalities, rows):
-        scores = row.modalities[name]
-        losses = ["loss", *([flow_name(scores)] if with_flows else ())]
-        shown = [figure_cell(scores.losses.get(it), scores.intervals.get(it)) for it in losses]
-        exact = "-" if scores.exact_match is None else percent(scores.exact_match, scores.intervals.get("exact_match"))
-        texts = ["-"] * len(titles) if scores.generated is None else text_cells(scores.generated)[1:]
-        lines.append([name, depth_name(row.num_steps), *shown, exact, *texts])
-    return format_table(["modality", "steps", "loss", *(["flow loss"] if with_flows else ()), "exact", *titles], lines)
+    for role in ("train", "validation"):
+        for source in content.get(role) or []:
+            name = source.get("name") or source.get("task") or source.get("path") or source.get("kind")
+            known = [f"{key} {source[key]}" for key in SOURCE_KEYS if source.get(key) not in (None, [], 1.0)]
+            lines.append([str(name), role, ", ".join(known)])
+    yield Table("Sources", ["source", "role", "what it is"], lines)
+    counts: dict[str, list[float]] = {}
+    first = None
+    for line in if_there(results, "example_lines") or []:
+        first = line["num_steps"] if first is None else first
+        if line["num_steps"] == first:
+            numbers = counts.setdefault(line["source"], [0, 0, 0])
+            kind = "row" in line
+            for place, number in enumerate((kind, line.get("tokens", 0), not kind)):
+                numbers[place] += number
+    if counts:
+        body = [[name, *(f"{int(number):,}" for number in numbers)] for name, numbers in counts.items()]
+        yield Table("Evaluated", ["source", "rows", "tokens", "questions"], body)
 
 
-def flow_name(scores: ModalityScores) -> str | None:
-    """The name of the mean loss of the latents of a modality, if it has any."""
-    return next((name for name in scores.losses if name.startswith("flow_loss_")), None)
-
-
-def text_cells(scores: TextScores) -> list[str]:
-    """Cells in the order of `TEXT_SCORES`."""
-    names = ("exact_match", "word_error_rate", "character_error_rate", "bleu", "chrf")
-    return [percent(getattr(scores, name), scores.intervals.get(name)) for name in names]
-
-
-def format_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, figures to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *body, strict=True)]
-    lines = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in (header, *body)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def media_markdown(table: MediaTable) -> str:
-    """A table for each source of media: a line for each depth, and one for real media."""
-    parts = []
-    for name, first in table.rows[0].sources.items():
-        columns = [media_columns(row.sources[name], table.real[name]) for row in table.rows]
-        header, _, real = zip(*columns[0], strict=True)
-        lines = [
-            [depth_name(row.num_steps), *(figure for _, figure, _ in found)]
-            for row, found in zip(table.rows, columns, strict=True)
-        ]
-        parts.append(f"{VERBS[first.modality]} for {name} ({first.num_examples}):\n")
-        parts.append(format_table(["steps", *header], [*lines, ["real", *real]]))
-    return "\n".join(parts)
-
-
-def names_of_checks(checks: Mapping[str, float]) -> list[str]:
-    """All of them together first."""
-    return sorted(checks, key=lambda name: name != "all")
-
-
-def media_columns(scores: MediaScores, real: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Title, figure, and the same figure of real media, a dash where there is none, of the columns of a source."""
-    names, intervals = names_of_checks(scores.checks), scores.intervals
-    columns = [(name, percent(scores.checks[name], intervals.get(name)), percent(real[name])) for name in names]
-    for name, it in [*scores.classified.items(), *scores.distances.items()]:
-        if isinstance(it, ClassifierScores):
-            columns.append((f"{name} classifier", percent(it.accuracy, it.interval), percent(it.real_accuracy)))
-        distances = (it.frechet_distance, it.real_frechet_distance), (it.kernel_distance, it.real_kernel_distance)
-        for title, pair in zip(("Frechet", "KID"), distances, strict=True):
-            columns.append((f"{name} {title}", *("-" if value is None else f"{value:.3f}" for value in pair)))
-    if scores.round_trip:
-        exact, errors, *_ = text_cells(scores.round_trip)
-        columns += [("round trip", exact, "-"), ("round trip WER", errors, "-")]
-    if scores.mean_steps:
-        columns.append(("mean steps", f"{scores.mean_steps:.2f}", "-"))
-    return [*columns, ("ms", f"{scores.milliseconds:.1f}", "-")]
-
-
-# --------------------------------------------------------------------------------------------------------------- curves
-
-
-def plot_depths(rows: Sequence[DepthRow], path: Path) -> None:
-    """Loss, exact match and time against depth, side by side, as PNG; depth on a logarithmic axis. Below them, if texts
-    were generated, error rates, BLEU and chrF, and attributes.
-    """
-    num_lines = 2 if rows[0].generated else 1
-    figure = new_figure(13, 4 * num_lines)
-    panels = figure.subplots(num_lines, 3, squeeze=False)
-    plot_losses(rows, *panels[0])
-    if rows[0].generated:
-        plot_texts(rows, *panels[1])
-    for axes in panels.flat:
-        label_depths(axes, rows)
-    figure.savefig(path, dpi=120)
-
-
-def plot_media(table: MediaTable, path: Path) -> None:
-    """Each source's checks and accuracies against depth, as PNG; dotted lines are what real media reach."""
-    names = list(table.rows[0].sources)
-    figure = new_figure(6.5 * len(names), 4.5)
-    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
-        plot_source([row.sources[name] for row in table.rows], places_of(table.rows), table.real[name], axes)
-        label_depths(axes, table.rows)
-        axes.set(title=name, ylim=(-0.02, 1.02))
-    figure.savefig(path, dpi=120)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of a size in inches that is drawn without a display."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def label_depths(axes: Axes, rows: Sequence[DepthRow | MediaRow]) -> None:
-    """Make the horizontal axis that of the depths, and add grid and legend."""
-    if len(rows) > 1:
-        axes.set_xscale("log", base=2)
-    axes.set_xticks(places_of(rows), [depth_name(row.num_steps) for row in rows])
-    axes.set_xlabel("core steps")
+def losses_section(results: Results) -> Iterator[Part]:
+    """Curves of the losses, and some of their points."""
+    curves = {name: curve for name in loss_names(results.logs) if (curve := results.logs.curve(name))}
+    if not curves:
+        raise MissingError("training has logged no loss to TensorBoard", TRAIN_WITH_LOGS)
+    figure = new_figure(9, 4)
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot(
+            *zip(*curve, strict=True), label=name, ls="-" if name in LOSSES else "--", marker="." * (len(curve) < 30)
+        )
+    axes.set(xlabel="optimizer steps", ylabel="loss")
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+    axes.legend(fontsize="small")
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=110)
+    yield results.budget.picture(stream.getvalue(), "losses by optimizer step")
+    for name in filter(curves.get, LOSSES):
+        curve = curves[name]
+        count = min(SHOWN_POINTS, len(curve))
+        shown = [curve[round(place * (len(curve) - 1) / max(1, count - 1))] for place in range(count)]
+        yield Table(name, ["step", *(str(step) for step, _ in shown)], [["loss", *(f"{it:.4f}" for _, it in shown)]])
 
 
-def places_of(rows: Sequence[DepthRow | MediaRow]) -> list[int]:
-    """Places of the depths on the horizontal axis."""
-    return [row.num_steps or 0 for row in rows]
+def loss_names(logs: Logs) -> list[str]:
+    """Names of the curves that are drawn: the losses, and those of single sources and depths."""
+    further = [
+        name for name in logs.curves if "loss" in name.split("/")[-1] and name not in (*LOSSES, "train/train_loss")
+    ]
+    return [*LOSSES, *further[: MOST_CURVES - len(LOSSES)]]
 
 
-def plot_losses(rows: Sequence[DepthRow], loss: Axes, exact: Axes, duration: Axes) -> None:
-    """The panels that every evaluation has."""
-    depths = places_of(rows)
-    modalities = [name for name, scores in rows[0].modalities.items() if scores.losses]
-    loss.plot(depths, [row.loss for row in rows], marker="o", label="all" if modalities else None)
-    show_band(loss, depths, [row.intervals.get("loss") for row in rows])
-    for name in modalities:
-        loss.plot(depths, [row.modalities[name].losses["loss"] for row in rows], marker=".", ls="--", label=name)
-    loss.set_ylabel("loss (nats per token)")
-    for name in rows[0].exact_match:
-        exact.plot(depths, [row.exact_match[name].total for row in rows], marker="o", label=name)
-        show_band(exact, depths, [row.exact_match[name].interval for row in rows])
-    exact.set_ylabel("exact match")
-    exact.set_ylim(-0.02, 1.02)
-    duration.plot(depths, [row.milliseconds_per_token for row in rows], marker="o")
-    duration.set_ylabel("milliseconds per token")
-    duration.set_ylim(bottom=0)
+def depth_section(results: Results) -> Iterator[Part]:
+    """The tables of depth.json."""
+    yield from depth_tables(results.depth_rows)
+    yield from results.picture("evaluation/depth.png", "what depth buys", results.evaluate())
 
 
-def show_band(axes: Axes, depths: Sequence[int], intervals: Sequence[Interval | None]) -> None:
-    """The intervals around the curve that was plotted last, in its colour; where it is a single point, a line."""
-    if any(it is None for it in intervals):
-        return
-    color, (lows, highs) = axes.lines[-1].get_color(), zip(*intervals, strict=True)
-    axes.fill_between(depths, lows, highs, color=color, alpha=0.15, linewidth=0)
-    if len(depths) == 1:
-        axes.vlines(depths, lows, highs, color=color)
+def controls_section(results: Results) -> Iterator[Part]:
+    """The tables of controls.json, and its sentences."""
+    command = results.evaluate(" --controls")
+
+    def parse(text: str) -> list[Part]:
+        parts: list[Part] = []
+        for table in parse_rows(ControlTable, json.loads(text)["tables"]):
+            parts += [*score_and_gap_tables(table), *map(Words, sentences_of(table))]
+        return parts
+
+    yield from results.read("evaluation/controls.json", parse, command)
+    yield from results.picture("evaluation/controls.png", "schedules of steps, and parts of the gap", command)
 
 
-def plot_texts(rows: Sequence[DepthRow], errors: Axes, scores: Axes, attributes: Axes) -> None:
-    """The panels of what was written."""
-    depths = places_of(rows)
-    for number, (name, first) in enumerate(rows[0].generated.items()):
-        written = [row.generated[name] for row in rows]
-        (line,) = errors.plot(depths, [it.word_error_rate for it in written], marker="o", label=f"{name}, words")
-        show_band(errors, depths, [it.intervals.get("word_error_rate") for it in written])
-        look = {"color": line.get_color(), "marker": ".", "ls": "--"}
-        errors.plot(depths, [it.character_error_rate for it in written], label=f"{name}, characters", **look)
-        scores.plot(depths, [it.bleu for it in written], marker="o", color=line.get_color(), label=f"{name}, BLEU")
-        show_band(scores, depths, [it.intervals.get("bleu") for it in written])
-        scores.plot(depths, [it.chrf for it in written], label=f"{name}, chrF", **look)
-        for attribute in first.attributes:
-            look = {"marker": ".", "ls": LINES[number % len(LINES)], "label": f"{name}, {attribute}"}
-            attributes.plot(depths, [it.attributes[attribute] for it in written], **look)
-            show_band(attributes, depths, [it.intervals.get(attribute) for it in written])
-    errors.set_ylabel("error rate")
-    errors.set_ylim(bottom=0)
-    for axes, what in ((scores, "BLEU and chrF"), (attributes, "attributes that are right")):
-        axes.set_ylabel(what)
-        axes.set_ylim(-0.02, 1.02)
+def efficiency_section(results: Results) -> Iterator[Part]:
+    """The tables of efficiency.json."""
+    yield from efficiency_tables(results.efficiency)
+    command = results.evaluate(" --efficiency")
+    yield from results.picture(
+        "evaluation/efficiency.png", "loss and exact answers against operations and time", command
+    )
 
 
-def plot_source(scores: Sequence[MediaScores], depths: Sequence[int], real: Mapping[str, float], axes: Axes) -> None:
-    """The curves of one source."""
-    curves = {
-        name: ([it.checks[name] for it in scores], [it.intervals.get(name) for it in scores], real[name])
-        for name in names_of_checks(scores[0].checks)
-    }
-    for name, first in scores[0].classified.items():
-        found = [it.classified[name] for it in scores]
-        curves[f"{name} classifier"] = [it.accuracy for it in found], [it.interval for it in found], first.real_accuracy
-    for name, (values, intervals, limit) in curves.items():
-        (line,) = axes.plot(depths, values, marker="o" if name == "all" else ".", label=name)
-        if name == "all" or len(curves) == 1:
-            show_band(axes, depths, intervals)
-        axes.axhline(limit, color=line.get_color(), ls=":", lw=0.8)
-    if scores[0].round_trip:
-        axes.plot(depths, [it.round_trip.exact_match for it in scores], marker=".", ls="--", label="round trip")
+def media_section(results: Results) -> Iterator[Part]:
+    """The tables of media.json, and contact sheets."""
+    command = results.evaluate()
+
+    def parse(text: str) -> list[Table]:
+        content = json.loads(text)
+        return media_tables(MediaTable(parse_rows(MediaRow, content["rows"]), content["real"], {}))
+
+    generates = any(f"-> {kind}" in (if_there(results, "config") or "") for kind in ("image", "audio"))
+    if not generates and not (results.run / "evaluation/media.json").exists():
+        raise MissingError("no source of the run asks for images or audio")
+    yield from results.read("evaluation/media.json", parse, command)
+    for path in sorted((results.run / "evaluation").glob("media*.png")):
+        yield from results.picture(f"evaluation/{path.name}", path.stem, command)
 
 
-def save_contact_sheet(samples: Sequence[MediaSample], path: Path) -> None:
-    """A line for each prompt, as PNG: the reference, and what was written at each depth, framed by whether it is right.
-    Of sound the spectrogram is shown.
-    """
-    depths = list(samples[0].generated)
-    figure = new_figure(1.5 * (len(depths) + 1), 1.8 * len(samples))
-    for sample, part in zip(samples, figure.subfigures(len(samples), squeeze=False)[:, 0], strict=True):
-        part.suptitle(textwrap.shorten(sample.prompt, 60, placeholder="..."), fontsize=7, x=0.01, ha="left")
-        first, *others = part.subplots(1, len(depths) + 1, squeeze=False)[0]
-        show(sample.reference, first, "reference")
-        for depth, axes in zip(depths, others, strict=True):
-            show(sample.generated[depth], axes, depth_name(depth))
-            if depth in sample.is_right:
-                axes.spines[:].set(color=RIGHT if sample.is_right[depth] else WRONG, linewidth=2)
-    figure.savefig(path, dpi=150)
+def dynamics_section(results: Results) -> Iterator[Part]:
+    """The verdict of `python -m evaluation.dynamics`, its pictures and sounds."""
+    command = results.command(' --prompt "Once"', "evaluation.dynamics")
+
+    def parse(text: str) -> list[Part]:
+        content = json.loads(text)
+        (verdict,) = parse_rows(Verdict, [content["verdict"]])
+        exits = [
+            [name, f"{it['threshold']:g}", f"{sum(it['steps']) / len(it['steps']):.2f}"]
+            for name, it in content["exits"].items()
+        ]
+        prompt = (
+            f"Prompt: {content['prompt']!r}, {len(content['tokens'])} positions, {content['num_steps']} core steps."
+        )
+        exits = Table("Core steps after which a position would exit", ["criterion", "threshold", "mean"], exits)
+        return [Words(prompt), Words(f"The iteration {verdict_sentence(verdict)}."), exits]
+
+    yield from results.read("dynamics/dynamics.json", parse, command)
+    for name, label in {"dynamics": "steps of the core", "lens": "the likeliest next token after each step"}.items():
+        yield from results.picture(f"dynamics/{name}.png", label, command)
+    if (results.run / "dynamics/items.png").exists():
+        yield from results.picture("dynamics/items.png", "what is generated, by core steps", command)
+    for path in sorted((results.run / "dynamics").glob("item_*.wav")):
+        sound = results.attempt(
+            f"sound {path.name}", lambda path=path: results.budget.sound(path.read_bytes(), path.stem)
+        )
+        yield from [] if sound is None else [sound]
 
 
-def show(medium: GeneratedItem | None, axes: Axes, label: str) -> None:
-    """An image, or the spectrogram of a waveform; nothing of none."""
-    axes.set(xticks=[], yticks=[])
-    axes.set_xlabel(label, fontsize=7)
-    if isinstance(medium, tuple):
-        axes.imshow(spectrogram_levels(*medium), origin="lower", aspect="auto", cmap="magma")
-    elif medium is not None:
-        axes.imshow(medium, interpolation="nearest")
+def samples_section(results: Results) -> Iterator[Part]:
+    """What the model said during training, with what it saw and heard."""
+    logs, cards = results.logs, {}
+    for name, (step, text) in logs.texts.items():
+        if is_sample(name):
+            cards[name] = Card(f"{short(name)}, step {step}", textwrap.dedent(text))
+    makers = {**dict.fromkeys(logs.images, results.budget.picture), **dict.fromkeys(logs.sounds, results.budget.sound)}
+    for name, (step, content) in {**logs.images, **logs.sounds}.items():
+        group = "/".join(name.split("/")[:3])
+        card = cards.setdefault(group, Card(f"{short(group)}, step {step}"))
+        options = {"is_small": True} if name in logs.images else {}
+        make = makers[name]
+        medium = results.attempt(short(name), lambda: make(content, short(name), **options))  # noqa: B023
+        card.media += [] if medium is None else [medium]
+    if not cards:
+        raise MissingError("training has logged no samples to TensorBoard", TRAIN_WITH_LOGS)
+    if len(cards) > MOST_CARDS:
+        results.skipped.append(Skipped("further samples", f"{len(cards)} were logged, and {MOST_CARDS} are shown"))
+    yield Cards(list(cards.values())[:MOST_CARDS])
 
 
-def spectrogram_levels(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Levels in powers of ten, (frequencies, frames), those far below the loudest cut off."""
-    size, hop = round(WINDOW * rate), round(HOP * rate)
-    waveform = torch.as_tensor(samples, dtype=torch.float32)
-    window = torch.hann_window(size)
-    spectrum = torch.stft(waveform, size, hop, window=window, pad_mode="constant", return_complex=True)
-    levels = spectrum.abs().square().clamp(min=1e-12).log10()
-    return levels.clamp(min=levels.max() - RANGE).numpy()
+def short(name: str) -> str:
+    """A name of TensorBoard without what all samples share."""
+    return name.removeprefix("train/")
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+def answers_section(results: Results) -> Iterator[Part]:
+    """References and answers at each depth, the first of each source."""
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    for line in results.example_lines:
+        if "question" in line and line["question"] < MOST_ANSWERS and line.get("generated") is not None:
+            row = found.setdefault(line["source"], {}).setdefault(
+                line["question"], {"reference": str(line["reference"])}
+            )
+            row[f"{depth_name(line['num_steps'])} steps"] = f"{line['generated']} {'✓' if line['is_right'] else '✗'}"
+    if not found:
+        raise MissingError("no answers were generated: there are no questions, or --no-texts", results.evaluate())
+    for source, rows in found.items():
+        header = list(dict.fromkeys(name for row in rows.values() for name in row))
+        yield Table(source, header, [[row.get(name, "-") for name in header] for row in rows.values()])
 
 
-def save_depth_table(rows: Sequence[DepthRow], folder: Path, about: Mapping[str, Any]) -> list[Path]:
-    """Write depth.json, depth.md and depth.png into the folder, and depth_examples.jsonl, a line for each example at
-    each depth, if these are known; return their paths.
-
-    Args:
-        rows: The result of `depth_table`.
-        folder: Folder of the files, made if missing.
-        about: What was evaluated (checkpoint, sources, limit); it stands next to the rows in the JSON.
-    """
-    content = {**about, "rows": [asdict(replace(row, examples=None)) for row in rows]}
-    paths = save_table(folder, "depth", content, markdown_table(rows))
-    plot_depths(rows, paths[-1])
-    lines = [json.dumps(line, ensure_ascii=False) + "\n" for row in rows for line in example_lines(row)]
-    if lines:
-        paths.append(folder / "depth_examples.jsonl")
-        paths[-1].write_text("".join(lines), encoding="utf-8")
-    return paths
-
-
-def example_lines(row: DepthRow) -> Iterator[dict[str, Any]]:
-    """What is known of each example at one depth: of a row of a validation source, the sum of its losses in nats, its
-    tokens and bytes, and the losses of its latents; of a question, whether it is right, and what was written.
-    """
-    if row.examples is None:
-        return
-    for source, sums in row.examples.texts.items():
-        for number, (tokens, latents) in enumerate(zip(sums.tokens.sum(dim=1).tolist(), sums.latents, strict=True)):
-            names = ("nats", "tokens", "bytes")[: len(tokens)]  # bytes may be unknown
-            line = {
-                "num_steps": row.num_steps,
-                "source": source,
-                "row": number,
-                **dict(zip(names, tokens, strict=True)),
-            }
-            for name, (total, count) in zip(TARGET_MODALITIES, latents.tolist(), strict=True):
-                line |= {f"{name}_loss": total, f"{name}_latents": count} if count else {}
-            yield line
-    for source, answers in row.examples.answers.items():
-        for number, answer in enumerate(answers):
-            known = {name: getattr(answer, name) for name in ("is_right", "difficulty", "reference", "generated")}
-            yield {"num_steps": row.num_steps, "source": source, "question": number, **known}
+def speed_section(results: Results) -> Iterator[Part]:
+    """Speed of the training, and of a forward pass at each depth."""
+    body = []
+    for name in SPEEDS:
+        values = sorted(value for _, value in results.logs.curve(name))
+        if values:
+            body.append([short(name), f"{values[len(values) // 2]:,.1f}", f"{results.logs.curve(name)[-1][1]:,.1f}"])
+    runtime = results.logs.curve("train/train_runtime")
+    if runtime:
+        body.append(["seconds of training", "-", f"{runtime[-1][1]:,.1f}"])
+    if not body:
+        raise MissingError("training has logged no speed to TensorBoard", TRAIN_WITH_LOGS)
+    yield Table("Training", ["", "median", "last"], body)
+    rows = if_there(results, "depth_rows")
+    if rows:
+        body = [[depth_name(row.num_steps), f"{row.milliseconds_per_token:.4f}"] for row in rows]
+        yield Table("Forward passes of the evaluation", ["core steps", "ms per token"], body)
 
 
-def save_media_table(table: MediaTable, folder: Path, about: Mapping[str, Any]) -> list[Path]:
-    """Write media.json, media.md, media.png and a contact sheet media_SOURCE.png of each source into the folder and
-    return their paths.
+def environment_section(results: Results) -> Iterator[Part]:
+    """Versions, when it was trained, and those that have made the report."""
 
-    Args:
-        table: The result of `media_table`.
-        folder: Folder of the files, made if missing.
-        about: What was evaluated; it stands next to the rows in the JSON.
-    """
-    content = {**about, "real": table.real, "rows": [asdict(row) for row in table.rows]}
-    paths = save_table(folder, "media", content, media_markdown(table))
-    plot_media(table, paths[-1])
-    for name, samples in table.samples.items():
-        paths.append(folder / f"media_{''.join(it if it.isalnum() else '_' for it in name)}.png")
-        save_contact_sheet(samples, paths[-1])
-    return paths
+    def parse(text: str) -> list[list[str]]:
+        _, found, versions = text.partition("\n## Versions\n")
+        if not found:
+            raise ValueError("it has no versions")
+        return [line.removeprefix("- ").split(" ", 1) for line in versions.strip().splitlines()]
+
+    yield Words(f"This report was made by {describe_versions()}.")
+    versions = results.attempt("versions of the training", lambda: results.read("README.md", parse, ""))
+    yield from [] if versions is None else [Table("When it was trained", ["library", "version"], versions)]
 
 
-def save_table(folder: Path, name: str, content: Mapping[str, Any], markdown: str) -> list[Path]:
-    """Write NAME.json and NAME.md, and return their paths with that of NAME.png, which is still to be drawn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown, encoding="utf-8")
-    return paths
+SECTIONS: Mapping[str, Callable[[Results], Iterator[Part]]] = {
+    "Training": training_section,
+    "Configuration": configuration_section,
+    "Model": model_section,
+    "Data": data_section,
+    "Losses": losses_section,
+    "Depth": depth_section,
+    "Controls": controls_section,
+    "Efficiency": efficiency_section,
+    "Generated media": media_section,
+    "Dynamics": dynamics_section,
+    "Samples": samples_section,
+    "Answers": answers_section,
+    "Speed": speed_section,
+    "Environment": environment_section,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,8 @@ from evaluation.answers import Answer, AnswerGenerator, TextScores, attributes_r
 from evaluation.depth import DepthRow, ExactMatch, ModalityScores, depth_table
 from evaluation.intervals import wilson_interval
 from evaluation.metrics import token_byte_lengths
-from evaluation.report import markdown_table, save_depth_table
+from evaluation.results import save_depth_table
+from evaluation.tables import markdown_table
 from tests.test_callbacks_media import AUDIO, IMAGE, NAMES, answer, chat, row
 from tests.tiny_artist import CODES, artist_processor, tiny_artist
 from tests.tiny_language_model import tiny_model, tiny_tokenizer

@@ -13,6 +13,7 @@ from configs.runs import split_overrides
 from dataset_loading import Collator, DataConfig, SourceConfig, build_datasets, build_examples
 from evaluation.__main__ import main
 from evaluation.compare import main as compare
+from evaluation.report import build_report
 from tests.processes import run_python
 from tests.tiny_language_model import save_checkpoint, tiny_model, tiny_tokenizer
 
@@ -117,6 +118,42 @@ def test_a_plain_model_is_evaluated_once_and_says_so(plain_folder, tmp_path, cap
     content = json.loads((tmp_path / "depth.json").read_text())
     assert [row["num_steps"] for row in content["rows"]] == [None]
     assert "| no core |" in found.out
+
+
+def test_efficiency_at_depths_and_thresholds(run_folder, tmp_path, capsys):
+    """All answers of the questions; the report of the run has the same figures."""
+    run_copy = shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    argv = ["--num-steps", 1, 2, "--limit", 1, "--no-texts", "--efficiency"]
+    exits = ["--exit-criterion", "latent_difference", "--exit-threshold", 9, 1e-9]
+    found = run(capsys, run_copy, *argv, *exits)
+    content = json.loads((run_copy / "evaluation" / "efficiency.json").read_text())
+    points = sorted((it["num_steps"], it["criterion"], it["threshold"], it["mean_steps"]) for it in content["points"])
+    assert points == [
+        (1, "fixed depth", None, 1.0),
+        (2, "fixed depth", None, 2.0),
+        (2, "latent_difference", 1e-9, 2.0),
+        (2, "latent_difference", 9.0, 1.0),
+    ]
+    assert content["num_examples"] == 2  # one of each source
+    by_steps = {it["mean_steps"]: it["loss"] for it in content["points"]}
+    assert len({round(it["loss"], 5) for it in content["points"]}) == len(by_steps) == 2  # an exit is fewer steps
+    assert (run_copy / "evaluation" / "efficiency.md").read_text() in found.out
+    sections = {it.title: it.parts for it in build_report(run_copy).sections}
+    assert f"{by_steps[1.0]:.4f} (" in " ".join(cell for line in sections["Efficiency"][0].body for cell in line)
+    assert [line[0] for line in sections["Depth"][0].body] == ["1", "2"]
+
+
+def test_efficiency_of_texts_without_answers(plain_folder, tmp_path, capsys):
+    """A row of 64 tokens, of which the first is the prompt. Of a plain model there is one point, and no slope."""
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 30)
+    data = {"data": {"validation": [{"kind": "files", "paths": ["text.txt"]}]}}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
+    options = ("--config", tmp_path / "data.yaml", "--limit", 1, "--efficiency", "--output", tmp_path / "out")
+    run(capsys, plain_folder, *options)
+    content = json.loads((tmp_path / "out" / "efficiency.json").read_text())
+    (point,) = content["points"]
+    assert (point["num_steps"], point["exact"], point["mean_steps"]) == (None, None, None)
+    assert content["num_tokens"] == 63 and content["slopes"] == [] and point["on_front"] == ["loss"]
 
 
 def test_overrides_are_told_apart():

@@ -166,6 +166,14 @@ def test_rows_are_divided_by_what_answers_them():
         (["--num-flow-steps", "0"], "argument --num-flow-steps: 0 is less than 1"),
         (["--guidance-scale", "-1"], "argument --guidance-scale: -1 is less than 0: give a number, 0 or more."),
         (["--exit-threshold", "0.1"], "--exit-threshold has no effect without --exit-criterion"),
+        (
+            ["--exit-criterion", "cosine", "--exit-threshold", "0.1", "0.2"],
+            "several --exit-threshold are for --efficiency, and media take one: give one, or --no-media.",
+        ),
+        (
+            ["--efficiency", "--exit-criterion", "cosine", "--exit-threshold", "3"],
+            "exit_threshold of cosine must be above 0 and at most 2.0, got 3.0",
+        ),
         (["--velocity-threshold", "0.1"], "--velocity-threshold has no effect without --exit-criterion"),
     ],
 )

@@ -294,7 +294,7 @@ def test_the_command(run_folder, capsys, tmp_path):  # noqa: F811
     ]
     depth = json.loads((tmp_path / "out/depth.json").read_text())
     assert tables[1]["rows"][0]["scores"]["prefix"] == depth["rows"][0]["exact_match"]["chained_lookup"]["total"]
-    assert "Loss of validation rows: 5 are scored, 2 others fitted on." in output
+    assert "Loss of validation rows, of which 5 are scored and 2 others fitted on:" in output
 
 
 def test_what_controls_cannot_do(run_folder, plain_folder, capsys):  # noqa: F811

@@ -10,7 +10,8 @@ import torch
 from evaluation.depth import DepthRow, ExactMatch, answers_right, depth_table
 from evaluation.intervals import ratio_interval
 from evaluation.metrics import token_byte_lengths
-from evaluation.report import example_lines, markdown_table, save_depth_table
+from evaluation.results import example_lines, save_depth_table
+from evaluation.tables import markdown_table
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
 
 

@@ -15,7 +15,9 @@ from evaluation.classifiers import ClassifierConfig, ClassifierScores
 from evaluation.distances import FeatureDistances
 from evaluation.intervals import wilson_interval
 from evaluation.media_generation import MediaGenerator, MediaSample, RoundTrip, media_table, modality_of
-from evaluation.report import media_markdown, plot_source, save_contact_sheet, save_media_table, spectrogram_levels
+from evaluation.plots import plot_source, save_contact_sheet, spectrogram_levels
+from evaluation.results import save_media_table
+from evaluation.tables import media_markdown
 from tests.tiny_processor import tiny_processor
 
 GREY = [Image.new("RGB", (16, 16), (value, value, value)) for value in range(0, 200, 10)]
