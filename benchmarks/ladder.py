@@ -43,7 +43,7 @@ from configs import RunConfig
 from configs.pretraining import without_weights
 from configs.strict_yaml import parse_yaml, read_text
 from evaluation.intervals import Interval, interval_of
-from evaluation.report import new_figure
+from evaluation.plots import new_figure
 from inference.arguments import OneLineParser
 from trainers.dry_run import StepCounts, expected_steps, flops_per_token
 
