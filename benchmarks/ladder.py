@@ -76,10 +76,10 @@ class Ladder:
     seeds: list[int]
     flags: dict[str, Any]
 
-    def task(self, further: Sequence[str] = ()) -> Task:
+    def task(self) -> Task:
         """The run that all share."""
         flags = [str(item) for name, value in self.flags.items() for item in (f"--{name}", value)]
-        return Task(ROOT / self.config, self.source, self.updates, flags=(*flags, *further))
+        return Task(ROOT / self.config, self.source, self.updates, flags=tuple(flags))
 
 
 def read_ladder(path: Path) -> Ladder:
@@ -116,12 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("ladder", type=Path, help="YAML file of the ladder")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the rows; it is gone on with")
     parser.add_argument("--plot", type=output_file, help="PNG of the losses")
-    args, flags = parser.parse_known_args(argv)
+    args = parser.parse_args(argv)
     set_up_logging("warning")
     datasets.disable_progress_bars()
     with parser.one_line_errors():
         ladder = read_ladder(args.ladder)
-        task = ladder.task(flags)
+        task = ladder.task()
         options = {(size, arm): flags_of(task, size, arm) for size in ladder.sizes for arm in ARMS}
     keys = [key_of(task, *key) for key in places(ladder)]
     rows = run_missing(keys, args.output, lambda key: run(task, options, key))
