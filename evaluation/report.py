@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TEXT_SCORES = ("exact text", "WER", "CER", "BLEU", "chrF")
+TEXT_SCORES = ("exact text", "WER", "CER", "BLEU", "chrF", "ROUGE-1", "ROUGE-2", "ROUGE-L")
 LINES = ("-", "--", ":", "-.")
 VERBS = {"image": "Drawn", "audio": "Played"}
 RIGHT, WRONG = "#2a9d2a", "#d62728"
@@ -111,7 +111,8 @@ def flow_name(scores: ModalityScores) -> str | None:
 
 def text_cells(scores: TextScores) -> list[str]:
     """Cells in the order of `TEXT_SCORES`."""
-    names = ("exact_match", "word_error_rate", "character_error_rate", "bleu", "chrf")
+    errors, others = ("word_error_rate", "character_error_rate"), ("bleu", "chrf", "rouge1", "rouge2", "rouge_l")
+    names = ("exact_match", *errors, *others)
     return [percent(getattr(scores, name), scores.intervals.get(name)) for name in names]
 
 
