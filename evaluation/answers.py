@@ -112,6 +112,17 @@ class AnswerGenerator:
         texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
 
+    def tags(self, logits: torch.Tensor, labels: torch.LongTensor) -> list[str]:
+        """The likeliest tokens at the labels of each row, as texts.
+
+        Args:
+            logits: (batch, sequence, vocabulary).
+            labels: (batch, sequence), not shifted; -100 outside of tags.
+        """
+        said, is_tag = logits[:, :-1].argmax(dim=-1), labels[:, 1:] != -100
+        ids = [tokens[chosen] for tokens, chosen in zip(said, is_tag, strict=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)]
+
     def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """What `generate` goes on from: prompts, padded on the left, and their media."""
         prompts = [torch.tensor(prompt_of(example)) for example in examples]

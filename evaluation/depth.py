@@ -242,8 +242,14 @@ class DepthEvaluator:
         answers = []
         for chunk in chunks(examples, self.batch_size):  # read once: there may be media to decode
             batch = self.batch_of([row_of(example) for example in chunk])
-            right = answers_right(*self.aligned(self.forward(batch, num_steps).logits, batch)).tolist()
-            written = self.writer.write(self.model, chunk, num_steps) if self.writer else [None] * len(chunk)
+            logits, labels = self.aligned(self.forward(batch, num_steps).logits, batch)
+            right = answers_right(logits, labels).tolist()
+            if self.writer is None:
+                written = [None] * len(chunk)
+            elif chunk[0].get("is_tagged"):
+                written = self.writer.tags(logits, labels)
+            else:
+                written = self.writer.write(self.model, chunk, num_steps)
             for row, is_right, text in zip(chunk, right, written, strict=True):
                 known = row.get("modality", "text"), row.get("difficulty"), is_right, row.get("answer", "")
                 answers.append(Answer(*known, text, row.get("attributes")))
