@@ -13,8 +13,10 @@ import torch
 from benchmarks import equal_time, yardsticks
 from benchmarks.equal_time import Task, as_flags, config_of
 from configs.pretraining import without_weights
-from dataset_loading import TASKS
+from dataset_loading import DataConfig, SourceConfig, build_examples
+from evaluation.intervals import wilson_interval
 from tests.test_pretrain import write_config
+from tests.tiny_language_model import tiny_model, tiny_tokenizer
 
 TEXTS = (Path(__file__), Path(yardsticks.__file__))
 ALL = [yardsticks.characters(*TEXTS), yardsticks.word_problems(), yardsticks.gym("gcd", Path("/questions"))]
@@ -75,26 +77,36 @@ def test_characters_are_scored_over_the_whole_text(tmp_path, monkeypatch):
     assert low < nats / tokens < high
 
 
-def test_products_are_scored_by_their_elements(tmp_path, monkeypatch):
-    """The accuracy at each element, of sequences of the longest, over all questions."""
+def test_a_plain_model_has_as_long_and_one_depth(tmp_path, monkeypatch):
+    """Of word problems, in a run of a second."""
     monkeypatch.setattr(yardsticks, "LONGEST", 6)
     data = {"kind": "generated", "task": "a5_prefixes", "loss_on": "tags", "num_rows": 60}
     flags = ["--data.train", yardsticks.sources(**data, difficulty=[1, 4])]
     flags += ["--data.validation", yardsticks.sources(**data, difficulty=[6, 6])]
     config = write_config(tmp_path, training={"logging_steps": 1000})
-    tiny, row = run_with(ALL[1], config, monkeypatch, flags=flags)
-    _, plain = run_with(ALL[1], config, monkeypatch, flags=flags, model="plain")
-    assert list(plain["scores"]) == ["plain"] and plain["mean_steps"] is None and plain["updates"] >= 3
-    trainer, _ = equal_time.train(tiny.task, [], 0, 3, str(tmp_path / "again"))
-    tokenizer, right = trainer.processing_class, torch.zeros(6)
-    for question in equal_time.questions_of(trainer, tiny.task, 8):
-        ids, wanted = (tokenizer(question[name])["input_ids"] for name in ("prompt", "answer"))
-        assert TASKS["a5_prefixes"].check(question["prompt"], question["answer"]) and len(ids) == 6
+    _, row = run_with(ALL[1], config, monkeypatch, flags=flags, model="plain")
+    assert list(row["scores"]) == ["plain"] and row["mean_steps"] is None and row["updates"] >= 3
+    assert len(row["scores"]["plain"]["by_length"]) == 6
+
+
+def test_products_are_scored_by_their_elements(monkeypatch):
+    """The accuracy at each element over all questions: of 70, question n has the first n % 7 of six right."""
+    monkeypatch.setattr(yardsticks, "LONGEST", 6)
+    model, tokenizer = tiny_model(), tiny_tokenizer(260)
+    source = SourceConfig("generated", task="a5_prefixes", num_rows=70, difficulty=[6, 6], loss_on="tags")
+    rows = build_examples(source, DataConfig(), tokenizer)
+    for number, row in enumerate(rows):
         with torch.no_grad():
-            said = trainer.model.eval()(torch.tensor([[tokenizer.bos_token_id, *ids]]), num_steps=3).logits[0, 1:]
-        right += said.argmax(-1) == torch.tensor(wanted)
-    assert row["scores"][3]["by_length"] == pytest.approx((100 * right / 8).tolist())
-    assert row["scores"][3]["score"] == row["scores"][3]["by_length"][-1]
+            said = model(torch.tensor([row["input_ids"]]), num_steps=2).logits[0, 1:7].argmax(-1).tolist()
+        row["labels"][2:] = [token if at < number % 7 else 3 for at, token in enumerate(said)]
+        assert 3 not in said
+    monkeypatch.setattr(yardsticks, "questions_of", lambda trainer, task, questions: rows)
+    trainer = types.SimpleNamespace(model=model, processing_class=tokenizer)
+    found = yardsticks.accuracy_by_length(trainer, ALL[1].task, 70, 2)
+    assert found["by_length"] == pytest.approx([100 * (6 - at) / 7 for at in range(6)])
+    assert found["score"] == pytest.approx(100 / 7)
+    low, high = wilson_interval(10, 70)
+    assert found["interval"] == pytest.approx((100 * low, 100 * high))
 
 
 def test_questions_of_the_package_are_in_one_part_alone(tmp_path, monkeypatch):
