@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -204,7 +205,11 @@ def questions_of(trainer: Trainer, task: Task, questions: int) -> list[Example]:
 
 
 def tables(
-    rows: Sequence[dict], way: str, figures: dict[str, Callable[[dict], float]], title: Callable[[dict], str]
+    rows: Sequence[dict],
+    way: str,
+    figures: Mapping[str, Callable[[dict], float]],
+    title: Callable[[dict], str],
+    digits: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """A table for each task: means over the seeds, ± half of the 95 % interval; "-" where a seed has no figure.
 
@@ -213,13 +218,14 @@ def tables(
         way: The name of what is compared, under which rows hold it.
         figures: Columns, and what stands in them of a row whose keys are text, as they are in a file.
         title: What stands above a table, of a row of that.
+        digits: Decimal places of columns that have not one.
     """
     rows, parts = json.loads(json.dumps(list(rows))), []
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task, lines = [row for row in rows if row["task"] == task], []
         for name in dict.fromkeys(row[way] for row in of_task):
             own = [row for row in of_task if row[way] == name]
-            cells = [cell([figure(row) for row in own]) for figure in figures.values()]
+            cells = [cell([of(row) for row in own], digits.get(column, 1)) for column, of in figures.items()]
             lines.append([name, str(len(own)), *cells])
         parts.append(f"{title(of_task[0])}\n\n{markdown_table([way, 'seeds', *figures], lines)}")
     return "\n".join(parts)

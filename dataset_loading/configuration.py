@@ -133,9 +133,10 @@ class SourceConfig:
     that ends with one, where messages_column has that with the better."""
     separator: str = " "
     """Text between prompt and answer; tokenised together with the answer."""
-    loss_on: Literal["all", "answer"] | None = None
-    """Which tokens are learned: the whole document, or the answer and the end token; by default what the assistant says
-    in conversations, the whole of others."""
+    loss_on: Literal["all", "answer", "tags"] | None = None
+    """Which tokens are learned: the whole document; the answer and the end token; or, by `tags`, the answer without a
+    place in the document, token by token at the tokens of the prompt, which has as many; by default what the assistant
+    says in conversations, the whole of others."""
     image_column: str | None = None
     """Column of the image, or of a list of images; imagefolder: by default `file_name`."""
     audio_column: str | None = None
@@ -179,10 +180,14 @@ class SourceConfig:
             raise ValueError(f"prompt_column and answer_column are both {self.prompt_column!r}; name two columns")
         if self.rejected_column in {self.prompt_column, self.answer_column, self.messages_column} - {None}:
             raise ValueError(f"rejected_column is {self.rejected_column!r}, which is a column of something else too")
-        if self.loss_on not in ("all", "answer"):
-            raise ValueError(f"loss_on is {self.loss_on!r}, unknown; choose 'all' or 'answer'")
-        if self.loss_on == "answer" and not self.has_answers:
-            raise ValueError("loss_on is 'answer', but the source has no answers; set prompt_column and answer_column")
+        if self.loss_on not in ("all", "answer", "tags"):
+            raise ValueError(f"loss_on is {self.loss_on!r}, unknown; choose 'all', 'answer' or 'tags'")
+        if self.loss_on != "all" and not self.has_answers:
+            raise ValueError(
+                f"loss_on is {self.loss_on!r}, but the source has no answers; set prompt_column and answer_column"
+            )
+        if self.loss_on == "tags" and (self.is_media or self.streaming):
+            raise ValueError("loss_on is 'tags', but the source is of conversations or streams; choose 'answer'")
         if self.kind == "generated":
             self._check_generated()
         if self.is_media and self.messages_column is None:

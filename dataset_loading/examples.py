@@ -121,7 +121,8 @@ def build_examples(
         checks: Functions by name of the generated task, which take a prompt and what was generated for it.
 
     Returns:
-        {"input_ids", "labels"} as lists of int, labels only on the answer (with its separator) and the end token;
+        {"input_ids", "labels"} as lists of int, labels only on the answer (with its separator) and the end token, or
+        the tags of a source of these, whose "is_tagged" is true;
         "prompt_ids", those before the answer; "prompt", "answer", "difficulty" (None where the source has none), and
         "attributes", a function that says what an answer names (None but for some generated tasks). Of a source with
         media also what `MediaExamples` has; those are read when an example is asked for.
@@ -146,9 +147,10 @@ def build_examples(
     builder.bad_rows.report()
     documents = tokenize_rows(source, rows, builder.tokenizer, config.preprocessing_workers, loss_on="answer")
     examples = []
-    for row, (tokens, loss_start) in zip(rows, documents, strict=True):
+    for row, (tokens, learned, loss_start) in zip(rows, documents, strict=True):
         ids = tokens.tolist()
-        labels = [IGNORED] * loss_start + ids[loss_start:]
+        labels = [IGNORED] * loss_start + learned[loss_start:].tolist()
         example = {"input_ids": ids, "labels": labels, "prompt_ids": ids[:loss_start], **row}
-        examples.append(example | {"difficulty": row.get("difficulty"), "attributes": None})
+        known = {"difficulty": row.get("difficulty"), "attributes": None, "is_tagged": source.loss_on == "tags"}
+        examples.append(example | known)
     return examples

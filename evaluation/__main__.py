@@ -36,7 +36,7 @@ from .answers import AnswerGenerator
 from .checks import CHECKS
 from .classifiers import load_classifier
 from .controls import check_controls, control_tables, controls_markdown, save_controls
-from .depth import depth_table
+from .depth import check_lengths, depth_table, possible_depths
 from .distances import FeatureNetwork
 from .efficiency import Setting, as_examples, efficiency_markdown, efficiency_table, exit_settings
 from .media_generation import MediaGenerator, RoundTrip, media_table
@@ -104,13 +104,7 @@ def evaluate(checkpoint: Path, run: RunConfig, args: argparse.Namespace) -> None
         if source.has_answers and not source.streaming
     }
     examples, prompts = split_by_answer(questions)
-    depths = sorted(set(args.num_steps))
-    if model.config.get_text_config().num_core_layers == 0:
-        logger.warning("%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", checkpoint)
-        depths = [None]
-    elif model.config.get_text_config().recurrence.untied_core:
-        depths = [model.config.get_text_config().recurrence.mean_steps]
-        logger.warning("%s has untied cores, so its depth cannot vary: evaluated at %d alone", checkpoint, *depths)
+    depths = possible_depths(model, args.num_steps, checkpoint)
     if args.controls:
         check_controls(depths, texts, examples)
     if args.efficiency:
@@ -289,17 +283,6 @@ def generate_options(args: argparse.Namespace) -> dict[str, Any]:
     names = (*FLOW_OPTIONS, "exit_criterion", "exit_threshold", "velocity_threshold", "cache_policy")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return options | ({"exit_threshold": options["exit_threshold"][0]} if "exit_threshold" in options else {})
-
-
-def check_lengths(examples: dict[str, Sequence[dict]], limit: int) -> None:
-    """Raise ValueError for an example of more tokens, with the name of its source."""
-    for name, rows in examples.items():
-        longest = max((len(row["input_ids"]) for row in rows), default=0)
-        if longest > limit:
-            raise ValueError(
-                f"source {name!r} has an example of {longest} tokens, more than {limit}: leave it out, or raise "
-                "--max-prompt-tokens."
-            )
 
 
 def validation_texts(

@@ -1,5 +1,6 @@
 """What a model writes in answer to prompts, and how far that is from what it should have written."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from .intervals import Interval, interval_of, sums_of_draws, wilson_interval
 Example = Mapping[str, Any]
 BLEU_WORDS, CHRF_CHARACTERS = 4, 6
 """The longest n-grams that are counted."""
+FIRST_NGRAM = 9
+"""The column of `corpus_counts` from which on n-grams are counted."""
 
 
 @dataclass
@@ -52,6 +55,13 @@ class TextScores:
     chrf: float
     """F-score of mean precision and recall of character n-grams, n = 1 to 6, or as many as the texts have, over the
     corpus, as in sacrebleu."""
+    rouge1: float
+    """F-score of the words that a text and its reference share, the mean over texts, as ROUGE has it: in lower case,
+    letters and digits alone."""
+    rouge2: float
+    """F-score of pairs of words, and of words where the reference has but one."""
+    rouge_l: float
+    """F-score of the longest common subsequence of words."""
     attributes: dict[str, float]
     """Share of answers that say the same as their reference, by attribute; empty where the source names none."""
     intervals: dict[str, Interval] = field(default_factory=dict)
@@ -101,6 +111,17 @@ class AnswerGenerator:
         kept = [tokens[:length] for tokens, length in zip(new, most, strict=True)]
         texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.strip() for text in texts]
+
+    def tags(self, logits: torch.Tensor, labels: torch.LongTensor) -> list[str]:
+        """The likeliest tokens at the labels of each row, as texts.
+
+        Args:
+            logits: (batch, sequence, vocabulary).
+            labels: (batch, sequence), not shifted; -100 outside of tags.
+        """
+        said, is_tag = logits[:, :-1].argmax(dim=-1), labels[:, 1:] != -100
+        ids = [tokens[chosen] for tokens, chosen in zip(said, is_tag, strict=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)]
 
     def prompts(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """What `generate` goes on from: prompts, padded on the left, and their media."""
@@ -158,10 +179,11 @@ def text_scores(answers: Sequence[Answer]) -> TextScores:
 
 
 def corpus_counts(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Counts of each text and its reference, whose sums over a corpus `corpus_scores` reads, (texts, 35).
+    """Counts of each text and its reference, whose sums over a corpus `corpus_scores` reads, (texts, 39).
 
-    Edits and length of the reference, in words and in characters; words of the text; n-grams that both have, those of
-    the text and those of the reference, of words for n = 1 to 4, of characters without blanks for n = 1 to 6.
+    Edits and length of the reference, in words and in characters; words of the text; 1; ROUGE-1, -2 and -L; n-grams
+    that both have, those of the text and those of the reference, of words for n = 1 to 4, of characters without blanks
+    for n = 1 to 6.
     """
     # Here, so that training, which has nothing written, does not wait for its import.
     from torchmetrics.functional.text import edit_distance
@@ -171,7 +193,7 @@ def corpus_counts(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     edits = [edit_distance(*zip(*texts, strict=True), reduction="none").tolist() for texts in (of_words, pairs)]
     rows = []
     for (text, reference), (words, right_words), *found in zip(pairs, of_words, *edits, strict=True):
-        row = [found[0], len(right_words), found[1], len(reference), len(words)]
+        row = [found[0], len(right_words), found[1], len(reference), len(words), 1, *rouge(text, reference)]
         for n in range(1, BLEU_WORDS + 1):
             ours, theirs = ngrams(words, n), ngrams(right_words, n)
             row += [(ours & theirs).total(), ours.total(), theirs.total()]
@@ -182,6 +204,23 @@ def corpus_counts(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
             row += [(ours & theirs).total(), ours.total() if theirs else 0, theirs.total()]
         rows.append(row)
     return np.array(rows, float)
+
+
+def rouge(text: str, reference: str) -> tuple[float, float, float]:
+    """F-scores of a text by ROUGE-1, -2 and -L. Where the reference has no word, 1 if the two are equal, else 0."""
+    from torchmetrics.functional.text import rouge_score  # here, for the reason given above
+
+    count = len(letters_and_digits(reference).split())
+    if not count:
+        return (float(text == reference),) * 3
+    names = "rouge1", f"rouge{min(count, 2)}", "rougeL"
+    found = rouge_score(text, reference, normalizer=letters_and_digits, rouge_keys=tuple(dict.fromkeys(names)))
+    return tuple(found[f"{name}_fmeasure"].item() for name in names)
+
+
+def letters_and_digits(text: str) -> str:
+    """A text in lower case with blanks for all else: what the scorer of Google does, for all scripts."""
+    return re.sub(r"[\W_]+", " ", text.lower())
 
 
 def spelled(text: str, known: dict[str, str]) -> str:
@@ -195,21 +234,22 @@ def ngrams(text: str, n: int) -> Counter[str]:
 
 
 def corpus_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """The scores of corpora, from the sums of their `corpus_counts`, (corpora, 35).
+    """The scores of corpora, from the sums of their `corpus_counts`, (corpora, 39).
 
     Error rates are edits by the lengths of the references. BLEU: Papineni et al. 2002, with n-grams of at most as many
     words as some reference has; where no reference has a word, 1 if nothing was written. chrF: Popović 2015, as
     sacrebleu counts it; lengths of n-grams that either side has none of are left out, so that what is right has 1,
     however short it is; torchmetrics counts them as 0.
     """
-    word_edits, words, edits, characters, written = sums[:, :5].T
+    word_edits, words, edits, characters, written, texts, *rouges = sums[:, :FIRST_NGRAM].T
     is_empty = (words == 0) & (written == 0)
-    of_words, of_characters = sums[:, 5 : 5 + 3 * BLEU_WORDS], sums[:, 5 + 3 * BLEU_WORDS :]
+    of_words, of_characters = np.split(sums[:, FIRST_NGRAM:], [3 * BLEU_WORDS], axis=1)
     return {
         "word_error_rate": word_edits / np.maximum(words, 1),
         "character_error_rate": edits / np.maximum(characters, 1),
         "bleu": np.where(is_empty, 1.0, bleu(*of_words.reshape(len(sums), -1, 3).transpose(2, 0, 1), written, words)),
         "chrf": np.where(is_empty, 1.0, chrf(*of_characters.reshape(len(sums), -1, 3).transpose(2, 0, 1))),
+        **{name: values / texts for name, values in zip(("rouge1", "rouge2", "rouge_l"), rouges, strict=True)},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -22,6 +23,8 @@ from model.chat import TARGET_PREFIX
 from .answers import Answer, AnswerGenerator, Example, TextScores, prompt_of, text_scores, to_model
 from .intervals import Interval, divided, interval_of, sums_of_draws, wilson_interval
 from .metrics import METRICS, as_causal, flow_weights, metrics_from_sums, token_scores, with_flow_losses
+
+logger = logging.getLogger(__name__)
 
 Item = Mapping[str, Any]
 Collate = Callable[[list[Item]], dict[str, torch.Tensor]]
@@ -239,8 +242,14 @@ class DepthEvaluator:
         answers = []
         for chunk in chunks(examples, self.batch_size):  # read once: there may be media to decode
             batch = self.batch_of([row_of(example) for example in chunk])
-            right = answers_right(*self.aligned(self.forward(batch, num_steps).logits, batch)).tolist()
-            written = self.writer.write(self.model, chunk, num_steps) if self.writer else [None] * len(chunk)
+            logits, labels = self.aligned(self.forward(batch, num_steps).logits, batch)
+            right = answers_right(logits, labels).tolist()
+            if self.writer is None:
+                written = [None] * len(chunk)
+            elif chunk[0].get("is_tagged"):
+                written = self.writer.tags(logits, labels)
+            else:
+                written = self.writer.write(self.model, chunk, num_steps)
             for row, is_right, text in zip(chunk, right, written, strict=True):
                 known = row.get("modality", "text"), row.get("difficulty"), is_right, row.get("answer", "")
                 answers.append(Answer(*known, text, row.get("attributes")))
@@ -321,6 +330,32 @@ def check_rows(texts: Mapping[str, Sequence[Item]], examples: Mapping[str, Seque
         for index, row in enumerate(rows):
             if all(label == -100 for label in row["labels"]):
                 raise ValueError(f"Row {index} of {name!r} has no labelled answer token: check its answer column.")
+
+
+def possible_depths(model: PreTrainedModel, asked: Iterable[int], name: object) -> list[int | None]:
+    """The depths at which a model can be evaluated, of those asked for: the only one, None without a core, where its
+    depth cannot vary, with a warning that calls it by `name`.
+    """
+    config = model.config.get_text_config()
+    if config.num_core_layers == 0:
+        logger.warning("%s has no core (num_core_layers is 0), so its depth cannot vary: evaluated once", name)
+        return [None]
+    if config.recurrence.untied_core:
+        steps = config.recurrence.mean_steps
+        logger.warning("%s has untied cores, so its depth cannot vary: evaluated at %d alone", name, steps)
+        return [steps]
+    return sorted(set(asked))
+
+
+def check_lengths(examples: Mapping[str, Sequence[Example]], limit: int) -> None:
+    """Raise ValueError for an example of more tokens, with the name of its source."""
+    for name, rows in examples.items():
+        longest = max((len(row["input_ids"]) for row in rows), default=0)
+        if longest > limit:
+            raise ValueError(
+                f"source {name!r} has an example of {longest} tokens, more than {limit}: leave it out, or raise "
+                "--max-prompt-tokens."
+            )
 
 
 def depth_table(

@@ -12,7 +12,7 @@ from .depth import DepthRow, ModalityScores
 from .intervals import Interval
 from .media_generation import MediaScores, MediaTable
 
-TEXT_SCORES = ("exact text", "WER", "CER", "BLEU", "chrF")
+TEXT_SCORES = ("exact text", "WER", "CER", "BLEU", "chrF", "ROUGE-1", "ROUGE-2", "ROUGE-L")
 VERBS = {"image": "Drawn", "audio": "Played"}
 
 
@@ -115,7 +115,8 @@ def flow_name(scores: ModalityScores) -> str | None:
 
 def text_cells(scores: TextScores) -> list[str]:
     """Cells in the order of `TEXT_SCORES`."""
-    names = ("exact_match", "word_error_rate", "character_error_rate", "bleu", "chrf")
+    errors, others = ("word_error_rate", "character_error_rate"), ("bleu", "chrf", "rouge1", "rouge2", "rouge_l")
+    names = ("exact_match", *errors, *others)
     return [percent(getattr(scores, name), scores.intervals.get(name)) for name in names]
 
 

@@ -14,13 +14,14 @@ def make_documents(lengths, loss_starts=None, seed=0):
     generator = np.random.default_rng(seed)
     parts = [np.concatenate([[BEGIN], generator.integers(3, 100, length - 2), [END]]) for length in lengths]
     starts = np.ones(len(lengths), dtype=np.int32) if loss_starts is None else np.array(loss_starts, dtype=np.int32)
-    return Documents(np.concatenate(parts).astype(np.int32), np.array(lengths), starts)
+    tokens = np.concatenate(parts).astype(np.int32)
+    return Documents(tokens, np.array(lengths), starts, tokens)
 
 
 def reference_rows(documents, block_size):
     """Packing token by token: a list of (token, label, position) rows."""
     rows, row, position = [], [], 0
-    for tokens, loss_start in documents:
+    for tokens, _, loss_start in documents:
         for place, token in enumerate(tokens.tolist()):
             if len(row) == block_size:
                 rows.append(row)
@@ -63,7 +64,8 @@ def test_every_byte_is_a_label_exactly_once(packing):
     tokenizer = train_tokenizer(texts, 300)
     encoded = encode_batch({"text": texts}, tokenizer, " ", "all")
     tokens = np.concatenate([np.array(part, dtype=np.int32) for part in encoded["tokens"]])
-    documents = Documents(tokens, np.array([len(part) for part in encoded["tokens"]]), np.array(encoded["loss_start"]))
+    lengths = np.array([len(part) for part in encoded["tokens"]])
+    documents = Documents(tokens, lengths, np.array(encoded["loss_start"]), tokens)
     rows = PackedDataset(documents, 16, tokenizer.pad_token_id, packing)
     labels = torch.cat([rows[index]["labels"][1:] for index in range(len(rows))])  # [1:]: what the model's shift scores
     labels = labels[labels != -100]

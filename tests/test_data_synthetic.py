@@ -120,7 +120,7 @@ def test_rows_depend_on_seed_role_and_index_alone():
 
 
 def test_unknown_task_lists_the_known_ones():
-    message = r"'lookup' is unknown; choose one of addition, calculator, chained_lookup, cup"
+    message = r"'lookup' is unknown; choose one of a5_prefixes, a5_word, addition, calculator, chained_lookup, cup"
     with pytest.raises(ValueError, match=message):
         get_task("lookup")
     with pytest.raises(ValueError, match=message):

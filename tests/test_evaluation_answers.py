@@ -97,7 +97,16 @@ def test_word_scores_are_those_of_torchmetrics_and_intervals_hold_them():
     assert scores.bleu == pytest.approx(bleu_score(written, [[it] for it in references]).item(), rel=1e-5)
     assert scores.word_error_rate == pytest.approx(word_error_rate(written, references).item(), rel=1e-5)
     assert scores.character_error_rate == pytest.approx(char_error_rate(written, references).item(), rel=1e-5)
-    for name in ("exact_match", "word_error_rate", "character_error_rate", "bleu", "chrf"):
+    for name in (
+        "exact_match",
+        "word_error_rate",
+        "character_error_rate",
+        "bleu",
+        "chrf",
+        "rouge1",
+        "rouge2",
+        "rouge_l",
+    ):
         low, high = scores.intervals[name]
         assert low < getattr(scores, name) < high < low + 0.35
 
@@ -137,11 +146,32 @@ def test_chrf_is_that_of_sacrebleu(pairs, expected):
     assert text_scores(answers_of(*pairs)).chrf == pytest.approx(expected, abs=1e-6)
 
 
+ROUGE = [
+    ([("a red ring", "a red rung"), ("two stars", "two squares")], (0.583333, 0.25, 0.583333)),
+    ([("The cat sat on the mat.", "the mat, on which THE cat sat")], (0.923077, 0.545455, 0.461538)),
+]
+
+
+@pytest.mark.parametrize(("pairs", "expected"), ROUGE)
+def test_rouge_is_that_of_the_scorer_of_google(pairs, expected):
+    """Values of rouge-score 0.1.2 without stemming, means over texts."""
+    scores = text_scores(answers_of(*pairs))
+    assert (scores.rouge1, scores.rouge2, scores.rouge_l) == pytest.approx(expected, abs=1e-6)
+
+
+def test_rouge_counts_words_of_all_scripts_and_one_word_where_there_is_no_pair():
+    scores = text_scores(answers_of(("große Straße", "grosse STRASSE Straße"), ("7", "8"), ("7", "7"), ("中", "中。")))
+    assert scores.rouge1 == scores.rouge_l == pytest.approx((2 / 5 + 0 + 1 + 1) / 4)
+    assert scores.rouge2 == pytest.approx((0 + 0 + 1 + 1) / 4)
+    assert text_scores(answers_of(("+", "-"), ("+", "+"))).rouge2 == 0.5
+
+
 @pytest.mark.parametrize("text", ["a", "red", "C4 E4", "a red ring", "\u00e4\u4e2d", ""])
 def test_what_is_right_has_the_best_scores_however_short_it_is(text):
     for pairs in ([(text, text)], [(text, text), ("two stars", "two stars")], [(text, text), ("", "")]):
         scores = text_scores(answers_of(*pairs))
         assert (scores.exact_match, scores.bleu, scores.chrf) == (1, 1, 1), pairs
+        assert (scores.rouge1, scores.rouge2, scores.rouge_l) == (1, 1, 1), pairs
         assert scores.word_error_rate == scores.character_error_rate == 0, pairs
 
 
@@ -350,7 +380,7 @@ def test_a_model_of_text_writes_too_and_has_no_modalities():
 
 def known_rows():
     def written(share):
-        return TextScores(8, share, 1 - share, 0.5, share / 2, 0.75, {"colour": share, "shape": 0.25})
+        return TextScores(8, share, 1 - share, 0.5, share / 2, 0.75, 0.5, share, 0.25, {"colour": share, "shape": 0.25})
 
     def at(steps, share):
         match = ExactMatch(share, 8)
@@ -371,19 +401,19 @@ def test_markdown_has_a_table_of_modalities_and_one_of_texts():
     text = markdown_table(known_rows())
     assert text.split("\n\n")[1:] == [
         "By modality:",
-        "| modality | steps |   loss |   exact |    WER |    CER |   BLEU |   chrF |\n"
-        "| -------: | ----: | -----: | ------: | -----: | -----: | -----: | -----: |\n"
-        "|     text |     1 | 3.0000 |       - |      - |      - |      - |      - |\n"
-        "|     text |    16 | 3.0000 |       - |      - |      - |      - |      - |\n"
-        "|    image |     1 | 2.2500 |  25.0 % | 75.0 % | 50.0 % | 12.5 % | 75.0 % |\n"
-        "|    image |    16 | 2.2500 | 100.0 % |  0.0 % | 50.0 % | 50.0 % | 75.0 % |\n"
-        "|    audio |     1 |      - |  25.0 % | 75.0 % | 50.0 % | 12.5 % | 75.0 % |\n"
-        "|    audio |    16 |      - | 100.0 % |  0.0 % | 50.0 % | 50.0 % | 75.0 % |",
+        "| modality | steps |   loss |   exact |    WER |    CER |   BLEU |   chrF | ROUGE-1 | ROUGE-2 | ROUGE-L |\n"
+        "| -------: | ----: | -----: | ------: | -----: | -----: | -----: | -----: | ------: | ------: | ------: |\n"
+        "|     text |     1 | 3.0000 |       - |      - |      - |      - |      - |       - |       - |       - |\n"
+        "|     text |    16 | 3.0000 |       - |      - |      - |      - |      - |       - |       - |       - |\n"
+        "|    image |     1 | 2.2500 |  25.0 % | 75.0 % | 50.0 % | 12.5 % | 75.0 % |  50.0 % |  25.0 % |  25.0 % |\n"
+        "|    image |    16 | 2.2500 | 100.0 % |  0.0 % | 50.0 % | 50.0 % | 75.0 % |  50.0 % | 100.0 % |  25.0 % |\n"
+        "|    audio |     1 |      - |  25.0 % | 75.0 % | 50.0 % | 12.5 % | 75.0 % |  50.0 % |  25.0 % |  25.0 % |\n"
+        "|    audio |    16 |      - | 100.0 % |  0.0 % | 50.0 % | 50.0 % | 75.0 % |  50.0 % | 100.0 % |  25.0 % |",
         "Texts generated for scenes (8):",
-        "| steps | exact text |    WER |    CER |   BLEU |   chrF |  colour |  shape |\n"
-        "| ----: | ---------: | -----: | -----: | -----: | -----: | ------: | -----: |\n"
-        "|     1 |     25.0 % | 75.0 % | 50.0 % | 12.5 % | 75.0 % |  25.0 % | 25.0 % |\n"
-        "|    16 |    100.0 % |  0.0 % | 50.0 % | 50.0 % | 75.0 % | 100.0 % | 25.0 % |\n",
+        "| steps | exact text |    WER |    CER |   BLEU |   chrF | ROUGE-1 | ROUGE-2 | ROUGE-L |  colour |  shape |\n"
+        "| ----: | ---------: | -----: | -----: | -----: | -----: | ------: | ------: | ------: | ------: | -----: |\n"
+        "|     1 |     25.0 % | 75.0 % | 50.0 % | 12.5 % | 75.0 % |  50.0 % |  25.0 % |  25.0 % |  25.0 % | 25.0 % |\n"
+        "|    16 |    100.0 % |  0.0 % | 50.0 % | 50.0 % | 75.0 % |  50.0 % | 100.0 % |  25.0 % | 100.0 % | 25.0 % |\n",
     ]
 
 

@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "configs": {"model", "dataset_loading", "trainers", "callbacks", "evaluation", "inference"},
 }
 # Commands that tie rooms together, as the scripts at the root do: they may import everything, and no room imports them.
-COMMANDS = {f"evaluation/{name}.py" for name in ("__main__", "compare", "dynamics", "report", "train_classifier")}
+COMMANDS = {
+    f"evaluation/{name}.py" for name in ("__main__", "compare", "dynamics", "report", "suite", "train_classifier")
+}
 # What the exported code may need where it is loaded: transformers and what comes with it.
 LIBRARIES_OF_MODEL = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy"}
 ROOMS = sorted(room for room in MAY_IMPORT if (ROOT / room).is_dir())

@@ -23,6 +23,7 @@ from ..sources.tables import map_in_memory
 from .media_reader import MediaReader, UnreadableItem
 
 _TEXT_FEATURES = Features({"tokens": List(Value("int32")), "loss_start": Value("int32")})
+_TAGGED_FEATURES = Features(_TEXT_FEATURES | {"labels": List(Value("int32"))})
 _FEATURES = Features(
     {
         "tokens": List(Value("int32")),
@@ -44,12 +45,14 @@ class Documents:
     """int64 (documents,): tokens of each, begin and end included."""
     loss_start: np.ndarray
     """int32 (documents,): the first token of each that is a label; at least 1, as begin never is."""
+    labels: np.ndarray
+    """int32 (tokens,): the tokens, or, where documents are tagged, what the token before each is to say."""
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Tokens and loss_start of each document."""
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Tokens, labels and loss_start of each document."""
         ends = np.cumsum(self.lengths)
         for start, end, loss_start in zip(ends - self.lengths, ends, self.loss_start, strict=True):
-            yield self.tokens[start:end], int(loss_start)
+            yield self.tokens[start:end], self.labels[start:end], int(loss_start)
 
     @property
     def is_start(self) -> np.ndarray:
@@ -75,15 +78,22 @@ def tokenize_rows(
     loss_on: str | None = None,
 ) -> Documents:
     """Tokenise checked rows in batches, in `workers` processes; the result stays in memory and leaves no files. What is
-    learned is `loss_on`, "all" or "answer", instead of the source's own.
+    learned is `loss_on` instead of the source's own; a source of tags has no other.
+
+    Raises:
+        ValueError: A row to be tagged has not as many tokens in its answer as in its prompt.
     """
-    options = {"tokenizer": tokenizer, "separator": source.separator, "loss_on": loss_on or source.loss_on}
+    options = {"separator": source.separator, "loss_on": loss_on or source.loss_on}
+    encode, features = encode_batch, _TEXT_FEATURES
+    if source.loss_on == "tags":
+        encode, features, options = tag_batch, _TAGGED_FEATURES, {}
     purpose = f"tokenising {source.label}"
-    encoded = map_in_memory(rows, encode_batch, _TEXT_FEATURES, workers, purpose, 1000, **options)
+    encoded = map_in_memory(rows, encode, features, workers, purpose, 1000, tokenizer=tokenizer, **options)
     encoded = encoded.with_format("arrow")[:]
     tokens = encoded.column("tokens")
     return Documents(
         tokens=_flat(tokens),
+        labels=_flat(encoded.column("labels" if "labels" in features else "tokens")),
         lengths=pc.list_value_length(tokens).to_numpy().astype(np.int64),
         loss_start=encoded.column("loss_start").to_numpy(),
     )
@@ -107,6 +117,28 @@ def encode_batch(
     begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     tokens = [np.concatenate([begin, *ids, end], dtype=np.int32) for ids in zip(*parts, strict=True)]
     return {"tokens": tokens, "loss_start": loss_start}
+
+
+def tag_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast) -> dict[str, list]:
+    """Columns prompt and answer to columns tokens, loss_start and labels: begin, a prompt and end, and, at those behind
+    the tokens of the prompt, which say them, the tokens of the answer.
+
+    Raises:
+        ValueError: A prompt and its answer have different numbers of tokens.
+    """
+    begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    columns = [encode_texts(tokenizer, batch[name]) for name in ("prompt", "answer")]
+    for row, (prompt, answer) in enumerate(zip(*columns, strict=True)):
+        if len(prompt) != len(answer):
+            raise ValueError(
+                f"prompt {batch['prompt'][row]!r} has {len(prompt)} tokens, and its answer {batch['answer'][row]!r} "
+                f"{len(answer)}; loss_on: tags needs as many: choose 'answer', or another vocabulary"
+            )
+    return {
+        "tokens": [np.concatenate([begin, ids, end], dtype=np.int32) for ids in columns[0]],
+        "labels": [np.concatenate([begin, begin, ids], dtype=np.int32) for ids in columns[1]],
+        "loss_start": [2] * len(columns[0]),
+    }
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class PackedDataset(RowDataset):
         super().__init__(seed)
         self.noise = noise
         self.tokens, self.is_start, self.is_label = documents.tokens, documents.is_start, documents.is_label
+        self.labels = documents.labels
         self.row_length, self.pad_id = (block_size if packing else None), pad_id
         self.starts, self.stops = (
             _cut_packed(self.is_start, block_size) if packing else _cut_apart(documents.lengths, block_size)
@@ -66,7 +67,7 @@ class PackedDataset(RowDataset):
         part = slice(self.starts[index], self.stops[index])
         tokens, is_label = self.tokens[part], self.is_label[part]
         shown = tokens if self.noise is None else self.noise(tokens, is_label, self.generator(index, occurrence))
-        labels = np.where(is_label, tokens, IGNORED)
+        labels = np.where(is_label, self.labels[part], IGNORED)
         labels[0] = IGNORED  # a begin token, or the repeated token of a document that was cut
         missing = 0 if self.row_length is None else self.row_length - len(tokens)
         restarts = np.pad(self.is_start[part], (0, missing))
