@@ -26,7 +26,7 @@ help:
 	@echo "make test            the fast tests"
 	@echo "make test-slow       the tests through the launcher, long runs, and clients of requirements-extra.lock"
 	@echo "make test-gpu        the tests that need a GPU"
-	@echo "make test-previous   the tests of model and export with transformers $(PREVIOUS), all else as in the lock"
+	@echo "make test-previous   the fast tests of model and export with transformers $(PREVIOUS), all else as in the lock"
 	@echo "make lint            ruff: rules and format"
 	@echo "make format          ruff: repair what can be repaired"
 	@echo "make docs            docs/config.md and docs/api.md, from the code"
@@ -98,7 +98,7 @@ test-gpu: $(INSTALLED)
 	.venv/bin/python -m pytest -m gpu
 
 test-previous: $(INSTALLED_PREVIOUS)
-	.venv-previous/bin/python -m pytest -m "not gpu" $(TESTS_OF_PREVIOUS)
+	.venv-previous/bin/python -m pytest -m "not slow and not gpu" $(TESTS_OF_PREVIOUS)
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
