@@ -14,10 +14,10 @@ from .scenes import Drawings, SceneQuestions, Scenes
 from .tracking import ChainedLookup, Stories
 from .word_problems import A5Prefixes, A5Word, S5Prefixes, S5Word
 
-_TEXT = (ChainedLookup, Addition, Subtraction, Reversal, Sorting, Cups, RetoldCups, Stories, Instructions, Calculator)
-_WORD_PROBLEMS = (A5Word, A5Prefixes, S5Word, S5Prefixes)
+_TEXT = (ChainedLookup, Addition, Subtraction, Reversal, Sorting, Stories, Instructions, Calculator)
+_STATES = (Cups, RetoldCups, A5Word, A5Prefixes, S5Word, S5Prefixes)
 _MEDIA = (Scenes, SceneQuestions, Drawings, CupImages, Melodies, MelodyQuestions, Tunes, CupTunes)
-TASKS: dict[str, GeneratedTask] = {task.name: task() for task in (*_TEXT, *_WORD_PROBLEMS)}
+TASKS: dict[str, GeneratedTask] = {task.name: task() for task in (*_TEXT, *_STATES)}
 """Tasks of text alone."""
 MEDIA_TASKS: dict[str, GeneratedMediaTask] = {task.name: task() for task in _MEDIA}
 """Tasks with images and waveforms, and text about them."""
