@@ -49,16 +49,16 @@ from trainers.dry_run import StepCounts, expected_steps, flops_per_token
 
 RECURRENT, PLAIN, UNTIED = ARMS = ("recurrent", "plain", "untied")
 BUDGETS = ("updates", "operations", "time")
-"""What the twins have as much of as the recurrent model."""
+"""The measures of which twins have as much as the recurrent model."""
 MOST = 0.03
-"""How much the numbers of parameters of twins may differ, as a share."""
+"""The share by which the numbers of parameters of twins may differ."""
 DRAWS = 10_000
 """Draws of the bootstrap over seeds."""
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """What a YAML file of a ladder says.
+    """The content of a YAML file of a ladder.
 
     Args:
         config: The YAML of the run, from the folder of the repository.

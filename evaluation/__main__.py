@@ -168,9 +168,19 @@ def examples_to_say(
     processor: PreTrainedTokenizerBase | ProcessorMixin,
     limit: int | None,
 ) -> dict[str, Sequence[dict]]:
-    """Questions with answers; where there are none, validation texts, each a row of its own."""
+    """Questions whose answers are said behind them; where there are none, validation texts, each a row of its own.
+
+    Raises:
+        ValueError: All answers are tags, or no text is left.
+    """
+    said = {name: rows for name, rows in examples.items() if not any(row.get("is_tagged") for row in rows)}
+    if said:
+        return said
     if examples:
-        return examples
+        raise ValueError(
+            "--efficiency needs answers that are said behind their questions, and all sources have loss_on: tags; "
+            "leave it out."
+        )
     unpacked = dataclasses.replace(run, data=dataclasses.replace(run.data, packing=False))
     return as_examples(validation_texts(unpacked, processor, limit))
 

@@ -1,5 +1,5 @@
-"""What a model reaches with how much work: loss and exact answers against the operations that were executed and against
-time, at fixed depths and with exits. `python -m evaluation RUN --efficiency` writes it.
+"""Efficiency of a model: its loss and its exact answers against the operations that were executed and against time, at
+fixed depths and with exits. `python -m evaluation RUN --efficiency` writes it.
 
 Each answer is said by `generate`, token by token over the cache, as it is when the model is used; its tokens are forced
 to be those of the reference. Operations are those that torch counts while it runs: a row that has exited adds none.
@@ -41,7 +41,7 @@ FIXED = "fixed depth"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is asked of `generate` at one point."""
+    """The request to `generate` at one point."""
 
     num_steps: int | None
     """Core steps, with exits at most; None for a model without a core."""
@@ -87,7 +87,7 @@ class EfficiencyPoint:
 
 @dataclass
 class Slope:
-    """What a doubling of the operations brings."""
+    """The change that a doubling of the operations brings."""
 
     criterion: str
     measure: str
@@ -110,7 +110,7 @@ class EfficiencyTable:
 
 @dataclass
 class Work:
-    """What was found in one setting."""
+    """The findings in one setting."""
 
     scores: np.ndarray
     """Nats, tokens, and whether all tokens are the likeliest, of each example, float64 (examples, 3)."""

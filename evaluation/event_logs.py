@@ -1,4 +1,4 @@
-"""What a run has logged for TensorBoard, read back."""
+"""The logs that a run has written for TensorBoard, read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What depth buys, and what a model has generated, as curves and contact sheets."""
+"""Plots of what depth buys, and contact sheets of what a model has generated."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from configs.runs import find_run_config
+from configs.strict_yaml import parse_yaml
 from inference import arguments
 from inference.checkpoints import is_codec
 from inference.output import whole_file, write_result
@@ -128,13 +129,13 @@ def build_report(run: Path) -> Report:
 
 
 class Results:
-    """What is in the folder of a run, and what was found to be missing in it."""
+    """The files of a run, and a list of those that are missing."""
 
     def __init__(self, run: Path):
         self.run, self.skipped, self.budget = run, [], MediaBudget()
 
     def attempt(self, what: str, make: Callable[[], Value]) -> Value | None:
-        """What a function makes, or None, and a line among what is skipped."""
+        """The result of a function; or None, and a line among what is skipped."""
         try:
             return make()
         except MissingError as error:
@@ -181,7 +182,7 @@ class Results:
 
     @cached_property
     def logs(self) -> Logs:
-        """What was logged for TensorBoard."""
+        """The logs for TensorBoard."""
         logs, faults = read_logs(self.run / "runs")
         self.skipped += [Skipped("a log of training", fault) for fault in faults]
         return logs
@@ -193,7 +194,7 @@ class Results:
         name = "config.yaml" if path is None or path.parent == self.run else str(path.absolute())
 
         def parse(text: str) -> str:
-            read_mapping(text)
+            mapping_of(parse_yaml(text))
             return text
 
         return self.read(name, parse, TRAIN)
@@ -223,7 +224,7 @@ class Results:
 
     @cached_property
     def efficiency(self) -> EfficiencyTable:
-        """What `python -m evaluation --efficiency` has found."""
+        """The table of `python -m evaluation --efficiency`."""
 
         def parse(text: str) -> EfficiencyTable:
             (table,) = parse_rows(EfficiencyTable, [json.loads(text)])
@@ -247,9 +248,8 @@ def if_there(results: Results, name: str) -> Any | None:
         return None
 
 
-def read_mapping(text: str) -> dict[str, Any]:
-    """A mapping in YAML or JSON; ValueError for anything else."""
-    content = yaml.safe_load(text)
+def mapping_of(content: Any) -> dict[str, Any]:
+    """The content of a file, if it is a mapping; ValueError for anything else."""
     if not isinstance(content, dict):
         raise ValueError("it holds no mapping")
     return content
@@ -264,8 +264,8 @@ def parse_rows(kind: type[Value], content: Any) -> list[Value]:
 
 
 def training_section(results: Results) -> Iterator[Part]:
-    """How far the training came, and the last figures of it."""
-    state = results.read("trainer_state.json", read_mapping, TRAIN)
+    """The progress of the training, and its last figures."""
+    state = results.read("trainer_state.json", lambda text: mapping_of(json.loads(text)), TRAIN)
     last: dict[str, Any] = {}
     for line in state.get("log_history", []):
         last |= line
@@ -302,7 +302,7 @@ def model_section(results: Results) -> Iterator[Part]:
 
 def data_section(results: Results) -> Iterator[Part]:
     """The sources of the configuration, and what of them was evaluated."""
-    content = read_mapping(results.config).get("data") or {}
+    content = mapping_of(parse_yaml(results.config)).get("data") or {}
     lines = []
     for role in ("train", "validation"):
         for source in content.get(role) or []:
@@ -431,7 +431,7 @@ def dynamics_section(results: Results) -> Iterator[Part]:
 
 
 def samples_section(results: Results) -> Iterator[Part]:
-    """What the model said during training, with what it saw and heard."""
+    """The samples of the training: texts, with what the model saw and heard."""
     logs, cards = results.logs, {}
     for name, (step, text) in logs.texts.items():
         if is_sample(name):
@@ -441,8 +441,7 @@ def samples_section(results: Results) -> Iterator[Part]:
         group = "/".join(name.split("/")[:3])
         card = cards.setdefault(group, Card(f"{short(group)}, step {step}"))
         options = {"is_small": True} if name in logs.images else {}
-        make = makers[name]
-        medium = results.attempt(short(name), lambda: make(content, short(name), **options))  # noqa: B023
+        medium = results.attempt(short(name), partial(makers[name], content, short(name), **options))
         card.media += [] if medium is None else [medium]
     if not cards:
         raise MissingError("training has logged no samples to TensorBoard", TRAIN_WITH_LOGS)

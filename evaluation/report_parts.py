@@ -1,4 +1,4 @@
-"""What a report is made of, and how it is written: as one HTML file that needs nothing else, and as Markdown."""
+"""The parts of a report, and how it is written: as one HTML file that needs nothing else, and as Markdown."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Sound:
 
 @dataclass
 class Card:
-    """What belongs together in a sample."""
+    """Text and media of one sample."""
 
     title: str
     text: str = ""

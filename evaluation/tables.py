@@ -1,4 +1,4 @@
-"""What depth buys, and what a model has generated, as tables of text."""
+"""Tables of what depth buys, and of what a model has generated."""
 
 from __future__ import annotations
 

@@ -61,7 +61,9 @@ def test_as_many_operations_are_as_many(read):
 
 def test_rows_that_are_there_are_not_run_again(read, tmp_path, monkeypatch, capsys):
     made = []
-    monkeypatch.setattr(ladder, "forked", lambda run, *args: made.append(args) or FIGURES)
+    monkeypatch.setattr(
+        ladder, "forked", lambda run, *args: made.append(args) or FIGURES | {"parameters": 100 * args[1][1]}
+    )
     monkeypatch.setattr(ladder, "datasets_of", lambda *args: None)
     command = [str(read[2]), "--output", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "ladder.png")]
     assert ladder.main(command) == 0 and len(made) == 14

@@ -21,6 +21,7 @@ from dataset_loading import (
 from dataset_loading.packing.documents import tokenize_rows
 from dataset_loading.tasks.registry import generate_row
 from dataset_loading.tasks.word_problems import A5, BYTES, S5, WORDS
+from evaluation.__main__ import examples_to_say
 from evaluation.answers import AnswerGenerator
 from evaluation.depth import DepthEvaluator
 from tests.tiny_language_model import tiny_model, tiny_tokenizer
@@ -142,6 +143,14 @@ def test_prompts_with_other_numbers_of_tokens_are_refused():
     rows = Dataset.from_dict({"prompt": ["ab", "abc"], "answer": ["xy", "xy"]})
     with pytest.raises(ValueError, match="prompt 'abc' has 3 tokens, and its answer 'xy' 2; loss_on: tags needs as"):
         tokenize_rows(tagged(), rows, train_tokenizer(["abc"], BYTE_SIZE))
+
+
+def test_tags_are_not_said_behind_their_prompts():
+    """For `--efficiency`, which lets `generate` say answers."""
+    tagged_rows, others = [{"is_tagged": True}], [{"is_tagged": False}]
+    assert examples_to_say({"tags": tagged_rows, "sums": others}, None, None, None) == {"sums": others}
+    with pytest.raises(ValueError, match="all sources have loss_on: tags; leave it out"):
+        examples_to_say({"tags": tagged_rows}, None, None, None)
 
 
 def test_tags_are_evaluated_in_one_pass():

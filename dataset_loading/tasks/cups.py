@@ -68,8 +68,8 @@ class Cups(GeneratedTask):
 class RetoldCups(Cups):
     """The answer tells the question again without the moves that do not count, and then the cup.
 
-    So what writes the answer reads each of these moves once more, and has a state for each of them: of a model that
-    writes nothing but the cup all moves are in the source, which it reads from one place.
+    A decoder that writes it reads each of these moves once more, and so has a state for each of them. One that writes
+    the cup alone reads all moves of its source from one place.
     """
 
     name = "retold_cups"

@@ -32,7 +32,7 @@ class WordProblem(GeneratedTask):
 
     default_difficulty = (1, 20)
     symbols: dict[str, Permutation]
-    """What stands for an element, and the permutation p that it is, which brings what is at place k to place p[k]."""
+    """The permutation p of each symbol, which brings the thing at place k to place p[k]."""
     end: str
     """Text behind the elements; "" where the answer has the product up to each element, and not that of all alone."""
 
