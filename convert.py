@@ -1,7 +1,8 @@
 """Makes a checkpoint out of others (`python convert.py merge runs/finetune_lora --output runs/merged`), of several the
 mean of their weights (`python convert.py average runs/lm/checkpoint-800 runs/lm/checkpoint-850 runs/mean`), out of one
-that older code has written (`python convert.py refresh runs/old`), or out of one a folder that engines such as vLLM run
-at one depth (`python convert.py serve runs/lm served/lm --num-steps 8`).
+that older code has written (`python convert.py refresh runs/old`), out of one a folder that engines such as vLLM run
+at one depth (`python convert.py serve runs/lm served/lm --num-steps 8`), or out of one of another project
+(`python convert.py huginn huginn-0125 runs/huginn`).
 """
 
 from inference.logs import LOG_LEVELS, set_up_logging  # first: it sets up what libraries say while they are imported
@@ -20,6 +21,7 @@ from configs.runs import find_run_config
 from inference import arguments
 from inference.averages import average
 from inference.checkpoints import find_checkpoint, is_adapter
+from inference.converters import foreign, huginn
 from inference.engine_folder import write_engine_folder
 from inference.loading import load_model
 from inference.output import whole_file, whole_folder, write_result
@@ -49,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_result(
                 f"written to {args.output}: {config.num_hidden_layers} layers executed at {config.num_steps} steps\n"
             )
+        elif args.command == "huginn":
+            check_empty(args.output, "output")
+            source = foreign.ForeignCheckpoint(args.source)
+            foreign.write(huginn.convert_huginn(source), source, args.output)
+            write_result(f"written to {args.output}\n")
         else:
             written, folder = refresh(args.folder, args.output), args.output or args.folder
             if not (folder / "README.md").is_file():
@@ -78,7 +85,10 @@ def build_parser() -> arguments.OneLineParser:
     serving.add_argument(
         "--num-steps", type=arguments.core_steps, required=True, help="core steps of every token, 1 or more"
     )
-    for command in (merging, refreshing, averaging, serving):
+    of_huginn = commands.add_parser("huginn", help="make ours of a checkpoint of Huginn (huginn_raven)", **again)
+    of_huginn.add_argument("source", help="folder of the checkpoint, or its name on the hub")
+    of_huginn.add_argument("output", type=Path, help="folder for the model; empty or new")
+    for command in (merging, refreshing, averaging, serving, of_huginn):
         # It may stand before the command as well, and is then not to be reset to its default.
         command.add_argument(
             "--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help="least severe message to show"

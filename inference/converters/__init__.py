@@ -1,0 +1,1 @@
+"""Checkpoints of other projects as ours: `python convert.py huginn`, `ouro` and `retrofit`."""
