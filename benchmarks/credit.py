@@ -39,6 +39,7 @@ from benchmarks.equal_time import (
 from dataset_loading import Collator
 from evaluation.answers import AnswerGenerator, Example, prompt_of, to_model
 from evaluation.depth import DepthEvaluator, chunks, evaluating
+from model.exit_criteria import EXIT_CRITERIA
 
 KEY = ("task", "objective", "seed", "updates_of_truncated", "questions")
 """The keys that tell rows from each other."""
@@ -156,7 +157,7 @@ def answers(trainer: Trainer, task: RecurrentTask, questions: int) -> dict:
         exits = [
             {"criterion": name, "threshold": threshold, **with_exits(model, processor, rows, mean, name, threshold)}
             for name, thresholds in THRESHOLDS.items()
-            if name != "probe" or model.base_model.exit_probe is not None
+            if EXIT_CRITERIA[name].is_in(model.config.get_text_config())
             for threshold in thresholds
         ]
     return {"mean_steps": mean, "score": score, "exits": exits}

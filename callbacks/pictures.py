@@ -205,7 +205,7 @@ class PicturesCallback(ReportingCallback):
         """
         base, full = unwrap_peft_model(model).base_model, depth_of(model)
         states = self.observe(model, inputs, output_states=True, num_steps=full).states
-        controller = ExitController(options, lambda logits: logits, base.exit_probe)
+        controller = ExitController(options, lambda logits: logits, base)
         controller.begin(as_rows(states[0]), None)
         steps = torch.full((states[0].shape[1],), full)
         for step in filter(controller.is_due, range(1, full)):

@@ -228,13 +228,13 @@ def all_exits(model: PreTrainedModel) -> Iterator[ExitOptions]:
     for name in EXIT_CRITERIA:
         if name == configured.criterion:
             yield configured
-        elif name != "probe" or model.base_model.exit_probe is not None:
+        elif EXIT_CRITERIA[name].is_in(model.config.get_text_config()):
             yield ExitOptions(name)
 
 
 def build_controller(model: PreTrainedModel, options: ExitOptions) -> ExitController:
     """A controller that is given logits."""
-    return ExitController(options, lambda logits: logits, model.base_model.exit_probe)
+    return ExitController(options, lambda logits: logits, model.base_model)
 
 
 def generate_items(

@@ -25,6 +25,7 @@ from transformers.generation import (
 )
 
 from model import ExitOptions, KeyedSampling, RecurrentCache
+from model.exit_criteria import EXIT_CRITERIA
 from model.scheduler import Item, Scheduler, TextRow
 
 OF_TEXTS = ("input_ids", "attention_mask")
@@ -259,7 +260,8 @@ class InferenceEngine:
         weight = model.model.embed_tokens.weight
         like = weight.new_empty(num_places, self.config.num_key_value_heads, 0, self.config.head_dim)
         self.cache.allocate(like, max_length, self.max_steps)
-        self.state = model.model.fixed_state(weight)[:, 0]
+        state = model.model.fixed_state(weight)
+        self.state = None if state is None else state[:, 0]
         self.scheduler = Scheduler(model, self.cache, self._choose, self._accept)
         self.free = list(range(num_places))
         self.waiting: deque[Stream] = deque()
@@ -291,17 +293,16 @@ class InferenceEngine:
             )
         if not 1 <= steps <= self.max_steps:
             raise ValueError(f"num_steps ({steps}) must be at least 1 and at most max_steps, {self.max_steps}")
-        if request.exits.criterion == "schedule" or (request.exits.criterion == "probe" and not self._has_probe):
+        criterion = request.exits.criterion
+        if criterion == "schedule" or (
+            criterion != "none" and not EXIT_CRITERIA[criterion].is_in(self.model.text_config)
+        ):
             raise ValueError(f"exit_criterion {request.exits.criterion!r} is not possible here; choose another")
         if request.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need a tokenizer; give the engine one")
         stream = Stream(request)
         self.waiting.append(stream)
         return stream
-
-    @property
-    def _has_probe(self) -> bool:
-        return self.model.model.exit_probe is not None
 
     def cancel(self, stream: Stream) -> None:
         """Ends a request, whose place is free at once."""
@@ -475,13 +476,14 @@ class InferenceEngine:
         or the "coda" with the head. It writes to places, so that nobody may have one yet.
         """
         counts, found = [1, 2, 4, 8, 16, 32], []
+        state = self.model.model.embed_tokens.weight[:1] if self.state is None else self.state
         rows = [TextRow(place, 0, 0, self.max_steps, self.state) for place in self.free]
         probe = Scheduler(self.model, self.cache, lambda items, logits: [0] * len(items), self._accept)
         for count in counts:
             items = []
             for number in range(count):
                 place = max(self.max_length // 2 - number // len(rows), 0)
-                states = [self.state] * (3 * number % self.max_steps)
-                items.append(Item(rows[number % len(rows)], place, 0, states=states, term=self.state))
+                options = {"states": [state] * (3 * number % self.max_steps), "term": state, "first_state": state}
+                items.append(Item(rows[number % len(rows)], place, 0, **options))
             found.append(statistics.median(probe.seconds_of_launch(kind, items) for _ in range(rounds)))
         return counts, found

@@ -452,11 +452,11 @@ def eager_attention_forward(
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
-def build_output_projection(in_features: int, out_features: int) -> nn.Linear:
+def build_output_projection(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
     """A linear map back onto the residual stream, marked because its initial scale falls with the depth. Not a class
     of its own: quantization replaces layers whose type is `nn.Linear`, and no others.
     """
-    projection = nn.Linear(in_features, out_features, bias=False)
+    projection = nn.Linear(in_features, out_features, bias=bias)
     projection.is_output_projection = True
     return projection
 
@@ -477,7 +477,7 @@ class Attention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.layer_idx: int | None = None  # the place of this execution, where an engine calls
         self.build_projections(config)
-        self.o_proj = build_output_projection(self.num_heads * self.head_dim, config.hidden_size)
+        self.o_proj = build_output_projection(self.num_heads * self.head_dim, config.hidden_size, config.attention_bias)
         if config.qk_bias:
             self.qk_bias = nn.Parameter(torch.zeros(self.num_heads + self.num_key_value_heads, self.head_dim))
         if config.qk_norm:
@@ -487,7 +487,7 @@ class Attention(nn.Module):
     def build_projections(self, config: PreTrainedConfig) -> None:
         """Those of queries, keys and values, in one."""
         heads = self.num_heads + 2 * self.num_key_value_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
 
     def forward(
         self,
@@ -580,9 +580,9 @@ class CrossAttention(Attention):
 
     def build_projections(self, config: PreTrainedConfig) -> None:
         """Those of queries from the decoder, of keys and values from the encoder."""
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
-        heads = 2 * self.num_key_value_heads
-        self.kv_proj = nn.Linear(config.encoder_hidden_size, heads * self.head_dim, bias=False)
+        bias, heads = config.attention_bias, 2 * self.num_key_value_heads
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
+        self.kv_proj = nn.Linear(config.encoder_hidden_size, heads * self.head_dim, bias=bias)
 
     def project_source(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, source, encoder's hidden) -> keys and values, (batch, key/value heads, source, head_dim) each."""

@@ -3,6 +3,7 @@ the block, and stacks of blocks that run once.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -53,8 +54,9 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = build_output_projection(config.intermediate_size, config.hidden_size)
+        bias = config.mlp_bias
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        self.down_proj = build_output_projection(config.intermediate_size, config.hidden_size, bias)
         self.activation = {"swiglu": nn.functional.silu, "geglu": nn.functional.gelu}[config.mlp]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -73,25 +75,28 @@ class GatedFeedForward(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(GELU(up x)). (batch, sequence, hidden) -> the same."""
+    """down(GELU(up x)), the GELU exact or, as "mlp_tanh", approximated. (batch, sequence, hidden) -> the same."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = build_output_projection(config.intermediate_size, config.hidden_size)
+        bias = config.mlp_bias
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = build_output_projection(config.intermediate_size, config.hidden_size, bias)
+        self.activation = partial(nn.functional.gelu, approximate="tanh" if config.mlp == "mlp_tanh" else "none")
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.gelu(self.up_proj(hidden)))
+        return self.down_proj(self.activation(self.up_proj(hidden)))
 
     def token_function(self) -> Function:
         """A function for one token of each row, up to `down_proj`: (rows, hidden) -> (rows, intermediate)."""
-        product = token_product(self.up_proj)
-        return lambda x: nn.functional.gelu(product(x))
+        product, activation = token_product(self.up_proj), self.activation
+        return lambda x: activation(product(x))
 
 
 def build_feedforward(config: PreTrainedConfig) -> nn.Module:
     """The layer that `config.mlp` names."""
-    return {"mlp": FeedForward, "peer": PeerFeedForward}.get(config.mlp, GatedFeedForward)(config)
+    kinds = {"mlp": FeedForward, "mlp_tanh": FeedForward, "peer": PeerFeedForward}
+    return kinds.get(config.mlp, GatedFeedForward)(config)
 
 
 class AddResidual(nn.Module):
@@ -141,7 +146,8 @@ class TransformerBlock(nn.Module):
 
     Sandwich placement has all four norms, pre-norm N1 and N3, post-norm N2 and N4, "none" none; the others are the
     identity. The outer norms of the sandwich stand after the residual sum, so that each sub-layer hands on a normalised
-    state (Geiping et al. 2025, section 3.2); Gemma's sandwich norms the branch instead.
+    state (Geiping et al. 2025, section 3.2); placement "peri", Gemma's and Ouro's, norms the branch instead:
+    x = x + N2(Attn(N1 x)).
 
     Args:
         residual: How the output of a sub-layer joins x: "add", "rezero" or "admin".
@@ -150,20 +156,24 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, residual: str = "add", branch_scale: float = 1.0):
         super().__init__()
-        inner = config.norm_placement in ("sandwich", "pre")
+        inner = config.norm_placement in ("sandwich", "pre", "peri")
         outer = config.norm_placement in ("sandwich", "post")
+        of_branch = config.norm_placement == "peri"
         self.attention_norm_in = build_norm(config) if inner else nn.Identity()
         self.attention = Attention(config)
+        self.attention_norm_branch = build_norm(config) if of_branch else nn.Identity()
         self.attention_residual = build_residual(residual, branch_scale)
         self.attention_norm_out = build_norm(config) if outer else nn.Identity()
         self.cross_attention = None
         if config.encoder_hidden_size is not None:
             self.cross_norm_in = build_norm(config) if inner else nn.Identity()
             self.cross_attention = CrossAttention(config)
+            self.cross_norm_branch = build_norm(config) if of_branch else nn.Identity()
             self.cross_residual = build_residual(residual, branch_scale)
             self.cross_norm_out = build_norm(config) if outer else nn.Identity()
         self.mlp_norm_in = build_norm(config) if inner else nn.Identity()
         self.mlp = build_feedforward(config)
+        self.mlp_norm_branch = build_norm(config) if of_branch else nn.Identity()
         self.mlp_residual = build_residual(residual, branch_scale)
         self.mlp_norm_out = build_norm(config) if outer else nn.Identity()
         if residual != "add" or branch_scale != 1:  # which keep branches small, so that weights need not do it
@@ -173,12 +183,13 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, inputs: AttentionInputs, slot: CacheSlot | None = None) -> torch.Tensor:
         """x: (batch, sequence, hidden) -> the same. `slot`: this execution's place in the cache."""
-        attended = self.attention(self.attention_norm_in(x), inputs, slot)
+        attended = self.attention_norm_branch(self.attention(self.attention_norm_in(x), inputs, slot))
         x = self.attention_norm_out(self.attention_residual(x, self.dropout(attended)))
         if self.cross_attention is not None:
-            attended = self.cross_attention(self.cross_norm_in(x), inputs)
+            attended = self.cross_norm_branch(self.cross_attention(self.cross_norm_in(x), inputs))
             x = self.cross_norm_out(self.cross_residual(x, self.dropout(attended)))
-        return self.mlp_norm_out(self.mlp_residual(x, self.dropout(self.mlp(self.mlp_norm_in(x)))))
+        widened = self.mlp_norm_branch(self.mlp(self.mlp_norm_in(x)))
+        return self.mlp_norm_out(self.mlp_residual(x, self.dropout(widened)))
 
     def token_function(self) -> Callable[[torch.Tensor, AttentionInputs, CacheSlot], torch.Tensor]:
         """A function that does what `forward` does, for one new token of each row: (rows, hidden) -> the same."""
@@ -188,12 +199,14 @@ class TransformerBlock(nn.Module):
         norm_before, norm_after, norm_between, norm_last = map(token_norm, norms)
         attend, add_attended = (
             self.attention.token_function(),
-            add_product(self.attention_residual, self.attention.o_proj),
+            add_product(self.attention_residual, self.attention.o_proj, self.attention_norm_branch),
         )
         if is_plain(self.mlp, GatedFeedForward, FeedForward):
-            widen, add_widened = self.mlp.token_function(), add_product(self.mlp_residual, self.mlp.down_proj)
+            widen = self.mlp.token_function()
+            add_widened = add_product(self.mlp_residual, self.mlp.down_proj, self.mlp_norm_branch)
         else:
-            widen, add_widened = lambda x: self.mlp(x.unsqueeze(1)).squeeze(1), self.mlp_residual
+            widen = lambda x: self.mlp_norm_branch(self.mlp(x.unsqueeze(1)).squeeze(1))  # noqa: E731
+            add_widened = self.mlp_residual
 
         def pass_token(x: torch.Tensor, inputs: AttentionInputs, slot: CacheSlot) -> torch.Tensor:
             x = norm_after(add_attended(x, attend(norm_before(x), inputs, slot)))
@@ -202,8 +215,13 @@ class TransformerBlock(nn.Module):
         return pass_token
 
 
-def add_product(residual: nn.Module, linear: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(x, features) -> residual(x, linear(features)), each (rows, ...)."""
+def add_product(
+    residual: nn.Module, linear: nn.Module, norm: nn.Module
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(x, features) -> residual(x, norm(linear(features))), each (rows, ...)."""
+    if not is_plain(norm, nn.Identity):
+        product, norm_product = token_product(linear), token_norm(norm)
+        return lambda x, features: residual(x, norm_product(product(features)))
     return token_sum(residual, linear, residual.scale if is_plain(residual, AddResidual) else None)
 
 

@@ -191,10 +191,14 @@ class TransformerConfig(StrictConfig):
         rope_theta: Base of the RoPE frequencies.
         norm: Kind of all norms but those of `qk_norm`: "rmsnorm" or "layernorm".
         norm_eps: Epsilon of the norms.
-        norm_placement: "sandwich" is N2(f(N1 x) + x), "pre" is x + f(N1 x), "post" is N2(x + f(x)).
-        mlp: Feed-forward layer: "swiglu", "geglu", or "mlp" (two linear maps with a GELU between).
+        norm_placement: "sandwich" is N2(f(N1 x) + x), "pre" is x + f(N1 x), "post" is N2(x + f(x)), "peri" is
+            x + N2(f(N1 x)) (Kim et al. 2025, arXiv 2502.02732).
+        mlp: Feed-forward layer: "swiglu", "geglu", "mlp" (two linear maps with a GELU between), or "mlp_tanh" (the same
+            with the approximation of the GELU by tanh, as in GPT-2).
+        mlp_bias: Whether the maps of the feed-forward layer have biases.
         qk_norm: RMSNorm over the features of each query and key head.
         qk_bias: Learned bias on queries and keys.
+        attention_bias: Whether the maps of queries, keys, values and output have biases.
         attn_logit_softcapping: c in c tanh(logit / c) on attention logits, above 0 (Gemma 2, arXiv 2408.00118,
             uses 50). Default: none.
         attention_dropout: Dropout on attention probabilities.
@@ -211,10 +215,12 @@ class TransformerConfig(StrictConfig):
     rope_theta: float | int = interval(min=0.0, exclude_min=True)(default=100.0)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float | int = interval(min=0.0, exclude_min=True)(default=1e-6)
-    norm_placement: Literal["sandwich", "pre", "post"] = "pre"
-    mlp: Literal["swiglu", "geglu", "mlp"] = "swiglu"
+    norm_placement: Literal["sandwich", "pre", "post", "peri"] = "pre"
+    mlp: Literal["swiglu", "geglu", "mlp", "mlp_tanh"] = "swiglu"
+    mlp_bias: bool = False
     qk_norm: bool = False
     qk_bias: bool = False
+    attention_bias: bool = False
     attn_logit_softcapping: float | int | None = None
     attention_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
     hidden_dropout: float | int = interval(min=0.0, max=1.0, exclude_max=True)(default=0.0)
@@ -261,11 +267,15 @@ class RecurrenceConfig(StrictConfig):
         step_sigma: Spread sigma of the log-normal rate.
         state_init: Initial state: "like-init" is truncated normal noise of the embeddings' own scale, "normal" is
             N(0, 1), "embed" is N(0, 1)/sqrt(hidden_size), "unit" is noise standardised over the features of each token,
-            "zero" is 0.
+            "zero" is 0, and "embedding" is e, the embedded input itself, as in Ouro (Zhu et al. 2025, arXiv 2510.25741).
         state_scale: Factor on the initial state.
         state_seed: Seed of the one draw that serves as initial state whenever none is passed.
         injection: How the embedded input e enters each step: "concat" is Linear([s; e]), "add" is s + e, "gate" is
-            g s + (1 - g) e with g = sigmoid(Linear([s; e])).
+            g s + (1 - g) e with g = sigmoid(Linear([s; e])), "scalar" is s + a e with one learned number a, 1 at first,
+            and "none" is s, which needs state_init "embedding".
+        state_norm: Where the model's last norm, which stands before the head, is applied to states as well: "shared"
+            norms the last state before the coda, "in_loop" each state, by a norm of the core's own, after its step, and
+            "none" no state. With "in_loop" and without a coda the head reads the state, and there is no other norm.
         cache_policy: Which steps of a past token are kept in the cache: "full" keeps all, "ring" the last
             `num_kept_steps`, "last" the last one, "first" the first, and all of the last `num_kept_tokens` tokens,
             "residual" all, but those before the last in 2 bits a number. See `RecurrentCache`. With "first" alone the
@@ -277,11 +287,13 @@ class RecurrenceConfig(StrictConfig):
             not read it.
         exit_criterion: What ends the iteration of a row in `generate` before the last step, unless `generate` is told
             otherwise. See `EXIT_CRITERIA`.
-        exit_threshold: Value below which a row stops, or, for "argmax_stability", from which. Default: the criterion's.
+        exit_threshold: Value below which a row stops, or, for "argmax_stability" and "q_exit", from which. Default: the
+            criterion's.
         min_steps: Steps that `generate` takes before it first checks whether a row may stop.
         exit_check_interval: Steps from one exit check to the next.
         exit_in_prefill: Whether a prompt may exit too, all its tokens together.
         exit_probe: Whether the model has the trained head of the criterion "probe". `finetune.py` adds it.
+        exit_gate: Whether the model has the head of the criterion "q_exit", which checkpoints of Ouro come with.
         loop_scale_steps: N in 1 / (N sqrt(num_core_layers)), by which the output of each sub-layer of the core is
             multiplied (arXiv 2606.18524); at least 1, usually `mean_steps`. A number of its own, since what the model
             computes would otherwise change with the steps taken. Default: no factor.
@@ -302,10 +314,11 @@ class RecurrenceConfig(StrictConfig):
     backprop_steps: int = interval(min=1, max=MOST_STEPS)(default=4)
     step_distribution: Literal["lognormal-poisson", "poisson", "uniform", "fixed"] = "lognormal-poisson"
     step_sigma: float | int = interval(min=0.0)(default=0.5)
-    state_init: Literal["like-init", "normal", "embed", "unit", "zero"] = "like-init"
+    state_init: Literal["like-init", "normal", "embed", "unit", "zero", "embedding"] = "like-init"
     state_scale: float | int = interval(min=0.0)(default=1.0)
     state_seed: int = interval(min=0, max=2**63 - 1)(default=0)
-    injection: Literal["concat", "add", "gate"] = "concat"
+    injection: Literal["concat", "add", "gate", "scalar", "none"] = "concat"
+    state_norm: Literal["shared", "none", "in_loop"] = "shared"
     cache_policy: Literal["full", "ring", "last", "first", "residual"] = "full"
     num_kept_steps: int = interval(min=1, max=MOST_STEPS)(default=4)
     num_kept_tokens: int = interval(min=1)(default=16)
@@ -318,12 +331,14 @@ class RecurrenceConfig(StrictConfig):
         "cosine",
         "argmax_stability",
         "probe",
+        "q_exit",
     ] = "none"
     exit_threshold: float | int | None = None
     min_steps: int = interval(min=1)(default=1)
     exit_check_interval: int = interval(min=1)(default=1)
     exit_in_prefill: bool = False
     exit_probe: bool = False
+    exit_gate: bool = False
     loop_scale_steps: int | None = None
     step_embedding: Literal["none", "sinusoidal"] = "none"
     untied_core: bool = False
@@ -333,10 +348,21 @@ class RecurrenceConfig(StrictConfig):
         """Checks that untied cores are asked for nothing but their own steps."""
         if not self.untied_core:
             return
-        for name, needed in (("exit_criterion", "none"), ("exit_probe", False), ("cache_policy", "full")):
+        for name, needed in (
+            *(("exit_criterion", "none"), ("exit_probe", False), ("exit_gate", False)),
+            ("cache_policy", "full"),
+        ):
             value = getattr(self, name)
             if value != needed:
                 raise ValueError(f"{name} is {value!r}, which untied_core makes impossible; give {needed!r}")
+
+    def validate_injection(self) -> None:
+        """Checks that a core sees its input."""
+        if self.injection == "none" and self.state_init != "embedding":
+            raise ValueError(
+                f"injection is 'none', and state_init {self.state_init!r}: the core would not see its input; set "
+                "state_init to 'embedding', or another injection"
+            )
 
     def validate_loop_scale(self) -> None:
         """Checks the one number that may be none."""
@@ -360,13 +386,15 @@ class MegaTransformerTextConfig(TransformerConfig):
             is ABBA (Takase and Kiyono 2021, arXiv 2104.06022).
         head_dim: Width of a head, at least 1; even for "rope". Default: hidden_size / num_attention_heads, which must
             then divide hidden_size.
-        norm_placement: "sandwich" is N2(f(N1 x) + x), "pre" is x + f(N1 x), "post" is N2(x + f(x)), "none" is x + f(x).
+        norm_placement: "sandwich" is N2(f(N1 x) + x), "pre" is x + f(N1 x), "post" is N2(x + f(x)), "peri" is
+            x + N2(f(N1 x)) (Kim et al. 2025, arXiv 2502.02732), "none" is x + f(x).
         residual: How the output f of a sub-layer joins the stream x: "add" is x + f; "rezero" is x + a f with a learned
             number a, 0 at first (Bachlechner et al. 2020, arXiv 2003.04887), with norm_placement "pre" or "none";
             "admin" is w x + f with a number w, measured before training and fixed then (Liu et al. 2020, arXiv
             2004.08249), with norm_placement "post".
-        mlp: Feed-forward layer: "swiglu", "geglu", "mlp" (two linear maps with a GELU between), or "peer" (a mixture of
-            many experts of one neuron; He 2024, arXiv 2407.04153), which does not read intermediate_size.
+        mlp: Feed-forward layer: "swiglu", "geglu", "mlp" (two linear maps with a GELU between), "mlp_tanh" (the same
+            with the approximation of the GELU by tanh, as in GPT-2), or "peer" (a mixture of many experts of one
+            neuron; He 2024, arXiv 2407.04153), which reads neither intermediate_size nor mlp_bias.
         peer_num_experts: Experts of a layer with "peer", the square of a whole number.
         peer_num_heads: Queries of a token to the experts.
         peer_top_k: Experts that each query chooses, at most the square root of all.
@@ -413,9 +441,9 @@ class MegaTransformerTextConfig(TransformerConfig):
     position_embedding: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
     max_position_embeddings: int = interval(min=1)(default=2048)
     rope_theta: float | int = interval(min=0.0, exclude_min=True)(default=50000.0)
-    norm_placement: Literal["sandwich", "pre", "post", "none"] = "sandwich"
+    norm_placement: Literal["sandwich", "pre", "post", "peri", "none"] = "sandwich"
     residual: Literal["add", "rezero", "admin"] = "add"
-    mlp: Literal["swiglu", "geglu", "mlp", "peer"] = "swiglu"
+    mlp: Literal["swiglu", "geglu", "mlp", "mlp_tanh", "peer"] = "swiglu"
     peer_num_experts: int = interval(min=1)(default=4096)
     peer_num_heads: int = interval(min=1)(default=8)
     peer_top_k: int = interval(min=1)(default=16)

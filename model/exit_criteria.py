@@ -12,6 +12,7 @@ that coda and head read from the state s_i.
     | cosine             | 1 - mean over tokens of cos(s_i, s_{i-1})                     | < threshold | 1e-3    |
     | argmax_stability   | checks in a row that left the likeliest token as it was       | >= threshold | 5      |
     | probe              | probability that more steps would change P, by a trained head | < threshold | 0.05    |
+    | q_exit             | 1 - the product of 1 - g_j, g_j a trained head's for s_j      | >= threshold | 0.5    |
 
 Where not every step is checked, i - 1 is the check before.
 """
@@ -21,6 +22,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+
+from .configuration_megatransformer_text import MegaTransformerTextConfig
 
 
 @dataclass
@@ -55,6 +58,21 @@ class ExitCriterion:
     largest_threshold = float("inf")
     reads_logits = True
     """Whether it needs a coda and a head, or the state alone."""
+    adds_up = False
+    """Whether a value follows from that of the check before."""
+    part: str | None = None
+    """The trained part of the model that it needs: an attribute of the text model, and an option of `recurrence`."""
+
+    def of(self, model: nn.Module | None) -> "ExitCriterion":
+        """The criterion with what it needs of a text model. ValueError: the model has no such part."""
+        trained = None if self.part is None else getattr(model, self.part, None)
+        if self.part is not None and trained is None:
+            raise ValueError(self.advice)
+        return self if trained is None else type(self)(trained)
+
+    def is_in(self, config: MegaTransformerTextConfig) -> bool:
+        """Whether models of a configuration have what it needs."""
+        return self.part is None or getattr(config.recurrence, self.part)
 
     def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
         """(rows,). At the first check, `before` holds s_0 and no logits."""
@@ -169,12 +187,39 @@ class LearnedProbe(ExitCriterion):
     default_threshold = 0.05
     largest_threshold = 1.0
     reads_logits = False
+    part = "exit_probe"
+    advice = "exit_criterion 'probe' needs a model with a probe; train one with trainer: exit_probe"
 
     def __init__(self, probe: ExitProbe | None = None):
         self.probe = probe
 
     def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
         return torch.sigmoid(-self.probe(now.last_state, before.last_state).float())
+
+
+class QExit(ExitCriterion):
+    """1 - (1 - g_1) ... (1 - g_i), the probability that a row has stopped by step i, where a gate stops it at step j
+    with probability g_j = sigmoid(w s_j + b) of its last token. Steps that are not checked are not among the factors.
+
+    Source: Zhu et al. 2025 (Ouro), arXiv 2510.25741.
+    """
+
+    default_threshold = 0.5
+    largest_threshold = 1.0
+    reads_logits = False
+    adds_up = True
+    part = "exit_gate"
+    advice = "exit_criterion 'q_exit' needs a model with a gate, as checkpoints of Ouro have; choose another"
+
+    def __init__(self, gate: nn.Linear | None = None):
+        self.gate = gate
+
+    def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
+        goes_on = torch.sigmoid(-self.gate(now.last_state).float().squeeze(-1))
+        return 1 - (goes_on if before.value is None else goes_on * (1 - before.value))
+
+    def stops(self, value: torch.Tensor, threshold: float) -> torch.Tensor:
+        return value >= threshold
 
 
 EXIT_CRITERIA: dict[str, ExitCriterion] = {
@@ -185,6 +230,7 @@ EXIT_CRITERIA: dict[str, ExitCriterion] = {
     "cosine": Cosine(),
     "argmax_stability": ArgmaxStability(),
     "probe": LearnedProbe(),
+    "q_exit": QExit(),
 }
 
 
@@ -216,7 +262,8 @@ class ExitOptions:
 
     Args:
         criterion: Name of an entry of `EXIT_CRITERIA`; "schedule", in `generate` alone; or "none".
-        threshold: Value below which a row stops, or, for "argmax_stability", from which. Default: the criterion's.
+        threshold: Value below which a row stops, or, for "argmax_stability" and "q_exit", from which. Default: the
+            criterion's.
         min_steps: Steps that are taken before the first check.
         check_interval: Steps from one check to the next.
         in_prefill: Whether, in `generate`, the prompt may exit too, all its tokens together.
@@ -263,18 +310,15 @@ class ExitController:
     Args:
         options: Criterion, threshold, and when it is asked.
         head: (rows, hidden), after coda and norm -> logits (rows, vocab).
-        probe: The model's, for the criterion of this name.
+        model: The text model, for criteria that need a trained part of it.
     """
 
     def __init__(
-        self, options: ExitOptions, head: Callable[[torch.Tensor], torch.Tensor], probe: ExitProbe | None = None
+        self, options: ExitOptions, head: Callable[[torch.Tensor], torch.Tensor], model: nn.Module | None = None
     ):
         if options.criterion == "schedule":
             raise ValueError("exit_criterion 'schedule' is for texts that `generate` writes; give num_steps")
-        if options.criterion == "probe" and probe is None:
-            raise ValueError("exit_criterion 'probe' needs a model with a probe; train one with trainer: exit_probe")
-        self.options, self.head = options, head
-        self.criterion = LearnedProbe(probe) if options.criterion == "probe" else EXIT_CRITERIA[options.criterion]
+        self.options, self.head, self.criterion = options, head, EXIT_CRITERIA[options.criterion].of(model)
         self.before: ExitCheck | None = None
         self.rows: torch.Tensor | None = None  # that `before` holds
         self.hidden: torch.Tensor | None = None  # what was read of each row last, (batch, sequence, hidden)

@@ -1141,8 +1141,9 @@ class MediaExitController(ExitController):
         vocab_size: int,
         velocity_threshold: float = VELOCITY_THRESHOLD,
     ):
-        if options.criterion == "probe":
-            raise ValueError("exit_criterion 'probe' judges text alone; name another to write media")
+        criterion = EXIT_CRITERIA.get(options.criterion)
+        if criterion is not None and criterion.part is not None:
+            raise ValueError(f"exit_criterion {options.criterion!r} judges text alone; name another to write media")
         if not velocity_threshold > 0:
             raise ValueError(f"velocity_threshold is {velocity_threshold}; give a number above 0")
         super().__init__(options, logits)

@@ -177,7 +177,7 @@ def text_rows(
     limits = [depth.total] * count if depth.rows is None else depth.rows.tolist()
     cache.reserve(last_place + 2, max(limits))
     state = model.model.fixed_state(weight) if initial_state is None else initial_state.to(weight)
-    states = state[:, -1].expand(count, -1).split(1)
+    states = [None] * count if state is None else state[:, -1].expand(count, -1).split(1)
     return [
         TextRow(number, start, last_place, limit, state, exits)
         for number, (start, limit, state) in enumerate(zip(starts, limits, states, strict=True))

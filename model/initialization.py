@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from .attention import Attention, check_backend
 from .blocks import AdminResidual, PositionEmbedding, RezeroResidual, ScaledEmbedding
+from .recurrence import ScalarInjection
 from .peer import ExpertTable, PeerFeedForward
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         | last layers and modulations of a flow head         | 0                                                  |
         | convolutions beside a residual path                | 0                                                  |
         | scales of ReZero                                   | 0                                                  |
+        | scale of the injection "scalar"                    | 1                                                  |
         | scales of Admin, until they are profiled           | 1                                                  |
 
         All placements of norms have the same: with 2 l branches of variance about 1 / (2 l), a stream that nothing
@@ -111,6 +113,8 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
             self._init_normal(module.keys, math.sqrt(2 / config.peer_key_dim))
         elif isinstance(module, RezeroResidual):
             init.zeros_(module.weight)
+        elif isinstance(module, ScalarInjection):
+            init.ones_(module.weight)
         elif isinstance(module, AdminResidual):
             init.ones_(module.weight)
             init.zeros_(module.is_profiled)

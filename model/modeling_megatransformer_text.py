@@ -108,8 +108,10 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         self.core = build_core(config)
         order = layer_order(config.num_unique_coda_layers, config.num_coda_layers, sharing)
         self.coda = BlockStack(config, order, config.residual)
-        self.norm = build_norm(config)
+        is_normed = self.core is not None and config.recurrence.state_norm == "in_loop" and not config.num_coda_layers
+        self.norm = nn.Identity() if is_normed else build_norm(config)
         self.exit_probe = ExitProbe(config.hidden_size) if config.recurrence.exit_probe else None
+        self.exit_gate = nn.Linear(config.hidden_size, 1) if config.recurrence.exit_gate else None
         for number, layer in enumerate(self.cross_attentions):
             layer.number = number
         self.gradient_checkpointing, self.units_are_compiled = False, False
@@ -339,7 +341,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
                 inputs.hidden_states += states[1:]
             if engine is not None:
                 inputs = inputs.of_step(depth.total)  # the places behind those of all steps
-            state = self.norm(state)
+            state = self.norm_state(state)
             if cache is not None and is_warm:
                 cache.last_state = state[:, -1:].clone()
             hidden = self._read_unless_seen(state, inputs, cache, exit_steps, exit_controller)
@@ -413,7 +415,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
 
     def _first_state(self, hidden: torch.Tensor, initial_state: torch.Tensor | None) -> torch.Tensor:
         """s_0, (batch, sequence, hidden), in one memory layout, so that there is one compiled graph."""
-        state, wanted = self.fixed_state(hidden) if initial_state is None else initial_state, tuple(hidden.shape)
+        state, wanted = self.start(hidden) if initial_state is None else initial_state, tuple(hidden.shape)
         shape = tuple(state.shape)
         if len(shape) != 3 or any(size not in (1, most) for size, most in zip(shape, wanted, strict=True)):
             raise ValueError(
@@ -422,8 +424,19 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             )
         return state.to(hidden).expand_as(hidden).contiguous()
 
-    def fixed_state(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`default_state` on the device and in the type of `hidden`, drawn once."""
+    def start(self, embeds: torch.Tensor) -> torch.Tensor:
+        """s_0 where none is given, broadcastable to e, (batch, sequence, hidden)."""
+        recurrence = self.text_config.recurrence
+        return recurrence.state_scale * embeds if recurrence.state_init == "embedding" else self.fixed_state(embeds)
+
+    def norm_state(self, state: torch.Tensor) -> torch.Tensor:
+        """A state as the coda reads it."""
+        return self.norm(state) if self.text_config.recurrence.state_norm == "shared" else state
+
+    def fixed_state(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """`default_state` on the device and in the type of `hidden`, drawn once; None where there is no such state."""
+        if self.text_config.recurrence.state_init == "embedding":
+            return None
         key = (*self._state_key(), hidden.device, hidden.dtype)
         if self._drawn_state[0] != key:
             if torch.compiler.is_exporting():
@@ -449,7 +462,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         """The states with noise, normed as the core leaves its states."""
         position_ids = position_ids if active.index is None else select_rows(position_ids, active.index)
         last = self.core.layers[self.core.order[-1]]
-        return last.mlp_norm_out(noise.mix(step, active.state, position_ids, self.text_config))
+        return self.core.norm(last.mlp_norm_out(noise.mix(step, active.state, position_ids, self.text_config)))
 
     def read(self, state, inputs: AttentionInputs, cache) -> torch.Tensor:
         """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""
@@ -470,7 +483,9 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             raise ValueError("contrast is possible with a cache, and with the attention of sdpa or eager")
         slots, place = cache.coda_slots, cache.get_seq_length() + states[0].shape[1] - 1
         kept = [slot.both.select(3, place).clone() for slot in slots]
-        contrasted = self.read(self.norm(contrast.mix([state[:, -1:] for state in states])), inputs.of_last(), cache)
+        contrasted = self.read(
+            self.norm_state(contrast.mix([state[:, -1:] for state in states])), inputs.of_last(), cache
+        )
         for slot, entries in zip(slots, kept, strict=True):
             slot.both.select(3, place).copy_(entries)
         return contrasted
@@ -485,7 +500,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         attentions = None if active.inputs.attentions is None else list(active.inputs.attentions)
         inputs, hidden = replace(active.inputs, hidden_states=None, attentions=attentions), None
         if controller.criterion.reads_logits:
-            hidden = self.read(self.norm(active.state), inputs, cache)
+            hidden = self.read(self.norm_state(active.state), inputs, cache)
         return controller.check(step, active.state, hidden, active.index)
 
     def _read_unless_seen(
@@ -651,7 +666,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, RecurrentGenera
             use_cache = bool(use_cache)  # whoever asks for a loss does not go on generating, unless told so
         controller = None
         if exits is not None and exits.criterion != "none":
-            controller = ExitController(exits, self.compute_logits, self.model.exit_probe)
+            controller = ExitController(exits, self.compute_logits, self.model)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -25,7 +25,7 @@ PARTS = {
 }
 Part = Literal["injection", "heads", "projectors", "encoders", "prelude", "core", "coda"]
 # Small, and what they give is no choice among tokens but numbers: when to stop, latents, pixels and sound.
-ALWAYS_KEPT = (r"model\.exit_probe", r"model\.writers")
+ALWAYS_KEPT = (r"model\.exit_probe", r"model\.exit_gate", r"model\.writers")
 
 
 @dataclass

@@ -3,9 +3,9 @@
 Source of all that has no other named: Geiping et al. 2025, arXiv 2502.05171 ("the paper" below).
 
     e   = prelude(embed(x))
-    s_0 ~ noise
+    s_0 ~ noise, or e
     s_i = core(inject(s_{i-1}, e))      i = 1 .. r; where asked for, core(inject(s_{i-1}, e) + sinusoid(i))
-    p   = head(coda(norm(s_r)))
+    p   = head(coda(norm(s_r)))         where asked for, each s_i is normed, or none
 """
 
 import math
@@ -18,19 +18,20 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionInputs
-from .blocks import TransformerBlock, layer_order, pass_token, run_layers, sinusoids
+from .blocks import TransformerBlock, build_norm, layer_order, pass_token, run_layers, sinusoids
 from .cache import CacheSlot, RecurrentCache, slots_by_step
 from .configuration_megatransformer_text import MegaTransformerTextConfig
 from .depth import Depth, keyed_generator
 from .step_lora import StepLora
-from .token_pass import is_plain
+from .token_pass import is_plain, token_norm
 
 # -------------------------------------------------------------------------------------------------------- initial state
 
 
 def draw_state(config: MegaTransformerTextConfig, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """One draw of the initial state that `config.recurrence.state_init` names, float32 of `shape`, (..., hidden), on
-    the generator's device; never the global one, since a draw must not depend on what else was drawn.
+    the generator's device; never the global one, since a draw must not depend on what else was drawn. "embedding" is
+    not drawn.
     """
     kind = config.recurrence.state_init
     # Float32 whatever the default type is, which `from_pretrained` changes while it makes a model.
@@ -56,22 +57,26 @@ def draw_training_states(
     sequence: int,
     row_keys: list[tuple[int, ...]],
     device: torch.device | str = "cpu",
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Initial states of a training batch, (rows, sequence, hidden), float32 on `device`, each row from its own key,
     usually (seed, global step, row in the global batch): so it has the same state however the batch is spread over
     ranks and micro-batches. They are drawn where they are needed, since on a CPU that can take as long as a GPU's
-    training step; the values differ between kinds of devices.
+    training step; the values differ between kinds of devices. None: states begin as the embedded input.
     """
+    if config.recurrence.state_init == "embedding":
+        return None
     states = torch.empty(len(row_keys), sequence, config.hidden_size, device=device)
     for state, key in zip(states, row_keys, strict=True):
         state.copy_(draw_state(config, state.shape, keyed_generator("state", *key, device=device)))
     return states
 
 
-def default_state(config: MegaTransformerTextConfig) -> torch.Tensor:
+def default_state(config: MegaTransformerTextConfig) -> torch.Tensor | None:
     """The state used when none is passed: one fixed draw, (1, 1, hidden), the same for every row and position, so that
-    a row's result depends on nothing but the row.
+    a row's result depends on nothing but the row; None: the embedded input itself.
     """
+    if config.recurrence.state_init == "embedding":
+        return None
     return draw_state(config, (1, 1, config.hidden_size), keyed_generator("state", config.recurrence.state_seed))
 
 
@@ -112,7 +117,34 @@ class GateInjection(nn.Module):
         return gate * state + (1 - gate) * embeds
 
 
-INJECTIONS = {"concat": ConcatInjection, "add": AddInjection, "gate": GateInjection}
+class ScalarInjection(nn.Module):
+    """s + a e, with one learned number a, 1 at first. With a = 0 and s_0 = e the first step is that of a plain stack."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        return state + self.weight * embeds
+
+
+class NoInjection(nn.Module):
+    """s alone."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+
+    def forward(self, state: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        return state
+
+
+INJECTIONS = {
+    "concat": ConcatInjection,
+    "add": AddInjection,
+    "gate": GateInjection,
+    "scalar": ScalarInjection,
+    "none": NoInjection,
+}
 
 
 # --------------------------------------------------------------------------------------------------- the core, the loop
@@ -129,6 +161,7 @@ class RecurrentCore(GradientCheckpointingLayer):
         if steps is not None:
             scale = 1 / (steps * math.sqrt(config.num_core_layers))
         self.layers = nn.ModuleList(TransformerBlock(config, config.residual, scale) for _ in set(self.order))
+        self.norm = build_norm(config) if config.recurrence.state_norm == "in_loop" else nn.Identity()
         self.has_step_embedding = config.recurrence.step_embedding != "none"
         self.step_lora: StepLora | None = None
 
@@ -171,7 +204,7 @@ class RecurrentCore(GradientCheckpointingLayer):
             self.step_lora.step = step
         layers = [self.layers[index] for index in self.order]
         x = self.injection(state, embeds)
-        return run_layers(layers, x if step_embeds is None else x + step_embeds, inputs, slots)
+        return self.norm(run_layers(layers, x if step_embeds is None else x + step_embeds, inputs, slots))
 
     def token_function(self) -> Callable[..., torch.Tensor]:
         """A function that does what `forward` does, for one new token of each row."""
@@ -236,7 +269,7 @@ class TokenStep:
 
     def __init__(self, core: RecurrentCore):
         self.layers = [core.layers[index] for index in core.order]
-        self.term, self.inject = nn.Identity(), core.injection
+        self.term, self.inject, self.norm = nn.Identity(), core.injection, token_norm(core.norm)
         if is_plain(core.injection, ConcatInjection) and is_plain(core.injection.proj, nn.Linear):
             of_state, of_embeds = core.injection.proj.weight.chunk(2, dim=1)
             self.term = partial(nn.functional.linear, weight=of_embeds)
@@ -252,7 +285,7 @@ class TokenStep:
     ) -> torch.Tensor:
         """state, term, step_embeds: (rows, hidden) -> the next state."""
         x = self.inject(state, term)
-        return pass_token(self.layers, x if step_embeds is None else x + step_embeds, inputs, slots)
+        return self.norm(pass_token(self.layers, x if step_embeds is None else x + step_embeds, inputs, slots))
 
 
 class ActiveRows:

@@ -21,7 +21,7 @@ from torch import nn
 from .attention import AttentionInputs, TokenInputs, alibi_bias, rotary_angles, rotary_tables, token_tables
 from .blocks import BlockStack, pass_token, sinusoids
 from .cache import BLOCK, CacheLayer, RecurrentCache
-from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitCriterion, ExitOptions, LearnedProbe
+from .exit_criteria import EXIT_CRITERIA, ExitCheck, ExitCriterion, ExitOptions
 from .item_slots import ItemPlaces, ItemSlot, causal_rows
 from .recurrence import TokenStep
 from .token_pass import token_norm, token_product
@@ -36,7 +36,7 @@ class TextRow:
         start: The first place of that row which is no padding.
         last_place: The place of the last token that is read.
         num_steps: The most steps of a token.
-        initial_state: s_0 of each token, (1, hidden).
+        initial_state: s_0 of each token, (1, hidden); None: it follows from what the token embeds.
         exits: What ends the steps of a token earlier.
         draft_steps: Steps after which a token says a draft of the next. None: there are no drafts.
     """
@@ -45,7 +45,7 @@ class TextRow:
     start: int
     last_place: int
     num_steps: int
-    initial_state: torch.Tensor
+    initial_state: torch.Tensor | None
     exits: ExitOptions = field(default_factory=ExitOptions)
     draft_steps: int | None = None
     items: list["Item"] = field(default_factory=list)
@@ -73,6 +73,8 @@ class Item:
     """s_1 and on, (1, hidden) each."""
     term: torch.Tensor | None = None
     """What is injected, (1, hidden)."""
+    first_state: torch.Tensor | None = None
+    """s_0, (1, hidden)."""
     reading: tuple[ExitCheck, int] | None = None
     """Logits of all items that were read last together with it, and its number among them."""
     choice: int | None = None
@@ -93,13 +95,13 @@ class Item:
     @property
     def state(self) -> torch.Tensor:
         """(1, hidden)."""
-        return self.states[-1] if self.states else self.row.initial_state
+        return self.states[-1] if self.states else self.first_state
 
     @property
     def state_before(self) -> torch.Tensor:
         """Its state at the check of its exit before this one, (1, hidden); at the first, the initial one."""
         exits = self.row.exits
-        return self.row.initial_state if self.step == exits.min_steps else self.states[-1 - exits.check_interval]
+        return self.first_state if self.step == exits.min_steps else self.states[-1 - exits.check_interval]
 
 
 @dataclass
@@ -139,7 +141,7 @@ class Scheduler:
         self.take_step, self.norm = TokenStep(self.base.core), token_norm(self.base.norm)
         self.head, self.cap = token_product(model.lm_head), self.config.final_logit_softcapping
         self.functions: dict[nn.Module, Callable] = {}
-        self.probe = LearnedProbe(self.base.exit_probe)
+        self.criteria: dict[str, ExitCriterion] = {}
         self.tables: list[list[torch.Tensor]] | None = None
         self.masks: torch.Tensor | None = None
         first, after = self.config.num_prelude_layers, self.config.num_prelude_layers + self.config.num_core_layers
@@ -191,9 +193,12 @@ class Scheduler:
             return
         positions = torch.tensor([[item.place - item.row.start] for item in items], device=self.device)
         x = self.base.add_positions(self._embeds(items).unsqueeze(1), positions).squeeze(1)
-        terms = self.take_step.term(self._pass(self.base.prelude, self.prelude_layers, x, items))
-        for item, term in zip(items, terms.split(1), strict=True):
+        embeds = self._pass(self.base.prelude, self.prelude_layers, x, items)
+        terms, starts = self.take_step.term(embeds), self.base.start(embeds).view(-1, embeds.shape[-1])
+        starts = starts.expand_as(embeds).split(1)
+        for item, term, start in zip(items, terms.split(1), starts, strict=True):
             item.term = term
+            item.first_state = start if item.row.initial_state is None else item.row.initial_state
         self.counts.new_items += len(items)
 
     def _embeds(self, items: Sequence[Item]) -> torch.Tensor:
@@ -231,10 +236,11 @@ class Scheduler:
         return time.perf_counter() - start
 
     def _read(self, items: Sequence[Item]) -> None:
-        """Items are read: norm, coda, norm, head."""
+        """Items are read: norm, if states have that, coda, norm, head."""
         if not items:
             return
-        states = self.norm(torch.cat([item.state for item in items]))
+        states = torch.cat([item.state for item in items])
+        states = self.norm(states) if self.config.recurrence.state_norm == "shared" else states
         hidden = self.norm(self._pass(self.base.coda, self.coda_layers, states, items))
         logits = self.head(hidden)
         logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
@@ -299,7 +305,9 @@ class Scheduler:
     def _criterion(self, name: str) -> ExitCriterion | None:
         if name == "none":
             return None
-        return self.probe if name == "probe" else EXIT_CRITERIA[name]
+        if name not in self.criteria:  # one for all rows, whose items are judged together
+            self.criteria[name] = EXIT_CRITERIA[name].of(self.base)
+        return self.criteria[name]
 
     def _is_judged(self, item: Item, by_logits: bool) -> bool:
         """Whether an exit is looked for after the step of an item, by what it says or by its state. What an item says
@@ -323,11 +331,13 @@ class Scheduler:
             else:
                 now = ExitCheck(0, torch.stack([item.state for item in group]))
                 before = ExitCheck(0, torch.stack([item.state_before for item in group]))
+                if not is_first:
+                    before.value = torch.stack([check.value[number] for check, number in (it.check for it in group)])
             now = replace(now, value=criterion.value(now, before))
             limits = [item.row.exits.threshold or criterion.default_threshold for item in group]
             limit = limits[0] if len(set(limits)) == 1 else torch.tensor(limits, device=now.value.device)
             for number, (item, stops) in enumerate(zip(group, criterion.stops(now.value, limit).tolist(), strict=True)):
-                item.check = (now, number) if criterion.reads_logits else None
+                item.check = (now, number) if criterion.reads_logits or criterion.adds_up else None
                 if stops:
                     stopped.append(item)
         return stopped

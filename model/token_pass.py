@@ -65,7 +65,7 @@ def token_product(linear: nn.Module) -> Function:
 def token_sum(residual: nn.Module, linear: nn.Module, scale: float | None) -> Callable[..., torch.Tensor]:
     """(x, features) -> residual(x, linear(features)). `scale` is that of a residual that adds; None: it does not."""
     product = token_product(linear)
-    if scale is None or not is_plain(residual, type(residual)) or product is linear:
+    if scale is None or not is_plain(residual, type(residual)) or product is linear or linear.bias is not None:
         return lambda x, features: residual(x, product(features))
     weight, addmm = linear.weight.t(), torch.addmm
 

@@ -34,6 +34,16 @@ VARIANTS = {
     "loop_scale": {"recurrence": {"loop_scale_steps": 4}},
     "step_embedding": {"recurrence": {"step_embedding": "sinusoidal"}},
     "peer": PEER,
+    "peri": {"norm_placement": "peri"},
+    "biases": {"attention_bias": True, "mlp_bias": True, "mlp": "mlp_tanh", "norm": "layernorm"},
+    "looped": {
+        **{"num_prelude_layers": 0, "num_coda_layers": 0, "norm_placement": "peri"},
+        "recurrence": {"state_init": "embedding", "injection": "none", "state_norm": "in_loop"},
+    },
+    "retrofitted": {
+        "norm_placement": "pre",
+        "recurrence": {"state_init": "embedding", "injection": "scalar", "state_norm": "none"},
+    },
     "all": {
         **(PEER | LAYERS | UNIQUE | {"layer_sharing": "cycle_rev", "norm_placement": "pre", "residual": "rezero"}),
         "recurrence": {"step_embedding": "sinusoidal", "injection": "gate"},

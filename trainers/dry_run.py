@@ -187,10 +187,10 @@ def block_bytes(config: PreTrainedConfig, precision: Precision, row: int, packed
     Compiled units keep less, as they compute cheap parts again. Left out: the bias of ALiBi, which all layers share.
     """
     hidden, row_mask = config.hidden_size, row if packed else 0
-    norms = {"sandwich": 4, "none": 0}.get(config.norm_placement, 2)
+    norms = {"sandwich": 4, "peri": 4, "none": 0}.get(config.norm_placement, 2)
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = 2 * query + 2 * key + (query + key if config.position_embedding == "rope" else 0)
-    feedforward = (2 if config.mlp == "mlp" else 4) * config.intermediate_size
+    feedforward = (2 if config.mlp in ("mlp", "mlp_tanh") else 4) * config.intermediate_size
     indices = 0
     if config.mlp == "peer":
         chosen = config.peer_num_heads * config.peer_top_k

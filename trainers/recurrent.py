@@ -77,10 +77,12 @@ class RecurrentTrainer(BaseTrainer):
         self.objective = build_objective(self.args.objective)
         check_model(self.objective, unwrap_peft_model(self.model), has_autocast=self.args.bf16 or self.args.fp16)
         super().create_accelerator_and_postprocess()
-        probe = unwrap_peft_model(self.model).base_model.exit_probe
-        if probe is not None and self.built_optimizer is not None and not self.objective.trains_exit_probe:
-            # DDP would wait for its gradients. The optimizer has it all the same, as that of checkpoints.
-            probe.requires_grad_(False)
+        base = unwrap_peft_model(self.model).base_model
+        untrained = [base.exit_gate, None if self.objective.trains_exit_probe else base.exit_probe]
+        if self.built_optimizer is not None:
+            for part in filter(None, untrained):
+                # DDP would wait for its gradients. The optimizer has it all the same, as that of checkpoints.
+                part.requires_grad_(False)
         if self.args.max_tokens_per_batch is not None:
             self.token_batches = build_token_batches(self.train_dataset, self.args)
 

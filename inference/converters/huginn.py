@@ -2,8 +2,6 @@
 its names, the order of rotated features and that of gates are others.
 """
 
-from pathlib import Path
-
 import torch
 
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig

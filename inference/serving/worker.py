@@ -108,7 +108,7 @@ class Served:
         """Criteria by which a token may stop; one of them needs a head that not every model has."""
         if self.usual_steps is None:
             return ()
-        return tuple(name for name in EXIT_CRITERIA if name != "probe" or self.config.recurrence.exit_probe)
+        return tuple(name for name, it in EXIT_CRITERIA.items() if it.is_in(self.config))
 
     def card(self) -> ModelCard:
         """The facts that are told of it."""

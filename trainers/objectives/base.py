@@ -98,7 +98,7 @@ class TrainingPass:
     def read(self, state: torch.Tensor) -> torch.Tensor:
         """What the head reads of a state, (batch, sequence, hidden) both."""
         text = self.model.base_model
-        return text.read(text.norm(state), self.attention, None)
+        return text.read(text.norm_state(state), self.attention, None)
 
     def token_loss(self, hidden: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """The loss of the labels, a scalar. hidden: as `read` returns it; weights: (batch, sequence), a further factor
