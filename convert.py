@@ -1,8 +1,9 @@
 """Makes a checkpoint out of others (`python convert.py merge runs/finetune_lora --output runs/merged`), of several the
 mean of their weights (`python convert.py average runs/lm/checkpoint-800 runs/lm/checkpoint-850 runs/mean`), out of one
 that older code has written (`python convert.py refresh runs/old`), out of one a folder that engines such as vLLM run
-at one depth (`python convert.py serve runs/lm served/lm --num-steps 8`), or out of one of another project
-(`python convert.py huginn huginn-0125 runs/huginn`).
+at one depth (`python convert.py serve runs/lm served/lm --num-steps 8`), out of one of another project
+(`python convert.py huginn huginn-0125 runs/huginn`, likewise `ouro`), or a recurrent model out of the layers of a plain
+one (`python convert.py retrofit Qwen3-0.6B runs/qwen3 --prelude 0:4 --core 4:24 --coda 24:28`).
 """
 
 from inference.logs import LOG_LEVELS, set_up_logging  # first: it sets up what libraries say while they are imported
@@ -21,7 +22,7 @@ from configs.runs import find_run_config
 from inference import arguments
 from inference.averages import average
 from inference.checkpoints import find_checkpoint, is_adapter
-from inference.converters import foreign, huginn
+from inference.converters import CONVERTERS, foreign, retrofit
 from inference.engine_folder import write_engine_folder
 from inference.loading import load_model
 from inference.output import whole_file, whole_folder, write_result
@@ -51,10 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_result(
                 f"written to {args.output}: {config.num_hidden_layers} layers executed at {config.num_steps} steps\n"
             )
-        elif args.command == "huginn":
+        elif args.command in (*CONVERTERS, "retrofit"):
             check_empty(args.output, "output")
             source = foreign.ForeignCheckpoint(args.source)
-            foreign.write(huginn.convert_huginn(source), source, args.output)
+            if args.command == "retrofit":
+                parts = {"prelude": args.prelude, "core": args.core, "coda": args.coda}
+                model = retrofit.retrofit(source, parts, args.mean_steps)
+            else:
+                model = CONVERTERS[args.command](source)
+            foreign.write(model, source, args.output)
             write_result(f"written to {args.output}\n")
         else:
             written, folder = refresh(args.folder, args.output), args.output or args.folder
@@ -85,10 +91,24 @@ def build_parser() -> arguments.OneLineParser:
     serving.add_argument(
         "--num-steps", type=arguments.core_steps, required=True, help="core steps of every token, 1 or more"
     )
-    of_huginn = commands.add_parser("huginn", help="make ours of a checkpoint of Huginn (huginn_raven)", **again)
-    of_huginn.add_argument("source", help="folder of the checkpoint, or its name on the hub")
-    of_huginn.add_argument("output", type=Path, help="folder for the model; empty or new")
-    for command in (merging, refreshing, averaging, serving, of_huginn):
+    of_others = []
+    for name, model in (("huginn", "Huginn (huginn_raven)"), ("ouro", "Ouro"), ("retrofit", "a plain language model")):
+        verb = "make a recurrent model of the layers of" if name == "retrofit" else "make ours of"
+        of_others.append(commands.add_parser(name, help=f"{verb} a checkpoint of {model}", **again))
+        of_others[-1].add_argument("source", help="folder of the checkpoint, or its name on the hub")
+        of_others[-1].add_argument("output", type=Path, help="folder for the model; empty or new")
+    for part, executed in (("prelude", "before the core"), ("core", "in every step"), ("coda", "after the core")):
+        of_others[-1].add_argument(
+            f"--{part}",
+            type=arguments.layer_range,
+            required=True,
+            metavar="BEGIN:END",
+            help=f"layers that are executed {executed}, counted from 0, END not among them",
+        )
+    of_others[-1].add_argument(
+        "--mean-steps", type=arguments.core_steps, default=4, help="core steps on average in training; default: 4"
+    )
+    for command in (merging, refreshing, averaging, serving, *of_others):
         # It may stand before the command as well, and is then not to be reset to its default.
         command.add_argument(
             "--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help="least severe message to show"

@@ -77,6 +77,18 @@ def whole_number(text: str, minimum: int, why: str) -> int:
     return value
 
 
+def layer_range(text: str) -> range:
+    """`text`, "begin:end", as the numbers of layers; the end is not among them."""
+    begin, colon, end = text.partition(":")
+    why = "give layers as begin:end, counted from 0, the end not among them, such as 2:6."
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} has no colon: {why}")
+    found = range(whole_number(begin, 0, why), whole_number(end, 0, why))
+    if found.stop < found.start:
+        raise argparse.ArgumentTypeError(f"{text!r} ends before it begins: {why}")
+    return found
+
+
 def finite_number(text: str, why: str, fits: Callable[[float], bool] = math.isfinite, fault: str = "") -> float:
     """`text` as a finite float; `fault` says what one is that does not fit."""
     try:

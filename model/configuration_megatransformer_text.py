@@ -267,7 +267,7 @@ class RecurrenceConfig(StrictConfig):
         step_sigma: Spread sigma of the log-normal rate.
         state_init: Initial state: "like-init" is truncated normal noise of the embeddings' own scale, "normal" is
             N(0, 1), "embed" is N(0, 1)/sqrt(hidden_size), "unit" is noise standardised over the features of each token,
-            "zero" is 0, and "embedding" is e, the embedded input itself, as in Ouro (Zhu et al. 2025, arXiv 2510.25741).
+            "zero" is 0, and "embedding" is e, the input itself, as in Ouro (Zhu et al. 2025, arXiv 2510.25741).
         state_scale: Factor on the initial state.
         state_seed: Seed of the one draw that serves as initial state whenever none is passed.
         injection: How the embedded input e enters each step: "concat" is Linear([s; e]), "add" is s + e, "gate" is

@@ -10,8 +10,8 @@ from transformers import initialization as init
 
 from .attention import Attention, check_backend
 from .blocks import AdminResidual, PositionEmbedding, RezeroResidual, ScaledEmbedding
-from .recurrence import ScalarInjection
 from .peer import ExpertTable, PeerFeedForward
+from .recurrence import ScalarInjection
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -118,7 +118,7 @@ class GateInjection(nn.Module):
 
 
 class ScalarInjection(nn.Module):
-    """s + a e, with one learned number a, 1 at first. With a = 0 and s_0 = e the first step is that of a plain stack."""
+    """s + a e, with one learned number a, 1 at first. With a = 0 and s_0 = e the first step is a plain stack's."""
 
     def __init__(self, hidden_size: int):
         super().__init__()

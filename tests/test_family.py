@@ -37,7 +37,9 @@ VARIANTS = {
     "peri": {"norm_placement": "peri"},
     "biases": {"attention_bias": True, "mlp_bias": True, "mlp": "mlp_tanh", "norm": "layernorm"},
     "looped": {
-        **{"num_prelude_layers": 0, "num_coda_layers": 0, "norm_placement": "peri"},
+        "num_prelude_layers": 0,
+        "num_coda_layers": 0,
+        "norm_placement": "peri",
         "recurrence": {"state_init": "embedding", "injection": "none", "state_norm": "in_loop"},
     },
     "retrofitted": {
