@@ -3,7 +3,8 @@ mean of their weights (`python convert.py average runs/lm/checkpoint-800 runs/lm
 that older code has written (`python convert.py refresh runs/old`), out of one a folder that engines such as vLLM run
 at one depth (`python convert.py serve runs/lm served/lm --num-steps 8`), out of one of another project
 (`python convert.py huginn huginn-0125 runs/huginn`, likewise `ouro`), or a recurrent model out of the layers of a plain
-one (`python convert.py retrofit Qwen3-0.6B runs/qwen3 --prelude 0:4 --core 4:24 --coda 24:28`).
+one (`python convert.py retrofit Qwen3-0.6B runs/qwen3 --prelude 0:4 --core 4:24 --coda 24:28`). `python convert.py onnx
+runs/lm served/onnx --num-steps 8` writes a text model for ONNX Runtime.
 """
 
 from inference.logs import LOG_LEVELS, set_up_logging  # first: it sets up what libraries say while they are imported
@@ -22,7 +23,7 @@ from configs.runs import find_run_config
 from inference import arguments
 from inference.averages import average
 from inference.checkpoints import find_checkpoint, is_adapter
-from inference.converters import CONVERTERS, foreign, retrofit
+from inference.converters import CONVERTERS, foreign, onnx, retrofit
 from inference.engine_folder import write_engine_folder
 from inference.loading import load_model
 from inference.output import whole_file, whole_folder, write_result
@@ -52,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_result(
                 f"written to {args.output}: {config.num_hidden_layers} layers executed at {config.num_steps} steps\n"
             )
+        elif args.command == "onnx":
+            check_empty(args.output, "output")
+            difference = onnx.write_onnx(args.checkpoint, args.output, args.num_steps)
+            write_result(f"written to {args.output}: logits are torch's, up to {difference:.1e}\n")
         elif args.command in (*CONVERTERS, "retrofit"):
             check_empty(args.output, "output")
             source = foreign.ForeignCheckpoint(args.source)
@@ -91,6 +96,12 @@ def build_parser() -> arguments.OneLineParser:
     serving.add_argument(
         "--num-steps", type=arguments.core_steps, required=True, help="core steps of every token, 1 or more"
     )
+    exporting = commands.add_parser("onnx", help="write a text model for ONNX Runtime, at one depth", **again)
+    exporting.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run")
+    exporting.add_argument("output", type=Path, help="folder for model.onnx and the tokenizer; empty or new")
+    exporting.add_argument(
+        "--num-steps", type=arguments.core_steps, help="core steps of every token, 1 or more; default: the model's"
+    )
     of_others = []
     for name, model in (("huginn", "Huginn (huginn_raven)"), ("ouro", "Ouro"), ("retrofit", "a plain language model")):
         verb = "make a recurrent model of the layers of" if name == "retrofit" else "make ours of"
@@ -108,7 +119,7 @@ def build_parser() -> arguments.OneLineParser:
     of_others[-1].add_argument(
         "--mean-steps", type=arguments.core_steps, default=4, help="core steps on average in training; default: 4"
     )
-    for command in (merging, refreshing, averaging, serving, *of_others):
+    for command in (merging, refreshing, averaging, serving, exporting, *of_others):
         # It may stand before the command as well, and is then not to be reset to its default.
         command.add_argument(
             "--log-level", choices=LOG_LEVELS, default=argparse.SUPPRESS, help="least severe message to show"
