@@ -139,7 +139,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def build(
+def fill(
     config: MegaTransformerTextConfig, weights: dict[str, torch.Tensor], source: ForeignCheckpoint
 ) -> MegaTransformerForCausalLM:
     """The model of a configuration with these weights, which it needs all, and no others.

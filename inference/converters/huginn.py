@@ -7,7 +7,7 @@ import torch
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
 from model.attention import rotary_angles
 
-from .foreign import ForeignCheckpoint, build
+from .foreign import ForeignCheckpoint, fill
 
 CLOSE = 1e-3
 """How much a table of rotations in a checkpoint may differ from the one that is computed."""
@@ -19,7 +19,7 @@ def convert_huginn(source: ForeignCheckpoint) -> MegaTransformerForCausalLM:
     Raises:
         ValueError: The checkpoint is of another architecture, or its weights do not fit its configuration.
     """
-    config = config_of(source)
+    config = huginn_config(source)
     check_rotations(source, config)
     weights = {
         "model.embed_tokens.weight": source.take("transformer.wte.weight"),
@@ -32,14 +32,14 @@ def convert_huginn(source: ForeignCheckpoint) -> MegaTransformerForCausalLM:
         ("coda", "coda", config.num_coda_layers),
     ):
         for layer in range(count):
-            weights |= layer_of(source, config, f"transformer.{theirs}.{layer}", f"model.{ours}.layers.{layer}")
+            weights |= huginn_layer(source, config, f"transformer.{theirs}.{layer}", f"model.{ours}.layers.{layer}")
     if not config.tie_word_embeddings:
         weights["lm_head.weight"] = source.take("lm_head.weight")
     source.drop(lambda name: name == "lm_head.weight")  # that of a tied model, where it is saved twice
-    return build(config, weights, source)
+    return fill(config, weights, source)
 
 
-def config_of(source: ForeignCheckpoint) -> MegaTransformerTextConfig:
+def huginn_config(source: ForeignCheckpoint) -> MegaTransformerTextConfig:
     """The configuration in our names."""
     source.expect(
         model_type="huginn_raven",
@@ -101,7 +101,7 @@ def check_rotations(source: ForeignCheckpoint, config: MegaTransformerTextConfig
         )
 
 
-def layer_of(
+def huginn_layer(
     source: ForeignCheckpoint, config: MegaTransformerTextConfig, theirs: str, ours: str
 ) -> dict[str, torch.Tensor]:
     """The weights of a layer in our names."""

@@ -4,7 +4,7 @@ embedding and is normed in the loop, and nothing is injected.
 
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
 
-from .foreign import ForeignCheckpoint, build
+from .foreign import ForeignCheckpoint, fill
 from .llama_layers import head, llama_layer
 
 NORMS = {
@@ -23,7 +23,7 @@ def convert_ouro(source: ForeignCheckpoint) -> MegaTransformerForCausalLM:
     Raises:
         ValueError: The checkpoint is of another architecture, or its weights do not fit its configuration.
     """
-    config = config_of(source)
+    config = ouro_config(source)
     weights = head(source, config.tie_word_embeddings)
     weights["model.core.norm.weight"] = weights.pop("model.norm.weight")
     for layer in range(config.num_core_layers):
@@ -31,10 +31,10 @@ def convert_ouro(source: ForeignCheckpoint) -> MegaTransformerForCausalLM:
     if config.recurrence.exit_gate:
         weights |= {f"model.exit_gate.{name}": source.take(f"{GATE}.{name}") for name in ("weight", "bias")}
     source.drop(lambda name: name.endswith("rotary_emb.inv_freq"))
-    return build(config, weights, source)
+    return fill(config, weights, source)
 
 
-def config_of(source: ForeignCheckpoint) -> MegaTransformerTextConfig:
+def ouro_config(source: ForeignCheckpoint) -> MegaTransformerTextConfig:
     """The configuration in our names."""
     if "model_type" not in source.config:
         raise ValueError(f"{source.folder / 'config.json'} has no model_type, which is ouro for these")

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
 
-from .foreign import ForeignCheckpoint, build
+from .foreign import ForeignCheckpoint, fill
 from .llama_layers import head, llama_layer
 
 LLAMA_NORMS = {"attention_norm_in": "input_layernorm", "mlp_norm_in": "post_attention_layernorm"}
@@ -57,7 +57,7 @@ def retrofit(source: ForeignCheckpoint, parts: Mapping[str, range], mean_steps: 
             f"{', '.join(ARCHITECTURES)}"
         )
     theirs = CONFIG_MAPPING[name].from_dict(source.config)
-    check_parts(parts, theirs.num_hidden_layers)
+    check_order(parts, theirs.num_hidden_layers)
     architecture = ARCHITECTURES[name]
     config = MegaTransformerTextConfig(
         **architecture.options(theirs),
@@ -86,10 +86,10 @@ def retrofit(source: ForeignCheckpoint, parts: Mapping[str, range], mean_steps: 
             weights |= architecture.layer(source, config, number, f"model.{part}.layers.{ours}")
     dropped = set(range(theirs.num_hidden_layers)) - {number for layers in parts.values() for number in layers}
     source.drop(lambda it: any(f".{number}." in it for number in dropped) or it.endswith("rotary_emb.inv_freq"))
-    return build(config, weights, source)
+    return fill(config, weights, source)
 
 
-def check_parts(parts: Mapping[str, range], count: int) -> None:
+def check_order(parts: Mapping[str, range], count: int) -> None:
     """Raises ValueError for parts that are out of order or of the model, or a core without layers."""
     end = 0
     for part, layers in parts.items():
