@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from model.exit_criteria import EXIT_CRITERIA, ExitOptions
 
@@ -165,18 +165,8 @@ class EfficiencyRunner:
     def say(self, batch: Sequence[Example], setting: Setting) -> Any:
         """The output of `generate`, made to say the answers, with logits and steps, and the tokens that it said."""
         answers = torch.tensor([answer_of(example) for example in batch], device=self.model.device)
-        return answers, self.model.generate(
-            **to_model(self.writer.prompts(batch), self.model),
-            **setting.options,
-            do_sample=False,
-            max_new_tokens=answers.shape[1],
-            min_new_tokens=answers.shape[1],  # also of an answer in which an end token stands
-            eos_token_id=self.writer.tokenizer.eos_token_id,
-            pad_token_id=self.writer.tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([SayGiven(answers)]),
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        prompts = to_model(self.writer.prompts(batch), self.model)
+        return answers, say_given(self.model, prompts, answers, self.writer.tokenizer, setting.options)
 
     def work(self, setting: Setting) -> Work:
         """Each batch is read twice: counted, and against the clock, since counting takes time."""
@@ -200,6 +190,36 @@ class EfficiencyRunner:
             found.num_read += len(batch) * (prompt + answer - 1)  # the last token is said, and not read
         found.scores = np.concatenate(scores)
         return found
+
+
+def say_given(
+    model: PreTrainedModel,
+    prompts: Mapping[str, torch.Tensor],
+    tokens: torch.LongTensor,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any],
+) -> Any:
+    """The output of `generate`, with logits and steps, where a model is made to say given tokens.
+
+    Args:
+        model: The model, in evaluation mode.
+        prompts: Inputs of `generate`.
+        tokens: (rows, new tokens).
+        tokenizer: Its tokenizer.
+        options: Further arguments of `generate`.
+    """
+    return model.generate(
+        **prompts,
+        **options,
+        do_sample=False,
+        max_new_tokens=tokens.shape[1],
+        min_new_tokens=tokens.shape[1],  # also of an answer in which an end token stands
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([SayGiven(tokens)]),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
 
 
 def answer_of(example: Example) -> list[int]:

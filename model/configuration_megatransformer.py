@@ -362,6 +362,7 @@ class MegaTransformerConfig(MediaConfig):
 
     model_type = "megatransformer"
     _auto_class = "AutoConfig"
+    path_of_recurrence = ("text_config", "recurrence")
     sub_configs_defaults = {"text_config": MegaTransformerTextConfig, **MediaConfig.sub_configs_defaults}
 
     text_config: MegaTransformerTextConfig | dict | None = None

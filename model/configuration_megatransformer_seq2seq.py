@@ -56,6 +56,7 @@ class MegaTransformerSeq2SeqConfig(StrictConfig):
         *MegaTransformerTextConfig.keys_to_ignore_at_inference,
         *("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions"),
     ]
+    path_of_recurrence = ("decoder_config", "recurrence")
     sub_configs_defaults = {
         "encoder_config": MegaTransformerSourceConfig,
         "decoder_config": MegaTransformerTargetConfig,

@@ -93,6 +93,7 @@ class StrictConfig(PreTrainedConfig):
     """
 
     encoder_hidden_size = None  # of the encoder that a decoder's cross-attention sees
+    path_of_recurrence = ()  # of the part whose fields `from_pretrained` takes by their names alone
 
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.keys() & self.attribute_map.keys():
@@ -113,13 +114,40 @@ class StrictConfig(PreTrainedConfig):
         """The config of a `config.json`; as in transformers, `from_pretrained` comes through here. Keys that no class
         knows, at the top or in a part, are named in one warning and left out, so that what is saved again says only
         what the model does.
+
+        Args:
+            config_dict: What the file says.
+            kwargs: Fields, in the place of the file's, those of the `RecurrenceConfig` of the part that writes text
+                too, such as `mean_steps=4`; and what transformers itself takes.
         """
         known, unknown = cls.split_unknown(config_dict)
         if unknown:
             logger.warning_once(
                 f"{cls.__name__}: the config has keys that are not known here and have no effect: {', '.join(unknown)}"
             )
-        return super().from_dict(known, **kwargs)
+        own = set(RecurrenceConfig.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+        flat = {name: kwargs.pop(name) for name in own & kwargs.keys()} if cls.path_of_recurrence else {}
+        return super().from_dict(cls.with_flat(known, flat, kwargs) if flat else known, **kwargs)
+
+    @classmethod
+    def with_flat(cls, config_dict: dict[str, Any], flat: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+        """The same with fields of its `RecurrenceConfig` that were given flat, in their one place. ValueError for one
+        that would have no effect beside the other arguments of `from_pretrained`, or that asks for other weights.
+        """
+        *outer, last = cls.path_of_recurrence
+        if (whole := cls.path_of_recurrence[0]) in others:
+            raise ValueError(f"{min(flat)} is given beside {whole}, where it stands; give it in that alone")
+        config_dict = part = dict(config_dict)
+        for name in outer:
+            part[name] = part = dict(part.get(name) or {})
+        recurrence = part[last] = dict(part.get(last) or {})
+        steps, own_steps = others.get("num_steps") or part.get("num_steps"), flat.get("mean_steps")
+        if own_steps is not None and steps is not None:
+            raise ValueError(f"mean_steps has no effect beside num_steps, which is {steps}; give num_steps alone")
+        if recurrence.get("untied_core") and own_steps not in (None, recurrence.get("mean_steps")):
+            raise ValueError("mean_steps is the number of untied cores (untied_core), which have weights; leave it out")
+        recurrence |= flat
+        return config_dict
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> Any:
@@ -425,6 +453,7 @@ class MegaTransformerTextConfig(TransformerConfig):
     ]
     is_causal = True
     num_executed_layers = None  # at `num_steps` steps, in a file that `convert.py serve` has written for engines
+    path_of_recurrence = ("recurrence",)
     sub_configs_defaults = {"recurrence": RecurrenceConfig}
 
     vocab_size: int = interval(min=1)(default=32000)

@@ -272,12 +272,14 @@ def families(classes: list[type]) -> dict[type, set[type]]:
 
 
 def module_of(path: Path) -> ModuleType:
-    """A file as a module; a test that needs what is not installed, as an empty one, of which the text alone is read."""
+    """A file as a module; one that needs what is not installed, as an empty one, of which the text alone is read: a
+    test, or what is made for lm-eval.
+    """
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError:
-        if not name.startswith("tests."):
+    except ModuleNotFoundError as error:
+        if not (name.startswith("tests.") or error.name == "lm_eval"):
             raise
         return ModuleType(name)
 

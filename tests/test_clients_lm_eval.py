@@ -64,8 +64,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("arguments", "begin", "depth"),
-    [({}, False, {}), ({"num_steps": 6}, False, {"num_steps": 6}), ({"add_bos_token": True}, True, {})],
-    ids=["as_it_is", "another_depth", "with_begin_token"],
+    [
+        ({}, False, {}),
+        ({"num_steps": 6}, False, {"num_steps": 6}),
+        ({"mean_steps": 6, "exit_criterion": "cosine"}, False, {"num_steps": 6}),  # likelihoods know no exits
+        ({"add_bos_token": True}, True, {}),
+    ],
+    ids=["as_it_is", "another_depth", "another_mean", "with_begin_token"],
 )
 def test_multiple_choice(tmp_path, checkpoint, arguments, begin, depth):
     """Log-likelihoods of the choices, in batches of rows of different lengths."""
@@ -85,10 +90,19 @@ def test_multiple_choice(tmp_path, checkpoint, arguments, begin, depth):
         assert sample["acc"] == float(ours.index(max(ours)) == row["answer"])
 
 
+EXITS = {"exit_criterion": "latent_difference", "exit_threshold": 0.5}
+
+
 @pytest.mark.parametrize(
-    "depth", [{}, {"num_steps": 8, "exit_criterion": "latent_difference", "exit_threshold": 0.5}], ids=["mean", "exits"]
+    ("arguments", "options", "depth"),
+    [
+        ({}, {}, {}),
+        ({}, {"num_steps": 8, **EXITS}, {"num_steps": 8, **EXITS}),
+        ({"mean_steps": 8, **EXITS}, {}, {"num_steps": 8, **EXITS}),
+    ],
+    ids=["mean", "exits", "exits_of_the_model"],
 )
-def test_generation(tmp_path, checkpoint, depth):
+def test_generation(tmp_path, checkpoint, arguments, options, depth):
     task = {
         "task": "continuations",
         "output_type": "generate_until",
@@ -98,12 +112,31 @@ def test_generation(tmp_path, checkpoint, depth):
         "metric_list": [{"metric": "exact_match"}],
         **write_rows(tmp_path, QUESTIONS),
     }
-    samples = evaluate(task, "hf", {"pretrained": checkpoint}, gen_kwargs=depth, batch_size=3)
+    samples = evaluate(task, "hf", {"pretrained": checkpoint, **arguments}, gen_kwargs=options, batch_size=3)
     tokenizer, model = tiny_tokenizer(), tiny_model()
     for row, sample in zip(QUESTIONS, samples, strict=True):
         ids = torch.tensor([tokenizer(row["question"])["input_ids"]])
         ours = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, **depth)[0, ids.shape[1] :]
         assert sample["resps"][0][0] == tokenizer.decode(ours, skip_special_tokens=True).split("<|end|>")[0]
+
+
+@pytest.mark.parametrize("mean_steps", [3, 6])
+def test_likelihoods_of_continuations_and_of_whole_texts(tmp_path, checkpoint, mean_steps):
+    """A whole text stands behind a begin token anyway: `add_bos_token` puts another one in, and scores it."""
+    task = {"task": "told", "doc_to_text": "{{question}}", "doc_to_target": " {{choices[1]}}"}
+    task |= {"output_type": "loglikelihood", "metric_list": [{"metric": "acc"}], **write_rows(tmp_path, QUESTIONS)}
+    usual = {"pretrained": checkpoint, "mean_steps": mean_steps}
+    found = evaluate(task, "hf", {**usual, "add_bos_token": True}, batch_size=3)
+    for row, sample in zip(QUESTIONS, found, strict=True):
+        ours = log_likelihood(row["question"], f" {row['choices'][1]}", True, num_steps=mean_steps)
+        assert sample["filtered_resps"][0][0] == pytest.approx(ours, abs=1e-4)
+    task |= {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "bits_per_byte"}]}
+    task |= {"doc_to_text": "", "doc_to_target": "{{question}}"}
+    for begin in (False, True):
+        found = evaluate(task, "hf", {**usual, **({"add_bos_token": True} if begin else {})}, batch_size=3)
+        for row, sample in zip(QUESTIONS, found, strict=True):
+            ours = log_likelihood("", "<|begin|>" * begin + row["question"], True, num_steps=mean_steps)
+            assert sample["filtered_resps"][0] == pytest.approx(ours, abs=1e-4)
 
 
 def test_generation_about_images(tmp_path):

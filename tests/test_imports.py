@@ -25,7 +25,8 @@ MAY_IMPORT = {
 }
 # Commands that tie rooms together, as the scripts at the root do: they may import everything, and no room imports them.
 COMMANDS = {
-    f"evaluation/{name}.py" for name in ("__main__", "compare", "dynamics", "report", "suite", "train_classifier")
+    f"evaluation/{name}.py"
+    for name in ("__main__", "compare", "dynamics", "lm_eval", "report", "suite", "train_classifier")
 }
 # What the exported code may need where it is loaded: transformers and what comes with it.
 LIBRARIES_OF_MODEL = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy"}
