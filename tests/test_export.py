@@ -228,7 +228,7 @@ def test_a_text_model_is_exported_without_what_serves_media_alone(exported):
     folder = exported[0] / "text"
     names = {path.stem for path in folder.glob("*.py")}
     assert not names & {"modeling_megatransformer", "configuration_megatransformer", "fusion", "writers", "vision"}
-    assert sum(len(path.read_text().splitlines()) for path in folder.glob("*.py")) < 6300
+    assert sum(len(path.read_text().splitlines()) for path in folder.glob("*.py")) < 6500
 
 
 def test_base_model_saved_alone_loads_as_auto_model(tmp_path):
