@@ -3,11 +3,14 @@
 import gzip
 import io
 import json
+import re
 import tarfile
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import yaml
 
 from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.bad_rows import BadRows
@@ -165,3 +168,10 @@ def test_ranges_of_tars(tmp_path):
     for name, message in (("s-{009..011}.tar", "no file '.*s-011.tar'"), ("s-{3..1}.tar", "smaller number first")):
         with pytest.raises(ValueError, match=message):
             load(**fields, paths=[str(tmp_path / name)])
+
+
+def test_the_sources_of_the_page_are_valid():
+    page = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
+    table = page.split("### Published shapes\n")[1].split("\n### ")[0]
+    sources = [SourceConfig(**yaml.safe_load(it)) for it in re.findall(r"\| `(\{kind.*\})` \|$", table, re.MULTILINE)]
+    assert len(sources) == 11 and {source.format for source in sources} >= {"llava", "alpaca", "coco"}
