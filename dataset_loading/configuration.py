@@ -27,7 +27,8 @@ _NEEDED_FIELD = {
 }
 # Fields that only some kinds of source read: set on another kind they would silently do nothing.
 _KINDS_OF_FIELD = {
-    "path": ("hub", "imagefolder", "audiofolder", "folder"),
+    "path": ("hub", "imagefolder", "audiofolder", "folder", "files", "chat"),
+    "format": ("hub", "files"),
     "config_name": ("hub",),
     "split": ("hub",),
     "streaming": ("hub", "webdataset"),
@@ -40,6 +41,14 @@ _KINDS_OF_FIELD = {
 }
 # Fields that only documents without media read, and what does the same for those with media.
 _TEXT_ONLY = {"prompt_column": "prompt: '{column}'", "separator": "prompt"}
+# What each format fills in where the config says nothing.
+_COLUMNS_OF_FORMAT = {
+    "llava": {"messages_column": "conversations", "image_column": "image"},
+    "sharegpt": {"messages_column": "conversations"},
+    "alpaca": {"prompt": "{instruction}\n\n{input}", "answer_column": "output"},
+    "coco": {"image_column": "file_name", "text_column": "caption"},
+    "common_voice": {"audio_column": "path", "text_column": "sentence"},
+}
 MAX_WORKERS = 1024
 """Most processes that read data."""
 MAX_GENERATED_ROWS = 10**8
@@ -101,7 +110,13 @@ class SourceConfig:
     weight: float = 1.0
     """Share of this source among the train sources, in blocks (streaming: in documents); above 0, on any scale."""
     path: str | None = field(default=None, metadata={"is_path": True})
-    """hub: dataset name on the Hugging Face hub, or a local folder; imagefolder, audiofolder, folder: the folder."""
+    """hub: dataset name on the Hugging Face hub, or a local folder, also one that `save_to_disk` has written;
+    imagefolder, audiofolder, folder: the folder; files and chat with media: the folder that names of media are relative
+    to, by default that of the file which names them."""
+    format: Literal["llava", "sharegpt", "alpaca", "coco", "common_voice"] | None = None
+    """files, hub: published shape of the rows, which fills in the names of columns that are not set: conversations of
+    LLaVA or ShareGPT, instructions of Alpaca, captions of COCO, or the tables of Common Voice. docs/data.md has more,
+    which are known without it."""
     config_name: str | None = None
     """hub: configuration of the dataset (the `name` argument of `datasets.load_dataset`)."""
     split: str = "train"
@@ -109,8 +124,9 @@ class SourceConfig:
     streaming: bool = False
     """hub, webdataset: read while training instead of downloading or indexing first; the run then needs `max_steps`."""
     paths: list[str] = field(default_factory=list, metadata={"is_path": True})
-    """files: paths and glob patterns ending in .txt (one document a file), .jsonl or .parquet; webdataset: in .tar;
-    chat: in .json, .jsonl or .parquet."""
+    """files: paths and glob patterns ending in .txt (one document a file), .jsonl, .json, .csv, .tsv or .parquet;
+    webdataset: in .tar; chat: in .json, .jsonl or .parquet. Texts may be compressed (.jsonl.gz), and `{000..009}` is a
+    range of numbers."""
     task: str | None = None
     """generated: name of the task, such as `addition`; docs/data.md has them all."""
     num_rows: int = 10_000
@@ -160,7 +176,13 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         self._check_kind()
+        self._fill_in_format()
         self._fill_in_columns()
+        if self.kind == "files" and self.path is not None and not self.is_media:
+            raise ValueError(
+                f"path is {self.path!r}, but files of texts name no media; set image_column, audio_column or "
+                "messages_column, or remove it"
+            )
         if self.is_media:
             self._check_media()
         if self.direction is not None and not self.has_media:
@@ -211,6 +233,13 @@ class SourceConfig:
     def _is_set(self, name: str) -> bool:
         default = {"paths": [], "media_columns": {}}.get(name, type(self).__dataclass_fields__[name].default)
         return getattr(self, name) != default
+
+    def _fill_in_format(self) -> None:
+        if self.format is not None and self.format not in _COLUMNS_OF_FORMAT:
+            raise ValueError(f"format is {self.format!r}, unknown; choose one of {', '.join(_COLUMNS_OF_FORMAT)}")
+        for name, value in _COLUMNS_OF_FORMAT.get(self.format, {}).items():
+            if not self._is_set(name):
+                setattr(self, name, value)
 
     def _fill_in_columns(self) -> None:
         """Fill in default columns of the kind of source, and in `media_columns` those that have their own field."""
@@ -305,6 +334,11 @@ class SourceConfig:
         return is_chat or self.has_media or (self.kind == "generated" and get_task(self.task).is_chat)
 
     @property
+    def defaults(self) -> dict[str, object]:
+        """The columns that rows of the format may lack, with what they then hold."""
+        return {"llava": {self.image_column: None}, "alpaca": {"input": ""}}.get(self.format, {})
+
+    @property
     def named_columns(self) -> dict[str, str]:
         """The columns of media that have a field of their own, with their modalities."""
         columns = {self.image_column: "image", self.audio_column: "audio"}
@@ -356,11 +390,12 @@ class SourceConfig:
             return self.task
         if self.kind == "hub":
             return Path(self.path).name
-        if self.path is not None:
+        if not self.paths:
             names = [name for name in Path(self.path).parts if name not in _NAMES_OF_SPLITS]
             return names[-1]
         path = Path(self.paths[0])
-        plain = [part for part in (*path.parent.parts, path.stem) if not set(part) & set("*?[/")]
+        stem = Path(path.stem).stem if path.suffix == ".gz" else path.stem
+        plain = [part for part in (*path.parent.parts, stem) if not set(part) & set("*?[/{")]
         return plain[-1] if plain else "files"
 
 

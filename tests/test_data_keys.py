@@ -177,7 +177,9 @@ def test_the_keys_of_others_are_named(tmp_path):
     path = write(tmp_path, [{"conversations": talk}])
     with pytest.raises(ValueError, match=r"no column 'messages' .*; set messages_column: conversations"):
         build(SourceConfig("chat", paths=[path]), chat_tokenizer(), max_invalid_rows=0)
-    with pytest.raises(ValueError, match="'from' and 'value', as ShareGPT writes it; rename them to role and content"):
+    talk[0]["from"] = "somebody"
+    path = write(tmp_path, [{"conversations": talk}])
+    with pytest.raises(ValueError, match="a message is from 'somebody', none of human, user, gpt"):
         build(SourceConfig("chat", paths=[path], messages_column="conversations"), chat_tokenizer(), max_invalid_rows=0)
 
 

@@ -446,7 +446,8 @@ def test_a_chat_template_that_leaves_out_media_is_refused(tmp_path):
     ("fields", "message"),
     [
         ({"kind": "imagefolder"}, "a source of kind imagefolder needs path"),
-        ({"kind": "chat", "path": "x", "paths": ["y"]}, "path is 'x', but a source of kind chat does not read it"),
+        ({"kind": "files", "path": "x", "paths": ["y"]}, "path is 'x', but files of texts name no media"),
+        ({"kind": "chat", "format": "llava", "paths": ["y"]}, "format is 'llava', but a source of kind chat does not"),
         ({"kind": "webdataset", "paths": ["a.tar"]}, "needs image_column or audio_column"),
         ({"kind": "imagefolder", "path": "x", "prompt_column": "q"}, r"use prompt: '\{column\}'"),
         ({"kind": "files", "paths": ["a.jsonl"], "prompt": "x"}, "prompt is 'x', which all rows would ask"),

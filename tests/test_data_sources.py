@@ -153,7 +153,7 @@ def test_a_txt_file_that_is_not_utf8_is_a_bad_row(tmp_path):
         ("missing.txt", "no file '{path}' (from "),
         ("missing/*.jsonl", "no file '{path}' (from "),
         ("folder", "'{path}' is a folder; name its files"),
-        ("table.csv", "format of '{path}' is unknown; use one of .txt, .jsonl, .parquet"),
+        ("table.xml", "format of '{path}' is unknown; use one of .txt, .jsonl, .parquet"),
         ("broken.parquet", "'{path}' is not a parquet file"),
         ("other.parquet", "'{path}' has no column 'text', only body; correct it"),
         ("empty.jsonl", "source 'empty' has no usable rows: it has none"),
@@ -163,7 +163,7 @@ def test_a_txt_file_that_is_not_utf8_is_a_bad_row(tmp_path):
 def test_errors_name_the_path(tmp_path, name, message):
     """A missing, unreadable or empty file."""
     (tmp_path / "folder").mkdir()
-    (tmp_path / "table.csv").write_text("text\n")
+    (tmp_path / "table.xml").write_text("text\n")
     (tmp_path / "broken.parquet").write_text("PAR1 and no more")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "other.parquet")
     (tmp_path / "empty.jsonl").write_text("")

@@ -26,9 +26,11 @@ from .media_columns import (
     checked_row,
     folder_of,
     label_names,
+    media_folder,
     named_references,
     needed_columns,
     plain_rows,
+    required_columns,
     stored_cells,
     table_columns,
     used_columns,
@@ -39,14 +41,15 @@ from .references import ArrowRow, Reference, UnusableRow, fingerprint
 from .tables import (
     CHECKED_AT_ONCE,
     PARQUET_ERRORS,
-    READERS,
     RowsInFolders,
     check_columns,
     columns_of_stream,
     expand_paths,
+    format_of,
     load_hub,
     map_in_memory,
     open_parquet,
+    read_rows,
 )
 from .tars import read_tar
 
@@ -77,7 +80,7 @@ def load_conversations(
         rows = _of_table(source, load_hub(source), None, folder_of(source), bad_rows, limit)
     elif source.kind == "files" and _are_parquet(source):
         tables = [(path, _parquet_table(path)) for path in expand_paths(source)]
-        parts = [_of_table(source, table, path, path.parent, bad_rows, limit) for path, table in tables]
+        parts = [_of_table(source, table, path, media_folder(source, path), bad_rows, limit) for path, table in tables]
         rows = concatenate_datasets(parts)
     else:
         rows = _of_rows(source, bad_rows, limit)
@@ -91,7 +94,7 @@ def open_conversations(source: SourceConfig) -> IterableDataset:
         return IterableDataset.from_generator(_stream_tars, gen_kwargs={"paths": paths, "source": source})
     stream = load_hub(source)
     stream = stream.decode(False) if stream.features else stream
-    check_columns(source, needed_columns(source), columns_of_stream(stream))
+    check_columns(source, required_columns(source), columns_of_stream(stream))
     names = label_names(stream.features or {})
     return stream.map(with_label_names, fn_kwargs={"names": names}) if names else stream
 
@@ -156,7 +159,7 @@ def conversation_of(
     Raises:
         UnusableRow: A column is missing, empty or of a wrong type.
     """
-    used = used_columns(source)
+    row, used = source.defaults | row, used_columns(source)
     if reason := reason_against_columns(row, (*used, *SYSTEM_COLUMNS), source.messages_column is not None):
         raise UnusableRow(reason)
     return with_system(_messages_of(source, row, attached, folder, number), row, used)
@@ -181,6 +184,7 @@ def _messages_of(
     if (says_text or is_asked_itself) and (reason := reason_against(row, (column,))):
         raise UnusableRow(reason)
     question = row[column] if is_asked_itself else fill_template(prompt or "", row)
+    question = question.rstrip() if source.format == "alpaca" else question  # where the input is empty
     if (asks_text or not direction.given) and not question.strip():
         raise UnusableRow(f"the prompt {prompt!r} is empty for it")
     given, shown = (
@@ -247,6 +251,7 @@ def _of_row(
 ) -> list[dict]:
     if reason is not None:
         raise UnusableRow(reason)
+    row = source.defaults | row
     columns = source.media_columns_of(number)
     attached = {kind: named_references(kind, column, row, folder) for column, kind in columns.items()}
     return conversation_of(source, row, attached, folder, number)
@@ -254,8 +259,9 @@ def _of_row(
 
 def _read_files(source: SourceConfig) -> RowsInFolders:
     for path in expand_paths(source):
-        for where, row, reason in READERS[path.suffix](path, tuple(needed_columns(source))):
-            yield where, row, reason, path.parent
+        folder = media_folder(source, path)
+        for where, row, reason in read_rows(path, tuple(needed_columns(source))):
+            yield where, row, reason, folder
 
 
 def _read_tars(source: SourceConfig) -> RowsInFolders:
@@ -281,11 +287,11 @@ _READERS = {"files": _read_files, "chat": _read_files, "webdataset": _read_tars}
 
 
 def _are_parquet(source: SourceConfig) -> bool:
-    suffixes = {path.suffix for path in expand_paths(source)}
-    if ".txt" in suffixes or len(suffixes) > 1:
+    suffixes = {format_of(path) for path in expand_paths(source)}
+    if ".txt" in suffixes or (".parquet" in suffixes and len(suffixes) > 1):
         raise ValueError(
-            f"source {source.label!r} has files {', '.join(sorted(suffixes))}; of conversations, all are .jsonl or "
-            ".parquet"
+            f"source {source.label!r} has files {', '.join(sorted(suffixes))}; of conversations, all are "
+            ".jsonl, .json, .csv and .tsv, or all are .parquet"
         )
     return suffixes == {".parquet"}
 
@@ -303,7 +309,7 @@ def _of_table(
     source: SourceConfig, table: Dataset, path: Path | None, folder: Path | None, bad_rows: BadRows, limit: int | None
 ) -> Dataset:
     """Conversations whose media stand, undecoded, in columns of their own rows, one for each row of the table."""
-    check_columns(source, needed_columns(source), table.column_names)
+    check_columns(source, required_columns(source), table.column_names)
     table = table.select_columns(table_columns(source, table.column_names)).with_format("arrow")
     table = table if limit is None else table.take(min(limit, len(table)))
     texts = [column for column in table.column_names if column not in source.media_columns]

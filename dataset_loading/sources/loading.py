@@ -11,7 +11,7 @@ from ..bad_rows import BadRows, checked_columns, reason_against, reason_against_
 from ..configuration import DataConfig, SourceConfig
 from ..tasks.base import Role
 from .conversations import conversations_of_stream, load_conversations, open_conversations, rows_of_task
-from .tables import CHECKED_AT_ONCE, READERS, Rows, check_columns, columns_of_stream, expand_paths, load_hub
+from .tables import CHECKED_AT_ONCE, Rows, check_columns, columns_of_stream, expand_paths, load_hub, read_rows
 
 
 def columns_of(source: SourceConfig) -> dict[str, str]:
@@ -48,7 +48,7 @@ def load_rows(
         return rows_of_task(source, role, config, seed, limit)
     elif source.kind == "files":
         columns = tuple(columns_of(source))
-        read = (row for path in expand_paths(source) for row in READERS[path.suffix](path, columns))
+        read = (row for path in expand_paths(source) for row in read_rows(path, columns))
         rows = _usable_texts(source, read, bad_rows)
     else:
         rows = _read_hub(source, bad_rows, limit)

@@ -33,6 +33,12 @@ def needed_columns(source: SourceConfig) -> list[str]:
     return list(dict.fromkeys(columns))
 
 
+def required_columns(source: SourceConfig) -> list[str]:
+    """The needed columns of a table, without those that rows of its format may lack."""
+    optional = source.defaults.keys() - source.media_columns.keys()
+    return [column for column in needed_columns(source) if column not in optional]
+
+
 def used_columns(source: SourceConfig) -> list[str]:
     """The columns that are read for a source, or by another pass over it."""
     return [*needed_columns(source), *filter(None, [source.rejected_column])]
@@ -41,7 +47,8 @@ def used_columns(source: SourceConfig) -> list[str]:
 def table_columns(source: SourceConfig, found: list[str]) -> list[str]:
     """The needed columns, and those that tell whether a row may be learned from by them."""
     checked = checked_columns(used_columns(source), source.messages_column is not None)
-    return list(dict.fromkeys([*needed_columns(source), *sorted(checked.intersection(found))]))
+    needed = (column for column in needed_columns(source) if column in found)
+    return list(dict.fromkeys([*needed, *sorted(checked.intersection(found))]))
 
 
 def named_references(kind: str, column: str, row: dict[str, object], folder: Path | None) -> list[dict]:
@@ -144,6 +151,15 @@ def attached_references(
         else:
             references.append(Reference(type=kind, column=column, item=item))
     return references
+
+
+def media_folder(source: SourceConfig, path: Path) -> Path:
+    """The folder that the names in a file of rows are relative to."""
+    if source.path is None:
+        return path.parent / "clips" if source.format == "common_voice" else path.parent
+    if not os.path.isdir(source.path):
+        raise ValueError(f"source {source.label!r}: {source.path!r} is no folder; correct the path")
+    return Path(source.path)
 
 
 def folder_of(source: SourceConfig) -> Path | None:

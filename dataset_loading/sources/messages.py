@@ -16,6 +16,16 @@ from ..bad_rows import FIXES, reason_against, reason_against_part, system_of
 from .references import Reference, UnusableRow, reference_to
 
 _COLUMN = re.compile(r"\{(\w+)\}")
+ROLES_OF_SHAREGPT = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""Whom `from` names, by role."""
 
 
 def answer_to(given: Sequence[dict], prompt: str, answer: str, shown: Sequence[dict] = ()) -> list[dict]:
@@ -49,12 +59,7 @@ def parse_messages(
         UnusableRow: These are no messages, a part is of an unknown type, an item of media is missing or left over,
             there is nothing to learn, or another key changes what is to be learned.
     """
-    for message in value if isinstance(value, list) else ():
-        if isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message:
-            raise UnusableRow(
-                "a message has 'from' and 'value', as ShareGPT writes it; rename them to role and content, and in role "
-                "human to user and gpt to assistant"
-            )
+    value = [_with_role(message) for message in value] if isinstance(value, list) else value
     try:
         check_messages(value, learns_all=loss_on == "all", fixes=FIXES)
         value, left = place_items(value, attached)
@@ -76,6 +81,20 @@ def parse_messages(
         if not (text_of(message).strip() or media_of([message])):
             raise UnusableRow(f"a message ({message['role']}) is empty")
     return messages
+
+
+def _with_role(message: object) -> object:
+    """A message with `from` and `value`, as ShareGPT and LLaVA write it, with role and content."""
+    if not (isinstance(message, dict) and {"from", "value"} <= message.keys() and "role" not in message):
+        return message
+    role = ROLES_OF_SHAREGPT.get(message["from"]) if isinstance(message["from"], str) else None
+    if role is None:
+        raise UnusableRow(
+            f"a message is from {message['from']!r:.80}, none of {', '.join(ROLES_OF_SHAREGPT)}; rename it, or write "
+            "role and content"
+        )
+    others = {key: item for key, item in message.items() if key not in ("from", "value")}
+    return {"role": role, "content": message["value"], **others}
 
 
 def _parse_message(message: dict, waiting: dict[str, list[dict]], folder: Path | None) -> dict:

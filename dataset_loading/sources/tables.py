@@ -3,11 +3,15 @@
 import codecs
 import csv
 import glob
+import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -28,6 +32,9 @@ from .texts import (
     check_utf8,
     decode_text,
     list_items,
+    lists_in_object,
+    open_bytes,
+    open_text,
     too_long,
 )
 
@@ -42,6 +49,10 @@ PARQUET_ERRORS = (
 """What pyarrow and datasets raise of damaged files, and of what they say about their columns."""
 CHECKED_AT_ONCE = 1000
 """Rows of a table that are in memory at the same time."""
+_SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes, and no builder reads
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MOST_OF_RANGE = 100_000
+_HEAD_CHARACTERS = 4096
 _BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
 # A reader yields (where, row, None), or (where, {}, reason) for what cannot be read as a row.
 Rows = Iterator[tuple[str, dict[str, object], str | None]]
@@ -51,14 +62,14 @@ RowsInFolders = Iterator[tuple[str, dict[str, object], str | None, Path | None]]
 
 
 def expand_paths(source: SourceConfig) -> list[Path]:
-    """The files that `source.paths` names, patterns expanded, each once, whatever names it has, in the order of the
-    config, then of the names.
+    """The files that `source.paths` names, patterns and ranges such as `{000..009}` expanded, each once, whatever names
+    it has, in the order of the config, then of the names.
 
     Raises:
         ValueError: A path or pattern names no file, or a file of an unknown format.
     """
     found: dict[Path, Path] = {}
-    for path in source.paths:
+    for path in (name for given in source.paths for name in _expand_range(given)):
         matches = _matches(Path(path))
         if os.path.isdir(path):
             raise ValueError(
@@ -70,11 +81,46 @@ def expand_paths(source: SourceConfig) -> list[Path]:
             found.setdefault(match.resolve(), match)
     known = FORMATS[source.kind]
     for path in found.values():
-        if path.suffix not in known:
+        if format_of(path) not in known or (path.suffix == ".gz" and format_of(path) not in _UNPACKED):
             raise ValueError(
                 f"source {source.label!r}: format of {str(path)!r} is unknown; use one of {', '.join(known)}"
             )
     return list(found.values())
+
+
+def format_of(path: Path) -> str:
+    """The ending that says the format of a file, by which `READERS` has its reader; of one of gzip that in front."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _expand_range(path: str) -> list[str]:
+    """The names that a range of numbers stands for, as WebDataset writes it; what exists is taken by its name."""
+    found = _RANGE.search(path)
+    if found is None or os.path.exists(path):
+        return [path]
+    first, last = int(found[1]), int(found[2])
+    if not 0 <= last - first < _MOST_OF_RANGE:
+        raise ValueError(
+            f"the range {found[0]} of {path!r} has {last - first + 1} files; give the smaller number first, and "
+            f"at most {_MOST_OF_RANGE} files"
+        )
+    names = (f"{path[: found.start()]}{it:0{len(found[1])}}{path[found.end() :]}" for it in range(first, last + 1))
+    return [name for expanded in names for name in _expand_range(expanded)]
+
+
+def read_rows(path: Path, columns: tuple[str, ...]) -> "Rows":
+    """The rows of a file of any format in `READERS`.
+
+    Args:
+        columns: Columns that its rows must have.
+
+    Raises:
+        ValueError: The file cannot be read, or a table has no such column.
+    """
+    try:
+        yield from READERS[format_of(path)](path, columns)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{str(path)!r} is no whole file of gzip: {one_line(error)}; write it again") from error
 
 
 def _matches(path: Path) -> list[Path]:
@@ -103,10 +149,13 @@ def _read_txt(path: Path, columns: tuple[str, ...]) -> Rows:
     """The whole file is one row; its bytes are kept as they are, line ends included, but for a byte-order mark."""
     if len(columns) != 1:
         raise ValueError(
-            f"{str(path)!r} is plain text and has no columns {', '.join(columns)}; use .jsonl or .parquet for answers"
+            f"{str(path)!r} is plain text and has no columns {', '.join(columns)}; use .jsonl, .csv or .parquet "
+            "for answers"
         )
     is_read = path.stat().st_size <= MAX_TEXT_FILE_BYTES
-    text, reason = _decode(path.read_bytes(), MAX_TEXT_FILE_BYTES) if is_read else ("", too_long(MAX_TEXT_FILE_BYTES))
+    with open_bytes(path) as file:
+        raw = file.read(MAX_TEXT_FILE_BYTES + 1) if is_read else b""
+    text, reason = _decode(raw, MAX_TEXT_FILE_BYTES) if is_read else ("", too_long(MAX_TEXT_FILE_BYTES))
     yield f"{path} row 1", {columns[0]: text}, reason
 
 
@@ -114,7 +163,7 @@ def _read_jsonl(path: Path, columns: tuple[str, ...]) -> Rows:
     """One row a line, read one by one so that a damaged line costs itself only; blank lines are no rows."""
     check_utf8(path, whole=False)
     is_checked = False
-    with path.open("rb") as lines:
+    with open_bytes(path) as lines:
         for number, raw in enumerate(bounded_lines(lines), start=1):
             if not raw.strip(_BLANK):
                 continue
@@ -213,11 +262,15 @@ def _values_of(table: pq.ParquetFile, path: Path, columns: tuple[str, ...]) -> I
         raise ValueError(f"{str(path)!r} is damaged: {one_line(error)}; write it again") from error
 
 
-def _read_csv(path: Path, columns: tuple[str, ...]) -> Rows:
-    """One row a line, all values text; the first line names the columns."""
+def read_csv(path: Path, columns: tuple[str, ...], names: Sequence[str] | None = None, **dialect: Any) -> Rows:
+    """One row a line, all values text; the first line names the columns, if `names` do not.
+
+    Args:
+        dialect: Arguments of `csv.reader`.
+    """
     check_utf8(path)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        reader = csv.DictReader(map(_checked_line, bounded_lines(lines)))
+    with open_text(path, errors="surrogateescape", newline="") as lines:
+        reader = csv.DictReader(map(_checked_line, bounded_lines(lines)), names, **dialect)
         try:
             for row in reader:
                 reason = "more values than there are columns" if None in row else None
@@ -233,35 +286,64 @@ def _checked_line(line: str) -> str:
 
 
 def _read_json(path: Path, columns: tuple[str, ...]) -> Rows:
-    """One row an item of the list that the file is; raises ValueError for a file that is none."""
+    """One row an item of the list that the file is, or a caption of COCO; raises ValueError for a file that is none."""
     check_utf8(path, whole=False)
     try:
-        for number, row in enumerate(list_items(path), start=1):
+        for number, row in enumerate(_coco_captions(path) or list_items(path), start=1):
             reason = None if isinstance(row, dict) else f"not a JSON object but {type(row).__name__}"
             yield f"{path} item {number}", row if reason is None else {}, reason
     except NoListError as error:
-        raise ValueError(f"{str(path)!r} {error}; write a list of objects, or .jsonl") from error
+        raise ValueError(
+            f"{str(path)!r} {error}; write a list of objects, images and annotations as COCO has them, or .jsonl"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not usable JSON: {error}; repair it or write .jsonl") from error
+
+
+def _coco_captions(path: Path) -> Iterator[object] | None:
+    """The annotations of a file of COCO, each with the columns of its image; None: it is no such file."""
+    with open_text(path) as file:
+        if not file.read(_HEAD_CHARACTERS).lstrip().startswith("{"):
+            return None
+    images: dict[object, dict] = {}
+    keys = set()
+    for key, item in lists_in_object(path):
+        keys.add(key)
+        if key == "images" and isinstance(item, dict) and isinstance(item.get("id"), (int, str)):
+            images[item["id"]] = item
+    if not {"images", "annotations"} <= keys:
+        return None
+    annotations = (item for key, item in lists_in_object(path) if key == "annotations")
+    return (_with_image(item, images) for item in annotations)
+
+
+def _with_image(annotation: object, images: Mapping[object, dict]) -> object:
+    """An annotation behind the columns of its image; without them where the file has no such image."""
+    number = annotation.get("image_id") if isinstance(annotation, dict) else None
+    return images.get(number, {}) | annotation if isinstance(number, (int, str)) else annotation
 
 
 READERS = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
-    ".csv": _read_csv,
+    ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t", quoting=csv.QUOTE_NONE),
     ".json": _read_json,
 }
 FORMATS = {
-    "files": (".txt", ".jsonl", ".parquet"),
+    "files": (".txt", ".jsonl", ".parquet", ".json", ".csv", ".tsv"),
     "chat": (".json", ".jsonl", ".parquet"),
     "webdataset": (".tar",),
 }
 """Formats of files, by the kinds of source that have `paths`."""
+_UNPACKED = (".txt", ".jsonl", ".json", ".csv", ".tsv")  # those that may be files of gzip
 
 
 def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
     try:
+        if any(os.path.isfile(os.path.join(source.path, name)) for name in _SAVED):
+            return _load_saved(source)
         builder = datasets.load_dataset_builder(source.path, name=source.config_name)
         names = [name.rpartition("::")[2] for it in (builder.config.data_files or {}).values() for name in it]
         if others := [name for name in names if not _is_own_file(source, name)]:
@@ -276,6 +358,20 @@ def load_hub(source: SourceConfig) -> Dataset | datasets.IterableDataset:
         for path in sorted(it for it in Path(source.path).rglob("*") if it.suffix in _TEXT_FORMATS and it.is_file()):
             check_utf8(path)
         raise ValueError(f"source {source.label!r}: {source.path!r} cannot be loaded: {reason}") from error
+
+
+def _load_saved(source: SourceConfig) -> Dataset | datasets.IterableDataset:
+    """A dataset that `save_to_disk` has written, alone or as one of several splits."""
+    saved = datasets.load_from_disk(source.path)
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+    if source.split not in splits and not (splits is not saved and source.split == "train"):
+        raise ValueError(
+            f"it has no split {source.split!r}, only {', '.join(splits)}, which are read whole; choose one"
+        )
+    rows = splits.get(source.split, next(iter(splits.values())))
+    if others := [file["filename"] for file in rows.cache_files if not _is_own_file(source, file["filename"])]:
+        raise ValueError(f"its file {others[0]!r} is no regular file inside of it; put it there")
+    return rows.to_iterable_dataset() if source.streaming else rows
 
 
 def _is_own_file(source: SourceConfig, name: str) -> bool:

@@ -3,10 +3,12 @@ memory than its beginning. Any other encoding is named, with what to do.
 """
 
 import codecs
+import gzip
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, AnyStr, TextIO
+from typing import IO, AnyStr, BinaryIO, TextIO
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -22,6 +24,16 @@ worst of them becomes objects of 27 times its size."""
 MAX_TEXT_FILE_BYTES = 2**30
 """Most bytes of a file of plain text, which is one document."""
 _PIECE = 2**20
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """A file as it is read, one of gzip unpacked."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def open_text(path: Path, **options: str) -> TextIO:
+    """The same as text of UTF-8 without a byte-order mark; the options are those of `open`."""
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", **options)
 
 
 def decode_text(raw: bytes) -> str:
@@ -41,7 +53,7 @@ def check_utf8(path: Path, whole: bool = True) -> None:
     Args:
         whole: Whether all lines are read, and not the beginning only, by which UTF-16 and UTF-32 are known.
     """
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         encoding = _wide_encoding(file.read(_HEAD_BYTES))
         file.seek(0)
         if encoding is None and whole and _are_single_bytes(iter(lambda: file.readline(_LONGEST_LINE), b"")):
@@ -103,20 +115,49 @@ def list_items(path: Path) -> Iterator[object]:
         NoListError: It is something else.
         ValueError: It is no JSON, or an item is longer than `MAX_ROW_BYTES` characters.
     """
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         reader = _ItemReader(file)
         if reader.next_sign() != "[":
             raise NoListError(f"holds {type(reader.take_value()).__name__}, not a list")
+        yield from _items_of(reader)
+        if reader.next_sign():
+            raise ValueError("there is something behind the list")
+
+
+def lists_in_object(path: Path) -> Iterator[tuple[str, object]]:
+    """The items of the lists in the object that a file of JSON is, each with the key of its list; a value that is no
+    list comes as one item. The memory is that of `list_items`, and so are the errors.
+    """
+    with open_text(path) as file:
+        reader = _ItemReader(file)
+        if reader.next_sign() != "{":
+            raise NoListError("holds no object")
         sign = reader.next_sign(passed=1)
-        while sign != "]":
-            yield reader.take_value()
+        while sign != "}":
+            key = reader.take_value()
+            if not isinstance(key, str) or reader.next_sign() != ":":
+                raise ValueError("a key of the object is no text, or has no value")
+            values = _items_of(reader) if reader.next_sign(passed=1) == "[" else iter([reader.take_value()])
+            for value in values:
+                yield key, value
             sign = reader.next_sign()
-            if sign not in tuple(",]"):
-                raise ValueError("an item is not followed by a comma or the end of the list")
+            if sign not in tuple(",}"):
+                raise ValueError("a value is not followed by a comma or the end of the object")
             if sign == ",":
                 reader.next_sign(passed=1)
-        if reader.next_sign(passed=1):
-            raise ValueError("there is something behind the list")
+
+
+def _items_of(reader: "_ItemReader") -> Iterator[object]:
+    """The items of the list that comes next, which is then passed over."""
+    sign = reader.next_sign(passed=1)
+    while sign != "]":
+        yield reader.take_value()
+        sign = reader.next_sign()
+        if sign not in tuple(",]"):
+            raise ValueError("an item is not followed by a comma or the end of the list")
+        if sign == ",":
+            reader.next_sign(passed=1)
+    reader.next_sign(passed=1)
 
 
 class _ItemReader:
@@ -154,6 +195,6 @@ class _ItemReader:
                     raise
                 continue
             length = end - self._place
-            if self._text[end : end + 1] in tuple(", ]\t\r\n") or not self._grow():
+            if self._text[end : end + 1] in tuple(", ]:}\t\r\n") or not self._grow():
                 self._place += length
                 return value
