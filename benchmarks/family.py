@@ -28,6 +28,7 @@ from transformers import Trainer
 from benchmarks.depth_pays import mean_and_interval
 from benchmarks.equal_time import (
     BATCH,
+    DIVERGED,
     ROOT,
     Key,
     Task,
@@ -253,11 +254,13 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = new_figure(5.5 * len(tasks), 5)
     for task, axes in zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
-        of_task = [row for row in rows if row["task"] == task]
+        of_task = [row for row in rows if row["task"] == task and DIVERGED not in row]
         names = list(dict.fromkeys(row["variant"] for row in of_task))
         for title, marker in ((SCORE, "o"), (DEEPER, "x")):
             found = {name: [FIGURES[title](row) for row in of_task if row["variant"] == name] for name in names}
             known = [name for name in names if not any(map(math.isnan, found[name]))]
+            if not known:
+                continue
             means, halves = zip(*(mean_and_interval(found[name]) for name in known), strict=True)
             axes.errorbar(means, list(map(names.index, known)), xerr=halves, fmt=marker, capsize=3, label=title)
         axes.set_yticks(range(len(names)), names)
