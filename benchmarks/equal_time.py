@@ -216,8 +216,8 @@ def tables(
     title: Callable[[dict], str],
     digits: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
-    """A table for each task: means over the seeds, ± half of the 95 % interval; "-" where a seed has no figure. Runs that
-    diverged are left out of the means, and counted in a column if there are any.
+    """A table for each task: means over the seeds, ± half of the 95 % interval; "-" where a seed has no figure. Runs
+    that diverged are left out of the means, and counted in a column if there are any.
 
     Args:
         rows: The rows, of any task and seed.
