@@ -41,6 +41,8 @@ PILOT = 40
 its own, since the depth of an objective may grow within it."""
 BATCH = 64
 """Questions that are answered at a time."""
+DIVERGED = "diverged"
+"""What the row of a run has whose loss was not finite, in place of figures."""
 QUIET = (
     *("--training.eval_strategy", "no", "--training.save_strategy", "no", "--training.report_to", "none"),
     *("--training.recurrence_logging_steps", "0", "--training.disable_tqdm", "true"),
@@ -103,12 +105,15 @@ def has_key(row: dict, key: Key) -> bool:
 
 def run_apart(measure: Callable[..., dict], tasks: Mapping[str, Task], key: Key) -> dict:
     """The row of a key, which `measure` makes of its task, of what is compared, of seed and questions, in a process of
-    its own on one core.
+    its own on one core. The row of a run that diverged says where, and has no figures.
     """
     torch.set_num_threads(1)  # before anything starts threads, which a fork would lack
     name, way, seed, _, questions = key.values()
     datasets_of(tasks[name], seed)
-    return forked(measure, name, way, seed, questions)
+    try:
+        return forked(measure, name, way, seed, questions)
+    except FloatingPointError as error:
+        return key | {DIVERGED: str(error).partition(". ")[0]}
 
 
 def forked(run: Callable[..., Any], *args: Any) -> Any:
@@ -211,7 +216,8 @@ def tables(
     title: Callable[[dict], str],
     digits: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
-    """A table for each task: means over the seeds, ± half of the 95 % interval; "-" where a seed has no figure.
+    """A table for each task: means over the seeds, ± half of the 95 % interval; "-" where a seed has no figure. Runs
+    that diverged are left out of the means, and counted in a column if there are any.
 
     Args:
         rows: The rows, of any task and seed.
@@ -223,17 +229,20 @@ def tables(
     rows, parts = json.loads(json.dumps(list(rows))), []
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task, lines = [row for row in rows if row["task"] == task], []
+        done = [row for row in of_task if DIVERGED not in row]
         for name in dict.fromkeys(row[way] for row in of_task):
-            own = [row for row in of_task if row[way] == name]
+            own, all_seeds = ([row for row in some if row[way] == name] for some in (done, of_task))
             cells = [cell([of(row) for row in own], digits.get(column, 1)) for column, of in figures.items()]
-            lines.append([name, str(len(own)), *cells])
-        parts.append(f"{title(of_task[0])}\n\n{markdown_table([way, 'seeds', *figures], lines)}")
+            lost = [str(len(all_seeds) - len(own))] if len(done) < len(of_task) else []
+            lines.append([name, str(len(all_seeds)), *lost, *cells])
+        columns = [way, "seeds", *([DIVERGED] if len(done) < len(of_task) else []), *figures]
+        parts.append(f"{title(done[0]) if done else task}\n\n{markdown_table(columns, lines)}")
     return "\n".join(parts)
 
 
 def cell(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and half of the interval; "-" where a value is none."""
-    if any(map(math.isnan, values)):
+    """Mean and half of the interval; "-" where there is no value, or one is none."""
+    if not values or any(map(math.isnan, values)):
         return "-"
     mean, half = mean_and_interval(values)
     return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"

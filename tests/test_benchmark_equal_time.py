@@ -64,3 +64,23 @@ def test_a_run_is_a_process_that_has_the_data_of_its_task_and_says_why_it_failed
 def measure_by_name(*args):
     """What can be sent to another process, which finds the function of the test by its name."""
     return equal_time.measure_here(*args)
+
+
+def test_a_run_that_diverges_has_a_row_and_is_counted(monkeypatch):
+    """It has no figures, so that the mean is that of the others."""
+
+    def measure(name, way, seed, questions):
+        if seed == 1:
+            raise FloatingPointError("At step 200 the loss is nan. Lower the learning rate.")
+        return key(seed) | {"score": 10.0 * (seed + 1)}
+
+    monkeypatch.setattr(equal_time, "measure_here", measure, raising=False)
+    monkeypatch.setattr(equal_time, "datasets_of", lambda task, seed: None)
+    tasks = {"cups": None}
+    rows = [equal_time.run_apart(measure_by_name, tasks, key(seed)) for seed in range(3)]
+    assert rows[1] == key(1) | {"diverged": "At step 200 the loss is nan"}
+    table = equal_time.tables(rows, "objective", {"score": lambda row: row["score"]}, lambda row: "title")
+    assert [part.strip() for part in table.splitlines()[-1].strip("|").split("|")] == ["full", "3", "1", "20.0 ± 127.1"]
+    assert equal_time.tables(rows[1:2], "objective", {"score": lambda row: row["score"]}, str).endswith(
+        "| full | 1 | 1 | - |\n"
+    )
