@@ -89,7 +89,7 @@ def test_exits_are_those_of_a_prompt_that_ends_there():
     """
     model, inputs = tiny_model(), encode_prompt(tiny_tokenizer(), PROMPT)
     _, exits = read_steps(model, inputs, 12, lambda ids: [""] * len(ids))
-    assert set(exits) == set(EXIT_CRITERIA) - {"probe"}
+    assert set(exits) == set(EXIT_CRITERIA) - {"probe", "q_exit"}
     for name in ("kl_divergence", "min_p_kl", "entropy_difference", "argmax_stability"):
         with torch.no_grad():
             expected = model(**inputs, num_steps=12, exits=ExitOptions(name), use_cache=False).exit_steps.item()

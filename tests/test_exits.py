@@ -19,7 +19,7 @@ THRESHOLDS = {
     "cosine": 0.05,
     "argmax_stability": 2,
 }
-CRITERIA = [name for name in EXIT_CRITERIA if name != "probe"]
+CRITERIA = [name for name, criterion in EXIT_CRITERIA.items() if criterion.part is None]
 MOST = 8
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
