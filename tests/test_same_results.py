@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[1]
 KEPT = Path(__file__).parent / "fixtures" / "same_results.json"
 FOR_GPUS = {"any_to_any_base", "recurrent_lm_100m", "recurrent_lm_3b", "recurrent_vlm_base", "recurrent_vlm_zero3"}
 FOR_GPUS |= {"tinystories"}
+OF_OTHERS = {"finetune_retrofit"}  # goes on with a checkpoint of another project
 
 
 def test_every_run_for_a_cpu_is_in_it():
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} - FOR_GPUS == set(RUNS)
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} - FOR_GPUS - OF_OTHERS == set(RUNS)
     kept = json.loads(KEPT.read_text(encoding="utf-8"))
     assert set(kept) == set(RUNS)
     assert all(len(run["losses"]) == same_results.STEPS for run in kept.values())
