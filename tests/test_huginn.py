@@ -195,6 +195,11 @@ CASES = {
         lambda weights: weights.update({"freqs_cis": torch.ones(1, 64, 1, 4, 2)}),
         "not the table of rotations",
     ),
+    "integers": (
+        {},
+        lambda weights: weights.update({"transformer.ln_f.weight": torch.ones(32, dtype=torch.int32)}),
+        "no floating-point numbers in 1 of",
+    ),
     "infinite": ({}, lambda weights: weights["transformer.wte.weight"].fill_(torch.inf), "infinite or no numbers"),
 }
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
-from model.weight_files import FLOATS, check_finite, refuse_weights
+from model.weight_files import check_finite, refuse_weights
 
 from ..checkpoints import blamed_on, check_files, fetch, read_json
 from ..output import whole_folder
@@ -20,7 +20,6 @@ from ..output import whole_folder
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 """A folder without any of these has no tokenizer."""
-LARGEST_SHARD_COUNT = 10_000
 
 
 class ForeignCheckpoint:
@@ -104,8 +103,6 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             if name in found:
                 raise ValueError(f"{name:.80} stands in {path} and in another file of {folder}")
             found[name] = weight
-    wrong = [name for name, weight in found.items() if not (weight.is_floating_point() or "." in name)]
-    refuse_weights(folder, f"has no floating-point numbers ({', '.join(FLOATS)}) in", wrong)
     return found
 
 
@@ -145,7 +142,7 @@ def fill(
     """The model of a configuration with these weights, which it needs all, and no others.
 
     Raises:
-        ValueError: Weights are missing, of another shape, infinite, or left over, also in the source.
+        ValueError: Weights are missing, of another shape, integers, infinite, or left over, also in the source.
     """
     refuse_weights(source.folder, "has unexpected", source.weights)
     if config.tie_word_embeddings:
@@ -156,6 +153,8 @@ def fill(
     refuse_weights(source.folder, "has unexpected", weights.keys() - expected.keys())
     different = [name for name, weight in weights.items() if weight.shape != expected[name].shape]
     refuse_weights(source.folder, "has of another shape", different)
+    integers = [name for name, weight in weights.items() if not weight.is_floating_point()]
+    refuse_weights(source.folder, "has no floating-point numbers in", integers)
     with no_init_weights():
         model = MegaTransformerForCausalLM(config).to(weights["model.embed_tokens.weight"].dtype)
     model.load_state_dict(weights)
