@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 model = retrofit.retrofit(source, parts, args.mean_steps)
             else:
                 model = CONVERTERS[args.command](source)
-            foreign.write(model, source, args.output)
-            write_result(f"written to {args.output}\n")
+            save(model, source.tokenizer(model.config), source.folder, args.output)
         else:
             written, folder = refresh(args.folder, args.output), args.output or args.folder
             if not (folder / "README.md").is_file():
@@ -161,13 +160,16 @@ def check_empty(output: Path, name: str) -> None:
         raise ValueError(f"{name}: {output} is not empty; name another folder.")
 
 
-def save(model: PreTrainedModel, processor: Processor, folder: Path, output: Path) -> None:
-    """Write a model that was made of the checkpoint in a folder, with a card that says where its data came from."""
+def save(model: PreTrainedModel, processor: Processor | None, folder: Path, output: Path) -> None:
+    """Write a model that was made of the checkpoint in a folder, with a card that says where its data came from, and
+    its processor, if it has one.
+    """
     path = find_run_config(folder)
     run = path and load_run_config(path)
     with whole_folder(output) as made:
         model.save_pretrained(made)
-        processor.save_pretrained(made)
+        if processor is not None:
+            processor.save_pretrained(made)
         model_card(output, model, run and run.resolved, run and sources_of(run.data)).save(made / "README.md")
     write_result(f"written to {output}\n")
 

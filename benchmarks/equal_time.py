@@ -42,7 +42,7 @@ its own, since the depth of an objective may grow within it."""
 BATCH = 64
 """Questions that are answered at a time."""
 DIVERGED = "diverged"
-"""What the row of a run has whose loss was not finite, in place of figures."""
+"""The key under which the row of a run whose loss was not finite says where, in place of figures."""
 QUIET = (
     *("--training.eval_strategy", "no", "--training.save_strategy", "no", "--training.report_to", "none"),
     *("--training.recurrence_logging_steps", "0", "--training.disable_tqdm", "true"),
@@ -87,11 +87,16 @@ def build_parser(name: str, description: str, tasks: Iterable[str], way: str, wa
 
 
 def run_missing(keys: Sequence[Key], path: Path, run: Callable[[Key], dict]) -> list[dict]:
-    """The rows of these keys, after those that the file lacks have been added to it, each as soon as it is there."""
+    """The rows of these keys, after those that the file lacks have been added to it, each as soon as it is there. The
+    row of a run that diverged says where, and has no figures.
+    """
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     for key in keys:
         if not any(has_key(row, key) for row in rows):
-            rows.append(run(key))
+            try:
+                rows.append(run(key))
+            except FloatingPointError as error:
+                rows.append(key | {DIVERGED: str(error).partition(". ")[0]})
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as file:
                 file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
@@ -105,15 +110,12 @@ def has_key(row: dict, key: Key) -> bool:
 
 def run_apart(measure: Callable[..., dict], tasks: Mapping[str, Task], key: Key) -> dict:
     """The row of a key, which `measure` makes of its task, of what is compared, of seed and questions, in a process of
-    its own on one core. The row of a run that diverged says where, and has no figures.
+    its own on one core.
     """
     torch.set_num_threads(1)  # before anything starts threads, which a fork would lack
     name, way, seed, _, questions = key.values()
     datasets_of(tasks[name], seed)
-    try:
-        return forked(measure, name, way, seed, questions)
-    except FloatingPointError as error:
-        return key | {DIVERGED: str(error).partition(". ")[0]}
+    return forked(measure, name, way, seed, questions)
 
 
 def forked(run: Callable[..., Any], *args: Any) -> Any:

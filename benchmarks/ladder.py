@@ -26,6 +26,7 @@ import yaml
 
 from benchmarks.depth_pays import mean_and_interval
 from benchmarks.equal_time import (
+    DIVERGED,
     ROOT,
     Key,
     Task,
@@ -125,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = {(size, arm): flags_of(task, size, arm) for size in ladder.sizes for arm in ARMS}
     keys = [key_of(task, *key) for key in places(ladder)]
     rows = run_missing(keys, args.output, lambda key: run(task, options, key))
+    for row in (row for row in rows if DIVERGED in row):
+        sys.stderr.write(f"{row['arm']} of width {row['size']}, seed {row['seed']}, is left out: {row[DIVERGED]}\n")
+    rows = [row for row in rows if DIVERGED not in row]
     sys.stdout.write(report(rows))
     if args.plot is not None:
         plot(rows, args.plot)

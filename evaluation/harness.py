@@ -337,7 +337,9 @@ def prepare(task: Any, num_fewshot: int | None) -> None:
 
 
 def forget_responses(task: Any) -> Callable[..., None]:
-    """What to do in the place of building the requests of a task that has them: take their responses out."""
+    """A function in the place of the one that builds the requests of a task, for one that has them: it takes their
+    responses out.
+    """
 
     def forget(**options: Any) -> None:
         for request in task.instances:

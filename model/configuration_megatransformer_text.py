@@ -131,7 +131,7 @@ class StrictConfig(PreTrainedConfig):
 
     @classmethod
     def with_flat(cls, config_dict: dict[str, Any], flat: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-        """The same with fields of its `RecurrenceConfig` that were given flat, in their one place. ValueError for one
+        """The config with fields of its `RecurrenceConfig` that were given flat in their one place. ValueError for one
         that would have no effect beside the other arguments of `from_pretrained`, or that asks for other weights.
         """
         *outer, last = cls.path_of_recurrence

@@ -136,6 +136,7 @@ def test_the_gate_ends_the_iteration_where_it_does_there(converted, decoding):
     ("change", "reason"),
     [
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling in"),
+        ({"rope_parameters": ["default"]}, "rope_parameters in"),
         ({"model_type": "llama"}, "model_type in"),
         ({"total_ut_steps": 0}, "mean_steps"),
         ({"hidden_size": 40}, "of another shape"),

@@ -139,6 +139,17 @@ def test_what_cannot_be_kept_is_refused_in_one_line(tmp_path, capsys, case):
     assert reason in line
 
 
+def test_a_damaged_configuration_is_one_line(tmp_path, capsys):
+    folder = tmp_path / "theirs"
+    save(folder, CONFIGS["llama"](True))
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"hidden_size": 32', '"hidden_size": "wide"'))
+    with pytest.raises(SystemExit) as error:
+        convert.main(["retrofit", str(folder), str(tmp_path / "ours"), *ALL])
+    assert error.value.code == 2 and not (tmp_path / "ours").exists()
+    assert "config.json is no configuration of llama (" in capsys.readouterr().err
+
+
 def test_an_unknown_architecture_is_named(tmp_path, capsys):
     folder = tmp_path / "theirs"
     save(folder, CONFIGS["llama"](True))

@@ -32,7 +32,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def open_text(path: Path, **options: str) -> TextIO:
-    """The same as text of UTF-8 without a byte-order mark; the options are those of `open`."""
+    """A file as text of UTF-8 without a byte-order mark, one of gzip unpacked; the options are those of `open`."""
     return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", **options)
 
 

@@ -14,10 +14,9 @@ from transformers.initialization import no_init_weights
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
 from model.weight_files import check_finite, refuse_weights
 
-from ..checkpoints import blamed_on, check_files, fetch, read_json
-from ..output import whole_folder
+from ..checkpoints import blamed_on, check_files, fetch, has_weights, read_json, weight_files
 
-SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
+PICKLED = "pytorch_model.bin"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 """A folder without any of these has no tokenizer."""
 
@@ -40,8 +39,7 @@ class ForeignCheckpoint:
         if not (self.folder / "config.json").is_file():
             raise FileNotFoundError(f"{self.folder} has no config.json: give the folder of a checkpoint")
         check_files(self.folder)
-        self.config = read_json(self.folder / "config.json")
-        self.weights = read_weights(self.folder)
+        self.config, self.weights = read_json(self.folder / "config.json"), read_weights(self.folder)
 
     def option(self, name: str, kind: type | tuple[type, ...] = int, default: Any = None) -> Any:
         """An entry of the configuration. ValueError: it is missing without a default, or of another type."""
@@ -108,20 +106,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def weight_paths(folder: Path) -> list[Path]:
     """The files of the weights."""
-    for name in (SAFE, PICKLED):
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            files = read_json(index).get("weight_map")
-            if not isinstance(files, dict) or not files or not all(isinstance(it, str) for it in files.values()):
-                raise ValueError(f"{index} has no weight_map from weights to files")
-            names = sorted(set(files.values()))
-            outside = [it for it in names if Path(it).name != it or not it.endswith(Path(name).suffix)]
-            if outside:
-                raise ValueError(f"{index} names {outside[0]!r:.80}, which is no file of weights beside it")
-            return [folder / it for it in names]
-    raise FileNotFoundError(f"{folder} has no weights ({SAFE} or {PICKLED}, or their index)")
+    if has_weights(folder):
+        return [folder / name for name in weight_files(folder)]
+    if (folder / PICKLED).is_file():
+        return [folder / PICKLED]
+    raise FileNotFoundError(f"{folder} has no weights: neither safetensors nor one {PICKLED}; save it as safetensors")
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -160,12 +149,3 @@ def fill(
     model.load_state_dict(weights)
     check_finite(source.folder, model)
     return model.eval()
-
-
-def write(model: MegaTransformerForCausalLM, source: ForeignCheckpoint, output: Path) -> None:
-    """Write the model, and the tokenizer if there is one, to a folder that is empty or new: all, or nothing."""
-    tokenizer = source.tokenizer(model.config)
-    with whole_folder(output) as made:
-        model.save_pretrained(made)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(made)

@@ -14,7 +14,7 @@ CLOSE = 1e-3
 
 
 def convert_huginn(source: ForeignCheckpoint) -> MegaTransformerForCausalLM:
-    """The same model in our names: for the same initial state it has the same logits.
+    """The model of a checkpoint in our names: for the same initial state it has the same logits.
 
     Raises:
         ValueError: The checkpoint is of another architecture, or its weights do not fit its configuration.

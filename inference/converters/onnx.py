@@ -22,7 +22,7 @@ CLOSE = 1e-4
 
 
 class Program(nn.Module):
-    """What is exported: ids and mask, (batch, sequence) of int64 each, to logits, (batch, sequence, vocab)."""
+    """The function that is exported: ids and mask, (batch, sequence) of int64, to logits, (batch, sequence, vocab)."""
 
     def __init__(self, model: MegaTransformerForCausalLM, num_steps: int | None):
         super().__init__()

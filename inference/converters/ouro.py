@@ -18,7 +18,7 @@ GATE = "model.early_exit_gate"
 
 
 def convert_ouro(source: ForeignCheckpoint) -> MegaTransformerForCausalLM:
-    """The same model in our names; its gate for exits becomes the criterion "q_exit".
+    """The model of a checkpoint in our names; its gate for exits becomes the criterion "q_exit".
 
     Raises:
         ValueError: The checkpoint is of another architecture, or its weights do not fit its configuration.
@@ -41,7 +41,7 @@ def ouro_config(source: ForeignCheckpoint) -> MegaTransformerTextConfig:
     source.expect(
         model_type="ouro", hidden_act="silu", use_sliding_window=False, attention_bias=False, rope_scaling=None
     )
-    rope = source.config.get("rope_parameters") or {}
+    rope = source.option("rope_parameters", dict, default={})
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_parameters in {source.folder / 'config.json'} scale positions, which is not supported")
     heads, steps = source.option("num_attention_heads"), source.option("total_ut_steps")

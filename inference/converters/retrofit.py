@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
 
+from ..checkpoints import blamed_on
 from .foreign import ForeignCheckpoint, fill
 from .llama_layers import head, llama_layer
 
@@ -56,7 +57,8 @@ def retrofit(source: ForeignCheckpoint, parts: Mapping[str, range], mean_steps: 
             f"{source.folder} has model_type {name!r:.60}, of which no recurrent model can be made; known are "
             f"{', '.join(ARCHITECTURES)}"
         )
-    theirs = CONFIG_MAPPING[name].from_dict(source.config)
+    with blamed_on(f"{source.folder / 'config.json'} is no configuration of {name}", "use another checkpoint"):
+        theirs = CONFIG_MAPPING[name].from_dict(source.config)
     check_order(parts, theirs.num_hidden_layers)
     architecture = ARCHITECTURES[name]
     config = MegaTransformerTextConfig(
