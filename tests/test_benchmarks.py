@@ -253,10 +253,10 @@ def test_llama_is_compiled_as_a_whole_and_ours_by_units(monkeypatch, limit_put_b
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("extra", [[], ["--gradient-checkpointing"]], ids=["plain", "checkpointing"])
-def test_train_step_compiled(extra, capsys, limit_put_back):
+def test_train_step_compiled(capsys, limit_put_back):
+    """With activation checkpointing, since that compiles what a step without it does too."""
     sizes = ["--core-layers", "1", "--batch-size", "2", "--sequence-length", "8"]
-    assert train_step.main([*TINY, *ONE_ROUND, *sizes, "--compile", *extra]) == 0
+    assert train_step.main([*TINY, *ONE_ROUND, *sizes, "--compile", "--gradient-checkpointing"]) == 0
     out = capsys.readouterr().out
     assert "compiled" in out
     assert len(table_of(out)) == 5

@@ -15,7 +15,9 @@ def convert_to(folder, out, *options) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"position_embedding": "alibi"}, {"num_core_layers": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"position_embedding": "alibi"}, {"num_core_layers": 0, "num_coda_layers": 2}], ids=str
+)
 def test_logits_of_any_batch_and_length(tmp_path, options):
     """At the depth that was asked for, behind padding too; a model without a core has none."""
     import onnxruntime  # here, since the fast tests are collected without it
