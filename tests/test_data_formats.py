@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+import pretrain
 from dataset_loading import DataConfig, SourceConfig
 from dataset_loading.bad_rows import BadRows
 from dataset_loading.sources.loading import load_rows
@@ -175,3 +176,58 @@ def test_the_sources_of_the_page_are_valid():
     table = page.split("### Published shapes\n")[1].split("\n### ")[0]
     sources = [SourceConfig(**yaml.safe_load(it)) for it in re.findall(r"\| `(\{kind.*\})` \|$", table, re.MULTILINE)]
     assert len(sources) == 11 and {source.format for source in sources} >= {"llava", "alpaca", "coco"}
+
+
+def test_a_run_reads_them_all(tmp_path, caplog):
+    """One mixture has three shapes with images, three with sound and two of texts, and two updates learn from it."""
+    shown = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "noise"}]
+    llava = [{"image": "a.png", "conversations": shown}, {"conversations": TALK}]
+    captions = {
+        "images": [{"id": 7, "file_name": "a.png"}],
+        "annotations": [{"image_id": 7, "id": 1, "caption": "noise"}],
+    }
+    alpaca = [{"instruction": "Add.", "input": "2+2", "output": "4"}]
+    for name, content in {
+        "images/a.png": PNG,
+        "cats/cat/a.png": PNG,
+        "voice/clips/a.wav": WAV,
+        "voice/train.tsv": "path\tsentence\na.wav\tyes\n",
+        "lj/wavs/a.wav": WAV,
+        "lj/metadata.csv": "a|Say 1|Say one\n",
+        "libri/1-2-0.flac": WAV,
+        "libri/1-2.trans.txt": "1-2-0 GOOD MORNING\n",
+        "llava.json": llava,
+        "captions.json": captions,
+        "talks.json": [{"conversations": TALK}],
+        "alpaca.json": alpaca,
+    }.items():
+        write(tmp_path / name, content)
+    images = str(tmp_path / "images")
+    files = {
+        "llava": {"paths": [str(tmp_path / "llava.json")], "path": images, "format": "llava"},
+        "coco": {"paths": [str(tmp_path / "captions.json")], "path": images, "format": "coco"},
+        "voice": {"paths": [str(tmp_path / "voice/train.tsv")], "format": "common_voice"},
+        "talks": {"paths": [str(tmp_path / "talks.json")], "format": "sharegpt"},
+        "alpaca": {"paths": [str(tmp_path / "alpaca.json")], "format": "alpaca"},
+    }
+    sources = [{"name": name, "kind": "files", **fields} for name, fields in files.items()]
+    sources.append({"name": "cats", "kind": "imagefolder", "path": str(tmp_path / "cats"), "answer_column": "label"})
+    sources += [{"name": name, "kind": "audiofolder", "path": str(tmp_path / name)} for name in ("lj", "libri")]
+    out = tmp_path / "out"
+    training = {"output_dir": out, "max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4}
+    training |= {"eval_steps": 2, "save_strategy": "no", "dataloader_num_workers": 0, "warmup_steps": 1}
+    training |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "num_train_epochs": 1}
+    command = ["--config", "configs/recurrent_mixture.yaml", "--data.train", json.dumps(sources)]
+    command += ["--data.validation", "[{kind: generated, task: stories, num_rows: 2}]", "--tokenizer.vocab_size", "270"]
+    with caplog.at_level("INFO"):
+        assert (
+            pretrain.main(
+                [*command, *(str(it) for key, value in training.items() for it in (f"--training.{key}", value))]
+            )
+            == 0
+        )
+    read = dict(re.findall(r"role='train', name='(\w+)', documents=(\d+)", caplog.text))
+    assert read == {source["name"]: "2" if source["name"] == "llava" else "1" for source in sources}
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == 2 and np.isfinite(losses).all()
