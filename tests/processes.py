@@ -82,6 +82,9 @@ def server() -> ForkServerContext:
 def run_here(words: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:
     """Make this process the one that Python would have made."""
     gc.freeze()
+    # What the process starts, such as workers that read data, starts in Python's usual way again. As children of the
+    # server they would import all of our code first.
+    multiprocessing.set_start_method(None, force=True)
     for number, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()

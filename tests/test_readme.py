@@ -43,7 +43,23 @@ data:
     - {name: drawn, kind: generated, task: drawings, direction: text -> image, num_rows: 8}
     - {name: played, kind: generated, task: tunes, direction: text -> audio, num_rows: 8}
 """
+FEW_SUMS = """
+data:
+  train:
+    - {kind: generated, task: addition, num_rows: 400, loss_on: answer}
+    - {kind: generated, task: stories, num_rows: 200}
+  validation:
+    - {kind: generated, task: addition, num_rows: 8, loss_on: answer}
+"""
+FEW_DIFFERENCES = """
+data:
+  train:
+    - {kind: generated, task: subtraction, num_rows: 400, prompt: "{prompt}"}
+  validation:
+    - {kind: generated, task: subtraction, num_rows: 8, prompt: "{prompt}"}
+"""
 FEW = {"recurrent_vlm.yaml": FEW_ROWS, "any_to_any.yaml": FEW_DRAWINGS}
+FEW |= {"recurrent_lm.yaml": FEW_SUMS, "finetune_lora.yaml": FEW_DIFFERENCES}
 
 
 def commands(language: str, *pages: str) -> list[str]:
@@ -55,6 +71,7 @@ def commands(language: str, *pages: str) -> list[str]:
 def prepared(command: str, folder: Path) -> list[str]:
     """The command's words, in the test's folders, short, on the CPU, and with a port of its own."""
     words = [re.sub(r"\b(runs|my)/", rf"{folder}/\1/", word) for word in shlex.split(command)]
+    words = [re.sub(r"num_rows: \d+", "num_rows: 400", word) for word in words]
     for name in FEW:
         if f"configs/{name}" in words:
             place = words.index(f"configs/{name}") + 1
