@@ -18,11 +18,12 @@ INSTALL := -m pip install --disable-pip-version-check
 # DeepSpeed compiles its operators with the ninja it finds on the path.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help quickstart quickstart-lm extra browser test test-slow test-gpu test-previous lint format docs lock check-lock audit newest
+.PHONY: help quickstart quickstart-lm speedrun extra browser test test-slow test-gpu test-previous lint format docs lock check-lock audit newest
 
 help:
 	@echo "make quickstart      set up, train a small model on pictures, sound and text, evaluate it, show it a picture, report"
 	@echo "make quickstart-lm   the same with text alone"
+	@echo "make speedrun        all parts of the way to a model that answers: pretraining, conversations, rewards, report, a chat"
 	@echo "make test            the fast tests"
 	@echo "make test-slow       the tests through the launcher, long runs, and clients of requirements-extra.lock"
 	@echo "make test-gpu        the tests that need a GPU"
@@ -82,6 +83,18 @@ quickstart-lm: $(INSTALLED)
 	.venv/bin/python -m evaluation $(RUN) --num-steps 1 2 4 8 16
 	.venv/bin/python -m inference.generate $(RUN) --prompt "The wind" --num-steps 8
 	.venv/bin/python -m evaluation.report $(RUN)
+
+speedrun: RUN ?= runs/speedrun
+speedrun: $(INSTALLED)
+	.venv/bin/deepspeed pretrain.py --config configs/recurrent_lm.yaml --training.output_dir $(RUN)/pretrained
+	.venv/bin/deepspeed finetune.py --config configs/finetune_lora.yaml --training.max_steps 450 \
+		--model.path $(RUN)/pretrained --training.output_dir $(RUN)/adapter
+	.venv/bin/python convert.py merge $(RUN)/adapter --output $(RUN)/merged
+	.venv/bin/deepspeed finetune.py --config configs/finetune_speedrun.yaml \
+		--model.path $(RUN)/merged --training.output_dir $(RUN)/rewarded
+	.venv/bin/python -m evaluation $(RUN)/rewarded --num-steps 1 2 4 8
+	.venv/bin/python -m evaluation.report $(RUN)/rewarded
+	printf '%s\n' "52-17=" "9-4=" "83-38=" | .venv/bin/python -m inference.chat $(RUN)/rewarded --greedy
 
 extra: $(INSTALLED_EXTRA)
 

@@ -64,6 +64,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "finetune_dpo": ("tune", ()),
     "finetune_grpo": ("tune", ()),
     "finetune_exit_probe": ("tune", ()),
+    "finetune_speedrun": ("tune", ()),
 }
 WRITINGS: dict[str, tuple[str, ...]] = {  # arguments of a writing; {media} is the folder of the data
     "text": ("--prompt", "12+34=", "--greedy"),
@@ -159,9 +160,9 @@ def reduced(name: str, out: Path) -> dict[str, Any]:
     training |= {"output_dir": str(out), "max_steps": STEPS, "per_device_train_batch_size": 2, "logging_steps": 1}
     training |= {"per_device_eval_batch_size": 2, "save_strategy": "no", "eval_strategy": "no", "warmup_steps": 2}
     training |= {"use_cpu": True, "disable_tqdm": True, "recurrence_logging_steps": 0, "dataloader_num_workers": 0}
-    if name == "finetune_grpo":
+    if tree["trainer"] == "grpo":
         training |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
-    if name in ("finetune_grpo", "finetune_exit_probe"):
+    if tree["trainer"] == "grpo" or name == "finetune_exit_probe":
         del training["recurrence_logging_steps"]
     return tree
 
