@@ -94,7 +94,7 @@ speedrun: $(INSTALLED)
 		--model.path $(RUN)/merged --training.output_dir $(RUN)/rewarded
 	.venv/bin/python -m evaluation $(RUN)/rewarded --num-steps 1 2 4 8
 	.venv/bin/python -m evaluation.report $(RUN)/rewarded
-	printf '%s\n' "52-17=" "9-4=" "83-38=" | .venv/bin/python -m inference.chat $(RUN)/rewarded --greedy
+	printf '%s\n' "9-4=" /new "83-38=" /new "71-25=" | .venv/bin/python -m inference.chat $(RUN)/rewarded --greedy
 
 extra: $(INSTALLED_EXTRA)
 
