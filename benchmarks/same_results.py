@@ -162,7 +162,7 @@ def reduced(name: str, out: Path) -> dict[str, Any]:
     training |= {"use_cpu": True, "disable_tqdm": True, "recurrence_logging_steps": 0, "dataloader_num_workers": 0}
     if tree["trainer"] == "grpo":
         training |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
-    if tree["trainer"] == "grpo" or name == "finetune_exit_probe":
+    if tree["trainer"] in ("grpo", "exit_probe"):
         del training["recurrence_logging_steps"]
     return tree
 

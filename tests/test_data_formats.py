@@ -219,13 +219,9 @@ def test_a_run_reads_them_all(tmp_path, caplog):
     training |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "num_train_epochs": 1}
     command = ["--config", "configs/recurrent_mixture.yaml", "--data.train", json.dumps(sources)]
     command += ["--data.validation", "[{kind: generated, task: stories, num_rows: 2}]", "--tokenizer.vocab_size", "270"]
+    command += [str(word) for name, value in training.items() for word in (f"--training.{name}", value)]
     with caplog.at_level("INFO"):
-        assert (
-            pretrain.main(
-                [*command, *(str(it) for key, value in training.items() for it in (f"--training.{key}", value))]
-            )
-            == 0
-        )
+        assert pretrain.main(command) == 0
     read = dict(re.findall(r"role='train', name='(\w+)', documents=(\d+)", caplog.text))
     assert read == {source["name"]: "2" if source["name"] == "llava" else "1" for source in sources}
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
