@@ -6,14 +6,13 @@ python -m benchmarks.contrast runs/recurrent_lm --sources addition --num-steps 2
 
 from __future__ import annotations
 
-from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+import inference.logs  # noqa: F401  first: it sets up what libraries say while they are imported
 
 # isort: split
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 from transformers import PreTrainedModel
 
 from benchmarks import timing
@@ -38,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 after one line on standard error, for bad input.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    set_up_logging(args.log_level)
-    datasets.disable_progress_bars()
+    args = timing.parsed(parser, argv)
     try:
         device = choose_device(args.device)
         checkpoint = find_checkpoint(args.checkpoint)

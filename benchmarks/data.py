@@ -6,7 +6,7 @@ python -m benchmarks.data --config configs/recurrent_vlm.yaml --sources scenes m
 
 from __future__ import annotations
 
-from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+import inference.logs  # noqa: F401  first: it sets up what libraries say while they are imported
 
 # isort: split
 import argparse
@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 after one line on standard error, for bad input.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    set_up_logging(args.log_level)
-    datasets.disable_progress_bars()
+    args = timing.parsed(parser, argv)
     try:
         device = choose_device(args.device)
     except ValueError as error:

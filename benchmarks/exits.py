@@ -6,7 +6,7 @@ python -m benchmarks.exits runs/recurrent_lm --criterion latent_difference --thr
 
 from __future__ import annotations
 
-from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+import inference.logs  # noqa: F401  first: it sets up what libraries say while they are imported
 
 # isort: split
 import argparse
@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import datasets
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
@@ -53,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 after one line on standard error, for bad input.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    set_up_logging(args.log_level)
-    datasets.disable_progress_bars()
+    args = timing.parsed(parser, argv)
     try:
         device = choose_device(args.device)
         checkpoint = find_checkpoint(args.checkpoint)

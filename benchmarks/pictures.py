@@ -7,7 +7,7 @@ python -m benchmarks.pictures --config configs/recurrent_vlm.yaml --steps 1000
 
 from __future__ import annotations
 
-from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+import inference.logs  # noqa: F401  first: it sets up what libraries say while they are imported
 
 # isort: split
 import statistics
@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers import Trainer, TrainerCallback
 
@@ -69,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=Path("configs/recurrent_lm.yaml"), help="YAML of a run")
     parser.add_argument("--steps", type=timing.count, default=1500, help="optimizer steps of each trainer")
     parser.add_argument("--output", type=timing.output_file, help="JSON file for the seconds of every step")
-    args = parser.parse_args(argv)
-    set_up_logging(args.log_level)
-    datasets.disable_progress_bars()
+    args = timing.parsed(parser, argv)
     with tempfile.TemporaryDirectory() as folder:
         try:
             trainers = {name: build_trainer(args.config, args.steps, Path(folder, name)) for name in NAMES}

@@ -6,7 +6,7 @@ python -m benchmarks.quantization --config configs/recurrent_lm_100m.yaml      #
 
 from __future__ import annotations
 
-from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+import inference.logs  # noqa: F401  first: it sets up what libraries say while they are imported
 
 # isort: split
 import re
@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import datasets
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -44,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 after one line on standard error, for bad input.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    set_up_logging(args.log_level)
-    datasets.disable_progress_bars()
+    args = timing.parsed(parser, argv)
     if (args.checkpoint is None) == (args.config is None):
         parser.error("give a checkpoint, or --config with a YAML file.")
     try:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+import datasets
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from inference.arguments import OneLineParser, whole_number
 from inference.devices import cpu_model, device_report
+from inference.logs import set_up_logging
 from model import MegaTransformerForCausalLM, MegaTransformerTextConfig
 from model.blocks import TransformerBlock
 
@@ -64,6 +66,14 @@ def build_parser(name: str, description: str) -> OneLineParser:
     parser.add_argument("--device", help="for example cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--output", type=output_file, help="JSON file for the seconds of every round")
     return parser
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; messages are of the level that they ask for, and `datasets` shows no progress."""
+    args = parser.parse_args(argv)
+    set_up_logging(args.log_level)
+    datasets.disable_progress_bars()
+    return args
 
 
 # -------------------------------------------------------------------------------------------------------------- models

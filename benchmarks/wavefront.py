@@ -11,7 +11,7 @@ python -m benchmarks.wavefront runs/recurrent_lm --beside ../before runs/recurre
 
 from __future__ import annotations
 
-from inference.logs import set_up_logging  # first: it sets up what libraries say while they are imported
+import inference.logs  # noqa: F401  first: it sets up what libraries say while they are imported
 
 # isort: split
 import argparse
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import datasets
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -71,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 after one line on standard error, for bad input.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    set_up_logging(args.log_level)
-    datasets.disable_progress_bars()
+    args = timing.parsed(parser, argv)
     try:
         device = choose_device(args.device)
         if args.check:

@@ -119,11 +119,18 @@ class TokenInputs:
     Args:
         rotary: cos and sin for queries, keys and values at once, (batch, heads, head_dim) each, by which those of
             values are not rotated; None without RoPE.
-        functions: Functions of layers, made once for all steps.
+        functions: Functions of modules, made once for all steps, and in `generate` once for all tokens.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     functions: dict[nn.Module, Callable] = field(default_factory=dict)
+
+    def function_of(self, module: nn.Module, build: Callable[[nn.Module], Callable]) -> Callable:
+        """The module as a function, made by `build` where it is not there yet."""
+        function = self.functions.get(module)
+        if function is None:
+            function = self.functions[module] = build(module)
+        return function
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "TokenInputs":
         """A copy with all tensors changed."""

@@ -283,12 +283,8 @@ def pass_token(
     layers: Sequence[nn.Module], x: torch.Tensor, inputs: AttentionInputs, slots: list[CacheSlot]
 ) -> torch.Tensor:
     """`run_layers` for one new token of each row, (rows, hidden) -> the same."""
-    functions = inputs.token.functions
     for layer, slot in zip(layers, slots, strict=True):
-        function = functions.get(layer)
-        if function is None:
-            function = functions[layer] = token_function(layer)
-        x = function(x, inputs, slot)
+        x = inputs.token.function_of(layer, token_function)(x, inputs, slot)
     return x
 
 

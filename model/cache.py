@@ -523,6 +523,8 @@ class RecurrentCache(Cache):
         # (batch, capacity) on the CPU: the steps that each row took when it read a token, rows as they stood then.
         self.row_steps: torch.LongTensor | None = None
         self.prompt_length: int | None = None  # tokens read before the first new one; `generate` counts from there
+        # Those of `TokenInputs` while `generate` runs, in which modules stay as they are. None: each pass has its own.
+        self.token_functions: dict[nn.Module, Callable] | None = None
 
     def _make_layers(self, number: int) -> list[CacheLayer]:
         layers = [CacheLayer() for _ in range(number)]

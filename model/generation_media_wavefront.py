@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .generation_wavefront import Pace, after_wavefront, first_tokens, text_rows
+from .generation_wavefront import after_wavefront, first_tokens, run_waves, text_rows
 from .scheduler import Item, Scheduler, TextRow
 
 
@@ -48,13 +48,7 @@ class MediaWavefront:
         ids, _ = run.choose(run.read_prompt())
         self.tokens, self.steps = [[token] for token in ids.tolist()], [[] for _ in run.rows]
         self._open_rows()
-        pace = Pace(max(row.num_steps for row in self.rows)) if self.draft_steps == "auto" else None
-        while self.scheduler.rows:
-            for row in self.scheduler.rows:
-                row.draft_steps = self.draft_steps if pace is None else pace.draft_steps
-            self.scheduler.tick()
-            if pace is not None:
-                pace.note(max(map(len, self.tokens)))
+        run_waves(self.scheduler, self.draft_steps, lambda: max(map(len, self.tokens)))
         run.take_positions(self.tokens, self.steps)
         run.cache = after_wavefront(run.cache, [row.num_steps for row in self.rows], self.steps)
 

@@ -119,13 +119,17 @@ class RecurrentGenerationMixin:
         if (size := config.prefill_chunk_size) is not None and own_loop is None:
             config.prefill_chunk_size = chunk_lengths(size, num_prompt_tokens - num_cached)
         if cache is not None:
-            cache.prompt_length = None
+            cache.prompt_length, cache.token_functions = None, {}
             kwargs[CACHE_NAME] = cache
         if own_loop or not depth.is_fixed or (depth.num_steps is not None and hasattr(config, "num_steps")):
             kwargs["depth_options"] = depth  # a name that no generation config has: transformers would put others there
         elif depth.num_steps is not None:  # by the name that `forward` has too, which libraries that hand it on know
             kwargs["num_steps"] = depth.num_steps
-        outputs = super().generate(inputs, config, **kwargs)
+        try:
+            outputs = super().generate(inputs, config, **kwargs)
+        finally:
+            if cache is not None:
+                cache.token_functions = None
         if isinstance(outputs, ModelOutput) and self.text_config.num_core_layers and "custom_generate" not in kwargs:
             num_new_tokens = outputs.sequences.shape[1] - num_prompt_tokens
             if cache is None or is_assisted:  # in which no row exits

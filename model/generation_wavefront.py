@@ -4,7 +4,7 @@ Drafts go through the logits processors as final tokens do; stopping criteria an
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,14 +99,7 @@ class WavefrontRun:
 
     def decode(self) -> None:
         """Final tokens, until no row goes on."""
-        given = self.loop.draft_steps
-        pace = Pace(max(row.num_steps for row in self.rows)) if given == "auto" else None
-        while self.scheduler.rows:
-            for row in self.scheduler.rows:
-                row.draft_steps = given if pace is None else pace.draft_steps
-            self.scheduler.tick()
-            if pace is not None:
-                pace.note(max(self.lengths))
+        run_waves(self.scheduler, self.loop.draft_steps, lambda: max(self.lengths))
         if self.streamer is not None:
             self.streamer.end()
 
@@ -158,6 +151,17 @@ class WavefrontRun:
         output = GenerateDecoderOnlyOutput(sequences=ids, **{CACHE_NAME: cache})
         output["exit_steps"] = steps
         return output
+
+
+def run_waves(scheduler: Scheduler, draft_steps: int | str, longest: Callable[[], int]) -> None:
+    """Ticks until no row goes on. `longest` says how many tokens the longest row has."""
+    pace = Pace(max((row.num_steps for row in scheduler.rows), default=1)) if draft_steps == "auto" else None
+    while scheduler.rows:
+        for row in scheduler.rows:
+            row.draft_steps = draft_steps if pace is None else pace.draft_steps
+        scheduler.tick()
+        if pace is not None:
+            pace.note(longest())
 
 
 def text_rows(

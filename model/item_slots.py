@@ -97,13 +97,19 @@ class ItemSlot:
         both, items = both.to(self.buffer.dtype), self.items
         if items.is_in_phase:
             return self._of_rows(both)
-        if items.stride is not None:
-            found = self._of_wave(both, items.stride)
-        else:
-            steps, rows, places = items.index
-            self.buffer[steps, :, rows, :, places] = both
-            found = self.buffer[..., items.start : items.end, :][steps, :, rows]
+        if items.stride is None:
+            return self._gathered(both)
+        found = self._of_wave(both, items.stride)
         return found[:, 0], found[:, 1]
+
+    def _gathered(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of items anywhere, as copies; one index gathers several times as fast as one for each dimension."""
+        items, count, num_rows = self.items, len(both), self.buffer.shape[2]
+        (steps, rows, places), flat = items.index, self.buffer.view(-1, *self.buffer.shape[3:])
+        keys = 2 * num_rows * steps + rows  # among (steps * 2 * rows); values are as many rows behind
+        self.buffer[steps, :, rows, :, places] = both
+        found = flat[:, :, items.start : items.end].index_select(0, torch.cat((keys, keys + num_rows)))
+        return found[:count], found[count:]
 
     def _of_rows(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of one item of each of some rows, at the same step, as views."""

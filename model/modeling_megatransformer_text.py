@@ -309,11 +309,13 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
         inputs.hidden_states = [hidden] if asked["output_hidden_states"] else None
         if self.training or self.units_are_compiled:
             inputs.token = None
+        elif inputs.token is not None and cache.token_functions is not None:
+            inputs.token.functions = cache.token_functions
         if source is not None:
             inputs.source = self._see_source(hidden, *source, cache, None if attentions is None else [])
 
         slots = cache.prelude_slots if cache is not None else None
-        hidden = self.prelude(hidden, inputs=inputs, slots=slots)
+        hidden = self.prelude(hidden, inputs=inputs, slots=slots) if self.prelude.order else hidden
         if self.core is None:
             inputs = inputs if engine is None else inputs.of_step(0)
             hidden, state, states, exit_steps = self.read(hidden, inputs, cache), None, None, None
@@ -467,7 +469,7 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
     def read(self, state, inputs: AttentionInputs, cache) -> torch.Tensor:
         """norm(coda(state)): what the head reads. A second reading of the same tokens is written over the first."""
         slots = cache.coda_slots if cache is not None else None
-        return self.norm(self.coda(state, inputs=inputs, slots=slots))
+        return self.norm(self.coda(state, inputs=inputs, slots=slots) if self.coda.order else state)
 
     def _read_contrast(
         self,
@@ -483,9 +485,8 @@ class MegaTransformerTextModel(MegaTransformerPreTrainedModel):
             raise ValueError("contrast is possible with a cache, and with the attention of sdpa or eager")
         slots, place = cache.coda_slots, cache.get_seq_length() + states[0].shape[1] - 1
         kept = [slot.both.select(3, place).clone() for slot in slots]
-        contrasted = self.read(
-            self.norm_state(contrast.mix([state[:, -1:] for state in states])), inputs.of_last(), cache
-        )
+        mixed = self.norm_state(contrast.mix([state[:, -1:] for state in states]))
+        contrasted = self.read(mixed, inputs.of_last(), cache)
         for slot, entries in zip(slots, kept, strict=True):
             slot.both.select(3, place).copy_(entries)
         return contrasted

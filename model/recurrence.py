@@ -364,7 +364,7 @@ def iterate_core(
     if depth.rows is not None or check_exits is not None:
         limits = [depth.total] * len(state) if depth.rows is None else depth.rows.tolist()
     active = ActiveRows(state, embeds, inputs, limits)
-    take_step = core if inputs.token is None else core.token_function()
+    take_step = core if inputs.token is None else inputs.token.function_of(core, type(core).token_function)
     slots_of = slots_by_step(cache, inputs.window, len(core.order))
     for step in range(depth.total):
         if grad_enabled and step == depth.no_grad and not active.state.requires_grad:

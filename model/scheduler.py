@@ -10,7 +10,6 @@ decides: nothing here knows of tokenizers or of sampling. What stands for a toke
 Sources: WaveFront Decoding, arXiv 2609.23033; Continuous Depth Batching, arXiv 2608.09444.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -222,19 +221,6 @@ class Scheduler:
         self.counts.ticks += 1
         self.counts.items += len(items)
 
-    @torch.no_grad()
-    def seconds_of_launch(self, kind: str, items: Sequence[Item]) -> float:
-        """How long a launch with such items takes, of the "prelude", the "core", or the "coda" with the head; it writes
-        to their places.
-        """
-        steps, start = [item.step for item in items], time.perf_counter()
-        {"prelude": self._embed, "core": self._step, "coda": self._read}[kind](items)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        for item, count in zip(items, steps, strict=True):
-            del item.states[count:]
-        return time.perf_counter() - start
-
     def _read(self, items: Sequence[Item]) -> None:
         """Items are read: norm, if states have that, coda, norm, head."""
         if not items:
@@ -378,7 +364,9 @@ class Scheduler:
 
     def _inputs(self, places: ItemPlaces) -> AttentionInputs:
         """Mask and positions of items."""
-        mask, rotary, token = places.mask(self._mask_table(places.end)), None, None
+        if self.masks is None or len(self.masks) < places.end:
+            self.masks = causal_rows(-(-places.end // BLOCK) * BLOCK, self.dtype, self.device)
+        mask, rotary, token = places.mask(self.masks), None, None
         positions = [place - start for place, start in zip(places.places, places.starts, strict=True)]
         if self.config.position_embedding == "rope":
             tables = self._tables(max(positions) + 1)
@@ -394,12 +382,6 @@ class Scheduler:
             bias = alibi_bias(positions, keys, self.config.num_attention_heads).to(self.dtype)
             mask = bias if mask is None else mask + bias
         return AttentionInputs(mask, rotary, token=TokenInputs(token, self.functions))
-
-    def _mask_table(self, count: int) -> torch.Tensor:
-        """`causal_rows` of so many places or more."""
-        if self.masks is None or len(self.masks) < count:
-            self.masks = causal_rows(-(-count // BLOCK) * BLOCK, self.dtype, self.device)
-        return self.masks
 
     def _tables(self, count: int) -> list[list[torch.Tensor]]:
         """Those of RoPE for so many positions, as modules want them, (positions, 1, head_dim), and for all heads."""

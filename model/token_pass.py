@@ -1,8 +1,8 @@
 """Modules as functions for one new token of each row, in as few operations as there are.
 
 Narrow models are bound by the number of operations, not by arithmetic. Functions look up weights once for all steps of
-a forward pass, and give the numbers of the modules, but for rounding. A module that does something else when it is
-called, since it has hooks, adapters or quantized weights, is called as ever.
+a forward pass, in `generate` once for all tokens, and give the numbers of the modules, but for rounding. A module that
+does something else when it is called, since it has hooks, adapters or quantized weights, is called as ever.
 """
 
 import functools

@@ -150,3 +150,37 @@ def test_bf16_weights_give_what_the_modules_give(by_modules):
     found, expected = decode(model, num_steps=3), by_modules(decode, model, num_steps=3)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, atol=0.02 * expected.abs().max().item(), rtol=0)
+
+
+def test_generate_makes_functions_once_and_forgets_them(monkeypatch):
+    model, made, make = tiny_model(num_core_layers=1), [], TransformerBlock.token_function
+    monkeypatch.setattr(TransformerBlock, "token_function", lambda block: made.append(block) or make(block))
+    block, ids = model.model.core.layers[0], tiny_ids(1, 4)
+    given = {"num_steps": 3, "max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(ids, **given)
+    assert made.count(block) == 1
+    seen = []
+    handle = block.register_forward_hook(lambda *call: seen.append(1))
+    second = model.generate(first.sequences, past_key_values=first.past_key_values, **given)
+    assert len(seen) == 5 * 3
+    assert made.count(block) == 1
+    handle.remove()
+    assert second.past_key_values.token_functions is None
+    with pytest.raises(RuntimeError, match="by the streamer"):
+        model.generate(ids, streamer=Broken(), past_key_values=(cache := RecurrentCache(model.config)), **given)
+    assert cache.token_functions is None
+
+
+class Broken:
+    """A streamer that fails behind the prompt."""
+
+    def __init__(self):
+        self.count = 0
+
+    def put(self, tokens):
+        self.count += 1
+        if self.count == 3:
+            raise RuntimeError("by the streamer")
+
+    def end(self):
+        pass
