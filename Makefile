@@ -86,7 +86,7 @@ quickstart-lm: $(INSTALLED)
 
 speedrun: RUN ?= runs/speedrun
 speedrun: $(INSTALLED)
-	.venv/bin/deepspeed pretrain.py --config configs/recurrent_lm.yaml --training.output_dir $(RUN)/pretrained
+	.venv/bin/deepspeed pretrain.py --config configs/speedrun.yaml --training.output_dir $(RUN)/pretrained
 	.venv/bin/deepspeed finetune.py --config configs/finetune_lora.yaml --training.max_steps 450 \
 		--model.path $(RUN)/pretrained --training.output_dir $(RUN)/adapter
 	.venv/bin/python convert.py merge $(RUN)/adapter --output $(RUN)/merged

@@ -45,6 +45,7 @@ COMMANDS = {  # what is run, and the module whose `main` runs it
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain_lm": ("train", ("text",)),
     "recurrent_lm": ("train", ("text", "exits")),
+    "speedrun": ("train", ("text",)),
     "recurrent_cups": ("train", ("text",)),
     "recurrent_lm_files": ("train", ("text",)),
     "seq2seq": ("train", ("text",)),
