@@ -356,10 +356,12 @@ def decode(
 
 
 class Beside:
-    """Plain decoding by the code of another checkout, in a process that stays."""
+    """Plain decoding by the code of another checkout, in its own environment if it has one, in a process that stays."""
 
     def __init__(self, checkout: str, checkpoint: str, batch: dict[str, torch.Tensor], options: dict[str, Any]):
-        command = [sys.executable, "-c", WORKER, str(Path(checkpoint).resolve()), str(torch.get_num_threads())]
+        own = Path(checkout).resolve() / ".venv/bin/python"
+        python = str(own) if own.exists() else sys.executable
+        command = [python, "-c", WORKER, str(Path(checkpoint).resolve()), str(torch.get_num_threads())]
         self.process = subprocess.Popen(
             command, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
