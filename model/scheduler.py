@@ -11,7 +11,7 @@ Sources: WaveFront Decoding, arXiv 2609.23033; Continuous Depth Batching, arXiv 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -74,12 +74,12 @@ class Item:
     """What is injected, (1, hidden)."""
     first_state: torch.Tensor | None = None
     """s_0, (1, hidden)."""
-    reading: tuple[ExitCheck, int] | None = None
-    """Logits of all items that were read last together with it, and its number among them."""
+    reading: tuple[torch.Tensor, int] | None = None
+    """Logits of all items that were read last together with it, (items, vocab), and its number among them."""
     choice: int | None = None
     """The token that they say."""
-    check: tuple[ExitCheck, int] | None = None
-    """The last check of its exit by logits, of all items that were checked together, and its number among them."""
+    value: float | None = None
+    """What the criterion made of its last check, where the next depends on that."""
 
     @property
     def drafts(self) -> list[int]:
@@ -143,6 +143,7 @@ class Scheduler:
         self.criteria: dict[str, ExitCriterion] = {}
         self.tables: list[list[torch.Tensor]] | None = None
         self.masks: torch.Tensor | None = None
+        self.logits_before: torch.Tensor | None = None  # of the last check of each row's first item, (rows, vocab)
         first, after = self.config.num_prelude_layers, self.config.num_prelude_layers + self.config.num_core_layers
         self.prelude_layers, self.core_layers = cache.layers[:first], cache.layers[first:after]
         self.coda_layers = cache.layers[after:]
@@ -230,9 +231,8 @@ class Scheduler:
         hidden = self.norm(self._pass(self.base.coda, self.coda_layers, states, items))
         logits = self.head(hidden)
         logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-        reading = ExitCheck(0, logits=logits)
         for number, (item, token) in enumerate(zip(items, self._choices(items, hidden, logits), strict=True)):
-            item.reading, item.choice = (reading, number), token
+            item.reading, item.choice = (logits, number), token
         self.counts.readings += len(items)
 
     def _choices(self, items: Sequence[Item], hidden: torch.Tensor, logits: torch.Tensor) -> Sequence[int]:
@@ -309,22 +309,27 @@ class Scheduler:
         """Those of the items that stop where they are."""
         stopped, groups = [], {}
         for item in items:
-            groups.setdefault((item.row.criterion, item.check is None), []).append(item)
+            groups.setdefault((item.row.criterion, item.value is None), []).append(item)
         for (criterion, is_first), group in groups.items():
             if criterion.reads_logits:
-                now = together([item.reading for item in group])
-                before = ExitCheck(0) if is_first else together([item.check for item in group])
+                numbers, rows = torch.tensor([(item.reading[1], item.row.index) for item in group]).T.to(self.device)
+                now = ExitCheck(0, logits=group[0].reading[0].index_select(0, numbers))  # all have been read together
+                if self.logits_before is None:
+                    self.logits_before = now.logits.new_empty(self.core_layers[0].batch, now.logits.shape[1])
+                before = ExitCheck(0, logits=None if is_first else self.logits_before.index_select(0, rows))
+                self.logits_before.index_copy_(0, rows, now.logits)
             else:
                 now = ExitCheck(0, torch.stack([item.state for item in group]))
                 before = ExitCheck(0, torch.stack([item.state_before for item in group]))
-                if not is_first:
-                    before.value = torch.stack([check.value[number] for check, number in (it.check for it in group)])
-            now = replace(now, value=criterion.value(now, before))
+            if not is_first:
+                before.value = torch.tensor([item.value for item in group], device=self.device)
+            values = criterion.value(now, before)
             limits = [item.row.exits.threshold or criterion.default_threshold for item in group]
-            limit = limits[0] if len(set(limits)) == 1 else torch.tensor(limits, device=now.value.device)
-            for number, (item, stops) in enumerate(zip(group, criterion.stops(now.value, limit).tolist(), strict=True)):
-                item.check = (now, number) if criterion.reads_logits or criterion.adds_up else None
-                if stops:
+            limit = limits[0] if len(set(limits)) == 1 else torch.tensor(limits, device=self.device)
+            stops = criterion.stops(values, limit).tolist()
+            for item, value, is_last in zip(group, values.tolist(), stops, strict=True):
+                item.value = value if criterion.reads_logits or criterion.adds_up else None
+                if is_last:
                     stopped.append(item)
         return stopped
 
@@ -391,20 +396,3 @@ class Scheduler:
             pair = rotary_tables(angles, self.dtype)
             self.tables = [list(pair), list(token_tables(self.config, *pair))]
         return self.tables
-
-
-def together(checks: Sequence[tuple[ExitCheck, int]]) -> ExitCheck:
-    """Some of the items of checks as one check."""
-    groups: list[tuple[ExitCheck, list[int]]] = []
-    for check, number in checks:
-        if not groups or groups[-1][0] is not check:
-            groups.append((check, []))
-        groups[-1][1].append(number)
-    found = []
-    for check, numbers in groups:
-        whole = len(numbers) == len(check.logits) and numbers == list(range(len(numbers)))
-        found.append(check if whole else check.of(torch.tensor(numbers, device=check.logits.device)))
-    if len(found) == 1:
-        return found[0]
-    parts = {name: [getattr(check, name) for check in found] for name in ("logits", "value")}
-    return ExitCheck(0, **{name: None if part[0] is None else torch.cat(part) for name, part in parts.items()})
