@@ -125,8 +125,8 @@ class SourceConfig:
     """hub, webdataset: read while training instead of downloading or indexing first; the run then needs `max_steps`."""
     paths: list[str] = field(default_factory=list, metadata={"is_path": True})
     """files: paths and glob patterns ending in .txt (one document a file), .jsonl, .json, .csv, .tsv or .parquet;
-    webdataset: in .tar; chat: in .json, .jsonl or .parquet. Texts may be compressed (.jsonl.gz), and `{000..009}` is a
-    range of numbers."""
+    webdataset: in .tar; chat: in .json, .jsonl or .parquet. Texts may be compressed (.jsonl.gz), `{000..009}` is a
+    range of numbers, and `{a,b}` a list of parts."""
     task: str | None = None
     """generated: name of the task, such as `addition`; docs/data.md has them all."""
     num_rows: int = 10_000

@@ -164,9 +164,14 @@ def test_ranges_of_tars(tmp_path):
                 entry.size = len(raw)
                 tar.addfile(entry, io.BytesIO(raw))
     fields = {"kind": "webdataset", "image_column": "png", "text_column": "txt"}
-    rows, _ = load(**fields, paths=[str(tmp_path / "s-{009..010}.tar")])
-    assert [json.loads(it)[1]["content"][0]["text"] for it in rows["messages"]] == ["text 9", "text 10"]
-    for name, message in (("s-{009..011}.tar", "no file '.*s-011.tar'"), ("s-{3..1}.tar", "smaller number first")):
+    for name in ("s-{009..010}.tar", "s-{009,010}.tar", "{s-0,s-0}{09,10}.tar"):
+        rows, _ = load(**fields, paths=[str(tmp_path / name)])
+        assert [json.loads(it)[1]["content"][0]["text"] for it in rows["messages"]] == ["text 9", "text 10"]
+    for name, message in (
+        ("s-{009..011}.tar", "no file '.*s-011.tar'"),
+        ("s-{009,x}.tar", "no file '.*s-x.tar'"),
+        ("s-{3..1}.tar", "smaller number first"),
+    ):
         with pytest.raises(ValueError, match=message):
             load(**fields, paths=[str(tmp_path / name)])
 

@@ -50,7 +50,7 @@ PARQUET_ERRORS = (
 CHECKED_AT_ONCE = 1000
 """Rows of a table that are in memory at the same time."""
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes, and no builder reads
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _MOST_OF_RANGE = 100_000
 _HEAD_CHARACTERS = 4096
 _BLANK = codecs.BOM_UTF8 + b" \t\r\n\f\v"
@@ -62,14 +62,14 @@ RowsInFolders = Iterator[tuple[str, dict[str, object], str | None, Path | None]]
 
 
 def expand_paths(source: SourceConfig) -> list[Path]:
-    """The files that `source.paths` names, patterns and ranges such as `{000..009}` expanded, each once, whatever names
+    """The files that `source.paths` names, patterns and braces such as `{000..009}` expanded, each once, whatever names
     it has, in the order of the config, then of the names.
 
     Raises:
         ValueError: A path or pattern names no file, or a file of an unknown format.
     """
     found: dict[Path, Path] = {}
-    for path in (name for given in source.paths for name in _expand_range(given)):
+    for path in (name for given in source.paths for name in _expand_braces(given)):
         matches = _matches(Path(path))
         if os.path.isdir(path):
             raise ValueError(
@@ -93,19 +93,25 @@ def format_of(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def _expand_range(path: str) -> list[str]:
-    """The names that a range of numbers stands for, as WebDataset writes it; what exists is taken by its name."""
-    found = _RANGE.search(path)
+def _expand_braces(path: str) -> list[str]:
+    """The names that a range of numbers, or a list of parts, in braces stands for, as WebDataset writes them; what
+    exists is taken by its name.
+    """
+    found = _BRACES.search(path)
     if found is None or os.path.exists(path):
         return [path]
-    first, last = int(found[1]), int(found[2])
-    if not 0 <= last - first < _MOST_OF_RANGE:
-        raise ValueError(
-            f"the range {found[0]} of {path!r} has {last - first + 1} files; give the smaller number first, and "
-            f"at most {_MOST_OF_RANGE} files"
-        )
-    names = (f"{path[: found.start()]}{it:0{len(found[1])}}{path[found.end() :]}" for it in range(first, last + 1))
-    return [name for expanded in names for name in _expand_range(expanded)]
+    if found[3] is not None:
+        parts = found[3].split(",")
+    else:
+        first, last = int(found[1]), int(found[2])
+        if not 0 <= last - first < _MOST_OF_RANGE:
+            raise ValueError(
+                f"the range {found[0]} of {path!r} has {last - first + 1} files; give the smaller number first, and "
+                f"at most {_MOST_OF_RANGE} files"
+            )
+        parts = [f"{number:0{len(found[1])}}" for number in range(first, last + 1)]
+    names = (f"{path[: found.start()]}{part}{path[found.end() :]}" for part in parts)
+    return [name for expanded in names for name in _expand_braces(expanded)]
 
 
 def read_rows(path: Path, columns: tuple[str, ...]) -> "Rows":
