@@ -114,9 +114,14 @@ def test_ljspeech(tmp_path):
 
 def test_librispeech(tmp_path):
     write(tmp_path / "1/2/1-2-0.flac", WAV)
-    write(tmp_path / "1/2/1-2.trans.txt", "1-2-0 GOOD MORNING\n1-2-1 GONE\n")
+    write(tmp_path / "1/2/1-2-2.wav", WAV)
+    write(tmp_path / "1/2/1-2.trans.txt", "1-2-0 GOOD MORNING\n1-2-1 GONE\n1-2-2 CONVERTED\n")
     talks, reasons = said(1, kind="audiofolder", path=str(tmp_path))
-    assert talks == [[("user", "[1-2-0.flac]"), ("assistant", "GOOD MORNING")]] and "no file" in reasons[0]
+    assert talks == [
+        [("user", f"[1-2-{name}]"), ("assistant", text)]
+        for name, text in (("0.flac", "GOOD MORNING"), ("2.wav", "CONVERTED"))
+    ]
+    assert "1-2-1.flac" in reasons[0] and "no file" in reasons[0]
 
 
 def test_texts_beside_images_and_names_of_folders(tmp_path):

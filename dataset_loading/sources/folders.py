@@ -85,14 +85,16 @@ def _read_ljspeech(path: Path, columns: tuple[str, ...]) -> Rows:
 
 
 def _read_transcripts(path: Path, columns: tuple[str, ...]) -> Rows:
-    """The lines `ID TEXT` of LibriSpeech; the file is ID.flac."""
+    """The lines `ID TEXT` of LibriSpeech; the file is ID.flac or, converted, ID.wav, .mp3, .ogg or .opus."""
     check_utf8(path)
     with open_text(path, errors="surrogateescape") as lines:
         for number, line in enumerate(bounded_lines(lines), start=1):
             name, _, text = line.strip().partition(" ")
             reason = too_long(MAX_ROW_BYTES) if len(line) > MAX_ROW_BYTES else None
             if name:
-                yield f"{path} line {number}", {"file_name": f"{name}.flac", "text": text}, reason
+                files = [f"{name}{suffix}" for suffix in (".flac", ".wav", ".mp3", ".ogg", ".opus")]
+                file = next((file for file in files if (path.parent / file).is_file()), files[0])
+                yield f"{path} line {number}", {"file_name": file, "text": text}, reason
 
 
 def _read_metadata(source: SourceConfig, folder: Path, metadata: list[Path]) -> RowsInFolders:
