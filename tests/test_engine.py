@@ -71,6 +71,22 @@ def test_each_request_says_what_it_says_alone(model, places, prefill, drafts):
     assert engine.is_idle and sorted(engine.free) == list(range(places))
 
 
+def test_exits_that_differ_from_token_to_token_are_those_alone(model):
+    """More requests than places, so that rows of the cache come to others; checks look at what was said before."""
+    exits = [ExitOptions("kl_divergence", 1.0), ExitOptions("argmax_stability", 2), ExitOptions("kl_divergence", 0.5)]
+    engine = InferenceEngine(model, 3, max_length=32, max_steps=9)
+    given = {"max_new_tokens": 8, "num_steps": 9}
+    streams = [
+        engine.submit(
+            TextRequest({"input_ids": tiny_ids(1, 3 + number, seed=number)}, exits=exits[number % 3], **given)
+        )
+        for number in range(7)
+    ]
+    engine.run()
+    check_alone(model, streams)
+    assert len({step for stream in streams for step in stream.exit_steps[1:]}) > 3
+
+
 @pytest.mark.parametrize("criterion", ["kl_divergence", "latent_difference"])
 def test_each_exit_has_its_threshold(model, criterion):
     """Whichever of the requests that are judged together comes first."""
