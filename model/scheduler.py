@@ -79,7 +79,7 @@ class Item:
     choice: int | None = None
     """The token that they say."""
     value: float | None = None
-    """What the criterion made of its last check, where the next depends on that."""
+    """The value that the criterion gave at its last check, where the next depends on it."""
 
     @property
     def drafts(self) -> list[int]:
