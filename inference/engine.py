@@ -5,6 +5,7 @@ A step of the engine reads a part of the prompts that wait, and then lets the sc
 all tokens that are on their way, each at its own. Where a launch has room, tokens are followed by drafts of the next.
 """
 
+import itertools
 import statistics
 import time
 from collections import deque
@@ -30,8 +31,6 @@ from model.exit_criteria import EXIT_CRITERIA
 from model.scheduler import Item, Scheduler, TextRow
 
 OF_TEXTS = ("input_ids", "attention_mask")
-PATIENCE = 6
-"""Steps for which a free place waits for another, since two prompts are read in the time of one."""
 PRIOR = (7, 10)
 """Drafts that have held, of so many, before any has been seen."""
 
@@ -141,7 +140,7 @@ class Job:
         request = stream.request
         self.stream, self.place, self.num_steps, self.end_tokens = stream, place, num_steps, end_tokens
         self.ids = nn.functional.pad(request.inputs["input_ids"], (0, request.max_new_tokens))
-        self.length = request.num_tokens
+        self.length = self.num_written = request.num_tokens
         self.processors: list[LogitsProcessor] = []  # LogitsProcessorList looks at the signature of each, each time
         if request.repetition_penalty != 1:
             self.processors.append(RepetitionPenaltyLogitsProcessor(float(request.repetition_penalty)))
@@ -166,12 +165,10 @@ class Job:
 
     def pick(self, logits: torch.Tensor, drafts: Sequence[int]) -> int:
         """The token that logits, (1, vocab) in float32, say behind drafts."""
-        length = self.length + len(drafts)
-        if drafts:
-            self.ids[0, self.length : length] = torch.tensor(drafts, device=self.ids.device)
+        ids, length = self._ids(drafts), self.length + len(drafts)
         if self.stream.request.num_likely is not None:
             self.read[length] = logits
-        scores, ids = logits, self.ids[:, :length]
+        scores = logits
         for processor in self.processors:
             scores = processor(ids, scores)
         if self.sampling is not None:
@@ -179,16 +176,23 @@ class Job:
             scores = scores + self.sampling.noise(0, index, scores.shape[-1]).to(scores)
         return int(scores.argmax(-1))
 
+    def _ids(self, drafts: Sequence[int] = ()) -> torch.LongTensor:
+        """The text up to drafts, (1, tokens)."""
+        end = self.length + len(drafts)
+        new = [*self.stream.tokens[self.num_written - self.stream.request.num_tokens :], *drafts]
+        self.ids[0, self.num_written : end] = torch.tensor(new, dtype=self.ids.dtype, device=self.ids.device)
+        self.num_written = self.length
+        return self.ids[:, :end]
+
     def accept(self, token: int, steps: int) -> bool:
         """Notes a final token; whether the text goes on."""
         stream = self.stream
         if stream.request.num_likely is not None:
             stream.likelihoods.append(likelihood(self.read.pop(self.length), token, stream.request.num_likely))
-        self.ids[0, self.length] = token
         self.length += 1
         stream.tokens.append(token)
         stream.exit_steps.append(steps)
-        if token in self.end_tokens or (self.stopping is not None and self.stopping(self.ids[:, : self.length], None)):
+        if token in self.end_tokens or (self.stopping is not None and self.stopping(self._ids(), None)):
             stream.finish_reason = "stop"
         elif len(stream.tokens) == stream.request.max_new_tokens:
             stream.finish_reason = "length"
@@ -281,11 +285,12 @@ class InferenceEngine:
         state = model.model.fixed_state(weight)
         self.state = None if state is None else state[:, 0]
         self.scheduler = Scheduler(model, self.cache, self._choose, self._accept)
-        self.free = list(range(num_places))
+        self.num_places, self.free = num_places, list(range(num_places))
         self.waiting: deque[Stream] = deque()
         self.reading: Reading | None = None
         self.jobs: dict[TextRow, Job] = {}
-        self.num_tokens = self.num_steps_taken = self.patience = 0
+        self.num_tokens = self.num_steps_taken = 0
+        self.lost = 0.0  # launches that free places would have been worth since prompts were read last
         self.costs = self.measure_launches() if drafts else None
 
     @property
@@ -352,21 +357,28 @@ class InferenceEngine:
     @torch.no_grad()
     def step(self) -> None:
         """A part of the prompts that wait, and one step of the core for all that goes on."""
-        self.patience += 1
-        if not (self.waiting and self.free) or self.reading is not None:
-            self.patience = 0
-        elif len(self.free) > 1 or not self._may_wait or self.patience > PATIENCE:
-            self._begin_reading()
+        if self.waiting and self.free and self.reading is None:
+            self.lost += len(self.free) / self.num_places
+            if not self._waits():
+                self._begin_reading()
         if self.reading is not None:
             self._read()
         if self.jobs:
             self._choose_width()
             self.scheduler.tick()
 
-    @property
-    def _may_wait(self) -> bool:
-        """Whether the next prompt can be read with another, while something else goes on."""
-        return bool(self.jobs) and len(self.waiting) > 1 and not self.waiting[0].request.has_media
+    def _waits(self) -> bool:
+        """Whether free places wait for others, so that their prompts are read together, in about the time of one: while
+        more wait than there is room for, and free places have lost less than the launches of a reading.
+        """
+        number = len(self.free)
+        if not self.jobs or len(self.waiting) <= number:
+            return False
+        requests = [stream.request for stream in itertools.islice(self.waiting, number + 1)]
+        longest = max(request.num_tokens for request in requests)
+        if requests[0].has_media or longest * len(requests) > self.prefill_tokens:
+            return False
+        return self.lost < max(request.num_steps or self.usual_steps for request in requests)
 
     def run(self) -> None:
         """Steps until nothing is left."""
@@ -379,7 +391,7 @@ class InferenceEngine:
         """Takes waiting requests, in their order, as many as there are places and tokens for. One with media is read
         alone, and if it is not the first, it is the next.
         """
-        jobs, passed, longest = [], [], 0
+        jobs, passed, longest, self.lost = [], [], 0, 0.0
         while self.waiting and self.free:
             request = self.waiting[0].request
             if jobs and request.has_media:

@@ -58,6 +58,8 @@ class ExitCriterion:
     largest_threshold = float("inf")
     reads_logits = True
     """Whether it needs a coda and a head, or the state alone."""
+    starts_uniform = False
+    """Whether logits that are all alike stand for those before the first check, and no other value counts."""
     adds_up = False
     """Whether a value follows from that of the check before."""
     part: str | None = None
@@ -87,13 +89,11 @@ class KLDivergence(ExitCriterion):
     """KL(P_{i-1} || P_i): the distribution of the next token does not change any more."""
 
     default_threshold = 5e-4
+    starts_uniform = True
 
     def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
-        log_p = self.log_probabilities(now.logits)
-        if before.logits is None:
-            log_q = torch.full_like(log_p, 1 / log_p.shape[-1]).log()
-        else:
-            log_q = self.log_probabilities(before.logits)
+        logits_before = torch.zeros_like(now.logits) if before.logits is None else before.logits
+        log_p, log_q = self.log_probabilities(now.logits), self.log_probabilities(logits_before)
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
     def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:

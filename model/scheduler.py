@@ -136,12 +136,16 @@ class Scheduler:
         accept: Callable[[TextRow, int, int], bool],
     ):
         self.base, self.config = model.model, model.text_config
+        self.positions, self.reads_normed = (
+            self.config.position_embedding,
+            self.config.recurrence.state_norm == "shared",
+        )
         self.choose, self.accept, self.counts = choose, accept, Counts()
         self.take_step, self.norm = TokenStep(self.base.core), token_norm(self.base.norm)
         self.head, self.cap = token_product(model.lm_head), self.config.final_logit_softcapping
         self.functions: dict[nn.Module, Callable] = {}
         self.criteria: dict[str, ExitCriterion] = {}
-        self.tables: list[list[torch.Tensor]] | None = None
+        self.table: tuple[torch.Tensor, list[int]] | None = None
         self.masks: torch.Tensor | None = None
         self.logits_before: torch.Tensor | None = None  # of the last check of each row's first item, (rows, vocab)
         first, after = self.config.num_prelude_layers, self.config.num_prelude_layers + self.config.num_core_layers
@@ -180,9 +184,10 @@ class Scheduler:
                 self._finish(item)
         for item in self._judge([item for item in items if self._is_judged(item, by_logits=False)]):
             self._finish(item)
-        rows = [row for row in self.rows if self._is_read(row)]
+        judged = [row.items[0] for row in self.rows if self._is_judged(row.items[0], by_logits=True)]
+        rows = [row for row in self.rows if row.items[0] in judged or self._is_read(row)]
         self._read([item for row in rows for item in reversed(row.items)])
-        for item in self._judge([row.items[0] for row in rows if self._is_judged(row.items[0], by_logits=True)]):
+        for item in self._judge(judged):
             self._finish(item)
         for row in rows:
             self._settle(row)
@@ -191,14 +196,17 @@ class Scheduler:
         """Prelude of new items."""
         if not items:
             return
-        positions = torch.tensor([[item.place - item.row.start] for item in items], device=self.device)
-        x = self.base.add_positions(self._embeds(items).unsqueeze(1), positions).squeeze(1)
+        x = self._embeds(items)
+        if self.positions in ("learned", "sinusoidal"):
+            positions = torch.tensor([[item.place - item.row.start] for item in items], device=self.device)
+            x = self.base.add_positions(x.unsqueeze(1), positions).squeeze(1)
         embeds = self._pass(self.base.prelude, self.prelude_layers, x, items)
-        terms, starts = self.take_step.term(embeds), self.base.start(embeds).view(-1, embeds.shape[-1])
-        starts = starts.expand_as(embeds).split(1)
-        for item, term, start in zip(items, terms.split(1), starts, strict=True):
-            item.term = term
-            item.first_state = start if item.row.initial_state is None else item.row.initial_state
+        for item, term in zip(items, self.take_step.term(embeds).split(1), strict=True):
+            item.term, item.first_state = term, item.row.initial_state
+        if any(item.first_state is None for item in items):
+            starts = self.base.start(embeds).view(-1, embeds.shape[-1]).expand_as(embeds)
+            for item, start in zip(items, starts.split(1), strict=True):
+                item.first_state = start if item.first_state is None else item.first_state
         self.counts.new_items += len(items)
 
     def _embeds(self, items: Sequence[Item]) -> torch.Tensor:
@@ -227,7 +235,7 @@ class Scheduler:
         if not items:
             return
         states = torch.cat([item.state for item in items])
-        states = self.norm(states) if self.config.recurrence.state_norm == "shared" else states
+        states = self.norm(states) if self.reads_normed else states
         hidden = self.norm(self._pass(self.base.coda, self.coda_layers, states, items))
         logits = self.head(hidden)
         logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
@@ -243,11 +251,10 @@ class Scheduler:
         return draft == choice
 
     def _is_read(self, row: TextRow) -> bool:
-        """Whether something has to be read of a row; then all of its items are, which costs little more, and shows
-        drafts that do not hold any more.
+        """Whether something has to be read of a row, besides for its exits; then all of its items are, which costs
+        little more, and shows drafts that do not hold any more.
         """
-        first, last = row.items[0], row.items[-1]
-        return first.is_done or self._is_judged(first, by_logits=True) or self._may_draft(last)
+        return row.items[0].is_done or self._may_draft(row.items[-1])
 
     def _may_draft(self, last: Item) -> bool:
         """Whether the next position may begin behind the last item of a row."""
@@ -309,20 +316,10 @@ class Scheduler:
         """Those of the items that stop where they are."""
         stopped, groups = [], {}
         for item in items:
-            groups.setdefault((item.row.criterion, item.value is None), []).append(item)
+            criterion = item.row.criterion
+            groups.setdefault((criterion, item.value is None and not criterion.starts_uniform), []).append(item)
         for (criterion, is_first), group in groups.items():
-            if criterion.reads_logits:
-                numbers, rows = torch.tensor([(item.reading[1], item.row.index) for item in group]).T.to(self.device)
-                now = ExitCheck(0, logits=group[0].reading[0].index_select(0, numbers))  # all have been read together
-                if self.logits_before is None:
-                    self.logits_before = now.logits.new_empty(self.core_layers[0].batch, now.logits.shape[1])
-                before = ExitCheck(0, logits=None if is_first else self.logits_before.index_select(0, rows))
-                self.logits_before.index_copy_(0, rows, now.logits)
-            else:
-                now = ExitCheck(0, torch.stack([item.state for item in group]))
-                before = ExitCheck(0, torch.stack([item.state_before for item in group]))
-            if not is_first:
-                before.value = torch.tensor([item.value for item in group], device=self.device)
+            now, before = self._checks_of(group, criterion, is_first)
             values = criterion.value(now, before)
             limits = [item.row.exits.threshold or criterion.default_threshold for item in group]
             limit = limits[0] if len(set(limits)) == 1 else torch.tensor(limits, device=self.device)
@@ -332,6 +329,35 @@ class Scheduler:
                 if is_last:
                     stopped.append(item)
         return stopped
+
+    def _checks_of(
+        self, items: Sequence[Item], criterion: ExitCriterion, is_first: bool
+    ) -> tuple[ExitCheck, ExitCheck]:
+        """What a criterion compares of items, which have all been judged before, or none, if it tells these apart."""
+        if criterion.reads_logits:
+            now, before = self._logits_of(items, is_first)
+        else:
+            now = ExitCheck(0, torch.stack([item.state for item in items]))
+            before = ExitCheck(0, torch.stack([item.state_before for item in items]))
+        if not is_first and not criterion.starts_uniform:
+            before.value = torch.tensor([item.value for item in items], device=self.device)
+        return now, before
+
+    def _logits_of(self, items: Sequence[Item], is_first: bool) -> tuple[ExitCheck, ExitCheck]:
+        """Logits of the first items of rows, and those that these had before, which they replace."""
+        logits = items[0].reading[0]  # all have been read together
+        numbers, rows = [item.reading[1] for item in items], [item.row.index for item in items]
+        if len(numbers) < len(logits):
+            logits = logits.index_select(0, torch.tensor(numbers, device=self.device))
+        if self.logits_before is None:
+            self.logits_before = logits.new_zeros(self.core_layers[0].batch, logits.shape[1])
+        new = [item.row.index for item in items if item.value is None]
+        if new and not is_first:
+            self.logits_before.index_fill_(0, torch.tensor(new, device=self.device), 0)
+        index = torch.tensor(rows, device=self.device)
+        before = None if is_first else self.logits_before.index_select(0, index)
+        self.logits_before.index_copy_(0, index, logits)
+        return ExitCheck(0, logits=logits), ExitCheck(0, logits=before)
 
     def _catch_up(self, row: TextRow) -> None:
         """The first item says what is final, since all before it is: exits that this decides are looked for after each
@@ -373,14 +399,16 @@ class Scheduler:
             self.masks = causal_rows(-(-places.end // BLOCK) * BLOCK, self.dtype, self.device)
         mask, rotary, token = places.mask(self.masks), None, None
         positions = [place - start for place, start in zip(places.places, places.starts, strict=True)]
-        if self.config.position_embedding == "rope":
-            tables = self._tables(max(positions) + 1)
+        if self.positions == "rope":
+            table, widths = self._table(max(positions) + 1)
             if len(positions) == 1:
-                rotary, token = ([table[positions[0]].unsqueeze(0) for table in pair] for pair in tables)
+                found = table[positions[0]].unsqueeze(0)
             else:
-                index = places.index[2] if not any(places.starts) else torch.tensor(positions, device=self.device)
-                rotary, token = ([table.index_select(0, index) for table in pair] for pair in tables)
-        elif self.config.position_embedding == "alibi":
+                index = torch.tensor(positions, device=self.device) if any(places.starts) else places.index[2]
+                found = table.index_select(0, index)
+            *rotary, cos, sin = found.split(widths, dim=1)
+            token = cos, sin
+        elif self.positions == "alibi":
             starts = torch.tensor(places.starts, device=self.device)[:, None]
             keys = torch.arange(places.start, places.end, device=self.device) - starts
             positions = torch.tensor(positions, device=self.device)[:, None]
@@ -388,11 +416,14 @@ class Scheduler:
             mask = bias if mask is None else mask + bias
         return AttentionInputs(mask, rotary, token=TokenInputs(token, self.functions))
 
-    def _tables(self, count: int) -> list[list[torch.Tensor]]:
-        """Those of RoPE for so many positions, as modules want them, (positions, 1, head_dim), and for all heads."""
-        if self.tables is None or len(self.tables[0][0]) < count:
+    def _table(self, count: int) -> tuple[torch.Tensor, list[int]]:
+        """Those of RoPE for so many positions in one, (positions, widths, head_dim): as modules want them, a width of 1
+        each, and for all heads.
+        """
+        if self.table is None or len(self.table[0]) < count:
             positions = torch.arange(-(-count // BLOCK) * BLOCK, device=self.device)[:, None]
             angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
             pair = rotary_tables(angles, self.dtype)
-            self.tables = [list(pair), list(token_tables(self.config, *pair))]
-        return self.tables
+            parts = [*pair, *token_tables(self.config, *pair)]
+            self.table = torch.cat(parts, dim=1), [part.shape[1] for part in parts]
+        return self.table
