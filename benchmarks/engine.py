@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,8 @@ def arrivals_of(count: int, gap: float) -> list[float]:
 class InTurns(InferenceEngine):
     """The engine without refill: requests begin when all before them have ended."""
 
+    prompt_items = 1000  # so that as many begin as there are places
+
     def step(self) -> None:
         waiting = self.waiting
         self.waiting = deque() if self.jobs else waiting
@@ -112,35 +115,49 @@ def serve(
     engine: InferenceEngine, requests: Sequence[TextRequest], arrivals: Sequence[float], costs: Sequence[tuple]
 ) -> dict[str, Any]:
     """The seconds until all is there, those of each request, what the engine has counted, what share of the time, that
-    of prompts left out, its launches would have taken by what they cost alone, and by how many MiB the process has
-    grown since a tenth of the requests was done.
+    of prompts that are read by themselves left out, its launches would have taken by what they cost alone, and by how
+    many MiB the process has grown since a tenth of the requests was done.
     """
     left, streams, done = deque(zip(arrivals, requests, strict=True)), [], {}
-    counts, ideal, prompts, before_most = engine.scheduler.counts, 0.0, 0.0, 0.0
+    counts, launched, before_most = engine.scheduler.counts, [], 0.0
+    prompts, checks = timed(engine, "_read"), timed(engine.scheduler, "_judge")
     start = time.perf_counter()
     while left or not engine.is_idle:
         now = time.perf_counter() - start
         while left and left[0][0] <= now:
             come, request = left.popleft()
             streams.append((come, engine.submit(request)))
-        before, launched = time.perf_counter(), (counts.new_items, counts.items, counts.readings)
-        is_prompt = bool(engine.reading or (engine.waiting and engine.free))
+        launched.append((counts.new_items, counts.items, counts.readings))
         engine.step()
-        if is_prompt:
-            prompts += time.perf_counter() - before
-        else:
-            now_launched = (counts.new_items, counts.items, counts.readings)
-            for count, earlier, cost in zip(now_launched, launched, costs, strict=True):
-                ideal += float(np.interp(count - earlier, *cost)) if count > earlier else 0.0
         for come, stream in streams:
             if stream.is_done and stream not in done:
                 done[stream] = time.perf_counter() - start - come
                 before_most = before_most or (10 * len(done) >= len(requests) and memory("VmRSS"))
     seconds = time.perf_counter() - start
+    launched.append((counts.new_items, counts.items, counts.readings))
+    ideal = 0.0
+    for before, after in pairwise(launched):
+        for count, earlier, cost in zip(after, before, costs, strict=True):
+            ideal += float(np.interp(count - earlier, *cost)) if count > earlier else 0.0
     steps = [stream.exit_steps[1:] for _, stream in streams]  # the first token is the prompt's
     results = {"texts": [stream.tokens for _, stream in streams], "steps": steps, "waits": list(done.values())}
     results["grown"] = memory("VmRSS") - before_most
-    return results | {"seconds": seconds, "share": ideal / (seconds - prompts), "prompts": prompts, "counts": counts}
+    results |= {"share": ideal / (seconds - sum(prompts)), "checks": sum(checks) / seconds}
+    return results | {"seconds": seconds, "counts": counts}
+
+
+def timed(owner: object, name: str) -> list[float]:
+    """The seconds of each call of a method from now on."""
+    method, seconds = getattr(owner, name), []
+
+    def call(*args: object) -> object:
+        before = time.perf_counter()
+        found = method(*args)
+        seconds.append(time.perf_counter() - before)
+        return found
+
+    setattr(owner, name, call)
+    return seconds
 
 
 def serve_static(
@@ -183,8 +200,7 @@ def measure(
             made.scheduler = InStep(model, made.cache, made._choose, made._accept)
         return serve(made, requests, arrivals, costs)
 
-    empty = InferenceEngine(model, **room, drafts=False)
-    costs = [empty.measure_launches(kind) for kind in ("prelude", "core", "coda")]
+    costs: list[tuple] = []
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         STATIC: partial(serve_static, model, requests, arrivals, args.places, False),
         "generate, sorted by length": partial(serve_static, model, requests, arrivals, args.places, True),
@@ -195,6 +211,8 @@ def measure(
     }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for index in range(-args.warmup, args.rounds):
+        empty = InferenceEngine(model, **room, drafts=False)
+        costs[:] = [empty.measure_launches(kind) for kind in ("prelude", "core", "coda")]
         for name, run in ways.items():
             result = run()
             if index >= 0:
@@ -211,11 +229,12 @@ def report(found: dict[str, list[dict[str, Any]]], count: int, gap: float) -> st
     for name, rounds in found.items():
         last, tokens = rounds[-1], sum(map(len, rounds[-1]["texts"]))
         waits, same = torch.tensor(last["waits"]), sum(map(list.__eq__, last["texts"], expected))
-        of_engine = ["-"] * 4
+        of_engine = ["-"] * 5
         if "counts" in last:
             counts = last["counts"]
-            wasted = 1 - sum(map(sum, last["steps"])) / counts.items
-            of_engine = [f"{counts.items / counts.ticks:.2f}", f"{last['share']:.0%}", f"{wasted:.0%}"]
+            wasted = 1 - sum(map(sum, last["steps"])) / (counts.items - counts.prompt_items)
+            shares = [timing.quartiles([each[part] for each in rounds])[1] for part in ("share", "checks")]
+            of_engine = [f"{counts.items / counts.ticks:.2f}", *(f"{share:.0%}" for share in shares), f"{wasted:.0%}"]
             of_engine.append(f"{last['grown']:.0f}")
         middle, late = waits.quantile(torch.tensor([0.5, 0.95])).tolist()
         speed = f"{tokens / timing.quartiles(seconds[name])[1]:.0f}"
@@ -229,7 +248,13 @@ def report(found: dict[str, list[dict[str, Any]]], count: int, gap: float) -> st
         "seconds to wait: median, 95 %",
         "items a launch",
     ]
-    header += ["ideal / time", "items in vain", "MiB grown", f"texts as in static batches, of {count}"]
+    header += [
+        "ideal / time",
+        "exit checks / time",
+        "items in vain",
+        "MiB grown",
+        f"texts as in static batches, of {count}",
+    ]
     title = f"{count} requests, {'all at once' if not gap else f'one in {gap:g} s'}\n\n"
     return title + timing.markdown_table(header, rows) + "\n"
 

@@ -62,6 +62,8 @@ for line in sys.stdin:
     sys.stdout.flush()
 """
 
+GOLDEN = (5**0.5 - 1) / 2
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write tables to standard output.
@@ -336,7 +338,7 @@ def decode(
         for item, token in zip(items, logits.argmax(-1).tolist(), strict=True):
             place = item.place + 1
             if not item.is_done and place < expected.shape[1]:
-                is_right = (hash((item.row.index, place)) % 1000) < 1000 * held
+                is_right = GOLDEN * (place + 7 * item.row.index) % 1 < held  # evenly spread
                 token = int(expected[item.row.index, place]) if is_right else (token + 1) % logits.shape[-1]
             chosen.append(token)
         return chosen

@@ -220,7 +220,7 @@ class Reading:
 class TimedScheduler(Scheduler):
     """A scheduler whose launches are timed one by one."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def seconds_of(self, kind: str, items: Sequence[Item]) -> float:
         """How long a launch with such items takes, of the "prelude", the "core", or the "coda" with the head; it writes
         to their places.
@@ -237,6 +237,9 @@ class TimedScheduler(Scheduler):
 class InferenceEngine:
     """Requests in, tokens out; one thread.
 
+    A short prompt goes through the launches of others; a longer one is cheaper by itself, where its tokens share what
+    they see.
+
     Args:
         model: A model with a head and a core.
         num_places: Requests that go on at a time.
@@ -251,6 +254,9 @@ class InferenceEngine:
     Raises:
         ValueError: the model has no core, its attention is not sdpa, or a number is below 1.
     """
+
+    short_prompt, prompt_items = 16, 32
+    """The most tokens of a short prompt, and of all those that go through launches at a time."""
 
     def __init__(
         self,
@@ -354,9 +360,11 @@ class InferenceEngine:
 
     # ------------------------------------------------------------------------------------------------------------ step
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> None:
         """A part of the prompts that wait, and one step of the core for all that goes on."""
+        while self.waiting and self.free and self._is_short(self.waiting[0].request):
+            self._begin_short()
         if self.waiting and self.free and self.reading is None:
             self.lost += len(self.free) / self.num_places
             if not self._waits():
@@ -386,6 +394,17 @@ class InferenceEngine:
             self.step()
 
     # --------------------------------------------------------------------------------------------------------- prompts
+
+    def _is_short(self, request: TextRequest) -> bool:
+        """Whether a prompt goes through the launches of others now."""
+        on_way = sum(len(row.items) for row in self.scheduler.rows if row.items[0].place < row.prompt_end)
+        is_short = request.num_tokens <= min(self.short_prompt, self.prefill_tokens)
+        return is_short and not request.has_media and on_way + request.num_tokens <= self.prompt_items
+
+    def _begin_short(self) -> None:
+        """The first of those that wait gets a place, and its tokens are items from the next launch on."""
+        job = self._job(self.waiting.popleft())
+        self.scheduler.open(self._row(job, job.length - 1), 0, job.ids[0, : job.length].tolist())
 
     def _begin_reading(self) -> None:
         """Takes waiting requests, in their order, as many as there are places and tokens for. One with media is read
@@ -444,20 +463,25 @@ class InferenceEngine:
 
     def _open(self, job: Job, number: int, reading: Reading, logits: torch.Tensor) -> None:
         """Puts what was read of a prompt into its place, and goes on behind its first token."""
-        longest, length, request = reading.ids.shape[1], job.length, job.stream.request
+        longest, length = reading.ids.shape[1], job.length
         for layer, read in zip(self.cache.layers, reading.cache.layers, strict=True):
             found = read.buffer[:, :, number, :, longest - length : longest]
             place = layer.buffer[:, :, job.place, :, :length]
             place[: len(found)] = found
             place[len(found) :] = found[-1]
-        last = request.num_tokens + request.max_new_tokens - 2
-        row = TextRow(job.place, 0, last, job.num_steps, self.state, request.exits)
-        self.jobs[row] = job
-        token = job.pick(logits, [])
+        row, token = self._row(job), job.pick(logits, [])
         if job.accept(token, job.num_steps):
-            self.scheduler.open(row, length, token)
+            self.scheduler.open(row, length, [token])
         else:
             self._release(row)
+
+    def _row(self, job: Job, prompt_end: int = -1) -> TextRow:
+        """The row of the scheduler that is a request's."""
+        request = job.stream.request
+        last = request.num_tokens + request.max_new_tokens - 2
+        row = TextRow(job.place, 0, last, job.num_steps, self.state, request.exits, prompt_end=prompt_end)
+        self.jobs[row] = job
+        return row
 
     # ---------------------------------------------------------------------------------------------------------- tokens
 

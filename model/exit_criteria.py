@@ -94,7 +94,7 @@ class KLDivergence(ExitCriterion):
     def value(self, now: ExitCheck, before: ExitCheck) -> torch.Tensor:
         logits_before = torch.zeros_like(now.logits) if before.logits is None else before.logits
         log_p, log_q = self.log_probabilities(now.logits), self.log_probabilities(logits_before)
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
+        return nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
     def log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.float().log_softmax(-1)

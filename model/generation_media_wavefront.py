@@ -63,7 +63,7 @@ class MediaWavefront:
             self.steps[row.index].append(row.num_steps)
             if not media_row.is_done and row.last_place >= past:
                 latent = media_row.latents[-1] if tokens[0] == self.place_id else None
-                self.scheduler.open(row, past, Position(tokens[0], latent))
+                self.scheduler.open(row, past, [Position(tokens[0], latent)])
 
     def _stream(self, token: int) -> None:
         if self.streamer is not None:

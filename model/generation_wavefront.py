@@ -95,7 +95,7 @@ class WavefrontRun:
         tokens = [self._pick(row, logits, []) for row, logits in enumerate(outputs.logits[:, -1:].float())]
         for row, token in zip(self.rows, tokens, strict=True):
             if self.accept(row, token, 0 if outputs.exit_steps is None else int(outputs.exit_steps[row.index])):
-                self.scheduler.open(row, past, token)
+                self.scheduler.open(row, past, [token])
 
     def decode(self) -> None:
         """Final tokens, until no row goes on."""

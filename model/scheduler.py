@@ -13,6 +13,7 @@ Sources: WaveFront Decoding, arXiv 2609.23033; Continuous Depth Batching, arXiv 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +39,8 @@ class TextRow:
         initial_state: s_0 of each token, (1, hidden); None: it follows from what the token embeds.
         exits: What ends the steps of a token earlier.
         draft_steps: Steps after which a token says a draft of the next. None: there are no drafts.
+        prompt_end: The place of the last token of its prompt, if that is read here. Tokens of a prompt take all steps,
+            and only the last says one.
     """
 
     index: int
@@ -47,6 +50,7 @@ class TextRow:
     initial_state: torch.Tensor | None
     exits: ExitOptions = field(default_factory=ExitOptions)
     draft_steps: int | None = None
+    prompt_end: int = -1
     items: list["Item"] = field(default_factory=list)
     """Those on their way, by position."""
     criterion: ExitCriterion | None = None
@@ -84,7 +88,8 @@ class Item:
     @property
     def drafts(self) -> list[int]:
         """Tokens of the row that are drafts, up to this one."""
-        return [item.token for item in self.row.items[1:] if item.place <= self.place]
+        end = self.row.prompt_end
+        return [item.token for item in self.row.items[1:] if end < item.place <= self.place]
 
     @property
     def step(self) -> int:
@@ -105,13 +110,14 @@ class Item:
 
 @dataclass
 class Counts:
-    """Numbers of launches of the core, of new items, of items in all launches, of readings, and of drafts, by whether
-    they held.
+    """Numbers of launches of the core, of new items, of items in all launches, of those of prompts among them, of
+    readings, and of drafts, by whether they held.
     """
 
     ticks: int = 0
     new_items: int = 0
     items: int = 0
+    prompt_items: int = 0
     readings: int = 0
     drafts: int = 0
     kept_drafts: int = 0
@@ -147,6 +153,7 @@ class Scheduler:
         self.criteria: dict[str, ExitCriterion] = {}
         self.table: tuple[torch.Tensor, list[int]] | None = None
         self.masks: torch.Tensor | None = None
+        self.inputs: tuple[Any, AttentionInputs | None] = None, None
         self.logits_before: torch.Tensor | None = None  # of the last check of each row's first item, (rows, vocab)
         first, after = self.config.num_prelude_layers, self.config.num_prelude_layers + self.config.num_core_layers
         self.prelude_layers, self.core_layers = cache.layers[:first], cache.layers[first:after]
@@ -154,16 +161,18 @@ class Scheduler:
         self.rows: list[TextRow] = []
         self.device, self.dtype = self.base.embed_tokens.weight.device, self.base.embed_tokens.weight.dtype
 
-    def open(self, row: TextRow, place: int, token: int) -> None:
-        """Goes on with a row behind a token that is final, which is read to this place of the cache. ValueError: the
-        model has hooks of steps, of which a launch takes several at once.
+    def open(self, row: TextRow, place: int, tokens: Sequence[int]) -> None:
+        """Goes on with a row behind tokens that are final, which are read to the places of the cache from this one on.
+        ValueError: the model has hooks of steps, of which a launch takes several at once.
         """
         if self.base.has_step_hooks:
             raise ValueError(
                 "the model has step hooks, and a launch here takes steps of different numbers at once: remove them, or "
                 "generate with plain decoding"
             )
-        row.items, row.criterion = [Item(row, place, token)], self._criterion(row.exits.criterion)
+        row.items = [Item(row, place + number, token) for number, token in enumerate(tokens)]
+        self.counts.prompt_items += row.num_steps * sum(item.place <= row.prompt_end for item in row.items)
+        row.criterion = self._criterion(row.exits.criterion)
         self.rows.append(row)
 
     def close(self, row: TextRow) -> None:
@@ -236,7 +245,11 @@ class Scheduler:
             return
         states = torch.cat([item.state for item in items])
         states = self.norm(states) if self.reads_normed else states
-        hidden = self.norm(self._pass(self.base.coda, self.coda_layers, states, items))
+        hidden = self._pass(self.base.coda, self.coda_layers, states, items)
+        saying = [number for number, item in enumerate(items) if item.place >= item.row.prompt_end]
+        if len(saying) < len(items):
+            items, hidden = [items[number] for number in saying], hidden[saying]
+        hidden = self.norm(hidden)
         logits = self.head(hidden)
         logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
         for number, (item, token) in enumerate(zip(items, self._choices(items, hidden, logits), strict=True)):
@@ -259,7 +272,7 @@ class Scheduler:
     def _may_draft(self, last: Item) -> bool:
         """Whether the next position may begin behind the last item of a row."""
         row = last.row
-        if row.draft_steps is None or last.place >= row.last_place:
+        if row.draft_steps is None or last.place >= row.last_place or last.place <= row.prompt_end:
             return False
         return last.is_done or last.step >= row.draft_steps
 
@@ -275,6 +288,9 @@ class Scheduler:
         """A row that has been read gets final tokens and new items, and loses drafts that do not hold."""
         while row.items[0].is_done:
             item, *behind = row.items
+            if item.place < row.prompt_end:
+                row.items = behind
+                continue
             holds = bool(behind) and self._holds(behind[0].token, item.choice)
             if not self.accept(row, behind[0].token if holds else item.choice, item.step):
                 self.close(row)
@@ -307,7 +323,9 @@ class Scheduler:
         is final only when all before it is; until then it is not asked.
         """
         row, criterion = item.row, item.row.criterion
-        if criterion is None or criterion.reads_logits != by_logits or item.is_done or item.step == row.num_steps:
+        if criterion is None or criterion.reads_logits != by_logits:
+            return False
+        if item.is_done or item.step == row.num_steps or item.place <= row.prompt_end:
             return False
         steps = item.step - row.exits.min_steps
         return steps >= 0 and steps % row.exits.check_interval == 0
@@ -346,17 +364,14 @@ class Scheduler:
     def _logits_of(self, items: Sequence[Item], is_first: bool) -> tuple[ExitCheck, ExitCheck]:
         """Logits of the first items of rows, and those that these had before, which they replace."""
         logits = items[0].reading[0]  # all have been read together
+        if self.logits_before is None:  # the last line is that of items which have said nothing: all are alike
+            self.logits_before = logits.new_zeros(self.core_layers[0].batch + 1, logits.shape[1])
         numbers, rows = [item.reading[1] for item in items], [item.row.index for item in items]
-        if len(numbers) < len(logits):
-            logits = logits.index_select(0, torch.tensor(numbers, device=self.device))
-        if self.logits_before is None:
-            self.logits_before = logits.new_zeros(self.core_layers[0].batch, logits.shape[1])
-        new = [item.row.index for item in items if item.value is None]
-        if new and not is_first:
-            self.logits_before.index_fill_(0, torch.tensor(new, device=self.device), 0)
-        index = torch.tensor(rows, device=self.device)
-        before = None if is_first else self.logits_before.index_select(0, index)
-        self.logits_before.index_copy_(0, index, logits)
+        earlier = [len(self.logits_before) - 1 if item.value is None else item.row.index for item in items]
+        numbers, rows, earlier = torch.tensor([numbers, rows, earlier], device=self.device).unbind()
+        logits = logits if len(items) == len(logits) else logits.index_select(0, numbers)
+        before = None if is_first else self.logits_before.index_select(0, earlier)
+        self.logits_before.index_copy_(0, rows, logits)
         return ExitCheck(0, logits=logits), ExitCheck(0, logits=before)
 
     def _catch_up(self, row: TextRow) -> None:
@@ -394,7 +409,13 @@ class Scheduler:
         return ItemPlaces(rows, [item.place for item in items], steps, starts, self.device)
 
     def _inputs(self, places: ItemPlaces) -> AttentionInputs:
-        """Mask and positions of items."""
+        """Mask and positions of items, made once where the same are passed through several parts."""
+        key = places.rows, places.places, places.starts
+        if self.inputs[0] != key:
+            self.inputs = key, self._make_inputs(places)
+        return self.inputs[1]
+
+    def _make_inputs(self, places: ItemPlaces) -> AttentionInputs:
         if self.masks is None or len(self.masks) < places.end:
             self.masks = causal_rows(-(-places.end // BLOCK) * BLOCK, self.dtype, self.device)
         mask, rotary, token = places.mask(self.masks), None, None

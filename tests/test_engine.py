@@ -62,9 +62,13 @@ def check_alone(model: nn.Module, streams: list[Stream]) -> None:
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-@pytest.mark.parametrize(("places", "prefill"), [(1, 512), (3, 4), (8, 16)])
-def test_each_request_says_what_it_says_alone(model, places, prefill, drafts):
+@pytest.mark.parametrize(
+    ("places", "prefill", "short"), [(1, 512, 16), (3, 4, 0), (8, 16, 5), (8, 16, 0), (4, 512, 16)]
+)
+def test_each_request_says_what_it_says_alone(model, places, prefill, short, drafts):
+    """Prompts are read by themselves, or go through the launches of others, or some of each."""
     engine = InferenceEngine(model, places, max_length=32, max_steps=7, prefill_tokens=prefill, drafts=drafts)
+    engine.short_prompt = short
     streams = [engine.submit(request) for request in requests(12)]
     engine.run()
     check_alone(model, streams)
@@ -158,6 +162,29 @@ def test_no_request_starves_and_places_go_in_order(model):
     assert begun == list(range(9))
 
 
+def test_free_places_wait_for_others_no_longer_than_a_reading_takes(model):
+    """Seven requests and two places; prompts are read by themselves, the next one in four launches. The first to end
+    leaves a place that waits for the other, which ends five launches later. If that takes longer, it is read before the
+    eighth, by which half of the places have lost four.
+    """
+    for others, expected in ((6, 5), (30, 7)):
+        engine = InferenceEngine(model, 2, max_length=48, max_steps=4, drafts=False)
+        engine.short_prompt = 0
+        options = {"num_steps": 1, "end_tokens": (), "max_new_tokens": 6}
+        for number in range(7):
+            prompt = {"input_ids": tiny_ids(1, 4, seed=number)}
+            lengths = {0: {"max_new_tokens": 2}, 1: {"max_new_tokens": 1 + others}, 2: {"num_steps": 4}}
+            engine.submit(TextRequest(prompt, **options | lengths.get(number, {})))
+        engine.step()
+        while not engine.free:
+            engine.step()
+        waited = 0
+        while len(engine.waiting) == 5:
+            engine.step()
+            waited += 1
+        assert waited - 1 == expected
+
+
 def test_a_long_prompt_is_read_in_parts_beside_others(model):
     engine = InferenceEngine(model, 2, max_length=48, max_steps=4, prefill_tokens=5, drafts=False)
     short = engine.submit(TextRequest({"input_ids": tiny_ids(1, 3)}, max_new_tokens=12, num_steps=2))
@@ -182,6 +209,7 @@ def test_prompts_with_media_are_read_alone_and_hold_up_no_texts():
     image = TextRequest(row_of(inputs, 0), max_new_tokens=8)
     assert image.has_media
     engine = InferenceEngine(model, 3, max_length=64, drafts=False)
+    engine.short_prompt = 0
     streams = [engine.submit(request) for request in (texts[0], image, *texts[1:])]
     read = []
     while not engine.is_idle:
@@ -195,6 +223,18 @@ def test_prompts_with_media_are_read_alone_and_hold_up_no_texts():
         given = dict(stream.request.inputs)
         expected = model.generate(**given, max_new_tokens=stream.request.max_new_tokens, do_sample=False)
         assert stream.tokens == expected[0, given["input_ids"].shape[1] :].tolist()
+
+
+def test_a_model_that_has_served_can_be_trained():
+    """Nothing that the engine has made under inference mode stays in the model."""
+    model, inputs = tiny_media_model(), row_of(tiny_inputs(), 0)
+    engine = InferenceEngine(model, 2, max_length=64)
+    for prompt in (inputs, {"input_ids": tiny_ids(1, 4)}):
+        engine.submit(TextRequest(prompt, max_new_tokens=4))
+    engine.run()
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert len(grads) > 10 and all(grad.isfinite().all() for grad in grads)
 
 
 def test_a_cancelled_request_frees_its_place_at_once(model):
@@ -227,6 +267,7 @@ def test_a_request_cancelled_while_its_prompt_is_read(model):
 
 def test_one_of_two_prompts_that_are_read_together_is_cancelled(model):
     engine = InferenceEngine(model, 2, max_length=48, max_steps=4, prefill_tokens=8)
+    engine.short_prompt = 0
     streams = [engine.submit(TextRequest({"input_ids": tiny_ids(1, 4, seed=seed)}, num_steps=3)) for seed in (0, 1)]
     engine._begin_reading()
     engine.cancel(streams[0])
