@@ -7,14 +7,15 @@ INSTALLED_EXTRA := .venv/installed-extra
 # The other minor release of transformers that requirements.txt allows, and the tests of what depends on it most.
 PREVIOUS := 5.23.0
 INSTALLED_PREVIOUS := .venv-previous/transformers-$(PREVIOUS)
-TESTS_OF_PREVIOUS := $(addprefix tests/test_, cache.py clients_peft.py clients_trl_images.py exits.py export.py export_writing.py generation.py \
-	generation_cells.py identities.py inference_loading.py media_generation.py media_identities.py media_model.py modeling.py \
-	pipelines.py pipelines_writing.py recurrence.py requirements.py static_cache.py writing.py writing_codecs.py)
+TESTS_OF_PREVIOUS := $(addprefix tests/test_, cache.py clients_peft.py clients_trl_images.py exits.py generation.py generation_cells.py \
+	inference_loading.py media_generation.py media_model.py modeling.py pipelines.py pipelines_writing.py requirements.py static_cache.py \
+	writing.py)
 TOOLS := uv==0.13.9 pip-audit==2.10.1
 INSTALLED_TOOLS := .venv-tools/installed
 COMPILE := .venv-tools/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --upgrade \
 	--generate-hashes --custom-compile-command "make lock"
-INSTALL := -m pip install --disable-pip-version-check
+# Installs into an environment: pip, or uv where UV names it, which takes a third of the time.
+install = $(if $(UV),$(UV) pip install --quiet --python $(1)/bin/python,$(1)/bin/python -m pip install --disable-pip-version-check)
 # DeepSpeed compiles its operators with the ninja it finds on the path.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -49,17 +50,17 @@ endef
 # A lock has all that its packages need: pip looks for nothing beside it.
 $(INSTALLED): requirements.lock
 	$(call environment,.venv)
-	.venv/bin/python $(INSTALL) --no-deps -r requirements.lock
+	$(call install,.venv) --no-deps -r requirements.lock
 	@touch $@
 
 $(INSTALLED_EXTRA): requirements-extra.lock $(INSTALLED)
-	.venv/bin/python $(INSTALL) --no-deps -r requirements-extra.lock
+	$(call install,.venv) --no-deps -r requirements-extra.lock
 	@touch $@
 
 # Its packages come first on the path, those of .venv after them; setuptools, which Python brings with it, is the lock's.
 $(INSTALLED_PREVIOUS): $(INSTALLED)
 	.venv/bin/python -m venv --clear .venv-previous
-	.venv-previous/bin/python $(INSTALL) --no-deps transformers==$(PREVIOUS)
+	$(call install,.venv-previous) --no-deps transformers==$(PREVIOUS)
 	.venv-previous/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes setuptools
 	.venv/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> "$$(.venv-previous/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/locked.pth"
@@ -67,7 +68,7 @@ $(INSTALLED_PREVIOUS): $(INSTALLED)
 
 $(INSTALLED_TOOLS): Makefile
 	$(call environment,.venv-tools)
-	.venv-tools/bin/python $(INSTALL) $(TOOLS)
+	$(call install,.venv-tools) $(TOOLS)
 	@touch $@
 
 quickstart: RUN ?= runs/recurrent_vlm
@@ -142,7 +143,7 @@ audit: $(INSTALLED_TOOLS)
 newest: export PATH := $(CURDIR)/.venv-newest/bin:$(PATH)
 newest:
 	$(call environment,.venv-newest)
-	.venv-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager -r requirements.txt
+	$(call install,.venv-newest) --upgrade --upgrade-strategy eager -r requirements.txt
 	.venv-newest/bin/ruff check .
 	.venv-newest/bin/ruff format --check .
 	.venv-newest/bin/python -m pytest -m "not slow and not gpu"

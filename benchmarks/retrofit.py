@@ -41,8 +41,6 @@ from inference.output import whole_file
 
 VOCABULARY = 256
 """Bytes."""
-GROWTH = 0.25
-"""The share of the time in which the mean of the steps grows from 1."""
 
 
 class Budget(TrainerCallback):
@@ -51,11 +49,12 @@ class Budget(TrainerCallback):
     Args:
         seconds: CPU seconds.
         rate: The highest rate.
-        mean_steps: The mean of the steps, which grows towards it in the first quarter; None: the model has no core.
+        mean_steps: The mean of the steps, which grows towards it from 1; None: the model has no core.
+        growth: The share of the time in which it does.
     """
 
-    def __init__(self, seconds: float, rate: float, mean_steps: int | None = None):
-        self.seconds, self.rate, self.mean_steps = seconds, rate, mean_steps
+    def __init__(self, seconds: float, rate: float, mean_steps: int | None = None, growth: float = 0.25):
+        self.seconds, self.rate, self.mean_steps, self.growth = seconds, rate, mean_steps, growth
         self.start = time.process_time()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
@@ -65,7 +64,8 @@ class Budget(TrainerCallback):
             group["lr"] = self.rate * min(1.0, (state.global_step + 1) / 50) * (1 - 0.9 * share)
         if self.mean_steps is not None:
             recurrence = model.config.recurrence
-            recurrence.mean_steps = 1 + round((self.mean_steps - 1) * min(share / GROWTH, 1.0))
+            grown = min(share / self.growth, 1.0) if self.growth else 1.0
+            recurrence.mean_steps = 1 + round((self.mean_steps - 1) * grown)
             recurrence.backprop_steps = recurrence.mean_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -118,6 +118,7 @@ def build_parser() -> OneLineParser:
                                 ("mean-steps", 4, "core steps on average")):  # fmt: skip
         parser.add_argument(f"--{name}", type=counted(what), default=default, help=f"{what}; default: {default}")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="highest rate of AdamW")
+    parser.add_argument("--growth", type=float, default=0.25, help="share of the time in which the mean grows")
     for part, default in (("prelude", range(2)), ("core", range(2, 4)), ("coda", range(4, 6))):
         parser.add_argument(
             f"--{part}", type=layer_range, default=default, metavar="BEGIN:END", help=f"layers of the {part}"
@@ -176,7 +177,7 @@ def trained(model: PreTrainedModel, train: datasets.Dataset, args: argparse.Name
             logging_strategy="no",
             disable_tqdm=True,
         )
-        budget = Budget(args.seconds, args.learning_rate, args.mean_steps if has_core else None)
+        budget = Budget(args.seconds, args.learning_rate, args.mean_steps if has_core else None, args.growth)
         Trainer(model.train(), options, train_dataset=train, callbacks=[budget, *callbacks]).train()
     return model.eval()
 
