@@ -265,6 +265,22 @@ def test_a_request_cancelled_while_its_prompt_is_read(model):
     check_alone(model, [other])
 
 
+def test_a_request_cancelled_while_its_prompt_goes_through_launches(model):
+    engine = InferenceEngine(model, 1, max_length=48, max_steps=4)
+    first = engine.submit(TextRequest({"input_ids": tiny_ids(1, 12)}, max_new_tokens=4, num_steps=4))
+    other = engine.submit(requests(1)[0])
+    engine.step()
+    assert engine.reading is None and len(engine.scheduler.rows[0].items) == 12
+    engine.cancel(first)
+    assert engine.free == [0] and not engine.scheduler.rows
+    engine.run()
+    assert (
+        first.tokens == []
+        and engine.scheduler.counts.prompt_items == 4 * 12 + other.request.num_steps * other.request.num_tokens
+    )
+    check_alone(model, [other])
+
+
 def test_one_of_two_prompts_that_are_read_together_is_cancelled(model):
     engine = InferenceEngine(model, 2, max_length=48, max_steps=4, prefill_tokens=8)
     engine.short_prompt = 0
