@@ -86,7 +86,7 @@ def test_all_ways_to_serve_give_the_same_texts(exits, capsys):
     _, *rows = [row for row in cells(out) if row[0] != "way"]
     assert "7 requests, all at once" in out and "7 requests, one in 0.01 s" in out
     assert len(rows) == 11 and all(row[-1] == "7" for row in rows)
-    in_vain = {row[0]: row[7] for row in rows}
+    in_vain = {row[0]: row[8] for row in rows}
     assert in_vain["engine, depths mixed"] == in_vain["engine, refill"] == "0%"
 
 
