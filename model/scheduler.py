@@ -351,7 +351,7 @@ class Scheduler:
     def _checks_of(
         self, items: Sequence[Item], criterion: ExitCriterion, is_first: bool
     ) -> tuple[ExitCheck, ExitCheck]:
-        """What a criterion compares of items, which have all been judged before, or none, if it tells these apart."""
+        """Returns what a criterion compares of items; where it tells first checks apart, all are first, or none is."""
         if criterion.reads_logits:
             now, before = self._logits_of(items, is_first)
         else:
