@@ -13,7 +13,6 @@ Sources: WaveFront Decoding, arXiv 2609.23033; Continuous Depth Batching, arXiv 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
@@ -39,8 +38,7 @@ class TextRow:
         initial_state: s_0 of each token, (1, hidden); None: it follows from what the token embeds.
         exits: What ends the steps of a token earlier.
         draft_steps: Steps after which a token says a draft of the next. None: there are no drafts.
-        prompt_end: The place of the last token of its prompt, if that is read here. Tokens of a prompt take all steps,
-            and only the last says one.
+        prompt_end: The last place of a prompt that is read here, whose tokens take all steps; only the last says one.
     """
 
     index: int
@@ -88,8 +86,7 @@ class Item:
     @property
     def drafts(self) -> list[int]:
         """Tokens of the row that are drafts, up to this one."""
-        end = self.row.prompt_end
-        return [item.token for item in self.row.items[1:] if end < item.place <= self.place]
+        return [item.token for item in self.row.items[1:] if self.row.prompt_end < item.place <= self.place]
 
     @property
     def step(self) -> int:
@@ -110,9 +107,7 @@ class Item:
 
 @dataclass
 class Counts:
-    """Numbers of launches of the core, of new items, of items in all launches, of those of prompts among them, of
-    readings, and of drafts, by whether they held.
-    """
+    """Numbers of launches, new items, items in all launches, those of prompts among them, readings, and drafts."""
 
     ticks: int = 0
     new_items: int = 0
@@ -153,7 +148,7 @@ class Scheduler:
         self.criteria: dict[str, ExitCriterion] = {}
         self.table: tuple[torch.Tensor, list[int]] | None = None
         self.masks: torch.Tensor | None = None
-        self.inputs: tuple[Any, AttentionInputs | None] = None, None
+        self.inputs: tuple = None, None  # of the launch before, by where its items were
         self.logits_before: torch.Tensor | None = None  # of the last check of each row's first item, (rows, vocab)
         first, after = self.config.num_prelude_layers, self.config.num_prelude_layers + self.config.num_core_layers
         self.prelude_layers, self.core_layers = cache.layers[:first], cache.layers[first:after]
@@ -162,9 +157,7 @@ class Scheduler:
         self.device, self.dtype = self.base.embed_tokens.weight.device, self.base.embed_tokens.weight.dtype
 
     def open(self, row: TextRow, place: int, tokens: Sequence[int]) -> None:
-        """Goes on with a row behind tokens that are final, which are read to the places of the cache from this one on.
-        ValueError: the model has hooks of steps, of which a launch takes several at once.
-        """
+        """Goes on with a row by final tokens, from this place of the cache on. ValueError: there are step hooks."""
         if self.base.has_step_hooks:
             raise ValueError(
                 "the model has step hooks, and a launch here takes steps of different numbers at once: remove them, or "
@@ -212,10 +205,9 @@ class Scheduler:
         embeds = self._pass(self.base.prelude, self.prelude_layers, x, items)
         for item, term in zip(items, self.take_step.term(embeds).split(1), strict=True):
             item.term, item.first_state = term, item.row.initial_state
-        if any(item.first_state is None for item in items):
-            starts = self.base.start(embeds).view(-1, embeds.shape[-1]).expand_as(embeds)
-            for item, start in zip(items, starts.split(1), strict=True):
-                item.first_state = start if item.first_state is None else item.first_state
+        for number, item in enumerate(items):
+            if item.first_state is None:
+                item.first_state = self.base.start(embeds[number : number + 1]).view(1, -1)
         self.counts.new_items += len(items)
 
     def _embeds(self, items: Sequence[Item]) -> torch.Tensor:
@@ -264,17 +256,14 @@ class Scheduler:
         return draft == choice
 
     def _is_read(self, row: TextRow) -> bool:
-        """Whether something has to be read of a row, besides for its exits; then all of its items are, which costs
-        little more, and shows drafts that do not hold any more.
-        """
+        """Whether a row is read, besides for its exits: all of it, which also shows drafts that hold no more."""
         return row.items[0].is_done or self._may_draft(row.items[-1])
 
     def _may_draft(self, last: Item) -> bool:
         """Whether the next position may begin behind the last item of a row."""
         row = last.row
-        if row.draft_steps is None or last.place >= row.last_place or last.place <= row.prompt_end:
-            return False
-        return last.is_done or last.step >= row.draft_steps
+        has_room = row.draft_steps is not None and row.prompt_end < last.place < row.last_place
+        return has_room and (last.is_done or last.step >= row.draft_steps)
 
     def _finish(self, item: Item) -> None:
         """An item takes no more steps: deeper readers find what it has left last."""
@@ -323,9 +312,8 @@ class Scheduler:
         is final only when all before it is; until then it is not asked.
         """
         row, criterion = item.row, item.row.criterion
-        if criterion is None or criterion.reads_logits != by_logits:
-            return False
-        if item.is_done or item.step == row.num_steps or item.place <= row.prompt_end:
+        is_over = item.is_done or item.step == row.num_steps or item.place <= row.prompt_end
+        if is_over or criterion is None or criterion.reads_logits != by_logits:
             return False
         steps = item.step - row.exits.min_steps
         return steps >= 0 and steps % row.exits.check_interval == 0
@@ -337,7 +325,13 @@ class Scheduler:
             criterion = item.row.criterion
             groups.setdefault((criterion, item.value is None and not criterion.starts_uniform), []).append(item)
         for (criterion, is_first), group in groups.items():
-            now, before = self._checks_of(group, criterion, is_first)
+            if criterion.reads_logits:
+                now, before = self._logits_of(group, is_first)
+            else:
+                states = zip(*((item.state, item.state_before) for item in group), strict=True)
+                now, before = (ExitCheck(0, torch.stack(each)) for each in states)
+            if not is_first and not criterion.starts_uniform:
+                before.value = torch.tensor([item.value for item in group], device=self.device)
             values = criterion.value(now, before)
             limits = [item.row.exits.threshold or criterion.default_threshold for item in group]
             limit = limits[0] if len(set(limits)) == 1 else torch.tensor(limits, device=self.device)
@@ -347,19 +341,6 @@ class Scheduler:
                 if is_last:
                     stopped.append(item)
         return stopped
-
-    def _checks_of(
-        self, items: Sequence[Item], criterion: ExitCriterion, is_first: bool
-    ) -> tuple[ExitCheck, ExitCheck]:
-        """Returns what a criterion compares of items; where it tells first checks apart, all are first, or none is."""
-        if criterion.reads_logits:
-            now, before = self._logits_of(items, is_first)
-        else:
-            now = ExitCheck(0, torch.stack([item.state for item in items]))
-            before = ExitCheck(0, torch.stack([item.state_before for item in items]))
-        if not is_first and not criterion.starts_uniform:
-            before.value = torch.tensor([item.value for item in items], device=self.device)
-        return now, before
 
     def _logits_of(self, items: Sequence[Item], is_first: bool) -> tuple[ExitCheck, ExitCheck]:
         """Logits of the first items of rows, and those that these had before, which they replace."""
@@ -411,11 +392,8 @@ class Scheduler:
     def _inputs(self, places: ItemPlaces) -> AttentionInputs:
         """Mask and positions of items, made once where the same are passed through several parts."""
         key = places.rows, places.places, places.starts
-        if self.inputs[0] != key:
-            self.inputs = key, self._make_inputs(places)
-        return self.inputs[1]
-
-    def _make_inputs(self, places: ItemPlaces) -> AttentionInputs:
+        if self.inputs[0] == key:
+            return self.inputs[1]
         if self.masks is None or len(self.masks) < places.end:
             self.masks = causal_rows(-(-places.end // BLOCK) * BLOCK, self.dtype, self.device)
         mask, rotary, token = places.mask(self.masks), None, None
@@ -435,12 +413,11 @@ class Scheduler:
             positions = torch.tensor(positions, device=self.device)[:, None]
             bias = alibi_bias(positions, keys, self.config.num_attention_heads).to(self.dtype)
             mask = bias if mask is None else mask + bias
-        return AttentionInputs(mask, rotary, token=TokenInputs(token, self.functions))
+        self.inputs = key, AttentionInputs(mask, rotary, token=TokenInputs(token, self.functions))
+        return self.inputs[1]
 
     def _table(self, count: int) -> tuple[torch.Tensor, list[int]]:
-        """Those of RoPE for so many positions in one, (positions, widths, head_dim): as modules want them, a width of 1
-        each, and for all heads.
-        """
+        """Those of RoPE in one, (positions, widths, head_dim): for modules, of width 1 each, and for all heads."""
         if self.table is None or len(self.table[0]) < count:
             positions = torch.arange(-(-count // BLOCK) * BLOCK, device=self.device)[:, None]
             angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)

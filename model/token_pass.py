@@ -57,8 +57,7 @@ def token_product(linear: nn.Module) -> Function:
         return lambda x: linear_of(x, weight, bias)
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        count = x.shape[0]
-        if not 1 < count <= FEW_ROWS:
+        if not 1 < (count := x.shape[0]) <= FEW_ROWS:
             return linear_of(x, weight)
         x = nn.functional.pad(x, (0, 0, 0, 1)) if count == 3 else x  # MKL is faster with four rows than with three
         return torch.mm(weight, x.t()).t()[:count].contiguous()
