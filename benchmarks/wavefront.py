@@ -63,6 +63,7 @@ for line in sys.stdin:
 """
 
 GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples, less their whole parts, lie evenly between 0 and 1."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
